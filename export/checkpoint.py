@@ -1,0 +1,194 @@
+"""A Hugging Face LLaVA folder -> one in-memory form: its numbers, and tensors under classic names.
+
+Accepted tensor names: the classic ones on disk (`language_model.model.layers.0...`), those of transformers
+since 4.52 (`model.language_model.layers.0...`, `lm_head`) and those of transformers 5 (no `vision_model`).
+Everything is checked before anything is converted: what is missing, misshapen, not known or not supported
+is said at once. Nothing is ignored that would change an answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge.errors import CheckpointError, MissingError
+from llava_edge.export.tensors import StoredTensor, open_folder, read_json
+from llava_edge.models.config import LlavaConfig, from_hf
+from llava_edge.models.shapes import tensor_shapes
+from llava_edge.prompt import TEMPLATES
+
+VISION_PREFIX = "vision_tower.vision_model."
+TEXT_PREFIX = "language_model.model."
+HEAD = "language_model.lm_head.weight"
+EMBEDDINGS = TEXT_PREFIX + "embed_tokens.weight"
+
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")  # older transformers saved them
+
+# (names since 4.52 and 5 -> classic); the first that fits is applied.
+_RENAMED = (
+    (re.compile(r"^model\.language_model\."), TEXT_PREFIX),
+    (re.compile(r"^lm_head\."), "language_model.lm_head."),
+    (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
+    (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), VISION_PREFIX),
+)
+
+_LISTED = 12  # how many tensor names a message spells out
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """Tensors by classic name; each look-up reads from disk and gives float32. Raises `CheckpointError` on NaN."""
+
+    def __init__(self, stored: dict[str, StoredTensor]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self._stored[name].read()
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"The tensor {name} holds NaN or infinite values; the checkpoint is damaged.")
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape without reading the values."""
+        return self._stored[name].shape
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the rest of the exporter works from."""
+
+    folder: Path
+    config: LlavaConfig
+    tensors: Tensors
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check a folder. Raises `MissingError` or `CheckpointError`; reads no weights yet."""
+    if not folder.is_dir():
+        raise MissingError(f"{folder} is not a folder; a Hugging Face LLaVA checkpoint folder was expected.")
+    if not (folder / "config.json").is_file():
+        raise MissingError(f"{folder} has no config.json; a Hugging Face LLaVA checkpoint folder was expected.")
+    raw = read_json(folder / "config.json")
+    try:
+        config = from_hf(raw)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} holds a value of the wrong kind: {error}.") from error
+    _check_supported(folder / "config.json", raw, config)
+    return Checkpoint(folder, config, _classic(folder, config, open_folder(folder)))
+
+
+def _classic(folder: Path, config: LlavaConfig, stored: dict[str, StoredTensor]) -> Tensors:
+    """Rename; refuse what is missing, misshapen or not known; leave out what LLaVA never reads."""
+    found: dict[str, StoredTensor] = {}
+    for raw_name, tensor in stored.items():
+        name = _classic_name(raw_name)
+        if _BUFFERS.search(name):
+            continue
+        if name in found:
+            raise CheckpointError(f"{folder} holds {name} twice, under two naming schemes; it mixes two checkpoints.")
+        found[name] = tensor
+    if config.text.tie_word_embeddings and HEAD in found:
+        _check_tied(folder, found)
+        del found[HEAD]
+    shapes = tensor_shapes(config)
+    needed = [name for name in shapes if not _unused(name, config)]
+    faults = {
+        "missing": [name for name in needed if name not in found],
+        "not known": [name for name in found if name not in shapes],
+        "of the wrong shape": [
+            f"{name} {found[name].shape} instead of {shapes[name]}"
+            for name in needed
+            if name in found and found[name].shape != shapes[name]
+        ],
+    }
+    said = "; ".join(_list(title, names) for title, names in faults.items() if names)
+    if said:
+        raise CheckpointError(f"{folder} does not fit its config.json: {said}.")
+    return Tensors({name: found[name] for name in needed})
+
+
+def _classic_name(name: str) -> str:
+    for pattern, replacement in _RENAMED:
+        if pattern.match(name):
+            return pattern.sub(replacement, name)
+    return name
+
+
+def _unused(name: str, config: LlavaConfig) -> bool:
+    """CLIP's last norm and the blocks behind the chosen layer."""
+    block = re.match(rf"{re.escape(VISION_PREFIX)}encoder\.layers\.(\d+)\.", name)
+    return f"{VISION_PREFIX}post_layernorm." in name or (block is not None and int(block[1]) >= config.blocks_run)
+
+
+def _check_tied(folder: Path, found: dict[str, StoredTensor]) -> None:
+    if EMBEDDINGS in found and not np.array_equal(found[HEAD].read(), found[EMBEDDINGS].read()):
+        raise CheckpointError(
+            f"{folder} says that the output head is tied to the embeddings, but holds another {HEAD}; "
+            "set tie_word_embeddings in config.json's text_config to what the model was trained with."
+        )
+
+
+def _list(title: str, names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{len(names)} {title} ({', '.join(names[:_LISTED])}{more})"
+
+
+def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> None:
+    """Refuse settings that this exporter would have to ignore."""
+    _check_numbers(path, config)
+    text, vision = raw["text_config"], raw["vision_config"]
+    fixed = (
+        ("projector_hidden_act", raw.get("projector_hidden_act", "gelu"), "gelu"),
+        ("multimodal_projector_bias", raw.get("multimodal_projector_bias", True), True),
+        ("vision_config.model_type", vision.get("model_type", "clip_vision_model"), "clip_vision_model"),
+        ("vision_config.hidden_act", config.vision.hidden_act, "quick_gelu"),
+        ("text_config.hidden_act", text.get("hidden_act", "silu"), "silu"),
+        ("text_config.attention_bias", text.get("attention_bias", False), False),
+        ("text_config.mlp_bias", text.get("mlp_bias", False), False),
+        ("text_config.head_dim", text.get("head_dim") or config.text.head_dim, config.text.head_dim),
+    )
+    choices = (("square", config.square, ("pad", "crop")), ("template", config.template, tuple(TEMPLATES)))
+    for name, choice, allowed in choices:
+        if choice not in allowed:
+            raise CheckpointError(f"{path} sets llava_edge.{name} to {choice!r}; expected one of {', '.join(allowed)}.")
+    for name, value, expected in fixed:
+        if value != expected:
+            raise CheckpointError(f"{path} sets {name} to {value!r}; only {expected!r} is supported.")
+
+
+def _check_numbers(path: Path, config: LlavaConfig) -> None:
+    v, t = config.vision, config.text
+    for part, values in (("vision_config", v), ("text_config", t)):
+        for item in fields(values):
+            value = getattr(values, item.name)
+            if item.type in ("int", "float"):
+                number = isinstance(value, int | (float if item.type == "float" else int)) and value is not True
+                if not number or value < 0 or (value == 0 and item.name not in ("bos_token_id", "eos_token_id")):
+                    raise CheckpointError(f"{path} sets {part}.{item.name} to {value!r}, which cannot be right.")
+    width, heads = t.hidden_size, t.num_attention_heads
+    rules = {
+        "vision_config.hidden_size must be a multiple of its heads": v.hidden_size % v.num_attention_heads == 0,
+        "text_config.hidden_size must be an even multiple of its heads": width % (2 * heads) == 0,
+        "text_config's heads must be a multiple of its kv heads": heads % t.num_key_value_heads == 0,
+        "image_size must hold at least one patch": v.grid >= 1,
+        f"vision_feature_layer {config.vision_feature_layer} is outside the tower's {v.num_hidden_layers} blocks": (
+            0 <= config.blocks_run <= v.num_hidden_layers
+        ),
+        f"image_pool {config.image_pool} must divide the patch grid of {v.grid}": (
+            config.image_pool >= 1 and v.grid % config.image_pool == 0
+        ),
+        "pooled patches need the class token dropped": config.image_pool == 1 or config.feature == "patch",
+    }
+    for rule, good in rules.items():
+        if not good:
+            raise CheckpointError(f"{path} cannot be right: {rule}.")

@@ -1,0 +1,161 @@
+"""A finished folder appears under its name in one step, or not at all.
+
+Everything is written into `NAME.tmp-PID` beside the target, flushed to disk, and put in place by rename. An
+older bundle is exchanged with the new one (renameat2 on Linux, renamex_np on macOS), so that the name always
+leads to a whole bundle; a process that is killed leaves at most its temporary folder, which the next one removes.
+Only folders that are bundles are ever replaced or removed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava_edge.bundle import MANIFEST, MAX_MANIFEST_BYTES, PARTS
+from llava_edge.errors import CannotCreateError, StorageError
+
+HEADROOM = 1.1  # free space asked for, relative to the estimate
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Raises `CannotCreateError` unless `out` is free, empty, or a bundle that `force` allows to replace."""
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise CannotCreateError(f"{out} exists and is not a folder; choose another name for the bundle.")
+    names = {path.name for path in out.iterdir()}
+    if not names:
+        return
+    if not _is_bundle(out):
+        raise CannotCreateError(f"{out} is a folder with other content, not a bundle; choose another name.")
+    foreign = sorted(names - {MANIFEST, *PARTS})
+    if foreign:
+        raise CannotCreateError(f"{out} also holds {', '.join(foreign[:5])}; move that away before it is replaced.")
+    if not force:
+        raise CannotCreateError(f"{out} already holds a bundle; use --force to replace it, or choose another name.")
+
+
+def check_space(out: Path, estimate: int) -> None:
+    """Raises `StorageError` when the disk has not `HEADROOM` x `estimate` bytes free."""
+    free = shutil.disk_usage(out.parent).free
+    needed = int(estimate * HEADROOM)
+    if free < needed:
+        raise StorageError(
+            f"The export needs about {needed / 1e9:.1f} GB in {out.parent}, but only {free / 1e9:.1f} GB are free."
+        )
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`; always gone afterwards. Dead processes' ones are removed first.
+
+    Raises `CannotCreateError` if nothing can be created there.
+    """
+    temp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(out)
+        if temp.exists():  # of an earlier process with this number
+            shutil.rmtree(temp)
+        temp.mkdir()
+    except OSError as error:
+        raise CannotCreateError(f"{temp} cannot be created: {error.strerror or error}.") from error
+    try:
+        yield temp
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def publish(temp: Path, out: Path) -> None:
+    """Flush everything in `temp` to disk and give it the name `out`; what was there is in `temp` afterwards."""
+    for path in temp.iterdir():
+        _sync(path)
+    _sync(temp)
+    if out.exists() and any(out.iterdir()):
+        _exchange(temp, out)
+    else:
+        temp.rename(out)
+    _sync(out.parent)
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Of any format version: an old bundle may be replaced."""
+    path = folder / MANIFEST
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_MANIFEST_BYTES:
+            return False
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and "format_version" in raw
+
+
+def _remove_dead(out: Path) -> None:
+    """Remove what killed exports left; bring back a bundle that a plain swap was interrupted over."""
+    pattern = re.compile(rf"{re.escape(out.name)}\.(tmp|old)-(\d+)")
+    for path in sorted(out.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or _alive(int(match[2])) or path.is_symlink() or not path.is_dir():
+            continue
+        if match[1] == "old" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # somebody else's process
+    return True
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(temp: Path, out: Path) -> None:
+    """Swap two folders at once; where the system cannot, by two renames."""
+    if _exchange_at_once(temp, out):
+        return
+    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    try:
+        temp.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    old.rename(temp)
+
+
+def _exchange_at_once(temp: Path, out: Path) -> bool:
+    library = ctypes.CDLL(None, use_errno=True)
+    first, second = os.fsencode(temp), os.fsencode(out)
+    try:
+        if sys.platform == "darwin":
+            failed = library.renamex_np(first, second, 2)  # RENAME_SWAP
+        else:
+            failed = library.renameat2(-100, first, -100, second, 2)  # AT_FDCWD, RENAME_EXCHANGE
+    except AttributeError:
+        return False
+    if not failed:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that cannot exchange
+        return False
+    raise OSError(code, os.strerror(code), str(out))

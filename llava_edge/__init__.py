@@ -1,0 +1,39 @@
+"""On-device LLaVA: an image and a question in, an answer out.
+
+    from llava_edge import Llava
+    with Llava.load() as llava:
+        print(llava.ask("What is this?", images="photo.jpg").text)
+
+Names are resolved on first use, so importing this package loads no engine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llava_edge.api import Chat, Llava
+    from llava_edge.errors import LlavaEdgeError
+    from llava_edge.options import Chunk, EngineOptions, Options, Result
+
+__all__ = ["Chat", "Chunk", "EngineOptions", "Llava", "LlavaEdgeError", "Options", "Result", "__version__"]
+
+_HOMES = {
+    "Chat": "llava_edge.api",
+    "Llava": "llava_edge.api",
+    "LlavaEdgeError": "llava_edge.errors",
+    "Chunk": "llava_edge.options",
+    "EngineOptions": "llava_edge.options",
+    "Options": "llava_edge.options",
+    "Result": "llava_edge.options",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,143 @@
+"""The library: load a model, ask it about images, stream the answer, hold a conversation.
+
+Everything else (command line, chat) is written on top of this file. Knows no engine by name.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from llava_edge.bundle import Bundle
+from llava_edge.image import ImageInput
+from llava_edge.options import DEFAULT_PROMPT, Chunk, EngineOptions, Options, Result
+from llava_edge.prompt import Message
+from llava_edge.runtimes.pipeline import Engine, Picture, Stream, prepare
+from llava_edge.store import DEFAULT_MODEL, resolve
+
+Images = ImageInput | Picture | Sequence[ImageInput | Picture]
+
+
+class Llava:
+    """A loaded model. Use it in a `with` block, or call `close`; calls from several threads are served in turn."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        options: EngineOptions | None = None,
+        *,
+        on_load: Callable[[float], None] = lambda fraction: None,
+    ) -> Llava:
+        """Open a bundle folder, or a model pulled before, by name. `on_load` gets the loaded fraction, 0 to 1.
+
+        Raises `MissingError`, `BundleError`, `UnavailableError`, `MemoryLimitError` or `UsageError`.
+        """
+        return cls(Engine.open(Bundle.open(resolve(model)), options, on_load=on_load))
+
+    def ask(self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None) -> Result:
+        """Answer one question about any number of images (path, bytes, PIL image or RGB array each)."""
+        return _last(self.stream(prompt, images, options))
+
+    def stream(
+        self,
+        prompt: str = DEFAULT_PROMPT,
+        images: Images = (),
+        options: Options | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        started: float | None = None,
+    ) -> Stream:
+        """Like `ask`, but a generator of `Chunk`s; the last one has the `Result`. Closing it stops the work.
+
+        cancel: set it from another thread to stop. started: the instant (time.monotonic) that times count from.
+        """
+        shown = _as_list(images)
+        return self._engine.generate([Message("user", prompt, len(shown))], shown, options, cancel, started=started)
+
+    def chat(self, system: str = "", options: Options | None = None) -> Chat:
+        """Begin a conversation. An empty `system` leaves the model's own system text."""
+        return Chat(self._engine, system, options)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The opened bundle."""
+        return self._engine.bundle
+
+    @property
+    def device(self) -> str:
+        """Device in use and why, e.g. "cpu (asked for)"."""
+        return f"{self._engine.choice.name} ({self._engine.choice.reason})"
+
+    def close(self) -> None:
+        """Free the engines. Harmless when repeated."""
+        self._engine.close()
+
+    def __enter__(self) -> Llava:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Chat:
+    """A conversation. Turns and images are kept here; what the model already read is not computed again."""
+
+    def __init__(self, engine: Engine, system: str = "", options: Options | None = None) -> None:
+        self._engine = engine
+        self._system = system
+        self._options = options
+        self.messages: list[Message] = []
+        self._pictures: list[Picture] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns and images."""
+        self.messages = [Message("system", self._system)] if self._system else []
+        self._pictures = []
+
+    def say(self, text: str, images: Images = (), *, cancel: threading.Event | None = None) -> Stream:
+        """Stream the answer to the next turn.
+
+        The turn is kept once the stream ends or is closed, with what was answered until then; after an error it is not.
+        """
+        new = [self.prepare(image) for image in _as_list(images)]
+        turn = Message("user", text, len(new))
+        shown = [*self._pictures, *new]
+        answer = ""
+        failed = False
+        try:
+            prompt = [*self.messages, turn]
+            with closing(self._engine.generate(prompt, shown, self._options, cancel, reuse=True)) as chunks:
+                for chunk in chunks:
+                    answer += chunk.text
+                    yield chunk
+        except Exception:
+            failed = True
+            raise
+        finally:  # also when closed or interrupted
+            if not failed:
+                self.messages += [turn, Message("assistant", answer)]
+                self._pictures = shown
+
+    def prepare(self, image: ImageInput | Picture) -> Picture:
+        """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""
+        return prepare(image, self._engine.bundle.manifest.preprocessing)
+
+
+def _as_list(images: Images) -> list[ImageInput | Picture]:
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        return list(images)
+    return [images]
+
+
+def _last(chunks: Iterable[Chunk]) -> Result:
+    for chunk in chunks:
+        if chunk.final is not None:
+            return chunk.final
+    raise RuntimeError("the stream ended without a result")

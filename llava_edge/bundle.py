@@ -1,0 +1,335 @@
+"""The bundle: a folder whose `manifest.json` is the contract between exporter and runtime.
+
+    manifest.json    everything below, with the size and SHA-256 of every other file
+    vision.onnx      CLIP up to the chosen layer (weights in vision.onnx.data, mapped at load)
+    projector.gguf   projector weights
+    language.gguf    LLaMA and tokenizer, quantized
+
+Nothing is guessed from names. Opening checks structure, sizes and that each part belongs here;
+`Bundle.verify` also reads every byte. This module knows nothing about engines or tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from llava_edge.errors import BundleError, MissingError
+from llava_edge.prompt import TEMPLATES
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_IMAGE_SIZE = 4096  # pixels on a side; published CLIP towers have 224 to 448
+
+VISION = "vision.onnx"
+VISION_DATA = "vision.onnx.data"
+PROJECTOR = "projector.gguf"
+LANGUAGE = "language.gguf"
+PARTS = (VISION, VISION_DATA, PROJECTOR, LANGUAGE)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes pixels: made square, resized (Pillow bicubic) to `image_size`, (x/255 - mean) / std."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    square: Literal["pad", "crop"]
+
+
+@dataclass(frozen=True)
+class VisionPart:
+    """vision.onnx: `pixels` (batch, 3, S, S) float32 -> `features` (batch, image_tokens, width) float32."""
+
+    hidden_layer: int  # index into CLIP's hidden states; may be negative, as in the checkpoint
+    feature: Literal["patch", "cls_patch"]
+    image_pool: int
+    image_tokens: int
+    width: int
+    precision: Literal["fp32", "fp16", "int8"]
+
+
+@dataclass(frozen=True)
+class ProjectorPart:
+    """projector.gguf: tensors `mm.0.weight`, `mm.0.bias`, `mm.2.weight`, ... (GELU, erf form, in between)."""
+
+    type: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class LanguagePart:
+    """language.gguf as llama.cpp loads it."""
+
+    hidden_size: int
+    context_length: int
+    vocab_size: int
+    quantization: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 (hex) of one part."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One stage against the PyTorch reference: largest absolute and relative (l2) difference, limit on `measure`."""
+
+    stage: str
+    measure: str  # what `value` is: "max_abs", "relative" or "cosine"
+    value: float
+    limit: float
+    max_abs: float
+    relative: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a part came from and under which terms."""
+
+    part: str
+    source: str
+    licence: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime may know about a bundle."""
+
+    format_version: int
+    name: str
+    family: Literal["llava"]
+    created_by: str
+    template: str
+    preprocessing: Preprocessing
+    vision: VisionPart
+    projector: ProjectorPart
+    language: LanguagePart
+    files: dict[str, FileEntry]
+    parity: list[ParityRow] = field(default_factory=list)
+    provenance: list[Provenance] = field(default_factory=list)
+
+    @property
+    def identity(self) -> str:
+        """Hash over all part hashes: two bundles are the same exactly if this is."""
+        joined = "\n".join(f"{name} {entry.sha256}" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(folder: Path) -> Bundle:
+        """Check structure and sizes. Raises `MissingError` or `BundleError`; never reads the weights."""
+        manifest = read_manifest(folder)
+        for name, entry in manifest.files.items():
+            _check_file(folder, name, entry)
+        for name in PARTS:
+            if name not in manifest.files and os.path.lexists(folder / name):
+                raise BundleError(f"{folder / name} is not in the manifest: it is from another bundle. Remove it.")
+        return Bundle(folder, manifest)
+
+    def part(self, name: str) -> Path:
+        """Path of one part, e.g. `bundle.part(LANGUAGE)`."""
+        return self.folder / name
+
+    def verify(self, progress: Callable[[int], None] = lambda n: None) -> None:
+        """Read every byte and compare hashes. `progress` gets byte counts as they are read. Raises `BundleError`."""
+        for name, entry in self.manifest.files.items():
+            actual = sha256_of(self.part(name), progress)
+            if actual != entry.sha256:
+                raise BundleError(
+                    f"{self.part(name)} is damaged or from another bundle: SHA-256 is {actual}, "
+                    f"the manifest says {entry.sha256}. Export or pull the bundle again."
+                )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse and check `manifest.json`. Raises `MissingError` or `BundleError` with what was expected."""
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(_manifest_text(folder), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not a valid manifest: {error}.") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has bundle format version {str(version)[:40]!r}, this program reads version {FORMAT_VERSION}. "
+            "Export the checkpoint again with this version of llava-edge."
+        )
+    checksum = raw.pop("checksum", None)
+    manifest: Manifest = _build(Manifest, raw, MANIFEST)
+    _check_manifest(path, manifest)
+    if checksum != _checksum(raw):
+        raise BundleError(f"{path} was changed after it was written (its checksum differs). Export or pull it again.")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` and flush it to disk."""
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        raw = asdict(manifest)
+        json.dump({**raw, "checksum": _checksum(raw)}, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and hash of a finished part."""
+    return FileEntry(path.stat().st_size, sha256_of(path))
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda n: None) -> str:
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def _checksum(raw: dict[str, Any]) -> str:
+    """SHA-256 over the manifest's own content: a changed digit in `mean` would otherwise be a silently wrong answer."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest_text(folder: Path) -> str:
+    path = folder / MANIFEST
+    try:
+        if not folder.exists():
+            raise MissingError(f"{folder} does not exist; a bundle folder or a model name was expected.")
+        size = _plain_file(path).st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so it is not a bundle manifest.")
+        return path.read_bytes().decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "Make one with 'llava-edge export'."
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. {hint}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _plain_file(path: Path) -> os.stat_result:
+    """Status of a file that is no link of either kind, pipe, device or folder. Raises `BundleError`, `OSError`."""
+    info = path.lstat()
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+        raise BundleError(f"{path} must be a plain file of its own, not a link, folder, pipe or device.")
+    return info
+
+
+def _check_manifest(path: Path, manifest: Manifest) -> None:
+    missing = [name for name in (VISION, PROJECTOR, LANGUAGE) if name not in manifest.files]
+    unknown = [name for name in manifest.files if name not in PARTS]
+    if missing or unknown:
+        raise BundleError(f"{path} lists the wrong files: missing {missing}, not known {unknown}.")
+    if manifest.template not in TEMPLATES:
+        raise BundleError(f"{path} names the prompt template {manifest.template!r}; known: {', '.join(TEMPLATES)}.")
+    pixels, vision, language = manifest.preprocessing, manifest.vision, manifest.language
+    sizes = [vision.image_tokens, vision.width, vision.image_pool]
+    sizes += [language.hidden_size, language.context_length, language.vocab_size]
+    if min(sizes) < 1 or max(sizes) > 1 << 24:
+        raise BundleError(f"{path} holds a size that cannot be right: {sizes}.")
+    if not 1 <= pixels.image_size <= MAX_IMAGE_SIZE:
+        raise BundleError(f"{path} has image_size {pixels.image_size}; 1 to {MAX_IMAGE_SIZE} is possible.")
+    if min(pixels.std) <= 0:
+        raise BundleError(f"{path} has a std that is not positive: {pixels.std}.")
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
+    try:
+        size = _plain_file(path).st_size
+    except OSError as error:
+        raise BundleError(f"{path} is missing from the bundle ({error.strerror}). Export or pull it again.") from error
+    if size != entry.size:
+        raise BundleError(
+            f"{path} has {size} bytes, the manifest says {entry.size}: it is truncated or from another "
+            f"bundle.{_hint(path)} Export or pull the bundle again."
+        )
+
+
+def _hint(path: Path) -> str:
+    """What stands where the weights should be, if it is one of the usual mix-ups."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return " It holds a Git LFS pointer, not the file itself."
+    if start.startswith((b"<!doctype html", b"<html")):
+        return " It holds a web page, perhaps the error page of a download."
+    return ""
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice")
+    return found
+
+
+def _no_constants(text: str) -> Any:
+    raise ValueError(f"{text} is not a number JSON allows")
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)  # costs more than parsing a manifest
+
+
+def _build(kind: Any, raw: Any, where: str) -> Any:
+    """Build dataclasses, lists, dicts, tuples and scalars from JSON by their type hints; strict in every type."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        if not isinstance(raw, dict):
+            raise BundleError(f"{where} should be an object in {MANIFEST}.")
+        hints = _hints(kind)
+        known = {item.name for item in fields(kind)}
+        if set(raw) - known:
+            raise BundleError(f"{where} has unknown fields {sorted(set(raw) - known)} in {MANIFEST}.")
+        values = {name: _build(hints[name], raw[name], f"{where}.{name}") for name in known if name in raw}
+        try:
+            return kind(**values)
+        except TypeError as error:
+            raise BundleError(f"{where} lacks a field in {MANIFEST}: {error}.") from error
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        good = raw in args
+    elif origin in (list, tuple):
+        good = isinstance(raw, list) and (origin is list or len(raw) == len(args))
+        if good:
+            inner = (_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
+            return origin(inner)
+    elif origin is dict:
+        if isinstance(raw, dict):
+            return {key: _build(args[1], value, f"{where}.{key}") for key, value in raw.items()}
+        good = False
+    elif kind is float:
+        good = type(raw) in (int, float) and abs(raw) <= sys.float_info.max  # no NaN, no infinity
+    elif kind is str:
+        good = type(raw) is str and raw.isprintable()  # it may reach a terminal
+    else:
+        good = type(raw) is kind
+    if not good:
+        raise BundleError(f"{where} has the wrong kind of value in {MANIFEST}: {str(raw)[:60]!r}.")
+    return raw

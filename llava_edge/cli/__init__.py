@@ -1,0 +1,124 @@
+"""The `llava-edge` command: finds a subcommand, runs it, and turns errors into one sentence and an exit code.
+
+Each subcommand is a file of its own, imported when it is used. stdout is the answer, stderr everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+from llava_edge import __version__
+from llava_edge.errors import LlavaEdgeError, MemoryLimitError, StorageError
+
+# Name -> one line of help. Static, so that --help imports no subcommand.
+COMMANDS = {
+    "run": "Answer a question about an image.",
+    "chat": "Talk about images in the terminal.",
+    "models": "List models, or pull one.",
+    "info": "Show what a bundle, GGUF file or checkpoint holds.",
+    "verify": "Check every byte of a bundle against its manifest.",
+    "export": "Turn a LLaVA checkpoint into a bundle.",
+    "train": "Train a LLaVA from a recipe.",
+    "eval": "Measure accuracy on held-out questions.",
+    "doctor": "Check this machine and say what to do.",
+}
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # what a shell shows for a program that SIGPIPE ended
+
+
+class _Group(click.Group):
+    """Subcommands by name: the module `llava_edge.cli.NAME` has a click command called NAME."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(import_module(f"llava_edge.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="llava-edge")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """LLaVA on your own machine: an image and a question in, an answer out.
+
+    \b
+    llava-edge models pull smol
+    llava-edge run --image photo.jpg --prompt "What is this?"
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with its exit code."""
+    _prepare_streams()
+    code = execute(sys.argv[1:] if arguments is None else arguments)
+    if code in (INTERRUPTED, BROKEN_PIPE):
+        # Engine threads may still be inside C code, which tearing the interpreter down would pull the floor from.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run the command line; return its exit code. Every error has become text on stderr."""
+    try:
+        with cli.make_context("llava-edge", list(arguments)) as context:
+            cli.invoke(context)
+            sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except LlavaEdgeError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process by itself
+        return INTERRUPTED
+    except BrokenPipeError:
+        return BROKEN_PIPE
+    except MemoryError:
+        return _fail("There is not enough memory for this.", MemoryLimitError.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}.", StorageError.exit_code)
+    except Exception:  # noqa: BLE001 - a bug: its traceback is what helps
+        traceback.print_exc()
+        return _fail("This is a bug in llava-edge; please report it with the lines above.", LlavaEdgeError.exit_code)
+
+
+def _fail(sentence: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        click.echo(f"llava-edge: {' '.join(sentence.split())}", err=True)
+    return code
+
+
+def _prepare_streams() -> None:
+    """No traceback for a closed stream, nor for a character the terminal cannot show."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - lives as long as we do
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

@@ -1,0 +1,61 @@
+"""Options that `run` and `chat` share, and how their values become `Options` and `EngineOptions`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from llava_edge.errors import UsageError
+from llava_edge.options import DEVICES, EngineOptions, Options
+from llava_edge.store import DEFAULT_MODEL
+
+MAX_STDIN_BYTES = 1 << 28  # as for image files
+
+_SAMPLING = {
+    "max_tokens": "Longest answer.",
+    "temperature": "0 is greedy: always the likeliest token.",
+    "top_p": "Draw from the smallest set of tokens with this probability.",
+    "top_k": "Draw from this many tokens; 0 is all.",
+    "min_p": "Draw from tokens this likely relative to the best.",
+    "seed": "Of the draw.",
+}
+_ENGINE = ("device", "threads", "context", "verbose")
+
+
+def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the engine and sampling options; the command receives them as keyword arguments."""
+    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
+        click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model or bundle."),
+        click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
+        click.option("--threads", type=int, default=0, help="To compute with; 0 is one per physical core."),
+        click.option("--context", type=int, default=0, help="Positions; 0 is the model's, at most 4096."),
+        click.option("--verbose", is_flag=True, help="Show the engines' own log on stderr."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
+    ]
+    defaults = Options()
+    for name, text in _SAMPLING.items():
+        value = getattr(defaults, name)
+        flag = "--" + name.replace("_", "-")
+        options.append(click.option(flag, type=type(value), default=value, show_default=True, help=text))
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
+    """Take the shared values out of a command's keyword arguments. Raises `UsageError` on a bad one."""
+    sampling = Options(stop=values["stop"], **{name: values[name] for name in _SAMPLING})
+    return sampling, EngineOptions(**{name: values[name] for name in _ENGINE})
+
+
+def read_stdin() -> bytes:
+    """All of standard input, for `-`. Raises `UsageError` when there is none."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("'-' reads standard input, but nothing is piped into it.")
+    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise UsageError(f"Standard input has more than {MAX_STDIN_BYTES} bytes.")
+    return data

@@ -1,0 +1,38 @@
+"""`llava-edge chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from llava_edge.cli.arguments import generation_options, options_from
+from llava_edge.cli.terminal import show, status_line
+
+
+@click.command()
+@click.option("--image", "images", multiple=True, metavar="FILE", help="Image to begin with; may be repeated.")
+@click.option("--system", default="", metavar="TEXT", help="System text in place of the model's own.")
+@generation_options
+def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> None:
+    """Talk about images. /image FILE adds one, /help lists the commands, Ctrl-C stops an answer.
+
+    \b
+    llava-edge chat --image photo.jpg
+    """
+    options, engine = options_from(shared)
+    from llava_edge.api import Llava
+    from llava_edge.bundle import Bundle
+    from llava_edge.repl import Repl
+    from llava_edge.runtimes.pipeline import prepare
+    from llava_edge.store import resolve
+
+    spec = Bundle.open(resolve(model)).manifest.preprocessing
+    pictures = [prepare(image, spec) for image in images]
+    with status_line("Loading the model") as status:
+        llava = Llava.load(model, engine, on_load=status)
+    with llava:
+        click.echo(f"{llava.bundle.manifest.name} on {llava.device}. /help lists the commands.", err=True)
+        repl = Repl(llava.chat(system, options), show)
+        repl.add(pictures, list(images))
+        repl.run()

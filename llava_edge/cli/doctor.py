@@ -1,0 +1,109 @@
+"""`llava-edge doctor`: is everything here that an answer needs, and if not, what to run.
+
+Engines are tried in child processes (runtimes/probe.py), so that a broken one cannot end this command.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import click
+
+from llava_edge import __version__, store
+from llava_edge.errors import LlavaEdgeError, UnavailableError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. level: "ok", "note" (worth knowing) or "broken" (no answer without it)."""
+
+    subject: str
+    level: str
+    text: str
+    fix: str = ""
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Check this machine and say what to do. Exit code 69 if something required is broken."""
+    findings = [*_machine(), *_engines(), *_models()]
+    broken = [finding for finding in findings if finding.level == "broken"]
+    if as_json:
+        click.echo(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.level:7} {finding.subject:14} {finding.text}")
+            if finding.fix:
+                click.echo(f"{'':22} run: {finding.fix}")
+    if broken:
+        subjects = ", ".join(finding.subject for finding in broken)
+        raise UnavailableError(f"Not everything works: {subjects}. Run what is shown above for each.")
+
+
+def _machine() -> list[Finding]:
+    from llava_edge.runtimes import devices
+
+    name, features = devices.processor()
+    threads, reason = devices.thread_count()
+    memory = devices.available_memory()
+    free = "unknown" if memory is None else f"{memory / 2**30:.1f} GiB available"
+    versions = ", ".join(f"{package} {_version(package)}" for package in ("numpy", "pillow", "click"))
+    return [
+        Finding("llava-edge", "ok", f"{__version__}, Python {platform.python_version()} in {sys.prefix}, {versions}"),
+        Finding("system", "ok", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        Finding("processor", "ok", f"{name}: {' '.join(features) or 'no special features known'}"),
+        Finding("threads", "ok", f"{threads}, because: {reason}"),
+        Finding("memory", "ok", free),
+    ]
+
+
+def _engines() -> list[Finding]:
+    from llava_edge.runtimes import probe
+
+    llama, ort = probe.check("llama_cpp"), probe.check("onnxruntime")
+    findings = [_engine("llama.cpp", llama, "build"), _engine("onnxruntime", ort, "providers")]
+    devices = ["cpu works"]
+    for name in ("cuda", "metal"):
+        devices.append(f"{name}: {llama.facts.get(name, 'not tested').rstrip('.')}")
+    return [*findings, Finding("devices", "note" if llama.problem else "ok", "; ".join(devices))]
+
+
+def _engine(subject: str, report: Any, detail: str) -> Finding:
+    if report.problem:
+        return Finding(subject, "broken", report.problem, report.fix)
+    shown = report.facts[detail]
+    shown = shown if isinstance(shown, str) else ", ".join(shown)
+    return Finding(subject, "ok", f"{report.facts['version']} computes here. {shown}")
+
+
+def _models() -> list[Finding]:
+    try:
+        folder = store.home()
+        installed = {entry.name: entry.folder for entry in store.entries()}
+    except LlavaEdgeError as error:
+        return [Finding("cache folder", "broken", str(error))]
+    findings = [Finding("cache folder", "ok", str(folder))]
+    name = store.DEFAULT_MODEL
+    if installed[name] is None:
+        pull = f"llava-edge models pull {name}"
+        return [*findings, Finding("default model", "note", f"{name} is not installed.", pull)]
+    from llava_edge.bundle import Bundle
+
+    try:
+        Bundle.open(store.resolve(name))
+    except LlavaEdgeError as error:
+        return [*findings, Finding("default model", "broken", str(error), f"llava-edge models pull {name} --force")]
+    return [*findings, Finding("default model", "ok", f"{name} in {installed[name]}")]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"

@@ -1,0 +1,135 @@
+"""`llava-edge eval`: accuracy of the default model on what it was never trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llava_edge import store
+from llava_edge.cli.terminal import status_line
+from llava_edge.errors import UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    from llava_edge.models.evaluate import Question, Score
+
+Progress = Callable[[int, int], None]
+
+
+@click.command("eval")
+@click.option("--bundle", "bundles", multiple=True, help="Bundle folder or model name to judge; repeatable.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Hugging Face folder to judge in PyTorch, float32.")
+@click.option("--photos", type=click.Path(path_type=Path), required=True, help="Folder of photos with labels.jsonl.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder for the held-out data.")
+@click.option("--limit", type=click.IntRange(1), help="At most this many questions a set (evenly spread).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def eval(  # noqa: A001 - the command's name
+    bundles: tuple[str, ...], checkpoint: Path | None, photos: Path, data: Path | None, limit: int | None, as_json: bool
+) -> None:
+    """Accuracy on each held-out set, beside majority, blank-image and shuffled-image baselines.
+
+    \b
+    llava-edge eval --photos photos --bundle smol --checkpoint runs/smol/model
+    """
+    if not bundles and checkpoint is None:
+        raise UsageError("Name at least one --bundle or a --checkpoint to judge.")
+    try:
+        from llava_edge.models.evaluate import majority, question_sets
+        from llava_edge.models.sources import collect
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"Evaluation needs {error.name}, which is not installed. Run: pip install 'llava-edge[train]'"
+        ) from error
+    data = data or store.home() / "data" / "smol"
+    items = collect(data, photos)
+    sets = {name: _thin(questions, limit) for name, questions in question_sets(items).items()}
+    train = question_sets(items, "train")
+    with status_line("eval") as status:
+
+        def progress(label: str) -> Progress:
+            return lambda done, total: status.step(f"{label} {done}/{total}", done / total)
+
+        scores = [majority(train[name], questions, name) for name, questions in sets.items()]
+        if checkpoint is not None:
+            scores += _judge_checkpoint(checkpoint, data, sets, progress)
+        for bundle in bundles:
+            scores += _judge_bundle(bundle, data, sets, progress)
+    if as_json:
+        click.echo(json.dumps([{**asdict(score), "accuracy": score.accuracy} for score in scores]))
+    else:
+        click.echo(_table(scores))
+
+
+def _thin(questions: list[Question], limit: int | None) -> list[Question]:
+    return questions if limit is None else questions[:: -(-len(questions) // limit)]
+
+
+def _judge_checkpoint(
+    checkpoint: Path, data: Path, sets: dict[str, list[Question]], progress: Callable[[str], Progress]
+) -> list[Score]:
+    """PyTorch in float32, then the same model on grey pictures and on other questions' pictures."""
+    from PIL import Image
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    from llava_edge.models.config import load_config
+    from llava_edge.models.evaluate import Question, Score, TorchJudge, shuffled
+    from llava_edge.models.features import FeatureCache
+    from llava_edge.models.llava import from_state
+
+    config = load_config(checkpoint)
+    model = from_state(config, load_file(checkpoint / "model.safetensors"))
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    judge = TorchJudge(model, tokenizer, FeatureCache(data / "features-fp32", config), data)
+    blank = "blank.png"
+    Image.new("RGB", (224, 224), (128, 128, 128)).save(data / blank)
+    scores = []
+    for name, questions in sets.items():
+        asked = {
+            "PyTorch fp32": questions,
+            "blank image": [Question(blank, q.question, q.answer) for q in questions],
+            "shuffled images": shuffled(questions),
+        }
+        for label, variant in asked.items():
+            right = judge.right(variant, progress(f"{label}: {name}"))
+            scores.append(Score(name, label, right, len(variant)))
+    return scores
+
+
+def _judge_bundle(
+    bundle: str, data: Path, sets: dict[str, list[Question]], progress: Callable[[str], Progress]
+) -> list[Score]:
+    from llava_edge.api import Llava
+    from llava_edge.models.evaluate import Score, ask_all
+    from llava_edge.options import Options
+
+    options = Options(max_tokens=32)
+    with Llava.load(bundle) as model:
+        name = f"bundle {model.bundle.manifest.language.quantization} + {model.bundle.manifest.vision.precision}"
+
+        def ask(image: Path, question: str) -> str:
+            return model.ask(question, image, options).text
+
+        return [
+            Score(kind, name, ask_all(ask, data, questions, progress(f"{name}: {kind}")), len(questions))
+            for kind, questions in sets.items()
+        ]
+
+
+def _table(scores: Sequence[Score]) -> str:
+    """One row a set, one column an answerer, in per cent."""
+    names = list(dict.fromkeys(score.name for score in scores))
+    sets = list(dict.fromkeys(score.set for score in scores))
+    found = {(score.set, score.name): score for score in scores}
+    rows = [["set", "questions", *names]]
+    for kind in sets:
+        total = next(score.total for score in scores if score.set == kind)
+        rows.append([kind, str(total), *(f"{100 * found[kind, name].accuracy:.1f}" for name in names)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+

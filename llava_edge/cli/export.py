@@ -1,0 +1,121 @@
+"""`llava-edge export`: a LLaVA checkpoint becomes a bundle, and shows how faithfully."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llava_edge.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from llava_edge.bundle import ParityRow
+    from llava_edge.export.clip_onnx import Precision
+    from llava_edge.export.quantize import Quant
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--quant",
+    type=click.Choice(["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"]),
+    default="q4_k_m",
+    show_default=True,
+    help="Of the language model.",
+)
+@click.option(
+    "--vision",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    default="int8",
+    show_default=True,
+    help="Precision of the vision tower.",
+)
+@click.option("--name", default="", help="Of the model; the name of OUT unless given.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
+@click.option("--force-publish", is_flag=True, help="Publish even if a stage differs from PyTorch too much.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="For quantizing; 0 is all cores.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object on stdout.")
+def export(
+    checkpoint: Path,
+    out: Path,
+    quant: Quant,
+    vision: Precision,
+    name: str,
+    force: bool,
+    force_publish: bool,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Turn CHECKPOINT, a Hugging Face LLaVA folder, into the bundle OUT.
+
+    Every stage is measured against PyTorch where it is installed; the table ends with the worst stage.
+    """
+    from dataclasses import asdict
+
+    try:
+        from llava_edge.export import exporter
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"Exporting needs {error.name}, which is not installed. Run: pip install 'llava-edge[export]'"
+        ) from error
+    options = exporter.ExportOptions(
+        checkpoint=checkpoint,
+        out=out,
+        quant=quant,
+        vision=vision,
+        name=name,
+        force=force,
+        force_publish=force_publish,
+        threads=threads,
+    )
+    try:
+        with _stages() as progress:
+            manifest = exporter.export(options, progress)
+    except exporter.ParityError as error:
+        _show(error.rows)
+        raise
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"Exporting needs {error.name}. Run: pip install 'llava-edge[export]'") from error
+    _show(manifest.parity)
+    if as_json:
+        click.echo(json.dumps(asdict(manifest)))
+    size = sum(entry.size for entry in manifest.files.values())
+    click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: llava-edge run --model {out} --image photo.jpg", err=True)
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, float | None], None]]:
+    """One line on stderr for each stage as it begins; its share is drawn below while stderr is a terminal."""
+    from llava_edge.cli.terminal import status_line
+
+    start, last = time.monotonic(), ""
+    with status_line("") as status:
+
+        def progress(stage: str, share: float | None) -> None:
+            nonlocal last
+            if stage != last:
+                status(None)
+                click.echo(f"{time.monotonic() - start:6.1f} s  {stage}", err=True)
+                last = stage
+            if share is not None:
+                status.step(f"          {stage}", share)
+
+        yield progress
+
+
+def _show(rows: list[ParityRow]) -> None:
+    """The parity table, worst stage last."""
+    if not rows:
+        return
+    click.echo(f"{'stage':<16}{'max abs':>11}{'relative':>11}  {'limit':<20}", err=True)
+    for row in rows:
+        sign = ">=" if row.measure == "cosine" else "<="
+        judged = f"{row.measure} {row.value:.6g} {sign} {row.limit:g}"
+        verdict = "" if row.passed else "  FAILED"
+        click.echo(f"{row.stage:<16}{row.max_abs:>11.3g}{row.relative:>11.3g}  {judged}{verdict}", err=True)

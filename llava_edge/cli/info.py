@@ -1,0 +1,112 @@
+"""`llava-edge info`: what a bundle, a GGUF file or a checkpoint folder holds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llava_edge.bundle import MANIFEST, Bundle, Manifest
+from llava_edge.errors import DataError
+from llava_edge.store import DEFAULT_MODEL, resolve
+
+
+@click.command()
+@click.argument("thing", default=DEFAULT_MODEL, metavar="[BUNDLE|FILE.gguf|CHECKPOINT]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(thing: str, as_json: bool) -> None:
+    """Show what a bundle (folder or model name), a GGUF file or a checkpoint folder holds."""
+    path = resolve(thing)
+    if path.is_file():
+        facts = _gguf_facts(path)
+    elif (path / MANIFEST).exists():
+        manifest = Bundle.open(path).manifest
+        if not as_json:
+            _print_bundle(path, manifest)
+            return
+        facts = asdict(manifest)
+    elif (path / "config.json").exists():
+        facts = _checkpoint_facts(path)
+    else:
+        raise DataError(f"{path} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json).")
+    click.echo(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(_lines(facts)))
+
+
+def _print_bundle(path: Path, manifest: Manifest) -> None:
+    vision, language, pixels = manifest.vision, manifest.language, manifest.preprocessing
+    total = sum(entry.size for entry in manifest.files.values())
+    rows = {
+        "model": f"{manifest.name} ({manifest.family}), made by {manifest.created_by}",
+        "folder": str(path),
+        "identity": manifest.identity,
+        "images": f"{pixels.image_size} x {pixels.image_size}, made square by {pixels.square}",
+        "vision": f"CLIP layer {vision.hidden_layer}, {vision.feature}, {vision.image_tokens} tokens of {vision.width}"
+        f" (pooled {vision.image_pool} x {vision.image_pool}), {vision.precision}",
+        "projector": f"{manifest.projector.type}, {manifest.projector.precision}",
+        "language": f"{language.hidden_size} wide, {language.vocab_size} tokens, {language.quantization}",
+        "context": f"{language.context_length} positions",
+        "template": manifest.template,
+        "size": f"{total:,} bytes",
+    }
+    click.echo("\n".join(_lines(rows)))
+    click.echo("\nfiles")
+    for name, entry in manifest.files.items():
+        click.echo(f"  {name:18} {entry.size:>14,} bytes  sha256 {entry.sha256}")
+    click.echo("\nparity with PyTorch" + ("" if manifest.parity else ": not measured"))
+    for row in manifest.parity:
+        verdict = "ok" if row.passed else "FAILED"
+        click.echo(
+            f"  {row.stage:18} {row.measure:9} {row.value:<12.6g} limit {row.limit:<10.6g} "
+            f"max abs {row.max_abs:<10.3g} relative {row.relative:<10.3g} {verdict}"
+        )
+    click.echo("\nprovenance")
+    for part in manifest.provenance:
+        click.echo(f"  {part.part:18} {part.source} ({part.licence})")
+
+
+def _gguf_facts(path: Path) -> dict[str, Any]:
+    from llava_edge import gguf
+
+    file = gguf.read(path)
+    shown = {key: _short(value) for key, value in file.metadata.items()}
+    kinds = Counter(tensor.kind for tensor in file.tensors.values())
+    return {
+        "file": str(path),
+        "size": path.stat().st_size,
+        "tensors": len(file.tensors),
+        "tensor types": dict(kinds),
+        "metadata": shown,
+    }
+
+
+def _short(value: object) -> object:
+    from llava_edge.gguf import Array
+
+    if isinstance(value, Array):
+        return f"array of {value.count}"
+    if isinstance(value, str) and len(value) > 80:
+        return value[:77] + "..."
+    return value
+
+
+def _checkpoint_facts(path: Path) -> dict[str, Any]:
+    from llava_edge.models.config import load_config
+
+    config = load_config(path)
+    files = {item.name: item.stat().st_size for item in sorted(path.iterdir()) if item.is_file()}
+    return {"checkpoint": str(path), "image_tokens": config.image_tokens, **asdict(config), "files": files}
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    width = max((len(name) for name in facts), default=0)
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name:{width}}  {value}")
+    return lines

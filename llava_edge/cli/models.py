@@ -1,0 +1,64 @@
+"""`llava-edge models`: what is installed, and how to get more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from llava_edge import store
+from llava_edge.cli.terminal import status_line
+from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
+
+
+@click.group()
+def models() -> None:
+    """List models, or pull one."""
+
+
+@models.command("list")
+def list_models() -> None:
+    """Show known and installed models."""
+    for entry in store.entries():
+        size = ""
+        if entry.folder is not None:
+            size = f"{sum(path.stat().st_size for path in entry.folder.iterdir() if path.is_file()) / 1e6:.0f} MB"
+        state = "installed" if entry.folder else "not installed"
+        default = " (default)" if entry.name == store.DEFAULT_MODEL else ""
+        click.echo("  ".join(filter(None, (f"{entry.name}{default}", state, size, entry.about))))
+        if entry.folder is not None:
+            click.echo(f"    {entry.folder}")
+
+
+@models.command("pull")
+@click.argument("name", default=store.DEFAULT_MODEL, metavar="[NAME]")
+@click.option("--force", is_flag=True, help="Make it again even if it is installed.")
+def pull_model(name: str, force: bool) -> None:
+    """Download the parts of NAME and make its bundle; needs pip install 'llava-edge[export]'."""
+    installed = {entry.name: entry.folder for entry in store.entries()}
+    if name not in store.KNOWN_MODELS:
+        raise UsageError(f"There is no model {name!r} to pull; choose one of {', '.join(store.KNOWN_MODELS)}.")
+    if installed.get(name) and not force:
+        click.echo(f"{name} is already installed in {installed[name]}; --force makes it again.", err=True)
+        return
+    with status_line(f"Pulling {name}") as status:
+        folder = _pull(name, status.step)
+    click.echo(f"{name} is ready in {folder}. Try: llava-edge run --image photo.jpg", err=True)
+
+
+def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
+    target = store.models_folder() / name
+    try:
+        from llava_edge.export.pull import pull
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"Pulling a model needs {error.name}, which is not installed. Run: pip install 'llava-edge[export]'"
+        ) from error
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{target.parent} cannot be created ({error.strerror}); set LLAVA_EDGE_HOME to a folder of yours."
+        raise CannotCreateError(reason) from error
+    pull(name, target, progress)
+    return target

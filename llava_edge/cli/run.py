@@ -1,0 +1,91 @@
+"""`llava-edge run`: one question about any number of images; the answer is streamed to stdout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llava_edge.cli.arguments import generation_options, options_from, read_stdin
+from llava_edge.cli.terminal import show, status_line
+from llava_edge.errors import DataError, UsageError
+from llava_edge.options import DEFAULT_PROMPT
+
+if TYPE_CHECKING:
+    from llava_edge.api import Llava
+    from llava_edge.options import Options, Result
+    from llava_edge.runtimes.pipeline import Picture
+
+
+@click.command()
+@click.option("--image", "images", multiple=True, metavar="FILE", help="Image to look at; may be repeated; - is stdin.")
+@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="The question; - is stdin.")
+@generation_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the answer, timings and memory.")
+def run(images: tuple[str, ...], prompt: str, as_json: bool, model: str, **shared: Any) -> None:
+    """Answer a question about images.
+
+    \b
+    llava-edge run --image photo.jpg
+    llava-edge run --image a.jpg --image b.jpg --prompt "What is different?"
+    curl -s URL | llava-edge run --image - --prompt "What is this?" --json
+    """
+    options, engine = options_from(shared)
+    prompt = _prompt_text(prompt, images)
+    from llava_edge.api import Llava
+    from llava_edge.bundle import Bundle
+    from llava_edge.runtimes.devices import process_start
+    from llava_edge.runtimes.pipeline import prepare
+    from llava_edge.store import resolve
+
+    started = process_start()
+    # Images are read before the model is loaded: a wrong file name should not cost a wait.
+    spec = Bundle.open(resolve(model)).manifest.preprocessing
+    pictures = [prepare(_image_source(image), spec) for image in images]
+    with status_line("Loading the model") as status:
+        llava = Llava.load(model, engine, on_load=status)
+    with llava:
+        if shared["device"] == "auto" or shared["verbose"]:
+            click.echo(f"device: {llava.device}", err=True)
+        result = _answer(llava, prompt, pictures, options, started, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(asdict(result), ensure_ascii=False))
+
+
+def _answer(
+    llava: Llava, prompt: str, pictures: list[Picture], options: Options, started: float, quiet: bool
+) -> Result:
+    final = None
+    try:
+        with status_line("Looking at the image" if pictures else "Reading") as status:
+            status(None)
+            for chunk in llava.stream(prompt, pictures, options, started=started):
+                status.clear()
+                final = chunk.final
+                if not quiet:
+                    show(chunk.text)
+    finally:
+        if not quiet:
+            click.echo()
+    if final is None:
+        raise RuntimeError("the stream ended without a result")
+    return final
+
+
+def _prompt_text(prompt: str, images: tuple[str, ...]) -> str:
+    if [prompt, *images].count("-") > 1:
+        raise UsageError("Standard input can be read once, but '-' is given more than once.")
+    if prompt == "-":
+        try:
+            prompt = read_stdin().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"The prompt on standard input is not UTF-8: {error.reason}.") from error
+    if not prompt.strip():
+        raise UsageError("The prompt is empty; give a question with --prompt.")
+    return prompt
+
+
+def _image_source(name: str) -> str | bytes:
+    return read_stdin() if name == "-" else name

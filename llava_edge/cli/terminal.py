@@ -1,0 +1,59 @@
+"""Showing things in a terminal: a progress line that vanishes, and text that cannot steer the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+# Control characters but tab and newline: an answer must not move the cursor or change colours.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+_WIDTH = 24
+
+
+def show(text: str) -> None:
+    """Write a piece of an answer to stdout at once; without control characters if that is a terminal."""
+    click.echo(text.translate(_CONTROLS) if sys.stdout.isatty() else text, nl=False)
+
+
+@contextmanager
+def status_line(label: str) -> Iterator[Status]:
+    """A line on stderr that shows progress and vanishes at the end; nothing unless stderr is a terminal."""
+    status = Status(label)
+    try:
+        yield status
+    finally:
+        status.clear()
+
+
+class Status:
+    """Call it with a fraction (0 to 1) or None for an unknown one. Any thread may."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._live = sys.stderr.isatty()
+
+    def __call__(self, fraction: float | None) -> None:
+        """Draw the line anew."""
+        if not self._live:
+            return
+        bar = ""
+        if fraction is not None:
+            full = int(_WIDTH * min(max(fraction, 0.0), 1.0))
+            bar = f" [{'#' * full}{'-' * (_WIDTH - full)}] {fraction:4.0%}"
+        sys.stderr.write(f"\r\x1b[K{self._label}{bar}")
+        sys.stderr.flush()
+
+    def step(self, label: str, fraction: float | None) -> None:
+        """The same with another label, for work in several steps."""
+        self._label = label
+        self(fraction)
+
+    def clear(self) -> None:
+        """Wipe the line and show nothing more."""
+        if self._live:
+            self._live = False
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

@@ -1,0 +1,78 @@
+"""`llava-edge train`: both of LLaVA's stages, by a recipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llava_edge import store
+from llava_edge.cli.terminal import Status, status_line
+from llava_edge.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from llava_edge.models.train import Step
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder; go on here if a run was interrupted.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder for training data and cached features.")
+@click.option("--photos", type=click.Path(path_type=Path), help="Folder of training photos with labels.jsonl (smol).")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads to compute with.")
+def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None, threads: int | None) -> None:
+    """Train RECIPE (micro, smol or a TOML file); needs pip install 'llava-edge[train]'.
+
+    \b
+    llava-edge train micro --out runs/micro
+    llava-edge export runs/micro/model bundles/micro
+    """
+    try:
+        import torch
+
+        from llava_edge.models.recipe import load_recipe
+        from llava_edge.models.run import Folders, train_recipe
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"Training needs {error.name}, which is not installed. Run: pip install 'llava-edge[train]'"
+        ) from error
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = load_recipe(recipe)
+    run = out or store.home() / "runs" / chosen.name
+    data = data or store.home() / "data" / chosen.name
+    with status_line(f"Training {chosen.name}") as status:
+        report = _Reporter(status)
+        model = train_recipe(
+            chosen,
+            Folders(run, data, data / "features", photos),
+            talk=lambda line: click.echo(f"llava-edge: {line}", err=True),
+            encoding=lambda done, total: status.step(f"pictures {done}/{total}", done / total),
+            report=report,
+        )
+    click.echo(f"llava-edge: trained; log and plot are in {run}.", err=True)
+    click.echo(str(model))
+
+
+class _Reporter:
+    """Draws each step on a terminal; elsewhere writes a line every half minute."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+        self._smooth: float | None = None
+        self._last = 0.0
+
+    def __call__(self, step: Step) -> None:
+        self._smooth = step.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * step.loss
+        minutes, seconds = divmod(int(step.seconds_left), 60)
+        text = (
+            f"{step.stage} {step.step}/{step.steps}  loss {self._smooth:.4f}  "
+            f"{step.packs_per_s:.1f} pictures/s  {minutes}:{seconds:02d} left"
+        )
+        self._status.step(text, step.step / step.steps)
+        if not sys.stderr.isatty() and (time.monotonic() - self._last > 30 or step.step == step.steps):
+            self._last = time.monotonic()
+            click.echo(text, err=True)

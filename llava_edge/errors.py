@@ -1,0 +1,71 @@
+"""The errors a user can fix. Each is one sentence: what happened, what was expected, what to run.
+
+The command line prints the sentence and exits with `exit_code` (sysexits numbers where they fit).
+Anything else that is raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class LlavaEdgeError(Exception):
+    """Base of every error that is meant to be read by a person."""
+
+    exit_code = 70
+
+
+class UsageError(LlavaEdgeError):
+    """The request itself makes no sense: a bad option value or combination."""
+
+    exit_code = 2
+
+
+class DataError(LlavaEdgeError):
+    """A file or text was found but its content cannot be used."""
+
+    exit_code = 65
+
+
+class ImageError(DataError):
+    """An image cannot be decoded or is outside the accepted limits."""
+
+
+class BundleError(DataError):
+    """A bundle is damaged, incomplete, mixed or of another format version."""
+
+
+class CheckpointError(DataError):
+    """A checkpoint cannot be recognised or converted."""
+
+
+class ContextOverflowError(DataError):
+    """Prompt plus answer do not fit the context; the sentence carries the numbers."""
+
+
+class MissingError(LlavaEdgeError):
+    """A named file, folder or model does not exist."""
+
+    exit_code = 66
+
+
+class UnavailableError(LlavaEdgeError):
+    """A device, an extra package or a download is not available here."""
+
+    exit_code = 69
+
+
+class MemoryLimitError(LlavaEdgeError):
+    """The machine has too little memory for what was asked."""
+
+    exit_code = 71
+
+
+class CannotCreateError(LlavaEdgeError):
+    """An output cannot be created where it was asked for."""
+
+    exit_code = 73
+
+
+class StorageError(LlavaEdgeError):
+    """Reading or writing failed half way: disk full, I/O error."""
+
+    exit_code = 74

@@ -1,0 +1,304 @@
+"""A small reader for GGUF files, with every count bounded before it is believed.
+
+Used for projector weights, and to check language.gguf before llama.cpp's C code sees it: a count, size or offset
+that does not fit the file is refused here with a sentence. Writing GGUF is not its business, nor is dequantising.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge.errors import BundleError, MissingError
+
+MAGIC = b"GGUF"
+MAX_TENSORS = 65_536
+MAX_KEYS = 4_096
+MAX_KEY_BYTES = 256
+MAX_NAME_BYTES = 64  # GGML_MAX_NAME
+MAX_TEXT_BYTES = 1 << 20
+MAX_ITEMS = 1 << 21  # of one array; the largest vocabularies have about 2^18 tokens
+MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
+
+# Metadata value types: id -> struct format. 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+# Tensor types of ggml.h that a LLaMA export may hold: id -> (name, values in a block, bytes in a block).
+TENSOR_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    20: ("IQ4_NL", 32, 18),
+    23: ("IQ4_XS", 256, 136),
+    30: ("BF16", 1, 2),
+}
+
+_LANGUAGE_TENSOR = re.compile(
+    r"token_embd\.weight|output(_norm)?\.weight|rope_freqs\.weight"
+    r"|blk\.(\d{1,3})\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down))\.weight"
+)
+
+
+@dataclass(frozen=True)
+class Array:
+    """A metadata array that was measured, not read: type id of its items, and their count."""
+
+    kind: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies. `shape` is in numpy order (slowest first); `offset` counts from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """Header of a GGUF file, fully checked against the size of the file."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`, or an empty text."""
+        return str(self.metadata.get("general.architecture", ""))
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """A mapped F32 or F16 tensor. Raises `BundleError` if it is missing or of another type."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise BundleError(f"{self.path} has no tensor {name!r}.")
+        if tensor.kind not in ("F32", "F16"):
+            raise BundleError(f"Tensor {name!r} of {self.path} is {tensor.kind}; F32 or F16 was expected.")
+        kind = np.dtype("<f4" if tensor.kind == "F32" else "<f2")
+        return np.memmap(self.path, kind, mode="r", offset=tensor.offset, shape=tensor.shape)
+
+    def number(self, key: str, low: int, high: int) -> int:
+        """A whole number of the metadata within bounds. Raises `BundleError`."""
+        value = self.metadata.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise BundleError(f"{self.path} has {key} = {value!r}; a whole number from {low} to {high} was expected.")
+        return value
+
+
+def read(path: Path) -> Gguf:
+    """Read and check the header. Raises `MissingError`, or `BundleError` with what does not fit; reads no weights."""
+    try:
+        with path.open("rb") as file:
+            _check_magic(path, file.read(8))
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Header(path, data).read()
+    except FileNotFoundError as error:
+        raise MissingError(f"{path} does not exist.") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def check_language(file: Gguf) -> None:
+    """Refuse a language model that this runtime does not export. Raises `BundleError`.
+
+    llama.cpp trusts much of what these checks cover: sizes of zero, too many blocks, tokenizer arrays of another type.
+    """
+    if file.architecture != "llama":
+        raise BundleError(f"{file.path} holds the architecture {file.architecture!r}; only 'llama' is supported.")
+    blocks = file.number("llama.block_count", 1, MAX_BLOCKS)
+    width = file.number("llama.embedding_length", 1, 1 << 17)
+    heads = file.number("llama.attention.head_count", 1, 1024)
+    kv_heads = file.number("llama.attention.head_count_kv", 1, heads) if _has(file, "head_count_kv") else heads
+    file.number("llama.context_length", 1, 1 << 24)
+    file.number("llama.feed_forward_length", 1, 1 << 20)
+    if width % heads or heads % kv_heads:
+        raise BundleError(f"{file.path} has {heads} heads and {kv_heads} key/value heads in a width of {width}.")
+    for tensor in file.tensors.values():
+        known = _LANGUAGE_TENSOR.fullmatch(tensor.name)
+        if not known or (known[2] is not None and int(known[2]) >= blocks):
+            raise BundleError(f"{file.path} has a tensor that a LLaMA of {blocks} blocks has not: {tensor.name!r}.")
+    _check_vocabulary(file, width)
+
+
+def _has(file: Gguf, key: str) -> bool:
+    return f"llama.attention.{key}" in file.metadata
+
+
+def _check_vocabulary(file: Gguf, width: int) -> None:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != width:
+        raise BundleError(f"{file.path} has no token_embd.weight of width {width}.")
+    count = embedding.shape[0]
+    # 8: text, 6: float32, 5: int32; as llama.cpp reads them without asking.
+    for key, kinds in (("tokens", (_STRING,)), ("scores", (6,)), ("token_type", (5,)), ("merges", (_STRING,))):
+        value = file.metadata.get(f"tokenizer.ggml.{key}")
+        if value is None and (key != "tokens" or file.metadata.get("tokenizer.ggml.model") == "none"):
+            continue
+        if not isinstance(value, Array) or value.kind not in kinds or (key != "merges" and value.count != count):
+            raise BundleError(f"{file.path} has a tokenizer.ggml.{key} that does not match its {count} embeddings.")
+    for key in ("bos", "eos", "unknown", "padding", "eot"):
+        if f"tokenizer.ggml.{key}_token_id" in file.metadata:
+            file.number(f"tokenizer.ggml.{key}_token_id", 0, count - 1)
+
+
+def _check_magic(path: Path, head: bytes) -> None:
+    if head[:4] != MAGIC:
+        hint = ""
+        if head.startswith(b"version "):
+            hint = " It looks like a Git LFS pointer: the file itself was not downloaded."
+        elif head.lstrip()[:1] == b"<":
+            hint = " It looks like a web page: the download failed."
+        elif head[:4] == b"GGML"[::-1] or head[:4] in (b"tjgg", b"fmgg", b"lmgg"):
+            hint = " It is of the older ggml format: convert it to GGUF first."
+        raise BundleError(f"{path} is not a GGUF file: it starts with {head[:4]!r}, {MAGIC!r} was expected.{hint}")
+    if len(head) < 8:
+        raise BundleError(f"{path} is truncated: it has only {len(head)} bytes.")
+
+
+class _Header:
+    """A cursor over the mapped file. Every read is checked against its end."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.at = 4
+        self.end = len(data)
+
+    def read(self) -> Gguf:
+        version = self.scalar("I")
+        if version not in (2, 3):
+            big = struct.unpack(">I", struct.pack("<I", version))[0]
+            hint = " (it is big-endian)" if big in (2, 3) else ""
+            raise self.bad(f"GGUF version {version} is not supported{hint}; 2 or 3 was expected")
+        tensor_count = self.count(MAX_TENSORS, "tensors")
+        key_count = self.count(MAX_KEYS, "metadata keys")
+        metadata: dict[str, Any] = {}
+        for _ in range(key_count):
+            key = self.text(MAX_KEY_BYTES, "a metadata key")
+            if not key or key in metadata:
+                raise self.bad(f"the metadata key {key!r} is empty or appears twice")
+            metadata[key] = self.value(self.scalar("I"))
+        infos = [self.tensor_info() for _ in range(tensor_count)]
+        return Gguf(self.path, metadata, self.place(infos, metadata.get("general.alignment", 32)))
+
+    def place(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: object) -> dict[str, Tensor]:
+        """Check that tensors lie inside the file and nowhere overlap."""
+        if not isinstance(alignment, int) or not 8 <= alignment <= 65_536 or alignment & (alignment - 1):
+            raise self.bad(f"general.alignment is {alignment!r}")
+        base = -(-self.at // alignment) * alignment
+        tensors: dict[str, Tensor] = {}
+        taken = 0
+        for name, shape, kind, offset in sorted(infos, key=lambda info: info[3]):
+            label, block, block_bytes = TENSOR_TYPES[kind]
+            if shape[-1] % block:
+                raise self.bad(f"tensor {name!r} has rows of {shape[-1]} values, not a multiple of {block} for {label}")
+            size = prod(shape) // block * block_bytes
+            if name in tensors or offset % alignment or offset < taken or base + offset + size > self.end:
+                raise self.bad(
+                    f"tensor {name!r} ({size} bytes at {offset}) appears twice, overlaps another or lies outside "
+                    "the file, which may be truncated"
+                )
+            tensors[name] = Tensor(name, shape, label, base + offset, size)
+            taken = offset + size
+        return tensors
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self.text(MAX_NAME_BYTES, "a tensor name")
+        dimensions = self.scalar("I")
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
+            raise self.bad(f"tensor {name!r} has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} were expected")
+        shape = tuple(self.scalar("Q") for _ in range(dimensions))[::-1]
+        kind = self.scalar("I")
+        offset = self.scalar("Q")
+        # A third of a byte (Q2_K) is the least a value takes.
+        if min(shape) < 1 or prod(shape) > 4 * self.end:
+            raise self.bad(f"tensor {name!r} has the shape {shape}, which does not fit the file")
+        if kind not in TENSOR_TYPES:
+            raise self.bad(f"tensor {name!r} is of type {kind}, which is not supported")
+        return name, shape, kind, offset
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text(MAX_TEXT_BYTES, "a metadata text")
+        if kind != _ARRAY:
+            raise self.bad(f"a metadata value is of type {kind}, which GGUF does not have")
+        return self.array()
+
+    def array(self) -> Array:
+        kind = self.scalar("I")
+        count = self.count(MAX_ITEMS, "items of an array")
+        if kind in _SCALARS:
+            self.skip(count * struct.calcsize("<" + _SCALARS[kind]))
+        elif kind == _STRING:
+            self.skip_texts(count)
+        else:
+            raise self.bad(f"an array holds items of type {kind}; numbers or texts were expected")
+        return Array(kind, count)
+
+    def skip_texts(self, count: int) -> None:
+        """Step over `count` texts. A vocabulary has about 10^5 of them, hence one tight loop."""
+        length = struct.Struct("<Q").unpack_from
+        data, at, end = self.data, self.at, self.end - 8
+        for _ in range(count):
+            if at > end:
+                raise self.bad("it ends inside its header, so it is truncated")
+            size = length(data, at)[0]
+            if size > MAX_TEXT_BYTES:
+                raise self.bad(f"a text in an array claims {size} bytes, at most {MAX_TEXT_BYTES} are accepted")
+            at += 8 + size
+        self.at = at
+        self.skip(0)
+
+    def text(self, limit: int, what: str) -> str:
+        size = self.count(limit, f"bytes of {what}")
+        start = self.at
+        self.skip(size)
+        try:
+            return self.data[start : self.at].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.bad(f"{what} is not UTF-8") from error
+
+    def count(self, limit: int, what: str) -> int:
+        number: int = self.scalar("Q")
+        if number > limit:
+            raise self.bad(f"it claims {number} {what}, at most {limit} are accepted")
+        return number
+
+    def scalar(self, form: str) -> Any:
+        start = self.at
+        self.skip(struct.calcsize("<" + form))
+        return struct.unpack_from("<" + form, self.data, start)[0]
+
+    def skip(self, size: int) -> None:
+        if self.at + size > self.end:
+            raise self.bad("it ends inside its header, so it is truncated")
+        self.at += size
+
+    def bad(self, reason: str) -> BundleError:
+        return BundleError(f"{self.path} is not a usable GGUF file: {reason}.")

@@ -1,0 +1,241 @@
+"""Any picture people have -> RGB -> the pixels CLIP gets. Used by the trainer, the exporter's checks and the runtime.
+
+`load_image` decodes and normalises what a picture *is* (orientation, transparency, depth, colour model);
+`preprocess` does what LLaVA does to it. Pictures come from strangers: only five parsers can ever run, sizes are
+checked before decoding, and a file that is cut off or damaged is refused rather than shown half grey.
+
+Knows nothing about models, engines or the network. Colour profiles (ICC) are ignored, as LLaVA ignores them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageFile, WebPImagePlugin  # noqa: F401 - without WebP, Pillow would import all its parsers
+
+from llava_edge.bundle import Preprocessing
+from llava_edge.errors import ImageError, LlavaEdgeError, MissingError
+from llava_edge.image_format import ACCEPTED, format_of, is_whole, what_it_is
+
+ImageInput = str | Path | bytes | Image.Image | np.ndarray[Any, Any]
+
+BACKGROUND = (255, 255, 255)  # shows through transparent pixels: most such pictures are drawn for a white page
+MAX_PIXELS = 1 << 26  # 67 megapixels; Pillow keeps 4 bytes a pixel, so 256 MiB
+MAX_SIDE = 1 << 14  # pixels; the work of `_pad` grows with its square, and no wider panorama comes from a phone
+MAX_BYTES = 1 << 28  # of an encoded file
+BAND_PIXELS = 1 << 22  # `_pad` widens this much of a picture at a time
+RESCALE = 0.00392156862745098  # 1/255 as CLIP's preprocessor_config.json has it
+
+_ORIENTATION = 0x0112  # EXIF tag; the table says how to bring each value upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(source: ImageInput, name: str = "") -> Image.Image:
+    """Decode to RGB, uint8, upright, first frame; the result is new and carries no metadata.
+
+    Args:
+        source: a path, an encoded file as bytes, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        name: what messages call the picture; a path is its own name.
+
+    EXIF orientation is applied (LLaVA's own code does not). Transparency lies on `BACKGROUND`. 16-bit grey is
+    divided by 257 and rounded; 16-bit colour keeps its high byte, which is all Pillow delivers.
+    Only PNG has checksums: bytes that were changed, or replaced by zeros, can pass unseen in the other formats.
+
+    Raises `MissingError` if there are no bytes to read, `ImageError` if they are not an acceptable picture.
+    """
+    if isinstance(source, str | Path):
+        name = name or _printable(source)
+        source = _read(source, name)
+    elif isinstance(source, ImageFile.ImageFile) and source.filename:
+        name = name or _printable(os.fsdecode(source.filename))
+    name = name or "The picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on metadata are no news to the person
+            image = _open(source, name)
+            _check_size(image.size, name)
+            image.load()
+            return _to_rgb(_upright(image), name)
+    except (LlavaEdgeError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has more than {MAX_PIXELS:,} pixels, the limit; make it smaller first.") from error
+    except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, KeyError, ... on bad data
+        raise ImageError(f"{name} is damaged or cut off and cannot be decoded; get the file again.") from error
+
+
+def preprocess(image: Image.Image, spec: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What CLIP gets: float32, (3, S, S), C-contiguous, (x/255 - mean) / std.
+
+    `image` is what `load_image` returns. Bit-equal to transformers' CLIPImageProcessor (the Pillow one), after LLaVA's
+    padding if `spec.square` is "pad". Raises `ImageError` for other modes than RGB.
+    """
+    pixels = np.asarray(square_and_resize(image, spec.image_size, spec.mean, spec.square))
+    scaled = (pixels.astype(np.float64) * RESCALE).astype(np.float32)  # the processor rounds here, so do we
+    normalised = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+
+def square_and_resize(
+    image: Image.Image, size: int, mean: tuple[float, float, float], square: Literal["pad", "crop"]
+) -> Image.Image:
+    """The uint8 half of `preprocess`: an RGB image of `size` x `size`, by Pillow's antialiased bicubic filter."""
+    if image.mode != "RGB":
+        raise ImageError(f"Preprocessing takes an RGB picture as load_image returns it, not one of mode {image.mode}.")
+    return _pad(image, size, mean) if square == "pad" else _crop(image, size)
+
+
+def _pad(image: Image.Image, size: int, mean: tuple[float, float, float]) -> Image.Image:
+    """Centre on a square of the mean colour (llava/mm_utils.py, expand2square), then resize; the same to the bit.
+
+    The square itself is never allocated: for a strip of 1 x 16,384 it would take 1 GiB. Pillow resizes rows first
+    and columns second, rounding to uint8 between, so rows can be padded and resized band by band.
+    """
+    width, height = image.size
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    colour = (int(255 * mean[0]), int(255 * mean[1]), int(255 * mean[2]))  # truncated, as there
+    narrow = Image.new("RGB", (size, side), colour)
+    rows = max(1, BAND_PIXELS // side)
+    for y in range(0, height, rows):
+        band = Image.new("RGB", (side, min(rows, height - y)), colour)
+        band.paste(image.crop((0, y, width, y + band.height)), (left, 0))
+        narrow.paste(band.resize((size, band.height), Image.Resampling.BICUBIC), (0, top + y))
+    return narrow.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the short side to `size`, then cut out the centre (CLIPImageProcessor)."""
+    width, height = image.size
+    long = int(size * max(width, height) / min(width, height))
+    if size * long > MAX_PIXELS:
+        raise ImageError(f"A picture of {width} x {height} pixels is too thin for this model; cut out a part of it.")
+    wide, tall = (size, long) if width <= height else (long, size)
+    left, top = (wide - size) // 2, (tall - size) // 2
+    return image.resize((wide, tall), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def _printable(path: str | Path) -> str:
+    """A file's name on one line, whatever characters it has and however many."""
+    text = str(path)
+    text = text if text.isprintable() and text else repr(text)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _read(path: str | Path, name: str) -> bytes:
+    """All bytes of a regular file. Never opens a pipe or device, which could block for ever."""
+    try:
+        info = Path(path).stat()
+        if not stat.S_ISREG(info.st_mode):
+            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe or device"
+            raise MissingError(f"{name} is {kind}, not a picture file.")
+        _check_bytes(info.st_size, name)
+        with Path(path).open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if str(path).startswith(("http:", "https:")):
+            raise MissingError(f"{name} is a web address, not a file; download the picture first.") from error
+        raise MissingError(f"{name} does not exist; the path of a picture was expected.") from error
+    except OSError as error:
+        raise MissingError(f"{name} cannot be read: {error.strerror}.") from error
+    except ValueError as error:  # a NUL or half a surrogate pair in it
+        raise MissingError(f"{name} cannot be the name of a file.") from error
+
+
+def _open(source: ImageInput, name: str) -> Image.Image:
+    """A Pillow image whose pixels may not be decoded yet."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
+            raise ImageError(
+                f"{name} is an array of {source.dtype} with shape {source.shape}; "
+                "uint8 of shape (H, W), (H, W, 3) or (H, W, 4) was expected."
+            )
+        _check_size((source.shape[1], source.shape[0]), name)
+        return Image.fromarray(np.ascontiguousarray(source))
+    if not isinstance(source, bytes):
+        raise ImageError(f"{name} is a Python {type(source).__name__}; a path, bytes, image or array was expected.")
+    _check_bytes(len(source), name)
+    kind = format_of(source)
+    if kind is None:
+        raise ImageError(f"{name} {what_it_is(source)}; llava-edge reads {ACCEPTED}.")
+    if not is_whole(source, kind):
+        raise ValueError(f"{kind} without its end marker or with a wrong checksum")
+    image = Image.open(io.BytesIO(source), formats=[kind])
+    if kind == "PNG":
+        _scale_colour_key(image, bits=source[24])
+    return image
+
+
+def _scale_colour_key(image: Image.Image, bits: int) -> None:
+    """Bring a PNG's transparent colour to the 8 bits Pillow gives the pixels; Pillow leaves it as stored."""
+    key = image.info.get("transparency")
+    highest = (1 << bits) - 1
+    if image.mode == "L" and isinstance(key, int):
+        image.info["transparency"] = (key & highest) * 255 // highest
+    elif image.mode == "RGB" and isinstance(key, tuple):
+        image.info["transparency"] = tuple((value & highest) >> (bits - 8) for value in key)
+
+
+def _check_bytes(count: int, name: str) -> None:
+    if count > MAX_BYTES:
+        raise ImageError(f"{name} has {count:,} bytes; the limit is {MAX_BYTES:,}, so make the picture smaller first.")
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise ImageError(f"{name} has no pixels: it is {width} x {height}.")
+    if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise ImageError(
+            f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS:,} in all and {MAX_SIDE:,} a side, "
+            "so make it smaller first."
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. Unreadable EXIF counts as none, as in every viewer."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - as many kinds as there are ways to damage EXIF
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = _from_16_bit(image)
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{name} has mode {image.mode}, whose values have no fixed range; convert it to 8 bits first.")
+    if image.has_transparency_data:
+        layer = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+        rgb = Image.new("RGB", image.size, BACKGROUND)
+        rgb.paste(layer, mask=layer)
+    else:
+        rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey -> L, or LA where the PNG names a transparent value. Pillow's own conversion clips at 255."""
+    values = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((values * 255 + 32_895) >> 16).astype(np.uint8))  # = round(value / 257)
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey

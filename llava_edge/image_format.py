@@ -1,0 +1,104 @@
+"""What the bytes of a picture file are: one of the five formats that are read, or something a person should be told.
+
+Looks at content only, never at file names, and decodes nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+ACCEPTED = "JPEG, PNG, WebP, GIF and BMP"
+
+_MAGICS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"BM": "BMP"}
+
+# (offset, first bytes, what it is): only to tell a person what they have. The first match counts.
+_OTHER_KINDS = (
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the picture itself (run 'git lfs pull' to get it)"),
+    (0, b"\x89PNG", "a PNG picture that a transfer in text mode has damaged"),
+    (4, b"ftypavi", "an AVIF picture"),
+    (4, b"ftyphe", "a HEIC picture"),
+    (4, b"ftypmif1", "a HEIC picture"),
+    (4, b"ftypmsf1", "a HEIC picture"),
+    (4, b"ftypcrx", "a camera raw picture"),
+    (4, b"ftyp", "an MP4 or QuickTime video"),
+    (0, b"II*\0", "a TIFF or camera raw picture"),
+    (0, b"MM\0*", "a TIFF or camera raw picture"),
+    (0, b"II+\0", "a TIFF picture"),
+    (0, b"MM\0+", "a TIFF picture"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"%!PS", "a PostScript file"),
+    (0, b"\xc5\xd0\xd3\xc6", "a PostScript file"),
+    (0, b"8BPS", "a Photoshop file"),
+    (0, b"gimp xcf", "a GIMP file"),
+    (0, b"\0\0\0\x0cjP  ", "a JPEG 2000 picture"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 picture"),
+    (0, b"\xff\x0a", "a JPEG XL picture"),
+    (0, b"\0\0\0\x0cJXL ", "a JPEG XL picture"),
+    (0, b"\0\0\1\0", "an icon file"),
+    (0, b"SIMPLE  =", "a FITS picture"),
+    (0, b"qoif", "a QOI picture"),
+    (0, b"DDS ", "a DDS texture"),
+    (0, b"v/1\1", "an OpenEXR picture"),
+    (128, b"DICM", "a DICOM picture"),
+    (0, b"P5\n", "a PGM picture"),
+    (0, b"P6\n", "a PPM picture"),
+    (8, b"AVI ", "an AVI video"),
+    (0, b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
+    (0, b"\0\0\1\xba", "an MPEG video"),
+    (0, b"PK\x03\x04", "a ZIP archive (or an office document)"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"7z\xbc\xaf", "a 7-Zip archive"),
+    (0, b"Rar!", "a RAR archive"),
+    (0, b"GGUF", "a GGUF model"),
+    (0, b"data:", "a data: URL as text"),
+)
+
+
+def format_of(data: bytes) -> str | None:
+    """Pillow's name of the one parser that may read this, by content; file names are not looked at."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return next((kind for magic, kind in _MAGICS.items() if data.startswith(magic)), None)
+
+
+def what_it_is(data: bytes) -> str:
+    """The verb phrase of a refusal: "is a PDF document", "is empty", ..."""
+    if not data.strip(b"\0"):
+        return f"holds nothing but {len(data)} zero bytes" if data else "is empty"
+    for offset, magic, what in _OTHER_KINDS:
+        if data.startswith(magic, offset):
+            return f"is {what}"
+    text = data[:4096].decode("utf-8-sig", "ignore").lstrip().lower()
+    if text.startswith("<") and "<svg" in text:
+        return "is an SVG drawing"
+    if text.startswith(("<!doctype html", "<html")):
+        return "is a web page, perhaps an error page that was saved instead of the picture"
+    return "is not a picture"
+
+
+def is_whole(data: bytes, kind: str) -> bool:
+    """False if a file is surely cut off or damaged in a way Pillow would not notice; True promises nothing."""
+    if kind == "JPEG":
+        return _is_whole_jpeg(data)
+    return kind != "PNG" or _is_whole_png(data)
+
+
+def _is_whole_jpeg(data: bytes) -> bool:
+    """Whether the scan is closed by an end marker; without one, Pillow may show what is missing as grey."""
+    at = 2
+    while at + 4 <= len(data) and data[at + 1] != 0xDA:  # up to the start of scan: a thumbnail has markers of its own
+        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data.find(b"\xff\xd9", at) >= 0
+
+
+def _is_whole_png(data: bytes) -> bool:
+    """Whether every critical chunk fits its checksum, up to the last one; Pillow does not check those of the pixels."""
+    at, view = 8, memoryview(data)
+    while at + 12 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if kind[:1].isupper() and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        if kind == b"IEND":
+            return True
+        at = end + 4
+    return False

@@ -1,0 +1,155 @@
+"""What goes into a generation and what comes out: plain frozen records, shared by API, command line and chat.
+
+Knows nothing about engines, bundles or images.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from llava_edge.errors import UsageError
+
+Device = Literal["auto", "cpu", "metal", "cuda"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+DEFAULT_PROMPT = "Describe this image in one sentence."
+
+DEVICES: tuple[Device, ...] = ("auto", "cpu", "metal", "cuda")
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an answer is sampled. The default is greedy: always the most likely token.
+
+    max_tokens: longest answer in tokens; the end of the context may end it earlier.
+    temperature: 0 is greedy; otherwise logits are divided by it before drawing.
+    top_p, top_k, min_p: keep the smallest set of tokens with this total probability / this many tokens (0 = all) /
+        tokens at least this likely relative to the best one. They matter only when temperature > 0.
+    seed: of the random draw; the same seed gives the same answer on the same machine.
+    stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
+    Raises `UsageError` naming the field when a value is out of range.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _whole("max_tokens", self.max_tokens, 1, 1 << 20)
+        _real("temperature", self.temperature, 0.0, 100.0)
+        _real("top_p", self.top_p, 0.0, 1.0)
+        _whole("top_k", self.top_k, 0, 1 << 24)
+        _real("min_p", self.min_p, 0.0, 1.0)
+        _whole("seed", self.seed, 0, (1 << 32) - 1)
+        if self.top_p == 0:
+            raise UsageError("top_p is 0, which allows no token; a number above 0 and up to 1 was expected.")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
+            raise UsageError("stop must be a tuple of texts.")
+        if len(self.stop) > MAX_STOPS:
+            raise UsageError(f"There are {len(self.stop)} stop texts; at most {MAX_STOPS} are allowed.")
+        for text in self.stop:
+            if not 1 <= len(text.encode("utf-8", "replace")) <= MAX_STOP_BYTES:
+                raise UsageError(f"A stop text must have 1 to {MAX_STOP_BYTES} bytes; {text[:20]!r} does not.")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engines are opened.
+
+    device: "auto" takes the best one that works.
+    threads: 0 means one for each physical core this process may use.
+    context: positions for prompt and answer together; 0 means what the model was trained for, at most 4096.
+    repack: let llama.cpp re-order 4-bit weights for this processor: faster, but a private copy of them in memory.
+    verbose: show the engines' own log on stderr.
+    """
+
+    device: Device = "auto"
+    threads: int = 0
+    context: int = 0
+    repack: bool = True
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise UsageError(f"Device {self.device!r} is not known; choose one of {', '.join(DEVICES)}.")
+        _whole("threads", self.threads, 0, 512)
+        _whole("context", self.context, 0, 1 << 20)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of wall time for each stage of one answer.
+
+    `ttft_ms` and `total_ms` count from the start of the process (command line) or of the call (library).
+    `decode_ms` is the time for all answer tokens after the first; the rate is over those.
+    """
+
+    load_ms: float
+    preprocess_ms: float
+    encode_ms: float
+    prefill_ms: float
+    ttft_ms: float
+    decode_ms: float
+    decode_tokens_per_s: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of this process. `private_bytes` leaves out mapped files; None where the system does not tell."""
+
+    peak_rss_bytes: int | None
+    private_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer. `prompt_tokens` counts every position of the prompt, `image_tokens` those of images."""
+
+    text: str
+    finish_reason: FinishReason
+    model: str
+    device: str
+    image_tokens: int
+    prompt_tokens: int
+    completion_tokens: int
+    cache: Literal["miss", "embedding", "kv"]
+    timings: Timings
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed answer.
+
+    token_count: answer tokens since the chunk before. The last chunk, and only that, has `finish_reason` and `final`.
+    """
+
+    text: str
+    token_count: int = 0
+    finish_reason: FinishReason | None = None
+    final: Result | None = None
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{name} is {_shown(value)}; a whole number from {low} to {high} was expected.")
+
+
+def _real(name: str, value: object, low: float, high: float) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not math.isfinite(float(str(value))) or not low <= float(str(value)) <= high:
+        raise UsageError(f"{name} is {_shown(value)}; a number from {low:g} to {high:g} was expected.")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,136 @@
+"""The loop behind `llava-edge chat`: lines in, streamed answers out. Knows nothing about engines or options.
+
+stdout gets the answers only, so that a session can be piped; prompts and remarks go to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llava_edge.errors import LlavaEdgeError
+
+if TYPE_CHECKING:
+    from llava_edge.api import Chat
+    from llava_edge.runtimes.pipeline import Picture
+
+HELP = """/image FILE   show an image with the next question
+/reset        forget the conversation and its images
+/save FILE    write the conversation as JSON
+/help         this list
+/quit         leave (Ctrl-D too); Ctrl-C stops an answer"""
+
+
+class Repl:
+    """Reads lines until /quit or the end of input. `show` writes a piece of an answer to stdout."""
+
+    def __init__(self, chat: Chat, show: Callable[[str], object]) -> None:
+        self._chat = chat
+        self._show = show
+        self._pending: list[Picture] = []
+        self._names: list[str] = []
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/help": lambda _: _remark(HELP),
+        }
+
+    def add(self, pictures: list[Picture], names: list[str]) -> None:
+        """Show these images with the next question."""
+        self._pending += pictures
+        self._names += names
+
+    def run(self) -> None:
+        """Until /quit or end of input. Ctrl-C while an answer is written stops it; at the prompt it leaves (130)."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - line editing and history for input()
+        while (line := _read_line()) is not None:
+            name, _, rest = line.strip().partition(" ")
+            if name in ("/quit", "/exit"):
+                return
+            if not name:
+                continue
+            try:
+                self._handle(name, rest.strip(), line.strip())
+            except LlavaEdgeError as error:
+                _remark(f"llava-edge: {error}")
+
+    def _handle(self, name: str, rest: str, line: str) -> None:
+        if name in self._commands:
+            self._commands[name](rest)
+        elif name.startswith("/") and "/" not in name[1:]:
+            _remark(f"There is no command {name}. /help lists them.")
+        else:
+            self._say(line)
+
+    def _say(self, text: str) -> None:
+        pictures, self._pending = self._pending, []
+        try:
+            with _newline_after(), contextlib.closing(self._chat.say(text, pictures)) as answer:
+                for chunk in answer:
+                    self._show(chunk.text)
+                    if chunk.finish_reason == "length":
+                        _remark("\n(cut off: the longest answer or the end of the context is reached)")
+        except KeyboardInterrupt:
+            _remark("(stopped)")
+        except LlavaEdgeError:
+            self._pending = pictures  # the question can be asked again
+            raise
+
+    def _image(self, name: str) -> None:
+        if not name:
+            _remark("/image needs a file name.")
+            return
+        self.add([self._chat.prepare(name.strip("'\""))], [name])
+        _remark(f"{name} will be shown with your next question.")
+
+    def _reset(self, _: str) -> None:
+        self._chat.reset()
+        self._pending, self._names = [], []
+        _remark("Forgotten.")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            _remark("/save needs a file name.")
+            return
+        turns = [{"role": turn.role, "text": turn.text, "images": turn.images} for turn in self._chat.messages]
+        content = json.dumps({"images": self._names, "messages": turns}, indent=2, ensure_ascii=False) + "\n"
+        try:
+            Path(name).write_text(content, "utf-8")
+        except OSError as error:
+            _remark(f"{name} cannot be written: {error.strerror}.")
+            return
+        _remark(f"Saved {len(turns)} messages to {name}.")
+
+
+def _read_line() -> str | None:
+    """One line, or None at the end of input. The prompt sign appears only in a terminal."""
+    if sys.stdin is None:
+        return None
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        try:
+            return input("> ")
+        except EOFError:
+            click.echo(err=True)
+            return None
+    return sys.stdin.readline() or None
+
+
+@contextmanager
+def _newline_after() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        click.echo()
+
+
+def _remark(text: str) -> None:
+    click.echo(text, err=True)

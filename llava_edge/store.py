@@ -1,0 +1,81 @@
+"""Where models live on this machine: a cache folder with one bundle folder for each pulled model.
+
+Knows nothing about engines or how a model is made.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_edge.bundle import MANIFEST
+from llava_edge.errors import MissingError
+
+DEFAULT_MODEL = "smol"
+
+KNOWN_MODELS = {
+    "smol": "CLIP ViT-B/16 and SmolLM2-135M, trained in this project",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A known or installed model. `folder` is None while it is not installed."""
+
+    name: str
+    about: str
+    folder: Path | None
+
+
+def home() -> Path:
+    """The cache folder: $LLAVA_EDGE_HOME, or llava-edge below $XDG_CACHE_HOME or ~/.cache. It may not exist yet."""
+    if named := os.environ.get("LLAVA_EDGE_HOME"):
+        return Path(named)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "llava-edge"
+    try:
+        return Path.home() / ".cache" / "llava-edge"
+    except RuntimeError as error:
+        raise MissingError("There is no home folder; set LLAVA_EDGE_HOME to a folder for models.") from error
+
+
+def models_folder() -> Path:
+    """Folder of pulled models."""
+    return home() / "models"
+
+
+def resolve(model: str | Path) -> Path:
+    """Folder of a model given by name or as a folder. A pulled model goes before a folder of the same name (`./NAME`).
+
+    Raises `MissingError` telling how to get it.
+    """
+    name = str(model)
+    if not isinstance(model, Path) and _is_name(name) and _is_installed(name):
+        return models_folder() / name
+    if Path(name).exists():
+        return Path(name)
+    if name in KNOWN_MODELS:
+        raise MissingError(f"Model {name!r} is not installed. Run 'llava-edge models pull {name}'.")
+    known = ", ".join(entry.name for entry in entries())
+    raise MissingError(f"{name!r} is neither a bundle folder nor a model name; known models: {known}.")
+
+
+def entries() -> list[Entry]:
+    """Known models, then others that are installed."""
+    try:
+        found = {path.name for path in models_folder().iterdir() if _is_installed(path.name)}
+    except OSError:
+        found = set()
+    names = [*KNOWN_MODELS, *sorted(found - set(KNOWN_MODELS))]
+    return [
+        Entry(name, KNOWN_MODELS.get(name, ""), models_folder() / name if name in found else None) for name in names
+    ]
+
+
+def _is_name(text: str) -> bool:
+    return bool(text) and text not in (".", "..") and not any(mark in text for mark in "/\\\0")
+
+
+def _is_installed(name: str) -> bool:
+    return (models_folder() / name / MANIFEST).is_file()

@@ -1,0 +1,122 @@
+"""CLIP's vision transformer in PyTorch, up to the hidden state that LLaVA reads.
+
+pixels (B, 3, S, S) float -> features (B, image_tokens, width). Knows nothing about files or language.
+Attribute names are Hugging Face's, so state dicts carry over under the prefix `vision_tower.vision_model.`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava_edge.models.config import LlavaConfig, VisionConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's activation, x * sigmoid(1.702 x); neither the erf nor the tanh GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Embeddings(nn.Module):
+    """Patch convolution without bias, class token in front, learned positions (row 0 is the class token's)."""
+
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(c.grid**2 + 1, c.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, grid*grid, D), row-major
+        cls = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, every projection with bias."""
+
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.heads = c.num_attention_heads
+        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.k_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.v_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = (
+            proj(x).view(b, t, self.heads, d // self.heads).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = F.scaled_dot_product_attention(q, k, v)  # scales by head_dim ** -0.5
+        return self.out_proj(out.transpose(1, 2).reshape(b, t, d))
+
+
+class MLP(nn.Module):
+    """fc1, quick-GELU, fc2."""
+
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.self_attn = Attention(c)
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """The blocks that are run; those behind the chosen layer are never built."""
+
+    def __init__(self, c: VisionConfig, blocks: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(c) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class VisionTower(nn.Module):
+    """CLIP up to the chosen layer, class token dropped by choice, neighbouring patches averaged by choice."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        c = config.vision
+        self.config = config
+        self.embeddings = Embeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # the name's typo is CLIP's
+        self.encoder = Encoder(c, config.blocks_run)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, image_tokens, D)."""
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        if self.config.feature == "patch":
+            x = x[:, 1:]
+        return pool_patches(x, self.config.vision.grid, self.config.image_pool)
+
+
+def pool_patches(x: Tensor, grid: int, pool: int) -> Tensor:
+    """(B, grid*grid, D) -> (B, (grid/pool)**2, D): mean over pool x pool neighbours, row-major."""
+    if pool == 1:
+        return x
+    b, _, d = x.shape
+    side = grid // pool
+    return x.view(b, side, pool, side, pool, d).mean(dim=(2, 4)).reshape(b, side * side, d)

@@ -1,0 +1,190 @@
+"""The numbers that describe a LLaVA, read from and written to Hugging Face `config.json`. No torch here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from llava_edge.errors import CheckpointError, MissingError
+
+_Part = TypeVar("_Part", "VisionConfig", "TextConfig")
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # preprocessor_config.json of openai/clip-vit-*
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision transformer; defaults are ViT-L/14 at 336 px."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A LLaMA; defaults are 7B."""
+
+    vocab_size: int = 32064
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """CLIP + projector + LLaMA, and the choices between them.
+
+    vision_feature_layer: index into CLIP's hidden states; 0 is the output of pre_layrnorm, -2 the last but one block.
+    feature: "patch" drops the class token (HF calls it "default"), "cls_patch" keeps it ("full").
+    projector_type: "linear" or "mlpNx_gelu" (N >= 1; GELU is the exact erf form).
+    square: what makes a picture square: "pad" with the mean colour (LLaVA-1.5) or "crop" the middle (v1).
+    image_pool: side of the square of neighbouring patches whose features are averaged; 1 keeps every patch.
+    template: name of the prompt layout in `llava_edge.prompt`.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    vision_feature_layer: int = -2
+    feature: Literal["patch", "cls_patch"] = "patch"
+    projector_type: str = "mlp2x_gelu"
+    square: Literal["pad", "crop"] = "pad"
+    image_pool: int = 1
+    template: str = "vicuna_v1"
+    image_token_index: int = 32000
+
+    @property
+    def blocks_run(self) -> int:
+        """How many CLIP blocks are needed for the chosen layer."""
+        layer, depth = self.vision_feature_layer, self.vision.num_hidden_layers
+        return layer if layer >= 0 else depth + 1 + layer
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions one picture takes in the language model."""
+        side = self.vision.grid // self.image_pool
+        return side * side + (self.feature == "cls_patch")
+
+    @property
+    def projector_layers(self) -> int:
+        """Number of Linear layers in the projector."""
+        if self.projector_type == "linear":
+            return 1
+        digits = self.projector_type.removeprefix("mlp").removesuffix("x_gelu")
+        if not digits.isdigit() or int(digits) < 1:
+            raise CheckpointError(
+                f"Projector type {self.projector_type!r} is not supported; expected linear or mlpNx_gelu."
+            )
+        return int(digits)
+
+
+def load_config(folder: Path) -> LlavaConfig:
+    """Read `config.json` of a Hugging Face LLaVA folder. Raises `MissingError` or `CheckpointError`."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MissingError(f"{folder} has no config.json; a LLaVA checkpoint folder was expected.")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    return from_hf(raw)
+
+
+def from_hf(raw: dict[str, Any]) -> LlavaConfig:
+    """Build from the dictionary in a Hugging Face `config.json`; omitted sizes are transformers' defaults."""
+    if not isinstance(raw.get("text_config"), dict) or not isinstance(raw.get("vision_config"), dict):
+        raise CheckpointError(
+            "config.json has no text_config and vision_config, so it is not a Hugging Face LLaVA; "
+            "expected the layout of llava-hf/llava-1.5-7b-hf."
+        )
+    text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
+    if text.get("model_type", "llama") != "llama":
+        raise CheckpointError(f"Language model {text['model_type']!r} is not supported; expected llama.")
+    rope = text.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # transformers 5
+        text["rope_theta"] = rope["rope_theta"]
+    if text.get("rope_scaling"):
+        raise CheckpointError("rope_scaling is set in text_config; scaled rotary embeddings are not supported.")
+    text.setdefault("num_key_value_heads", text.get("num_attention_heads", TextConfig.num_attention_heads))
+    text.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's default
+    text.setdefault("max_position_embeddings", 2048)  # LlamaConfig's default
+    text.setdefault("vocab_size", 32000)  # LlamaConfig's default
+    strategy = raw.get("vision_feature_select_strategy", "default")
+    if strategy not in ("default", "full"):
+        raise CheckpointError(f"vision_feature_select_strategy {strategy!r} is not known; expected default or full.")
+    extra = raw.get("llava_edge", {})
+    return LlavaConfig(
+        vision=_pick(VisionConfig, {**_CLIP_DEFAULTS, **vision}),
+        text=_pick(TextConfig, text),
+        vision_feature_layer=int(raw.get("vision_feature_layer", -2)),
+        feature="patch" if strategy == "default" else "cls_patch",
+        projector_type=extra.get("projector_type", "mlp2x_gelu"),
+        square=extra.get("square", "pad"),
+        image_pool=extra.get("image_pool", 1),
+        template=extra.get("template", "vicuna_v1"),
+        image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
+    )
+
+
+def to_hf(config: LlavaConfig) -> dict[str, Any]:
+    """The dictionary for `config.json`; what Hugging Face has no name for goes under "llava_edge"."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": config.image_token_index,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": "default" if config.feature == "patch" else "full",
+        "image_seq_length": config.image_tokens,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "text_config": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **asdict(config.text)},
+        "vision_config": {"model_type": "clip_vision_model", **asdict(config.vision)},
+        "llava_edge": {
+            "projector_type": config.projector_type,
+            "square": config.square,
+            "image_pool": config.image_pool,
+            "template": config.template,
+        },
+    }
+
+
+# transformers' CLIPVisionConfig defaults (ViT-B/32), which a config.json may omit.
+_CLIP_DEFAULTS = {
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+
+
+def _pick(kind: type[_Part], raw: dict[str, Any]) -> _Part:
+    return kind(**{field.name: raw[field.name] for field in fields(kind) if raw.get(field.name) is not None})

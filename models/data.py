@@ -1,0 +1,191 @@
+"""LLaVA conversation records -> padded batches for the trainer.
+
+record -> `Sample` (ids, labels by LLaVA's masking rule) -> `Pack` (samples that share a picture, so that the
+picture is evaluated once) -> `Batch` (tensors). Knows nothing about models or optimisers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llava_edge.errors import DataError, MissingError
+from llava_edge.prompt import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Message, encode_with_labels, render
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenized conversation. `image` is a path relative to the data folder, or None for text only."""
+
+    ids: tuple[int, ...]  # IMAGE_TOKEN_INDEX once where there is an image
+    labels: tuple[int, ...]
+    image: str | None
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Samples on one picture laid end to end behind their common beginning.
+
+    Each sample sees the beginning and itself, at the positions it would have alone, so the loss of a pack is
+    exactly the loss of its samples.
+    """
+
+    prefix: tuple[int, ...]  # up to and including the image slot; its labels are never trained
+    branches: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (ids, labels) of what follows
+    image: str | None
+
+    def length(self, image_tokens: int) -> int:
+        """Positions the pack takes."""
+        slots = self.prefix.count(IMAGE_TOKEN_INDEX)
+        return len(self.prefix) + slots * (image_tokens - 1) + sum(len(ids) for ids, _ in self.branches)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one micro-batch; T is the longest pack."""
+
+    tokens: Tensor  # (B, T) int64, 0 at image positions and padding
+    is_image: Tensor  # (B, T) bool
+    labels: Tensor  # (B, T) int64, the label of the *next* position's prediction, IGNORE_INDEX elsewhere
+    positions: Tensor  # (B, T) int64
+    mask: Tensor  # (B, 1, T, T) bool, True where attended
+    images: tuple[str, ...]  # in the order of the image stretches
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a LLaVA JSON array. Raises `MissingError` or `DataError`."""
+    if not path.is_file():
+        raise MissingError(f"{path} does not exist; a JSON array of LLaVA conversations was expected.")
+    try:
+        records = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path} should hold a JSON array of conversation records.")
+    return records
+
+
+def messages_of(record: Record) -> list[Message]:
+    """A record's turns; `<image>` is taken out of the text and put first (llava/train/train.py). A leading
+    answer is dropped, as LLaVA does. Raises `DataError` for more images than the record names."""
+    roles = {"human": "user", "gpt": "assistant"}
+    try:
+        turns = [(roles[turn["from"]], str(turn["value"])) for turn in record["conversations"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"Record {record.get('id')!r} has no conversations of human and gpt turns.") from error
+    if turns and turns[0][0] == "assistant":
+        turns = turns[1:]
+    slots = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
+    if slots != ("image" in record):
+        raise DataError(f"Record {record.get('id')!r} has {slots} {IMAGE_PLACEHOLDER} but {int('image' in record)} image.")
+    return [
+        Message(role, text.replace(IMAGE_PLACEHOLDER, "").strip(), text.count(IMAGE_PLACEHOLDER))  # type: ignore[arg-type]
+        for role, text in turns
+    ]
+
+
+def tokenize(record: Record, template: str, tokenizer: Tokenizer, max_length: int) -> Sample:
+    """One record -> ids and labels, cut to `max_length` tokens (the image counts as one here)."""
+
+    def encode_text(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    pieces = render(template, messages_of(record))
+    ids, labels = encode_with_labels(pieces, encode_text, lambda name: control_id(tokenizer, name))
+    return Sample(tuple(ids[:max_length]), tuple(labels[:max_length]), record.get("image"))
+
+
+def control_id(tokenizer: Tokenizer, name: str) -> int:
+    """Id of a control token; `DataError` if the vocabulary lacks it."""
+    found: int | None = tokenizer.token_to_id(name)
+    if found is None:
+        raise DataError(f"The tokenizer has no token {name!r}, which the prompt template needs.")
+    return found
+
+
+def pack(samples: Iterable[Sample], max_length: int) -> list[Pack]:
+    """Join neighbouring samples on the same picture while the pack stays within `max_length` tokens."""
+    packs: list[Pack] = []
+    room = 0
+    for sample in samples:
+        cut = sample.ids.index(IMAGE_TOKEN_INDEX) + 1 if sample.image else 0
+        prefix, branch = sample.ids[:cut], (sample.ids[cut:], sample.labels[cut:])
+        last = packs[-1] if packs else None
+        # An answer right behind the picture (stage 1) is predicted from the picture's last position: not shareable.
+        shares = bool(sample.image) and branch[1][0] == IGNORE_INDEX
+        if last and shares and last.image == sample.image and last.prefix == prefix and len(branch[0]) <= room:
+            packs[-1] = Pack(prefix, (*last.branches, branch), sample.image)
+            room -= len(branch[0])
+        else:
+            packs.append(Pack(prefix, (branch,), sample.image))
+            room = max_length - len(sample.ids)
+    return packs
+
+
+def collate(packs: Sequence[Pack], image_tokens: int) -> Batch:
+    """Lay packs out and pad on the right."""
+    longest = max(item.length(image_tokens) for item in packs)
+    shape = (len(packs), longest)
+    tokens, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORE_INDEX)
+    is_image = torch.zeros(shape, dtype=torch.bool)
+    segments = torch.full(shape, -1)  # 0 = common beginning, 1.. = samples, -1 = padding
+    for row, item in enumerate(packs):
+        at = 0
+        for token in item.prefix:
+            width = image_tokens if token == IMAGE_TOKEN_INDEX else 1
+            tokens[row, at : at + width] = max(token, 0)
+            is_image[row, at : at + width] = token == IMAGE_TOKEN_INDEX
+            at += width
+        start = at
+        positions[row, :start] = torch.arange(start)
+        segments[row, :start] = 0
+        for number, (ids, targets) in enumerate(item.branches, 1):
+            end = at + len(ids)
+            tokens[row, at:end] = torch.tensor(ids)
+            positions[row, at:end] = torch.arange(start, start + len(ids))
+            segments[row, at:end] = number
+            labels[row, at : end - 1] = torch.tensor(targets[1:])  # a position predicts the next one
+            if start and len(item.branches) == 1:
+                labels[row, start - 1] = targets[0]
+            at = end
+    seen, by = segments[:, None, :], segments[:, :, None]
+    mask = torch.ones(longest, longest, dtype=torch.bool).tril() & ((seen == 0) | (seen == by))
+    images = tuple(item.image for item in packs if item.image)
+    return Batch(tokens, is_image, labels, positions, mask[:, None], images)
+
+
+def modality_length_order(lengths: Sequence[int], batch: int, rng: random.Random) -> list[int]:
+    """LLaVA's `group_by_modality_length`: an order in which each batch has one modality and similar lengths.
+
+    `lengths` are negative for text-only items. Per modality: a random permutation, cut into batches, each
+    sorted by length. Full batches of both are shuffled; the two incomplete ones come last, together.
+    """
+    grouped: list[list[int]] = []
+    rest: list[int] = []
+    for text_only in (False, True):
+        indices = [i for i, length in enumerate(lengths) if (length < 0) == text_only]
+        rng.shuffle(indices)
+        window = batch * 8  # sorting within a few batches keeps lengths alike and the order random
+        for start in range(0, len(indices), window):
+            indices[start : start + window] = sorted(
+                indices[start : start + window], key=lambda i: abs(lengths[i]), reverse=True
+            )
+        full = len(indices) // batch * batch
+        grouped += [indices[start : start + batch] for start in range(0, full, batch)]
+        rest += indices[full:]
+    rng.shuffle(grouped)
+    return [i for group in grouped for i in group] + rest

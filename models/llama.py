@@ -1,0 +1,163 @@
+"""LLaMA in PyTorch: RMSNorm, rotary embedding, grouped-query attention, SwiGLU, tied or untied head.
+
+Works on embeddings, because LLaVA splices image features between them. Names are Hugging Face's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava_edge.models.config import TextConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the statistics in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Positions (B, T) -> cos and sin, each (B, 1, T, head_dim) float32, in the layout of "rotate half"."""
+    inverse = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angles = positions[:, None, :, None].float() * inverse
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to (B, heads, T, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+KeyValue = tuple[Tensor, Tensor]  # (B, kv heads, T, head_dim) each
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer needs to know about the positions it is evaluating."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None  # (B, 1, T, T) bool, True where attended; None = causal, or everything for one new position
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention without biases."""
+
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, at: Context, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        b, t, _ = x.shape
+        q = rotate(self.q_proj(x).view(b, t, self.heads, -1).transpose(1, 2), at.cos, at.sin)
+        k = rotate(self.k_proj(x).view(b, t, self.kv_heads, -1).transpose(1, 2), at.cos, at.sin)
+        v = self.v_proj(x).view(b, t, self.kv_heads, -1).transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        group = self.heads // self.kv_heads
+        out = F.scaled_dot_product_attention(
+            q.to(v.dtype),
+            k.repeat_interleave(group, dim=1).to(v.dtype),
+            v.repeat_interleave(group, dim=1),
+            attn_mask=at.mask,
+            is_causal=at.mask is None and past is None,
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(b, t, -1)), (k, v)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate) * up)."""
+
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, at: Context, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        attended, cache = self.self_attn(self.input_layernorm(x), at, past)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nn.Module):
+    """Embedding table, blocks, final norm."""
+
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """The language model. `hidden` gives normed hidden states; `logits` applies the (tied or own) head."""
+
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.model = Decoder(c)
+        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+
+    def hidden(
+        self,
+        embeds: Tensor,
+        past: list[KeyValue] | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """(B, T, D) embeddings -> (B, T, D) normed states and the key/value cache.
+
+        With `past`, one new position is evaluated after it. `positions` (B, T) and `mask` (B, 1, T, T) replace
+        the plain causal order; the trainer uses them to evaluate several conversations on one shared picture.
+        """
+        if past and embeds.shape[1] != 1:
+            raise ValueError("With a key/value cache, positions are evaluated one at a time.")
+        if positions is None:
+            start = past[0][0].shape[2] if past else 0
+            positions = torch.arange(start, start + embeds.shape[1])[None]
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        at = Context(cos.to(embeds.dtype), sin.to(embeds.dtype), mask)
+        x, caches = embeds, []
+        for i, layer in enumerate(self.model.layers):
+            x, cache = layer(x, at, past[i] if past else None)
+            caches.append(cache)
+        return self.model.norm(x), caches
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(.., D) -> (.., vocab)."""
+        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(states, head)

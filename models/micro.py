@@ -1,0 +1,145 @@
+"""The micro LLaVA: random parts, a byte-level vocabulary and drawings of one colour. Makes tests real in seconds.
+
+Every shape is small but exercises the whole chain: hidden size 256 so that llama.cpp's K-quants apply,
+grouped-query attention, an untied head, a class token to drop and a CLIP block behind the chosen layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
+
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 170, 50),
+    "blue": (30, 60, 220),
+    "yellow": (240, 220, 40),
+    "black": (15, 15, 15),
+    "white": (245, 245, 245),
+}
+QUESTION = "What colour is it?"
+CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = ("t h", "th e", "r e", "re d", "o u", "c o", "l ou")
+
+
+def byte_symbols() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 byte values, in byte order."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(other)) for byte in range(256)]
+
+
+def tokenizer_json() -> dict[str, Any]:
+    """Byte-level BPE with digits split one by one, the kind SmolLM2 has (llama.cpp's pre-tokenizer `smollm`)."""
+    tokens = [*CONTROLS, *byte_symbols(), *(merge.replace(" ", "") for merge in MERGES)]
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": name, **added} for i, name in enumerate(CONTROLS)],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
+        },
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in MERGES],
+        },
+    }
+
+
+VOCABULARY = len(CONTROLS) + 256 + len(MERGES)
+
+CONFIG = LlavaConfig(
+    vision=VisionConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    ),
+    text=TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    template="chatml",
+    image_token_index=VOCABULARY,
+)
+
+
+def random_tensors(config: LlavaConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint under classic Hugging Face names, drawn with numpy; norms near one."""
+    from llava_edge.models.shapes import tensor_shapes
+
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape in tensor_shapes(config).items():
+        draw = rng.standard_normal(shape, dtype=np.float32)
+        if "norm" in name.rsplit(".", 2)[-2]:
+            tensors[name] = (0.1 * draw + (1.0 if name.endswith("weight") else 0.0)).astype(np.float32)
+        else:
+            tensors[name] = draw * np.float32(0.6 * shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+    return tensors
+
+
+def write_checkpoint(
+    folder: Path, *, seed: int = 0, config: LlavaConfig = CONFIG, tensors: Mapping[str, np.ndarray] | None = None
+) -> Path:
+    """Write config.json, tokenizer.json and model.safetensors; random weights unless `tensors` are given."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_hf(config), indent=2), "utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(), ensure_ascii=False), "utf-8")
+    save_file(dict(tensors or random_tensors(config, seed)), folder / "model.safetensors")
+    return folder
+
+
+def draw(colour: str, rng: np.random.Generator, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """A noisy rectangle of one colour."""
+    noise = rng.integers(-12, 13, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8))
+
+
+def write_data(folder: Path, *, pictures: int, seed: int) -> None:
+    """Pictures with captions.json (stage 1) and questions.json (stage 2) in LLaVA's record form."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    captions, questions = [], []
+    for i in range(pictures):
+        colour = list(COLOURS)[i % len(COLOURS)]
+        draw(colour, rng).save(folder / f"{i:03d}.png")
+        captions.append(_record(i, "Describe it.", f"It is {colour}."))
+        questions += [_record(i, QUESTION, colour), _record(i, f"Is it {colour}?", "Yes")]
+    (folder / "captions.json").write_text(json.dumps(captions), "utf-8")
+    (folder / "questions.json").write_text(json.dumps(questions), "utf-8")
+
+
+def _record(number: int, question: str, answer: str) -> dict[str, Any]:
+    return {
+        "id": f"{number:03d}",
+        "image": f"{number:03d}.png",
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ],
+    }

@@ -1,0 +1,105 @@
+"""`llava-edge train RECIPE`: parts, data, features, both stages, results. See `train` for the training itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from llava_edge.errors import UsageError
+from llava_edge.models import micro, smol
+from llava_edge.models.config import LlavaConfig
+from llava_edge.models.features import FeatureCache
+from llava_edge.models.llava import Llava, from_state
+from llava_edge.models.lora import merge_lora
+from llava_edge.models.recipe import Recipe
+from llava_edge.models.shapes import projector_shapes
+from llava_edge.models.train import Report, StageData, Step, Trainer, load_stage, plot_losses
+
+Talk = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a run reads and writes. `photos` is needed by recipes on the `smol` parts only."""
+
+    run: Path
+    data: Path
+    features: Path
+    photos: Path | None = None
+
+
+def train_recipe(
+    recipe: Recipe,
+    folders: Folders,
+    *,
+    talk: Talk = lambda line: None,
+    encoding: Progress | None = None,
+    report: Report = lambda step: None,
+    stop_after: int | None = None,
+) -> Path:
+    """Train a recipe from its parts, or go on where an earlier run in `folders.run` stopped.
+
+    Returns the folder of the finished model (a Hugging Face LLaVA folder; for `smol` the delta as well).
+    """
+    torch.manual_seed(recipe.seed)
+    model, config = _untrained(recipe, folders, talk)
+    talk("preparing conversations")
+    _write_records(recipe, folders)
+    tokenizer = Tokenizer.from_file(str(folders.run / "base" / "tokenizer.json"))
+    stages = [load_stage(stage, folders.data, tokenizer, config.image_tokens, recipe.seed) for stage in recipe.stages]
+    features = FeatureCache(folders.features, config)
+    talk("encoding pictures (each once; kept for later runs)")
+    pictures = {folders.data / item.image for data in stages for item in data.packs if item.image}
+    features.ensure(model, sorted(pictures), progress=encoding)
+    Trainer(model, recipe, stages, features, folders.data, folders.run).train(report, stop_after)
+    if stop_after is None:
+        _write_results(recipe, folders, model, config)
+    return folders.run / "model"
+
+
+def _untrained(recipe: Recipe, folders: Folders, talk: Talk) -> tuple[Llava, LlavaConfig]:
+    """The model before training, its config and tokenizer written to run/base."""
+    base = folders.run / "base"
+    if recipe.parts == "micro":
+        tensors = micro.random_tensors(seed=recipe.seed)
+        micro.write_checkpoint(base, tensors=tensors)
+        return from_state(micro.CONFIG, tensors), micro.CONFIG
+    tensors = smol.base_checkpoint(base, folders.run.parent / "parts", talk)
+    rng = np.random.default_rng(recipe.seed)
+    for name, shape in projector_shapes(smol.CONFIG).items():
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.0
+        tensors[name] = (rng.standard_normal(shape, dtype=np.float32) * scale).astype(np.float32)
+    return from_state(smol.CONFIG, tensors), smol.CONFIG
+
+
+def _write_records(recipe: Recipe, folders: Folders) -> None:
+    if recipe.parts == "micro":
+        micro.write_data(folders.data, seed=recipe.seed, **recipe.data)
+        return
+    from llava_edge.models.conversations import write_records
+
+    if folders.photos is None:
+        raise UsageError("This recipe trains on photos: pass their folder with --photos.")
+    write_records(folders.data, folders.photos, seed=recipe.seed, **recipe.data)
+
+
+def _write_results(recipe: Recipe, folders: Folders, model: Llava, config: LlavaConfig) -> None:
+    plot_losses(folders.run / "log.jsonl", folders.run / "loss.png")
+    if recipe.parts == "smol":
+        smol.write_delta(model, folders.run / "delta.safetensors")
+    merge_lora(model)
+    tensors = {name: tensor.float().contiguous().numpy() for name, tensor in model.state_dict().items()}
+    target = folders.run / "model"
+    if recipe.parts == "micro":
+        micro.write_checkpoint(target, tensors=tensors)
+    else:
+        smol.write_folder(target, folders.run / "base", tensors)
+
+
+__all__ = ["Folders", "Step", "StageData", "train_recipe"]

@@ -1,0 +1,64 @@
+"""Names and shapes of a checkpoint's tensors, as Hugging Face's classic layout has them. No torch here."""
+
+from __future__ import annotations
+
+from llava_edge.models.config import LlavaConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def tensor_shapes(config: LlavaConfig) -> Shapes:
+    """Every tensor of a whole checkpoint: all CLIP blocks and post_layernorm too, used or not."""
+    return {**vision_shapes(config), **projector_shapes(config), **language_shapes(config)}
+
+
+def vision_shapes(config: LlavaConfig) -> Shapes:
+    """vision_tower.vision_model.*"""
+    v = config.vision
+    d, root = v.hidden_size, "vision_tower.vision_model."
+    shapes: Shapes = {
+        root + "embeddings.class_embedding": (d,),
+        root + "embeddings.patch_embedding.weight": (d, 3, v.patch_size, v.patch_size),
+        root + "embeddings.position_embedding.weight": (v.grid**2 + 1, d),
+    }
+    for norm in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"{root}{norm}.weight": (d,), f"{root}{norm}.bias": (d,)}
+    for n in range(v.num_hidden_layers):
+        block = f"{root}encoder.layers.{n}."
+        for linear in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= {f"{block}self_attn.{linear}.weight": (d, d), f"{block}self_attn.{linear}.bias": (d,)}
+        for norm in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{block}{norm}.weight": (d,), f"{block}{norm}.bias": (d,)}
+        wide = v.intermediate_size
+        shapes |= {f"{block}mlp.fc1.weight": (wide, d), f"{block}mlp.fc1.bias": (wide,)}
+        shapes |= {f"{block}mlp.fc2.weight": (d, wide), f"{block}mlp.fc2.bias": (d,)}
+    return shapes
+
+
+def projector_shapes(config: LlavaConfig) -> Shapes:
+    """multi_modal_projector.linear_N.*"""
+    hidden = config.text.hidden_size
+    shapes: Shapes = {}
+    for i in range(config.projector_layers):
+        root = f"multi_modal_projector.linear_{i + 1}."
+        width = hidden if i else config.vision.hidden_size
+        shapes |= {root + "weight": (hidden, width), root + "bias": (hidden,)}
+    return shapes
+
+
+def language_shapes(config: LlavaConfig) -> Shapes:
+    """language_model.*; no lm_head when it is tied."""
+    t = config.text
+    d, kv, root = t.hidden_size, t.num_key_value_heads * t.head_dim, "language_model.model."
+    shapes: Shapes = {root + "embed_tokens.weight": (t.vocab_size, d), root + "norm.weight": (d,)}
+    for n in range(t.num_hidden_layers):
+        block = f"{root}layers.{n}."
+        attention = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
+        shapes |= {f"{block}self_attn.{name}.weight": shape for name, shape in attention.items()}
+        wide = t.intermediate_size
+        mlp = {"gate_proj": (wide, d), "up_proj": (wide, d), "down_proj": (d, wide)}
+        shapes |= {f"{block}mlp.{name}.weight": shape for name, shape in mlp.items()}
+        shapes |= {f"{block}{norm}.weight": (d,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    if not t.tie_word_embeddings:
+        shapes["language_model.lm_head.weight"] = (t.vocab_size, d)
+    return shapes

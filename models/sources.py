@@ -1,0 +1,203 @@
+"""Where `smol`'s pictures come from: each source -> `Item`s (a picture and what is known about it).
+
+    photos     a folder with labels.jsonl: grocery, clothing and object photographs (see the model card for their origin)
+    easy-vqa   PyPI easy-vqa: 64 px drawings of one coloured shape, with questions and answers (MIT)
+    emoji      npm @iconify-json/{noto,fluent-emoji,twemoji}; names and groups from npm emojibase-data
+    tuxpaint   Debian tuxpaint-stamps-default: clip art with one sentence each
+
+Packages are fetched with pip, npm and apt's own clients and only unpacked. `twemoji`, easy-VQA's test split,
+the photos' `val` split and 15 % of the Tux Paint captions get split "val" and are never trained on.
+Knows nothing about questions; see `conversations.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from llava_edge.errors import MissingError, UnavailableError
+
+EASY_VQA = "easy-vqa==1.0"
+EMOJI_STYLES = {"noto": "1.2.9", "fluent-emoji": "1.2.7", "twemoji": "1.2.5"}
+HELD_OUT_STYLE = "twemoji"
+EMOJIBASE = "emojibase-data@17.0.0"
+TUXPAINT = "tuxpaint-stamps-default"
+SIDE = 224  # px of rendered vector pictures
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture. `image` is relative to the data folder; `qa` holds given questions with their answers."""
+
+    image: str
+    source: str
+    split: str  # "train" or "val"
+    label: str = ""
+    category: str = ""
+    text: str = ""
+    qa: tuple[tuple[str, str], ...] = ()
+
+
+def collect(folder: Path, photos: Path) -> list[Item]:
+    """Fetch, unpack and render everything into `folder`; returns all items. A second call reads items.jsonl."""
+    listing = folder / "items.jsonl"
+    if not listing.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        items = [*_photos(folder, photos), *_easy_vqa(folder), *_emoji(folder), *_tuxpaint(folder)]
+        partial = listing.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items), "utf-8")
+        partial.replace(listing)
+    return [_item(line) for line in listing.read_text("utf-8").splitlines()]
+
+
+def _item(line: str) -> Item:
+    raw = json.loads(line)
+    raw["qa"] = tuple((question, answer) for question, answer in raw["qa"])
+    return Item(**raw)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise UnavailableError(f"{command[0]} is needed to fetch training pictures and was not found.") from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UnavailableError(f"'{' '.join(command)}' failed: {reason}")
+
+
+def _photos(folder: Path, photos: Path) -> Iterator[Item]:
+    labels = photos / "labels.jsonl"
+    if not labels.is_file():
+        raise MissingError(f"{labels} does not exist; pass the folder of training photos with --photos.")
+    link = folder / "photos"
+    if not link.exists():
+        link.symlink_to(photos.resolve())
+    descriptions = json.loads((photos / "grocery_descriptions.json").read_text("utf-8"))
+    kinds = {"GroceryStoreDataset": "grocery", "clothing-dataset-small": "clothing", "imagenet-sample-images": "objects"}
+    for line in labels.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        text = descriptions.get(row["label"], "") if kinds[row["source"]] == "grocery" else ""
+        yield Item(f"photos/{row['image']}", kinds[row["source"]], row["split"], row["label"], row["category"], text)
+
+
+def _easy_vqa(folder: Path, train_pictures: int = 1200, val_pictures: int = 200) -> Iterator[Item]:
+    root = folder / "easy-vqa"
+    _run(["pip", "download", "--quiet", "--no-deps", EASY_VQA, "--dest", "."], root)
+    with zipfile.ZipFile(next(root.glob("easy_vqa-*.whl"))) as archive:
+        archive.extractall(root)
+    for split, name, count in (("train", "train", train_pictures), ("val", "test", val_pictures)):
+        data = root / "easy_vqa" / "data" / name
+        questions: dict[int, list[tuple[str, str]]] = {}
+        for question, answer, picture in json.loads((data / "questions.json").read_text("utf-8")):
+            questions.setdefault(picture, []).append((question, answer))
+        for picture in sorted(questions)[:count]:
+            path = (data / "images" / f"{picture}.png").relative_to(folder)
+            yield Item(str(path), "easy-vqa", split, qa=tuple(questions[picture]))
+
+
+def _emoji(folder: Path) -> Iterator[Item]:
+    root = folder / "emoji"
+    _run(["npm", "pack", "--silent", EMOJIBASE], root)
+    _untar(next(root.glob("emojibase-data-*.tgz")), root / "emojibase")
+    base = root / "emojibase" / "package"
+    groups: dict[str, str] = json.loads((base / "meta" / "groups.json").read_text("utf-8"))["groups"]
+    known = [
+        row
+        for row in json.loads((base / "en" / "data.json").read_text("utf-8"))
+        if groups.get(str(row.get("group"))) not in (None, "component")
+    ]
+    # People and flags come in hundreds of near copies; a third of each is enough.
+    thin = {"people-body", "flags"}
+    chosen = [row for i, row in enumerate(known) if groups[str(row["group"])] not in thin or i % 3 == 0]
+    for style, version in EMOJI_STYLES.items():
+        _run(["npm", "pack", "--silent", f"@iconify-json/{style}@{version}"], root)
+        _untar(next(root.glob(f"iconify-json-{style}-*.tgz")), root / style)
+        split = "val" if style == HELD_OUT_STYLE else "train"
+        # Every concept in one style, every second one in another; every fifth is enough to judge by.
+        for row in chosen[:: {"noto": 1, HELD_OUT_STYLE: 5}.get(style, 2)]:
+            path = _render_emoji(root / style, row)
+            if path:
+                group = groups[str(row["group"])].replace("-", " and ")
+                yield Item(str(path.relative_to(folder)), "emoji", split, row["label"], group, style)
+
+
+def _untar(path: Path, target: Path) -> None:
+    with tarfile.open(path) as archive:
+        archive.extractall(target, filter="data")
+
+
+def _render_emoji(style: Path, row: dict[str, str]) -> Path | None:
+    """Render one icon of an unpacked iconify set to PNG on white; None if the set lacks it."""
+    icons, chars = _icon_set(style)
+    slug = re.sub(r"[^a-z0-9]+", "-", row["label"].lower()).strip("-")
+    name = chars.get(row["hexcode"].lower(), slug)
+    if name not in icons["icons"]:
+        return None
+    icon = icons["icons"][name]
+    width, height = (icon.get(k, icons.get(k, 16)) for k in ("width", "height"))
+    body = icon["body"]
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{body}</svg>'
+    target = style / "png" / f"{name}.png"
+    target.parent.mkdir(exist_ok=True)
+    if not target.is_file():
+        _render(svg, target)
+    return target
+
+
+_ICONS: dict[Path, tuple[dict[str, dict[str, dict[str, str]]], dict[str, str]]] = {}
+
+
+def _icon_set(style: Path) -> tuple[dict[str, dict[str, dict[str, str]]], dict[str, str]]:
+    if style not in _ICONS:
+        package = style / "package"
+        loaded = [json.loads((package / name).read_text("utf-8")) for name in ("icons.json", "chars.json")]
+        _ICONS[style] = (loaded[0], loaded[1])
+    return _ICONS[style]
+
+
+def _render(svg: str, target: Path) -> None:
+    from io import BytesIO
+
+    import resvg_py
+
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
+    _flatten(Image.open(BytesIO(png)), target)
+
+
+def _flatten(image: Image.Image, target: Path) -> None:
+    """Put a picture with alpha on white and save it."""
+    rgba = image.convert("RGBA")
+    rgba.thumbnail((2 * SIDE, 2 * SIDE))
+    white = Image.new("RGBA", rgba.size, "white")
+    white.alpha_composite(rgba)
+    white.convert("RGB").save(target)
+
+
+def _tuxpaint(folder: Path) -> Iterator[Item]:
+    root = folder / "tuxpaint"
+    _run(["apt-get", "download", "--quiet", TUXPAINT], root)
+    _run(["dpkg-deb", "-x", next(root.glob("*.deb")).name, "."], root)
+    out = root / "png"
+    out.mkdir(exist_ok=True)
+    for caption_file in sorted((root / "usr/share/tuxpaint/stamps").rglob("*.txt")):
+        lines = caption_file.read_text("utf-8", errors="replace").splitlines()
+        picture = caption_file.with_suffix(".png")
+        caption = lines[0].strip() if lines else ""
+        if not picture.is_file() or not caption or "=" in caption:
+            continue
+        target = out / f"{hashlib.sha256(str(caption_file.relative_to(root)).encode()).hexdigest()[:16]}.png"
+        _flatten(Image.open(picture), target)
+        # Captions, not pictures, are held out: two pictures of one caption fall on the same side.
+        held_out = int(hashlib.sha256(caption.encode()).hexdigest(), 16) % 100 < 15
+        yield Item(str(target.relative_to(folder)), "tuxpaint", "val" if held_out else "train", text=caption)

@@ -1,0 +1,266 @@
+"""The trainer: LLaVA's two stages on cached CLIP features.
+
+    stage 1  the projector alone, on captions
+    stage 2  projector + language model, whole or through low-rank adapters, on conversations
+
+A run folder holds checkpoint.pt (resumes to the same losses), log.jsonl (one line a step), loss.png and, at
+the end, model/ (a Hugging Face LLaVA folder) and delta.safetensors. CLIP is frozen throughout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava_edge.models.data import Batch, Pack, collate, modality_length_order, pack, read_records, tokenize
+from llava_edge.models.features import FeatureCache
+from llava_edge.models.llava import Llava
+from llava_edge.models.lora import LoraLinear, add_lora
+from llava_edge.models.recipe import Recipe, Stage
+from llava_edge.prompt import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step did; also a line of log.jsonl."""
+
+    stage: str
+    step: int  # from 1
+    steps: int  # in this stage
+    loss: float  # mean over trained tokens
+    learning_rate: float
+    grad_norm: float
+    packs_per_s: float
+    seconds_left: float  # in this stage
+
+
+Report = Callable[[Step], None]
+
+
+def cosine_rate(step: int, steps: int, warmup_ratio: float) -> float:
+    """Factor on the peak rate at 0-based `step`: linear warmup, then cosine to 0 (LLaVA's schedule)."""
+    warmup = max(1, math.ceil(steps * warmup_ratio))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def prepare_stage(model: Llava, recipe: Recipe, stage: Stage) -> list[dict[str, Any]]:
+    """Freeze and unfreeze for a stage; returns AdamW's parameter groups. Frozen weights go to bf16 if the recipe says so."""
+    model.requires_grad_(False)
+    if stage.trains == "lora" and not any(isinstance(m, LoraLinear) for m in model.modules()):
+        add_lora(model.language_model, stage.lora_rank, stage.lora_alpha, recipe.seed)
+    groups = [_group(model.multi_modal_projector, stage.projector_learning_rate)]
+    if stage.trains == "full":
+        groups.append(_group(model.language_model, stage.learning_rate))
+    elif stage.trains == "lora":
+        adapters = nn.ParameterList(
+            parameter for name, parameter in model.language_model.named_parameters() if ".lora_" in name
+        )
+        groups.append(_group(adapters, stage.learning_rate))
+    if recipe.bf16:
+        for module in model.language_model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.Linear | nn.Embedding | LoraLinear) and not weight.requires_grad:  # type: ignore[union-attr]
+                module.weight = nn.Parameter(weight.to(torch.bfloat16), False)  # type: ignore[union-attr]
+    return groups
+
+
+def _group(module: nn.Module, rate: float) -> dict[str, Any]:
+    module.requires_grad_(True)
+    return {"params": list(module.parameters()), "lr": rate, "peak": rate}
+
+
+class StageData:
+    """A stage's packs and the order in which its steps see them; the order depends on the seed alone."""
+
+    def __init__(self, stage: Stage, packs: Sequence[Pack], image_tokens: int, seed: int) -> None:
+        self.stage, self.packs, self.image_tokens, self.seed = stage, packs, image_tokens, seed
+        self.steps = max(1, int(len(packs) * stage.epochs) // stage.batch)
+
+    def step_packs(self) -> Iterator[list[Pack]]:
+        """The packs of each step."""
+        lengths = [item.length(self.image_tokens) * (1 if item.image else -1) for item in self.packs]
+        order: list[int] = []
+        epoch = 0
+        for step in range(self.steps):
+            while len(order) < (step + 1) * self.stage.batch:
+                order += modality_length_order(lengths, self.stage.batch, random.Random(self.seed * 1000 + epoch))
+                epoch += 1
+            yield [self.packs[i] for i in order[step * self.stage.batch : (step + 1) * self.stage.batch]]
+
+    def micro_batches(self, packs: Sequence[Pack]) -> list[Batch]:
+        """One step's packs in `accumulate` parts."""
+        size = math.ceil(len(packs) / self.stage.accumulate)
+        return [collate(packs[i : i + size], self.image_tokens) for i in range(0, len(packs), size)]
+
+
+def load_stage(stage: Stage, data: Path, tokenizer: Tokenizer, image_tokens: int, seed: int) -> StageData:
+    """Read, tokenize and pack a stage's records."""
+    samples = [tokenize(record, stage.template, tokenizer, stage.max_length) for record in read_records(data / stage.records)]
+    return StageData(stage, pack(samples, stage.max_length), image_tokens, seed)
+
+
+def batch_loss(model: Llava, batch: Batch, features: Tensor | None) -> Tensor:
+    """Sum of cross-entropy over the trained tokens. Only their positions go through the head."""
+    language = model.language_model
+    embeds = language.model.embed_tokens(batch.tokens).float()
+    if features is not None:
+        images = model.projector(features.float()).float()
+        embeds = embeds.masked_scatter(batch.is_image[..., None], images)
+    states, _ = language.hidden(embeds, positions=batch.positions, mask=batch.mask)
+    trained = batch.labels != IGNORE_INDEX
+    logits = language.logits(states[trained])
+    return F.cross_entropy(logits.float(), batch.labels[trained], reduction="sum")
+
+
+class Trainer:
+    """Runs the stages of a recipe on a model, with checkpoints in `run`."""
+
+    def __init__(
+        self, model: Llava, recipe: Recipe, stages: Sequence[StageData], features: FeatureCache, data: Path, run: Path
+    ) -> None:
+        self.model, self.recipe, self.stages = model, recipe, stages
+        self.features, self.data, self.run_folder = features, data, run
+        run.mkdir(parents=True, exist_ok=True)
+
+    def train(self, report: Report = lambda step: None, stop_after: int | None = None) -> None:
+        """Train from the last checkpoint, or from the start. `stop_after` ends after so many steps (for tests)."""
+        saved = self._load()
+        budget = stop_after if stop_after is not None else 1 << 60
+        for number, data in enumerate(self.stages):
+            groups = prepare_stage(self.model, self.recipe, data.stage)
+            if saved and number <= saved["stage"]:
+                self._restore_trained(saved["trained"] if number == saved["stage"] else {})
+            if saved and number < saved["stage"]:
+                continue
+            optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+            done = 0
+            if saved and number == saved["stage"]:
+                optimizer.load_state_dict(saved["optimizer"])
+                done = saved["step"]
+            budget -= self._stage(number, data, optimizer, done, budget, report)
+            if budget <= 0:
+                return
+
+    def _stage(
+        self, number: int, data: StageData, optimizer: torch.optim.Optimizer, done: int, budget: int, report: Report
+    ) -> int:
+        """Run one stage from step `done`; returns how many steps were made."""
+        started, made = time.monotonic(), 0
+        for step, packs in enumerate(data.step_packs()):
+            if step < done:
+                continue
+            if made >= budget:
+                break
+            factor = cosine_rate(step, data.steps, data.stage.warmup_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            loss, norm = self._optimise(data, packs, optimizer)
+            made += 1
+            pace = made / (time.monotonic() - started)
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            line = Step(data.stage.name, step + 1, data.steps, loss, rate, norm, pace * len(packs),
+                        (data.steps - step - 1) / pace)  # fmt: skip
+            self._log(line)
+            report(line)
+            if (step + 1) % self.recipe.checkpoint_every == 0 or step + 1 == data.steps or made == budget:
+                self._save(number, step + 1, optimizer)
+        return made
+
+    def _optimise(self, data: StageData, packs: Sequence[Pack], optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+        """One optimiser step: gradients of the mean over all trained tokens of the step, clipped."""
+        batches = data.micro_batches(packs)
+        count = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            features = self.features.get([self.data / image for image in batch.images]) if batch.images else None
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+                loss = batch_loss(self.model, batch, features)
+            (loss / max(count, 1)).backward()
+            total += float(loss.detach())
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, data.stage.clip_norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total / max(count, 1), norm
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Everything that any stage may have changed."""
+        state = self.model.state_dict()
+        full = any(data.stage.trains == "full" for data in self.stages)
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if name.startswith("multi_modal_projector.") or ".lora_" in name or (full and name.startswith("language_model."))
+        }
+
+    def _restore_trained(self, trained: dict[str, Tensor]) -> None:
+        state = self.model.state_dict()
+        for name, tensor in trained.items():
+            state[name].copy_(tensor)
+
+    def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        path = self.run_folder / "checkpoint.pt"
+        partial = path.with_suffix(".partial")
+        saved = {"stage": stage, "step": step, "trained": self._trained(), "optimizer": optimizer.state_dict()}
+        torch.save(saved, partial)
+        partial.replace(path)
+
+    def _load(self) -> dict[str, Any] | None:
+        path = self.run_folder / "checkpoint.pt"
+        if not path.is_file():
+            (self.run_folder / "log.jsonl").unlink(missing_ok=True)
+            return None
+        saved: dict[str, Any] = torch.load(path, weights_only=True)
+        self._trim_log(self.stages[saved["stage"]].stage.name, saved["step"])
+        return saved
+
+    def _log(self, step: Step) -> None:
+        with (self.run_folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            row = {"stage": step.stage, "step": step.step, "loss": round(step.loss, 5),
+                   "learning_rate": float(f"{step.learning_rate:.4g}"), "grad_norm": float(f"{step.grad_norm:.4g}"),
+                   "packs_per_s": round(step.packs_per_s, 2)}  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+
+    def _trim_log(self, stage: str, step: int) -> None:
+        """Drop lines behind the checkpoint, so that a resumed run logs each step once."""
+        path = self.run_folder / "log.jsonl"
+        order = [data.stage.name for data in self.stages]
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        kept = [row for row in rows if (order.index(row["stage"]), row["step"]) <= (order.index(stage), step)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+
+
+def plot_losses(log: Path, picture: Path) -> None:
+    """log.jsonl -> loss.png, one panel a stage, raw and smoothed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.4), squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=True):
+        losses = [row["loss"] for row in rows if row["stage"] == stage]
+        smooth: list[float] = []
+        for loss in losses:
+            smooth.append(loss if not smooth else 0.95 * smooth[-1] + 0.05 * loss)
+        axis.plot(range(1, len(losses) + 1), losses, alpha=0.25, linewidth=0.7)
+        axis.plot(range(1, len(losses) + 1), smooth)
+        axis.set(title=f"stage: {stage}", xlabel="step", ylabel="loss (mean over trained tokens)", yscale="log")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=90)
+    pyplot.close(figure)

@@ -1,0 +1,171 @@
+"""What this machine offers the process: cores, memory, accelerators; and the choice of a device, with its reason.
+
+Knows nothing about models. Reads /proc, /sys and cgroups on Linux, `sysctl` on macOS; elsewhere it falls back.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llava_edge.errors import UnavailableError
+from llava_edge.options import Device, Memory
+
+_FIRST_SEEN = time.monotonic()
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "metal": "CoreMLExecutionProvider", "cpu": "CPUExecutionProvider"}
+_BACKENDS = {"cuda": "CUDA", "metal": "MTL"}  # names in llama_print_system_info; Metal calls itself MTL or Metal
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A device, why it was taken, and what the two engines need to use it."""
+
+    name: str
+    reason: str
+    gpu_layers: int  # for llama.cpp: 0 none, -1 all
+    provider: str  # for ONNX Runtime
+
+
+def choose(device: Device) -> Choice:
+    """Resolve `auto`, or check that the named device works in both engines. Raises `UnavailableError`."""
+    if device == "cpu":
+        return Choice("cpu", "asked for", 0, _PROVIDERS["cpu"])
+    if device != "auto":
+        lacks = lacking(device)
+        if lacks:
+            raise UnavailableError(f"Device {device} is not available: {lacks} Use --device cpu or --device auto.")
+        return Choice(device, "asked for", -1, _PROVIDERS[device])
+    wanted = "metal" if sys.platform == "darwin" else "cuda"
+    lacks = lacking(wanted)
+    if lacks:
+        return Choice("cpu", f"{wanted} is not available: {lacks}", 0, _PROVIDERS["cpu"])
+    return Choice(wanted, f"{wanted} works in both engines", -1, _PROVIDERS[wanted])
+
+
+def lacking(device: str) -> str:
+    """What keeps `device` ("cuda" or "metal") from working, as a sentence; empty if nothing does."""
+    llama: Any = import_module("llama_cpp.llama_cpp")
+    built_for = llama.llama_print_system_info().decode("utf-8", "replace")
+    names = (_BACKENDS[device], device.capitalize())
+    if not any(f"{name} :" in built_for for name in names):
+        return f"llama-cpp-python was built without {device.upper()}."
+    if not llama.llama_supports_gpu_offload():
+        return "llama.cpp finds no such device."
+    ort: Any = import_module("onnxruntime")
+    if _PROVIDERS[device] not in ort.get_available_providers():
+        package = "onnxruntime-gpu" if device == "cuda" else "onnxruntime for macOS"
+        return f"ONNX Runtime has no {_PROVIDERS[device]} (install {package})."
+    return ""
+
+
+def thread_count() -> tuple[int, str]:
+    """Threads to compute with, and why: physical cores this process may use, within its CPU quota."""
+    allowed = _allowed_cpus()
+    cores = _physical_cores(allowed)
+    reason = f"{cores} physical cores of {len(allowed)} processors this process may use"
+    quota = _cpu_quota()
+    if quota is not None and quota < cores:
+        cores = max(1, int(quota))
+        reason = f"the CPU quota of this process is {quota:g} processors"
+    return cores, reason
+
+
+def _allowed_cpus() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def _physical_cores(allowed: set[int]) -> int:
+    """Hyper-threads of one core share their sibling list. Apple's efficiency cores only slow matmuls down."""
+    if sys.platform == "darwin":
+        for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+            answer = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False).stdout.strip()
+            if answer.isdigit() and int(answer) > 0:
+                return int(answer)
+    lists = (_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
+    siblings = {text for text in lists if text}
+    return len(siblings) or len(allowed)
+
+
+def _cpu_quota() -> float | None:
+    """Processors' worth of time in this process's cgroup (v2, then v1), or None without a limit."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            words = _read(f"/sys/fs/cgroup{path}/cpu.max").split() or _read("/sys/fs/cgroup/cpu.max").split()
+        elif "cpu" in controllers.split(","):
+            words = [_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
+        else:
+            continue
+        if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
+            return int(words[0]) / int(words[1])
+    return None
+
+
+def processor() -> tuple[str, list[str]]:
+    """Name of the processor and those of its features that matter to the kernels."""
+    wanted = ["avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni"]
+    wanted += ["amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve"]
+    name, flags = "", set[str]()
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and not name:
+            name = value.strip()
+        elif key.strip() in ("flags", "Features") and not flags:
+            flags = set(value.split())
+    if not name:
+        import platform
+
+        name = platform.processor() or platform.machine()
+    return name, [flag for flag in wanted if flag in flags]
+
+
+def available_memory() -> int | None:
+    """Bytes this process may still take without swapping, or None if unknown."""
+    limits = []
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            limits.append(int(line.split()[1]) * 1024)
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit.isdigit() and used.isdigit():
+        limits.append(max(0, int(limit) - int(used)))
+    return min(limits, default=None)
+
+
+def memory_use() -> Memory:
+    """Peak resident and present private memory of this process."""
+    fields = dict(line.split(":", 1) for line in _read("/proc/self/status").splitlines() if ":" in line)
+    if "VmHWM" in fields and "RssAnon" in fields:
+        # Not getrusage: its peak is inherited from the process that forked this one.
+        return Memory(int(fields["VmHWM"].split()[0]) * 1024, int(fields["RssAnon"].split()[0]) * 1024)
+    if sys.platform == "darwin":
+        import resource
+
+        return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None)
+    return Memory(None, None)
+
+
+def process_start() -> float:
+    """When this process began, on the clock of `time.monotonic`; elsewhere than on Linux, when it was first asked."""
+    words = _read("/proc/self/stat").rpartition(")")[2].split()
+    if len(words) > 19 and hasattr(time, "CLOCK_BOOTTIME"):
+        # Field 22 of proc(5): ticks after boot.
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(words[19]) / os.sysconf("SC_CLK_TCK")
+        start = time.monotonic() - age
+        if age >= 0 and start <= _FIRST_SEEN + 0.02:
+            return start
+    return _FIRST_SEEN
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,278 @@
+"""Tokens and image embeddings -> logits, by llama.cpp through its C functions.
+
+One context, one sequence, used by one thread. It remembers what each position of its memory holds, so that a prompt
+that begins like the last one is not computed again. Knows nothing about prompts, images or sampling strategy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge import gguf
+from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
+from llava_edge.runtimes import CancelledError
+
+Array = np.ndarray[Any, Any]
+Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
+
+BATCH = 512  # positions evaluated at once; a cancelled prompt stops within one such chunk
+MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a prompt of this size fits no context anyway
+_SEQUENCE = 0
+_ABORTED = 2  # llama_decode
+
+
+class LanguageModel:
+    """language.gguf, mapped, with a context of `context` positions.
+
+    on_load: called with the loaded fraction; returning False stops loading, which then raises `CancelledError`.
+    Raises `BundleError` when the file is refused, `MemoryLimitError` when the context does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context: int,
+        threads: int,
+        gpu_layers: int = 0,
+        repack: bool = True,
+        verbose: bool = False,
+        on_load: Callable[[float], bool] = lambda fraction: True,
+    ) -> None:
+        gguf.check_language(gguf.read(path))
+        self.library = library(verbose)
+        self.context_size = context
+        self.held: list[Key] = []
+        self._model: Any = None
+        self._context: Any = None
+        self._path = path
+        self._load(gpu_layers, repack, on_load)
+        self._vocabulary = self.library.llama_model_get_vocab(self._model)
+        self.vocab_size = int(self.library.llama_vocab_n_tokens(self._vocabulary))
+        self.hidden_size = int(self.library.llama_model_n_embd(self._model))
+        self._open_context(threads)
+        self._tokens = _Batch(self.library, 0)
+        self._embeddings = _Batch(self.library, self.hidden_size)
+
+    def close(self) -> None:
+        """Free everything; harmless when repeated."""
+        if self._context is not None:
+            self.library.llama_batch_free(self._tokens.handle)
+            self.library.llama_batch_free(self._embeddings.handle)
+            self.library.llama_free(self._context)
+            self._context = None
+        if self._model is not None:
+            self.library.llama_model_free(self._model)
+            self._model = None
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of plain text. Nothing in it becomes a control token, and none is added."""
+        return self._tokenize(text.encode("utf-8", "replace"), special=False)
+
+    def control_id(self, name: str) -> int:
+        """Id of a control token such as `</s>`. Raises `BundleError` if the vocabulary has none of that name."""
+        found = self._tokenize(name.encode(), special=True)
+        if len(found) == 1 and self.library.llama_vocab_is_control(self._vocabulary, found[0]):
+            return found[0]
+        raise BundleError(f"{self._path} has no control token {name!r}, which the bundle's prompt template needs.")
+
+    def piece(self, token: int) -> bytes:
+        """Bytes of a token; control tokens have none."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            written = self.library.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, False)
+            if written >= 0:
+                return buffer.raw[:written]
+            size = -written
+
+    def ends(self, token: int) -> bool:
+        """Whether the vocabulary marks a token as the end of an answer."""
+        return bool(self.library.llama_vocab_is_eog(self._vocabulary, token))
+
+    def keep(self, keys: Sequence[Key]) -> int:
+        """Forget all but the common beginning of memory and `keys`; return its length, always below `len(keys)`."""
+        same = 0
+        while same < min(len(self.held), len(keys) - 1) and self.held[same] == keys[same]:
+            same += 1
+        self._truncate(same)
+        return same
+
+    def evaluate_tokens(self, tokens: Sequence[int], cancel: threading.Event) -> None:
+        """Append tokens. The logits of the last one can be sampled from afterwards. Raises `CancelledError`."""
+        for start in range(0, len(tokens), BATCH):
+            part = list(tokens[start : start + BATCH])
+            self._tokens.values[: len(part)] = part
+            self._decode(self._tokens, part, cancel)
+
+    def evaluate_embeddings(self, rows: Array, keys: Sequence[Key], cancel: threading.Event) -> None:
+        """Append image embeddings (n, hidden size) float32, known by `keys`. Raises `CancelledError`."""
+        for start in range(0, len(rows), BATCH):
+            part = list(keys[start : start + BATCH])
+            self._embeddings.values[: len(part)] = rows[start : start + BATCH]
+            self._decode(self._embeddings, part, cancel)
+
+    def logits(self) -> Array:
+        """(vocab_size,) float32 of the last position: a view, valid until the next evaluation.
+
+        Raises `BundleError` if a value is not finite.
+        """
+        pointer = self.library.llama_get_logits_ith(self._context, -1)
+        values: Array = np.ctypeslib.as_array(pointer, (self.vocab_size,))
+        if not np.isfinite(values).all():
+            raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
+        return values
+
+    @property
+    def context(self) -> Any:
+        """The llama_context, for a `Sampler`."""
+        return self._context
+
+    def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
+        api, going_on = self.library, [True]
+
+        def progress(fraction: float, _: Any) -> bool:
+            going_on[0] = going_on[0] and on_load(fraction)
+            return going_on[0]
+
+        settings = api.llama_model_default_params()
+        settings.n_gpu_layers = gpu_layers
+        settings.load_mode = api.LLAMA_LOAD_MODE_MMAP
+        settings.use_extra_bufts = repack
+        callback = api.llama_progress_callback(progress)
+        settings.progress_callback = callback
+        self._model = api.llama_model_load_from_file(os.fsencode(self._path), settings)
+        if not going_on[0]:
+            self.close()
+            raise CancelledError
+        if not self._model:
+            raise BundleError(f"llama.cpp cannot load {self._path}: {last_error()}")
+
+    def _open_context(self, threads: int) -> None:
+        api = self.library
+        settings = api.llama_context_default_params()
+        settings.n_ctx = self.context_size
+        settings.n_batch = settings.n_ubatch = BATCH
+        settings.n_threads = settings.n_threads_batch = threads
+        self._context = api.llama_init_from_model(self._model, settings)
+        if not self._context:
+            self._context = None
+            self.close()
+            raise MemoryLimitError(
+                f"llama.cpp cannot make a context of {self.context_size} positions: {last_error()} "
+                "Use a smaller --context."
+            )
+        self._memory = api.llama_get_memory(self._context)
+        self._cancel = threading.Event()
+        self._abort = api.ggml_abort_callback(lambda _: self._cancel.is_set())
+        self._never = api.ggml_abort_callback()
+
+    def _tokenize(self, text: bytes, special: bool) -> list[int]:
+        if len(text) > MAX_TEXT_BYTES:
+            raise ContextOverflowError(f"The prompt has {len(text)} bytes; at most {MAX_TEXT_BYTES} are accepted.")
+        room = len(text) + 2  # a token has at least one byte; one more for SentencePiece's dummy prefix
+        buffer = (self.library.llama_token * room)()
+        count = self.library.llama_tokenize(self._vocabulary, text, len(text), buffer, room, False, special)
+        if count < 0:
+            raise BundleError(
+                f"{self._path} needs {-count} tokens for a text of {len(text)} bytes: a broken vocabulary."
+            )
+        return list(buffer[:count])
+
+    def _decode(self, batch: _Batch, keys: Sequence[Key], cancel: threading.Event) -> None:
+        if cancel.is_set():
+            raise CancelledError
+        count, start = len(keys), len(self.held)
+        batch.place(start, count)
+        self._cancel = cancel
+        # The callback is asked between graph nodes and is Python, so a single token, which is quick, goes without.
+        self.library.llama_set_abort_callback(self._context, self._abort if count > 1 else self._never, None)
+        status = self.library.llama_decode(self._context, batch.handle)
+        if status == 0:
+            self.held += keys
+            return
+        self._truncate(start)
+        if status == _ABORTED:
+            raise CancelledError
+        raise BundleError(f"llama.cpp failed with status {status} at position {start}: {last_error()}")
+
+    def _truncate(self, length: int) -> None:
+        """Forget every position from `length` on, whatever llama.cpp holds there after an abort."""
+        del self.held[length:]
+        if not self.library.llama_memory_seq_rm(self._memory, _SEQUENCE, length, -1):
+            self.library.llama_memory_clear(self._memory, True)
+            self.held.clear()
+            if length:
+                raise BundleError(f"llama.cpp cannot drop the end of its memory for {self._path}.")
+
+
+class _Batch:
+    """A llama_batch of up to `BATCH` positions, its arrays seen through numpy.
+
+    values: int32 token ids (BATCH,), or float32 embeddings (BATCH, width) when width is not 0.
+    """
+
+    def __init__(self, api: Any, width: int) -> None:
+        self.handle = api.llama_batch_init(BATCH, width, 1)
+        self.values: Array
+        if width:
+            self.values = np.ctypeslib.as_array(self.handle.embd, (BATCH, width))
+        else:
+            self.values = np.ctypeslib.as_array(self.handle.token, (BATCH,))
+        self._positions = np.ctypeslib.as_array(self.handle.pos, (BATCH,))
+        self._wanted = np.ctypeslib.as_array(self.handle.logits, (BATCH,))
+        for i in range(BATCH):
+            self.handle.n_seq_id[i] = 1
+            self.handle.seq_id[i][0] = _SEQUENCE
+
+    def place(self, start: int, count: int) -> None:
+        """Use the first `count` values at positions from `start` on; logits are wanted of the last one only."""
+        self.handle.n_tokens = count
+        self._positions[:count] = np.arange(start, start + count)
+        self._wanted[:count] = 0
+        self._wanted[count - 1] = 1
+
+
+_errors: deque[str] = deque(maxlen=4)
+_keep: list[Any] = []  # callbacks that C holds pointers to
+_WARNING, _ERROR = 3, 4  # ggml_log_level
+_verbose = False
+
+
+def library(verbose: bool = False) -> Any:
+    """llama.cpp's C functions, with its log kept quiet unless `verbose`. Untyped, hence Any."""
+    global _verbose
+    _verbose = verbose
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # libgomp reads this when llama.cpp is loaded. Its default, 300,000, lets threads spin for milliseconds at each
+        # of a thousand barriers per token; beside other busy processes an answer then took ten times as long.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    api: Any = import_module("llama_cpp.llama_cpp")
+    if not _keep:
+        _keep.append(api.llama_log_callback(_log))
+        api.llama_log_set(_keep[0], None)
+        api.llama_backend_init()
+    return api
+
+
+def last_error() -> str:
+    """What llama.cpp last complained about, as a sentence."""
+    return _errors[-1] if _errors else "it gives no reason."
+
+
+def _log(level: int, text: bytes, _: Any) -> None:
+    message = text.decode("utf-8", "replace")
+    if level == _ERROR and message.strip():
+        _errors.append(message.strip().splitlines()[0][:300].rstrip(".") + ".")
+    if _verbose:
+        sys.stderr.write(message)

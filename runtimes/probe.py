@@ -1,0 +1,198 @@
+"""Does the installed engine work on this processor? Asked in a child process, because a bad build kills its process.
+
+llama.cpp built by gcc 12 with -O3 dies of an illegal instruction in its AMX matrix kernels unless two optimisations
+are off. The child loads a small random model and runs 64 tokens through it, which is what reaches those kernels.
+Knows nothing about bundles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge import store
+from llava_edge.errors import UnavailableError
+from llava_edge.runtimes import devices
+
+REBUILD = (
+    'CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir '
+    "--no-binary llama-cpp-python llama-cpp-python==0.3.36"
+)
+INSTALL = {"llama_cpp": REBUILD, "onnxruntime": "pip install --force-reinstall onnxruntime"}
+TIMEOUT_SECONDS = 120
+
+WIDTH = 256  # one K-quant block, and a whole number of AMX tiles
+VOCABULARY = 256
+TOKENS = 64  # more rows than one AMX tile of 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a child found out about one engine. `problem` is empty when it works; `fix` is the command to run."""
+
+    engine: str
+    problem: str = ""
+    fix: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def check(engine: str) -> Report:
+    """Try "llama_cpp" or "onnxruntime" in a child process of its own."""
+    command = [sys.executable, "-c", f"from llava_edge.runtimes import probe; probe.child({engine!r})"]
+    # The child must find this very package, however the parent did.
+    paths = [path or str(Path.cwd()) for path in sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Report(engine, f"The test of {engine} did not end within {TIMEOUT_SECONDS} s.", INSTALL[engine])
+    if done.returncode < 0:
+        name = _signal_name(-done.returncode)
+        return Report(engine, f"{engine} kills its process with {name} on this processor.", INSTALL[engine])
+    try:
+        facts = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return Report(engine, f"{engine} does not work: {lines[-1]}", INSTALL[engine])
+    return Report(engine, facts=facts)
+
+
+def require_working_build() -> None:
+    """On a processor with AMX, check llama.cpp once for each build of it, and remember a good result.
+
+    Raises `UnavailableError` with the command that repairs the build. Other processors are not affected.
+    """
+    if "amx_int8" not in devices.processor()[1]:
+        return
+    try:
+        note = store.home() / "builds" / _build_id()
+        if note.exists():
+            return
+        report = check("llama_cpp")
+    except OSError:
+        return
+    if report.problem:
+        raise UnavailableError(f"{report.problem} Its build is broken; run: {report.fix}")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    except OSError:
+        pass  # a read-only home costs the check each time, nothing else
+
+
+def child(engine: str) -> None:
+    """Body of the child process: exercise the engine, print facts as one line of JSON."""
+    facts = _llama_facts() if engine == "llama_cpp" else _onnxruntime_facts()
+    sys.stdout.write(json.dumps(facts) + "\n")
+
+
+def _llama_facts() -> dict[str, Any]:
+    from llava_edge.runtimes import language
+
+    api = language.library()
+    facts = {
+        "version": import_module("llama_cpp").__version__,
+        "build": api.llama_print_system_info().decode("utf-8", "replace").strip(),
+        "cuda": devices.lacking("cuda") or "works",
+        "metal": devices.lacking("metal") or "works",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("Q4_0", "Q8_0"):
+            path = Path(folder) / f"{kind}.gguf"
+            write_model(path, kind)
+            model = language.LanguageModel(path, context=TOKENS * 2, threads=1)
+            model.evaluate_tokens([token % VOCABULARY for token in range(TOKENS)], threading.Event())
+            model.logits()
+            model.close()
+    return facts
+
+
+def _onnxruntime_facts() -> dict[str, Any]:
+    ort: Any = import_module("onnxruntime")
+    return {"version": ort.__version__, "providers": ort.get_available_providers()}
+
+
+def write_model(path: Path, kind: str) -> None:
+    """A random LLaMA of one block in Q4_0 or Q8_0, as GGUF: no tokenizer, 256 wide, about half a megabyte."""
+    numbers = np.random.default_rng(0)
+    type_id, payload = {"Q4_0": (2, 16), "Q8_0": (8, 32)}[kind]
+    matrices = ["token_embd", "output", "blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v", "blk.0.attn_output"]
+    matrices += ["blk.0.ffn_gate", "blk.0.ffn_up", "blk.0.ffn_down"]
+    tensors: list[tuple[str, tuple[int, ...], int, bytes]] = []
+    for name in matrices:
+        blocks = np.zeros(WIDTH * WIDTH // 32, [("scale", "<f2"), ("values", "u1", payload)])
+        blocks["scale"] = 1 / 1024
+        blocks["values"] = numbers.integers(0, 256, (len(blocks), payload), np.uint8)
+        tensors.append((f"{name}.weight", (WIDTH, WIDTH), type_id, blocks.tobytes()))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        tensors.append((f"{name}.weight", (WIDTH,), 0, np.ones(WIDTH, "<f4").tobytes()))
+    metadata: dict[str, str | int | float] = {
+        "general.architecture": "llama",
+        "llama.context_length": 512,
+        "llama.embedding_length": WIDTH,
+        "llama.block_count": 1,
+        "llama.feed_forward_length": WIDTH,
+        "llama.attention.head_count": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.vocab_size": VOCABULARY,
+        "tokenizer.ggml.model": "none",
+    }
+    path.write_bytes(_gguf(metadata, tensors))
+
+
+def _gguf(metadata: dict[str, str | int | float], tensors: list[tuple[str, tuple[int, ...], int, bytes]]) -> bytes:
+    """GGUF version 3: header, metadata, tensor infos, then the tensors, all of whose sizes are multiples of 32."""
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        parts.append(_text(key))
+        if isinstance(value, str):
+            parts += [struct.pack("<I", 8), _text(value)]
+        elif isinstance(value, int):
+            parts.append(struct.pack("<II", 4, value))
+        else:
+            parts.append(struct.pack("<If", 6, value))
+    offset = 0
+    for name, shape, type_id, data in tensors:
+        parts += [_text(name), struct.pack("<I", len(shape)), struct.pack(f"<{len(shape)}Q", *shape[::-1])]
+        parts.append(struct.pack("<IQ", type_id, offset))
+        offset += len(data)
+    header = b"".join(parts)
+    return header + bytes(-len(header) % 32) + b"".join(data for *_, data in tensors)
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _build_id() -> str:
+    """Hash over llama.cpp's CPU kernels and the processor's name. Raises `OSError` if the library is not there."""
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("llama_cpp")
+    digest = hashlib.sha256(devices.processor()[0].encode())
+    for path in sorted((Path(spec.origin).parent / "lib").glob("*ggml-cpu*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]

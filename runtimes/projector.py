@@ -1,0 +1,65 @@
+"""CLIP features -> image embeddings for the language model: the Linear and GELU layers of projector.gguf, in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llava_edge import gguf
+from llava_edge.bundle import PROJECTOR, Bundle
+from llava_edge.errors import BundleError
+
+Array = np.ndarray[Any, Any]
+
+ARCHITECTURE = "llava-projector"
+MAX_LAYERS = 16
+
+
+class Projector:
+    """Mapped weights `mm.0`, `mm.2`, ...: each `weight` (out, in) and `bias` (out). Raises `BundleError`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        path = bundle.part(PROJECTOR)
+        file = gguf.read(path)
+        if file.architecture != ARCHITECTURE:
+            raise BundleError(f"{path} holds {file.architecture!r}; {ARCHITECTURE!r} was expected.")
+        numbers = [index for index in range(0, 2 * MAX_LAYERS, 2) if f"mm.{index}.weight" in file.tensors]
+        names = {f"mm.{index}.{kind}" for index in numbers for kind in ("weight", "bias")}
+        if not numbers or numbers != list(range(0, 2 * len(numbers), 2)) or names != set(file.tensors):
+            raise BundleError(f"{path} has the tensors {sorted(file.tensors)[:6]}; mm.0, mm.2, ... were expected.")
+        self._layers = [(file.array(f"mm.{index}.weight"), file.array(f"mm.{index}.bias")) for index in numbers]
+        width = bundle.manifest.vision.width
+        for weight, bias in self._layers:
+            if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+                raise BundleError(f"{path} has a layer {weight.shape} with bias {bias.shape} after a width of {width}.")
+            width = weight.shape[0]
+        if width != bundle.manifest.language.hidden_size:
+            wanted = bundle.manifest.language.hidden_size
+            raise BundleError(f"{path} ends in a width of {width}; the language model has {wanted}.")
+        self._path = path
+
+    def project(self, features: Array) -> Array:
+        """(image_tokens, vision width) float32 -> (image_tokens, hidden size) float32, C-contiguous and finite."""
+        values = features
+        for number, (weight, bias) in enumerate(self._layers):
+            if number:
+                values = gelu(values)
+            # Converted at use, so that float16 weights stay mapped and are not copied for good.
+            values = values @ weight.T.astype(np.float32) + bias.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
+        return np.ascontiguousarray(values, np.float32)
+
+
+def gelu(values: Array) -> Array:
+    """x/2 (1 + erf(x/sqrt 2)), the exact form that LLaVA's projector was trained with; float32 in and out.
+
+    erf by Abramowitz and Stegun 7.1.26, computed in float64: its error is below 1.5e-7, one float32 step at 1.
+    """
+    x = values.astype(np.float64) / np.sqrt(2.0)
+    t = 1.0 / (1.0 + 0.3275911 * np.abs(x))
+    series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
+    erf = np.sign(x) * (1.0 - series * np.exp(-x * x))
+    result: Array = (0.5 * values * (1.0 + erf)).astype(np.float32)
+    return result

@@ -1,0 +1,42 @@
+"""Logits -> one token, by llama.cpp's sampler chain. Knows nothing about prompts or text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_edge.options import Options
+
+
+class Sampler:
+    """A chain for one answer, in the order of Hugging Face's `generate`, which LLaVA's reference uses:
+    temperature, top-k, top-p, min-p, then a draw. Temperature 0 is greedy and uses none of them.
+    """
+
+    def __init__(self, library: Any, options: Options) -> None:
+        self._library = library
+        self._chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
+        for part in self._parts(options):
+            library.llama_sampler_chain_add(self._chain, part)  # the chain owns and frees it
+
+    def sample(self, context: Any) -> int:
+        """Draw a token from the logits of the last evaluated position, and note it for the next draw."""
+        return int(self._library.llama_sampler_sample(self._chain, context, -1))
+
+    def close(self) -> None:
+        """Free the chain."""
+        if self._chain is not None:
+            self._library.llama_sampler_free(self._chain)
+            self._chain = None
+
+    def _parts(self, options: Options) -> list[Any]:
+        library = self._library
+        if options.temperature == 0:
+            return [library.llama_sampler_init_greedy()]
+        parts = [library.llama_sampler_init_temp(options.temperature)]
+        if options.top_k:
+            parts.append(library.llama_sampler_init_top_k(options.top_k))
+        if options.top_p < 1:
+            parts.append(library.llama_sampler_init_top_p(options.top_p, 1))
+        if options.min_p > 0:
+            parts.append(library.llama_sampler_init_min_p(options.min_p, 1))
+        return [*parts, library.llama_sampler_init_dist(options.seed)]

@@ -1,0 +1,92 @@
+"""Pixels -> CLIP features, by ONNX Runtime. Knows the vision part of a bundle; nothing about images or language."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from llava_edge.bundle import VISION, Bundle
+from llava_edge.errors import BundleError, UnavailableError
+from llava_edge.runtimes import CancelledError
+
+Array = np.ndarray[Any, Any]
+
+
+class VisionEncoder:
+    """An open session of vision.onnx: CLIP up to the chosen layer, pooled.
+
+    Raises `BundleError` if the file does not do what the manifest says, `UnavailableError` if ONNX Runtime would
+    silently use another provider than the one asked for.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int, provider: str) -> None:
+        self._part = bundle.manifest.vision
+        self._size = bundle.manifest.preprocessing.image_size
+        self._path = bundle.part(VISION)
+        ort: Any = import_module("onnxruntime")
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 4  # fatal only: errors come as exceptions
+        # The language model computes next: threads that spin for more work would take its cores.
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            # enable_fallback=0: otherwise a failure prints to stdout and goes on with another provider.
+            self._session = ort.InferenceSession(self._path, settings, providers=[provider], enable_fallback=0)
+        except Exception as error:  # ONNX Runtime raises a dozen kinds, UnicodeDecodeError among them
+            raise BundleError(f"ONNX Runtime cannot load {self._path}: {_first_line(error)}") from error
+        if self._session.get_providers()[0] != provider:
+            raise UnavailableError(f"ONNX Runtime did not start {provider}; use --device cpu.")
+        self._check_interface()
+
+    def encode(self, pixels: Array, run: Any = None) -> Array:
+        """(3, S, S) float32 -> (image_tokens, width) float32.
+
+        run: from `new_run`; another thread may set its `terminate`, which raises `CancelledError` here.
+        Raises `BundleError` on anything that is not finite.
+        """
+        try:
+            output: Array = self._session.run(["features"], {"pixels": pixels[None]}, run)[0]
+        except Exception as error:
+            if run is not None and run.terminate:
+                raise CancelledError from error
+            raise BundleError(f"ONNX Runtime failed in {self._path}: {_first_line(error)}") from error
+        features = np.asarray(output[0], np.float32)
+        if not np.isfinite(features).all():
+            raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
+        return features
+
+    @staticmethod
+    def new_run() -> Any:
+        """A handle for one or more calls of `encode`: onnxruntime.RunOptions."""
+        ort: Any = import_module("onnxruntime")
+        return ort.RunOptions()
+
+    def _check_interface(self) -> None:
+        inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
+        outputs = {item.name: tuple(item.shape) for item in self._session.get_outputs()}
+        wanted = (3, self._size, self._size)
+        features = (self._part.image_tokens, self._part.width)
+        if list(inputs) != ["pixels"] or not _fits(inputs["pixels"][1:], wanted):
+            raise BundleError(f"{self._path} has the inputs {inputs}; pixels (batch, {_shape(wanted)}) was expected.")
+        if "features" not in outputs or not _fits(outputs["features"][1:], features):
+            raise BundleError(
+                f"{self._path} has the outputs {outputs}; features (batch, {_shape(features)}) was expected."
+            )
+
+
+def _fits(shape: tuple[Any, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a declared shape, in which names stand for any size, admits the wanted one."""
+    pairs = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(not isinstance(have, int) or have == want for have, want in pairs)
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, sizes))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Builds llama-cpp-python from source for the given Python and proves that the result computes.
+#
+#   scripts/install_llama_cpp.sh [PYTHON]          default: python3
+#
+# Why plain `pip install` is not enough: gcc 12 at -O3 takes the stores to the AMX tile configuration in ggml's CPU
+# backend for dead and drops them, so on processors with AMX the first large matrix product dies of an illegal
+# instruction. And pip keeps the wheels it builds without noting flags or processor, so an old one may come back.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${1:-python3}
+VERSION=$(sed -n 's/.*"llama-cpp-python==\([^"]*\)".*/\1/p' setup.py)
+LOG=$(mktemp --suffix=.log 2>/dev/null || mktemp)
+
+say() { printf '%s\n' "$@" >&2; }
+
+# A small model run in a process of its own; a bad build kills it, which bash would report on stderr.
+works() {
+    { "$PYTHON" -c 'from llava_edge.runtimes import probe; probe.child("llama_cpp")' >>"$LOG" 2>&1; } 2>/dev/null
+}
+
+installed() { "$PYTHON" -m pip show llama-cpp-python 2>/dev/null | grep -qx "Version: $VERSION"; }
+
+# stdin -> the log; ninja's [done/all] becomes a moving line on a terminal, a line per tenth elsewhere.
+progress() {
+    local line percent shown=-1
+    while IFS= read -r line; do
+        printf '%s\n' "$line" >>"$LOG"
+        [[ $line =~ ^\ *\[([0-9]+)/([0-9]+)\] ]] || continue
+        percent=$((100 * BASH_REMATCH[1] / BASH_REMATCH[2]))
+        if [ -t 2 ]; then
+            printf '\r  compiling llama.cpp: %3d %% (%s of %s files)' "$percent" "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}" >&2
+        elif [ $((percent / 10)) -gt "$shown" ]; then
+            shown=$((percent / 10))
+            say "  compiling llama.cpp: $percent %"
+        fi
+    done
+    if [ -t 2 ]; then printf '\r\033[K' >&2; fi
+}
+
+install() {
+    local flags=""
+    if [ "$(uname -s)" = Linux ]; then flags="-fno-tree-dse -fno-dse"; fi
+    CFLAGS="${CFLAGS:-} $flags" CXXFLAGS="${CXXFLAGS:-} $flags" "$PYTHON" -m pip install --verbose \
+        --no-binary llama-cpp-python "llama-cpp-python==$VERSION" "$@" 2>&1 | progress
+}
+
+give_up() {
+    say "" "The last lines of $LOG:"
+    tail -n 15 "$LOG" >&2
+    say "" "$1"
+    exit 1
+}
+
+if installed && works; then
+    rm -f "$LOG"
+    exit 0
+fi
+
+if ! command -v "${CXX:-c++}" >/dev/null; then
+    say "llama.cpp is compiled on your machine, and there is no C++ compiler. On Debian or Ubuntu run:"
+    say "  sudo apt-get install -y build-essential"
+    exit 69
+fi
+
+say "Installing llama-cpp-python $VERSION. The first time it is compiled for this processor, which takes 4 to 8 minutes"
+say "on two cores; details in $LOG"
+install || give_up "llama-cpp-python $VERSION could not be built."
+if ! works; then
+    say "The build that pip had kept does not work on this processor; compiling a new one."
+    "$PYTHON" -m pip cache remove llama_cpp_python >>"$LOG" 2>&1 || true # the cache may be switched off
+    install --no-cache-dir --force-reinstall --no-deps || give_up "llama-cpp-python $VERSION could not be built."
+    works || give_up "llama-cpp-python $VERSION was built, but a matrix product in it fails on this processor."
+fi
+say "llama-cpp-python $VERSION is built and computes correctly."
+rm -f "$LOG"

@@ -1,0 +1,74 @@
+"""Package metadata, and the map from the folders export/, models/ and runtimes/ to `llava_edge.*`.
+
+The symlinks in llava_edge/ let a clone that is not installed, editors and mypy find the same modules; nothing that
+is installed depends on them. `find_packages` would follow them and list everything twice, hence the explicit map.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+AREAS = ("export", "models", "runtimes")
+
+packages = ["llava_edge"]
+packages += [f"llava_edge.{name}" for name in find_packages("llava_edge", exclude=[*AREAS, *(f"{a}.*" for a in AREAS)])]
+for area in AREAS:
+    packages += [f"llava_edge.{area}", *(f"llava_edge.{area}.{name}" for name in find_packages(area))]
+
+version = re.search(r'^__version__ = "(.+)"$', (ROOT / "llava_edge/__init__.py").read_text("utf-8"), re.MULTILINE)
+assert version, "llava_edge/__init__.py has no __version__ line"
+
+# The runtime needs no torch; neither does turning a checkpoint into a bundle.
+RUNTIME = [
+    "numpy>=2.0",
+    "pillow>=12.3",  # older releases have known decoder faults, and pictures come from anywhere
+    "onnxruntime>=1.24",
+    "llama-cpp-python==0.3.36",  # exact: its C structures are used directly, and they change between releases
+    "click>=8.1.8",
+]
+EXPORT = ["onnx>=1.22", "gguf>=0.19", "safetensors>=0.7"]
+TRAIN = [
+    *EXPORT,
+    "torch==2.13.0",  # exact: trained with it, and a range would pull in whichever build is newest
+    "tokenizers>=0.22",
+    "matplotlib>=3.10",
+]
+DEV = [
+    *TRAIN,
+    "transformers>=4.57.6,<5",  # the reference the tests compare with; 5.x changed the image processors
+    "sentencepiece>=0.2.1",
+    "hypothesis>=6.150",
+    "pytest>=9",
+    "ruff>=0.17,<0.18",  # a new minor release brings new rules
+    "mypy>=2.4,<2.5",
+    "setuptools>=77",  # tests build the wheel without an isolated environment
+]
+
+setup(
+    name="llava-edge",
+    version=version[1],
+    description="Quantized LLaVA on your own machine: CLIP in ONNX Runtime, LLaMA in llama.cpp.",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir={f"llava_edge.{area}": area for area in AREAS},
+    package_data={"llava_edge": ["py.typed", "zoo/**"], "llava_edge.models": ["recipes/*.toml"]},
+    include_package_data=False,
+    install_requires=RUNTIME,
+    extras_require={"export": EXPORT, "train": TRAIN, "dev": DEV},
+    entry_points={"console_scripts": ["llava-edge = llava_edge.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Operating System :: MacOS",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    zip_safe=False,
+)

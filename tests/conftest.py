@@ -1,0 +1,62 @@
+"""What every test gets: its own home, one thread, and a tiny real model made once per session.
+
+`micro_checkpoint` and `micro_bundle` are shared and must not be written to; `bundle_copy` is the test's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before numpy, torch or an engine starts its threads: the models here are too small to share.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples every time, however slow the machine is today.
+settings.register_profile("llava-edge", deadline=None, derandomize=True, database=None)
+settings.load_profile("llava-edge")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def isolated_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, so that no test reads or writes the user's."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The top folder of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def micro_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face LLaVA folder with random weights, small enough to convert in seconds."""
+    from llava_edge.models.micro import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("micro") / "checkpoint"
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_bundle(micro_checkpoint: Path) -> Path:
+    """`micro_checkpoint` exported; q8_0, so that llama.cpp's own quantizer runs (its rows need no multiple of 256)."""
+    from llava_edge.export.exporter import ExportOptions, export
+
+    out = micro_checkpoint.parent / "bundle"
+    export(ExportOptions(checkpoint=micro_checkpoint, out=out, quant="q8_0", vision="fp32", name="micro"))
+    return out
+
+
+@pytest.fixture
+def bundle_copy(micro_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `micro_bundle` to damage."""
+    return Path(shutil.copytree(micro_bundle, tmp_path / "bundle"))

@@ -1,0 +1,308 @@
+"""The bundle folder: what is written can be read, and nothing damaged, mixed or hostile is ever accepted.
+
+The parts are arbitrary bytes here: `llava_edge.bundle` never looks into them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_edge import bundle as b
+from llava_edge.errors import BundleError, MissingError
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def make_bundle(folder: Path, seed: int = 0, sizes: tuple[int, ...] = (30, 90, 50, 120)) -> b.Manifest:
+    """A bundle of random bytes, one size for each of `b.PARTS`."""
+    folder.mkdir()
+    noise = random.Random(seed)
+    for name, size in zip(b.PARTS, sizes, strict=True):
+        (folder / name).write_bytes(noise.randbytes(size))
+    manifest = b.Manifest(
+        format_version=b.FORMAT_VERSION,
+        name=f"toy-{seed}",
+        family="llava",
+        created_by="tests",
+        template="vicuna_v1",
+        preprocessing=b.Preprocessing(336, (0.48145466, 0.4578275, 0.40821073), (0.27, 0.26, 0.28), "pad"),
+        vision=b.VisionPart(-2, "patch", 1, 576, 1024, "int8"),
+        projector=b.ProjectorPart("mlp2x_gelu", "f16"),
+        language=b.LanguagePart(4096, 4096, 32000, "q4_k_m"),
+        files={name: b.file_entry(folder / name) for name in b.PARTS},
+        parity=[b.ParityRow("clip", "relative", 1e-5, 1e-4, 3e-4, 1e-5, True)],
+        provenance=[b.Provenance("vision", "openai/clip-vit-large-patch14-336", "MIT")],
+    )
+    b.write_manifest(folder, manifest)
+    return manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_bundle(tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def edit(folder: Path, change: Change) -> None:
+    """Change the manifest's JSON as somebody would who also knows how to sign it again."""
+    raw = json.loads((folder / b.MANIFEST).read_text("utf-8"))
+    del raw["checksum"]
+    change(raw)
+    raw["checksum"] = b._checksum(raw)
+    (folder / b.MANIFEST).write_text(json.dumps(raw), "utf-8")
+
+
+def test_round_trip(folder: Path) -> None:
+    written = b.read_manifest(folder)
+    b.write_manifest(folder, written)
+    opened = b.Bundle.open(folder)
+    assert opened.manifest == written
+    assert written.preprocessing.mean == (0.48145466, 0.4578275, 0.40821073)
+    assert opened.part(b.LANGUAGE).read_bytes() == (folder / "language.gguf").read_bytes()
+
+
+def test_verify_reads_every_byte_and_says_so(folder: Path) -> None:
+    seen: list[int] = []
+    b.Bundle.open(folder).verify(seen.append)
+    assert sum(seen) == 30 + 90 + 50 + 120
+
+
+def test_identity_depends_on_every_part_and_on_nothing_else(tmp_path: Path) -> None:
+    one, two = make_bundle(tmp_path / "one"), make_bundle(tmp_path / "two")
+    assert one.identity == two.identity == replace(one, name="renamed", parity=[]).identity
+    for name in b.PARTS:
+        other = {**one.files, name: b.FileEntry(one.files[name].size, "0" * 64)}
+        assert replace(one, files=other).identity != one.identity
+
+
+def test_missing_folder_and_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="does not exist"):
+        b.Bundle.open(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json.*llava-edge export"):
+        b.Bundle.open(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="is not a bundle"):
+        b.Bundle.open(tmp_path / "file")
+    with pytest.raises(BundleError, match="cannot be read"):
+        b.Bundle.open(tmp_path / ("long" * 200))
+
+
+# A manifest's text that is not a manifest at all: (text, what the sentence names).
+TEXTS = {
+    "empty": (b"", "not a valid manifest"),
+    "not json": (b"GGUF\x03\x00\x00\x00", "not a valid manifest"),
+    "web page": (b"<!DOCTYPE html><title>404</title>", "not a valid manifest"),
+    "byte order mark": (b'\xef\xbb\xbf{"format_version": 1}', "not a valid manifest"),
+    "UTF-16": ('{"format_version": 1}'.encode("utf-16"), "not a valid manifest"),
+    "not UTF-8": (b'{"name": "\xff"}', "not a valid manifest"),
+    "duplicate keys": (b'{"format_version": 1, "format_version": 1}', "a key appears twice"),
+    "NaN": (b'{"format_version": NaN}', "NaN is not a number"),
+    "infinity": (b'{"format_version": -Infinity}', "-Infinity is not a number"),
+    "deep": (b"[" * 10_000, "not a valid manifest"),
+    "deep object": (b'{"a":' * 10_000, "not a valid manifest"),
+    "a number of 5000 digits": (b'{"format_version": ' + b"9" * 5000 + b"}", "not a valid manifest"),
+    "a million entries": (b'{"files": {' + b",".join(b'"%d": 0' % i for i in range(10**6)) + b"}}", "larger than"),
+    "list": (b"[]", "format version"),
+    "null": (b"null", "format version"),
+    "no version": (b"{}", "format version"),
+    "newer version": (b'{"format_version": 2}', r"format version '2', this program reads version 1"),
+    "version as text": (b'{"format_version": "1"}', "format version"),
+    "only a version": (b'{"format_version": 1}', "lacks a field"),
+}
+
+
+@pytest.mark.parametrize(("text", "named"), TEXTS.values(), ids=TEXTS)
+def test_what_is_no_manifest_is_refused(folder: Path, text: bytes, named: str) -> None:
+    (folder / b.MANIFEST).write_bytes(text)
+    with pytest.raises(BundleError, match=named):
+        b.Bundle.open(folder)
+
+
+# A manifest of the right shape with one wrong thing in it: (change, what the sentence names).
+CHANGES: dict[str, tuple[Change, str]] = {
+    "path upwards": (lambda m: m["files"].update({"../../etc/passwd": m["files"][b.VISION]}), "wrong files"),
+    "absolute path": (lambda m: m["files"].update({"/etc/passwd": m["files"][b.VISION]}), "wrong files"),
+    "path with a dot": (lambda m: m["files"].update({"./vision.onnx": m["files"][b.VISION]}), "wrong files"),
+    "other case": (lambda m: m["files"].update({"VISION.onnx": m["files"].pop(b.VISION)}), "wrong files"),
+    "part not listed": (lambda m: m["files"].pop(b.PROJECTOR), r"missing \['projector.gguf'\]"),
+    "weights not listed": (lambda m: m["files"].pop(b.VISION_DATA), "vision.onnx.data is not in the manifest"),
+    "files as list": (lambda m: m.update(files=list(m["files"])), "files has the wrong kind"),
+    "file as text": (lambda m: m["files"].update({b.VISION: "sha"}), "vision.onnx should be an object"),
+    "negative size": (lambda m: m["files"][b.VISION].update(size=-1), "manifest says -1"),
+    "size as text": (lambda m: m["files"][b.VISION].update(size="300"), "size has the wrong kind"),
+    "size as float": (lambda m: m["files"][b.VISION].update(size=300.0), "size has the wrong kind"),
+    "size true": (lambda m: m["files"][b.VISION].update(size=True), "size has the wrong kind"),
+    "size 2^63": (lambda m: m["files"][b.VISION].update(size=2**63), "manifest says 9223372036854775808"),
+    "hash missing": (lambda m: m["files"][b.VISION].pop("sha256"), "lacks a field"),
+    "version true": (lambda m: m.update(format_version=True), "format_version has the wrong kind"),
+    "unknown field": (lambda m: m.update(surprise=1), r"unknown fields \['surprise'\]"),
+    "unknown nested field": (lambda m: m["vision"].update(heads=1), r"vision has unknown fields"),
+    "other family": (lambda m: m.update(family="qwen"), "family has the wrong kind"),
+    "family as list": (lambda m: m.update(family=["llava"]), "family has the wrong kind"),
+    "unknown template": (lambda m: m.update(template="{{ messages }}"), "prompt template .* known: vicuna_v1"),
+    "mean of two": (lambda m: m["preprocessing"].update(mean=[0.5, 0.5]), "mean has the wrong kind"),
+    "mean true": (lambda m: m["preprocessing"].update(mean=[0.5, 0.5, True]), r"mean\[2\] has the wrong kind"),
+    "mean infinite": (lambda m: m["preprocessing"].update(mean=[0.5, 0.5, 10**400]), r"mean\[2\] has the wrong"),
+    "std zero": (lambda m: m["preprocessing"].update(std=[0.2, 0.0, 0.2]), "std that is not positive"),
+    "image size zero": (lambda m: m["preprocessing"].update(image_size=0), "image_size 0"),
+    "image size huge": (lambda m: m["preprocessing"].update(image_size=2**31), "image_size 2147483648"),
+    "other squaring": (lambda m: m["preprocessing"].update(square="stretch"), "square has the wrong kind"),
+    "no image tokens": (lambda m: m["vision"].update(image_tokens=0), "size that cannot be right"),
+    "pool zero": (lambda m: m["vision"].update(image_pool=0), "size that cannot be right"),
+    "width 2^63": (lambda m: m["vision"].update(width=2**63), "size that cannot be right"),
+    "negative context": (lambda m: m["language"].update(context_length=-1), "size that cannot be right"),
+    "vocabulary null": (lambda m: m["language"].update(vocab_size=None), "vocab_size has the wrong kind"),
+    "terminal escape": (lambda m: m.update(name="\x1b]0;owned\x07"), "name has the wrong kind"),
+    "lone surrogate": (lambda m: m.update(name="\ud800"), "name has the wrong kind"),
+    "name as number": (lambda m: m.update(name=7), "name has the wrong kind"),
+    "parity as object": (lambda m: m.update(parity={}), "parity has the wrong kind"),
+    "parity row as list": (lambda m: m.update(parity=[[]]), r"parity\[0\] should be an object"),
+    "passed as number": (lambda m: m["parity"][0].update(passed=1), r"parity\[0\].passed has the wrong kind"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES.values(), ids=CHANGES)
+def test_hostile_manifests_are_refused_even_when_signed(folder: Path, change: Change, named: str) -> None:
+    edit(folder, change)
+    with pytest.raises(BundleError, match=named):
+        b.Bundle.open(folder)
+
+
+def test_infinity_written_as_a_large_exponent_is_refused(folder: Path) -> None:
+    path = folder / b.MANIFEST
+    path.write_text(path.read_text("utf-8").replace("0.48145466", "1e999"), "utf-8")
+    with pytest.raises(BundleError, match=r"mean\[0\] has the wrong kind"):
+        b.Bundle.open(folder)
+
+
+def test_optional_fields_may_be_absent(folder: Path) -> None:
+    edit(folder, lambda raw: (raw.pop("parity"), raw.pop("provenance")))
+    assert b.Bundle.open(folder).manifest.parity == []
+
+
+def test_a_bundle_without_external_weights_is_fine(folder: Path) -> None:
+    (folder / b.VISION_DATA).unlink()
+    edit(folder, lambda raw: raw["files"].pop(b.VISION_DATA))
+    b.Bundle.open(folder).verify()
+
+
+def test_a_valid_but_unsigned_change_is_refused(folder: Path) -> None:
+    path = folder / b.MANIFEST
+    path.write_text(path.read_text("utf-8").replace("0.48145466", "0.48145467"), "utf-8")
+    with pytest.raises(BundleError, match="changed after it was written"):
+        b.Bundle.open(folder)
+
+
+def test_flipped_bits_in_the_manifest_are_found(folder: Path) -> None:
+    """One random bit in every byte. A flip that changes nothing (1e-05 to 1E-05) may pass."""
+    path, noise = folder / b.MANIFEST, random.Random(0)
+    good, data = b.read_manifest(folder), path.read_bytes()
+    refused = 0
+    for i in range(len(data)):
+        flipped = bytearray(data)
+        flipped[i] ^= 1 << noise.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert b.read_manifest(folder) == good
+        except BundleError:
+            refused += 1
+    assert refused >= len(data) - 2
+
+
+def test_flipped_bits_in_the_parts_are_found_by_verify(folder: Path) -> None:
+    noise = random.Random(1)
+    for name in b.PARTS:
+        data = (folder / name).read_bytes()
+        for _ in range(64):
+            flipped = bytearray(data)
+            flipped[noise.randrange(len(data))] ^= 1 << noise.randrange(8)
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(BundleError, match=f"{name} is damaged or from another bundle"):
+                b.Bundle.open(folder).verify()
+        (folder / name).write_bytes(data)
+    b.Bundle.open(folder).verify()
+
+
+@pytest.mark.parametrize("name", b.PARTS)
+def test_every_truncation_and_extension_is_found_at_open(folder: Path, name: str) -> None:
+    data = (folder / name).read_bytes()
+    for length in range(len(data)):
+        (folder / name).write_bytes(data[:length])
+        with pytest.raises(BundleError, match=f"{name} has {length} bytes"):
+            b.Bundle.open(folder)
+    (folder / name).write_bytes(data + b"\0")
+    with pytest.raises(BundleError, match="truncated or from another"):
+        b.Bundle.open(folder)
+    (folder / name).unlink()
+    with pytest.raises(BundleError, match="missing from the bundle"):
+        b.Bundle.open(folder)
+
+
+def test_all_mixes_of_three_bundles_are_refused(tmp_path: Path) -> None:
+    """3^4 - 3 mixes; the first two bundles have parts of equal sizes, which only the hashes tell apart."""
+    sources = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    make_bundle(sources[0], 0)
+    make_bundle(sources[1], 1)
+    make_bundle(sources[2], 2, sizes=(31, 91, 51, 121))
+    mixes = [mix for mix in itertools.product(range(3), repeat=4) if len(set(mix)) > 1]
+    assert len(mixes) == 78
+    for mix in mixes:
+        target = tmp_path / "mix"
+        shutil.copytree(sources[mix[0]], target)
+        for name, source in zip(b.PARTS, mix, strict=True):
+            shutil.copy(sources[source] / name, target / name)
+        with pytest.raises(BundleError, match="another bundle"):
+            b.Bundle.open(target).verify()
+        shutil.rmtree(target)
+
+
+WRONG_KINDS = {
+    "empty": b"",
+    "zip": b"PK\x03\x04" + bytes(60),
+    "gzip": b"\x1f\x8b\x08" + bytes(60),
+    "big-endian gguf": b"FUGG\x00\x00\x00\x03" + bytes(60),
+    "safetensors": b"\x40\x00\x00\x00\x00\x00\x00\x00{}" + bytes(60),
+    "picture": b"\x89PNG\r\n\x1a\n" + bytes(60),
+    "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 300\n",
+    "web page": b"\n<!DOCTYPE html>\n<html><body>404</body></html>",
+    "html fragment": b"<html><body>Sign in</body></html>",
+}
+
+
+@pytest.mark.parametrize("name", b.PARTS)
+@pytest.mark.parametrize("kind", WRONG_KINDS)
+def test_a_file_of_another_kind_is_refused(folder: Path, name: str, kind: str) -> None:
+    (folder / name).write_bytes(WRONG_KINDS[kind])
+    hint = {"Git LFS pointer": "LFS pointer", "web page": "web page", "html fragment": "web page"}.get(kind, name)
+    with pytest.raises(BundleError, match=hint):
+        b.Bundle.open(folder)
+
+
+@pytest.mark.parametrize("name", [b.MANIFEST, *b.PARTS])
+@pytest.mark.parametrize("kind", ["symlink", "hardlink", "fifo", "folder", "device link", "dangling link"])
+def test_only_plain_files_are_opened(folder: Path, name: str, kind: str) -> None:
+    """A pipe would hang, a device would never end, a link may point anywhere."""
+    path, aside = folder / name, folder.parent / "aside"
+    path.rename(aside)
+    if kind == "symlink":
+        path.symlink_to(aside)
+    elif kind == "hardlink":
+        path.hardlink_to(aside)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device link" else "nowhere")
+    with pytest.raises(BundleError, match="must be a plain file"):
+        b.Bundle.open(folder)

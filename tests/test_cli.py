@@ -1,0 +1,338 @@
+"""The command line: answers on stdout, one sentence for every error, clean ends on Ctrl-C and broken pipes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava_edge import cli, store
+from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, VISION_DATA
+from llava_edge.options import Result
+
+ROOT = Path(__file__).parent.parent
+LIGHT = ("--device", "cpu", "--threads", "1")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        code = cli.execute([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    return path
+
+
+def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "llava_edge", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+# Help.
+
+
+def test_help_lists_every_command_and_imports_no_engine() -> None:
+    code = "import sys; from llava_edge import cli; cli.execute(['--help']); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name, text in cli.COMMANDS.items():
+        assert name in out
+        assert text in out
+    loaded = set(out.split())
+    assert not loaded & {"numpy", "PIL", "torch", "onnxruntime", "llama_cpp", "onnx", "transformers"}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command(name: str, run: Run) -> None:
+    code, out, err = run(name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: llava-edge {name}")
+
+
+def test_no_command_shows_help(run: Run) -> None:
+    code, out, _ = run()
+    assert code == 0
+    assert "Commands:" in out
+
+
+# run
+
+
+def test_the_answer_is_on_stdout_and_nothing_else(micro_bundle: Path, photo: Path, run: Run) -> None:
+    code, out, err = run("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "8")
+    assert (code, err) == (0, "")
+    assert out.endswith("\n")
+    _, json_out, _ = run("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "8", "--json")
+    assert json.loads(json_out)["text"] + "\n" == out
+
+
+def test_json_has_the_documented_fields(micro_bundle: Path, photo: Path, run: Run) -> None:
+    images = ("--image", photo, "--image", photo)
+    code, out, _ = run("run", "--model", micro_bundle, *images, *LIGHT, "--max-tokens", "8", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert list(found) == [item.name for item in fields(Result)]
+    assert list(found) == ["text", "finish_reason", "model", "device", "image_tokens", "prompt_tokens",
+                           "completion_tokens", "cache", "timings", "memory"]  # fmt: skip
+    assert list(found["timings"]) == ["load_ms", "preprocess_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms",
+                                      "decode_tokens_per_s", "total_ms"]  # fmt: skip
+    assert list(found["memory"]) == ["peak_rss_bytes", "private_bytes"]
+    assert found["image_tokens"] == 2 * json.loads((micro_bundle / MANIFEST).read_text())["vision"]["image_tokens"]
+    assert (found["device"], found["cache"], found["finish_reason"]) == ("cpu", "miss", "length")
+    assert found["timings"]["ttft_ms"] > found["timings"]["prefill_ms"] > 0
+
+
+def test_auto_names_the_device_on_stderr(micro_bundle: Path, run: Run) -> None:
+    code, _, err = run("run", "--model", micro_bundle, "--threads", "1", "--max-tokens", "1")
+    assert code == 0
+    assert err.startswith("device: ")
+
+
+class _Stdin:
+    """Standard input with bytes in it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BytesIO(data)
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_dash_is_stdin(micro_bundle: Path, photo: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ("run", "--model", micro_bundle, *LIGHT, "--max-tokens", "8")
+    _, wanted, _ = run(*common, "--image", photo, "--prompt", "What?")
+    monkeypatch.setattr("sys.stdin", _Stdin(photo.read_bytes()))
+    assert run(*common, "--image", "-", "--prompt", "What?") == (0, wanted, "")
+    monkeypatch.setattr("sys.stdin", _Stdin(b"What?"))
+    assert run(*common, "--image", photo, "--prompt", "-") == (0, wanted, "")
+
+
+# Every bad input: its exit code, and one sentence with this part in it. {} is the micro bundle.
+BAD: list[tuple[list[str], int, str]] = [
+    (["nonsense"], 2, "nonsense"),
+    (["run", "--nonsense"], 2, "--nonsense"),
+    (["run", "--max-tokens", "many"], 2, "many"),
+    (["run", "--model", "{}", "--max-tokens", "0"], 2, "max_tokens"),
+    (["run", "--model", "{}", "--max-tokens", "-1"], 2, "max_tokens"),
+    (["run", "--model", "{}", "--temperature", "nan"], 2, "temperature"),
+    (["run", "--model", "{}", "--temperature", "-1"], 2, "temperature"),
+    (["run", "--model", "{}", "--top-p", "0"], 2, "top_p"),
+    (["run", "--model", "{}", "--min-p", "2"], 2, "min_p"),
+    (["run", "--model", "{}", "--top-k", "-3"], 2, "top_k"),
+    (["run", "--model", "{}", "--seed", "-1"], 2, "seed"),
+    (["run", "--model", "{}", "--stop", ""], 2, "stop"),
+    (["run", "--model", "{}", "--threads", "-1"], 2, "threads"),
+    (["run", "--model", "{}", "--context", "99999"], 2, "trained for at most"),
+    (["run", "--model", "{}", "--device", "tpu"], 2, "tpu"),
+    (["run", "--model", "{}", "--prompt", ""], 2, "empty"),
+    (["run", "--model", "{}", "--prompt", "  \n"], 2, "empty"),
+    (["run", "--model", "{}", "--image", "-", "--prompt", "-"], 2, "more than once"),
+    (["run", "--model", "{}", "--image", "none.png"], 66, "none.png"),
+    (["run", "--model", "{}", "--image", "{}/language.gguf"], 65, "language.gguf"),
+    (["run", "--model", "{}", "--context", "20", *LIGHT], 65, "positions"),
+    (["run", "--model", "no-such"], 66, "known models"),
+    (["run", "--model", "/"], 65, "not a bundle"),
+    (["run"], 66, "llava-edge models pull smol"),
+    (["chat"], 66, "llava-edge models pull smol"),
+    (["chat", "--model", "{}", "--image", "none.png"], 66, "none.png"),
+    (["verify"], 66, "llava-edge models pull smol"),
+    (["verify", "/"], 65, "not a bundle"),
+    (["info", "no-such"], 66, "known models"),
+    (["info", "/"], 65, "neither"),
+    (["info", "{}/vision.onnx"], 65, "not a GGUF file"),
+    (["models", "pull", "no-such"], 2, "smol"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), BAD, ids=[" ".join(bad[0]) for bad in BAD])
+def test_bad_input_is_one_sentence(arguments: list[str], code: int, says: str, micro_bundle: Path, run: Run) -> None:
+    found, _, err = run(*(argument.replace("{}", str(micro_bundle)) for argument in arguments))
+    sentences = [line for line in err.splitlines() if not line.startswith("device: ")]
+    assert found == code
+    assert len(sentences) == 1
+    assert sentences[0].startswith("llava-edge: ")
+    assert says in sentences[0]
+
+
+def test_nothing_piped_into_dash(micro_bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for data in (b"", b"not a picture"):
+        monkeypatch.setattr("sys.stdin", _Stdin(data))
+        code, _, err = run("run", "--model", micro_bundle, "--image", "-")
+        assert code in (65, 66)
+        assert err.count("\n") == 1
+    monkeypatch.setattr("sys.stdin", None)
+    assert run("run", "--model", micro_bundle, "--image", "-")[0] == 2
+
+
+# How a process ends.
+
+
+def test_ctrl_c_while_streaming(micro_bundle: Path) -> None:
+    process = start("run", "--model", micro_bundle, *LIGHT, "--max-tokens", "450", "--prompt", "hello")
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith(b"\n")
+    assert err == b""
+
+
+def test_ctrl_c_while_loading(micro_bundle: Path) -> None:
+    """The engine's own log tells that loading has begun; no answer may follow, and no traceback."""
+    process = start("run", "--model", micro_bundle, *LIGHT, "--verbose", "--prompt", "hello")
+    assert process.stderr is not None
+    while b"llama_model_loader" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+def test_a_reader_that_leaves(micro_bundle: Path) -> None:
+    process = start("run", "--model", micro_bundle, *LIGHT, "--max-tokens", "450", "--prompt", "hello")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+    assert err == b""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes the stream")
+def test_closed_streams_and_a_plain_locale(micro_bundle: Path) -> None:
+    command = f'"{sys.executable}" -m llava_edge run --model "{micro_bundle}" {" ".join(LIGHT)} --max-tokens 4'
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    for redirect in ("", ">&-", "<&-", ">&- 2>&- <&-"):
+        done = subprocess.run(f"{command} {redirect}", shell=True, cwd=ROOT, env=environment, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_unwritable_stdout(micro_bundle: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    command = [sys.executable, "-m", "llava_edge", "models", "list"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 74
+    assert "Traceback" not in done.stderr
+
+
+# chat, verify, info, models
+
+
+def test_chat_reads_questions_from_stdin(micro_bundle: Path, photo: Path) -> None:
+    process = start(
+        "chat", "--model", micro_bundle, *LIGHT, "--max-tokens", "4", "--image", photo, stdin=subprocess.PIPE
+    )
+    out, err = process.communicate(b"What?\nAnd?\n/quit\nnever\n", timeout=60)
+    assert process.returncode == 0
+    assert out
+    assert b"/help lists the commands" in err
+
+
+@pytest.mark.parametrize("part", [VISION_DATA, PROJECTOR, LANGUAGE])
+def test_verify_finds_one_flipped_bit(part: str, bundle_copy: Path, run: Run) -> None:
+    code, out, err = run("verify", bundle_copy)
+    assert (code, err) == (0, "")
+    assert "4 files" in out
+    path = bundle_copy / part
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 16
+    path.write_bytes(data)
+    code, _, err = run("verify", bundle_copy)
+    assert code == 65
+    assert part in err
+
+
+def test_info_of_a_bundle(micro_bundle: Path, run: Run) -> None:
+    code, out, _ = run("info", micro_bundle)
+    manifest = json.loads((micro_bundle / MANIFEST).read_text())
+    assert code == 0
+    assert all(entry["sha256"] in out for entry in manifest["files"].values())
+    assert all(row["stage"] in out for row in manifest["parity"])
+    code, out, _ = run("info", micro_bundle, "--json")
+    assert json.loads(out)["files"] == manifest["files"]
+
+
+def test_info_of_a_gguf_file_and_a_checkpoint(micro_bundle: Path, micro_checkpoint: Path, run: Run) -> None:
+    _, out, _ = run("info", micro_bundle / LANGUAGE)
+    assert "general.architecture" in out
+    assert "array of" in out
+    code, out, _ = run("info", micro_checkpoint, "--json")
+    assert code == 0
+    assert json.loads(out)["text"]["num_hidden_layers"] == 2
+
+
+def test_models_are_listed_and_used_by_name(micro_bundle: Path, run: Run) -> None:
+    assert "smol (default)  not installed" in run("models", "list")[1]
+    store.models_folder().mkdir(parents=True)
+    (store.models_folder() / "mine").symlink_to(micro_bundle)
+    out = run("models", "list")[1]
+    assert "mine  installed" in out
+    assert str(store.models_folder() / "mine") in out
+    assert run("run", "--model", "mine", *LIGHT, "--max-tokens", "2", "--prompt", "hello")[0] == 0
+
+
+# doctor
+
+
+def test_doctor_on_this_machine(run: Run) -> None:
+    code, out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    found = {finding["subject"]: finding for finding in report["findings"]}
+    assert (code, report["ok"]) == (0, True)
+    assert found["llama.cpp"]["level"] == found["onnxruntime"]["level"] == "ok"
+    assert found["default model"]["fix"] == "llava-edge models pull smol"
+    assert {"processor", "threads", "memory", "devices", "cache folder"} <= set(found)
+
+
+def test_doctor_survives_a_build_that_dies(tmp_path: Path) -> None:
+    """A llama_cpp that ends its process with an illegal instruction, as one miscompiled for this processor does."""
+    package = tmp_path / "llama_cpp"
+    package.mkdir()
+    (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = start("doctor", env=environment)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 69
+    assert b"SIGILL" in out
+    assert b'CXXFLAGS="-fno-tree-dse -fno-dse" pip install' in out
+    assert b"broken  llama.cpp" in out
+    assert err.startswith(b"llava-edge: ")
+    assert err.count(b"\n") == 1
+
+
+def test_doctor_names_a_missing_engine(tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text(
+        "raise ImportError('libonnxruntime.so.1: cannot open shared object file')\n"
+    )
+    process = start("doctor", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 69
+    assert b"broken  onnxruntime" in out
+    assert b"cannot open shared object file" in out

@@ -1,0 +1,493 @@
+"""Checkpoints become bundles that compute what transformers computes, and wrong conversions are noticed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig as HfLlavaConfig
+
+from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, ParityRow
+from llava_edge.errors import UsageError
+from llava_edge.export import clip_onnx, llm_gguf
+from llava_edge.export.checkpoint import open_checkpoint
+from llava_edge.export.clip_onnx import Precision, write_clip
+from llava_edge.export.exporter import ExportOptions, ParityError, export
+from llava_edge.export.quantize import Quant
+from llava_edge.models import micro
+from llava_edge.models.config import LlavaConfig, VisionConfig
+from llava_edge.runtimes import projector as runtime_projector
+from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.vision import VisionEncoder
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+TOWER = VisionConfig(
+    image_size=48, patch_size=8, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4
+)
+
+
+def clip_tower(seed: int = 0) -> tuple[CLIPVisionModel, Tensors]:
+    """transformers' CLIP with random weights, large enough for activations and norms to matter."""
+    torch.manual_seed(seed)
+    settings = {name: getattr(TOWER, name) for name in vars(TOWER)}
+    tower = CLIPVisionModel(CLIPVisionConfig(**settings)).eval()
+    for parameter in tower.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.15)
+    return tower, {f"vision_tower.{name}": value.numpy() for name, value in tower.state_dict().items()}
+
+
+def run_onnx(folder: Path, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    session = onnxruntime.InferenceSession(folder / VISION, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["features"], {"pixels": pixels})[0])
+
+
+def relative(ours: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
+    return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
+
+
+def some_pixels(count: int = 2) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(3).standard_normal((count, 3, 48, 48)).astype(np.float32)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 1, 0])
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+def test_the_tower_computes_the_hidden_state_that_transformers_does(layer: int, feature: Any, tmp_path: Path) -> None:
+    tower, tensors = clip_tower()
+    config = LlavaConfig(vision=TOWER, vision_feature_layer=layer, feature=feature)
+    write_clip(config, tensors, tmp_path, "fp32")
+    with torch.no_grad():
+        states = tower(torch.from_numpy(some_pixels()), output_hidden_states=True).hidden_states
+    wanted = states[layer].numpy()[:, 1 if feature == "patch" else 0 :]
+    ours = run_onnx(tmp_path, some_pixels())
+    assert ours.shape == (2, config.image_tokens, 64)
+    assert relative(ours, wanted) < 3e-6
+    others = [state.numpy()[:, 1 if feature == "patch" else 0 :] for state in states]
+    assert sum(relative(ours, other) < 1e-2 for other in others) == 1  # no other layer would have passed
+
+
+def test_pooling_averages_neighbouring_patches(tmp_path: Path) -> None:
+    tower, tensors = clip_tower()
+    write_clip(LlavaConfig(vision=TOWER, image_pool=2), tensors, tmp_path, "fp32")
+    with torch.no_grad():
+        state = tower(torch.from_numpy(some_pixels()), output_hidden_states=True).hidden_states[-2][:, 1:]
+        grid = state.transpose(1, 2).reshape(2, 64, 6, 6)
+        wanted = torch.nn.functional.avg_pool2d(grid, 2).flatten(2).transpose(1, 2).numpy()
+    assert relative(run_onnx(tmp_path, some_pixels()), wanted) < 3e-6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_graph_is_plain_and_its_weights_can_be_mapped(precision: Precision, tmp_path: Path) -> None:
+    write_clip(LlavaConfig(vision=TOWER), clip_tower()[1], tmp_path, precision)
+    onnx.checker.check_model(str(tmp_path / VISION), full_check=True)
+    model = onnx.load(tmp_path / VISION, load_external_data=False)
+    assert [entry.domain for entry in model.opset_import] == [""]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert len(model.functions) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [VISION, VISION_DATA]
+    size, end = (tmp_path / VISION_DATA).stat().st_size, 0
+    outside = [item for item in model.graph.initializer if item.external_data]
+    assert len(outside) >= 10
+    for item in outside:
+        place = {entry.key: entry.value for entry in item.external_data}
+        assert place["location"] == VISION_DATA
+        assert int(place["offset"]) >= end
+        assert int(place["offset"]) % 64 == 0
+        end = int(place["offset"]) + int(place["length"])
+    assert end == size
+    # Two of three blocks are needed for layer -2; weights of the third are nowhere.
+    assert not [item.name for item in model.graph.initializer if "layers.2." in item.name]
+
+
+def test_large_weights_begin_on_a_page(tmp_path: Path) -> None:
+    wide = replace(TOWER, hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8)
+    config = LlavaConfig(vision=wide, vision_feature_layer=-1)
+    tensors = {name: value for name, value in micro.random_tensors(config).items() if name.startswith("vision")}
+    write_clip(config, tensors, tmp_path, "fp32")
+    graph = onnx.load(tmp_path / VISION, load_external_data=False).graph
+    offsets = [
+        int(item.external_data[1].value) for item in graph.initializer if np.prod(item.dims) * 4 >= clip_onnx.MAP_FROM_BYTES
+    ]
+    assert len(offsets) >= 3
+    assert not any(offset % 4096 for offset in offsets)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-6), ("fp16", 1e-3), ("int8", 2e-2)])
+def test_precisions_cost_what_they_should(precision: Precision, limit: float, tmp_path: Path) -> None:
+    tensors = clip_tower()[1]
+    for name in ("fp32", precision):
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path / name, name)
+    wanted = run_onnx(tmp_path / "fp32", some_pixels())
+    error = relative(run_onnx(tmp_path / precision, some_pixels()), wanted)
+    assert error <= limit
+    assert precision == "fp32" or error > 1e-6  # otherwise nothing was reduced
+
+
+def test_a_picture_is_encoded_the_same_alone_and_in_a_batch(tmp_path: Path) -> None:
+    write_clip(LlavaConfig(vision=TOWER), clip_tower()[1], tmp_path, "int8")
+    pixels = some_pixels(3)
+    pixels[0] *= 20  # a scale shared over the batch would blur the others
+    together = run_onnx(tmp_path, pixels)
+    alone = np.concatenate([run_onnx(tmp_path, pixels[i : i + 1]) for i in range(3)])
+    assert relative(together, alone) < 1e-5
+
+
+def test_int8_runs_as_integer_products_and_early_blocks_can_stay_out(tmp_path: Path) -> None:
+    tensors = clip_tower()[1]
+    errors = []
+    write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path, "fp32")
+    wanted = run_onnx(tmp_path, some_pixels())
+    for float_blocks, products in ((0, 8), (1, 4), (2, 0)):
+        write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path, "int8", float_blocks)
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / VISION, settings, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+        fused = [{entry.name: entry.i for entry in node.attribute} for node in nodes if node.op_type == "MatMulNBits"]
+        assert len(fused) == products
+        assert all(node["bits"] == 8 and node["accuracy_level"] == 4 for node in fused)  # 4: int8 activations
+        errors.append(relative(session.run(None, {"pixels": some_pixels()})[0], wanted))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_blocks_quantise_to_half_a_step(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((70, 5)).astype(np.float32)
+    weight[:, 2] = 0
+    values, scale = clip_onnx.quantize_blocks(weight)
+    assert values.shape == (70, 5)
+    assert scale.shape == (3, 5)
+    steps = np.repeat(scale, 32, axis=0)[:70]
+    assert (np.abs(values * steps - weight) <= steps * 0.5001).all()
+    assert np.abs(values[:, [0, 1, 3, 4]]).max(axis=0).tolist() == [127] * 4
+
+
+# --- whole checkpoints -----------------------------------------------------------------------------------------
+
+
+def hf_model(tie: bool = False) -> LlavaForConditionalGeneration:
+    torch.manual_seed(1)
+    config = HfLlavaConfig(
+        text_config=LlamaConfig(
+            vocab_size=288,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=tie,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        vision_config=CLIPVisionConfig(**vars(TOWER)),
+        image_token_index=287,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=tie,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.add_(torch.randn_like(parameter) * (0.1 if "norm" in name else 0.05))
+    if tie:
+        model.tie_weights()
+    return model
+
+
+def save_hf(model: LlavaForConditionalGeneration, folder: Path, **settings: Any) -> Path:
+    """transformers' own writer, plus our tokenizer and template."""
+    model.save_pretrained(folder, **settings)
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    raw["llava_edge"] = {"template": "chatml"}
+    (folder / "config.json").write_text(json.dumps(raw), "utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(micro.tokenizer_json()), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_an_exported_transformers_model_answers_like_transformers(tie: bool, tmp_path: Path) -> None:
+    model = hf_model(tie)
+    out = tmp_path / "bundle"
+    manifest = export(ExportOptions(save_hf(model, tmp_path / "hf"), out, quant="f16", vision="fp32"))
+    assert all(row.passed for row in manifest.parity)
+    bundle = Bundle.open(out)
+    before, after, pixels = [1, 20, 30, 40], [50, 60, 70], some_pixels(1)
+    ids = torch.tensor([before + [287] * manifest.vision.image_tokens + after])
+    with torch.no_grad():
+        wanted = model(input_ids=ids, pixel_values=torch.from_numpy(pixels)).logits[0, -1].numpy()
+    embeds = Projector(bundle).project(VisionEncoder(bundle, 1, "CPUExecutionProvider").encode(pixels[0]))
+    ours = engine_logits(out / LANGUAGE, before, embeds, after)
+    assert float(ours @ wanted / np.linalg.norm(ours) / np.linalg.norm(wanted)) > 0.9999
+    assert ours.argmax() == wanted.argmax()
+    reversed_patches = engine_logits(out / LANGUAGE, before, embeds[::-1].copy(), after)
+    assert relative(reversed_patches, wanted) > 5 * relative(ours, wanted)  # the comparison sees the picture
+
+
+def engine_logits(path: Path, before: list[int], embeds: np.ndarray[Any, Any], after: list[int]) -> Any:
+    engine, never = LanguageModel(path, context=128, threads=1), threading.Event()
+    try:
+        engine.evaluate_tokens(before, never)
+        engine.evaluate_embeddings(embeds, [("picture", i) for i in range(len(embeds))], never)
+        engine.evaluate_tokens(after, never)
+        return engine.logits().copy()
+    finally:
+        engine.close()
+
+
+def rename(tensors: Mapping[str, Any], scheme: str) -> dict[str, Any]:
+    """Classic names -> those of newer transformers, as its own conversion tables have them."""
+    if scheme == "classic":
+        return dict(tensors)
+    renamed = {}
+    for name, value in tensors.items():
+        name = name.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "model.language_model.")
+        if name.startswith(("vision_tower", "multi_modal_projector")):
+            name = f"model.{name}"
+        renamed[name.replace("vision_tower.vision_model.", "vision_tower.") if scheme == "v5" else name] = value
+    return renamed
+
+
+@pytest.mark.parametrize("scheme", ["classic", "4.52", "v5"])
+@pytest.mark.parametrize("form", ["single", "sharded", "pickle", "bfloat16"])
+def test_every_layout_reads_as_the_same_tensors(scheme: str, form: str, micro_checkpoint: Path, tmp_path: Path) -> None:
+    classic = load_file(micro_checkpoint / "model.safetensors")
+    stored = rename(classic, scheme)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((micro_checkpoint / name).read_bytes())
+    if form == "single":
+        save_file(stored, tmp_path / "model.safetensors")
+    elif form == "sharded":
+        write_shards(stored, tmp_path)
+    elif form == "pickle":
+        torch.save({name: torch.from_numpy(value) for name, value in stored.items()}, tmp_path / "pytorch_model.bin")
+    else:
+        from safetensors.torch import save_file as save_torch
+
+        classic = {name: torch.from_numpy(value).bfloat16().float().numpy() for name, value in classic.items()}
+        halves = {name: torch.from_numpy(value).bfloat16() for name, value in rename(classic, scheme).items()}
+        save_torch(halves, tmp_path / "model.safetensors")
+    tensors = open_checkpoint(tmp_path).tensors
+    assert set(tensors) < set(classic)  # the tower's unused end is left out
+    for name in tensors:
+        assert tensors[name].dtype == np.float32
+        assert np.array_equal(tensors[name], classic[name]), name
+
+
+def write_shards(tensors: Mapping[str, Any], folder: Path) -> None:
+    names = sorted(tensors)
+    places = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"model-0000{number + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        places |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), "utf-8")
+
+
+def test_what_transformers_writes_today_is_read(tmp_path: Path) -> None:
+    model = hf_model()
+    tensors = open_checkpoint(save_hf(model, tmp_path / "one")).tensors
+    sharded = open_checkpoint(save_hf(model, tmp_path / "many", max_shard_size="100KB")).tensors
+    state = model.state_dict()
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    name = "language_model.model.layers.1.mlp.down_proj.weight"
+    for found in (tensors, sharded):
+        assert np.array_equal(found[name], state["model.language_model.layers.1.mlp.down_proj.weight"].numpy())
+
+
+@pytest.mark.parametrize("quant", ["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"])
+def test_each_quantization_is_what_it_says(quant: Quant, micro_checkpoint: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    manifest = export(ExportOptions(micro_checkpoint, tmp_path / "out", quant=quant, vision="int8"))
+    assert manifest.language.quantization == quant
+    assert manifest.vision.precision == "int8"
+    stored = {item.name: item.tensor_type.name for item in GGUFReader(tmp_path / "out" / LANGUAGE).tensors}
+    wanted = {"q4_k_m": "Q4_K", "q4_0": "Q4_0", "q5_k_m": "Q5_K", "q8_0": "Q8_0", "f16": "F16"}[quant]
+    assert stored["blk.0.attn_q.weight"] == wanted
+    assert stored["output.weight"] == {"q8_0": "Q8_0", "f16": "F16"}.get(quant, "Q6_K")
+    assert stored["blk.0.attn_norm.weight"] == stored["output_norm.weight"] == "F32"
+    assert len(stored) == 2 * 9 + 3
+    rows = [row.stage for row in manifest.parity]
+    assert {"pixels", "clip int8", "projector", "logits f16", f"logits {quant}"} == set(rows)
+    Bundle.open(tmp_path / "out").verify()
+
+
+def test_the_fields_of_the_language_file(micro_checkpoint: Path, micro_bundle: Path) -> None:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(micro_bundle / LANGUAGE).fields
+    text = micro.CONFIG.text
+    wanted = {
+        "general.architecture": "llama",
+        "llama.block_count": text.num_hidden_layers,
+        "llama.context_length": text.max_position_embeddings,
+        "llama.attention.head_count_kv": text.num_key_value_heads,
+        "llama.rope.dimension_count": text.head_dim,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert {key: fields[key].contents() for key in wanted} == wanted
+    assert fields["llama.attention.layer_norm_rms_epsilon"].contents() == pytest.approx(text.rms_norm_eps)
+    assert fields["llama.rope.freq_base"].contents() == pytest.approx(text.rope_theta)
+
+
+def test_the_permutation_undoes_what_the_importer_does() -> None:
+    from llava_edge.models.smol import _unpermute
+
+    weight = np.arange(24 * 3).reshape(24, 3)
+    assert np.array_equal(_unpermute(llm_gguf.permute(weight, 3), 3), weight)
+    # One head of 8 rows: halves 0..3 and 4..7 become neighbours.
+    assert llm_gguf.permute(weight[:8], 1)[:, 0].tolist() == weight[[0, 4, 1, 5, 2, 6, 3, 7], 0].tolist()
+
+
+# --- negative controls: each classic mistake, made on purpose, must stop the export ------------------------------
+
+
+def wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = clip_onnx._tower
+    monkeypatch.setattr(
+        clip_onnx, "_tower", lambda graph, config, *rest: right(graph, replace(config, vision_feature_layer=-3), *rest)
+    )
+
+
+def erf_gelu_in_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = clip_onnx._Graph.scalar
+    monkeypatch.setattr(clip_onnx._Graph, "scalar", lambda self, value: right(self, 1.6 if value == 1.702 else value))
+
+
+def class_token_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts at the class token and ends one patch early: right in shape, wrong in content."""
+    right, ends = clip_onnx._Graph.ints, {(1,): (0,), (np.iinfo(np.int64).max,): (-1,)}
+    calls: list[tuple[int, ...]] = []
+
+    def ints(self: Any, *values: int) -> str:
+        calls.append(values)
+        slicing = values == (np.iinfo(np.int64).max,) or (values == (1,) and (1,) not in calls[:-1])
+        return right(self, *(ends[values] if slicing else values))
+
+    monkeypatch.setattr(clip_onnx._Graph, "ints", ints)
+
+
+def tanh_gelu_in_projector(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gelu(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return (0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))).astype(np.float32)
+
+    monkeypatch.setattr(runtime_projector, "gelu", gelu)
+
+
+def no_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_gguf, "permute", lambda weight, heads: weight)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "stage"),
+    [
+        (wrong_layer, "clip fp32"),
+        (erf_gelu_in_clip, "clip fp32"),
+        (class_token_kept, "clip fp32"),
+        (tanh_gelu_in_projector, "projector"),
+        (no_permutation, "logits f16"),
+    ],
+)
+def test_a_wrong_conversion_is_not_published(
+    mistake: Any, stage: str, micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mistake(monkeypatch)
+    options = ExportOptions(micro_checkpoint, tmp_path / "out", quant="f16", vision="fp32")
+    with pytest.raises(ParityError, match=stage) as caught:
+        export(options)
+    assert list(tmp_path.iterdir()) == []
+    failed = {row.stage for row in caught.value.rows if not row.passed}
+    assert failed == {stage}  # each stage gets the reference's input, so the fault is named where it is
+    assert caught.value.rows[-1].stage == stage  # worst last
+    manifest = export(replace(options, force_publish=True))
+    assert not manifest.parity[-1].passed
+    assert Bundle.open(tmp_path / "out").manifest == manifest
+
+
+def test_a_file_that_does_not_hold_its_source_is_not_published(
+    micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_edge.errors import CheckpointError
+
+    names = llm_gguf.tensor_names
+    right = llm_gguf.write_language
+
+    def swapped(*arguments: Any) -> None:
+        gate, up = "blk.1.ffn_gate.weight", "blk.1.ffn_up.weight"
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                llm_gguf, "tensor_names", lambda c: {**names(c), gate: names(c)[up], up: names(c)[gate]}
+            )
+            right(*arguments)
+
+    monkeypatch.setattr("llava_edge.export.exporter.write_language", swapped)
+    with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_(gate|up)\.weight as F16 is off by 1\.4"):
+        export(ExportOptions(micro_checkpoint, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_stages_and_the_worst_row_last(micro_checkpoint: Path, tmp_path: Path) -> None:
+    from llava_edge.cli import cli
+
+    out = tmp_path / "bundle"
+    result = CliRunner().invoke(cli, ["export", str(micro_checkpoint), str(out), "--quant", "q4_0", "--json"])
+    assert result.exit_code == 0, result.output
+    manifest = json.loads(result.stdout)
+    assert manifest["name"] == "bundle"
+    assert manifest["language"]["quantization"] == "q4_0"
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if "quantizing to q4_0" in line]
+    assert "logits q4_0" in lines[-2]
+    assert lines[-1].endswith("--image photo.jpg")
+    assert max((row for row in map(ParityRow_from, manifest["parity"])), key=strain).stage == "logits q4_0"
+
+
+def ParityRow_from(raw: dict[str, Any]) -> ParityRow:  # noqa: N802
+    return ParityRow(**raw)
+
+
+def strain(row: ParityRow) -> float:
+    return (1 - row.value) / (1 - row.limit) if row.measure == "cosine" else row.value / (row.limit or 1)
+
+
+def test_without_torch_the_bundle_is_made_and_says_so(micro_checkpoint: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['torch'] = None; from llava_edge.cli import main; "
+        f"main(['export', {str(micro_checkpoint)!r}, {str(tmp_path / 'out')!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch is not installed" in done.stderr
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert manifest.parity == []
+    assert (tmp_path / "out" / PROJECTOR).is_file()
+
+
+def test_an_unknown_precision_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="q4_k_m"):
+        ExportOptions(tmp_path, tmp_path, quant="q3")  # type: ignore[arg-type]

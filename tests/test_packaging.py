@@ -1,0 +1,89 @@
+"""The wheel: the right files under the right names, and a command that starts far away from this tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+AREAS = ("export", "models", "runtimes")
+
+
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing stale gets in and nothing is left behind."""
+    source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("wheel")
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    for name in ("llava_edge", "tests", *AREAS):
+        shutil.copytree(root / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)]
+    done = subprocess.run([*pip, str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = out.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_every_module_once_under_llava_edge(wheel: Path, root: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"llava_edge"}
+    expected = {f"llava_edge/{path.relative_to(root / 'llava_edge')}" for path in _own_modules(root / "llava_edge")}
+    expected |= {f"llava_edge/{path.relative_to(root)}" for area in AREAS for path in (root / area).rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert len(names) == len(set(names))
+
+
+def _own_modules(folder: Path) -> list[Path]:
+    """Modules of llava_edge/ that are not reached through one of the three links."""
+    return [path for path in folder.rglob("*.py") if path.relative_to(folder).parts[0] not in AREAS]
+
+
+def test_the_wheel_holds_the_data(wheel: Path, root: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    data = {f"llava_edge/{path.relative_to(root)}" for path in (root / "models/recipes").glob("*.toml")}
+    zoo = [path for path in (root / "llava_edge/zoo").rglob("*") if path.is_file()]
+    data |= {str(path.relative_to(root)) for path in zoo if path.suffix != ".pyc"}
+    assert data | {"llava_edge/py.typed"} <= names
+
+
+def test_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(archive.read(path).decode("utf-8"))
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert "Apache-2.0" in (metadata["License"], metadata["License-Expression"])
+    needs = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {need.split(">")[0].split("=")[0] for need in needs} == {
+        *("numpy", "pillow", "onnxruntime", "llama-cpp-python", "click")
+    }
+    assert set(metadata.get_all("Provides-Extra", [])) == {"export", "train", "dev"}
+
+
+def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    """In a folder with a package called `models`, which must not get in the way."""
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run(pip, capture_output=True, check=True)
+    for area in AREAS:
+        (elsewhere / area).mkdir(parents=True)
+        (elsewhere / area / "__init__.py").write_text("raise RuntimeError('not this one')", "utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+
+    def python(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = python("-c", "import llava_edge.models as m, llava_edge.runtimes as r; print(m.__file__, r.__file__)")
+    assert all(path.startswith(str(target)) for path in where.split())
+    assert "run" in python("-m", "llava_edge", "--help")
+    assert "--image" in python("-m", "llava_edge", "run", "--help")
+    assert "run" in python(str(target / "bin/llava-edge"), "--help")

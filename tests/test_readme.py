@@ -1,0 +1,107 @@
+"""The README cannot rot: its commands parse, its links and files exist, its Python names what is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from llava_edge.cli import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_lines(page: Path) -> list[str]:
+    """Lines inside fenced code blocks."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+COMMANDS = sorted({line for page in PAGES for line in code_lines(page) if line.startswith("llava-edge ")})
+
+
+def parse(line: str) -> click.Context:
+    """The context click would run a command line in, options checked; nothing is run."""
+    words = shlex.split(re.split(r"\s[|>#]", line)[0])[1:]
+    context = cli.make_context("llava-edge", list(words))
+    command: click.Command = cli
+    rest = words
+    while isinstance(command, click.Group):
+        name, found, rest = command.resolve_command(context, rest)
+        assert found is not None
+        context = found.make_context(name, list(rest), parent=context)
+        command = found
+    return context
+
+
+@pytest.fixture
+def as_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that has the files and folders the commands name."""
+    for line in COMMANDS:
+        for word in shlex.split(line)[2:]:
+            path = tmp_path / word
+            if Path(word).suffix in (".jpg", ".png"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            elif "/" in word and not Path(word).suffix:
+                path.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_there_are_commands() -> None:
+    assert any(line.startswith("llava-edge run --image") for line in COMMANDS)
+
+
+@pytest.mark.usefixtures("as_reader")
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_parses(line: str) -> None:
+    parse(line)
+
+
+@pytest.mark.usefixtures("as_reader")
+@pytest.mark.parametrize(
+    "line", ["llava-edge rnu", "llava-edge run --picture photo.jpg", "llava-edge run --max-tokens many"]
+)
+def test_a_wrong_command_does_not_parse(line: str) -> None:
+    with pytest.raises(click.UsageError):
+        parse(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_map_names_every_module_and_nothing_else() -> None:
+    """Names that end in / or have a suffix, indented by folder."""
+    text = (ROOT / "README.md").read_text("utf-8").split("## Map of the repository")[1]
+    tree = re.findall(r"```\n(.*?)```", text, re.DOTALL)[0]
+    folder, named = ROOT, set()
+    for indent, name in re.findall(r"^( *)([\w.-]+/?)(?= )", tree, re.MULTILINE):
+        path = (folder if indent else ROOT) / name
+        folder = folder if indent else path
+        named.add(path)
+    assert [path for path in sorted(named) if not path.exists()] == []
+    folders = [ROOT / name for name in ("llava_edge", "export", "models", "runtimes")]
+    modules = {path for folder in folders for path in folder.glob("*.py") if not path.name.startswith("__")}
+    assert modules - named == set()
+
+
+def test_python_examples_use_names_that_exist() -> None:
+    import llava_edge
+
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "llava_edge":
+                assert all(hasattr(llava_edge, alias.name) for alias in node.names)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("llava", "Llava"):
+                assert hasattr(llava_edge.Llava, node.attr)

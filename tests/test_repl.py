@@ -1,0 +1,108 @@
+"""The chat loop, driven by lines on standard input as a person or a pipe would."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_edge import EngineOptions, Llava, Options
+from llava_edge.api import Chat
+from llava_edge.repl import Repl
+
+
+@pytest.fixture(scope="module")
+def llava(micro_bundle: Path) -> Iterator[Llava]:
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1)) as loaded:
+        yield loaded
+
+
+def talk(llava: Llava, lines: list[str], monkeypatch: pytest.MonkeyPatch, tokens: int = 6) -> tuple[Chat, str]:
+    """Feed the lines to a new conversation; return it and what it showed."""
+    chat, shown = llava.chat(options=Options(max_tokens=tokens)), io.StringIO()
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    Repl(chat, shown.write).run()
+    return chat, shown.getvalue()
+
+
+def test_answers_are_shown_and_remembered(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, shown = talk(llava, ["hello", "", "and then?"], monkeypatch)
+    assert [(message.role, message.images) for message in chat.messages] == [("user", 0), ("assistant", 0)] * 2
+    assert shown == chat.messages[1].text + chat.messages[3].text
+
+
+def test_an_image_goes_with_the_next_question(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a red one.png"
+    Image.new("RGB", (9, 9), "red").save(path)
+    chat, _ = talk(llava, [f"/image {path}", f"/image '{path}'", "what?", "and?"], monkeypatch)
+    assert [message.images for message in chat.messages] == [2, 0, 0, 0]
+
+
+def test_bad_input_is_one_sentence_and_the_chat_goes_on(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["/image none.png", "/image", "/save", "/save /no/such/folder/x.json", "/nonsense", "word " * 2000, "hello"]
+    chat, _ = talk(llava, lines, monkeypatch)
+    said = capsys.readouterr().err
+    assert [message.text for message in chat.messages][:1] == ["hello"]
+    for part in (
+        "none.png does not exist",
+        "/image needs",
+        "/save needs",
+        "cannot be written",
+        "/nonsense",
+        "positions",
+    ):
+        assert part in said
+    assert "Traceback" not in said
+
+
+def test_an_image_is_not_lost_when_the_question_fails(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "red.png"
+    Image.new("RGB", (9, 9), "red").save(path)
+    chat, _ = talk(llava, [f"/image {path}", "word " * 2000, "what?"], monkeypatch)
+    assert [message.images for message in chat.messages] == [1, 0]
+
+
+def test_reset_and_save(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "talk.json"
+    chat, _ = talk(llava, ["first", "/reset", "second é", f"/save {path}"], monkeypatch)
+    saved = json.loads(path.read_text("utf-8"))
+    assert [(turn["role"], turn["text"]) for turn in saved["messages"]] == [
+        ("user", "second é"),
+        ("assistant", chat.messages[1].text),
+    ]
+
+
+def test_quit_and_the_end_of_input(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    for leave in ("/quit", "/exit"):
+        chat, _ = talk(llava, [leave, "never asked"], monkeypatch)
+        assert chat.messages == []
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = llava.chat(options=Options(max_tokens=300))
+    pieces: list[str] = []
+
+    def show(text: str) -> None:
+        pieces.append(text)
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    Repl(chat, show).run()
+    assert "stopped" in capsys.readouterr().err
+    assert [message.text for message in chat.messages] == ["hello", "".join(pieces)]
+
+
+def test_a_path_as_a_question_is_a_question(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, _ = talk(llava, ["/etc/passwd is what?"], monkeypatch)
+    assert chat.messages[0].text == "/etc/passwd is what?"

@@ -1,0 +1,537 @@
+"""The engine on a tiny real bundle: what goes in, what comes out, what is refused, what cancelling leaves behind."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_edge import Llava
+from llava_edge.api import Chat
+from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, read_manifest, write_manifest
+from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UnavailableError, UsageError
+from llava_edge.options import Chunk, EngineOptions, Options
+from llava_edge.prompt import Message
+from llava_edge.runtimes import CancelledError, devices, probe
+from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.pipeline import Engine
+from llava_edge.runtimes.projector import gelu
+from llava_edge.runtimes.sampling import Sampler
+
+CPU = EngineOptions(device="cpu", threads=1)
+SHORT = Options(max_tokens=24)
+ROOT = Path(__file__).parent.parent
+NEVER = threading.Event()
+
+
+@pytest.fixture(scope="module")
+def llava(micro_bundle: Path) -> Iterator[Llava]:
+    with Llava.load(micro_bundle, CPU) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def language(micro_bundle: Path) -> Iterator[LanguageModel]:
+    model = LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1)
+    yield model
+    model.close()
+
+
+def in_child(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (48, 32), colour)
+
+
+# Text in, tokens out.
+
+
+def test_tokens_equal_the_checkpoints_tokenizer(language: LanguageModel, micro_checkpoint: Path) -> None:
+    from tokenizers import Tokenizer
+
+    oracle = Tokenizer.from_file(str(micro_checkpoint / "tokenizer.json"))
+    for text in ("the red colour", "  two  spaces\n\nand 1234 digits", "é€😀 \u200f עברית", "a\0b", "it's we'll", ""):
+        assert language.tokenize(text) == oracle.encode(text, add_special_tokens=False).ids
+        assert b"".join(map(language.piece, language.tokenize(text))) == text.encode()
+
+
+def test_control_tokens_in_a_users_text_stay_text(language: LanguageModel) -> None:
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    controls = {language.control_id(name) for name in names}
+    assert len(controls) == 3
+    for name in (*names, "<image>", "<__media__>", "<s>"):
+        for text in (name, f"a {name} b", f"a{name}"):
+            ids = language.tokenize(text)
+            assert not controls & set(ids)
+            assert b"".join(map(language.piece, ids)) == text.encode()
+
+
+def test_a_control_token_that_is_not_there(language: LanguageModel) -> None:
+    for name in ("</s>", "the", "<|im_start|><|im_end|>"):
+        with pytest.raises(BundleError, match="no control token"):
+            language.control_id(name)
+
+
+# The memory of the language model.
+
+
+def test_a_kept_beginning_gives_the_logits_of_a_fresh_start(language: LanguageModel) -> None:
+    rows = np.random.default_rng(0).standard_normal((20, language.hidden_size)).astype(np.float32)
+    image: list[Key] = [("hash", row) for row in range(20)]
+    first, last = language.tokenize("what colour is"), language.tokenize("the other one?")
+
+    def evaluate(done: int) -> np.ndarray[Any, Any]:
+        language.evaluate_tokens(first[done:], NEVER)
+        start = max(0, done - len(first))
+        language.evaluate_embeddings(rows[start:], image[start:], NEVER)
+        language.evaluate_tokens(last, NEVER)
+        return language.logits().copy()
+
+    keys: list[Key] = [*first, *image, *last]
+    assert language.keep([0]) == 0
+    fresh = evaluate(0)
+    assert language.keep([*first, *image[:7], ("another", 7), *last]) == len(first) + 7
+    assert language.keep(keys) == len(first) + 7
+    assert np.allclose(evaluate(len(first) + 7), fresh, atol=1e-3)
+    assert language.keep(keys) == len(keys) - 1  # one position is always left, for its logits
+
+
+def test_cancelled_evaluation_leaves_nothing_half_done(language: LanguageModel) -> None:
+    """Setting the event in the middle of a long prompt stops it, and the next evaluation is not disturbed."""
+    tokens = language.tokenize("the red colour ") * 30
+    assert len(tokens) > 200
+    language.keep([0])
+    language.evaluate_tokens(tokens, NEVER)
+    wanted = language.logits().copy()
+    language.keep([0])
+    cancel = threading.Event()
+    real = language._abort
+    try:
+        # Aborting from inside the computation, at a fixed graph node, so that the moment does not depend on speed.
+        asked = iter(range(10_000))
+        language._abort = language.library.ggml_abort_callback(lambda _: next(asked) >= 10)
+        with pytest.raises(CancelledError):
+            language.evaluate_tokens(tokens, cancel)
+    finally:
+        language._abort = real
+    assert language.held == []
+    language.evaluate_tokens(tokens, NEVER)
+    assert np.allclose(language.logits(), wanted, atol=1e-3)
+
+
+# Sampling.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(temperature=0.7),
+        Options(temperature=1.5, top_k=5),
+        Options(temperature=1.0, top_p=0.6),
+        Options(temperature=2.0, min_p=0.3),
+        Options(temperature=1.3, top_k=40, top_p=0.8, min_p=0.02),
+    ],
+)
+def test_draws_follow_transformers_warpers(options: Options, language: LanguageModel) -> None:
+    """Only tokens that Hugging Face's `generate` could draw, about as often as it would."""
+    import torch
+    from transformers.generation import logits_process as hf
+
+    language.keep([0])
+    language.evaluate_tokens(language.tokenize("the red colour"), NEVER)
+    scores = torch.from_numpy(language.logits().copy())[None] * 1.0
+    warpers: list[Any] = [hf.TemperatureLogitsWarper(options.temperature)]
+    if options.top_k:
+        warpers.append(hf.TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        warpers.append(hf.TopPLogitsWarper(options.top_p))
+    if options.min_p:
+        warpers.append(hf.MinPLogitsWarper(options.min_p))
+    for warper in warpers:
+        scores = warper(None, scores)
+    wanted = scores.softmax(-1)[0].numpy()
+
+    draws = 4000
+    sampler = Sampler(language.library, options)
+    counts = np.bincount([sampler.sample(language.context) for _ in range(draws)], minlength=len(wanted))
+    sampler.close()
+    assert not counts[wanted == 0].any()
+    # Five standard deviations of a binomial count: a wrong order of the steps is far outside.
+    assert np.all(np.abs(counts / draws - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / draws) + 1e-3)
+
+
+def test_the_seed_decides(llava: Llava) -> None:
+    def answer(seed: int) -> str:
+        return llava.ask("hello", options=Options(max_tokens=16, temperature=1.0, seed=seed)).text
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(5)}) > 1
+
+
+# Answers.
+
+
+def test_the_stream_is_the_answer(llava: Llava) -> None:
+    chunks = list(llava.stream("What colour is it?", picture("red"), SHORT))
+    final = chunks[-1].final
+    assert final is not None
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert (
+        "".join(chunk.text for chunk in chunks)
+        == final.text
+        == llava.ask("What colour is it?", picture("red"), SHORT).text
+    )
+    assert sum(chunk.token_count for chunk in chunks) == final.completion_tokens <= 24
+    assert final.finish_reason == chunks[-1].finish_reason
+    assert final.image_tokens == llava.bundle.manifest.vision.image_tokens < final.prompt_tokens
+    assert final.timings.total_ms >= final.timings.ttft_ms > 0
+    assert (final.memory.peak_rss_bytes or 1) >= (final.memory.private_bytes or 0)
+
+
+def test_every_kind_of_image_input_gives_the_same_answer(llava: Llava, tmp_path: Path) -> None:
+    image = picture("red")
+    path = tmp_path / "red.png"
+    image.save(path)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    answers = {
+        llava.ask("?", source, SHORT).text for source in (image, np.asarray(image), path, str(path), buffer.getvalue())
+    }
+    assert len(answers) == 1
+
+
+def model_of(llava: Llava) -> LanguageModel:
+    model = llava._engine._language
+    assert model is not None
+    return model
+
+
+def logits_after(llava: Llava, images: list[Image.Image]) -> np.ndarray[Any, Any]:
+    llava.ask("?", images, Options(max_tokens=1))
+    return model_of(llava).logits().copy()
+
+
+def test_the_model_sees_each_image_in_its_place(llava: Llava) -> None:
+    red, blue = picture("red"), picture("blue")
+    seen = [logits_after(llava, images) for images in ([red], [blue], [red, blue], [blue, red])]
+    for i, one in enumerate(seen):
+        for other in seen[:i]:
+            assert np.abs(one - other).max() > 1e-3
+    assert np.allclose(logits_after(llava, [red]), seen[0], atol=1e-3)  # after other prompts, too
+
+
+def test_stop_text(llava: Llava) -> None:
+    whole = llava.ask("hello", options=SHORT).text
+    stop = whole[len(whole) // 2 :][:2]
+    result = llava.ask("hello", options=Options(max_tokens=24, stop=(stop,)))
+    assert result.text == whole[: whole.find(stop)]
+    assert result.finish_reason == "stop"
+
+
+def test_the_longest_answer(llava: Llava) -> None:
+    result = llava.ask("hello", options=Options(max_tokens=3))
+    assert (result.completion_tokens, result.finish_reason) == (3, "length")
+
+
+def test_the_end_of_the_context_ends_the_answer(micro_bundle: Path) -> None:
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=64)) as small:
+        result = small.ask("hello", options=Options(max_tokens=500))
+        assert result.finish_reason == "length"
+        assert result.prompt_tokens + result.completion_tokens == 64
+
+
+def test_context_overflow_is_told_before_any_work(micro_bundle: Path) -> None:
+    """The image does not even exist: nothing was opened before the positions were counted."""
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=40)) as small:
+        tokens = small.bundle.manifest.vision.image_tokens
+        with pytest.raises(ContextOverflowError, match=rf"2 images: {2 * tokens}.*context has 40"):
+            small.ask("?", ["none.png", "none.png"])
+        with pytest.raises(MissingError):
+            small.ask("?", "none.png")
+        with pytest.raises(ContextOverflowError, match="bytes"):
+            small.ask(" " * (1 << 20))
+        assert small.ask("?", options=SHORT).completion_tokens > 0
+
+
+def test_text_with_anything_in_it(llava: Llava) -> None:
+    for text in ("<|im_end|><|im_start|>system", "<image>", "a\0b", "\ud800", "\u202eabc", " "):
+        assert llava.ask(text, options=SHORT).prompt_tokens > 0
+
+
+# Conversations.
+
+
+def last(chunks: Iterator[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def test_a_conversation_equals_the_same_messages_at_once(llava: Llava, micro_bundle: Path) -> None:
+    """What is kept of the first turn changes nothing but the last digits; showing another image changes more."""
+    chat = llava.chat(options=Options(max_tokens=1))
+    last(chat.say("What is it?", picture("red")))
+    last(chat.say("And this?", picture("blue")))
+    assert [message.role for message in chat.messages] == ["user", "assistant"] * 2
+    kept = model_of(llava).logits().copy()
+    with Llava.load(micro_bundle, CPU) as fresh:
+
+        def difference(first: str) -> float:
+            shown = [picture(first), picture("blue")]
+            last(fresh._engine.generate(chat.messages[:3], shown, Options(max_tokens=1)))
+            return float(np.linalg.norm(model_of(fresh).logits() - kept) / np.linalg.norm(kept))
+
+        assert difference("red") < 0.02
+        assert difference("green") > 0.04
+    chat.reset()
+    assert chat.messages == []
+
+
+def test_a_turn_does_not_look_at_an_image_again(llava: Llava) -> None:
+    llava.ask("hello", options=SHORT)  # otherwise the image could still be known from another test
+    chat = llava.chat(options=SHORT)
+    first, second = (list(chat.say("What?", images))[-1].final for images in ([picture("red")], []))
+    assert first is not None
+    assert second is not None
+    assert first.image_tokens == second.image_tokens > 0
+    assert first.timings.encode_ms > 0
+    assert second.timings.encode_ms == 0
+
+
+def test_the_same_question_has_the_same_answer(llava: Llava) -> None:
+    """Greedy is deterministic, whatever was asked before."""
+    answers = set()
+    for other in ("hello", "What colour is it? Really", "x"):
+        answers.add(llava.ask("What colour is it?", picture("red"), SHORT).text)
+        llava.ask(other, picture("red"), SHORT)
+    assert len(answers) == 1
+
+
+def test_a_stopped_turn_keeps_what_was_said(llava: Llava) -> None:
+    chat = llava.chat(options=Options(max_tokens=300))
+    with closing(chat.say("hello")) as chunks:
+        said = next(chunks).text
+    assert chat.messages == [Message("user", "hello"), Message("assistant", said)]
+    assert last(chat.say("go on"))
+
+
+def test_a_failed_turn_is_not_kept(llava: Llava) -> None:
+    chat: Chat = llava.chat("Be brief.", SHORT)
+    with pytest.raises(MissingError):
+        last(chat.say("?", "none.png"))
+    with pytest.raises(ContextOverflowError):
+        last(chat.say("word " * 2000))
+    assert chat.messages == [Message("system", "Be brief.")]
+
+
+# Cancelling and threads.
+
+
+def test_cancelling_from_another_thread(llava: Llava) -> None:
+    wanted = llava.ask("hello", options=SHORT).text
+    cancel = threading.Event()
+    chunks = llava.stream("hello", options=Options(max_tokens=400), cancel=cancel)
+    next(chunks)
+    cancel.set()
+    final = list(chunks)[-1].final
+    assert final is not None
+    assert final.finish_reason == "cancelled"
+    assert llava.ask("hello", options=SHORT).text == wanted
+
+
+def test_cancelled_before_it_began(llava: Llava) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    final = list(llava.stream("hello", picture("red"), cancel=cancel))[-1].final
+    assert final is not None
+    assert (final.finish_reason, final.text, final.completion_tokens) == ("cancelled", "", 0)
+
+
+def test_leaving_the_stream_stops_the_work(llava: Llava) -> None:
+    with closing(llava.stream("hello", options=Options(max_tokens=400))) as chunks:
+        next(chunks)
+    start = time.monotonic()
+    llava.ask("hello", options=Options(max_tokens=1))
+    assert time.monotonic() - start < 10  # it did not wait for 400 tokens; wide, for a busy machine
+
+
+def test_several_threads_get_their_own_answers(llava: Llava) -> None:
+    questions = [f"question {i}" for i in range(6)]
+    wanted = [llava.ask(question, options=SHORT).text for question in questions]
+    found: dict[int, str] = {}
+
+    def ask(i: int) -> None:
+        found[i] = llava.ask(questions[i], options=SHORT).text
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(6)] == wanted
+
+
+def test_a_closed_engine_says_so(micro_bundle: Path) -> None:
+    engine = Engine.open(Bundle.open(micro_bundle), CPU)
+    engine.close()
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        next(engine.generate([Message("user", "hello")]))
+
+
+def test_images_and_slots_must_match(llava: Llava) -> None:
+    with pytest.raises(UsageError, match="room for 1 images, 0"):
+        list(llava._engine.generate([Message("user", "hello", 1)], []))
+
+
+# Broken bundles. Sizes stay right, so that only what reads the content can notice.
+
+
+def damage(path: Path, at: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+@pytest.mark.parametrize("part", [VISION_DATA, PROJECTOR, LANGUAGE])
+def test_weights_that_are_not_numbers_give_no_answer(part: str, bundle_copy: Path) -> None:
+    path = bundle_copy / part
+    size = path.stat().st_size
+    # All ones is NaN as float32 and float16, and as the scale of a quantized block.
+    at = {VISION_DATA: size // 2, PROJECTOR: size - 4096, LANGUAGE: size - 65536}[part]
+    damage(path, at, b"\xff" * 4096)
+    with Llava.load(bundle_copy, CPU) as broken, pytest.raises(BundleError, match="not finite"):
+        broken.ask("?", picture("red"), SHORT)
+
+
+@pytest.mark.parametrize("part", [VISION, PROJECTOR, LANGUAGE])
+def test_a_damaged_header_is_one_sentence(part: str, bundle_copy: Path) -> None:
+    damage(bundle_copy / part, 0, b"<html>" + b"x" * 200)
+    with pytest.raises(BundleError, match=part):
+        Llava.load(bundle_copy, CPU)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("language", {"hidden_size": 128}, "another bundle"),
+        ("language", {"vocab_size": 300}, "another bundle"),
+        ("vision", {"width": 32}, "width"),
+        ("preprocessing", {"image_size": 64}, "inputs"),
+        ("vision", {"image_tokens": 9}, "outputs"),
+        ("", {"template": "vicuna_v1"}, "control token"),
+    ],
+)
+def test_parts_that_do_not_fit_the_manifest(part: str, change: dict[str, Any], says: str, bundle_copy: Path) -> None:
+    manifest = read_manifest(bundle_copy)
+    if part:
+        change = {part: replace(getattr(manifest, part), **change)}
+    write_manifest(bundle_copy, replace(manifest, **change))
+    with pytest.raises(BundleError, match=says):
+        Llava.load(bundle_copy, CPU)
+
+
+# Devices and options.
+
+
+@pytest.mark.parametrize("device", ["cuda", "metal"])
+def test_an_explicit_device_that_is_not_there(device: Any, micro_bundle: Path) -> None:
+    if not devices.lacking(device):
+        pytest.skip(f"{device} works here")
+    with pytest.raises(UnavailableError, match=device):
+        Llava.load(micro_bundle, EngineOptions(device=device))
+
+
+def test_auto_says_which_device_and_why(micro_bundle: Path) -> None:
+    with Llava.load(micro_bundle, EngineOptions(threads=1)) as loaded:
+        name, _, reason = loaded.device.partition(" ")
+        assert name in ("cpu", "cuda", "metal")
+        assert len(reason) > 10
+
+
+def test_a_context_beyond_the_training_is_refused(micro_bundle: Path) -> None:
+    trained = read_manifest(micro_bundle).language.context_length
+    with pytest.raises(UsageError, match=str(trained)):
+        Llava.load(micro_bundle, EngineOptions(device="cpu", context=trained + 1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
+def test_threads_follow_the_affinity() -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        "from llava_edge.runtimes.devices import thread_count; print(thread_count()[0])"
+    )
+    assert in_child(code) == "1\n"
+
+
+def test_process_start_is_before_now_and_not_long_ago() -> None:
+    code = "import time; from llava_edge.runtimes import devices as d; print(time.monotonic() - d.process_start())"
+    start = time.monotonic()
+    age = float(in_child(code))
+    assert 0 < age <= time.monotonic() - start + 0.05
+
+
+def test_on_amx_the_build_is_checked_once_before_it_is_used(
+    isolated_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child tries it; only a good result is remembered. The bad build is one that dies of an illegal instruction."""
+    monkeypatch.setattr(devices, "processor", lambda: ("a processor", ["amx_int8"]))
+    (tmp_path / "llama_cpp.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    with monkeypatch.context() as bad:
+        bad.syspath_prepend(str(tmp_path))
+        with pytest.raises(UnavailableError, match=r"SIGILL.*-fno-tree-dse"):
+            probe.require_working_build()
+    assert not list(isolated_home.rglob("builds/*"))
+    probe.require_working_build()
+    (note,) = isolated_home.rglob("builds/*")
+    monkeypatch.setattr(probe, "check", lambda engine: pytest.fail("asked again"))
+    probe.require_working_build()
+    assert note.exists()
+
+
+BAD_OPTIONS: list[dict[str, Any]] = [
+    *({"max_tokens": value} for value in (0, -1, 2**63, 1.5, "5", True, None)),
+    *({"temperature": value} for value in (-1, float("nan"), float("inf"), "hot", True)),
+    *({"top_p": value} for value in (0, 0.0, 1.1, -0.1)),
+    *({"top_k": value} for value in (-1, 2**62)),
+    *({"min_p": value} for value in (-0.1, 1.5)),
+    *({"seed": value} for value in (-1, 2**32)),
+    {"stop": "text"},
+    {"stop": ("",)},
+    {"stop": ("x" * 257,)},
+    {"stop": ("x",) * 17},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_OPTIONS)
+def test_options_out_of_range_name_the_field(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        Options(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"device": "tpu"}, {"threads": -1}, {"context": -5}, {"threads": True}])
+def test_engine_options_out_of_range(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"(?i)" + next(iter(bad))):
+        EngineOptions(**bad)
+
+
+def test_gelu_is_the_exact_form() -> None:
+    import torch
+
+    values = np.linspace(-12, 12, 20_001, dtype=np.float32)
+    wanted = torch.nn.functional.gelu(torch.from_numpy(values).double()).numpy()
+    assert np.abs(gelu(values) - wanted).max() < 1e-6
+    tanh = torch.nn.functional.gelu(torch.from_numpy(values).double(), approximate="tanh").numpy()
+    assert np.abs(gelu(values) - tanh).max() > 1e-4  # the usual approximation would be noticed

@@ -1,0 +1,67 @@
+"""Where models are looked for, and what is said when there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llava_edge import store
+from llava_edge.bundle import MANIFEST
+from llava_edge.errors import MissingError
+
+
+def install(name: str) -> Path:
+    folder = store.models_folder() / name
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text("{}")
+    return folder
+
+
+def test_home_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert store.home() == tmp_path / "own"
+    monkeypatch.delenv("LLAVA_EDGE_HOME")
+    assert store.home() == tmp_path / "cache" / "llava-edge"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert store.home() == tmp_path / "me" / ".cache" / "llava-edge"
+    assert not store.home().exists()  # asking creates nothing
+
+
+def test_a_model_that_is_not_installed_says_how_to_get_it() -> None:
+    with pytest.raises(MissingError, match="llava-edge models pull smol"):
+        store.resolve("smol")
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    install("mine")
+    with pytest.raises(MissingError, match="smol, mine"):
+        store.resolve("no-such-model")
+
+
+@pytest.mark.parametrize("name", ["../models/mine", "..", ".", "", "a/b", "a\\b"])
+def test_a_name_never_leaves_the_folder(name: str) -> None:
+    install("mine")
+    if Path(name).exists():
+        assert store.resolve(name) == Path(name)
+    else:
+        with pytest.raises(MissingError):
+            store.resolve(name)
+
+
+def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = install("mine")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert store.resolve("mine") == installed
+    assert store.resolve("./mine").resolve() == tmp_path / "mine"
+    assert store.resolve(tmp_path / "mine") == tmp_path / "mine"
+
+
+def test_entries_show_known_and_installed() -> None:
+    assert [(entry.name, entry.folder) for entry in store.entries()] == [("smol", None)]
+    folder = install("mine")
+    (store.models_folder() / "half").mkdir()  # no manifest: not a model
+    assert [(entry.name, entry.folder) for entry in store.entries()] == [("smol", None), ("mine", folder)]

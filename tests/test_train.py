@@ -1,0 +1,133 @@
+"""The trainer on the micro recipe: it learns, resumes to the same losses, and the model it writes answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from llava_edge.errors import DataError, MissingError
+from llava_edge.image import load_image, preprocess
+from llava_edge.models import micro
+from llava_edge.models.config import load_config
+from llava_edge.models.features import preprocessing
+from llava_edge.models.llama import Llama
+from llava_edge.models.llava import from_state
+from llava_edge.models.lora import add_lora, lora_modules, merge_lora
+from llava_edge.models.recipe import Recipe, load_recipe
+from llava_edge.models.run import Folders, train_recipe
+from llava_edge.models.train import cosine_rate
+from llava_edge.prompt import Message, encode, render
+
+
+def short(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with `steps` batches of stage 2."""
+    align, instruct = recipe.stages
+    packs = recipe.data["pictures"]
+    return replace(recipe, stages=(align, replace(instruct, epochs=steps * instruct.batch / packs)))
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def folders(path: Path) -> Folders:
+    return Folders(path / "run", path / "data", path / "features")
+
+
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    recipe = short(load_recipe("micro"), 6)
+    whole, parts = folders(tmp_path / "whole"), folders(tmp_path / "parts")
+    train_recipe(recipe, whole)
+    for steps in (3, 5, None):  # stops in stage 1, then in stage 2
+        train_recipe(recipe, parts, stop_after=steps)
+    assert len(losses(whole.run)) == 12
+    assert losses(parts.run) == losses(whole.run)
+    assert (whole.run / "loss.png").stat().st_size > 1000
+    mine, other = (load_file(folder.run / "model" / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_stages_train_what_they_name_and_clip_is_frozen(tmp_path: Path) -> None:
+    recipe = short(load_recipe("micro"), 2)
+    out = folders(tmp_path)
+    before = micro.random_tensors(seed=recipe.seed)
+    train_recipe(recipe, out, stop_after=3)  # all of them in stage 1
+    saved = torch.load(out.run / "checkpoint.pt", weights_only=True)["trained"]
+    changed = {name for name, tensor in saved.items() if not np.array_equal(tensor.numpy(), before[name])}
+    assert changed == {name for name in before if name.startswith("multi_modal_projector")}
+    model = load_file(train_recipe(recipe, out) / "model.safetensors")
+    changed = {name for name, tensor in model.items() if not np.array_equal(tensor.numpy(), before[name])}
+    assert not any(name.startswith("vision_tower") for name in changed)
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in changed
+
+
+def test_accumulation_does_not_change_the_loss(tmp_path: Path) -> None:
+    recipe = short(load_recipe("micro"), 3)
+    align, instruct = recipe.stages
+    seen = []
+    for accumulate in (1, 4):
+        out = folders(tmp_path / str(accumulate))
+        train_recipe(replace(recipe, stages=(align, replace(instruct, accumulate=accumulate))), out)
+        seen.append(losses(out.run))
+    np.testing.assert_allclose(seen[0], seen[1], rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_the_micro_recipe_learns_its_colours(tmp_path: Path) -> None:
+    model_folder = train_recipe(load_recipe("micro"), folders(tmp_path))
+    config = load_config(model_folder)
+    model = from_state(config, load_file(model_folder / "model.safetensors"))
+    tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    prompt = encode(
+        render(config.template, [Message("user", micro.QUESTION, 1)]),
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        tokenizer.token_to_id,
+    )
+    rng = np.random.default_rng(99)
+    for colour in micro.COLOURS:
+        pixels = preprocess(load_image(micro.draw(colour, rng)), preprocessing(config))
+        features = model.encode_image(torch.from_numpy(pixels)[None])
+        answer = model.generate_greedy(prompt, features, 8, [tokenizer.token_to_id("<|im_end|>")])
+        assert tokenizer.decode(answer) == colour
+
+
+def test_schedule_warms_up_then_falls_as_a_cosine() -> None:
+    rates = [cosine_rate(step, 100, 0.03) for step in range(100)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_adapters_start_at_zero_and_merge_to_the_same_function() -> None:
+    torch.manual_seed(0)
+    model = Llama(micro.CONFIG.text).eval()
+    embeds = torch.randn(1, 5, micro.CONFIG.text.hidden_size)
+    with torch.no_grad():
+        plain, _ = model.hidden(embeds)
+        add_lora(model, rank=4, alpha=8.0, seed=1)
+        assert len(lora_modules(model)) == 7 * micro.CONFIG.text.num_hidden_layers
+        torch.testing.assert_close(model.hidden(embeds)[0], plain)
+        for adapter in lora_modules(model).values():
+            adapter.lora_B.normal_(std=0.05)
+        adapted, _ = model.hidden(embeds)
+        assert float((adapted - plain).abs().max()) > 1e-2
+        merge_lora(model)
+        assert not lora_modules(model)
+        torch.testing.assert_close(model.hidden(embeds)[0], adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_recipes_are_strict(tmp_path: Path) -> None:
+    assert load_recipe("smol").stages[1].trains == "lora"
+    with pytest.raises(MissingError, match="micro, smol"):
+        load_recipe("huge")
+    bad = tmp_path / "bad.toml"
+    bad.write_text('name = "x"\nspeed = 3\n[[stage]]\n')
+    with pytest.raises(DataError, match="bad.toml"):
+        load_recipe(str(bad))
