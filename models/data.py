@@ -89,7 +89,8 @@ def messages_of(record: Record) -> list[Message]:
         turns = turns[1:]
     slots = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
     if slots != ("image" in record):
-        raise DataError(f"Record {record.get('id')!r} has {slots} {IMAGE_PLACEHOLDER} but {int('image' in record)} image.")
+        images = int("image" in record)
+        raise DataError(f"Record {record.get('id')!r} has {slots} {IMAGE_PLACEHOLDER} but {images} image.")
     return [
         Message(role, text.replace(IMAGE_PLACEHOLDER, "").strip(), text.count(IMAGE_PLACEHOLDER))  # type: ignore[arg-type]
         for role, text in turns

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from llava_edge.models.config import load_config
 from llava_edge.models.conversations import GROUP, KIND, NAME, record
 from llava_edge.models.data import Batch, collate, pack, tokenize
 from llava_edge.models.features import FeatureCache
-from llava_edge.models.llava import Llava
+from llava_edge.models.llava import Llava, from_state
 from llava_edge.models.sources import Item
 from llava_edge.prompt import IGNORE_INDEX
 
@@ -143,3 +146,26 @@ def ask_all(ask: Ask, data: Path, questions: Sequence[Question], progress: Progr
         right += ask(data / q.image, q.question).strip() == q.answer.strip()
         progress(done, len(questions))
     return right
+
+
+def judge_checkpoint(
+    checkpoint: Path, data: Path, sets: dict[str, list[Question]], progress: Callable[[str], Progress]
+) -> list[Score]:
+    """PyTorch in float32, then the same model on a grey picture and on other questions' pictures."""
+    config = load_config(checkpoint)
+    model = from_state(config, load_file(checkpoint / "model.safetensors"))
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    judge = TorchJudge(model, tokenizer, FeatureCache(data / "features-fp32", config), data)
+    blank = "blank.png"
+    Image.new("RGB", (224, 224), (128, 128, 128)).save(data / blank)
+    scores = []
+    for name, questions in sets.items():
+        asked = {
+            "PyTorch fp32": questions,
+            "blank image": [Question(blank, q.question, q.answer) for q in questions],
+            "shuffled images": shuffled(questions),
+        }
+        for label, variant in asked.items():
+            right = judge.right(variant, progress(f"{label}: {name}"))
+            scores.append(Score(name, label, right, len(variant)))
+    return scores

@@ -50,7 +50,7 @@ class Llava(nn.Module):
         return embeds
 
     def splice(self, ids: Sequence[int] | Tensor, images: Tensor | None) -> Tensor:
-        """Embeddings (T', D): text rows looked up, each IMAGE_TOKEN_INDEX replaced by one image of `images` (n, tokens, D).
+        """Embeddings (T', D): text looked up, each IMAGE_TOKEN_INDEX replaced by one of `images` (n, tokens, D).
 
         Raises `ValueError` when slots and images do not match in number.
         """
@@ -100,7 +100,9 @@ def from_state(config: LlavaConfig, tensors: Mapping[str, Any]) -> Llava:
         if name not in tensors:
             wrong.append(f"{name} missing")
             continue
-        tensor = torch.as_tensor(tensors[name]).to(torch.float32)
+        given = tensors[name]
+        # A copy: arrays read from files may be read-only, which torch cannot represent.
+        tensor = (given if isinstance(given, Tensor) else torch.tensor(given)).to(torch.float32)
         if tensor.shape != parameter.shape:
             wrong.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
         state[name] = tensor

@@ -54,7 +54,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     try:
         raw = tomllib.loads(path.read_text("utf-8"))
         stages = tuple(_strict(Stage, stage, path) for stage in raw.pop("stage"))
-        return _strict(Recipe, {**raw, "stages": stages}, path)
+        recipe: Recipe = _strict(Recipe, {**raw, "stages": stages}, path)
+        return recipe
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a training recipe: {error}.") from error
 

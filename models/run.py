@@ -18,7 +18,7 @@ from llava_edge.models.llava import Llava, from_state
 from llava_edge.models.lora import merge_lora
 from llava_edge.models.recipe import Recipe
 from llava_edge.models.shapes import projector_shapes
-from llava_edge.models.train import Report, StageData, Step, Trainer, load_stage, plot_losses
+from llava_edge.models.train import Report, Trainer, load_stage, plot_losses
 
 Talk = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -42,12 +42,15 @@ def train_recipe(
     encoding: Progress | None = None,
     report: Report = lambda step: None,
     stop_after: int | None = None,
+    threads: int | None = None,
 ) -> Path:
     """Train a recipe from its parts, or go on where an earlier run in `folders.run` stopped.
 
     Returns the folder of the finished model (a Hugging Face LLaVA folder; for `smol` the delta as well).
     """
     torch.manual_seed(recipe.seed)
+    if threads:
+        torch.set_num_threads(threads)
     model, config = _untrained(recipe, folders, talk)
     talk("preparing conversations")
     _write_records(recipe, folders)
@@ -59,7 +62,7 @@ def train_recipe(
     features.ensure(model, sorted(pictures), progress=encoding)
     Trainer(model, recipe, stages, features, folders.data, folders.run).train(report, stop_after)
     if stop_after is None:
-        _write_results(recipe, folders, model, config)
+        _write_results(recipe, folders, model)
     return folders.run / "model"
 
 
@@ -89,17 +92,15 @@ def _write_records(recipe: Recipe, folders: Folders) -> None:
     write_records(folders.data, folders.photos, seed=recipe.seed, **recipe.data)
 
 
-def _write_results(recipe: Recipe, folders: Folders, model: Llava, config: LlavaConfig) -> None:
+def _write_results(recipe: Recipe, folders: Folders, model: Llava) -> None:
     plot_losses(folders.run / "log.jsonl", folders.run / "loss.png")
+    target = folders.run / "model"
     if recipe.parts == "smol":
-        smol.write_delta(model, folders.run / "delta.safetensors")
+        # Through the delta file, so that this model is the one that everybody who has the delta gets.
+        delta = folders.run / "delta.safetensors"
+        smol.write_delta(model, delta)
+        smol.write_checkpoint(target, folders.run.parent / "parts", delta)
+        return
     merge_lora(model)
     tensors = {name: tensor.float().contiguous().numpy() for name, tensor in model.state_dict().items()}
-    target = folders.run / "model"
-    if recipe.parts == "micro":
-        micro.write_checkpoint(target, tensors=tensors)
-    else:
-        smol.write_folder(target, folders.run / "base", tensors)
-
-
-__all__ = ["Folders", "Step", "StageData", "train_recipe"]
+    micro.write_checkpoint(target, tensors=tensors)

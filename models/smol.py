@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -271,7 +271,7 @@ def apply_delta(tensors: Arrays, delta: Path) -> None:
 
     with safe_open(delta, framework="numpy") as file:
         scale = float(file.metadata()["lora_scale"])
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 - it is no dict
             if name.startswith("multi_modal_projector."):
                 tensors[name] = file.get_tensor(name).astype(np.float32)
             elif name.endswith(".lora_A"):
@@ -295,20 +295,14 @@ def write_delta(model: Llava, path: Path) -> None:
     save_file(arrays, path, metadata={"format": "np", "lora_scale": str(scale)})
 
 
-def write_folder(folder: Path, base: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A checkpoint folder from its config and tokenizer in `base` and its tensors."""
+def write_checkpoint(folder: Path, parts: Path, delta: Path | None = None, talk: Talk = lambda line: None) -> Path:
+    """The whole trained model as a Hugging Face LLaVA folder, float32. `parts` keeps the downloads.
+
+    delta: what training changed; the one that ships with the package unless given.
+    """
     from safetensors.numpy import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "tokenizer.json"):
-        if base != folder:
-            (folder / name).write_bytes((base / name).read_bytes())
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def write_checkpoint(folder: Path, parts: Path, talk: Talk = lambda line: None) -> Path:
-    """The whole trained model as a Hugging Face LLaVA folder, float32. `parts` keeps the downloads."""
     tensors = base_checkpoint(folder, parts, talk)
-    apply_delta(tensors, delta_path())
-    write_folder(folder, folder, tensors)
+    apply_delta(tensors, delta or delta_path())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -1,6 +1,6 @@
 """Where `smol`'s pictures come from: each source -> `Item`s (a picture and what is known about it).
 
-    photos     a folder with labels.jsonl: grocery, clothing and object photographs (see the model card for their origin)
+    photos     a folder with labels.jsonl: grocery, clothing and object photographs (origin: model card)
     easy-vqa   PyPI easy-vqa: 64 px drawings of one coloured shape, with questions and answers (MIT)
     emoji      npm @iconify-json/{noto,fluent-emoji,twemoji}; names and groups from npm emojibase-data
     tuxpaint   Debian tuxpaint-stamps-default: clip art with one sentence each
@@ -84,7 +84,11 @@ def _photos(folder: Path, photos: Path) -> Iterator[Item]:
     if not link.exists():
         link.symlink_to(photos.resolve())
     descriptions = json.loads((photos / "grocery_descriptions.json").read_text("utf-8"))
-    kinds = {"GroceryStoreDataset": "grocery", "clothing-dataset-small": "clothing", "imagenet-sample-images": "objects"}
+    kinds = {
+        "GroceryStoreDataset": "grocery",
+        "clothing-dataset-small": "clothing",
+        "imagenet-sample-images": "objects",
+    }
     for line in labels.read_text("utf-8").splitlines():
         row = json.loads(line)
         text = descriptions.get(row["label"], "") if kinds[row["source"]] == "grocery" else ""

@@ -57,7 +57,7 @@ def cosine_rate(step: int, steps: int, warmup_ratio: float) -> float:
 
 
 def prepare_stage(model: Llava, recipe: Recipe, stage: Stage) -> list[dict[str, Any]]:
-    """Freeze and unfreeze for a stage; returns AdamW's parameter groups. Frozen weights go to bf16 if the recipe says so."""
+    """Freeze and unfreeze for a stage; returns AdamW's groups. Frozen weights go to bf16 if the recipe says so."""
     model.requires_grad_(False)
     if stage.trains == "lora" and not any(isinstance(m, LoraLinear) for m in model.modules()):
         add_lora(model.language_model, stage.lora_rank, stage.lora_alpha, recipe.seed)
@@ -108,7 +108,8 @@ class StageData:
 
 def load_stage(stage: Stage, data: Path, tokenizer: Tokenizer, image_tokens: int, seed: int) -> StageData:
     """Read, tokenize and pack a stage's records."""
-    samples = [tokenize(record, stage.template, tokenizer, stage.max_length) for record in read_records(data / stage.records)]
+    records = read_records(data / stage.records)
+    samples = [tokenize(record, stage.template, tokenizer, stage.max_length) for record in records]
     return StageData(stage, pack(samples, stage.max_length), image_tokens, seed)
 
 
@@ -179,7 +180,9 @@ class Trainer:
                 self._save(number, step + 1, optimizer)
         return made
 
-    def _optimise(self, data: StageData, packs: Sequence[Pack], optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    def _optimise(
+        self, data: StageData, packs: Sequence[Pack], optimizer: torch.optim.Optimizer
+    ) -> tuple[float, float]:
         """One optimiser step: gradients of the mean over all trained tokens of the step, clipped."""
         batches = data.micro_batches(packs)
         count = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
@@ -200,11 +203,8 @@ class Trainer:
         """Everything that any stage may have changed."""
         state = self.model.state_dict()
         full = any(data.stage.trains == "full" for data in self.stages)
-        return {
-            name: tensor
-            for name, tensor in state.items()
-            if name.startswith("multi_modal_projector.") or ".lora_" in name or (full and name.startswith("language_model."))
-        }
+        kept = ("multi_modal_projector.", "language_model.") if full else ("multi_modal_projector.",)
+        return {name: tensor for name, tensor in state.items() if name.startswith(kept) or ".lora_" in name}
 
     def _restore_trained(self, trained: dict[str, Tensor]) -> None:
         state = self.model.state_dict()

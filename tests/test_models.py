@@ -69,7 +69,8 @@ def hugging_face(config: LlavaConfig, tensors: dict[str, np.ndarray]) -> Any:
     ).eval()
     renamed = {}
     for name, array in tensors.items():
-        new = name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head")
+        new = name.removeprefix("language_model.") if "lm_head" in name else name
+        new = new.replace("language_model.model.", "model.language_model.")
         if new.startswith(("vision_tower", "multi_modal_projector")):
             new = "model." + new
         renamed[new] = torch.from_numpy(array)
@@ -133,7 +134,7 @@ def test_missing_and_misshapen_tensors_are_all_named() -> None:
     tensors = micro.random_tensors(TINY)
     del tensors["language_model.model.norm.weight"]
     tensors["multi_modal_projector.linear_1.bias"] = np.zeros(7, np.float32)
-    with pytest.raises(CheckpointError, match="norm.weight missing") as caught:
+    with pytest.raises(CheckpointError, match=r"norm\.weight missing") as caught:
         from_state(TINY, tensors)
     assert "linear_1.bias is (7,)" in str(caught.value)
 
@@ -160,7 +161,8 @@ def test_config_takes_transformers_defaults_where_a_file_is_silent() -> None:
     """llava-hf/llava-1.5-7b-hf's text_config leaves most sizes out."""
     raw = {
         "model_type": "llava",
-        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
+        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                        "vocab_size": 32064},
         "vision_config": {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16,
                           "num_hidden_layers": 24, "patch_size": 14},
         "image_token_index": 32000,

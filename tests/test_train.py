@@ -129,5 +129,5 @@ def test_recipes_are_strict(tmp_path: Path) -> None:
         load_recipe("huge")
     bad = tmp_path / "bad.toml"
     bad.write_text('name = "x"\nspeed = 3\n[[stage]]\n')
-    with pytest.raises(DataError, match="bad.toml"):
+    with pytest.raises(DataError, match=r"bad\.toml"):
         load_recipe(str(bad))

@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 @click.option("--data", type=click.Path(path_type=Path), help="Folder for the held-out data.")
 @click.option("--limit", type=click.IntRange(1), help="At most this many questions a set (evenly spread).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def eval(  # noqa: A001 - the command's name
+def eval(
     bundles: tuple[str, ...], checkpoint: Path | None, photos: Path, data: Path | None, limit: int | None, as_json: bool
 ) -> None:
     """Accuracy on each held-out set, beside majority, blank-image and shuffled-image baselines.
@@ -38,7 +38,7 @@ def eval(  # noqa: A001 - the command's name
     if not bundles and checkpoint is None:
         raise UsageError("Name at least one --bundle or a --checkpoint to judge.")
     try:
-        from llava_edge.models.evaluate import majority, question_sets
+        from llava_edge.models.evaluate import judge_checkpoint, majority, question_sets
         from llava_edge.models.sources import collect
     except ModuleNotFoundError as error:
         raise UnavailableError(
@@ -55,7 +55,7 @@ def eval(  # noqa: A001 - the command's name
 
         scores = [majority(train[name], questions, name) for name, questions in sets.items()]
         if checkpoint is not None:
-            scores += _judge_checkpoint(checkpoint, data, sets, progress)
+            scores += judge_checkpoint(checkpoint, data, sets, progress)
         for bundle in bundles:
             scores += _judge_bundle(bundle, data, sets, progress)
     if as_json:
@@ -66,38 +66,6 @@ def eval(  # noqa: A001 - the command's name
 
 def _thin(questions: list[Question], limit: int | None) -> list[Question]:
     return questions if limit is None else questions[:: -(-len(questions) // limit)]
-
-
-def _judge_checkpoint(
-    checkpoint: Path, data: Path, sets: dict[str, list[Question]], progress: Callable[[str], Progress]
-) -> list[Score]:
-    """PyTorch in float32, then the same model on grey pictures and on other questions' pictures."""
-    from PIL import Image
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-
-    from llava_edge.models.config import load_config
-    from llava_edge.models.evaluate import Question, Score, TorchJudge, shuffled
-    from llava_edge.models.features import FeatureCache
-    from llava_edge.models.llava import from_state
-
-    config = load_config(checkpoint)
-    model = from_state(config, load_file(checkpoint / "model.safetensors"))
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    judge = TorchJudge(model, tokenizer, FeatureCache(data / "features-fp32", config), data)
-    blank = "blank.png"
-    Image.new("RGB", (224, 224), (128, 128, 128)).save(data / blank)
-    scores = []
-    for name, questions in sets.items():
-        asked = {
-            "PyTorch fp32": questions,
-            "blank image": [Question(blank, q.question, q.answer) for q in questions],
-            "shuffled images": shuffled(questions),
-        }
-        for label, variant in asked.items():
-            right = judge.right(variant, progress(f"{label}: {name}"))
-            scores.append(Score(name, label, right, len(variant)))
-    return scores
 
 
 def _judge_bundle(
@@ -130,6 +98,5 @@ def _table(scores: Sequence[Score]) -> str:
         total = next(score.total for score in scores if score.set == kind)
         rows.append([kind, str(total), *(f"{100 * found[kind, name].accuracy:.1f}" for name in names)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

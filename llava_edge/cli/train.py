@@ -31,16 +31,12 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
     llava-edge export runs/micro/model bundles/micro
     """
     try:
-        import torch
-
         from llava_edge.models.recipe import load_recipe
         from llava_edge.models.run import Folders, train_recipe
     except ModuleNotFoundError as error:
         raise UnavailableError(
             f"Training needs {error.name}, which is not installed. Run: pip install 'llava-edge[train]'"
         ) from error
-    if threads:
-        torch.set_num_threads(threads)
     chosen = load_recipe(recipe)
     run = out or store.home() / "runs" / chosen.name
     data = data or store.home() / "data" / chosen.name
@@ -52,6 +48,7 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
             talk=lambda line: click.echo(f"llava-edge: {line}", err=True),
             encoding=lambda done, total: status.step(f"pictures {done}/{total}", done / total),
             report=report,
+            threads=threads,
         )
     click.echo(f"llava-edge: trained; log and plot are in {run}.", err=True)
     click.echo(str(model))

@@ -1,0 +1,84 @@
+"""Items -> records: nothing held out is trained on, and the answers are true."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from llava_edge.models.conversations import Catalogue, build, caption_records, questions, sentence, yes_no
+from llava_edge.models.data import messages_of
+from llava_edge.models.sources import Item
+
+ITEMS = [
+    Item(f"g{i}{split}.jpg", "grocery", split, label, category, f"{label} is tasty.")
+    for split in ("train", "val")
+    for i, (label, category) in enumerate(
+        [("Granny Smith", "Apple"), ("Royal Gala", "Apple"), ("Lime", "Lime"), ("Pink Lady", "Apple")]
+    )
+] + [
+    Item("c1.jpg", "clothing", "train", "hat", "clothing"),
+    Item("c2.jpg", "clothing", "train", "pants", "clothing"),
+    Item("c3.jpg", "clothing", "train", "dress", "clothing"),
+    Item("c4.jpg", "clothing", "train", "shirt", "clothing"),
+    Item("t1.png", "tuxpaint", "train", text="A lion."),
+    Item("t2.png", "tuxpaint", "val", text="A held-out lion."),
+    Item("v1.png", "easy-vqa", "train", qa=(("what shape?", "circle"),)),
+]
+ROUNDS = {"grocery": 2.0, "clothing": 1.0, "tuxpaint": 1.0, "easy-vqa": 1.0}
+
+
+def test_held_out_pictures_and_captions_appear_nowhere() -> None:
+    records = build(ITEMS, rounds=ROUNDS, per_picture=4, seed=1) + caption_records(ITEMS)
+    held_out = {item.image for item in ITEMS if item.split == "val"}
+    assert records
+    assert not held_out & {record.get("image") for record in records}
+    assert "held-out" not in str(records)
+
+
+def test_records_are_reproducible_and_readable_by_the_trainer() -> None:
+    records = build(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=1)
+    assert records == build(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=1)
+    assert records != build(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=2)
+    for record in records:
+        messages = messages_of(record)
+        assert sum(message.images for message in messages) == ("image" in record)
+    assert "image" not in records[-1]
+
+
+@pytest.mark.parametrize("item", [item for item in ITEMS if item.label], ids=lambda item: item.image)
+def test_yes_and_no_are_true_and_about_even(item: Item) -> None:
+    catalogue = Catalogue.of(ITEMS)
+    rng = random.Random(0)
+    asked = [yes_no(item, catalogue, rng) for _ in range(200)]
+    for question, answer in asked:
+        assert (re.search(rf"\b{item.label}\b", question) is not None) == (answer == "Yes")
+    assert 70 <= sum(answer == "Yes" for _, answer in asked) <= 130
+
+
+def test_wrong_names_are_mostly_of_the_same_category() -> None:
+    catalogue = Catalogue.of(ITEMS)
+    wrong = [catalogue.wrong(ITEMS[0], 1, random.Random(i))[0] for i in range(200)]
+    assert "Granny Smith" not in wrong
+    assert sum(name in ("Royal Gala", "Pink Lady") for name in wrong) > 100
+
+
+def test_a_choice_offers_the_answer_among_four() -> None:
+    catalogue = Catalogue.of(ITEMS)
+    for seed in range(50):
+        for question, answer in questions(ITEMS[0], catalogue, random.Random(seed)):
+            if " or " in question and "grocery item" not in question:
+                assert answer == "Granny Smith"
+                assert answer in question
+                assert question.count(",") == 2
+
+
+def test_sentences_read_well() -> None:
+    assert sentence(ITEMS[0]) == "The photo shows Granny Smith, a kind of apple."
+    assert sentence(ITEMS[2]) == "The photo shows Lime."
+    assert [sentence(item) for item in ITEMS[8:11]] == [
+        "The photo shows a piece of clothing: a hat.",
+        "The photo shows a piece of clothing: pants.",
+        "The photo shows a piece of clothing: a dress.",
+    ]

@@ -1,0 +1,106 @@
+"""Scoring: one pass must agree with real greedy decoding, and the questions must be the held-out ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from llava_edge.models import micro
+from llava_edge.models.evaluate import Question, TorchJudge, ask_all, majority, question_sets, shuffled
+from llava_edge.models.features import FeatureCache
+from llava_edge.models.llava import Llava, from_state
+from llava_edge.models.sources import Item
+from llava_edge.prompt import Message, encode, render
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_str(json.dumps(micro.tokenizer_json()))
+
+
+@pytest.fixture(scope="module")
+def model() -> Llava:
+    return from_state(micro.CONFIG, micro.random_tensors(seed=1))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for colour in ("red", "green", "blue"):
+        micro.draw(colour, rng).save(tmp_path / f"{colour}.png")
+    return tmp_path
+
+
+def greedy_until_text(model: Llava, tokenizer: Tokenizer, cache: FeatureCache, picture: Path, question: str) -> str:
+    """The model's own greedy answer to the whole prompt, decoded."""
+    ids = encode(
+        render("chatml", [Message("user", question, 1)]),
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        tokenizer.token_to_id,
+    )
+    cache.ensure(model, [picture], bf16=False)
+    features = cache.get([picture]).float()
+    text: str = tokenizer.decode(model.generate_greedy(ids, features, 40, [tokenizer.token_to_id("<|im_end|>")]))
+    return text
+
+
+def test_one_pass_agrees_with_greedy_decoding(
+    pictures: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> None:
+    """A model trained to answer exactly one thing: right where decoding is right, wrong where it is not."""
+    from safetensors.torch import load_file
+
+    from llava_edge.models.recipe import load_recipe
+    from llava_edge.models.run import Folders, train_recipe
+
+    work = tmp_path_factory.mktemp("train")
+    recipe = load_recipe("micro")
+    folder = train_recipe(recipe, Folders(work / "run", work / "data", work / "features"))
+    trained = from_state(micro.CONFIG, load_file(folder / "model.safetensors"))
+    cache = FeatureCache(work / "judge", micro.CONFIG)
+    asked = [(name, question) for name in ("red", "green", "blue") for question in (micro.QUESTION, "Is it red?")]
+    answers = [greedy_until_text(trained, tokenizer, cache, pictures / f"{name}.png", q) for name, q in asked]
+    judge = TorchJudge(trained, tokenizer, cache, pictures)
+    right = [Question(f"{name}.png", q, a) for (name, q), a in zip(asked, answers, strict=True)]
+    wrong = [Question(f"{name}.png", q, a + "s") for (name, q), a in zip(asked, answers, strict=True)]
+    assert judge.right(right) == len(right)
+    assert judge.right(wrong) == 0
+    assert judge.right([*right[:2], *wrong[2:]]) == 2
+
+
+def test_held_out_sets_ask_about_val_items_only() -> None:
+    items = [
+        Item("a.jpg", "grocery", "train", "Granny Smith", "Apple"),
+        Item("b.jpg", "grocery", "val", "Royal Gala", "Apple"),
+        Item("c.png", "easy-vqa", "val", qa=(("what color?", "red"), ("is it a circle?", "no"))),
+    ]
+    sets = question_sets(items)
+    assert [q.answer for q in sets["grocery fine"]] == ["Royal Gala"]
+    assert [q.answer for q in sets["grocery category"]] == ["Apple"]
+    assert len(sets["easy-VQA"]) == 2
+    assert [q.image for q in question_sets(items, "train")["grocery fine"]] == ["a.jpg"]
+
+
+def test_majority_knows_the_question_but_not_the_picture() -> None:
+    train = [Question("x", "colour?", "red")] * 3 + [Question("x", "colour?", "blue"), Question("x", "round?", "no")]
+    held_out = [Question("y", "colour?", "red"), Question("y", "round?", "no"), Question("y", "new?", "red")]
+    assert majority(train, held_out, "s").right == 3
+    assert majority(train, [Question("y", "colour?", "blue")], "s").right == 0
+
+
+def test_shuffling_keeps_questions_and_moves_pictures() -> None:
+    questions = [Question(f"{i}.png", str(i), str(i)) for i in range(50)]
+    moved = shuffled(questions)
+    assert [q.question for q in moved] == [q.question for q in questions]
+    assert sorted(q.image for q in moved) == sorted(q.image for q in questions)
+    assert sum(a.image == b.image for a, b in zip(moved, questions, strict=True)) < 10
+
+
+def test_a_runtime_is_asked_every_question(tmp_path: Path) -> None:
+    questions = [Question("a.png", "1?", "one"), Question("b.png", "2?", "two")]
+    answers = {"1?": " one\n", "2?": "three"}
+    assert ask_all(lambda image, question: answers[question], tmp_path, questions) == 1

@@ -1,0 +1,442 @@
+"""Exports that cannot succeed: one sentence, the right exit code, and nobody's files touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from llava_edge.bundle import LANGUAGE, MANIFEST, VISION_DATA, Bundle
+from llava_edge.errors import CannotCreateError, CheckpointError, LlavaEdgeError, MissingError, StorageError
+from llava_edge.export import publish
+from llava_edge.export.checkpoint import open_checkpoint
+from llava_edge.export.exporter import ExportOptions, export
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def checkpoint(micro_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(micro_checkpoint, tmp_path / "checkpoint"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Set keys; `text_config__name` reaches into a part."""
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    for key, value in changes.items():
+        *parts, last = key.split("__")
+        place = raw
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    (folder / "config.json").write_text(json.dumps(raw), "utf-8")
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray[Any, Any]]], None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+# --- checkpoints that cannot be right --------------------------------------------------------------------------
+
+BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"text_config__hidden_size": "big"}, "hidden_size|wrong kind"),
+    ({"text_config__num_attention_heads": 0}, "num_attention_heads to 0"),
+    ({"text_config__num_attention_heads": 3}, "multiple of its heads"),
+    ({"text_config__num_key_value_heads": 3}, "multiple of its kv heads"),
+    ({"text_config__vocab_size": -5}, "vocab_size to -5"),
+    ({"text_config__hidden_act": "gelu"}, "hidden_act to 'gelu'"),
+    ({"text_config__attention_bias": True}, "attention_bias"),
+    ({"text_config__head_dim": 16}, "head_dim to 16"),
+    ({"text_config__model_type": "qwen2"}, "qwen2"),
+    ({"text_config__rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"text_config": None}, "text_config and vision_config"),
+    ({"vision_config__hidden_act": "gelu"}, "hidden_act to 'gelu'"),
+    ({"vision_config__model_type": "siglip_vision_model"}, "siglip"),
+    ({"vision_config__patch_size": 64}, "at least one patch"),
+    ({"vision_feature_layer": -9}, "outside the tower"),
+    ({"vision_feature_layer": [-2, -5]}, "wrong kind"),
+    ({"vision_feature_select_strategy": "mean"}, "mean"),
+    ({"projector_hidden_act": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
+    ({"multimodal_projector_bias": False}, "multimodal_projector_bias"),
+    ({"llava_edge__projector_type": "resampler"}, "resampler"),
+    ({"llava_edge__image_pool": 3}, "image_pool 3"),
+    ({"llava_edge__template": "alpaca"}, "alpaca"),
+    ({"llava_edge__square": "stretch"}, "stretch"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD_CONFIGS, ids=lambda value: str(value)[:40])
+def test_a_config_that_would_give_wrong_answers_is_refused(changes: Any, said: str, checkpoint: Path) -> None:
+    edit_config(checkpoint, **changes)
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(checkpoint)
+
+
+def test_everything_that_does_not_fit_is_said_at_once(checkpoint: Path) -> None:
+    def damage(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+        del tensors["language_model.lm_head.weight"]
+        del tensors["vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"]
+        tensors["language_model.model.layers.0.self_attn.q_proj.bias"] = np.zeros(256, np.float32)
+        tensors["multi_modal_projector.linear_2.weight"] = np.zeros((256, 255), np.float32)
+
+    edit_tensors(checkpoint, damage)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(checkpoint)
+    for part in (
+        "2 missing",
+        "lm_head",
+        "fc1.bias",
+        "1 not known",
+        "q_proj.bias",
+        "1 of the wrong shape",
+        "(256, 255)",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_head_that_is_said_to_be_tied_but_is_not(checkpoint: Path) -> None:
+    edit_config(checkpoint, text_config__tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="tied"):
+        open_checkpoint(checkpoint)
+    embeddings = "language_model.model.embed_tokens.weight"
+    edit_tensors(checkpoint, lambda t: t.update({"language_model.lm_head.weight": t[embeddings].copy()}))
+    assert "language_model.lm_head.weight" not in open_checkpoint(checkpoint).tensors
+
+
+@pytest.mark.parametrize(("value", "said"), [(np.nan, "NaN"), (np.inf, "NaN or infinite"), (1e6, "float16 can hold")])
+def test_values_that_cannot_be_stored(value: float, said: str, checkpoint: Path, tmp_path: Path) -> None:
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    edit_tensors(checkpoint, lambda tensors: tensors[name].__setitem__((0, 0), value))
+    with pytest.raises(CheckpointError, match=said) as caught:
+        export(ExportOptions(checkpoint, tmp_path / "out"))
+    assert name in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+def lfs_pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "utf-8")
+
+
+def web_page(path: Path) -> None:
+    path.write_text("<!DOCTYPE html><title>404</title>", "utf-8")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def endless_header(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+
+
+def offsets_outside(path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1 << 50]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
+
+
+def offsets_too_small(path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
+
+
+def header_of_lists(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 6) + b"[1,2] ")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncated, "not a whole safetensors"),
+        (lfs_pointer, "git lfs pull"),
+        (web_page, "web page"),
+        (empty, "not a whole safetensors"),
+        (endless_header, "header should have"),
+        (offsets_outside, "lies at bytes"),
+        (offsets_too_small, "has 8 bytes"),
+        (header_of_lists, "header cannot be read"),
+    ],
+)
+def test_damaged_weights_are_one_sentence(damage: Callable[[Path], None], said: str, checkpoint: Path) -> None:
+    damage(checkpoint / WEIGHTS)
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(checkpoint)
+
+
+class Bomb:
+    """Unpickling it runs a command."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / WEIGHTS).unlink()
+    path, mark = checkpoint / "pytorch_model.bin", tmp_path / "it ran"
+    torch.save({"x": Bomb(mark)}, path)
+    with pytest.raises(CheckpointError, match="cannot be read safely"):
+        open_checkpoint(checkpoint)
+    path.write_bytes(pickle.dumps({"x": Bomb(mark)}))
+    with pytest.raises(CheckpointError, match="cannot be read safely"):
+        open_checkpoint(checkpoint)
+    assert not mark.exists()
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="dictionary of tensors"):
+        open_checkpoint(checkpoint)
+
+
+def test_shards_that_are_missing_or_outside(checkpoint: Path) -> None:
+    (checkpoint / WEIGHTS).rename(checkpoint / "model-00001-of-00002.safetensors")
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}), "utf-8")
+    with pytest.raises(MissingError, match="lacks the shards model-00002"):
+        open_checkpoint(checkpoint)
+    index.write_text(json.dumps({"weight_map": {"a": "../checkpoint/config.json"}}), "utf-8")
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        open_checkpoint(checkpoint)
+    index.write_text("[]", "utf-8")
+    with pytest.raises(CheckpointError, match="JSON object"):
+        open_checkpoint(checkpoint)
+
+
+def test_two_naming_schemes_in_one_folder(checkpoint: Path) -> None:
+    name = "language_model.model.norm.weight"
+    edit_tensors(checkpoint, lambda t: t.update({"model.language_model.norm.weight": t[name]}))
+    with pytest.raises(CheckpointError, match="twice"):
+        open_checkpoint(checkpoint)
+
+
+def test_folders_that_are_no_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(MissingError, match="not a folder"):
+        open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(MissingError, match=r"config\.json"):
+        open_checkpoint(tmp_path)
+    (checkpoint / WEIGHTS).unlink()
+    with pytest.raises(MissingError, match="holds no weights"):
+        open_checkpoint(checkpoint)
+
+
+# --- targets ---------------------------------------------------------------------------------------------------
+
+
+def test_only_a_bundle_is_ever_replaced(micro_checkpoint: Path, bundle_copy: Path, tmp_path: Path) -> None:
+    options = ExportOptions(micro_checkpoint, bundle_copy, quant="f16", vision="fp32")
+    before = Bundle.open(bundle_copy).manifest.identity
+    with pytest.raises(CannotCreateError, match="--force"):
+        export(options)
+    (bundle_copy / "notes.txt").write_text("mine", "utf-8")
+    with pytest.raises(CannotCreateError, match=r"notes\.txt"):
+        export(replace(options, force=True))
+    (bundle_copy / "notes.txt").unlink()
+    assert Bundle.open(bundle_copy).manifest.identity == before
+    folder, file, link = tmp_path / "photos", tmp_path / "file", tmp_path / "link"
+    folder.mkdir()
+    (folder / "one.jpg").write_bytes(b"x")
+    file.write_bytes(b"x")
+    link.symlink_to(folder)
+    for target in (folder, file, link, tmp_path / "link" / "one.jpg" / "deep"):
+        with pytest.raises(CannotCreateError):
+            export(replace(options, out=target, force=True))
+    assert (folder / "one.jpg").read_bytes() == b"x"
+    export(replace(options, force=True))
+    assert Bundle.open(bundle_copy).manifest.language.quantization == "f16"
+    assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
+
+
+def test_an_empty_folder_and_new_parents_are_fine(micro_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
+        export(ExportOptions(micro_checkpoint, out, quant="f16", vision="fp32"))
+        Bundle.open(out).verify()
+
+
+def test_left_folders_of_dead_exports_go_and_those_of_live_ones_stay(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, live, alike = (tmp_path / f"out.tmp-{end}" for end in (ended.pid, os.getppid(), "notes"))
+    for folder in (dead, live, alike):
+        folder.mkdir()
+        (folder / "file").write_bytes(b"x")
+    with publish.staging(tmp_path / "out") as temp:
+        assert temp.is_dir()
+        assert not dead.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([live, alike])
+
+
+def test_a_swap_that_was_cut_between_two_renames_is_undone(bundle_copy: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    before = Bundle.open(bundle_copy).manifest
+    bundle_copy.rename(bundle_copy.with_name(f"{bundle_copy.name}.old-{ended.pid}"))
+    with publish.staging(bundle_copy):
+        assert Bundle.open(bundle_copy).manifest == before
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_replacing_swaps_whole_folders(at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not at_once:  # a file system without exchange
+        monkeypatch.setattr(publish, "_exchange_at_once", lambda temp, out: False)
+    out, temp = tmp_path / "out", tmp_path / "temp"
+    for folder in (out, temp):
+        folder.mkdir()
+        (folder / "who").write_text(folder.name, "utf-8")
+    publish.publish(temp, out)
+    assert (out / "who").read_text("utf-8") == "temp"
+    assert (temp / "who").read_text("utf-8") == "out"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="GB are free"):
+        publish.check_space(tmp_path / "out", 1 << 60)
+
+
+# --- faults while writing --------------------------------------------------------------------------------------
+
+EXPORT = "import sys; from llava_edge.cli import main; main(['export', *sys.argv[1:]])"
+
+
+def run_export(*arguments: str, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; `file_limit` bytes is the largest file it may write (then EFBIG)."""
+
+    def limit() -> None:
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    return subprocess.run(
+        [sys.executable, "-c", EXPORT, *arguments], capture_output=True, text=True, check=False, preexec_fn=limit
+    )
+
+
+@pytest.mark.parametrize("file_limit", [3_000, 100_000, 320_000, 1_500_000])
+def test_a_write_that_fails_keeps_the_old_bundle(file_limit: int, micro_checkpoint: Path, bundle_copy: Path) -> None:
+    """The limits fall into vision.onnx, its data, the projector and the float16 language file."""
+    before = Bundle.open(bundle_copy).manifest
+    done = run_export(
+        str(micro_checkpoint), str(bundle_copy), "--force", "--quant", "q4_0", "--vision", "fp32", file_limit=file_limit
+    )
+    assert done.returncode == StorageError.exit_code, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("llava-edge: ")
+    assert "Traceback" not in done.stderr
+    assert Bundle.open(bundle_copy).manifest == before
+    Bundle.open(bundle_copy).verify()
+    assert [path for path in bundle_copy.parent.iterdir() if ".tmp-" in path.name] == []
+
+
+def test_a_quantizer_that_cannot_write_says_why(micro_checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from llava_edge.export.quantize import quantize\n"
+        "from llava_edge.errors import StorageError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: quantize(Path(sys.argv[1]), Path(sys.argv[2]), 'q4_0')\n"
+        "except StorageError as error: print(error)\n"
+    )
+    export(ExportOptions(micro_checkpoint, tmp_path / "out", quant="f16", vision="fp32"))
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / LANGUAGE), str(tmp_path / "quantized")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("llama.cpp could not write")
+    assert "MiB are free" in done.stdout
+    assert done.stderr == ""
+
+
+def test_killed_at_any_moment_there_is_one_whole_bundle(micro_checkpoint: Path, bundle_copy: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"  # parity would only make the run longer
+        "from pathlib import Path; from llava_edge.export.exporter import ExportOptions, export\n"
+        "import onnx, gguf, onnxruntime, llama_cpp.llama_cpp\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "export(ExportOptions(Path(sys.argv[1]), Path(sys.argv[2]), quant='f16', vision='fp32', force=True))\n"
+    )
+    command = [sys.executable, "-c", code, str(micro_checkpoint), str(bundle_copy)]
+    before = Bundle.open(bundle_copy).manifest
+    start, whole = 0.0, 1.0
+    rng = np.random.default_rng(0)
+    killed = 0
+    for attempt in range(6):
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        start = time.monotonic()
+        child.stdin.write(b"\n")
+        child.stdin.close()
+        if attempt == 0:  # undisturbed, to know how long it takes
+            assert child.wait(60) == 0
+            whole = time.monotonic() - start
+        else:
+            time.sleep(float(rng.uniform(0, whole)))
+            child.send_signal(signal.SIGKILL)
+            killed += child.wait() == -signal.SIGKILL
+        child.stdout.close()
+        bundle = Bundle.open(bundle_copy)
+        bundle.verify()
+        assert attempt or bundle.manifest != before
+        left = [path for path in bundle_copy.parent.iterdir() if ".tmp-" in path.name]
+        assert len(left) <= 1
+    assert killed >= 3
+    export(ExportOptions(micro_checkpoint, bundle_copy, quant="f16", vision="fp32", force=True))
+    assert [path for path in bundle_copy.parent.iterdir() if ".tmp-" in path.name] == []
+
+
+def test_ctrl_c_leaves_nothing_behind(micro_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [sys.executable, "-c", EXPORT, str(micro_checkpoint), str(out)], stderr=subprocess.PIPE, text=True
+    )
+    assert child.stderr is not None
+    while "projector" not in child.stderr.readline():
+        assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    rest = child.stderr.read()
+    assert child.wait(60) == 130
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+    child.stderr.close()
+
+
+def test_exit_codes_of_the_command(micro_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    cases: list[tuple[list[str], type[LlavaEdgeError]]] = [
+        ([str(tmp_path / "nowhere"), str(tmp_path / "out")], MissingError),
+        ([str(micro_checkpoint), str(tmp_path / "file")], CannotCreateError),
+        ([str(micro_checkpoint), str(tmp_path / "file" / "out")], CannotCreateError),
+    ]
+    for arguments, kind in cases:
+        done = run_export(*arguments)
+        assert done.returncode == kind.exit_code, done.stderr
+        assert done.stdout == ""
+        assert "Traceback" not in done.stderr
+
+
+def test_the_manifest_is_written_last(micro_checkpoint: Path, tmp_path: Path) -> None:
+    """A folder without it is no bundle, whatever else is there."""
+    export(ExportOptions(micro_checkpoint, tmp_path / "out", quant="f16", vision="fp32"))
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert set(times) == {MANIFEST, "vision.onnx", VISION_DATA, "projector.gguf", LANGUAGE}
+    assert max(times.values()) == times[MANIFEST]

