@@ -71,7 +71,7 @@ class Catalogue:
             label = rng.choice(pool)
             if label not in chosen:
                 chosen.append(label)
-            elif len(set(near) | set(far)) <= count:
+            if len(chosen) == len(far):
                 break
         return chosen
 

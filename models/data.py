@@ -109,6 +109,15 @@ def tokenize(record: Record, template: str, tokenizer: Tokenizer, max_length: in
     return Sample(tuple(ids[:max_length]), tuple(labels[:max_length]), record.get("image"))
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read tokenizer.json so that control tokens are never found in text; they are looked up by `control_id`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def control_id(tokenizer: Tokenizer, name: str) -> int:
     """Id of a control token; `DataError` if the vocabulary lacks it."""
     found: int | None = tokenizer.token_to_id(name)
@@ -164,7 +173,9 @@ def collate(packs: Sequence[Pack], image_tokens: int) -> Batch:
                 labels[row, start - 1] = targets[0]
             at = end
     seen, by = segments[:, None, :], segments[:, :, None]
-    mask = torch.ones(longest, longest, dtype=torch.bool).tril() & ((seen == 0) | (seen == by))
+    mask = torch.ones(longest, longest, dtype=torch.bool).tril() & (
+        (seen == 0) | (seen == by)
+    )  # padding sees the beginning and itself
     images = tuple(item.image for item in packs if item.image)
     return Batch(tokens, is_image, labels, positions, mask[:, None], images)
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from llava_edge.models.config import load_config
 from llava_edge.models.conversations import GROUP, KIND, NAME, record
-from llava_edge.models.data import Batch, collate, pack, tokenize
+from llava_edge.models.data import Batch, collate, load_tokenizer, pack, tokenize
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava, from_state
 from llava_edge.models.sources import Item
@@ -154,7 +154,7 @@ def judge_checkpoint(
     """PyTorch in float32, then the same model on a grey picture and on other questions' pictures."""
     config = load_config(checkpoint)
     model = from_state(config, load_file(checkpoint / "model.safetensors"))
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
     judge = TorchJudge(model, tokenizer, FeatureCache(data / "features-fp32", config), data)
     blank = "blank.png"
     Image.new("RGB", (224, 224), (128, 128, 128)).save(data / blank)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from llava_edge.errors import UsageError
 from llava_edge.models import micro, smol
 from llava_edge.models.config import LlavaConfig
+from llava_edge.models.data import load_tokenizer
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava, from_state
 from llava_edge.models.lora import merge_lora
@@ -54,7 +54,7 @@ def train_recipe(
     model, config = _untrained(recipe, folders, talk)
     talk("preparing conversations")
     _write_records(recipe, folders)
-    tokenizer = Tokenizer.from_file(str(folders.run / "base" / "tokenizer.json"))
+    tokenizer = load_tokenizer(folders.run / "base" / "tokenizer.json")
     stages = [load_stage(stage, folders.data, tokenizer, config.image_tokens, recipe.seed) for stage in recipe.stages]
     features = FeatureCache(folders.features, config)
     talk("encoding pictures (each once; kept for later runs)")

@@ -12,7 +12,15 @@ from tokenizers import Tokenizer
 
 from llava_edge.errors import DataError
 from llava_edge.models import micro
-from llava_edge.models.data import collate, messages_of, modality_length_order, pack, read_records, tokenize
+from llava_edge.models.data import (
+    collate,
+    load_tokenizer,
+    messages_of,
+    modality_length_order,
+    pack,
+    read_records,
+    tokenize,
+)
 from llava_edge.models.llava import from_state
 from llava_edge.models.train import batch_loss
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -21,8 +29,10 @@ TOKENS = micro.CONFIG.image_tokens
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_str(json.dumps(micro.tokenizer_json()))
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(json.dumps(micro.tokenizer_json()), "utf-8")
+    return load_tokenizer(path)
 
 
 def chat(*turns: str, image: str | None = "a.png") -> dict[str, object]:

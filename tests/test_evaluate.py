@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from llava_edge.models import micro
+from llava_edge.models.data import load_tokenizer
 from llava_edge.models.evaluate import Question, TorchJudge, ask_all, majority, question_sets, shuffled
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava, from_state
@@ -18,8 +19,10 @@ from llava_edge.prompt import Message, encode, render
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_str(json.dumps(micro.tokenizer_json()))
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(json.dumps(micro.tokenizer_json()), "utf-8")
+    return load_tokenizer(path)
 
 
 @pytest.fixture(scope="module")
