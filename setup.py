@@ -59,7 +59,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir={f"llava_edge.{area}": area for area in AREAS},
-    package_data={"llava_edge": ["py.typed", "zoo/**"], "llava_edge.models": ["recipes/*.toml"]},
+    package_data={"llava_edge": ["py.typed", "zoo/**"], "llava_edge.models": ["recipes/*"]},
     include_package_data=False,
     install_requires=RUNTIME,
     extras_require={"export": EXPORT, "train": TRAIN, "dev": DEV},

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_edge import store
-from llava_edge.bundle import Manifest, Provenance
+from llava_edge.bundle import Manifest, Provenance, read_manifest
 from llava_edge.errors import UsageError
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.export.publish import check_target
 from llava_edge.models import smol
+
+FLOAT16_BLOCKS = 5  # of smol's 11; what the exporter's own search finds for this tower (`llava-edge export` shows it)
 
 
 def pull(name: str, target: Path, progress: Callable[[str, float | None], None]) -> Manifest:
@@ -34,5 +36,13 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
             ),
             Provenance("projector and language delta", "trained by llava-edge, recipe smol", "Apache-2.0"),
         )
-        options = ExportOptions(checkpoint, target, name=name, provenance=provenance, force=True)
+        options = ExportOptions(
+            checkpoint,
+            target,
+            name=name,
+            provenance=provenance,
+            force=True,
+            float16_blocks=FLOAT16_BLOCKS,
+            measured=read_manifest(smol.delta_path().parent),
+        )
         return export(options, progress)

@@ -1,6 +1,7 @@
 """What every test gets: its own home, one thread, and a tiny real model made once per session.
 
-`micro_checkpoint` and `micro_bundle` are shared and must not be written to; `bundle_copy` is the test's own.
+`micro_checkpoint`, `micro_bundle` and `trained_micro` are shared and must not be written to; `bundle_copy` is the
+test's own.
 """
 
 from __future__ import annotations
@@ -54,6 +55,16 @@ def micro_bundle(micro_checkpoint: Path) -> Path:
     out = micro_checkpoint.parent / "bundle"
     export(ExportOptions(checkpoint=micro_checkpoint, out=out, quant="q8_0", vision="fp32", name="micro"))
     return out
+
+
+@pytest.fixture(scope="session")
+def trained_micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder of the micro recipe, really trained: it names the colour of a picture."""
+    from llava_edge.models.recipe import load_recipe
+    from llava_edge.models.run import Folders, train_recipe
+
+    work = tmp_path_factory.mktemp("trained")
+    return train_recipe(load_recipe("micro"), Folders(work / "run", work / "data", work / "features"))
 
 
 @pytest.fixture

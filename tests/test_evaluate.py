@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from llava_edge.models import micro
@@ -25,11 +26,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(path)
 
 
-@pytest.fixture(scope="module")
-def model() -> Llava:
-    return from_state(micro.CONFIG, micro.random_tensors(seed=1))
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
@@ -38,7 +34,7 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def greedy_until_text(model: Llava, tokenizer: Tokenizer, cache: FeatureCache, picture: Path, question: str) -> str:
+def decoded(model: Llava, tokenizer: Tokenizer, cache: FeatureCache, picture: Path, question: str) -> str:
     """The model's own greedy answer to the whole prompt, decoded."""
     ids = encode(
         render("chatml", [Message("user", question, 1)]),
@@ -52,22 +48,14 @@ def greedy_until_text(model: Llava, tokenizer: Tokenizer, cache: FeatureCache, p
 
 
 def test_one_pass_agrees_with_greedy_decoding(
-    pictures: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+    trained_micro: Path, pictures: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """A model trained to answer exactly one thing: right where decoding is right, wrong where it is not."""
-    from safetensors.torch import load_file
-
-    from llava_edge.models.recipe import load_recipe
-    from llava_edge.models.run import Folders, train_recipe
-
-    work = tmp_path_factory.mktemp("train")
-    recipe = load_recipe("micro")
-    folder = train_recipe(recipe, Folders(work / "run", work / "data", work / "features"))
-    trained = from_state(micro.CONFIG, load_file(folder / "model.safetensors"))
-    cache = FeatureCache(work / "judge", micro.CONFIG)
+    """Right where real decoding gives the answer, wrong where it gives another one."""
+    model = from_state(micro.CONFIG, load_file(trained_micro / "model.safetensors"))
+    cache = FeatureCache(tmp_path / "judge", micro.CONFIG)
     asked = [(name, question) for name in ("red", "green", "blue") for question in (micro.QUESTION, "Is it red?")]
-    answers = [greedy_until_text(trained, tokenizer, cache, pictures / f"{name}.png", q) for name, q in asked]
-    judge = TorchJudge(trained, tokenizer, cache, pictures)
+    answers = [decoded(model, tokenizer, cache, pictures / f"{name}.png", question) for name, question in asked]
+    judge = TorchJudge(model, tokenizer, cache, pictures)
     right = [Question(f"{name}.png", q, a) for (name, q), a in zip(asked, answers, strict=True)]
     wrong = [Question(f"{name}.png", q, a + "s") for (name, q), a in zip(asked, answers, strict=True)]
     assert judge.right(right) == len(right)

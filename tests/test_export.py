@@ -487,6 +487,29 @@ def test_without_torch_the_bundle_is_made_and_says_so(micro_checkpoint: Path, tm
     assert (tmp_path / "out" / PROJECTOR).is_file()
 
 
+def test_a_known_parity_table_is_taken_only_for_identical_files(
+    micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `models pull` does where torch is missing."""
+    options = ExportOptions(micro_checkpoint, tmp_path / "a", name="micro", quant="q8_0", vision="fp32")
+    measured = export(options)
+    assert measured.parity
+    monkeypatch.setattr("llava_edge.export.verify.obstacle", lambda checkpoint: "torch is not installed.")
+    again = export(replace(options, out=tmp_path / "b", measured=measured))
+    assert again.parity == measured.parity
+    other = export(replace(options, out=tmp_path / "c", quant="q4_0", measured=measured))
+    assert other.parity == []
+
+
+def test_the_blocks_left_in_float16_can_be_given(micro_checkpoint: Path, tmp_path: Path) -> None:
+    sizes = []
+    for blocks in (0, 2):
+        out = tmp_path / str(blocks)
+        export(ExportOptions(micro_checkpoint, out, float16_blocks=blocks, force_publish=True))
+        sizes.append((out / VISION_DATA).stat().st_size)
+    assert sizes[0] < sizes[1]
+
+
 def test_an_unknown_precision_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="q4_k_m"):
         ExportOptions(tmp_path, tmp_path, quant="q3")  # type: ignore[arg-type]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 
 from llava_edge.errors import DataError, MissingError
 from llava_edge.image import load_image, preprocess
 from llava_edge.models import micro
 from llava_edge.models.config import load_config
+from llava_edge.models.data import load_tokenizer
 from llava_edge.models.features import preprocessing
 from llava_edge.models.llama import Llama
 from llava_edge.models.llava import from_state
@@ -79,12 +79,10 @@ def test_accumulation_does_not_change_the_loss(tmp_path: Path) -> None:
     np.testing.assert_allclose(seen[0], seen[1], rtol=2e-3)
 
 
-@pytest.mark.slow
-def test_the_micro_recipe_learns_its_colours(tmp_path: Path) -> None:
-    model_folder = train_recipe(load_recipe("micro"), folders(tmp_path))
-    config = load_config(model_folder)
-    model = from_state(config, load_file(model_folder / "model.safetensors"))
-    tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+def test_the_micro_recipe_learns_its_colours(trained_micro: Path) -> None:
+    config = load_config(trained_micro)
+    model = from_state(config, load_file(trained_micro / "model.safetensors"))
+    tokenizer = load_tokenizer(trained_micro / "tokenizer.json")
     prompt = encode(
         render(config.template, [Message("user", micro.QUESTION, 1)]),
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,

@@ -78,9 +78,11 @@ def _judge_bundle(
     options = Options(max_tokens=32)
     with Llava.load(bundle) as model:
         name = f"bundle {model.bundle.manifest.language.quantization} + {model.bundle.manifest.vision.precision}"
+        chat = model.chat(options=options)  # a chat keeps what it read: questions on one picture encode it once
 
         def ask(image: Path, question: str) -> str:
-            return model.ask(question, image, options).text
+            chat.reset()
+            return "".join(chunk.text for chunk in chat.say(question, image))
 
         return [
             Score(kind, name, ask_all(ask, data, questions, progress(f"{name}: {kind}")), len(questions))
