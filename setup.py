@@ -36,6 +36,7 @@ TRAIN = [
     "torch==2.13.0",  # exact: trained with it, and a range would pull in whichever build is newest
     "tokenizers>=0.22",
     "matplotlib>=3.10",
+    "resvg-py>=0.5",  # draws the emoji that `smol` is trained on
 ]
 DEV = [
     *TRAIN,
