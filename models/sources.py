@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def _photos(folder: Path, photos: Path) -> Iterator[Item]:
 
 def _easy_vqa(folder: Path, train_pictures: int = 1200, val_pictures: int = 200) -> Iterator[Item]:
     root = folder / "easy-vqa"
-    _run(["pip", "download", "--quiet", "--no-deps", EASY_VQA, "--dest", "."], root)
+    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", EASY_VQA, "--dest", "."], root)
     with zipfile.ZipFile(next(root.glob("easy_vqa-*.whl"))) as archive:
         archive.extractall(root)
     for split, name, count in (("train", "train", train_pictures), ("val", "test", val_pictures)):
