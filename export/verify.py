@@ -44,7 +44,7 @@ PROJECTOR_LIMIT = 1e-5  # relative; the tanh form of GELU would give about 2e-4
 F16_LIMIT = 0.9999  # cosine
 # Cosine. What bits cost depends on the model and is reported rather than judged; the file's content is checked tensor
 # by tensor. These only stop a bundle that lost its model.
-QUANT_LIMITS = {"f16": 0.9999, "q8_0": 0.995, "q5_k_m": 0.75, "q4_k_m": 0.6, "q4_0": 0.6}
+QUANT_LIMITS = {"f16": 0.9999, "q8_0": 0.995, "q5_k_m": 0.95, "q4_k_m": 0.85, "q4_0": 0.6}
 
 # Largest relative (l2) error of a tensor by GGUF type. For b bits with one scale per n values a block's error is at
 # most about max / 2^(b-1) / sqrt(12), and max / rms at most sqrt(n): 0.2 for q4_0. A swapped tensor gives about 1.4.

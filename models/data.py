@@ -173,9 +173,8 @@ def collate(packs: Sequence[Pack], image_tokens: int) -> Batch:
                 labels[row, start - 1] = targets[0]
             at = end
     seen, by = segments[:, None, :], segments[:, :, None]
-    mask = torch.ones(longest, longest, dtype=torch.bool).tril() & (
-        (seen == 0) | (seen == by)
-    )  # padding sees the beginning and itself
+    shared = (seen == 0) | (seen == by)  # padding sees the beginning and itself
+    mask = torch.ones(longest, longest, dtype=torch.bool).tril() & shared
     images = tuple(item.image for item in packs if item.image)
     return Batch(tokens, is_image, labels, positions, mask[:, None], images)
 
