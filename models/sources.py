@@ -2,7 +2,7 @@
 
     photos     a folder with labels.jsonl: grocery, clothing and object photographs (origin: model card)
     easy-vqa   PyPI easy-vqa: 64 px drawings of one coloured shape, with questions and answers (MIT)
-    emoji      npm @iconify-json/{noto,fluent-emoji,twemoji}; names and groups from npm emojibase-data
+    emoji      npm @iconify-json/{noto,fluent-emoji,fluent-emoji-flat,twemoji}; names and groups from npm emojibase-data
     tuxpaint   Debian tuxpaint-stamps-default: clip art with one sentence each
 
 Packages are fetched with pip, npm and apt's own clients and only unpacked. `twemoji`, easy-VQA's test split,
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -23,16 +24,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from llava_edge.errors import MissingError, UnavailableError
 
 EASY_VQA = "easy-vqa==1.0"
-EMOJI_STYLES = {"noto": "1.2.9", "fluent-emoji": "1.2.7", "twemoji": "1.2.5"}
+EMOJI_STYLES = {"noto": "1.2.9", "fluent-emoji": "1.2.7", "fluent-emoji-flat": "1.2.6", "twemoji": "1.2.5"}
 HELD_OUT_STYLE = "twemoji"
 EMOJIBASE = "emojibase-data@17.0.0"
 TUXPAINT = "tuxpaint-stamps-default"
 SIDE = 224  # px of rendered vector pictures
+VIEWS = {"grocery": 2}  # changed copies of each training photo; some products have 15 photos only
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,40 @@ def _photos(folder: Path, photos: Path) -> Iterator[Item]:
     }
     for line in labels.read_text("utf-8").splitlines():
         row = json.loads(line)
-        text = descriptions.get(row["label"], "") if kinds[row["source"]] == "grocery" else ""
-        yield Item(f"photos/{row['image']}", kinds[row["source"]], row["split"], row["label"], row["category"], text)
+        kind, name = kinds[row["source"]], f"photos/{row['image']}"
+        text = descriptions.get(row["label"], "") if kind == "grocery" else ""
+        yield Item(name, kind, row["split"], row["label"], row["category"], text)
+        if row["split"] == "train":
+            for view in _views(folder, name, VIEWS.get(kind, 0)):
+                yield Item(view, kind, "train", row["label"], row["category"], text)
 
 
-def _easy_vqa(folder: Path, train_pictures: int = 1200, val_pictures: int = 200) -> Iterator[Item]:
+def _views(folder: Path, name: str, count: int) -> Iterator[str]:
+    """Copies of a photo as another hand and another shop would have taken it: cropped, turned, lit differently.
+
+    Not mirrored: packages carry text. Random, but always the same for the same name.
+    """
+    for number in range(count):
+        rng = random.Random(f"{name} {number}")
+        target = folder / "views" / f"{Path(name).with_suffix('')}-{number}.jpg"
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(folder / name) as photo:
+                _view(photo.convert("RGB"), rng).save(target, quality=88)
+        yield str(target.relative_to(folder))
+
+
+def _view(photo: Image.Image, rng: random.Random) -> Image.Image:
+    turned = photo.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=(122, 116, 104))
+    width, height = (round(side * rng.uniform(0.7, 0.95)) for side in turned.size)
+    left, top = rng.randint(0, turned.width - width), rng.randint(0, turned.height - height)
+    view = turned.crop((left, top, left + width, top + height))
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        view = change(view).enhance(rng.uniform(0.7, 1.3))
+    return view
+
+
+def _easy_vqa(folder: Path, train_pictures: int = 4000, val_pictures: int = 1000) -> Iterator[Item]:
     root = folder / "easy-vqa"
     _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", EASY_VQA, "--dest", "."], root)
     with zipfile.ZipFile(next(root.glob("easy_vqa-*.whl"))) as archive:
@@ -127,10 +158,10 @@ def _emoji(folder: Path) -> Iterator[Item]:
     chosen = [row for i, row in enumerate(known) if groups[str(row["group"])] not in thin or i % 3 == 0]
     for style, version in EMOJI_STYLES.items():
         _run(["npm", "pack", "--silent", f"@iconify-json/{style}@{version}"], root)
-        _untar(next(root.glob(f"iconify-json-{style}-*.tgz")), root / style)
+        _untar(root / f"iconify-json-{style}-{version}.tgz", root / style)
         split = "val" if style == HELD_OUT_STYLE else "train"
-        # Every concept in one style, every second one in another; every fifth is enough to judge by.
-        for row in chosen[:: {"noto": 1, HELD_OUT_STYLE: 5}.get(style, 2)]:
+        # Every fifth of the held-out style is enough to judge by.
+        for row in chosen[:: 5 if style == HELD_OUT_STYLE else 1]:
             path = _render_emoji(root / style, row)
             if path:
                 group = groups[str(row["group"])].replace("-", " and ")

@@ -69,6 +69,9 @@ def prepare_stage(model: Llava, recipe: Recipe, stage: Stage) -> list[dict[str, 
             parameter for name, parameter in model.language_model.named_parameters() if ".lora_" in name
         )
         groups.append(_group(adapters, stage.learning_rate))
+    if recipe.compile:
+        for layer in model.language_model.model.layers:
+            layer.compile(dynamic=True)  # a stage changes what is inside, so each stage compiles anew
     if recipe.bf16:
         for module in model.language_model.modules():
             weight = getattr(module, "weight", None)
