@@ -1,9 +1,7 @@
-"""A Hugging Face LLaVA folder -> one in-memory form: its numbers, and tensors under classic names.
+"""A LLaVA checkpoint of any layout -> one in-memory form: its numbers, and tensors under classic names.
 
-Accepted tensor names: the classic ones on disk (`language_model.model.layers.0...`), those of transformers
-since 4.52 (`model.language_model.layers.0...`, `lm_head`) and those of transformers 5 (no `vision_model`).
-Everything is checked before anything is converted: what is missing, misshapen, not known or not supported
-is said at once. Nothing is ignored that would change an answer.
+`layouts.py` brings the parts together; here everything is checked before anything is converted: what is missing,
+misshapen, not known or not supported is said at once. Nothing is ignored that would change an answer.
 """
 
 from __future__ import annotations
@@ -16,26 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.errors import CheckpointError, MissingError
-from llava_edge.export.tensors import StoredTensor, open_folder, read_json
+from llava_edge.errors import CheckpointError
+from llava_edge.export import layouts
+from llava_edge.export.layouts import Layout
+from llava_edge.export.names import EMBEDDINGS, HEAD, VISION_PREFIX
+from llava_edge.export.tensors import StoredTensor
 from llava_edge.models.config import LlavaConfig, from_hf
 from llava_edge.models.shapes import tensor_shapes
 from llava_edge.prompt import TEMPLATES
-
-VISION_PREFIX = "vision_tower.vision_model."
-TEXT_PREFIX = "language_model.model."
-HEAD = "language_model.lm_head.weight"
-EMBEDDINGS = TEXT_PREFIX + "embed_tokens.weight"
-
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")  # older transformers saved them
-
-# (names since 4.52 and 5 -> classic); the first that fits is applied.
-_RENAMED = (
-    (re.compile(r"^model\.language_model\."), TEXT_PREFIX),
-    (re.compile(r"^lm_head\."), "language_model.lm_head."),
-    (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
-    (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), VISION_PREFIX),
-)
 
 _LISTED = 12  # how many tensor names a message spells out
 
@@ -65,38 +51,41 @@ class Tensors(Mapping[str, np.ndarray]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the rest of the exporter works from."""
+    """What the rest of the exporter works from. `tokenizer` is the folder that has one, `notes` are for the user."""
 
     folder: Path
     config: LlavaConfig
     tensors: Tensors
+    layout: Layout
+    tokenizer: Path
+    notes: tuple[str, ...] = ()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read and check a folder. Raises `MissingError` or `CheckpointError`; reads no weights yet."""
-    if not folder.is_dir():
-        raise MissingError(f"{folder} is not a folder; a Hugging Face LLaVA checkpoint folder was expected.")
-    if not (folder / "config.json").is_file():
-        raise MissingError(f"{folder} has no config.json; a Hugging Face LLaVA checkpoint folder was expected.")
-    raw = read_json(folder / "config.json")
+def open_checkpoint(
+    folder: Path, *, base: Path | None = None, vision_tower: Path | None = None, template: str | None = None
+) -> Checkpoint:
+    """Read and check a folder; reads no large weights yet.
+
+    base: the model that a LoRA, a delta or a lone projector goes with. vision_tower: a CLIP folder, for checkpoints
+    without CLIP. template: prompt layout, instead of the one the checkpoint suggests.
+    Raises `MissingError`, `UsageError` or `CheckpointError`.
+    """
+    source = layouts.read(folder, base, vision_tower)
+    raw = dict(source.raw)
+    if template:
+        raw["llava_edge"] = {**raw.get("llava_edge", {}), "template": template}
     try:
         config = from_hf(raw)
     except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} holds a value of the wrong kind: {error}.") from error
-    _check_supported(folder / "config.json", raw, config)
-    return Checkpoint(folder, config, _classic(folder, config, open_folder(folder)))
+        raise CheckpointError(f"{source.config_path} holds a value of the wrong kind: {error}.") from error
+    _check_supported(source.config_path, raw, config)
+    tensors = _fitting(folder, config, dict(source.stored))
+    notes = () if template else source.notes
+    return Checkpoint(folder, config, tensors, source.layout, source.tokenizer, notes)
 
 
-def _classic(folder: Path, config: LlavaConfig, stored: dict[str, StoredTensor]) -> Tensors:
-    """Rename; refuse what is missing, misshapen or not known; leave out what LLaVA never reads."""
-    found: dict[str, StoredTensor] = {}
-    for raw_name, tensor in stored.items():
-        name = _classic_name(raw_name)
-        if _BUFFERS.search(name):
-            continue
-        if name in found:
-            raise CheckpointError(f"{folder} holds {name} twice, under two naming schemes; it mixes two checkpoints.")
-        found[name] = tensor
+def _fitting(folder: Path, config: LlavaConfig, found: dict[str, StoredTensor]) -> Tensors:
+    """Refuse what is missing, misshapen or not known; leave out what LLaVA never reads."""
     if config.text.tie_word_embeddings and HEAD in found:
         _check_tied(folder, found)
         del found[HEAD]
@@ -115,13 +104,6 @@ def _classic(folder: Path, config: LlavaConfig, stored: dict[str, StoredTensor])
     if said:
         raise CheckpointError(f"{folder} does not fit its config.json: {said}.")
     return Tensors({name: found[name] for name in needed})
-
-
-def _classic_name(name: str) -> str:
-    for pattern, replacement in _RENAMED:
-        if pattern.match(name):
-            return pattern.sub(replacement, name)
-    return name
 
 
 def _unused(name: str, config: LlavaConfig) -> bool:

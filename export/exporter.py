@@ -60,7 +60,8 @@ INT8_TARGET = 2e-2  # relative error aimed at on the sample pictures; photograph
 class ExportOptions:
     """What to export and how.
 
-    checkpoint: a Hugging Face LLaVA folder. out: the bundle folder to make.
+    checkpoint: a LLaVA folder of any layout. out: the bundle folder to make.
+    base, vision_tower, template: what the checkpoint lacks, see `open_checkpoint`.
     name: of the model; the name of `out` unless given. provenance: where its parts are from.
     force: replace a bundle that `out` already is. force_publish: publish although parity fails.
     threads: for llama.cpp's quantizer and the measurements' engines; 0 is all cores.
@@ -72,6 +73,9 @@ class ExportOptions:
     out: Path
     quant: Quant = "q4_k_m"
     vision: Precision = "int8"
+    base: Path | None = None
+    vision_tower: Path | None = None
+    template: str | None = None
     name: str = ""
     provenance: tuple[Provenance, ...] = ()
     force: bool = False
@@ -96,8 +100,12 @@ def export(options: ExportOptions, progress: Progress = lambda stage, share: Non
     if out.name in ("", "..", "."):
         raise CannotCreateError(f"{options.out} is not a name for a bundle folder.")
     progress("reading the checkpoint", None)
-    checkpoint = open_checkpoint(options.checkpoint)
-    vocabulary = read_tokenizer(options.checkpoint, checkpoint.config)
+    checkpoint = open_checkpoint(
+        options.checkpoint, base=options.base, vision_tower=options.vision_tower, template=options.template
+    )
+    for note in checkpoint.notes:
+        progress(note, None)
+    vocabulary = read_tokenizer(checkpoint.tokenizer, checkpoint.config)
     publish.check_target(out, options.force)
     probe.require_working_build()
     with publish.staging(out) as temp:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from llava_edge.errors import CheckpointError
-from llava_edge.export.checkpoint import EMBEDDINGS, HEAD, TEXT_PREFIX, Checkpoint
+from llava_edge.export.checkpoint import Checkpoint
+from llava_edge.export.names import EMBEDDINGS, HEAD, TEXT_PREFIX
 from llava_edge.export.tokenizer import Vocabulary
 from llava_edge.models.config import TextConfig
 

@@ -39,12 +39,17 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
     """
     for single, index in zip(SINGLE, INDEX, strict=True):
         if (folder / single).is_file():
-            return _open_file(folder / single)
+            return open_file(folder / single)
         if (folder / index).is_file():
-            return _join(_open_file(path) for path in _shards(folder, folder / index))
+            return _join(open_file(path) for path in _shards(folder, folder / index))
     raise MissingError(
         f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, whole or in shards with an index."
     )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `open_folder` would find anything."""
+    return any((folder / name).is_file() for name in (*SINGLE, *INDEX))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def _join(files: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     return joined
 
 
-def _open_file(path: Path) -> dict[str, StoredTensor]:
+def open_file(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         start = file.read(200)
     if start.startswith(b"version https://git-lfs"):

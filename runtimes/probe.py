@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge import store
-from llava_edge.errors import UnavailableError
+from llava_edge.errors import StorageError, UnavailableError
 from llava_edge.runtimes import devices
 
 REBUILD = (
@@ -51,7 +51,7 @@ class Report:
 
 
 def check(engine: str) -> Report:
-    """Try "llama_cpp" or "onnxruntime" in a child process of its own."""
+    """Try "llama_cpp" or "onnxruntime" in a child process of its own. Raises `StorageError` if there is no room to."""
     command = [sys.executable, "-c", f"from llava_edge.runtimes import probe; probe.child({engine!r})"]
     # The child must find this very package, however the parent did.
     paths = [path or str(Path.cwd()) for path in sys.path]
@@ -67,6 +67,11 @@ def check(engine: str) -> Report:
         return Report(engine, f"{engine} kills its process with {name} on this processor.", INSTALL[engine])
     try:
         facts = json.loads(done.stdout.splitlines()[-1])
+        if "untried" in facts:
+            raise StorageError(
+                f"{engine} could not be tried in {tempfile.gettempdir()}: {facts['untried']}. Make room there, or set "
+                "TMPDIR to another folder."
+            )
     except (IndexError, ValueError):
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return Report(engine, f"{engine} does not work: {lines[-1]}", INSTALL[engine])
@@ -76,7 +81,8 @@ def check(engine: str) -> Report:
 def require_working_build() -> None:
     """On a processor with AMX, check llama.cpp once for each build of it, and remember a good result.
 
-    Raises `UnavailableError` with the command that repairs the build. Other processors are not affected.
+    Raises `UnavailableError` with the command that repairs the build, `StorageError` if it could not be tried. Other
+    processors are not affected.
     """
     if "amx_int8" not in devices.processor()[1]:
         return
@@ -115,7 +121,10 @@ def _llama_facts() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("Q4_0", "Q8_0"):
             path = Path(folder) / f"{kind}.gguf"
-            write_model(path, kind)
+            try:
+                write_model(path, kind)
+            except OSError as error:
+                return {"untried": error.strerror}
             model = language.LanguageModel(path, context=TOKENS * 2, threads=1)
             model.evaluate_tokens([token % VOCABULARY for token in range(TOKENS)], threading.Event())
             model.logits()

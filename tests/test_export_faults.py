@@ -27,6 +27,7 @@ from llava_edge.errors import CannotCreateError, CheckpointError, LlavaEdgeError
 from llava_edge.export import publish
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.runtimes import probe
 
 WEIGHTS = "model.safetensors"
 
@@ -319,9 +320,12 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path) -> None:
 # --- faults while writing --------------------------------------------------------------------------------------
 
 EXPORT = "import sys; from llava_edge.cli import main; main(['export', *sys.argv[1:]])"
+PROBE = "from llava_edge.runtimes import probe; probe.check('llama_cpp')"
 
 
-def run_export(*arguments: str, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
+def run_export(
+    *arguments: str, file_limit: int | None = None, code: str = EXPORT
+) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own; `file_limit` bytes is the largest file it may write (then EFBIG)."""
 
     def limit() -> None:
@@ -329,14 +333,21 @@ def run_export(*arguments: str, file_limit: int | None = None) -> subprocess.Com
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
     return subprocess.run(
-        [sys.executable, "-c", EXPORT, *arguments], capture_output=True, text=True, check=False, preexec_fn=limit
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, preexec_fn=limit
     )
+
+
+def test_a_full_disk_is_not_taken_for_a_broken_build() -> None:
+    done = run_export(code=PROBE, file_limit=3_000)
+    assert "StorageError: llama_cpp could not be tried" in done.stderr
+    assert "File too large" in done.stderr
 
 
 @pytest.mark.parametrize("file_limit", [3_000, 100_000, 320_000, 1_500_000])
 def test_a_write_that_fails_keeps_the_old_bundle(file_limit: int, micro_checkpoint: Path, bundle_copy: Path) -> None:
     """The limits fall into vision.onnx, its data, the projector and the float16 language file."""
     before = Bundle.open(bundle_copy).manifest
+    probe.require_working_build()  # remembered, so that the export does not write its test files
     done = run_export(
         str(micro_checkpoint), str(bundle_copy), "--force", "--quant", "q4_0", "--vision", "fp32", file_limit=file_limit
     )

@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Precision of the vision tower.",
 )
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="The model that CHECKPOINT changes, if it is a LoRA, a delta or a projector alone.",
+)
+@click.option("--vision-tower", type=click.Path(path_type=Path), help="CLIP folder, if CHECKPOINT has no CLIP inside.")
+@click.option("--template", help="Prompt layout, instead of the one the checkpoint suggests.")
 @click.option("--name", default="", help="Of the model; the name of OUT unless given.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
 @click.option("--force-publish", is_flag=True, help="Publish even if a stage differs from PyTorch too much.")
@@ -46,15 +53,19 @@ def export(
     out: Path,
     quant: Quant,
     vision: Precision,
+    base: Path | None,
+    vision_tower: Path | None,
+    template: str | None,
     name: str,
     force: bool,
     force_publish: bool,
     threads: int,
     as_json: bool,
 ) -> None:
-    """Turn CHECKPOINT, a Hugging Face LLaVA folder, into the bundle OUT.
+    """Turn CHECKPOINT, a LLaVA folder of any published layout, into the bundle OUT.
 
-    Every stage is measured against PyTorch where it is installed; the table ends with the worst stage.
+    'llava-edge info CHECKPOINT' says which layout it is and what it needs. Every stage is measured against PyTorch
+    where that is installed; the table ends with the worst stage.
     """
     from dataclasses import asdict
 
@@ -69,6 +80,9 @@ def export(
         out=out,
         quant=quant,
         vision=vision,
+        base=base,
+        vision_tower=vision_tower,
+        template=template,
         name=name,
         force=force,
         force_publish=force_publish,

@@ -29,7 +29,7 @@ def info(thing: str, as_json: bool) -> None:
             _print_bundle(path, manifest)
             return
         facts = asdict(manifest)
-    elif (path / "config.json").exists():
+    elif any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         facts = _checkpoint_facts(path)
     else:
         raise DataError(f"{path} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json).")
@@ -94,11 +94,26 @@ def _short(value: object) -> object:
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
-    from llava_edge.models.config import load_config
+    """What the folder is, what it still needs, and what an export would make of it."""
+    from llava_edge.errors import UsageError
+    from llava_edge.export import layouts
+    from llava_edge.export.checkpoint import open_checkpoint
 
-    config = load_config(path)
+    facts: dict[str, Any] = {"checkpoint": str(path), "layout": layouts.recognise(path)}
+    try:
+        checkpoint = open_checkpoint(path)
+    except UsageError as error:
+        return {**facts, "needs": str(error)}
+    config = checkpoint.config
     files = {item.name: item.stat().st_size for item in sorted(path.iterdir()) if item.is_file()}
-    return {"checkpoint": str(path), "image_tokens": config.image_tokens, **asdict(config), "files": files}
+    return {
+        **facts,
+        "notes": " ".join(checkpoint.notes),
+        "image_tokens": config.image_tokens,
+        **asdict(config),
+        "files": files,
+        "export with": f"llava-edge export {path} OUT",
+    }
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:

@@ -1,0 +1,130 @@
+"""Checkpoints that hold a part or a change only, joined with the model they change. Tensor by tensor, when read.
+
+    LoRA     W + scale * B A, and whole tensors in their place (non_lora_trainables.bin: the projector)
+    delta    base + difference, in float16 as llava/model/apply_delta.py adds; the base may have fewer rows
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge.errors import CheckpointError, MissingError
+from llava_edge.export.names import EMBEDDINGS, HEAD, classic_name, is_buffer
+from llava_edge.export.tensors import StoredTensor, open_file, read_json
+
+Stored = dict[str, StoredTensor]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA = "non_lora_trainables.bin"  # llava/train/train.py
+
+_LORA = re.compile(r"^(.*)\.lora_(A|B)(?:\.default)?\.weight$")
+
+
+def classic(folder: Path, stored: Mapping[str, StoredTensor]) -> Stored:
+    """Tensors under classic names. Raises `CheckpointError` if two naming schemes meet in one folder."""
+    found: Stored = {}
+    for raw_name, tensor in stored.items():
+        name = classic_name(raw_name)
+        if is_buffer(name):
+            continue
+        if name in found:
+            raise CheckpointError(f"{folder} holds {name} twice, under two naming schemes; it mixes two checkpoints.")
+        found[name] = tensor
+    return found
+
+
+def with_adapter(folder: Path, base: Stored) -> Stored:
+    """`base` with the adapter in `folder` merged. Raises `MissingError` or `CheckpointError`."""
+    scale = _scale(folder / ADAPTER_CONFIG)
+    pairs: dict[str, dict[str, StoredTensor]] = {}
+    merged = dict(base)
+    for name, tensor in _adapter(folder).items():
+        low_rank = _LORA.match(name)
+        if not low_rank:
+            merged[classic_name(_unwrapped(name))] = tensor
+            continue
+        pairs.setdefault(classic_name(_unwrapped(low_rank[1] + ".weight")), {})[low_rank[2]] = tensor
+    if (folder / NON_LORA).is_file():
+        whole = {_unwrapped(name): tensor for name, tensor in open_file(folder / NON_LORA).items()}
+        merged |= classic(folder, whole)
+    for name, pair in pairs.items():
+        merged[name] = _low_rank(folder, name, base.get(name), pair, scale)
+    return merged
+
+
+def _adapter(folder: Path) -> Stored:
+    for name in ADAPTERS:
+        if (folder / name).is_file():
+            return open_file(folder / name)
+    raise MissingError(f"{folder} has {ADAPTER_CONFIG} but no weights; expected {' or '.join(ADAPTERS)}.")
+
+
+def _scale(path: Path) -> float:
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters. What would need another formula is refused."""
+    raw = read_json(path)
+    kind = str(raw.get("peft_type", "LORA")).upper()
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if raw.get(key)]
+    if kind != "LORA" or unsupported:
+        what = f"{kind} adapters" if kind != "LORA" else f"adapters with {unsupported[0]}"
+        raise CheckpointError(f"{path}: {what} are not supported, plain LoRA is. Merge it with peft and export that.")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(f"{path} should give r and lora_alpha as numbers, has {rank!r} and {alpha!r}.")
+    return float(alpha) / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+
+
+def _unwrapped(name: str) -> str:
+    """Without the prefixes of peft's wrapper; LLaVA's own trainer leaves one more (llava/model/builder.py)."""
+    name = re.sub(r"^base_model\.(model\.)?", "", name)
+    return re.sub(r"^model\.model\.", "model.", name)
+
+
+def _low_rank(
+    folder: Path, name: str, base: StoredTensor | None, pair: Mapping[str, StoredTensor], scale: float
+) -> StoredTensor:
+    if base is None:
+        raise CheckpointError(f"{folder} adapts {name}, which the base model does not have; is it the right base?")
+    if pair.keys() != {"A", "B"}:
+        raise CheckpointError(f"{folder} has only one of the two matrices that adapt {name}; it is incomplete.")
+    a, b = pair["A"], pair["B"]
+    if (b.shape[0], a.shape[-1]) != base.shape or b.shape[-1] != a.shape[0]:
+        raise CheckpointError(
+            f"{folder} adapts {name} with {b.shape} times {a.shape}, the base has {base.shape}; is it the right base?"
+        )
+
+    def read() -> np.ndarray[Any, Any]:
+        merged: np.ndarray[Any, Any] = base.read() + scale * (b.read() @ a.read())
+        return merged
+
+    return StoredTensor(base.shape, read)
+
+
+def with_delta(folder: Path, delta: Stored, base: Stored) -> Stored:
+    """`delta` added to `base`. What only the delta has (the projector) is taken as it is."""
+    missing = sorted(base.keys() - delta.keys())
+    if missing:
+        raise CheckpointError(f"{folder} has no difference for {missing[0]} ({len(missing)} in all); is it a delta?")
+    return {
+        name: _added(folder, name, tensor, base[name]) if name in base else tensor for name, tensor in delta.items()
+    }
+
+
+def _added(folder: Path, name: str, delta: StoredTensor, base: StoredTensor) -> StoredTensor:
+    rows = base.shape[0]
+    grown = name in (EMBEDDINGS, HEAD) and delta.shape[0] >= rows and delta.shape[1:] == base.shape[1:]
+    if delta.shape != base.shape and not grown:
+        raise CheckpointError(f"{folder}: {name} is {delta.shape}, the base has {base.shape}; is it the right base?")
+
+    def read() -> np.ndarray[Any, Any]:
+        total = delta.read().astype(np.float16)
+        total[:rows] += base.read().astype(np.float16)
+        return total.astype(np.float32)
+
+    return StoredTensor(delta.shape, read)

@@ -1,0 +1,113 @@
+"""`config.json` as haotian-liu/LLaVA writes it -> the dictionary Hugging Face would have.
+
+The language model's numbers stand at the top level; CLIP is only named (`mm_vision_tower`), so its numbers come
+from its own folder or from the shapes of its tensors. Names and defaults: llava/model/llava_arch.py and builder.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llava_edge.errors import CheckpointError
+from llava_edge.export.names import VISION_PREFIX
+from llava_edge.export.tensors import StoredTensor, read_json
+from llava_edge.models.config import VisionConfig
+
+MARKERS = ("<im_start>", "<im_end>")  # llava/constants.py
+
+_TEXT = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "hidden_act"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "attention_bias", "mlp_bias", "sliding_window"),
+)
+_FEATURES = {"patch": "default", "cls_patch": "full"}
+_HEAD_WIDTH = 64  # of every CLIP that OpenAI published
+
+# What each Llava... class of the repository wraps.
+_LANGUAGE_MODELS = {"LlavaLlamaForCausalLM": "llama", "LlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
+
+
+def is_original(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is in this layout; `model_type` "llava" is used by both."""
+    return "text_config" not in raw and ("mm_vision_tower" in raw or "mm_hidden_size" in raw)
+
+
+def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+    """The Hugging Face dictionary. `vision` is CLIP's vision_config. Raises `CheckpointError` naming the setting."""
+    architecture = (raw.get("architectures") or ["LlavaLlamaForCausalLM"])[0]
+    if architecture not in _LANGUAGE_MODELS:
+        known = ", ".join(_LANGUAGE_MODELS)
+        raise CheckpointError(f"{path} is for {architecture!r}, which is not supported; expected one of {known}.")
+    if "mm_vision_select_layer" not in raw:
+        raise CheckpointError(f"{path} does not say which CLIP layer to read; set mm_vision_select_layer (LLaVA: -2).")
+    feature = raw.get("mm_vision_select_feature", "patch")
+    if feature not in _FEATURES:
+        raise CheckpointError(f"{path} sets mm_vision_select_feature to {feature!r}; expected patch or cls_patch.")
+    text = {key: raw[key] for key in _TEXT if raw.get(key) is not None}
+    if (text.get("bos_token_id"), text.get("eos_token_id")) == (0, 1):
+        text |= {"bos_token_id": 1, "eos_token_id": 2}  # a known fault of converted LLaMA-1; the tokenizer is right
+    context = [raw[key] for key in ("tokenizer_model_max_length", "max_sequence_length") if raw.get(key)]
+    if context and "max_position_embeddings" in text:
+        text["max_position_embeddings"] = min(text["max_position_embeddings"], *context)
+    square = raw.get("image_aspect_ratio") or "square"
+    return {
+        "model_type": "llava_next" if square.startswith("anyres") else "llava",
+        "text_config": {**text, "model_type": _LANGUAGE_MODELS[architecture]},
+        "vision_config": dict(vision),
+        "vision_feature_layer": raw["mm_vision_select_layer"],
+        "vision_feature_select_strategy": _FEATURES[feature],
+        "image_token_index": raw.get("vocab_size", 32000),
+        "llava_edge": {
+            "projector_type": raw.get("mm_projector_type") or "linear",
+            "square": {"pad": "pad", "square": "crop"}.get(square, square),
+            "template": template(raw)[0],
+            "image_markers": list(MARKERS) if raw.get("mm_use_im_start_end") else [],
+        },
+    }
+
+
+def template(raw: Mapping[str, Any]) -> tuple[str, str]:
+    """Which prompt layout the model was trained with, as far as its config shows, and why. No config names it."""
+    rows = raw.get("vocab_size", 0)
+    if raw.get("mm_use_im_start_end"):
+        if rows >= 32004:
+            return "multimodal", f"image markers and a padding token ({rows} rows) are those of the first release (v0)"
+        return "llava_v1_1", "it has image markers, as the v1-1 checkpoints of July 2023"
+    if "LlavaMistralForCausalLM" in (raw.get("architectures") or []):
+        return "mistral_instruct", "its language model is a Mistral"
+    if raw.get("hidden_size") == 7168:
+        return "chatml_direct", "its language model is as wide as Yi-34B"
+    return "vicuna_v1", "that is what LLaVA 1.0, 1.5 and 1.6 on Vicuna are trained with"
+
+
+def vision_from_folder(folder: Path) -> dict[str, Any]:
+    """vision_config of a CLIP folder; CLIP's own config nests it, a lone vision model's is flat."""
+    raw = read_json(folder / "config.json")
+    vision = raw.get("vision_config", raw)
+    if not isinstance(vision, dict) or "patch_size" not in vision:
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a CLIP vision tower.")
+    return {**vision, "model_type": "clip_vision_model"}
+
+
+def vision_from_shapes(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """vision_config of a tower inside a checkpoint, whose config.json only names it."""
+    shapes = {name.removeprefix(VISION_PREFIX): tensor.shape for name, tensor in stored.items()}
+    try:
+        width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
+        grid = round((shapes["embeddings.position_embedding.weight"][0] - 1) ** 0.5)
+        inner = shapes["encoder.layers.0.mlp.fc1.weight"][0]
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: the CLIP tower inside the checkpoint is not whole ({error}).") from error
+    blocks = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")}
+    sizes = VisionConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=max(blocks) + 1,
+        num_attention_heads=max(1, width // _HEAD_WIDTH),
+    )
+    return {**asdict(sizes), "model_type": "clip_vision_model"}

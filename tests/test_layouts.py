@@ -1,0 +1,273 @@
+"""Every published layout opens as the same model, and what is missing is named with the option that brings it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import layouts as write
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from llava_edge.cli.info import info
+from llava_edge.errors import CheckpointError, LlavaEdgeError, MissingError, UsageError
+from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.export.layouts import recognise
+from llava_edge.models import micro
+from llava_edge.models.config import LlavaConfig
+
+Arrays = write.Arrays
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Arrays:
+    return micro.random_tensors(seed=3)
+
+
+def text_and_projector(tensors: Arrays) -> Arrays:
+    return {write.original_name(name): value for name, value in tensors.items() if not write.is_vision(name)}
+
+
+def opens_as(checkpoint: Checkpoint, wanted: Arrays, tolerance: float = 0.0) -> None:
+    """Every tensor LLaVA reads is there with the wanted values; micro's third CLIP block and last norm are not read."""
+    unread = ("encoder.layers.2.", "post_layernorm")
+    assert set(checkpoint.tensors) == {name for name in wanted if not any(part in name for part in unread)}
+    for name in checkpoint.tensors:
+        np.testing.assert_allclose(checkpoint.tensors[name], wanted[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_original_with_clip_in_a_folder_of_its_own(tensors: Arrays, tmp_path: Path) -> None:
+    clip = write.write_clip(tmp_path / "clip", tensors)
+    folder = write.write(tmp_path / "model", write.original_config(), text_and_projector(tensors))
+    checkpoint = open_checkpoint(folder, vision_tower=clip)
+    opens_as(checkpoint, tensors)
+    assert checkpoint.layout == "original"
+    assert checkpoint.config == replace(micro.CONFIG, template="vicuna_v1", image_token_index=micro.VOCABULARY)
+
+
+def test_original_shards_are_pickles_and_read_alike(tensors: Arrays, tmp_path: Path) -> None:
+    stored = text_and_projector(tensors) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    folder = write.write_pickles(tmp_path / "model", write.original_config(), stored)
+    opens_as(open_checkpoint(folder, vision_tower=write.write_clip(tmp_path / "clip", tensors)), tensors)
+
+
+def test_clip_inside_an_original_is_found_and_measured(tmp_path: Path) -> None:
+    vision = replace(micro.CONFIG.vision, hidden_size=128, num_attention_heads=2)  # CLIP's heads are 64 wide
+    config = replace(micro.CONFIG, vision=vision)
+    tensors = micro.random_tensors(config)
+    stored = {write.original_name(name): value for name, value in tensors.items()}
+    checkpoint = open_checkpoint(write.write(tmp_path / "model", write.original_config(config), stored))
+    opens_as(checkpoint, tensors)
+    assert checkpoint.config.vision == vision
+    assert any("inside the checkpoint" in note for note in checkpoint.notes)
+
+
+def test_a_lora_is_merged_with_its_base(tensors: Arrays, tmp_path: Path) -> None:
+    base = write.write_language_model(tmp_path / "vicuna", tensors)
+    folder, merged = write.write_lora(tmp_path / "lora", tensors, write.original_config())
+    checkpoint = open_checkpoint(folder, base=base, vision_tower=write.write_clip(tmp_path / "clip", tensors))
+    opens_as(checkpoint, merged, 1e-6)
+    assert checkpoint.tokenizer == base
+    name = "language_model.model.layers.1.mlp.down_proj.weight"
+    assert np.abs(checkpoint.tensors[name] - tensors[name]).max() > 0.01  # the adapter is no formality
+
+
+def test_a_lora_on_a_hugging_face_llava_needs_no_config_of_its_own(tensors: Arrays, tmp_path: Path) -> None:
+    base = micro.write_checkpoint(tmp_path / "base", tensors=tensors)
+    folder, merged = write.write_lora(tmp_path / "lora", tensors, write.original_config())
+    (folder / "config.json").unlink()
+    checkpoint = open_checkpoint(folder, base=base)
+    opens_as(checkpoint, merged, 1e-6)
+    assert checkpoint.config == micro.CONFIG
+
+
+def test_rank_stabilised_adapters_scale_by_the_root_of_the_rank(tensors: Arrays, tmp_path: Path) -> None:
+    base = micro.write_checkpoint(tmp_path / "base", tensors=tensors)
+    folder, merged = write.write_lora(tmp_path / "lora", tensors, write.original_config(), alpha=8)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "use_rslora": True, "lora_alpha": 4}))
+    opens_as(open_checkpoint(folder, base=base), merged, 1e-6)  # 4 / sqrt(4) = 8 / 4
+
+
+def test_a_projector_alone_joins_its_language_model(tensors: Arrays, tmp_path: Path) -> None:
+    base = write.write_language_model(tmp_path / "vicuna", tensors)
+    folder = write.write_projector(tmp_path / "projector", tensors, write.original_config())
+    clip = write.write_clip(tmp_path / "clip", tensors)
+    opens_as(open_checkpoint(folder, base=base, vision_tower=clip), tensors)
+
+
+@pytest.mark.parametrize("extra", [3, 4])
+def test_a_delta_is_added_to_its_base_in_float16(extra: int, tmp_path: Path) -> None:
+    """Rows that the base lacks, and the linear projector, are the delta's own."""
+    small = micro.CONFIG
+    text = replace(small.text, vocab_size=small.text.vocab_size + extra)
+    config = replace(small, text=text, projector_type="linear", square="crop")
+    wanted = {
+        name: value.astype(np.float16).astype(np.float32) if not write.is_vision(name) else value
+        for name, value in micro.random_tensors(config, seed=1).items()
+    }
+    base_tensors = micro.random_tensors(small, seed=2)
+    base = {name: value for name, value in base_tensors.items() if name.startswith("language_model.")}
+    raw = write.original_config(config, mm_use_im_start_end=True)
+    for key in ("mm_projector_type", "image_aspect_ratio"):
+        del raw[key]
+    folder = write.write_delta(tmp_path / "delta", wanted, base, raw)
+    base_folder = write.write_language_model(tmp_path / "llama", base_tensors)
+    clip = write.write_clip(tmp_path / "clip", wanted)
+    checkpoint = open_checkpoint(folder, base=base_folder, vision_tower=clip, template="chatml")
+    opens_as(checkpoint, wanted, 4e-3)  # float16 cannot undo its own rounding
+    assert checkpoint.layout == "delta"
+    assert (checkpoint.config.projector_type, checkpoint.config.square) == ("linear", "crop")
+
+
+def test_the_wrong_ids_of_converted_llama_1_are_put_right(tensors: Arrays, tmp_path: Path) -> None:
+    raw = write.original_config(bos_token_id=0, eos_token_id=1)
+    folder = write.write(tmp_path / "model", raw, text_and_projector(tensors))
+    text = open_checkpoint(folder, vision_tower=write.write_clip(tmp_path / "clip", tensors)).config.text
+    assert (text.bos_token_id, text.eos_token_id) == (1, 2)
+
+
+def test_the_trained_length_limits_the_context(tensors: Arrays, tmp_path: Path) -> None:
+    folder = write.write(
+        tmp_path / "model", write.original_config(tokenizer_model_max_length=256), text_and_projector(tensors)
+    )
+    clip = write.write_clip(tmp_path / "clip", tensors)
+    assert open_checkpoint(folder, vision_tower=clip).config.text.max_position_embeddings == 256
+
+
+# --- what is missing or does not fit ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tensors: Arrays, tmp_path: Path) -> Callable[[str], Path]:
+    """Folders of each layout by name, made when asked for."""
+
+    def make(layout: str) -> Path:
+        folder, raw = tmp_path / layout, write.original_config()
+        if layout == "lora":
+            return write.write_lora(folder, tensors, raw)[0]
+        if layout == "projector":
+            return write.write_projector(folder, tensors, raw)
+        if layout == "language model":
+            return write.write_language_model(folder, tensors)
+        if layout == "huggingface":
+            return micro.write_checkpoint(folder, tensors=tensors)
+        if layout == "delta":
+            base = {name: value for name, value in tensors.items() if name.startswith("language_model.")}
+            near = {name: value + np.float32(0.01) for name, value in tensors.items()}
+            return write.write_delta(folder, near, base, write.original_config(mm_projector_type="linear"))
+        return write.write(folder, raw, text_and_projector(tensors))
+
+    return make
+
+
+LAYOUTS = ("huggingface", "original", "lora", "projector", "delta", "language model")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_recognised_from_their_content(layout: str, parts: Callable[[str], Path]) -> None:
+    assert recognise(parts(layout)) == layout
+
+
+@pytest.mark.parametrize("layout", ["lora", "projector", "delta"])
+def test_a_part_asks_for_its_base(layout: str, parts: Callable[[str], Path]) -> None:
+    with pytest.raises(UsageError, match="--base"):
+        open_checkpoint(parts(layout))
+
+
+def test_an_original_asks_for_its_tower(parts: Callable[[str], Path]) -> None:
+    with pytest.raises(UsageError, match=r"openai/clip-vit-large-patch14-336.*--vision-tower"):
+        open_checkpoint(parts("original"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "base", "error", "says"),
+    [
+        ("huggingface", "language model", UsageError, "needs no --base"),
+        ("original", "language model", UsageError, "needs no --base"),
+        ("lora", "projector", UsageError, "no whole model"),
+        ("language model", None, CheckpointError, "without a projector"),
+        ("lora", "nowhere", MissingError, "not a folder"),
+    ],
+)
+def test_parts_that_do_not_go_together(
+    layout: str, base: str | None, error: type[LlavaEdgeError], says: str, parts: Callable[[str], Path], tmp_path: Path
+) -> None:
+    given = None if base is None else tmp_path / base if base == "nowhere" else parts(base)
+    with pytest.raises(error, match=says):
+        open_checkpoint(parts(layout), base=given)
+
+
+def test_a_base_of_another_size_is_refused(parts: Callable[[str], Path], tmp_path: Path) -> None:
+    text = replace(micro.CONFIG.text, intermediate_size=256)
+    other: LlavaConfig = replace(micro.CONFIG, text=text)
+    base = write.write_language_model(tmp_path / "other", micro.random_tensors(other), other)
+    with pytest.raises(CheckpointError, match="right base"):
+        open_checkpoint(parts("lora"), base=base)
+
+
+@pytest.mark.parametrize("setting", ["use_dora", "rank_pattern", "fan_in_fan_out"])
+def test_adapters_of_another_formula_are_refused(setting: str, parts: Callable[[str], Path]) -> None:
+    folder = parts("lora")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, setting: {"x": 1}}))
+    with pytest.raises(CheckpointError, match=setting):
+        open_checkpoint(folder, base=parts("language model"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architectures": ["LlavaMptForCausalLM"]}, "LlavaMptForCausalLM"),
+        ({"mm_vision_select_feature": "middle"}, "mm_vision_select_feature"),
+        ({"mm_vision_select_layer": None}, "mm_vision_select_layer"),
+        ({"mm_projector_type": "ldp"}, "ldp"),
+        ({"image_aspect_ratio": "stretch"}, "stretch"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+    ],
+)
+def test_settings_that_would_change_answers_are_refused(
+    change: dict[str, Any], says: str, tensors: Arrays, tmp_path: Path
+) -> None:
+    raw = {key: value for key, value in write.original_config(**change).items() if value is not None}
+    folder = write.write(tmp_path / "model", raw, text_and_projector(tensors))
+    with pytest.raises(CheckpointError, match=says):
+        open_checkpoint(folder, vision_tower=write.write_clip(tmp_path / "clip", tensors))
+
+
+class _Code:
+    """What a malicious checkpoint would run while it is being unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        import os
+
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("file", ["mm_projector.bin", "adapter_model.bin", "non_lora_trainables.bin"])
+def test_a_pickle_that_carries_code_is_refused_unrun(
+    file: str, parts: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = parts("projector" if file == "mm_projector.bin" else "lora")
+    torch.save({"model.mm_projector.0.weight": _Code()}, folder / file)
+    with pytest.raises(CheckpointError, match="read safely"):
+        open_checkpoint(folder, base=parts("language model"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "language model"])
+def test_info_says_the_layout_and_what_it_needs(layout: str, parts: Callable[[str], Path]) -> None:
+    result = CliRunner().invoke(info, [str(parts(layout)), "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["layout"] == layout
+    if layout == "huggingface":
+        assert facts["export with"].startswith("llava-edge export")
+    else:
+        assert "--base" in facts["needs"] or "--vision-tower" in facts["needs"]
