@@ -36,7 +36,7 @@ from llava_edge.bundle import (
     write_manifest,
 )
 from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, UsageError
-from llava_edge.export import publish, samples, verify
+from llava_edge.export import parity, publish, samples, verify
 from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.llm_gguf import write_language
@@ -211,11 +211,11 @@ def _parity(
     options: ExportOptions, bundle: Bundle, checkpoint: Checkpoint, float16: Path, progress: Progress
 ) -> list[ParityRow]:
     progress("measuring parity with PyTorch", None)
-    why_not = verify.obstacle(checkpoint)
+    why_not = parity.obstacle()
     if why_not:
         progress(why_not, None)
         return []
-    rows = verify.parity(bundle, checkpoint, float16)
+    rows = parity.parity(bundle, checkpoint, float16)
     failed = [row for row in rows if not row.passed]
     if failed and not options.force_publish:
         raise ParityError(

@@ -90,7 +90,7 @@ class ParityRow:
     """One stage against the PyTorch reference: largest absolute and relative (l2) difference, limit on `measure`."""
 
     stage: str
-    measure: str  # what `value` is: "max_abs", "relative" or "cosine"
+    measure: str  # what `value` is: "max_abs", "relative", "cosine" or "agreement" (share of equal greedy tokens)
     value: float
     limit: float
     max_abs: float

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image
 
 from llava_edge import cli, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, VISION_DATA
+from llava_edge.models.micro import CONFIG, write_checkpoint
 from llava_edge.options import Result
 
 ROOT = Path(__file__).parent.parent
@@ -253,6 +254,30 @@ def test_chat_reads_questions_from_stdin(micro_bundle: Path, photo: Path) -> Non
     assert process.returncode == 0
     assert out
     assert b"/help lists the commands" in err
+
+
+def test_verify_measures_a_bundle_against_its_checkpoint(
+    micro_bundle: Path, micro_checkpoint: Path, tmp_path: Path, run: Run
+) -> None:
+    code, out, err = run("verify", micro_bundle, "--against", micro_checkpoint, "--json")
+    assert code == 0, err
+    rows = {row["stage"]: row for row in json.loads(out)["parity"]}
+    assert {"pixels", "clip fp32", "projector", "embeddings", "logits q8_0", "greedy q8_0"} == set(rows)
+    assert all(row["passed"] for row in rows.values())
+    other = write_checkpoint(tmp_path / "other", seed=1)
+    code, _, err = run("verify", micro_bundle, "--against", other)
+    assert code == 65
+    assert "does not agree with" in err
+    assert "clip fp32" in err
+
+
+def test_verify_refuses_a_checkpoint_of_other_sizes(micro_bundle: Path, tmp_path: Path, run: Run) -> None:
+    config = replace(CONFIG, image_pool=2)
+    code, _, err = run("verify", micro_bundle, "--against", write_checkpoint(tmp_path / "other", config=config))
+    assert code == 65
+    assert "is not made from" in err
+    code, _, err = run("verify", micro_bundle, "--base", tmp_path)
+    assert code == 2
 
 
 @pytest.mark.parametrize("part", [VISION_DATA, PROJECTOR, LANGUAGE])

@@ -21,11 +21,12 @@ from transformers import LlavaConfig as HfLlavaConfig
 
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, ParityRow
 from llava_edge.errors import UsageError
-from llava_edge.export import clip_onnx, llm_gguf
+from llava_edge.export import clip_onnx, exporter, llm_gguf, parity
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, ParityError, export
-from llava_edge.export.quantize import Quant
+from llava_edge.export.quantize import Quant, quantize
+from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig, VisionConfig
 from llava_edge.models.shapes import vision_shapes
@@ -328,7 +329,8 @@ def test_each_quantization_is_what_it_says(quant: Quant, micro_checkpoint: Path,
     assert stored["blk.0.attn_norm.weight"] == stored["output_norm.weight"] == "F32"
     assert len(stored) == 2 * 9 + 3
     rows = [row.stage for row in manifest.parity]
-    assert {"pixels", "clip int8", "projector", "logits f16", f"logits {quant}"} == set(rows)
+    languages = {f"{row} {kind}" for row in ("logits", "greedy") for kind in ("f16", quant)}
+    assert {"pixels", "clip int8", "projector", "embeddings"} | languages == set(rows)
     Bundle.open(tmp_path / "out").verify()
 
 
@@ -401,9 +403,15 @@ def no_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_gguf, "permute", lambda weight, heads: weight)
 
 
+def cropped_instead_of_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = exporter._preprocessing
+    monkeypatch.setattr(exporter, "_preprocessing", lambda checkpoint: replace(right(checkpoint), square="crop"))
+
+
 @pytest.mark.parametrize(
     ("mistake", "stage"),
     [
+        (cropped_instead_of_padded, "pixels"),
         (wrong_layer, "clip fp32"),
         (erf_gelu_in_clip, "clip fp32"),
         (class_token_kept, "clip fp32"),
@@ -420,7 +428,8 @@ def test_a_wrong_conversion_is_not_published(
         export(options)
     assert list(tmp_path.iterdir()) == []
     failed = {row.stage for row in caught.value.rows if not row.passed}
-    assert failed == {stage}  # each stage gets the reference's input, so the fault is named where it is
+    # Each stage gets the reference's input, so the fault is named where it is; two rows show what comes of it.
+    assert failed - {"embeddings", "greedy f16"} == {stage}
     assert caught.value.rows[-1].stage == stage  # worst last
     manifest = export(replace(options, force_publish=True))
     assert not manifest.parity[-1].passed
@@ -447,6 +456,32 @@ def test_a_file_that_does_not_hold_its_source_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
+def half_precision(seed: int) -> Tensors:
+    """Random weights that float16 holds exactly, as published checkpoints do."""
+    drawn = micro.random_tensors(seed=seed)
+    return {name: value.astype(np.float16).astype(np.float32) for name, value in drawn.items()}
+
+
+def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Path) -> None:
+    """64 tokens behind a picture, 20 models. llama.cpp rounds activations to float16, so that where a random model's
+    two best tokens are within 0.5 % of the logits' spread either may win; everywhere else float16 gives the same."""
+    image = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32) * 0.5
+    agreements: dict[str, list[float]] = {"f16": [], "q8_0": []}
+    for seed in range(20):
+        checkpoint = open_checkpoint(micro.write_checkpoint(tmp_path / str(seed), tensors=half_precision(seed)))
+        files = {"f16": tmp_path / f"{seed}-f16.gguf", "q8_0": tmp_path / f"{seed}-q8_0.gguf"}
+        vocabulary = read_tokenizer(checkpoint.tokenizer, checkpoint.config)
+        llm_gguf.write_language(checkpoint, vocabulary, files["f16"], "micro")
+        quantize(files["f16"], files["q8_0"], "q8_0")
+        rows = {row.stage: row for row in parity._language_rows(files, checkpoint, image)}
+        assert rows["logits f16"].value >= 0.9999
+        assert rows["greedy f16"].relative < 0.005
+        for kind, values in agreements.items():
+            values.append(rows[f"greedy {kind}"].value)
+    assert np.mean(agreements["f16"]) >= 0.997
+    assert np.mean(agreements["q8_0"]) >= 0.95
+
+
 # --- the command -----------------------------------------------------------------------------------------------
 
 
@@ -468,7 +503,7 @@ def test_the_command_shows_stages_and_the_worst_row_last(micro_checkpoint: Path,
 
 
 def strain(row: ParityRow) -> float:
-    return (1 - row.value) / (1 - row.limit) if row.measure == "cosine" else row.value / (row.limit or 1)
+    return row.value / (row.limit or 1) if row.measure in ("max_abs", "relative") else (1 - row.value) / (1 - row.limit)
 
 
 def test_without_torch_the_bundle_is_made_and_says_so(micro_checkpoint: Path, tmp_path: Path) -> None:
@@ -494,7 +529,7 @@ def test_a_known_parity_table_is_taken_only_for_identical_files(
     options = ExportOptions(micro_checkpoint, tmp_path / "a", name="micro", quant="q8_0", vision="fp32")
     measured = export(options)
     assert measured.parity
-    monkeypatch.setattr("llava_edge.export.verify.obstacle", lambda checkpoint: "torch is not installed.")
+    monkeypatch.setattr("llava_edge.export.parity.obstacle", lambda: "torch is not installed.")
     again = export(replace(options, out=tmp_path / "b", measured=measured))
     assert again.parity == measured.parity
     other = export(replace(options, out=tmp_path / "c", quant="q4_0", measured=measured))

@@ -92,11 +92,11 @@ def export(
         with _stages() as progress:
             manifest = exporter.export(options, progress)
     except exporter.ParityError as error:
-        _show(error.rows)
+        show_parity(error.rows)
         raise
     except ModuleNotFoundError as error:
         raise UnavailableError(f"Exporting needs {error.name}. Run: pip install 'llava-edge[export]'") from error
-    _show(manifest.parity)
+    show_parity(manifest.parity)
     if as_json:
         click.echo(json.dumps(asdict(manifest)))
     size = sum(entry.size for entry in manifest.files.values())
@@ -123,13 +123,13 @@ def _stages() -> Iterator[Callable[[str, float | None], None]]:
         yield progress
 
 
-def _show(rows: list[ParityRow]) -> None:
-    """The parity table, worst stage last."""
+def show_parity(rows: list[ParityRow]) -> None:
+    """The parity table on stderr, worst stage last."""
     if not rows:
         return
     click.echo(f"{'stage':<16}{'max abs':>11}{'relative':>11}  {'limit':<20}", err=True)
     for row in rows:
-        sign = ">=" if row.measure == "cosine" else "<="
+        sign = ">=" if row.measure in ("cosine", "agreement") else "<="
         judged = f"{row.measure} {row.value:.6g} {sign} {row.limit:g}"
         verdict = "" if row.passed else "  FAILED"
         click.echo(f"{row.stage:<16}{row.max_abs:>11.3g}{row.relative:>11.3g}  {judged}{verdict}", err=True)

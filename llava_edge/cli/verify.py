@@ -1,22 +1,57 @@
-"""`llava-edge verify`: read every byte of a bundle and compare with its manifest."""
+"""`llava-edge verify`: read every byte of a bundle and compare with its manifest, or measure it against its source."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from llava_edge.cli.terminal import status_line
+from llava_edge.errors import CheckpointError, UnavailableError, UsageError
 from llava_edge.store import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from llava_edge.bundle import Bundle, ParityRow
 
 
 @click.command()
 @click.argument("bundle", default=DEFAULT_MODEL, metavar="[BUNDLE]")
-def verify(bundle: str) -> None:
-    """Check every byte of BUNDLE, a folder or model name, against the hashes in its manifest."""
-    from llava_edge import gguf
-    from llava_edge.bundle import LANGUAGE, PROJECTOR, Bundle
+@click.option("--against", type=click.Path(path_type=Path), help="Checkpoint to measure every stage against, anew.")
+@click.option("--base", type=click.Path(path_type=Path), help="As for export, of the checkpoint.")
+@click.option("--vision-tower", type=click.Path(path_type=Path), help="As for export, of the checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print the parity table as one JSON object on stdout.")
+def verify(bundle: str, against: Path | None, base: Path | None, vision_tower: Path | None, as_json: bool) -> None:
+    """Check every byte of BUNDLE, a folder or model name, against the hashes in its manifest.
+
+    With --against, its parts are then run beside the checkpoint in PyTorch, and the parity table is printed.
+    """
+    from llava_edge.bundle import Bundle
     from llava_edge.store import resolve
 
+    if against is None and (base or vision_tower or as_json):
+        raise UsageError("--base, --vision-tower and --json go with --against CHECKPOINT.")
     opened = Bundle.open(resolve(bundle))
+    total = _read(opened)
+    said = f"{opened.folder}: {len(opened.manifest.files)} files, {total:,} bytes, all as the manifest says."
+    click.echo(said, err=as_json)
+    if against is None:
+        return
+    rows = _measure(opened, against, base, vision_tower)
+    if as_json:
+        click.echo(json.dumps({"model": opened.manifest.name, "parity": [asdict(row) for row in rows]}))
+    failed = [row.stage for row in rows if not row.passed]
+    if failed:
+        raise CheckpointError(f"{opened.folder} does not agree with {against}: {', '.join(failed)}.")
+
+
+def _read(opened: Bundle) -> int:
+    """Read everything; returns the number of bytes."""
+    from llava_edge import gguf
+    from llava_edge.bundle import LANGUAGE, PROJECTOR
+
     total = sum(entry.size for entry in opened.manifest.files.values())
     done = 0
     with status_line(f"Verifying {opened.folder}") as status:
@@ -29,4 +64,24 @@ def verify(bundle: str) -> None:
         opened.verify(progress)
     gguf.read(opened.part(PROJECTOR))
     gguf.check_language(gguf.read(opened.part(LANGUAGE)))
-    click.echo(f"{opened.folder}: {len(opened.manifest.files)} files, {total:,} bytes, all as the manifest says.")
+    return total
+
+
+def _measure(opened: Bundle, against: Path, base: Path | None, vision_tower: Path | None) -> list[ParityRow]:
+    from llava_edge.cli.export import show_parity
+
+    try:
+        from llava_edge.export import parity
+        from llava_edge.export.checkpoint import open_checkpoint
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"--against needs {error.name}. Run: pip install 'llava-edge[train]'") from error
+    why_not = parity.obstacle()
+    if why_not:
+        raise UnavailableError(why_not)
+    template = opened.manifest.template
+    checkpoint = open_checkpoint(against, base=base, vision_tower=vision_tower, template=template)
+    parity.check_fits(opened, checkpoint)
+    with status_line(f"Measuring {opened.folder} against {against}"):
+        rows = parity.parity(opened, checkpoint)
+    show_parity(rows)
+    return rows

@@ -1,0 +1,216 @@
+"""The parity table: the very code of `runtimes/` against PyTorch, stage by stage. Needs torch.
+
+Each stage gets the reference's own input, so that every row shows one stage's own error; `embeddings` is the exception
+that shows what becomes of CLIP's error behind the projector:
+
+    pixels       our preprocessing against the recipe of CLIPImageProcessor, written out here; equal
+    clip         vision.onnx
+    projector    projector.gguf
+    embeddings   vision.onnx, then projector.gguf: what stands at the image's positions when a bundle is run
+    logits f16   the float16 language file, before quantization, at the prompt's end and along its greedy answer
+    greedy f16   share of these positions where the most likely token is the reference's
+    logits Q     the shipped file along the same answer; what four bits cost
+    greedy Q
+
+The reference is `models/`, one block in memory at a time, so a 7B needs no more memory than its largest tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava_edge import prompt
+from llava_edge.bundle import LANGUAGE, Bundle, ParityRow, Preprocessing
+from llava_edge.errors import CheckpointError
+from llava_edge.export import samples
+from llava_edge.export.checkpoint import Checkpoint
+from llava_edge.export.verify import relative
+from llava_edge.image import preprocess
+from llava_edge.prompt import IMAGE_TOKEN_INDEX
+from llava_edge.runtimes import devices
+from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.vision import VisionEncoder
+
+Array = np.ndarray[Any, Any]
+
+CLIP_LIMITS = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3e-2}  # relative
+PROJECTOR_LIMIT = 1e-5  # relative; the tanh form of GELU would give about 2e-4
+AMPLIFICATION = 5.0  # of CLIP's relative error by the projector, at most
+# Cosine. What bits cost depends on the model and is reported rather than judged; the file's content is checked tensor
+# by tensor. These only stop a bundle that lost its model.
+QUANT_LIMITS = {"f16": 0.9999, "q8_0": 0.995, "q5_k_m": 0.95, "q4_k_m": 0.85, "q4_0": 0.6}
+GREEDY_LIMITS = {"f16": 0.95}  # near ties may fall either way; what quantization changes is reported
+
+STEPS = 64  # of the greedy answer
+_QUESTION = "Describe the picture."
+_REPACK_BYTES = 1 << 30  # larger files are measured as they are mapped: repacking would hold them in memory again
+
+
+def obstacle() -> str:
+    """Why parity cannot be measured here, as a sentence; empty if it can."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "Parity was not measured: torch is not installed. Run pip install 'llava-edge[train]' and export again."
+    return ""
+
+
+def check_fits(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Refuse to compare a bundle with a checkpoint of other sizes: `CheckpointError` naming them."""
+    vision, language, config = bundle.manifest.vision, bundle.manifest.language, checkpoint.config
+    ours = (vision.width, vision.image_tokens, language.hidden_size, language.vocab_size)
+    theirs = (config.vision.hidden_size, config.image_tokens, config.text.hidden_size, config.text.vocab_size)
+    if ours != theirs:
+        raise CheckpointError(
+            f"{bundle.folder} is not made from {checkpoint.folder}: vision width, image tokens, hidden size and "
+            f"vocabulary are {ours} there and {theirs} here."
+        )
+
+
+def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) -> list[ParityRow]:
+    """Measure every stage, worst last. `float16` is the language file before quantization, if it is there.
+
+    The bundle's hashes are not looked at.
+    """
+    from llava_edge.models import streamed
+
+    config, tensors, manifest = checkpoint.config, checkpoint.tensors, bundle.manifest
+    images = samples.pictures()
+    pixels = [preprocess(image, manifest.preprocessing) for image in images]
+    rows = [_pixel_row(images, pixels, replace(manifest.preprocessing, square=config.square))]
+    features = streamed.image_features(config, tensors, pixels)
+    embeds = streamed.project(config, tensors, features)
+    encoder, layers = VisionEncoder(bundle, _threads(), "CPUExecutionProvider"), Projector(bundle)
+    precision = manifest.vision.precision
+    limit = CLIP_LIMITS[precision]
+    ours = [encoder.encode(item) for item in pixels]
+    rows.append(_relative_row(f"clip {precision}", ours, features, limit))
+    rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
+    rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
+    files = {"f16": float16} if float16 else {}
+    files[manifest.language.quantization] = bundle.part(LANGUAGE)
+    rows += _language_rows(files, checkpoint, embeds[0])
+    return sorted(rows, key=_strain)
+
+
+def _strain(row: ParityRow) -> float:
+    """How much of its limit a row uses; above 1 it fails."""
+    if row.measure in ("cosine", "agreement"):
+        return (1 - row.value) / (1 - row.limit)
+    return row.value / row.limit if row.limit else np.inf * row.value if row.value else 0.0
+
+
+def _pixel_row(images: list[Image.Image], pixels: list[Array], spec: Preprocessing) -> ParityRow:
+    wanted = [_reference_pixels(image, spec) for image in images]
+    largest = _max_abs(pixels, wanted)
+    worst = max(relative(a, b) for a, b in zip(pixels, wanted, strict=True))
+    return ParityRow("pixels", "max_abs", largest, 0.0, largest, worst, largest == 0)
+
+
+def _relative_row(stage: str, ours: list[Array], wanted: list[Array], limit: float) -> ParityRow:
+    """The worst picture counts."""
+    worst = max(relative(a, b) for a, b in zip(ours, wanted, strict=True))
+    return ParityRow(stage, "relative", worst, limit, _max_abs(ours, wanted), worst, worst <= limit)
+
+
+def _max_abs(ours: list[Array], wanted: list[Array]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, wanted, strict=True))
+
+
+def _language_rows(files: Mapping[str, Path], checkpoint: Checkpoint, image: Array) -> list[ParityRow]:
+    """Every file along the greedy answer of the first."""
+    rows: list[ParityRow] = []
+    answer: list[int] = []
+    wanted: Array | None = None
+    for name, path in files.items():
+        context = len(image) + 512 + STEPS
+        engine = LanguageModel(
+            path, context=context, threads=_threads(), repack=path.stat().st_size < _REPACK_BYTES
+        )
+        try:
+            pieces = prompt.render(checkpoint.config.template, [prompt.Message("user", _QUESTION, 1)])
+            ids = prompt.encode(pieces, engine.tokenize, engine.control_id)
+            ours = _follow(engine, ids, image, answer)
+        finally:
+            engine.close()
+        if wanted is None:
+            wanted = _reference_logits(checkpoint, ids, image, answer)
+        rows += [_logits_row(name, ours, wanted), _greedy_row(name, ours, wanted)]
+    return rows
+
+
+def _follow(engine: LanguageModel, ids: list[int], image: Array, answer: list[int]) -> Array:
+    """(STEPS + 1, vocab) logits behind the prompt and behind each token of `answer`, which is filled if it is empty."""
+    never = threading.Event()
+    at = ids.index(IMAGE_TOKEN_INDEX)
+    engine.evaluate_tokens(ids[:at], never)
+    engine.evaluate_embeddings(image, [("reference", row) for row in range(len(image))], never)
+    engine.evaluate_tokens(ids[at + 1 :], never)
+    found = [engine.logits().copy()]
+    for step in range(STEPS):
+        if step == len(answer):
+            answer.append(int(found[-1].argmax()))
+        engine.evaluate_tokens([answer[step]], never)
+        found.append(engine.logits().copy())
+    return np.stack(found)
+
+
+def _reference_logits(checkpoint: Checkpoint, ids: list[int], image: Array, answer: Sequence[int]) -> Array:
+    from llava_edge.models import streamed
+
+    at = ids.index(IMAGE_TOKEN_INDEX)
+    text = streamed.embed_tokens(checkpoint.tensors, [*ids[:at], *ids[at + 1 :], *answer])
+    embeds = np.concatenate([text[:at], image, text[at:]])
+    return streamed.logits(checkpoint.config, checkpoint.tensors, embeds, start=len(embeds) - len(answer) - 1)
+
+
+def _logits_row(name: str, ours: Array, wanted: Array) -> ParityRow:
+    """The worst position counts."""
+    cosines = (ours * wanted).sum(-1) / (np.linalg.norm(ours, axis=-1) * np.linalg.norm(wanted, axis=-1))
+    value, limit = float(cosines.min()), QUANT_LIMITS[name]
+    return ParityRow(
+        f"logits {name}", "cosine", value, limit, _max_abs([ours], [wanted]), relative(ours, wanted), value >= limit
+    )
+
+
+def _greedy_row(name: str, ours: Array, wanted: Array) -> ParityRow:
+    """`max_abs`: by how much the reference prefers its own choice, at most; `relative`: that over its logits' std."""
+    mine, theirs = ours.argmax(-1), wanted.argmax(-1)
+    gaps = wanted.max(-1) - np.take_along_axis(wanted, mine[:, None], -1)[:, 0]
+    value, limit = float((mine == theirs).mean()), GREEDY_LIMITS.get(name, 0.0)
+    largest = float(gaps.max())
+    return ParityRow(
+        f"greedy {name}", "agreement", value, limit, largest, largest / float(wanted.std()), value >= limit
+    )
+
+
+def _reference_pixels(image: Image.Image, spec: Preprocessing) -> Array:
+    """LLaVA's expand2square or CLIP's shortest-edge resize and centre crop, then rescale and normalise; Pillow."""
+    size = spec.image_size
+    if spec.square == "pad":
+        side = max(image.size)
+        colour = tuple(int(255 * value) for value in spec.mean)
+        canvas = Image.new("RGB", (side, side), colour)
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = canvas.resize((size, size), Image.Resampling.BICUBIC)
+    else:
+        short, long = min(image.size), max(image.size)
+        longer = int(size * long / short)
+        image = image.resize((size, longer) if image.width == short else (longer, size), Image.Resampling.BICUBIC)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
+    normalised = (scaled - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+
+def _threads() -> int:
+    return devices.thread_count()[0]

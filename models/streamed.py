@@ -1,0 +1,75 @@
+"""A checkpoint run in PyTorch with one part in memory at a time: the reference for models larger than memory.
+
+The modules are those of `clip.py`, `projector.py` and `llama.py`; only who owns the weights differs. `tensors` is any
+mapping from classic names to float32 arrays that reads when asked, such as the exporter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llava_edge.models.clip import VisionTower
+from llava_edge.models.config import LlavaConfig
+from llava_edge.models.llama import Block, Context, RMSNorm, rotary
+from llava_edge.models.projector import Projector
+
+Array = np.ndarray[Any, Any]
+Arrays = Mapping[str, Array]
+Module = TypeVar("Module", bound=nn.Module)
+
+TEXT = "language_model.model."
+
+
+def load_part(build: Callable[[], Module], tensors: Arrays, prefix: str) -> Module:
+    """A module with the tensors `prefix` + its own names, frozen."""
+    with torch.device("meta"):
+        module = build()
+    # A copy: arrays read from files may be read-only, which torch cannot represent.
+    state = {name: torch.tensor(tensors[prefix + name]) for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def blocks(config: LlavaConfig, tensors: Arrays) -> Iterator[Block]:
+    """The language model's blocks in order, each loaded when it is its turn."""
+    for number in range(config.text.num_hidden_layers):
+        yield load_part(lambda: Block(config.text), tensors, f"{TEXT}layers.{number}.")
+
+
+@torch.no_grad()
+def image_features(config: LlavaConfig, tensors: Arrays, pixels: Sequence[Array]) -> list[Array]:
+    """(3, S, S) each -> CLIP features (tokens, vision width) each."""
+    tower = load_part(lambda: VisionTower(config), tensors, "vision_tower.vision_model.")
+    return [tower(torch.from_numpy(item)[None])[0].numpy() for item in pixels]
+
+
+@torch.no_grad()
+def project(config: LlavaConfig, tensors: Arrays, features: Sequence[Array]) -> list[Array]:
+    """CLIP features -> embeddings (tokens, hidden size) each."""
+    projector = load_part(lambda: Projector(config), tensors, "multi_modal_projector.")
+    return [projector(torch.from_numpy(item)).numpy() for item in features]
+
+
+def embed_tokens(tensors: Arrays, ids: Sequence[int]) -> Array:
+    """Token ids -> rows of the embedding table (n, hidden size)."""
+    return np.asarray(tensors[TEXT + "embed_tokens.weight"][np.asarray(ids, np.int64)])
+
+
+@torch.no_grad()
+def logits(config: LlavaConfig, tensors: Arrays, embeds: Array, start: int = 0) -> Array:
+    """(T, hidden size) embeddings -> (T - start, vocab) logits of the positions from `start` on."""
+    text = config.text
+    states: Tensor = torch.from_numpy(embeds)[None]
+    cos, sin = rotary(torch.arange(len(embeds))[None], text.head_dim, text.rope_theta)
+    at = Context(cos, sin, None)
+    for block in blocks(config, tensors):
+        states, _ = block(states, at, None)
+    norm = load_part(lambda: RMSNorm(text.hidden_size, text.rms_norm_eps), tensors, TEXT + "norm.")
+    head = TEXT + "embed_tokens.weight" if text.tie_word_embeddings else "language_model.lm_head.weight"
+    weights = torch.from_numpy(np.array(tensors[head]))
+    return np.asarray((norm(states)[0, start:] @ weights.T).numpy())
