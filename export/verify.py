@@ -22,14 +22,14 @@ import numpy as np
 from PIL import Image
 
 from llava_edge import gguf, prompt
-from llava_edge.bundle import LANGUAGE, Bundle, ParityRow, Preprocessing
+from llava_edge.bundle import LANGUAGE, Bundle, Manifest, ParityRow, Preprocessing
 from llava_edge.errors import CheckpointError
 from llava_edge.export import llm_gguf, projector, samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.image import preprocess
 from llava_edge.models.shapes import tensor_shapes
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import after_control, devices
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
@@ -137,7 +137,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path) -> list[Parity
     reference: list[Array] = []
     for name, path in files.items():
         limit = F16_LIMIT if name == "f16" else QUANT_LIMITS[name]
-        rows.append(_logits_row(name, path, limit, model, manifest.template, embeds[0], reference))
+        rows.append(_logits_row(name, path, limit, model, manifest, embeds[0], reference))
     return sorted(rows, key=_strain)
 
 
@@ -166,7 +166,7 @@ def _max_abs(ours: list[Array], wanted: list[Array]) -> float:
 
 
 def _logits_row(
-    name: str, path: Path, limit: float, model: Llava, template: str, embeds: Array, reference: list[Array]
+    name: str, path: Path, limit: float, model: Llava, manifest: Manifest, embeds: Array, reference: list[Array]
 ) -> ParityRow:
     """Cosine between logits at the end of a prompt and along the reference's answer; the worst position counts.
 
@@ -174,8 +174,9 @@ def _logits_row(
     """
     engine = LanguageModel(path, context=len(embeds) + 512, threads=_threads())
     try:
-        pieces = prompt.render(template, [prompt.Message("user", _QUESTION, 1)])
-        ids = prompt.encode(pieces, engine.tokenize, engine.control_id)
+        pieces = prompt.render(manifest.template, [prompt.Message("user", _QUESTION, 1)], manifest.image_markers)
+        behind = after_control.encoder(engine, manifest.after_control)
+        ids = prompt.encode(pieces, engine.tokenize, engine.control_id, behind)
         answer = _reference_logits(model, ids, embeds, reference)
         ours = _engine_logits(engine, ids, embeds, answer)
     finally:
