@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,7 +21,8 @@ from llava_edge.export.names import EMBEDDINGS, HEAD, VISION_PREFIX
 from llava_edge.export.tensors import StoredTensor
 from llava_edge.models.config import LlavaConfig, from_hf
 from llava_edge.models.shapes import tensor_shapes
-from llava_edge.prompt import TEMPLATES
+from llava_edge.prompt import AfterControl
+from llava_edge.templates import TEMPLATES
 
 _LISTED = 12  # how many tensor names a message spells out
 
@@ -140,6 +141,7 @@ def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> No
         ("text_config.head_dim", text.get("head_dim") or config.text.head_dim, config.text.head_dim),
     )
     choices = (("square", config.square, ("pad", "crop")), ("template", config.template, tuple(TEMPLATES)))
+    choices += (("after_control", config.after_control or "prefix", get_args(AfterControl)),)
     for name, choice, allowed in choices:
         if choice not in allowed:
             raise CheckpointError(f"{path} sets llava_edge.{name} to {choice!r}; expected one of {', '.join(allowed)}.")
@@ -169,6 +171,7 @@ def _check_numbers(path: Path, config: LlavaConfig) -> None:
         f"image_pool {config.image_pool} must divide the patch grid of {v.grid}": (
             config.image_pool >= 1 and v.grid % config.image_pool == 0
         ),
+        "image_markers must be two names or none": len(config.image_markers) in (0, 2),
         "pooled patches need the class token dropped": config.image_pool == 1 or config.feature == "patch",
     }
     for rule, good in rules.items():

@@ -43,7 +43,7 @@ from llava_edge.export.llm_gguf import write_language
 from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tensors import read_json
-from llava_edge.export.tokenizer import Vocabulary, read_tokenizer
+from llava_edge.export.tokenizer import Vocabulary, after_control, read_tokenizer
 from llava_edge.image import preprocess
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
@@ -263,6 +263,8 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
         ),
         files={},
         provenance=list(options.provenance or (source,)),
+        image_markers=list(config.image_markers),
+        after_control=after_control(checkpoint.tokenizer, config),
     )
 
 

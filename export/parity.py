@@ -27,14 +27,14 @@ import numpy as np
 from PIL import Image
 
 from llava_edge import prompt
-from llava_edge.bundle import LANGUAGE, Bundle, ParityRow, Preprocessing
+from llava_edge.bundle import LANGUAGE, Bundle, Manifest, ParityRow, Preprocessing
 from llava_edge.errors import CheckpointError
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.verify import relative
 from llava_edge.image import preprocess
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import after_control, devices
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
@@ -97,7 +97,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
     rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
     files = {"f16": float16} if float16 else {}
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
-    rows += _language_rows(files, checkpoint, embeds[0])
+    rows += _language_rows(files, checkpoint, manifest, embeds[0])
     return sorted(rows, key=_strain)
 
 
@@ -125,7 +125,9 @@ def _max_abs(ours: list[Array], wanted: list[Array]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, wanted, strict=True))
 
 
-def _language_rows(files: Mapping[str, Path], checkpoint: Checkpoint, image: Array) -> list[ParityRow]:
+def _language_rows(
+    files: Mapping[str, Path], checkpoint: Checkpoint, manifest: Manifest, image: Array
+) -> list[ParityRow]:
     """Every file along the greedy answer of the first."""
     rows: list[ParityRow] = []
     answer: list[int] = []
@@ -136,8 +138,9 @@ def _language_rows(files: Mapping[str, Path], checkpoint: Checkpoint, image: Arr
             path, context=context, threads=_threads(), repack=path.stat().st_size < _REPACK_BYTES
         )
         try:
-            pieces = prompt.render(checkpoint.config.template, [prompt.Message("user", _QUESTION, 1)])
-            ids = prompt.encode(pieces, engine.tokenize, engine.control_id)
+            pieces = prompt.render(manifest.template, [prompt.Message("user", _QUESTION, 1)], manifest.image_markers)
+            behind = after_control.encoder(engine, manifest.after_control)
+            ids = prompt.encode(pieces, engine.tokenize, engine.control_id, behind)
             ours = _follow(engine, ids, image, answer)
         finally:
             engine.close()

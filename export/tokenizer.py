@@ -18,7 +18,8 @@ from typing import Any, Literal
 from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.export.tensors import read_json
 from llava_edge.models.config import LlavaConfig
-from llava_edge.prompt import template
+from llava_edge.prompt import AfterControl
+from llava_edge.templates import template
 
 # Token types; SentencePiece's enum and GGUF's are the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -86,6 +87,18 @@ def read_tokenizer(folder: Path, config: LlavaConfig) -> Vocabulary:
     )
     _check(folder, config, vocabulary)
     return vocabulary
+
+
+def after_control(folder: Path, config: LlavaConfig) -> AfterControl:
+    """How text behind a control token is tokenized, as transformers has done it since 4.34 for SentencePiece.
+
+    `legacy` in tokenizer_config.json decides; a missing one means true there. LLaVA-1.5 says false. The versions
+    before 4.34, with which it was trained, had a third way, which only config.json can ask for.
+    """
+    if config.after_control:
+        return config.after_control
+    sentencepiece = (folder / "tokenizer.model").is_file()
+    return "bare" if sentencepiece and _tokenizer_config(folder).get("legacy") is False else "prefix"
 
 
 def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
@@ -167,14 +180,15 @@ def _check(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
     if len(set(vocabulary.tokens)) != size:
         raise CheckpointError(f"The tokenizer in {folder} has the same token twice.")
     control = {text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL}
-    layout = template(config.template)
-    opening = "<|im_start|>" if layout.style == "chatml" else layout.bos
-    missing = [text for text in (opening, layout.end) if text and text not in control]
+    missing = [text for text in template(config.template).controls if text not in control]
     if missing:
         raise CheckpointError(
             f"The prompt template {config.template!r} needs the special tokens {', '.join(missing)}, "
             f"which the tokenizer in {folder} does not have; set another template in config.json under llava_edge."
         )
+    missing = [text for text in config.image_markers if text not in control]
+    if missing:
+        raise CheckpointError(f"The image markers {', '.join(missing)} are no special tokens of the one in {folder}.")
 
 
 # --- SentencePiece ---------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llava_edge.errors import BundleError, MissingError
-from llava_edge.prompt import TEMPLATES
+from llava_edge.prompt import AfterControl
+from llava_edge.templates import TEMPLATES
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -124,6 +125,9 @@ class Manifest:
     files: dict[str, FileEntry]
     parity: list[ParityRow] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
+    # Fields that came later have defaults: what bundles without them mean.
+    image_markers: list[str] = field(default_factory=list)  # the control tokens before and after a picture, or none
+    after_control: AfterControl = "prefix"
 
     @property
     def identity(self) -> str:
@@ -247,6 +251,8 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path} lists the wrong files: missing {missing}, not known {unknown}.")
     if manifest.template not in TEMPLATES:
         raise BundleError(f"{path} names the prompt template {manifest.template!r}; known: {', '.join(TEMPLATES)}.")
+    if len(manifest.image_markers) not in (0, 2):
+        raise BundleError(f"{path} has {len(manifest.image_markers)} image_markers; two or none are possible.")
     pixels, vision, language = manifest.preprocessing, manifest.vision, manifest.language
     sizes = [vision.image_tokens, vision.width, vision.image_pool]
     sizes += [language.hidden_size, language.context_length, language.vocab_size]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llava_edge.errors import CheckpointError, MissingError
+from llava_edge.prompt import AfterControl
 
 _Part = TypeVar("_Part", "VisionConfig", "TextConfig")
 
@@ -66,7 +67,10 @@ class LlavaConfig:
     projector_type: "linear" or "mlpNx_gelu" (N >= 1; GELU is the exact erf form).
     square: what makes a picture square: "pad" with the mean colour (LLaVA-1.5) or "crop" the middle (v1).
     image_pool: side of the square of neighbouring patches whose features are averaged; 1 keeps every patch.
-    template: name of the prompt layout in `llava_edge.prompt`.
+    template: name of the prompt layout in `llava_edge.templates`.
+    image_markers: names of the two control tokens around every picture (mm_use_im_start_end), or none.
+    after_control: how text behind a control token is tokenized (`prompt.AfterControl`); empty: as tokenizer_config.json
+    says.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -78,6 +82,8 @@ class LlavaConfig:
     image_pool: int = 1
     template: str = "vicuna_v1"
     image_token_index: int = 32000
+    image_markers: tuple[str, ...] = ()
+    after_control: AfterControl | Literal[""] = ""
 
     @property
     def blocks_run(self) -> int:
@@ -149,6 +155,8 @@ def from_hf(raw: dict[str, Any]) -> LlavaConfig:
         image_pool=extra.get("image_pool", 1),
         template=extra.get("template", "vicuna_v1"),
         image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
+        image_markers=tuple(extra.get("image_markers", ())),
+        after_control=extra.get("after_control", ""),
     )
 
 
@@ -171,6 +179,8 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
             "square": config.square,
             "image_pool": config.image_pool,
             "template": config.template,
+            "image_markers": list(config.image_markers),
+            "after_control": config.after_control,
         },
     }
 

@@ -96,6 +96,11 @@ class LanguageModel:
                 return buffer.raw[:written]
             size = -written
 
+    def token_texts(self) -> list[str]:
+        """Every token as the vocabulary writes it, e.g. `▁US`."""
+        get = self.library.llama_vocab_get_text
+        return [get(self._vocabulary, i).decode("utf-8", "replace") for i in range(self.vocab_size)]
+
     def ends(self, token: int) -> bool:
         """Whether the vocabulary marks a token as the end of an answer."""
         return bool(self.library.llama_vocab_is_eog(self._vocabulary, token))

@@ -21,12 +21,13 @@ from llava_edge.bundle import LANGUAGE, Bundle, Preprocessing
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError, UsageError
 from llava_edge.image import ImageInput, load_image, preprocess
 from llava_edge.options import Chunk, EngineOptions, FinishReason, Options, Result, Timings
-from llava_edge.runtimes import CancelledError, devices, probe
+from llava_edge.runtimes import CancelledError, after_control, devices, probe
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.text import TextStream
 from llava_edge.runtimes.vision import VisionEncoder
+from llava_edge.templates import template
 
 Stream = Generator[Chunk, None, None]
 
@@ -221,7 +222,9 @@ class Engine:
             )
         self._projector = Projector(self.bundle)
         self._vision = VisionEncoder(self.bundle, threads, self.choice.provider)
-        self._ends = {self._language.control_id(name) for name in prompt.template(manifest.template).stops}
+        self._template = template(manifest.template)
+        self._ends = {self._language.control_id(name) for name in self._template.stops}
+        self._after_control = after_control.encoder(self._language, manifest.after_control)
         self.load_ms = _since(start)
 
     def _answer(
@@ -242,7 +245,7 @@ class Engine:
         self._check_room(run, slots)
         pictures = [prepare(image, self.bundle.manifest.preprocessing) for image in images]
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
-        stream = TextStream(options.stop)
+        stream = TextStream((*options.stop, *self._template.stop_texts))
         try:
             if not reuse:
                 self._opened().keep([])
@@ -263,8 +266,9 @@ class Engine:
             raise ContextOverflowError(
                 f"The messages have {size} bytes of text, far more than a context of {self.context_size} holds."
             )
-        pieces = prompt.render(self.bundle.manifest.template, messages)
-        return prompt.encode(pieces, language.tokenize, language.control_id)
+        manifest = self.bundle.manifest
+        pieces = prompt.render(manifest.template, messages, manifest.image_markers)
+        return prompt.encode(pieces, language.tokenize, language.control_id, self._after_control)
 
     def _check_room(self, run: _Run, slots: int) -> None:
         if run.prompt_tokens < self.context_size:

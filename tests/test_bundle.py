@@ -167,6 +167,9 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "name as number": (lambda m: m.update(name=7), "name has the wrong kind"),
     "parity as object": (lambda m: m.update(parity={}), "parity has the wrong kind"),
     "parity row as list": (lambda m: m.update(parity=[[]]), r"parity\[0\] should be an object"),
+    "one image marker": (lambda m: m.update(image_markers=["<im_start>"]), "1 image_markers; two or none"),
+    "markers as text": (lambda m: m.update(image_markers="ab"), "image_markers has the wrong kind"),
+    "unknown tokenization": (lambda m: m.update(after_control="none"), "after_control has the wrong kind"),
     "passed as number": (lambda m: m["parity"][0].update(passed=1), r"parity\[0\].passed has the wrong kind"),
 }
 
@@ -188,6 +191,14 @@ def test_infinity_written_as_a_large_exponent_is_refused(folder: Path) -> None:
 def test_optional_fields_may_be_absent(folder: Path) -> None:
     edit(folder, lambda raw: (raw.pop("parity"), raw.pop("provenance")))
     assert b.Bundle.open(folder).manifest.parity == []
+
+
+def test_bundles_from_before_a_field_existed_mean_what_they_meant(root: Path) -> None:
+    """The shipped manifest, whose checksum covers just the fields that it has."""
+    shipped = root / "llava_edge/zoo/smol"
+    assert "after_control" not in (shipped / b.MANIFEST).read_text("utf-8")
+    manifest = b.read_manifest(shipped)
+    assert (manifest.image_markers, manifest.after_control) == ([], "prefix")
 
 
 def test_a_bundle_without_external_weights_is_fine(folder: Path) -> None:

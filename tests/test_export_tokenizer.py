@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.llm_gguf import write_language
-from llava_edge.export.tokenizer import _LLAMA3_SPLIT, Vocabulary, read_tokenizer
+from llava_edge.export.tokenizer import _LLAMA3_SPLIT, Vocabulary, after_control, read_tokenizer
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig, to_hf
 from llava_edge.runtimes.language import LanguageModel
@@ -158,6 +158,36 @@ def test_added_tokens_and_padding_rows(tmp_path: Path) -> None:
         assert 480 not in language.tokenize("a <image> typed by a user")
     finally:
         language.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "expected"),
+    [
+        ({"legacy": False}, "", "bare"),  # LLaVA-1.5
+        ({"legacy": True}, "", "prefix"),
+        ({"legacy": None}, "", "prefix"),
+        ({}, "", "prefix"),  # Vicuna v1.1 and v1.3
+        ({"legacy": False}, "cut", "cut"),
+        ({}, "bare", "bare"),
+    ],
+)
+def test_the_legacy_flag_decides_about_text_behind_control_tokens(
+    settings: dict[str, Any], asked: Any, expected: str, tmp_path: Path
+) -> None:
+    config = replace(spm_folder(tmp_path), after_control=asked)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    assert after_control(tmp_path, config) == expected
+    (tmp_path / "tokenizer.model").unlink()  # a byte-level vocabulary has no dummy prefix
+    assert after_control(tmp_path, config) == (asked or "prefix")
+
+
+def test_image_markers_must_be_special_tokens(tmp_path: Path) -> None:
+    config = replace(spm_folder(tmp_path), image_markers=("<im_start>", "<im_end>"))
+    (tmp_path / "added_tokens.json").write_text('{"<im_patch>": 480, "<im_start>": 481}', "utf-8")
+    with pytest.raises(CheckpointError, match="image markers <im_end> are no special tokens"):
+        read_tokenizer(tmp_path, config)
+    (tmp_path / "added_tokens.json").write_text('{"<im_start>": 480, "<im_end>": 481}', "utf-8")
+    assert read_tokenizer(tmp_path, config).types[480:482] == (3, 3)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,7 @@ def test_images_and_slots_must_match() -> None:
 
 def test_config_survives_hugging_face_form() -> None:
     config = replace(TINY, image_pool=2, square="crop", projector_type="mlp3x_gelu", template="chatml")
+    config = replace(config, image_markers=("<im_start>", "<im_end>"), after_control="cut")
     assert from_hf(to_hf(config)) == config
 
 

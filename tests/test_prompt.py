@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from llava_edge import prompt
 from llava_edge.errors import UsageError
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Message, Piece
+from llava_edge.templates import TEMPLATES
 
 SU = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -91,7 +92,7 @@ def test_prompt_strings(template: str, messages: list[Message], expected: str) -
     assert as_text(prompt.render(template, messages)) == expected
 
 
-@pytest.mark.parametrize("template", prompt.TEMPLATES)
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize(
     "roles", [[], ["system"], ["assistant"], ["user", "user"], ["user", "system"], ["user", "assistant", "assistant"]]
 )

@@ -22,12 +22,13 @@ from llava_edge.api import Chat
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, read_manifest, write_manifest
 from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UnavailableError, UsageError
 from llava_edge.options import Chunk, EngineOptions, Options
-from llava_edge.prompt import Message
+from llava_edge.prompt import Message, Piece
 from llava_edge.runtimes import CancelledError, devices, probe
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.projector import gelu
 from llava_edge.runtimes.sampling import Sampler
+from llava_edge.templates import TEMPLATES, Template
 
 CPU = EngineOptions(device="cpu", threads=1)
 SHORT = Options(max_tokens=24)
@@ -325,6 +326,30 @@ def test_a_stopped_turn_keeps_what_was_said(llava: Llava) -> None:
         said = next(chunks).text
     assert chat.messages == [Message("user", "hello"), Message("assistant", said)]
     assert last(chat.say("go on"))
+
+
+def test_a_templates_stop_text_ends_the_answer(
+    llava: Llava, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In style "single" an answer ends in text, not in a control token; that text is no part of the answer."""
+    monkeypatch.setattr("llava_edge.prompt.render", lambda *_: [Piece("text", "Human: hello###Assistant:")])
+    whole = llava.ask("hello", options=SHORT)
+    stop = whole.text[4:6]
+    monkeypatch.setitem(TEMPLATES, "chatml", Template("single", "", None, stop))
+    with Llava.load(bundle_copy, CPU) as loaded:
+        cut = loaded.ask("hello", options=SHORT)
+    assert (whole.finish_reason, cut.finish_reason) == ("length", "stop")
+    assert cut.text == whole.text[: whole.text.index(stop)]
+
+
+def test_image_markers_of_the_manifest_reach_the_prompt(llava: Llava, bundle_copy: Path) -> None:
+    manifest = read_manifest(bundle_copy)
+    write_manifest(bundle_copy, replace(manifest, image_markers=["<|im_start|>", "<|im_end|>"]))
+    with Llava.load(bundle_copy, CPU) as marked:
+        two = marked.ask("?", [picture("red"), picture("blue")], SHORT)
+        none = marked.ask("?", options=SHORT)
+    assert two.prompt_tokens == llava.ask("?", [picture("red"), picture("blue")], SHORT).prompt_tokens + 4
+    assert none.prompt_tokens == llava.ask("?", options=SHORT).prompt_tokens
 
 
 def test_a_failed_turn_is_not_kept(llava: Llava) -> None:
