@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from llava_edge.bundle import Merge, Square, tiling_fault
 from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.export.tensors import StoredTensor, open_folder, read_json
 from llava_edge.models.config import LlavaConfig, from_hf
@@ -35,6 +36,7 @@ _RENAMED = (
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
     (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
     (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), VISION_PREFIX),
+    (re.compile(r"^model\.image_newline$"), "image_newline"),
 )
 
 _LISTED = 12  # how many tensor names a message spells out
@@ -157,13 +159,20 @@ def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> No
         ("text_config.mlp_bias", text.get("mlp_bias", False), False),
         ("text_config.head_dim", text.get("head_dim") or config.text.head_dim, config.text.head_dim),
     )
-    choices = (("square", config.square, ("pad", "crop")), ("template", config.template, tuple(TEMPLATES)))
+    choices = (
+        ("square", config.square, get_args(Square)),
+        ("merge", config.merge, get_args(Merge)),
+        ("template", config.template, tuple(TEMPLATES)),
+    )
     for name, choice, allowed in choices:
         if choice not in allowed:
             raise CheckpointError(f"{path} sets llava_edge.{name} to {choice!r}; expected one of {', '.join(allowed)}.")
     for name, value, expected in fixed:
         if value != expected:
             raise CheckpointError(f"{path} sets {name} to {value!r}; only {expected!r} is supported.")
+    fault = tiling_fault(config.vision.image_size, config.square, config.grids, config.merge, config.image_tokens)
+    if fault:
+        raise CheckpointError(f"{path} cannot be right: {fault}.")
 
 
 def _check_numbers(path: Path, config: LlavaConfig) -> None:

@@ -4,29 +4,30 @@ Read-back needs no torch: every GGUF tensor is dequantised and compared with the
 does; it runs the very code of `runtimes/` against `models/`, each stage on the reference's input, so that every
 row shows one stage's own error:
 
-    pixels       our preprocessing against the recipe of CLIPImageProcessor, written out here; equal
+    pixels       our preprocessing against the recipe of CLIPImageProcessor, written out in reference.py; equal
     clip         vision.onnx
     projector    projector.gguf
+    arrangement  with "anyres", the order of the crops' embeddings and `image_newline` between them; equal
     logits f16   the float16 language file on the reference's image embeddings, before quantization
     logits Q     the quantized one; what four bits cost
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from llava_edge import gguf, prompt
-from llava_edge.bundle import LANGUAGE, Bundle, ParityRow, Preprocessing
+from llava_edge import anyres, gguf, prompt
+from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
 from llava_edge.errors import CheckpointError
 from llava_edge.export import llm_gguf, projector, samples
 from llava_edge.export.checkpoint import Checkpoint
-from llava_edge.image import preprocess
+from llava_edge.export.reference import reference_pixels
 from llava_edge.models.shapes import tensor_shapes
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
 from llava_edge.runtimes import devices
@@ -121,23 +122,32 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path) -> list[Parity
     model = from_state(checkpoint.config, checkpoint.tensors)
     manifest = bundle.manifest
     images = samples.pictures()
-    pixels = [preprocess(image, manifest.preprocessing) for image in images]
-    rows = [_pixel_row(images, pixels, manifest.preprocessing)]
+    sizes = [image.size for image in images]
+    pixels = [anyres.crops(image, manifest.preprocessing) for image in images]
+    wanted = [reference_pixels(image, manifest.preprocessing) for image in images]
+    rows = [_equal_row("pixels", pixels, wanted)]
     with torch.no_grad():
-        features = [model.encode_image(torch.from_numpy(item)[None])[0].numpy() for item in pixels]
+        features = [model.encode_image(torch.from_numpy(item)).numpy() for item in pixels]
         embeds = [model.projector(torch.from_numpy(item)).numpy() for item in features]
+        shown = [
+            model.images(torch.from_numpy(item), [size])[0].numpy() for item, size in zip(features, sizes, strict=True)
+        ]
     encoder, layers = VisionEncoder(bundle, _threads(), "CPUExecutionProvider"), Projector(bundle)
     precision = manifest.vision.precision
-    ours = [encoder.encode(item) for item in pixels]
+    ours = [np.stack([encoder.encode(crop) for crop in item]) for item in pixels]
     rows.append(_relative_row(f"clip {precision}", ours, features, CLIP_LIMITS[precision]))
     ours = [layers.project(item) for item in features]
     rows.append(_relative_row("projector", ours, embeds, PROJECTOR_LIMIT))
+    if manifest.preprocessing.square == "anyres":
+        orders = [anyres.layout(size, manifest.preprocessing, manifest.vision.image_tokens) for size in sizes]
+        ours = [anyres.arrange(item, layers.newline, order) for item, order in zip(embeds, orders, strict=True)]
+        rows.append(_equal_row("arrangement", ours, shown))
     quant = manifest.language.quantization
     files = {"f16": float16, quant: bundle.part(LANGUAGE)}
     reference: list[Array] = []
     for name, path in files.items():
         limit = F16_LIMIT if name == "f16" else QUANT_LIMITS[name]
-        rows.append(_logits_row(name, path, limit, model, manifest.template, embeds[0], reference))
+        rows.append(_logits_row(name, path, limit, model, manifest.template, shown[0], reference))
     return sorted(rows, key=_strain)
 
 
@@ -148,11 +158,13 @@ def _strain(row: ParityRow) -> float:
     return row.value / row.limit if row.limit else np.inf * row.value if row.value else 0.0
 
 
-def _pixel_row(images: list[Image.Image], pixels: list[Array], spec: Preprocessing) -> ParityRow:
-    wanted = [_reference_pixels(image, spec) for image in images]
-    largest = _max_abs(pixels, wanted)
-    worst = max(relative(a, b) for a, b in zip(pixels, wanted, strict=True))
-    return ParityRow("pixels", "max_abs", largest, 0.0, largest, worst, largest == 0)
+def _equal_row(stage: str, ours: list[Array], wanted: list[Array]) -> ParityRow:
+    if [item.shape for item in ours] != [item.shape for item in wanted]:
+        most = sys.float_info.max
+        return ParityRow(stage, "max_abs", most, 0.0, most, most, False)
+    largest = _max_abs(ours, wanted)
+    worst = max(relative(a, b) for a, b in zip(ours, wanted, strict=True))
+    return ParityRow(stage, "max_abs", largest, 0.0, largest, worst, largest == 0)
 
 
 def _relative_row(stage: str, ours: list[Array], wanted: list[Array], limit: float) -> ParityRow:
@@ -215,26 +227,6 @@ def _engine_logits(engine: LanguageModel, ids: list[int], embeds: Array, answer:
         engine.evaluate_tokens([token], never)
         found.append(engine.logits().copy())
     return np.stack(found)
-
-
-def _reference_pixels(image: Image.Image, spec: Preprocessing) -> Array:
-    """LLaVA's expand2square or CLIP's shortest-edge resize and centre crop, then rescale and normalise; Pillow."""
-    size = spec.image_size
-    if spec.square == "pad":
-        side = max(image.size)
-        colour = tuple(int(255 * value) for value in spec.mean)
-        canvas = Image.new("RGB", (side, side), colour)
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = canvas.resize((size, size), Image.Resampling.BICUBIC)
-    else:
-        short, long = min(image.size), max(image.size)
-        longer = int(size * long / short)
-        image = image.resize((size, longer) if image.width == short else (longer, size), Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
-    normalised = (scaled - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
 
 def _threads() -> int:
