@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from llava_edge.bundle import Merge, Square, tiling_fault
 from llava_edge.errors import CheckpointError
 from llava_edge.export import layouts
 from llava_edge.export.layouts import Layout
@@ -140,14 +141,21 @@ def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> No
         ("text_config.mlp_bias", text.get("mlp_bias", False), False),
         ("text_config.head_dim", text.get("head_dim") or config.text.head_dim, config.text.head_dim),
     )
-    choices = (("square", config.square, ("pad", "crop")), ("template", config.template, tuple(TEMPLATES)))
-    choices += (("after_control", config.after_control or "prefix", get_args(AfterControl)),)
+    choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("square", config.square, get_args(Square)),
+        ("merge", config.merge, get_args(Merge)),
+        ("template", config.template, tuple(TEMPLATES)),
+        ("after_control", config.after_control or "prefix", get_args(AfterControl)),
+    )
     for name, choice, allowed in choices:
         if choice not in allowed:
             raise CheckpointError(f"{path} sets llava_edge.{name} to {choice!r}; expected one of {', '.join(allowed)}.")
     for name, value, expected in fixed:
         if value != expected:
             raise CheckpointError(f"{path} sets {name} to {value!r}; only {expected!r} is supported.")
+    fault = tiling_fault(config.vision.image_size, config.square, config.grids, config.merge, config.image_tokens)
+    if fault:
+        raise CheckpointError(f"{path} cannot be right: {fault}.")
 
 
 def _check_numbers(path: Path, config: LlavaConfig) -> None:

@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from llava_edge import __version__
+from llava_edge.anyres import crops
 from llava_edge.bundle import (
     FORMAT_VERSION,
     LANGUAGE,
@@ -44,7 +44,6 @@ from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tensors import read_json
 from llava_edge.export.tokenizer import Vocabulary, after_control, read_tokenizer
-from llava_edge.image import preprocess
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
 from llava_edge.runtimes import devices, probe
@@ -176,8 +175,7 @@ def _write_vision(
         _write_int8(bundle, checkpoint, scratch, progress)
     else:
         write_clip(config, tensors, bundle.folder, precision)
-    features = _features(bundle, 1)[0]
-    if float(np.std(features)) == 0:
+    if float(np.std(_features(bundle, 1))) == 0:
         raise CheckpointError("The vision tower gives the same numbers everywhere; its weights cannot be right.")
 
 
@@ -201,10 +199,10 @@ def _write_int8(bundle: Bundle, checkpoint: Checkpoint, scratch: Path, progress:
 
 
 def _features(bundle: Bundle, count: int | None = None) -> list[np.ndarray]:
-    """What a vision file makes of the sample pictures."""
+    """What a vision file makes of each crop of the sample pictures."""
     encoder = VisionEncoder(bundle, devices.thread_count()[0], "CPUExecutionProvider")
     pictures = samples.pictures()[:count]
-    return [encoder.encode(preprocess(picture, bundle.manifest.preprocessing)) for picture in pictures]
+    return [encoder.encode(crop) for item in pictures for crop in crops(item, bundle.manifest.preprocessing)]
 
 
 def _parity(
@@ -272,7 +270,7 @@ def _preprocessing(checkpoint: Checkpoint) -> Preprocessing:
     """Mean and deviation from preprocessor_config.json where there is one; CLIP's otherwise."""
     path = checkpoint.folder / "preprocessor_config.json"
     raw = read_json(path) if path.is_file() else {}
-    square: Literal["pad", "crop"] = checkpoint.config.square
+    config = checkpoint.config
     try:
         mean, std = (
             (float(values[0]), float(values[1]), float(values[2]))
@@ -280,4 +278,4 @@ def _preprocessing(checkpoint: Checkpoint) -> Preprocessing:
         )
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(f"{path} should give image_mean and image_std as three numbers each.") from error
-    return Preprocessing(checkpoint.config.vision.image_size, mean, std, square)
+    return Preprocessing(config.vision.image_size, mean, std, config.square, config.grids, config.merge)

@@ -109,7 +109,11 @@ def _huggingface(folder: Path, vision_tower: Path | None) -> Source:
     if vision_tower:
         raise UsageError(f"{folder} is a Hugging Face LLaVA with CLIP inside; leave --vision-tower out.")
     path = folder / "config.json"
-    return Source("huggingface", path, read_json(path), merge.classic(folder, open_folder(folder)), folder)
+    raw = read_json(path)
+    notes: tuple[str, ...] = ()
+    if "template" not in raw.get("llava_edge", {}):
+        notes = ("The prompt template follows from the language model, no file names it. --template overrides it.",)
+    return Source("huggingface", path, raw, merge.classic(folder, open_folder(folder)), folder, notes)
 
 
 def _on_base(folder: Path, layout: Layout, base: Path, vision_tower: Path | None) -> Source:

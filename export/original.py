@@ -6,6 +6,7 @@ from its own folder or from the shapes of its tensors. Names and defaults: llava
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,8 @@ def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]
         text["max_position_embeddings"] = min(text["max_position_embeddings"], *context)
     square = raw.get("image_aspect_ratio") or "square"
     return {
-        "model_type": "llava_next" if square.startswith("anyres") else "llava",
+        "model_type": "llava_next" if square == "anyres" else "llava",
+        "image_grid_pinpoints": _grids(path, raw) if square == "anyres" else [],
         "text_config": {**text, "model_type": _LANGUAGE_MODELS[architecture]},
         "vision_config": dict(vision),
         "vision_feature_layer": raw["mm_vision_select_layer"],
@@ -63,10 +65,21 @@ def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]
         "llava_edge": {
             "projector_type": raw.get("mm_projector_type") or "linear",
             "square": {"pad": "pad", "square": "crop"}.get(square, square),
+            "merge": raw.get("mm_patch_merge_type") or "flat",
             "template": template(raw)[0],
             "image_markers": list(MARKERS) if raw.get("mm_use_im_start_end") else [],
         },
     }
+
+
+def _grids(path: Path, raw: Mapping[str, Any]) -> list[list[int]]:
+    """LLaVA's (width, height) pairs, sometimes written as a string, in Hugging Face's order (height, width)."""
+    given = raw.get("image_grid_pinpoints")
+    try:
+        pairs = json.loads(given.replace("(", "[").replace(")", "]")) if isinstance(given, str) else given
+        return [[int(height), int(width)] for width, height in pairs]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} should give image_grid_pinpoints as pairs of pixels, has {given!r}.") from error
 
 
 def template(raw: Mapping[str, Any]) -> tuple[str, str]:

@@ -3,10 +3,11 @@
 Each stage gets the reference's own input, so that every row shows one stage's own error; `embeddings` is the exception
 that shows what becomes of CLIP's error behind the projector:
 
-    pixels       our preprocessing against the recipe of CLIPImageProcessor, written out here; equal
+    pixels       our preprocessing against the recipe of CLIPImageProcessor, written out in reference.py; equal
     clip         vision.onnx
     projector    projector.gguf
     embeddings   vision.onnx, then projector.gguf: what stands at the image's positions when a bundle is run
+    arrangement  with "anyres", the order of the crops' embeddings and `image_newline` between them; equal
     logits f16   the float16 language file, before quantization, at the prompt's end and along its greedy answer
     greedy f16   share of these positions where the most likely token is the reference's
     logits Q     the shipped file along the same answer; what four bits cost
@@ -17,6 +18,7 @@ The reference is `models/`, one block in memory at a time, so a 7B needs no more
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,15 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from llava_edge import prompt
-from llava_edge.bundle import LANGUAGE, Bundle, Manifest, ParityRow, Preprocessing
+from llava_edge import anyres, prompt
+from llava_edge.bundle import LANGUAGE, Bundle, Manifest, ParityRow
 from llava_edge.errors import CheckpointError
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
+from llava_edge.export.reference import reference_pixels
 from llava_edge.export.verify import relative
-from llava_edge.image import preprocess
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
 from llava_edge.runtimes import after_control, devices
 from llava_edge.runtimes.language import LanguageModel
@@ -84,20 +85,27 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
 
     config, tensors, manifest = checkpoint.config, checkpoint.tensors, bundle.manifest
     images = samples.pictures()
-    pixels = [preprocess(image, manifest.preprocessing) for image in images]
-    rows = [_pixel_row(images, pixels, replace(manifest.preprocessing, square=config.square))]
+    sizes = [image.size for image in images]
+    pixels = [anyres.crops(image, manifest.preprocessing) for image in images]
+    right = replace(manifest.preprocessing, square=config.square, grids=config.grids)
+    rows = [_equal_row("pixels", pixels, [reference_pixels(image, right) for image in images])]
     features = streamed.image_features(config, tensors, pixels)
     embeds = streamed.project(config, tensors, features)
+    shown = streamed.arrange(config, tensors, embeds, sizes)
     encoder, layers = VisionEncoder(bundle, _threads(), "CPUExecutionProvider"), Projector(bundle)
     precision = manifest.vision.precision
     limit = CLIP_LIMITS[precision]
-    ours = [encoder.encode(item) for item in pixels]
+    ours = [np.stack([encoder.encode(crop) for crop in item]) for item in pixels]
     rows.append(_relative_row(f"clip {precision}", ours, features, limit))
     rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
     rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
+    if config.square == "anyres":
+        orders = [anyres.layout(size, manifest.preprocessing, manifest.vision.image_tokens) for size in sizes]
+        placed = [anyres.arrange(item, layers.newline, order) for item, order in zip(embeds, orders, strict=True)]
+        rows.append(_equal_row("arrangement", placed, shown))
     files = {"f16": float16} if float16 else {}
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
-    rows += _language_rows(files, checkpoint, manifest, embeds[0])
+    rows += _language_rows(files, checkpoint, manifest, shown[0])
     return sorted(rows, key=_strain)
 
 
@@ -108,11 +116,13 @@ def _strain(row: ParityRow) -> float:
     return row.value / row.limit if row.limit else np.inf * row.value if row.value else 0.0
 
 
-def _pixel_row(images: list[Image.Image], pixels: list[Array], spec: Preprocessing) -> ParityRow:
-    wanted = [_reference_pixels(image, spec) for image in images]
-    largest = _max_abs(pixels, wanted)
-    worst = max(relative(a, b) for a, b in zip(pixels, wanted, strict=True))
-    return ParityRow("pixels", "max_abs", largest, 0.0, largest, worst, largest == 0)
+def _equal_row(stage: str, ours: list[Array], wanted: list[Array]) -> ParityRow:
+    if [item.shape for item in ours] != [item.shape for item in wanted]:
+        most = sys.float_info.max
+        return ParityRow(stage, "max_abs", most, 0.0, most, most, False)
+    largest = _max_abs(ours, wanted)
+    worst = max(relative(a, b) for a, b in zip(ours, wanted, strict=True))
+    return ParityRow(stage, "max_abs", largest, 0.0, largest, worst, largest == 0)
 
 
 def _relative_row(stage: str, ours: list[Array], wanted: list[Array], limit: float) -> ParityRow:
@@ -193,26 +203,6 @@ def _greedy_row(name: str, ours: Array, wanted: Array) -> ParityRow:
     return ParityRow(
         f"greedy {name}", "agreement", value, limit, largest, largest / float(wanted.std()), value >= limit
     )
-
-
-def _reference_pixels(image: Image.Image, spec: Preprocessing) -> Array:
-    """LLaVA's expand2square or CLIP's shortest-edge resize and centre crop, then rescale and normalise; Pillow."""
-    size = spec.image_size
-    if spec.square == "pad":
-        side = max(image.size)
-        colour = tuple(int(255 * value) for value in spec.mean)
-        canvas = Image.new("RGB", (side, side), colour)
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = canvas.resize((size, size), Image.Resampling.BICUBIC)
-    else:
-        short, long = min(image.size), max(image.size)
-        longer = int(size * long / short)
-        image = image.resize((size, longer) if image.width == short else (longer, size), Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
-    normalised = (scaled - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
 
 def _threads() -> int:

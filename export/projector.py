@@ -1,7 +1,8 @@
 """The projector -> projector.gguf: tensors `mm.0.weight`, `mm.0.bias`, `mm.2.weight`, ... as LLaVA numbers them.
 
 Between two Linears stands a GELU in its exact erf form (index 1, 3, ... of LLaVA's nn.Sequential, which has no
-weights). The weights have a file of their own because llama.cpp refuses a language file with extra tensors.
+weights). LLaVA-1.6's `image_newline`, an embedding like those the projector makes, comes along. They have a file of
+their own because llama.cpp refuses a language file with extra tensors.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ ARCHITECTURE = "llava-projector"
 
 def tensor_names(config: LlavaConfig) -> dict[str, str]:
     """GGUF name -> checkpoint name."""
-    return {
+    names = {
         f"mm.{2 * layer}.{kind}": f"multi_modal_projector.linear_{layer + 1}.{kind}"
         for layer in range(config.projector_layers)
         for kind in ("weight", "bias")
     }
+    return names | ({"image_newline": "image_newline"} if config.merge == "spatial_unpad" else {})
 
 
 def write_projector(config: LlavaConfig, tensors: Mapping[str, np.ndarray], path: Path, name: str) -> None:

@@ -14,7 +14,8 @@ from llava_edge.bundle import Bundle
 from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, EngineOptions, Options, Result
 from llava_edge.prompt import Message
-from llava_edge.runtimes.pipeline import Engine, Picture, Stream, prepare
+from llava_edge.runtimes.pictures import Picture, prepare
+from llava_edge.runtimes.pipeline import Engine, Stream
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 Images = ImageInput | Picture | Sequence[ImageInput | Picture]
@@ -127,7 +128,7 @@ class Chat:
 
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""
-        return prepare(image, self._engine.bundle.manifest.preprocessing)
+        return prepare(image, self._engine.bundle.manifest)
 
 
 def _as_list(images: Images) -> list[ImageInput | Picture]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import stat
 import sys
@@ -30,6 +31,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_IMAGE_SIZE = 4096  # pixels on a side; published CLIP towers have 224 to 448
+MAX_TILES = 36  # that a picture is cut into; LLaVA-1.6 has at most 4
 
 VISION = "vision.onnx"
 VISION_DATA = "vision.onnx.data"
@@ -38,14 +40,24 @@ LANGUAGE = "language.gguf"
 PARTS = (VISION, VISION_DATA, PROJECTOR, LANGUAGE)
 
 
+Square = Literal["pad", "crop", "anyres"]
+Merge = Literal["flat", "spatial_unpad"]
+
+
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes pixels: made square, resized (Pillow bicubic) to `image_size`, (x/255 - mean) / std."""
+    """How a picture becomes crops: made square, resized (Pillow bicubic) to `image_size`, (x/255 - mean) / std.
+
+    grids, merge: only for "anyres", see `llava_edge.anyres`: sizes (width, height) in pixels that a picture may be cut
+    up at, and how the crops' embeddings are put together ("spatial_unpad" uses `image_newline` of projector.gguf).
+    """
 
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    square: Literal["pad", "crop"]
+    square: Square
+    grids: tuple[tuple[int, int], ...] = ()
+    merge: Merge = "flat"
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,10 @@ class VisionPart:
 
 @dataclass(frozen=True)
 class ProjectorPart:
-    """projector.gguf: tensors `mm.0.weight`, `mm.0.bias`, `mm.2.weight`, ... (GELU, erf form, in between)."""
+    """projector.gguf: tensors `mm.0.weight`, `mm.0.bias`, `mm.2.weight`, ... (GELU, erf form, in between).
+
+    With merge "spatial_unpad" also `image_newline` (language hidden size), the embedding that ends a row of patches.
+    """
 
     type: str
     precision: str
@@ -262,6 +277,25 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path} has image_size {pixels.image_size}; 1 to {MAX_IMAGE_SIZE} is possible.")
     if min(pixels.std) <= 0:
         raise BundleError(f"{path} has a std that is not positive: {pixels.std}.")
+    fault = tiling_fault(pixels.image_size, pixels.square, pixels.grids, pixels.merge, vision.image_tokens)
+    if fault:
+        raise BundleError(f"{path} cannot be right: {fault}.")
+
+
+def tiling_fault(
+    size: int, square: Square, grids: tuple[tuple[int, int], ...], merge: Merge, image_tokens: int
+) -> str:
+    """What is wrong with a tiling (see `Preprocessing`) of crops with `image_tokens` embeddings; empty if nothing."""
+    if square != "anyres":
+        return "grids and merge are for square anyres only" if grids or merge != "flat" else ""
+    if not grids:
+        return "square anyres needs at least one grid"
+    for width, height in grids:
+        if min(width, height) < 1 or width % size or height % size or width * height > MAX_TILES * size * size:
+            return f"a grid of {width} x {height} pixels is not 1 to {MAX_TILES} tiles of {size} x {size}"
+    if merge == "spatial_unpad" and math.isqrt(image_tokens) ** 2 != image_tokens:
+        return f"merge spatial_unpad needs crops of as many columns as rows, not {image_tokens} embeddings"
+    return ""
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
@@ -322,7 +356,7 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
     if origin is Literal:
         good = raw in args
     elif origin in (list, tuple):
-        good = isinstance(raw, list) and (origin is list or len(raw) == len(args))
+        good = isinstance(raw, list) and (origin is list or args[-1] is ... or len(raw) == len(args))
         if good:
             inner = (_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
             return origin(inner)

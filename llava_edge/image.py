@@ -14,12 +14,12 @@ import os
 import stat
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, WebPImagePlugin  # noqa: F401 - without WebP, Pillow would import all its parsers
 
-from llava_edge.bundle import Preprocessing
+from llava_edge.bundle import Preprocessing, Square
 from llava_edge.errors import ImageError, LlavaEdgeError, MissingError
 from llava_edge.image_format import ACCEPTED, format_of, is_whole, what_it_is
 
@@ -79,23 +79,30 @@ def load_image(source: ImageInput, name: str = "") -> Image.Image:
 
 
 def preprocess(image: Image.Image, spec: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """What CLIP gets: float32, (3, S, S), C-contiguous, (x/255 - mean) / std.
+    """What CLIP gets of a picture that is one crop ("pad", "crop"); `anyres.crops` is for all. Float32, (3, S, S).
 
     `image` is what `load_image` returns. Bit-equal to transformers' CLIPImageProcessor (the Pillow one), after LLaVA's
     padding if `spec.square` is "pad". Raises `ImageError` for other modes than RGB.
     """
-    pixels = np.asarray(square_and_resize(image, spec.image_size, spec.mean, spec.square))
+    return normalise(square_and_resize(image, spec.image_size, spec.mean, spec.square), spec)
+
+
+def normalise(image: Image.Image, spec: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """RGB (H, W) -> float32 (3, H, W), C-contiguous, (x/255 - mean) / std."""
+    pixels = np.asarray(image)
     scaled = (pixels.astype(np.float64) * RESCALE).astype(np.float32)  # the processor rounds here, so do we
     normalised = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
 
 def square_and_resize(
-    image: Image.Image, size: int, mean: tuple[float, float, float], square: Literal["pad", "crop"]
+    image: Image.Image, size: int, mean: tuple[float, float, float], square: Square
 ) -> Image.Image:
     """The uint8 half of `preprocess`: an RGB image of `size` x `size`, by Pillow's antialiased bicubic filter."""
     if image.mode != "RGB":
         raise ImageError(f"Preprocessing takes an RGB picture as load_image returns it, not one of mode {image.mode}.")
+    if square == "anyres":
+        raise ValueError("anyres makes several crops of a picture; use anyres.crops")
     return _pad(image, size, mean) if square == "pad" else _crop(image, size)
 
 

@@ -19,7 +19,7 @@ from llava_edge.errors import LlavaEdgeError
 
 if TYPE_CHECKING:
     from llava_edge.api import Chat
-    from llava_edge.runtimes.pipeline import Picture
+    from llava_edge.runtimes.pictures import Picture
 
 HELP = """/image FILE   show an image with the next question
 /reset        forget the conversation and its images

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from llava_edge.bundle import Merge, Square
 from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.prompt import AfterControl
 
@@ -65,7 +66,11 @@ class LlavaConfig:
     vision_feature_layer: index into CLIP's hidden states; 0 is the output of pre_layrnorm, -2 the last but one block.
     feature: "patch" drops the class token (HF calls it "default"), "cls_patch" keeps it ("full").
     projector_type: "linear" or "mlpNx_gelu" (N >= 1; GELU is the exact erf form).
-    square: what makes a picture square: "pad" with the mean colour (LLaVA-1.5) or "crop" the middle (v1).
+    square: what makes a picture square: "pad" with the mean colour (LLaVA-1.5), "crop" the middle (v1), or "anyres":
+        looked at whole and in tiles (v1.6).
+    grids: for "anyres", the sizes in pixels (width, height) that a picture may be cut up at; otherwise empty.
+    merge: how tiles are put together: "spatial_unpad" as one map without its padding, each row ended by the learned
+        `image_newline`; "flat" one after the other.
     image_pool: side of the square of neighbouring patches whose features are averaged; 1 keeps every patch.
     template: name of the prompt layout in `llava_edge.templates`.
     image_markers: names of the two control tokens around every picture (mm_use_im_start_end), or none.
@@ -78,7 +83,9 @@ class LlavaConfig:
     vision_feature_layer: int = -2
     feature: Literal["patch", "cls_patch"] = "patch"
     projector_type: str = "mlp2x_gelu"
-    square: Literal["pad", "crop"] = "pad"
+    square: Square = "pad"
+    grids: tuple[tuple[int, int], ...] = ()
+    merge: Merge = "flat"
     image_pool: int = 1
     template: str = "vicuna_v1"
     image_token_index: int = 32000
@@ -93,7 +100,7 @@ class LlavaConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Positions one picture takes in the language model."""
+        """Positions one crop takes in the language model; a picture has one crop, or with "anyres" several."""
         side = self.vision.grid // self.image_pool
         return side * side + (self.feature == "cls_patch")
 
@@ -130,41 +137,66 @@ def from_hf(raw: dict[str, Any]) -> LlavaConfig:
             "expected the layout of llava-hf/llava-1.5-7b-hf."
         )
     text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
-    if text.get("model_type", "llama") != "llama":
-        raise CheckpointError(f"Language model {text['model_type']!r} is not supported; expected llama.")
+    text = _language_defaults(text) | text
     rope = text.get("rope_parameters") or {}
     if "rope_theta" in rope:  # transformers 5
         text["rope_theta"] = rope["rope_theta"]
     if text.get("rope_scaling"):
         raise CheckpointError("rope_scaling is set in text_config; scaled rotary embeddings are not supported.")
-    text.setdefault("num_key_value_heads", text.get("num_attention_heads", TextConfig.num_attention_heads))
-    text.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's default
-    text.setdefault("max_position_embeddings", 2048)  # LlamaConfig's default
-    text.setdefault("vocab_size", 32000)  # LlamaConfig's default
     strategy = raw.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
         raise CheckpointError(f"vision_feature_select_strategy {strategy!r} is not known; expected default or full.")
     extra = raw.get("llava_edge", {})
+    tiled = raw.get("model_type") == "llava_next"
+    grids = (raw.get("image_grid_pinpoints") or _GRIDS) if tiled else ()
     return LlavaConfig(
         vision=_pick(VisionConfig, {**_CLIP_DEFAULTS, **vision}),
         text=_pick(TextConfig, text),
         vision_feature_layer=int(raw.get("vision_feature_layer", -2)),
         feature="patch" if strategy == "default" else "cls_patch",
         projector_type=extra.get("projector_type", "mlp2x_gelu"),
-        square=extra.get("square", "pad"),
+        square=extra.get("square", "anyres" if tiled else "pad"),
+        grids=tuple((int(width), int(height)) for height, width in grids),
+        merge=extra.get("merge", "spatial_unpad" if tiled else "flat"),
         image_pool=extra.get("image_pool", 1),
-        template=extra.get("template", "vicuna_v1"),
+        template=extra.get("template", _template(text)),
         image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
         image_markers=tuple(extra.get("image_markers", ())),
         after_control=extra.get("after_control", ""),
     )
 
 
+def _template(text: dict[str, Any]) -> str:
+    """The prompt layout of the published conversions, which no config.json names."""
+    if text.get("model_type") == "mistral":
+        return "mistral_instruct"
+    return "chatml_direct" if text.get("hidden_size") == 7168 else "vicuna_v1"  # 7168: Yi-34B
+
+
+def _language_defaults(text: dict[str, Any]) -> dict[str, Any]:
+    """What an omitted size of a text_config means. A Mistral without sliding window is a LLaMA with other defaults."""
+    kind = text.get("model_type", "llama")
+    if kind == "mistral":
+        window = text.get("sliding_window", 4096)  # MistralConfig's default; newer files say null
+        if window is not None:
+            raise CheckpointError(
+                f"text_config is a Mistral with a sliding window of {window}, which is not supported; "
+                'expected "sliding_window": null, as Mistral-7B-Instruct-v0.2 has it.'
+            )
+        return _MISTRAL_DEFAULTS
+    if kind != "llama":
+        raise CheckpointError(f"Language model {kind!r} is not supported; expected llama, or mistral without window.")
+    return {**_LLAMA_DEFAULTS, "num_key_value_heads": text.get("num_attention_heads", TextConfig.num_attention_heads)}
+
+
 def to_hf(config: LlavaConfig) -> dict[str, Any]:
     """The dictionary for `config.json`; what Hugging Face has no name for goes under "llava_edge"."""
+    tiled = config.square == "anyres"
+    grids = {"image_grid_pinpoints": [[height, width] for width, height in config.grids]}  # in this order there
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"Llava{'Next' if tiled else ''}ForConditionalGeneration"],
+        "model_type": "llava_next" if tiled else "llava",
+        **(grids if tiled else {}),
         "image_token_index": config.image_token_index,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
@@ -177,6 +209,7 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
         "llava_edge": {
             "projector_type": config.projector_type,
             "square": config.square,
+            "merge": config.merge,
             "image_pool": config.image_pool,
             "template": config.template,
             "image_markers": list(config.image_markers),
@@ -185,7 +218,17 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-# transformers' CLIPVisionConfig defaults (ViT-B/32), which a config.json may omit.
+# transformers' defaults, which a config.json may omit: LlamaConfig, MistralConfig, LlavaNextConfig ((height, width))
+# and CLIPVisionConfig (ViT-B/32).
+_LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "vocab_size": 32000}
+_MISTRAL_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 131072,
+    "vocab_size": 32000,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+}
+_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _CLIP_DEFAULTS = {
     "image_size": 224,
     "patch_size": 32,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from llava_edge.bundle import Preprocessing
+from llava_edge.errors import CheckpointError
 from llava_edge.image import load_image, preprocess
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 from llava_edge.models.llava import Llava
@@ -24,13 +25,20 @@ from llava_edge.models.llava import Llava
 
 def preprocessing(config: LlavaConfig) -> Preprocessing:
     """The one preprocessing of a LLaVA, as trainer, exporter and runtime use it."""
-    return Preprocessing(config.vision.image_size, CLIP_MEAN, CLIP_STD, config.square)
+    return Preprocessing(
+        config.vision.image_size, CLIP_MEAN, CLIP_STD, config.square, config.grids, config.merge
+    )
 
 
 class FeatureCache:
-    """Features by picture path. `ensure` fills it, `get` reads it."""
+    """Features by picture path. `ensure` fills it, `get` reads it. Raises `CheckpointError` for "anyres"."""
 
     def __init__(self, folder: Path, config: LlavaConfig) -> None:
+        if config.square == "anyres":
+            raise CheckpointError(
+                "Training and eval take one crop of each picture, but this model looks at several (LLaVA-1.6); "
+                "export it, and use `run` or `chat`."
+            )
         self.folder, self.config = folder, config
         self.shape = (config.image_tokens, config.vision.hidden_size)
         folder.mkdir(parents=True, exist_ok=True)

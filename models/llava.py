@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_edge.errors import CheckpointError
+from llava_edge.models.anyres import arrange, crop_count
 from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.llama import Llama
@@ -37,9 +38,11 @@ class Llava(nn.Module):
         self.vision_tower = _Tower(config)
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text)
+        newline = config.merge == "spatial_unpad"
+        self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size)) if newline else None
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) float32 -> CLIP features (B, image_tokens, vision width). CLIP is always frozen."""
+        """Crops (B, 3, S, S) float32 -> CLIP features (B, image_tokens, vision width). CLIP is always frozen."""
         with torch.no_grad():
             features: Tensor = self.vision_tower.vision_model(pixels)
         return features
@@ -49,8 +52,21 @@ class Llava(nn.Module):
         embeds: Tensor = self.multi_modal_projector(features)
         return embeds
 
-    def splice(self, ids: Sequence[int] | Tensor, images: Tensor | None) -> Tensor:
-        """Embeddings (T', D): text looked up, each IMAGE_TOKEN_INDEX replaced by one of `images` (n, tokens, D).
+    def images(self, features: Tensor, sizes: Sequence[tuple[int, int]] = ()) -> list[Tensor]:
+        """CLIP features of all crops (crops, image_tokens, vision width) -> (positions, D) for each picture.
+
+        sizes: (width, height) of the pictures; needed with "anyres", where they decide about number and order of crops.
+        """
+        embeds = self.projector(features)
+        if self.config.square != "anyres":
+            return list(embeds)
+        parts = embeds.split([crop_count(self.config, size) for size in sizes])
+        return [
+            arrange(part, self.image_newline, self.config, size) for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def splice(self, ids: Sequence[int] | Tensor, images: Sequence[Tensor] | Tensor | None) -> Tensor:
+        """Embeddings (T', D): text looked up, each IMAGE_TOKEN_INDEX replaced by one of `images` (positions, D).
 
         Raises `ValueError` when slots and images do not match in number.
         """
@@ -66,18 +82,25 @@ class Llava(nn.Module):
         parts.append(self.language_model.model.embed_tokens(row[start:]))
         return torch.cat(parts)
 
-    def forward(self, ids: Sequence[int] | Tensor, pixels: Tensor | None = None) -> Tensor:
-        """One sequence of ids with -200 for images, pixels (n, 3, S, S) -> logits (T', vocab)."""
-        images = None if pixels is None else self.projector(self.encode_image(pixels))
+    def forward(
+        self, ids: Sequence[int] | Tensor, pixels: Tensor | None = None, sizes: Sequence[tuple[int, int]] = ()
+    ) -> Tensor:
+        """One sequence of ids with -200 for images, crops (n, 3, S, S) -> logits (T', vocab). `sizes`: see `images`."""
+        images = None if pixels is None else self.images(self.encode_image(pixels), sizes)
         states, _ = self.language_model.hidden(self.splice(ids, images)[None])
         return self.language_model.logits(states[0])
 
     @torch.no_grad()
     def generate_greedy(
-        self, ids: Sequence[int], features: Tensor | None, max_tokens: int, stop_ids: Sequence[int] = ()
+        self,
+        ids: Sequence[int],
+        features: Tensor | None,
+        max_tokens: int,
+        stop_ids: Sequence[int] = (),
+        sizes: Sequence[tuple[int, int]] = (),
     ) -> list[int]:
-        """Greedy continuation of one prompt. `features` are CLIP features (n, tokens, width). Stop id not included."""
-        images = None if features is None else self.projector(features)
+        """Greedy continuation of one prompt; `features` and `sizes` as `images` has them. Stop id not included."""
+        images = None if features is None else self.images(features, sizes)
         states, cache = self.language_model.hidden(self.splice(ids, images)[None])
         answer: list[int] = []
         while len(answer) < max_tokens:

@@ -94,7 +94,7 @@ def random_tensors(config: LlavaConfig = CONFIG, seed: int = 0) -> dict[str, np.
     tensors: dict[str, np.ndarray] = {}
     for name, shape in tensor_shapes(config).items():
         draw = rng.standard_normal(shape, dtype=np.float32)
-        if "norm" in name.rsplit(".", 2)[-2]:
+        if "norm" in name.split(".")[-2:][0]:
             tensors[name] = (0.1 * draw + (1.0 if name.endswith("weight") else 0.0)).astype(np.float32)
         else:
             tensors[name] = draw * np.float32(0.6 * shape[-1] ** -0.5 if len(shape) > 1 else 0.1)

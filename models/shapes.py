@@ -36,13 +36,15 @@ def vision_shapes(config: LlavaConfig) -> Shapes:
 
 
 def projector_shapes(config: LlavaConfig) -> Shapes:
-    """multi_modal_projector.linear_N.*"""
+    """multi_modal_projector.linear_N.* and, where rows of patches end in it, image_newline."""
     hidden = config.text.hidden_size
     shapes: Shapes = {}
     for i in range(config.projector_layers):
         root = f"multi_modal_projector.linear_{i + 1}."
         width = hidden if i else config.vision.hidden_size
         shapes |= {root + "weight": (hidden, width), root + "bias": (hidden,)}
+    if config.merge == "spatial_unpad":
+        shapes["image_newline"] = (hidden,)
     return shapes
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llava_edge.models import anyres
 from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.llama import Block, Context, RMSNorm, rotary
@@ -43,16 +44,30 @@ def blocks(config: LlavaConfig, tensors: Arrays) -> Iterator[Block]:
 
 @torch.no_grad()
 def image_features(config: LlavaConfig, tensors: Arrays, pixels: Sequence[Array]) -> list[Array]:
-    """(3, S, S) each -> CLIP features (tokens, vision width) each."""
+    """(crops, 3, S, S) each -> CLIP features (crops, tokens, vision width) each."""
     tower = load_part(lambda: VisionTower(config), tensors, "vision_tower.vision_model.")
-    return [tower(torch.from_numpy(item)[None])[0].numpy() for item in pixels]
+    return [torch.cat([tower(crop[None]) for crop in torch.from_numpy(item)]).numpy() for item in pixels]
 
 
 @torch.no_grad()
 def project(config: LlavaConfig, tensors: Arrays, features: Sequence[Array]) -> list[Array]:
-    """CLIP features -> embeddings (tokens, hidden size) each."""
+    """CLIP features -> embeddings (crops, tokens, hidden size) each."""
     projector = load_part(lambda: Projector(config), tensors, "multi_modal_projector.")
     return [projector(torch.from_numpy(item)).numpy() for item in features]
+
+
+@torch.no_grad()
+def arrange(
+    config: LlavaConfig, tensors: Arrays, embeds: Sequence[Array], sizes: Sequence[tuple[int, int]]
+) -> list[Array]:
+    """Embeddings of crops -> (positions, hidden size) of each picture, whose `sizes` are (width, height)."""
+    if config.square != "anyres":
+        return [item[0] for item in embeds]
+    newline = torch.from_numpy(tensors["image_newline"]) if config.merge == "spatial_unpad" else None
+    return [
+        anyres.arrange(torch.from_numpy(item), newline, config, size).numpy()
+        for item, size in zip(embeds, sizes, strict=True)
+    ]
 
 
 def embed_tokens(tensors: Arrays, ids: Sequence[int]) -> Array:

@@ -6,7 +6,6 @@ free for Ctrl-C. Knows nothing about command lines, files of images (image.py do
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
@@ -16,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge import gguf, prompt
-from llava_edge.bundle import LANGUAGE, Bundle, Preprocessing
+from llava_edge import anyres, gguf, prompt
+from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError, UsageError
-from llava_edge.image import ImageInput, load_image, preprocess
+from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, FinishReason, Options, Result, Timings
 from llava_edge.runtimes import CancelledError, after_control, devices, probe
 from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.pictures import Picture, prepare
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.text import TextStream
@@ -33,24 +33,6 @@ Stream = Generator[Chunk, None, None]
 
 DEFAULT_CONTEXT = 4096  # LLaVA-1.5's; a longer one is opt-in because its memory grows with it
 POLL_SECONDS = 0.05  # how often a waiting caller looks whether it was cancelled
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image ready for the vision encoder: `pixels` (3, S, S) float32, a hash of them, and what that took."""
-
-    pixels: np.ndarray[Any, Any]
-    key: str
-    milliseconds: float
-
-
-def prepare(source: ImageInput | Picture, spec: Preprocessing) -> Picture:
-    """Decode and preprocess an image. Raises `ImageError` or `MissingError`."""
-    if isinstance(source, Picture):
-        return source
-    start = time.perf_counter()
-    pixels = preprocess(load_image(source), spec)
-    return Picture(pixels, hashlib.sha256(pixels.tobytes()).hexdigest(), _since(start))
 
 
 @dataclass
@@ -240,10 +222,11 @@ class Engine:
         if slots != len(images):
             raise UsageError(f"The messages have room for {slots} images, {len(images)} were given.")
         ids = self._encode_prompt(messages)
-        run.image_tokens = slots * self.bundle.manifest.vision.image_tokens
-        run.prompt_tokens = len(ids) - slots + run.image_tokens
-        self._check_room(run, slots)
-        pictures = [prepare(image, self.bundle.manifest.preprocessing) for image in images]
+        manifest = self.bundle.manifest
+        if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
+            self._check_room(run, ids, [manifest.vision.image_tokens] * slots)
+        pictures = [prepare(image, manifest) for image in images]
+        self._check_room(run, ids, [len(picture.rows) for picture in pictures])
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
         stream = TextStream((*options.stop, *self._template.stop_texts))
         try:
@@ -270,11 +253,14 @@ class Engine:
         pieces = prompt.render(manifest.template, messages, manifest.image_markers)
         return prompt.encode(pieces, language.tokenize, language.control_id, self._after_control)
 
-    def _check_room(self, run: _Run, slots: int) -> None:
+    def _check_room(self, run: _Run, ids: list[int], rows: list[int]) -> None:
+        """Count positions; `rows` are those of each image. Raises `ContextOverflowError`."""
+        run.image_tokens = sum(rows)
+        run.prompt_tokens = len(ids) - len(rows) + run.image_tokens
         if run.prompt_tokens < self.context_size:
             return
         raise ContextOverflowError(
-            f"The prompt needs {run.prompt_tokens} positions ({slots} images: {run.image_tokens}, text: "
+            f"The prompt needs {run.prompt_tokens} positions ({len(rows)} images: {run.image_tokens}, text: "
             f"{run.prompt_tokens - run.image_tokens}) and the answer at least 1, but the context has "
             f"{self.context_size}. Use fewer images, a shorter text or a larger --context."
         )
@@ -282,13 +268,12 @@ class Engine:
     def _prefill(self, ids: list[int], pictures: list[Picture], run: _Run, job: _Job) -> None:
         """Evaluate the prompt, except for a beginning that is still in memory from the last one."""
         language = self._opened()
-        rows = self.bundle.manifest.vision.image_tokens
         waiting = iter(pictures)
         parts: list[tuple[Picture | None, list[Key]]] = []
         for token in ids:
             if token == prompt.IMAGE_TOKEN_INDEX:
                 picture = next(waiting)
-                parts.append((picture, [(picture.key, row) for row in range(rows)]))
+                parts.append((picture, [(picture.key, row) for row in range(len(picture.rows))]))
             elif parts and parts[-1][0] is None:
                 parts[-1][1].append(token)
             else:
@@ -309,13 +294,16 @@ class Engine:
             run.prefill_ms += _since(start)
 
     def _embed(self, picture: Picture, job: _Job) -> np.ndarray[Any, Any]:
-        """(image_tokens, hidden size) float32."""
+        """(positions, hidden size) float32. Crops go one by one: five at once take five times the working memory."""
         if self._vision is None:
             raise UsageError("The engine is closed.")
         job.vision_run = job.vision_run or self._vision.new_run()
-        if job.cancel.is_set():  # asked after the handle can be seen, so that no stop is lost
-            raise CancelledError
-        return self._projector.project(self._vision.encode(picture.pixels, job.vision_run))
+        embeddings = []
+        for crop in picture.crops:
+            if job.cancel.is_set():  # asked after the handle can be seen, so that no stop is lost
+                raise CancelledError
+            embeddings.append(self._projector.project(self._vision.encode(crop, job.vision_run)))
+        return anyres.arrange(np.stack(embeddings), self._projector.newline, picture.rows)
 
     def _decode(self, job: _Job, stream: TextStream, options: Options, run: _Run) -> FinishReason:
         language = self._opened()

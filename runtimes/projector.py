@@ -14,10 +14,14 @@ Array = np.ndarray[Any, Any]
 
 ARCHITECTURE = "llava-projector"
 MAX_LAYERS = 16
+NEWLINE = "image_newline"
 
 
 class Projector:
-    """Mapped weights `mm.0`, `mm.2`, ...: each `weight` (out, in) and `bias` (out). Raises `BundleError`."""
+    """Mapped weights `mm.0`, `mm.2`, ...: each `weight` (out, in) and `bias` (out). Raises `BundleError`.
+
+    newline: (hidden size) float32, the embedding that ends a row of patches, or None where rows have no end.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         path = bundle.part(PROJECTOR)
@@ -26,8 +30,10 @@ class Projector:
             raise BundleError(f"{path} holds {file.architecture!r}; {ARCHITECTURE!r} was expected.")
         numbers = [index for index in range(0, 2 * MAX_LAYERS, 2) if f"mm.{index}.weight" in file.tensors]
         names = {f"mm.{index}.{kind}" for index in numbers for kind in ("weight", "bias")}
+        names |= {NEWLINE} if bundle.manifest.preprocessing.merge == "spatial_unpad" else set()
         if not numbers or numbers != list(range(0, 2 * len(numbers), 2)) or names != set(file.tensors):
-            raise BundleError(f"{path} has the tensors {sorted(file.tensors)[:6]}; mm.0, mm.2, ... were expected.")
+            wanted_names = "mm.0, mm.2, ..." + (f" and {NEWLINE}" if NEWLINE in names else "")
+            raise BundleError(f"{path} has the tensors {sorted(file.tensors)[:6]}; {wanted_names} were expected.")
         self._layers = [(file.array(f"mm.{index}.weight"), file.array(f"mm.{index}.bias")) for index in numbers]
         width = bundle.manifest.vision.width
         for weight, bias in self._layers:
@@ -37,6 +43,9 @@ class Projector:
         if width != bundle.manifest.language.hidden_size:
             wanted = bundle.manifest.language.hidden_size
             raise BundleError(f"{path} ends in a width of {width}; the language model has {wanted}.")
+        self.newline = file.array(NEWLINE).astype(np.float32) if NEWLINE in names else None
+        if self.newline is not None and self.newline.shape != (width,):
+            raise BundleError(f"{path} has an {NEWLINE} of shape {self.newline.shape}; ({width},) was expected.")
         self._path = path
 
     def project(self, features: Array) -> Array:

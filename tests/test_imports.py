@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 AREAS = ("export", "models", "runtimes")
 
 # What each part of llava_edge may import, besides itself. SHARED modules import only one another.
-SHARED = {"bundle", "errors", "gguf", "image", "image_format", "options", "prompt", "store", "templates"}
+SHARED = {"anyres", "bundle", "errors", "gguf", "image", "image_format", "options", "prompt", "store", "templates"}
 ALLOWED = {
     "models": SHARED,
     "runtimes": SHARED,

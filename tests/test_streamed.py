@@ -38,15 +38,15 @@ class Counting(Mapping[str, Array]):
 def test_it_computes_the_whole_models_logits(tied: bool) -> None:
     config = replace(micro.CONFIG, text=replace(micro.CONFIG.text, tie_word_embeddings=tied))
     tensors = Counting(micro.random_tensors(config))
-    pixels = np.random.default_rng(0).standard_normal((3, 32, 32)).astype(np.float32)
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
     before, after = [5, 9, 3], [7, 8]
     [features] = streamed.image_features(config, tensors, [pixels])
-    [image] = streamed.project(config, tensors, [features])
+    [image] = streamed.arrange(config, tensors, streamed.project(config, tensors, [features]), [(32, 32)])
     text = streamed.embed_tokens(tensors, before + after)
     embeds = np.concatenate([text[:3], image, text[3:]])
     ours = streamed.logits(config, tensors, embeds, start=2)
     assert max(tensors.read.count(name) for name in tensors if ".layers." in name) == 1
     with torch.no_grad():
         model = from_state(config, tensors.tensors)
-        whole = model([*before, IMAGE_TOKEN_INDEX, *after], torch.from_numpy(pixels)[None])
+        whole = model([*before, IMAGE_TOKEN_INDEX, *after], torch.from_numpy(pixels))
     np.testing.assert_allclose(ours, whole.numpy()[2:], atol=2e-5)

@@ -38,12 +38,16 @@ def info(thing: str, as_json: bool) -> None:
 
 def _print_bundle(path: Path, manifest: Manifest) -> None:
     vision, language, pixels = manifest.vision, manifest.language, manifest.preprocessing
+    how = f"made square by {pixels.square}"
+    if pixels.square == "anyres":
+        sizes = ", ".join(f"{width} x {height}" for width, height in pixels.grids)
+        how = f"the whole and its tiles at {sizes}; {pixels.merge}"
     total = sum(entry.size for entry in manifest.files.values())
     rows = {
         "model": f"{manifest.name} ({manifest.family}), made by {manifest.created_by}",
         "folder": str(path),
         "identity": manifest.identity,
-        "images": f"{pixels.image_size} x {pixels.image_size}, made square by {pixels.square}",
+        "images": f"{pixels.image_size} x {pixels.image_size}, {how}",
         "vision": f"CLIP layer {vision.hidden_layer}, {vision.feature}, {vision.image_tokens} tokens of {vision.width}"
         f" (pooled {vision.image_pool} x {vision.image_pool}), {vision.precision}",
         "projector": f"{manifest.projector.type}, {manifest.projector.precision}",

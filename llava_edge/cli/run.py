@@ -16,7 +16,7 @@ from llava_edge.options import DEFAULT_PROMPT
 if TYPE_CHECKING:
     from llava_edge.api import Llava
     from llava_edge.options import Options, Result
-    from llava_edge.runtimes.pipeline import Picture
+    from llava_edge.runtimes.pictures import Picture
 
 
 @click.command()
@@ -37,13 +37,13 @@ def run(images: tuple[str, ...], prompt: str, as_json: bool, model: str, **share
     from llava_edge.api import Llava
     from llava_edge.bundle import Bundle
     from llava_edge.runtimes.devices import process_start
-    from llava_edge.runtimes.pipeline import prepare
+    from llava_edge.runtimes.pictures import prepare
     from llava_edge.store import resolve
 
     started = process_start()
     # Images are read before the model is loaded: a wrong file name should not cost a wait.
-    spec = Bundle.open(resolve(model)).manifest.preprocessing
-    pictures = [prepare(_image_source(image), spec) for image in images]
+    manifest = Bundle.open(resolve(model)).manifest
+    pictures = [prepare(_image_source(image), manifest) for image in images]
     with status_line("Loading the model") as status:
         llava = Llava.load(model, engine, on_load=status)
     with llava:

@@ -1,0 +1,494 @@
+"""LLaVA-1.6: tiles, their order and `image_newline`, against transformers' LlavaNext, from checkpoint to answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from images import picture
+from PIL import Image
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessor, MistralConfig
+from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+
+from llava_edge import Llava, anyres
+from llava_edge.bundle import LANGUAGE, Bundle, Preprocessing, read_manifest, write_manifest
+from llava_edge.errors import BundleError, CheckpointError, ContextOverflowError
+from llava_edge.export import parity
+from llava_edge.export.checkpoint import open_checkpoint
+from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.models import anyres as reference
+from llava_edge.models import micro
+from llava_edge.models.config import LlavaConfig, from_hf, to_hf
+from llava_edge.models.features import FeatureCache, preprocessing
+from llava_edge.models.llava import from_state
+from llava_edge.options import EngineOptions, Options
+from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message, encode, render
+from llava_edge.runtimes.pictures import prepare
+from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.vision import VisionEncoder
+
+Size = tuple[int, int]
+
+REAL = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # of every LLaVA-1.6, (width, height)
+TINY = replace(
+    micro.CONFIG,  # crops of 32 x 32 with 4 x 4 patches
+    square="anyres",
+    grids=((32, 64), (64, 32), (64, 64), (96, 32), (32, 96)),
+    merge="spatial_unpad",
+    image_token_index=micro.VOCABULARY - 1,
+)
+SIZES = {
+    "4:3": (80, 60),
+    "square": (64, 64),
+    "very wide": (300, 40),
+    "very tall": (30, 400),
+    "tiny": (10, 7),
+    "odd": (101, 64),
+    "a line": (500, 6),
+}
+IDS = [1, 5, 17, IMAGE_TOKEN_INDEX, 8, 42, 77]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return micro.write_checkpoint(tmp_path_factory.mktemp("next") / "checkpoint", config=TINY, seed=4)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint: Path) -> Any:
+    """What transformers loads from the folder we wrote: names, sizes and pinpoints are read by its own code."""
+    model, about = LlavaNextForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
+    assert not about["missing_keys"]
+    assert not about["unexpected_keys"]
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint: Path) -> Any:
+    opened = open_checkpoint(checkpoint)
+    assert opened.config == TINY
+    return from_state(opened.config, opened.tensors)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    out = checkpoint.parent / "bundle"
+    export(ExportOptions(checkpoint, out, quant="f16", vision="fp32"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def llava(bundle: Path) -> Iterator[Llava]:
+    with Llava.load(bundle, EngineOptions(device="cpu", threads=1)) as loaded:
+        yield loaded
+
+
+def image(size: Size) -> Image.Image:
+    return Image.fromarray(picture(*size))
+
+
+def their_pixels(config: LlavaConfig, shown: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1, crops, 3, S, S) and (1, 2), the size as (height, width), by transformers' Pillow processor."""
+    side = config.vision.image_size
+    processor = LlavaNextImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=[[height, width] for width, height in config.grids],
+    )
+    found = processor(shown, return_tensors="pt", input_data_format="channels_last")
+    return found["pixel_values"], found["image_sizes"]
+
+
+def features(model: Any, shown: Image.Image) -> torch.Tensor:
+    found: torch.Tensor = model.encode_image(torch.from_numpy(anyres.crops(shown, preprocessing(model.config))))
+    return found
+
+
+# --- pixels, positions, logits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_crops_are_those_of_transformers_to_the_bit(size: Size) -> None:
+    wanted = their_pixels(TINY, image(size))[0][0].numpy()
+    found = anyres.crops(image(size), preprocessing(TINY))
+    assert found.dtype == np.float32
+    assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_embeddings_logits_and_greedy_tokens_equal_transformers(size: Size, theirs: Any, ours: Any) -> None:
+    pixels, sizes = their_pixels(TINY, image(size))
+    with torch.no_grad():
+        wanted = theirs.get_image_features(pixels, sizes)[0]
+        shown = ours.images(features(ours, image(size)), [size])
+        assert shown[0].shape == wanted.shape
+        assert float((shown[0] - wanted).abs().max()) <= 1e-5
+        expanded = [[TINY.image_token_index] * len(wanted) if i == IMAGE_TOKEN_INDEX else [i] for i in IDS]
+        ids = torch.tensor([[token for group in expanded for token in group]])
+        logits = theirs(input_ids=ids, pixel_values=pixels, image_sizes=sizes).logits[0]
+        crops = torch.from_numpy(anyres.crops(image(size), preprocessing(TINY)))
+        assert float((ours(IDS, crops, [size]) - logits).abs().max()) <= 1e-4
+        answer = theirs.generate(
+            input_ids=ids, pixel_values=pixels, image_sizes=sizes, max_new_tokens=16, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+    greedy = ours.generate_greedy(IDS, features(ours, image(size)), 16, sizes=[size])
+    assert greedy == answer[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_the_runtime_arranges_as_transformers_does(size: Size, theirs: Any, ours: Any) -> None:
+    pixels, sizes = their_pixels(TINY, image(size))
+    with torch.no_grad():
+        wanted = theirs.get_image_features(pixels, sizes)[0].numpy()
+        embeds = ours.projector(features(ours, image(size))).numpy()
+    rows = anyres.layout(size, preprocessing(TINY), TINY.image_tokens)
+    assert np.abs(anyres.arrange(embeds, ours.image_newline.numpy(), rows) - wanted).max() <= 1e-5
+
+
+def test_two_pictures_take_their_own_crops(ours: Any) -> None:
+    sizes = [(80, 60), (300, 40)]
+    parts = [features(ours, image(size)) for size in sizes]
+    together = ours.images(torch.cat(parts), sizes)
+    for part, size, shown in zip(parts, sizes, together, strict=True):
+        torch.testing.assert_close(shown, ours.images(part, [size])[0])
+
+
+def test_a_second_name_of_the_newline_is_read(theirs: Any, tmp_path: Path, checkpoint: Path) -> None:
+    """As transformers has it in memory since 4.52, and writes it from version 5 on."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(checkpoint / "model.safetensors")
+    wanted = tensors.pop("image_newline")
+    save_file({**tensors, "model.image_newline": wanted}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    assert np.array_equal(open_checkpoint(tmp_path).tensors["image_newline"], wanted)
+    theirs.save_pretrained(tmp_path / "saved")
+    saved = open_checkpoint(tmp_path / "saved")
+    assert np.array_equal(saved.tensors["image_newline"], wanted)
+    assert saved.config.grids == TINY.grids
+
+
+# --- the arithmetic at LLaVA-1.6's own sizes ---------------------------------------------------------------------
+
+
+def real(merge: Any = "spatial_unpad") -> Preprocessing:
+    return Preprocessing(336, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "anyres", REAL, merge)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "positions"),
+    [
+        ((640, 480), (672, 672), 576 + 36 * 49),
+        ((672, 672), (672, 672), 576 + 48 * 49),
+        ((2000, 500), (1008, 336), 576 + 18 * 73),
+        ((500, 2000), (336, 1008), 576 + 72 * 19),
+        ((100, 100), (336, 672), 576 + 24 * 25),  # both narrow grids are as good: the first
+        ((16384, 1), (336, 672), 576),  # less than a row of patches: nothing is left of the tiles
+    ],
+)
+def test_grid_and_positions(size: Size, grid: Size, positions: int) -> None:
+    assert anyres.best_grid(size, REAL) == grid
+    assert len(anyres.layout(size, real(), 576)) == positions
+    tiles = grid[0] * grid[1] // 336**2
+    assert len(anyres.layout(size, real("flat"), 576)) == 576 * (1 + tiles)
+
+
+def test_positions_equal_transformers_but_for_its_rounding() -> None:
+    """Its processor counts without tensors. Where it differs, a side is whole but for the last digit of a double."""
+    rng = np.random.default_rng(0)
+    sizes = [*map(tuple, rng.integers(1, 1500, (1500, 2)).tolist()), (47, 1128), (88, 99)]
+    differing = []
+    for width, height in sizes:
+        grid = anyres.best_grid((width, height), REAL)
+        columns, rows = grid[0] // 336, grid[1] // 336
+        counts = LlavaNextProcessor._get_unpadded_features(None, height, width, 24, 24, rows, columns)
+        if 576 + sum(counts) != len(anyres.layout((width, height), real(), 576)):
+            differing.append((width, height))
+            exact = width * 24 * rows / height, height * 24 * columns / width
+            assert min(abs(side - round(side)) for side in exact) < 1e-9
+    assert {(47, 1128), (88, 99)} <= set(differing)
+    assert len(differing) < 8
+
+
+def test_which_of_two_equal_grids_depends_on_the_order_they_are_stored_in() -> None:
+    """transformers' default pinpoints are LLaVA's numbers, but read as (height, width)."""
+    published = LlavaNextConfig().image_grid_pinpoints
+    assert published == [list(grid) for grid in REAL]
+    config = from_hf({"model_type": "llava_next", "text_config": {}, "vision_config": {}})
+    assert config.grids == tuple((width, height) for height, width in published)
+    assert anyres.best_grid((100, 100), config.grids) == (672, 336) != anyres.best_grid((100, 100), REAL)
+    assert config.merge == "spatial_unpad"
+    assert config.square == "anyres"
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------
+
+
+def newline_dropped(rows: Any) -> Any:
+    return rows[rows < rows.max()]
+
+
+def newline_once(rows: Any) -> Any:
+    return np.append(newline_dropped(rows), rows.max())
+
+
+def base_last(rows: Any) -> Any:
+    return np.concatenate([rows[TINY.image_tokens :], rows[: TINY.image_tokens]])
+
+
+def tiles_by_column(rows: Any) -> Any:
+    """The second and third of four tiles exchanged."""
+    tile, n = rows // TINY.image_tokens, TINY.image_tokens
+    return np.where(tile == 2, rows + n, np.where(tile == 3, rows - n, rows))
+
+
+def failing(checkpoint: Path, bundle: Path) -> set[str]:
+    """Rows of the parity table, measured anew, that would keep a bundle from being published."""
+    opened = Bundle.open(bundle)
+    rows = parity.parity(opened, open_checkpoint(checkpoint), opened.part(LANGUAGE))
+    return {row.stage for row in rows if not row.passed}
+
+
+MISTAKES: list[Callable[[Any], Any]] = [newline_dropped, newline_once, base_last, tiles_by_column]
+
+
+@pytest.mark.parametrize("mistake", [*MISTAKES, "unpad skipped"], ids=lambda item: getattr(item, "__name__", item))
+def test_parity_notices_a_wrong_order(
+    mistake: Any, checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mistake == "unpad skipped":
+        monkeypatch.setattr(anyres, "_without_padding", lambda places, size: places)
+    else:
+        right = anyres.layout
+        monkeypatch.setattr(anyres, "layout", lambda *arguments: mistake(right(*arguments)))
+    assert failing(checkpoint, bundle) == {"arrangement"}
+
+
+@pytest.mark.parametrize("mistake", ["unpad skipped", "base last", "newline dropped", "tiles by column"])
+def test_the_comparison_with_transformers_notices(
+    mistake: str, theirs: Any, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (80, 60)
+    pixels, sizes = their_pixels(TINY, image(size))
+    if mistake == "unpad skipped":
+        monkeypatch.setattr(reference, "unpad", lambda seen, size: seen)
+    with torch.no_grad():
+        wanted = theirs.get_image_features(pixels, sizes)[0]
+        seen = features(ours, image(size))
+        if mistake == "tiles by column":
+            seen = seen[[0, 1, 3, 2, 4]]
+        shown = ours.images(seen, [size])[0]
+    if mistake == "base last":
+        shown = torch.cat([shown[16:], shown[:16]])
+    elif mistake == "newline dropped":
+        shown = shown[(shown != ours.image_newline).any(-1)]
+    assert shown.shape != wanted.shape or float((shown - wanted).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("mistake", ["corner", "grey", "squeezed"])
+def test_parity_notices_wrong_tiles(
+    mistake: str, checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def canvas(shown: Image.Image, grid: Size) -> Image.Image:
+        if mistake == "squeezed":
+            return shown.resize(grid, Image.Resampling.BICUBIC)
+        scale = min(grid[0] / shown.width, grid[1] / shown.height)
+        inner = shown.resize((int(shown.width * scale), int(shown.height * scale)), Image.Resampling.BICUBIC)
+        corner = (0, 0) if mistake == "corner" else ((grid[0] - inner.width) // 2, (grid[1] - inner.height) // 2)
+        whole = Image.new("RGB", grid, "grey" if mistake == "grey" else "black")
+        whole.paste(inner, corner)
+        return whole
+
+    monkeypatch.setattr(anyres, "_canvas", canvas)
+    assert failing(checkpoint, bundle) == {"pixels"}
+
+
+# --- the bundle and its engine -----------------------------------------------------------------------------------
+
+
+def test_the_bundle_says_how_pictures_are_seen(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.preprocessing.square == "anyres"
+    assert manifest.preprocessing.grids == TINY.grids
+    assert manifest.preprocessing.merge == "spatial_unpad"
+    assert manifest.vision.image_tokens == 16  # of one crop
+    assert {row.stage for row in manifest.parity} >= {"pixels", "arrangement"}
+    assert all(row.passed for row in manifest.parity)
+
+
+def test_a_manifest_from_before_anyres_still_opens(root: Path) -> None:
+    pixels = read_manifest(root / "llava_edge" / "zoo" / "smol").preprocessing
+    assert "grids" not in (root / "llava_edge" / "zoo" / "smol" / "manifest.json").read_text("utf-8")
+    assert (pixels.square, pixels.grids, pixels.merge) == ("pad", (), "flat")
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_the_engine_answers_as_pytorch_does(
+    size: Size, llava: Llava, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[int] = []
+    sample = Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda self, context: sampled.append(sample(self, context)) or sampled[-1])
+    result = llava.ask("What is it?", image(size), Options(max_tokens=16))
+    language = llava._engine._language
+    assert language is not None
+    pieces = render(TINY.template, [Message("user", "What is it?", 1)])
+    ids = encode(pieces, language.tokenize, language.control_id)
+    seen = features(ours, image(size))
+    assert sampled == ours.generate_greedy(ids, seen, 16, sizes=[size])
+    assert result.image_tokens == len(ours.images(seen, [size])[0]) == result.prompt_tokens - len(ids) + 1
+
+
+def test_the_context_is_checked_with_each_pictures_own_positions(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Bundle.open(bundle).manifest
+    counts = [len(prepare(image(size), manifest).rows) for size in ((80, 60), (300, 40))]
+    assert counts[0] != counts[1]
+    monkeypatch.setattr(VisionEncoder, "encode", lambda *_: pytest.fail("encoded before the positions were counted"))
+    said = rf"2 images: {sum(counts)}, text: \d+\).*context has 100"
+    options = EngineOptions(device="cpu", threads=1, context=100)
+    with Llava.load(bundle, options) as small, pytest.raises(ContextOverflowError, match=said):
+        small.ask("?", [image((80, 60)), image((300, 40))])
+
+
+def test_a_stop_between_two_tiles(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancel, encoded = threading.Event(), []
+    encode_crop = VisionEncoder.encode
+
+    def encode_then_stop(self: VisionEncoder, *arguments: Any) -> Any:
+        encoded.append(encode_crop(self, *arguments))
+        if len(encoded) == 2:
+            cancel.set()
+        return encoded[-1]
+
+    monkeypatch.setattr(VisionEncoder, "encode", encode_then_stop)
+    final = list(llava.stream("?", image((80, 60)), cancel=cancel))[-1].final
+    assert final is not None
+    assert final.finish_reason == "cancelled"
+    assert len(encoded) == 2  # of five
+
+
+def test_a_turn_reuses_the_tiles_of_the_turn_before(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    llava.ask("hello", options=Options(max_tokens=1))
+    chat = llava.chat(options=Options(max_tokens=2))
+    assert [chunk.final.image_tokens for chunk in chat.say("What?", image((80, 60))) if chunk.final] == [16 + 6 * 9]
+    monkeypatch.setattr(VisionEncoder, "encode", lambda *_: pytest.fail("encoded again"))
+    assert list(chat.say("And?"))[-1].final is not None
+
+
+def test_pictures_that_differ_only_in_their_padding_have_other_keys(bundle: Path) -> None:
+    """Black on black: the crops are the same, what is cut off is not."""
+    manifest = Bundle.open(bundle).manifest
+    square, wide = (prepare(Image.new("RGB", size), manifest) for size in ((64, 64), (80, 60)))
+    assert np.array_equal(square.crops, wide.crops)
+    assert len(square.rows) != len(wide.rows)
+    assert square.key != wide.key
+    assert prepare(Image.new("RGB", (80, 60)), manifest).key == wide.key
+
+
+BAD_PIXELS: list[tuple[dict[str, Any], str]] = [
+    ({"grids": ()}, "at least one grid"),
+    ({"grids": ((33, 64),)}, "33 x 64 pixels is not"),
+    ({"grids": ((0, 64),)}, "0 x 64"),
+    ({"grids": ((32 * 37, 32),)}, "1 to 36 tiles"),
+    ({"square": "pad"}, "for square anyres only"),
+    ({"merge": "flat"}, "projector.gguf has the tensors"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_PIXELS, ids=lambda value: str(value)[:30])
+def test_a_manifest_that_cannot_be_right(change: dict[str, Any], said: str, bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, preprocessing=replace(manifest.preprocessing, **change)))
+    with pytest.raises(BundleError, match=said):
+        Llava.load(folder, EngineOptions(device="cpu", threads=1))
+
+
+def test_flat_merging_from_checkpoint_to_answer(tmp_path: Path) -> None:
+    config = replace(TINY, merge="flat", image_pool=2)
+    assert from_hf(to_hf(config)) == config
+    folder = micro.write_checkpoint(tmp_path / "checkpoint", config=config)
+    manifest = export(ExportOptions(folder, tmp_path / "out", quant="f16", vision="fp32"))
+    assert all(row.passed for row in manifest.parity)
+    with Llava.load(tmp_path / "out", EngineOptions(device="cpu", threads=1)) as loaded:
+        assert loaded.ask("?", image((80, 60)), Options(max_tokens=2)).image_tokens == 5 * 4
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_a_mistral_without_window_is_a_llama(tmp_path: Path) -> None:
+    """As llava-hf/llava-v1.6-mistral-7b-hf: sizes that it leaves out are Mistral's."""
+    raw = to_hf(TINY)
+    text = {key: value for key, value in raw["text_config"].items() if key not in ("model_type", "architectures")}
+    mistral = MistralConfig(**text, sliding_window=None, head_dim=None)
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(
+        LlavaNextConfig(
+            text_config=mistral,
+            vision_config=raw["vision_config"],
+            image_grid_pinpoints=raw["image_grid_pinpoints"],
+            image_token_index=TINY.image_token_index,
+        )
+    ).eval()
+    model.save_pretrained(tmp_path)
+    opened = open_checkpoint(tmp_path)
+    assert replace(opened.config, template=TINY.template) == TINY
+    size = (80, 60)
+    pixels, sizes = their_pixels(TINY, image(size))
+    ours = from_state(opened.config, opened.tensors)
+    with torch.no_grad():
+        count = len(model.get_image_features(pixels, sizes)[0])
+        ids = torch.tensor([[1, 5, *[TINY.image_token_index] * count, 8]])
+        wanted = model(input_ids=ids, pixel_values=pixels, image_sizes=sizes).logits[0]
+        found = ours([1, 5, IMAGE_TOKEN_INDEX, 8], pixels[0], [size])
+    assert float((found - wanted).abs().max()) <= 1e-4
+
+
+def test_what_a_mistral_leaves_out() -> None:
+    raw = {"model_type": "llava_next", "vision_config": {}, "text_config": {"model_type": "mistral"}}
+    wanted = MistralConfig()
+    with pytest.raises(CheckpointError, match="sliding window of 4096"):
+        from_hf(raw)
+    text = from_hf({**raw, "text_config": {"model_type": "mistral", "sliding_window": None}}).text
+    for name in vars(text):
+        assert getattr(text, name) == getattr(wanted, name), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image_grid_pinpoints": [[32, 50]]}, "50 x 32 pixels is not"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "wrong kind"),
+        ({"image_grid_pinpoints": [32, 64]}, "wrong kind"),
+        ({"model_type": "llava"}, "at least one grid"),
+        ({"vision_feature_select_strategy": "full"}, "as many columns as rows, not 17"),
+        ({"llava_edge": {"template": "chatml", "merge": "spatial"}}, "merge to 'spatial'"),
+        ({"llava_edge": {"template": "chatml", "merge": "flat"}}, "not known .image_newline"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_tiling_that_would_give_wrong_answers_is_refused(
+    changes: dict[str, Any], said: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    raw = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}), "utf-8")
+    (tmp_path / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(tmp_path)
+
+
+def test_training_on_tiles_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="one crop of each picture"):
+        FeatureCache(tmp_path, TINY)
