@@ -160,6 +160,13 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def control_tokens(name: str) -> tuple[str, ...]:
+    """The control tokens that a prompt layout cannot do without."""
+    layout = template(name)
+    opening = "<|im_start|>" if layout.style == "chatml" else layout.bos
+    return tuple(text for text in (opening, layout.end) if text)
+
+
 def _check(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
     size = len(vocabulary.tokens)
     if max(vocabulary.bos, vocabulary.eos) >= size:
@@ -167,9 +174,7 @@ def _check(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
     if len(set(vocabulary.tokens)) != size:
         raise CheckpointError(f"The tokenizer in {folder} has the same token twice.")
     control = {text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL}
-    layout = template(config.template)
-    opening = "<|im_start|>" if layout.style == "chatml" else layout.bos
-    missing = [text for text in (opening, layout.end) if text and text not in control]
+    missing = [text for text in control_tokens(config.template) if text not in control]
     if missing:
         raise CheckpointError(
             f"The prompt template {config.template!r} needs the special tokens {', '.join(missing)}, "

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
-from llava_edge.errors import UnavailableError
+from llava_edge.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from llava_edge.bundle import ParityRow
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Precision of the vision tower.",
 )
+@click.option("--mmproj", type=click.Path(path_type=Path), help="CHECKPOINT is a GGUF; this is its picture encoder.")
+@click.option("--template", help="Prompt layout of a GGUF pair, which its files do not name.  [default: vicuna_v1]")
+@click.option("--emit-mmproj", type=click.Path(path_type=Path), help="Also write the picture encoder for llama.cpp.")
 @click.option("--name", default="", help="Of the model; the name of OUT unless given.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
 @click.option("--force-publish", is_flag=True, help="Publish even if a stage differs from PyTorch too much.")
@@ -46,18 +50,23 @@ def export(
     out: Path,
     quant: Quant,
     vision: Precision,
+    mmproj: Path | None,
+    template: str | None,
+    emit_mmproj: Path | None,
     name: str,
     force: bool,
     force_publish: bool,
     threads: int,
     as_json: bool,
 ) -> None:
-    """Turn CHECKPOINT, a Hugging Face LLaVA folder, into the bundle OUT.
+    """Turn CHECKPOINT, a Hugging Face LLaVA folder or a GGUF with --mmproj, into the bundle OUT.
 
     Every stage is measured against PyTorch where it is installed; the table ends with the worst stage.
     """
     from dataclasses import asdict
 
+    if mmproj and click.get_current_context().get_parameter_source("quant") is not ParameterSource.DEFAULT:
+        raise UsageError("A GGUF's language model is kept as it is; leave out --quant.")
     try:
         from llava_edge.export import exporter
     except ModuleNotFoundError as error:
@@ -69,6 +78,9 @@ def export(
         out=out,
         quant=quant,
         vision=vision,
+        mmproj=mmproj,
+        template=template,
+        emit_mmproj=emit_mmproj,
         name=name,
         force=force,
         force_publish=force_publish,
