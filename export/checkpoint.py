@@ -51,9 +51,25 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._stored[name].shape
 
 
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and deviation of a picture
+
+
+@dataclass(frozen=True)
+class LanguageFile:
+    """A GGUF that goes into the bundle as it is, and what its quantization is called."""
+
+    path: Path
+    quantization: str
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the rest of the exporter works from. `tokenizer` is the folder that has one, `notes` are for the user."""
+    """What the rest of the exporter works from.
+
+    tokenizer: the folder that has one. notes: what was assumed because the source does not say it, as sentences.
+    language_file: set when the language model is a finished GGUF; it is then copied instead of written and quantized.
+    normalisation: set when the source itself says it; otherwise preprocessor_config.json, or CLIP's.
+    """
 
     folder: Path
     config: LlavaConfig
@@ -61,6 +77,8 @@ class Checkpoint:
     layout: Layout
     tokenizer: Path
     notes: tuple[str, ...] = ()
+    language_file: LanguageFile | None = None
+    normalisation: Normalisation | None = None
 
 
 def open_checkpoint(

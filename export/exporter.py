@@ -37,9 +37,11 @@ from llava_edge.bundle import (
 )
 from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, UsageError
 from llava_edge.export import parity, publish, samples, verify
-from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
+from llava_edge.export.gguf_pair import open_pair
 from llava_edge.export.llm_gguf import write_language
+from llava_edge.export.mmproj import check_mmproj, write_mmproj
 from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tensors import read_json
@@ -52,6 +54,7 @@ from llava_edge.runtimes.vision import VisionEncoder
 Progress = Callable[[str, float | None], None]
 
 VISION_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+PAIR_TEMPLATE = "vicuna_v1"  # LLaVA-1.5's, which most published pairs are
 INT8_TARGET = 2e-2  # relative error aimed at on the sample pictures; photographs reached 2.2e-2 where they had 1.6e-2
 
 
@@ -59,8 +62,10 @@ INT8_TARGET = 2e-2  # relative error aimed at on the sample pictures; photograph
 class ExportOptions:
     """What to export and how.
 
-    checkpoint: a LLaVA folder of any layout. out: the bundle folder to make.
+    checkpoint: a LLaVA folder of any layout, or the language GGUF of a pair. out: the bundle folder to make.
     base, vision_tower, template: what the checkpoint lacks, see `open_checkpoint`.
+    mmproj: the other file of a pair; `quant` is then the language file's own.
+    emit_mmproj: also write the vision tower and projector there, as llama.cpp's programs load them.
     name: of the model; the name of `out` unless given. provenance: where its parts are from.
     force: replace a bundle that `out` already is. force_publish: publish although parity fails.
     threads: for llama.cpp's quantizer and the measurements' engines; 0 is all cores.
@@ -82,6 +87,8 @@ class ExportOptions:
     threads: int = 0
     float16_blocks: int | None = None
     measured: Manifest | None = None
+    mmproj: Path | None = None
+    emit_mmproj: Path | None = None
 
     def __post_init__(self) -> None:
         for value, allowed in ((self.quant, QUANTS), (self.vision, VISION_PRECISIONS)):
@@ -99,18 +106,22 @@ def export(options: ExportOptions, progress: Progress = lambda stage, share: Non
     if out.name in ("", "..", "."):
         raise CannotCreateError(f"{options.out} is not a name for a bundle folder.")
     progress("reading the checkpoint", None)
-    checkpoint = open_checkpoint(
-        options.checkpoint, base=options.base, vision_tower=options.vision_tower, template=options.template
-    )
+    checkpoint = _open(options)
     for note in checkpoint.notes:
         progress(note, None)
-    vocabulary = read_tokenizer(checkpoint.tokenizer, checkpoint.config)
+    language = checkpoint.language_file or read_tokenizer(checkpoint.tokenizer, checkpoint.config)
     publish.check_target(out, options.force)
+    if options.emit_mmproj:
+        check_mmproj(checkpoint.config, options.emit_mmproj, options.force)
     probe.require_working_build()
     with publish.staging(out) as temp:
         try:
             publish.check_space(out, estimate(checkpoint, options))
-            manifest = _write(options, checkpoint, vocabulary, temp, out.name, progress)
+            manifest = _write(options, checkpoint, language, temp, out.name, progress)
+            if options.emit_mmproj:
+                pixels, name = manifest.preprocessing, manifest.name
+                progress(f"writing {options.emit_mmproj}", None)
+                write_mmproj(checkpoint, pixels.mean, pixels.std, options.emit_mmproj, name)
             progress("publishing", None)
             publish.check_target(out, options.force)
             publish.publish(temp, out)
@@ -121,20 +132,44 @@ def export(options: ExportOptions, progress: Progress = lambda stage, share: Non
     return manifest
 
 
+def _open(options: ExportOptions) -> Checkpoint:
+    if options.mmproj is not None:
+        return open_pair(options.checkpoint, options.mmproj, options.template or PAIR_TEMPLATE)
+    if options.checkpoint.is_file():
+        raise UsageError(
+            f"{options.checkpoint} is a file; a GGUF language model needs its picture encoder too (--mmproj FILE), "
+            "and a checkpoint is given as a folder."
+        )
+    return open_checkpoint(
+        options.checkpoint, base=options.base, vision_tower=options.vision_tower, template=options.template
+    )
+
+
 def estimate(checkpoint: Checkpoint, options: ExportOptions) -> int:
-    """Bytes on disk while exporting: the float16 language file, the quantized one, vision up to twice, projector."""
+    """Bytes on disk while exporting: the float16 language file, the quantized one, vision up to twice, projector.
+
+    A finished language file is only copied.
+    """
     config = checkpoint.config
     language, vision, projector = (
         sum(int(np.prod(shape)) for shape in shapes.values())
         for shapes in (language_shapes(config), vision_shapes(config), projector_shapes(config))
     )
     tower = {"fp32": 4, "fp16": 2, "int8": 6}[options.vision]  # int8 is measured against a float32 copy
-    return int(language * (2 + BITS[options.quant] / 8)) + vision * tower + projector * 4 + (16 << 20)
+    kept = checkpoint.language_file
+    text = kept.path.stat().st_size if kept else int(language * (2 + BITS[options.quant] / 8))
+    return text + vision * tower + projector * 4 + (16 << 20)
 
 
 def _write(
-    options: ExportOptions, checkpoint: Checkpoint, vocabulary: Vocabulary, temp: Path, name: str, progress: Progress
+    options: ExportOptions,
+    checkpoint: Checkpoint,
+    language: LanguageFile | Vocabulary,
+    temp: Path,
+    name: str,
+    progress: Progress,
 ) -> Manifest:
+    """`language` is what the language file comes from: a finished one, or the words to write one with."""
     scratch = temp / "scratch"
     scratch.mkdir()
     name = options.name or name
@@ -142,12 +177,9 @@ def _write(
     _write_vision(options, Bundle(temp, manifest), checkpoint, scratch, progress)
     progress("projector", None)
     write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
-    float16 = scratch / "float16.gguf"
-    write_language(checkpoint, vocabulary, float16, name, lambda share: progress("language model as float16", share))
-    progress(f"quantizing to {options.quant}", None)
-    quantize(float16, temp / LANGUAGE, options.quant, options.threads)
+    float16 = _write_language(options, Bundle(temp, manifest), checkpoint, language, scratch, progress)
     verify.read_back_projector(temp / PROJECTOR, checkpoint)
-    for path in (float16, temp / LANGUAGE) if options.quant != "f16" else (temp / LANGUAGE,):
+    for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
         verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))
     progress("hashing", None)
     files = {part: file_entry(temp / part) for part in PARTS}
@@ -161,6 +193,26 @@ def _write(
     write_manifest(temp, manifest)
     Bundle.open(temp)  # what the runtime will refuse must not be published
     return manifest
+
+
+def _write_language(
+    options: ExportOptions,
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    language: LanguageFile | Vocabulary,
+    scratch: Path,
+    progress: Progress,
+) -> Path | None:
+    """language.gguf. Returns the float16 file that it was quantized from; None for one that was finished before."""
+    if isinstance(language, LanguageFile):
+        progress(f"copying {language.path.name}", None)
+        shutil.copyfile(language.path, bundle.part(LANGUAGE))
+        return None
+    float16, name = scratch / "float16.gguf", bundle.manifest.name
+    write_language(checkpoint, language, float16, name, lambda share: progress("language model as float16", share))
+    progress(f"quantizing to {options.quant}", None)
+    quantize(float16, bundle.part(LANGUAGE), options.quant, options.threads)
+    return float16
 
 
 def _write_vision(
@@ -206,7 +258,7 @@ def _features(bundle: Bundle, count: int | None = None) -> list[np.ndarray]:
 
 
 def _parity(
-    options: ExportOptions, bundle: Bundle, checkpoint: Checkpoint, float16: Path, progress: Progress
+    options: ExportOptions, bundle: Bundle, checkpoint: Checkpoint, float16: Path | None, progress: Progress
 ) -> list[ParityRow]:
     progress("measuring parity with PyTorch", None)
     why_not = parity.obstacle()
@@ -235,8 +287,7 @@ class ParityError(CheckpointError):
 
 def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Manifest:
     """All but files and parity."""
-    config = checkpoint.config
-    source = Provenance("all parts", checkpoint.folder.resolve().name, "as the checkpoint's")
+    config, kept = checkpoint.config, checkpoint.language_file
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
@@ -257,20 +308,29 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
             hidden_size=config.text.hidden_size,
             context_length=config.text.max_position_embeddings,
             vocab_size=config.text.vocab_size,
-            quantization=options.quant,
+            quantization=kept.quantization if kept else options.quant,
         ),
         files={},
-        provenance=list(options.provenance or (source,)),
+        provenance=list(options.provenance or _sources(options)),
         image_markers=list(config.image_markers),
         after_control=after_control(checkpoint.tokenizer, config),
     )
 
 
+def _sources(options: ExportOptions) -> tuple[Provenance, ...]:
+    terms, name = "as the checkpoint's", options.checkpoint.resolve().name
+    if options.mmproj is None:
+        return (Provenance("all parts", name, terms),)
+    return Provenance("language", name, terms), Provenance("vision and projector", options.mmproj.resolve().name, terms)
+
+
 def _preprocessing(checkpoint: Checkpoint) -> Preprocessing:
-    """Mean and deviation from preprocessor_config.json where there is one; CLIP's otherwise."""
+    """Mean and deviation from the source itself, or preprocessor_config.json where there is one; CLIP's otherwise."""
+    config = checkpoint.config
+    if checkpoint.normalisation is not None:
+        return Preprocessing(config.vision.image_size, *checkpoint.normalisation, config.square)
     path = checkpoint.folder / "preprocessor_config.json"
     raw = read_json(path) if path.is_file() else {}
-    config = checkpoint.config
     try:
         mean, std = (
             (float(values[0]), float(values[1]), float(values[2]))

@@ -23,7 +23,7 @@ from llava_edge.export import merge, original
 from llava_edge.export.names import FINAL_NORM, VISION_PREFIX
 from llava_edge.export.tensors import StoredTensor, has_weights, open_file, open_folder, read_json
 
-Layout = Literal["huggingface", "original", "lora", "projector", "delta", "language model"]
+Layout = Literal["huggingface", "original", "lora", "projector", "delta", "language model", "gguf pair"]
 Stored = dict[str, StoredTensor]
 
 PROJECTOR_FILE = "mm_projector.bin"  # llava/train/llava_trainer.py

@@ -48,6 +48,11 @@ AMPLIFICATION = 5.0  # of CLIP's relative error by the projector, at most
 # Cosine. What bits cost depends on the model and is reported rather than judged; the file's content is checked tensor
 # by tensor. These only stop a bundle that lost its model.
 QUANT_LIMITS = {"f16": 0.9999, "q8_0": 0.995, "q5_k_m": 0.95, "q4_k_m": 0.85, "q4_0": 0.6}
+# Cosine of a language file that was quantized elsewhere, against its own weights dequantised. What differs is that
+# llama.cpp rounds activations to 8 bits: 0.9997 or better on random models of 2 and 16 blocks in all quantizations,
+# 0.9982 for SmolLM2-135M in Q4_1. q and k with rows in the wrong order gave at most 0.98.
+KEPT_LIMITS = {"f32": 0.9999, "f16": 0.9999}
+KEPT_LIMIT = 0.99
 GREEDY_LIMITS = {"f16": 0.95}  # near ties may fall either way; what quantization changes is reported
 
 STEPS = 64  # of the greedy answer
@@ -156,7 +161,8 @@ def _language_rows(
             engine.close()
         if wanted is None:
             wanted = _reference_logits(checkpoint, ids, image, answer)
-        rows += [_logits_row(name, ours, wanted), _greedy_row(name, ours, wanted)]
+        limit = KEPT_LIMITS.get(name, KEPT_LIMIT) if checkpoint.language_file else QUANT_LIMITS[name]
+        rows += [_logits_row(name, limit, ours, wanted), _greedy_row(name, ours, wanted)]
     return rows
 
 
@@ -185,10 +191,10 @@ def _reference_logits(checkpoint: Checkpoint, ids: list[int], image: Array, answ
     return streamed.logits(checkpoint.config, checkpoint.tensors, embeds, start=len(embeds) - len(answer) - 1)
 
 
-def _logits_row(name: str, ours: Array, wanted: Array) -> ParityRow:
+def _logits_row(name: str, limit: float, ours: Array, wanted: Array) -> ParityRow:
     """The worst position counts."""
     cosines = (ours * wanted).sum(-1) / (np.linalg.norm(ours, axis=-1) * np.linalg.norm(wanted, axis=-1))
-    value, limit = float(cosines.min()), QUANT_LIMITS[name]
+    value = float(cosines.min())
     return ParityRow(
         f"logits {name}", "cosine", value, limit, _max_abs([ours], [wanted]), relative(ours, wanted), value >= limit
     )

@@ -12,6 +12,7 @@ from llava_edge import gguf
 from llava_edge.errors import CheckpointError
 from llava_edge.export import llm_gguf, projector
 from llava_edge.export.checkpoint import Checkpoint
+from llava_edge.models import llama_gguf
 
 Array = np.ndarray[Any, Any]
 
@@ -23,7 +24,7 @@ TYPE_LIMITS |= {"Q4_K": 0.25, "Q4_0": 0.25, "Q4_1": 0.25}
 
 def read_back_language(path: Path, checkpoint: Checkpoint, progress: Callable[[float], None] = lambda x: None) -> None:
     """Compare every tensor of a language file with its source. Raises `CheckpointError` naming the worst."""
-    names = llm_gguf.tensor_names(checkpoint.config.text)
+    names = llama_gguf.tensor_names(checkpoint.config.text)
     _read_back(path, names, lambda target: llm_gguf.gguf_tensor(checkpoint, target, names[target]), progress)
     gguf.check_language(gguf.read(path))
 

@@ -61,10 +61,11 @@ _LANGUAGE_TENSOR = re.compile(
 
 @dataclass(frozen=True)
 class Array:
-    """A metadata array that was measured, not read: type id of its items, and their count."""
+    """A metadata array that was measured, not read: type id of its items, their count, where in the file they begin."""
 
     kind: int
     count: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,14 @@ class Gguf:
             raise BundleError(f"Tensor {name!r} of {self.path} is {tensor.kind}; F32 or F16 was expected.")
         kind = np.dtype("<f4" if tensor.kind == "F32" else "<f2")
         return np.memmap(self.path, kind, mode="r", offset=tensor.offset, shape=tensor.shape)
+
+    def items(self, key: str) -> list[Any]:
+        """The values of a metadata array; none if there is no such array."""
+        array = self.metadata.get(key)
+        if not isinstance(array, Array):
+            return []
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(self.path, data).items(array)
 
     def number(self, key: str, low: int, high: int) -> int:
         """A whole number of the metadata within bounds. Raises `BundleError`."""
@@ -253,13 +262,21 @@ class _Header:
     def array(self) -> Array:
         kind = self.scalar("I")
         count = self.count(MAX_ITEMS, "items of an array")
+        start = self.at
         if kind in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[kind]))
         elif kind == _STRING:
             self.skip_texts(count)
         else:
             raise self.bad(f"an array holds items of type {kind}; numbers or texts were expected")
-        return Array(kind, count)
+        return Array(kind, count, start)
+
+    def items(self, array: Array) -> list[Any]:
+        self.at = array.offset
+        if array.kind == _STRING:
+            return [self.text(MAX_TEXT_BYTES, "an item of an array") for _ in range(array.count)]
+        self.skip(array.count * struct.calcsize("<" + _SCALARS[array.kind]))
+        return list(struct.unpack_from(f"<{array.count}{_SCALARS[array.kind]}", self.data, array.offset))
 
     def skip_texts(self, count: int) -> None:
         """Step over `count` texts. A vocabulary has about 10^5 of them, hence one tight loop."""

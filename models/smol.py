@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llava_edge import gguf
 from llava_edge.errors import DataError, UnavailableError
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
+from llava_edge.models.llama_gguf import language_values, tensor_names
 
 if TYPE_CHECKING:
     from llava_edge.models.llava import Llava
@@ -159,46 +161,9 @@ def clip_tensors(path: Path) -> Arrays:
 
 
 def language_tensors(path: Path) -> Arrays:
-    """The GGUF's weights under classic Hugging Face names in float32, the RoPE permutation of q and k undone."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    tensors: Arrays = {}
-    text = CONFIG.text
-    for item in GGUFReader(path).tensors:
-        array = dequantize(item.data, item.tensor_type).astype(np.float32)
-        if item.name.endswith("attn_q.weight"):
-            array = _unpermute(array, text.num_attention_heads)
-        elif item.name.endswith("attn_k.weight"):
-            array = _unpermute(array, text.num_key_value_heads)
-        tensors["language_model.model." + _hf_name(item.name)] = array
-    return tensors
-
-
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp rotates neighbouring rows, Hugging Face halves (llava_edge.export.llm_gguf does the inverse)."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-_GGUF_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _hf_name(name: str) -> str:
-    if name.startswith("blk."):
-        _, layer, kind, suffix = name.split(".")
-        return f"layers.{layer}.{_GGUF_NAMES[kind]}.{suffix}"
-    return {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}[name]
+    """The GGUF's weights under classic Hugging Face names in float32."""
+    file = gguf.read(path)
+    return {source: language_values(file, target, CONFIG.text) for target, source in tensor_names(CONFIG.text).items()}
 
 
 def tokenizer_json(path: Path) -> dict[str, Any]:

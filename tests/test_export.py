@@ -27,7 +27,7 @@ from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, ParityError, export
 from llava_edge.export.quantize import Quant, quantize
 from llava_edge.export.tokenizer import read_tokenizer
-from llava_edge.models import micro
+from llava_edge.models import llama_gguf, micro
 from llava_edge.models.config import LlavaConfig, VisionConfig
 from llava_edge.models.shapes import vision_shapes
 from llava_edge.runtimes import projector as runtime_projector
@@ -357,12 +357,10 @@ def test_the_fields_of_the_language_file(micro_checkpoint: Path, micro_bundle: P
 
 
 def test_the_permutation_undoes_what_the_importer_does() -> None:
-    from llava_edge.models.smol import _unpermute
-
     weight = np.arange(24 * 3).reshape(24, 3)
-    assert np.array_equal(_unpermute(llm_gguf.permute(weight, 3), 3), weight)
+    assert np.array_equal(llama_gguf.unpermute(llama_gguf.permute(weight, 3), 3), weight)
     # One head of 8 rows: halves 0..3 and 4..7 become neighbours.
-    assert llm_gguf.permute(weight[:8], 1)[:, 0].tolist() == weight[[0, 4, 1, 5, 2, 6, 3, 7], 0].tolist()
+    assert llama_gguf.permute(weight[:8], 1)[:, 0].tolist() == weight[[0, 4, 1, 5, 2, 6, 3, 7], 0].tolist()
 
 
 # --- negative controls: each classic mistake, made on purpose, must stop the export ------------------------------
@@ -441,7 +439,7 @@ def test_a_file_that_does_not_hold_its_source_is_not_published(
 ) -> None:
     from llava_edge.errors import CheckpointError
 
-    names = llm_gguf.tensor_names
+    names = llama_gguf.tensor_names
     right = llm_gguf.write_language
 
     def swapped(*arguments: Any) -> None:

@@ -51,7 +51,11 @@ def test_reads_what_the_gguf_package_writes(good: Path) -> None:
     gguf.check_language(file)
     assert file.architecture == "llama"
     assert file.metadata["llama.embedding_length"] == 4
-    assert file.metadata["tokenizer.ggml.tokens"] == gguf.Array(8, 3)
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    assert (tokens.kind, tokens.count) == (8, 3)
+    assert file.items("tokenizer.ggml.tokens") == ["a", "b", "€"]
+    assert file.items("tokenizer.ggml.scores") == [0.0, 1.0, 2.0]
+    assert file.items("tokenizer.ggml.merges") == []
     assert np.array_equal(file.array("token_embd.weight"), WEIGHT)
     assert isinstance(file.array("token_embd.weight"), np.memmap)
     assert file.array("blk.0.attn_norm.weight").dtype == np.float16

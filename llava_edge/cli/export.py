@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
-from llava_edge.errors import UnavailableError
+from llava_edge.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from llava_edge.bundle import ParityRow
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 )
 @click.option("--vision-tower", type=click.Path(path_type=Path), help="CLIP folder, if CHECKPOINT has no CLIP inside.")
 @click.option("--template", help="Prompt layout, instead of the one the checkpoint suggests.")
+@click.option("--mmproj", type=click.Path(path_type=Path), help="CHECKPOINT is a GGUF; this is its picture encoder.")
+@click.option("--emit-mmproj", type=click.Path(path_type=Path), help="Also write the picture encoder for llama.cpp.")
 @click.option("--name", default="", help="Of the model; the name of OUT unless given.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
 @click.option("--force-publish", is_flag=True, help="Publish even if a stage differs from PyTorch too much.")
@@ -56,19 +59,23 @@ def export(
     base: Path | None,
     vision_tower: Path | None,
     template: str | None,
+    mmproj: Path | None,
+    emit_mmproj: Path | None,
     name: str,
     force: bool,
     force_publish: bool,
     threads: int,
     as_json: bool,
 ) -> None:
-    """Turn CHECKPOINT, a LLaVA folder of any published layout, into the bundle OUT.
+    """Turn CHECKPOINT, a LLaVA of any published layout or a GGUF with --mmproj, into the bundle OUT.
 
     'llava-edge info CHECKPOINT' says which layout it is and what it needs. Every stage is measured against PyTorch
     where that is installed; the table ends with the worst stage.
     """
     from dataclasses import asdict
 
+    if mmproj and click.get_current_context().get_parameter_source("quant") is not ParameterSource.DEFAULT:
+        raise UsageError("A GGUF's language model is kept as it is; leave out --quant.")
     try:
         from llava_edge.export import exporter
     except ModuleNotFoundError as error:
@@ -83,6 +90,8 @@ def export(
         base=base,
         vision_tower=vision_tower,
         template=template,
+        mmproj=mmproj,
+        emit_mmproj=emit_mmproj,
         name=name,
         force=force,
         force_publish=force_publish,

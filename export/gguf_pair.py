@@ -1,0 +1,254 @@
+"""A GGUF pair as llama.cpp's programs use it, language model and mmproj -> the one form the exporter works from.
+
+The language file is kept byte for byte; its tensors are only read to compare with. Of the mmproj, every kind that
+was published for LLaVA is read: with and without `clip.projector_type`, quantized or not, and with the two feed-forward
+names swapped, as llama.cpp's first converter wrote them (recognised by their widths). What is not LLaVA is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+
+from llava_edge import gguf, templates
+from llava_edge.errors import CheckpointError
+from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Normalisation, Tensors
+from llava_edge.export.mmproj import ARCHITECTURE, tensor_names
+from llava_edge.export.tensors import StoredTensor
+from llava_edge.export.tokenizer import CONTROL
+from llava_edge.gguf import Gguf
+from llava_edge.models import llama_gguf
+from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig
+from llava_edge.models.shapes import tensor_shapes
+
+V1_IMAGE_SIZE = 224  # the tower of LLaVA v1, whose pictures were cropped; v1.5 has 336 and pads
+
+_IGNORED = re.compile(r"v\.post_ln\.(weight|bias)|v\.blk\.\d+\..*")  # behind the layer that LLaVA reads
+
+
+def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
+    """Read and check both headers; no weights yet. `template` names the prompt layout, which neither file does.
+
+    Raises `MissingError`, `BundleError` for a damaged GGUF, or `CheckpointError` for one that is no LLaVA.
+    """
+    text_file, vision_file = _open(language, mmproj)
+    text = _text_config(text_file)
+    vision, layer, notes = _vision_config(vision_file)
+    projector = _projector_type(vision_file, text)
+    cropped = projector == "linear" or vision.image_size == V1_IMAGE_SIZE
+    config = LlavaConfig(
+        vision=vision,
+        text=text,
+        vision_feature_layer=layer,
+        projector_type=projector,
+        square="crop" if cropped else "pad",
+        template=template,
+        image_token_index=text.vocab_size,
+        # LLaVA-1.5's tokenizer_config.json says `legacy: false`; a vocabulary without dummy prefix has one way only.
+        after_control="prefix" if cropped else "bare",
+    )
+    _check_tokens(text_file, template)
+    tensors = _vision_tensors(vision_file, config) | _language_tensors(text_file, text)
+    notes += [
+        f"Neither file names the prompt layout; {template} is used. --template names another.",
+        f"Neither file says how pictures are made square; they are {'cropped' if cropped else 'padded'}, "
+        f"as LLaVA {'v1' if cropped else 'v1.5'} was trained.",
+    ]
+    if projector == "linear":
+        notes.append(f"{mmproj} has one projector layer; it is taken as LLaVA v1's, without an activation behind it.")
+    return Checkpoint(
+        folder=language,
+        config=config,
+        tensors=Tensors(tensors),
+        layout="gguf pair",
+        tokenizer=language,
+        notes=tuple(notes),
+        language_file=LanguageFile(language, _quantization(text_file)),
+        normalisation=_normalisation(vision_file),
+    )
+
+
+def _open(language: Path, mmproj: Path) -> tuple[Gguf, Gguf]:
+    text, vision = gguf.read(language), gguf.read(mmproj)
+    if _is_mmproj(text):
+        raise CheckpointError(
+            f"{language} is a picture encoder, not a language model; "
+            f"run 'llava-edge export LANGUAGE.gguf OUT --mmproj {language}'."
+        )
+    if not _is_mmproj(vision):
+        raise CheckpointError(
+            f"{mmproj} holds no picture encoder (its architecture is {vision.architecture!r}); "
+            "--mmproj takes the file that was published as mmproj beside the language model."
+        )
+    gguf.check_language(text)
+    return text, vision
+
+
+def _is_mmproj(file: Gguf) -> bool:
+    return file.architecture == ARCHITECTURE or "v.patch_embd.weight" in file.tensors
+
+
+def _text_config(file: Gguf) -> TextConfig:
+    """Raises `CheckpointError` for rotary embeddings that LLaVA's language models do not have."""
+    heads = file.number("llama.attention.head_count", 1, 1024)
+    config = TextConfig(
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        hidden_size=file.number("llama.embedding_length", 1, 1 << 17),
+        intermediate_size=file.number("llama.feed_forward_length", 1, 1 << 20),
+        num_hidden_layers=file.number("llama.block_count", 1, gguf.MAX_BLOCKS),
+        num_attention_heads=heads,
+        num_key_value_heads=file.metadata.get("llama.attention.head_count_kv", heads),
+        rms_norm_eps=_real(file, "llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=_real(file, "llama.rope.freq_base", 10000.0),
+        max_position_embeddings=file.number("llama.context_length", 1, 1 << 24),
+        tie_word_embeddings="output.weight" not in file.tensors,
+        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id", 1),
+        eos_token_id=file.metadata.get("tokenizer.ggml.eos_token_id", 2),
+    )
+    scaling = file.metadata.get("llama.rope.scaling.type", "none")
+    rotated = file.metadata.get("llama.rope.dimension_count", config.head_dim)
+    if scaling != "none" or "rope_freqs.weight" in file.tensors or rotated != config.head_dim:
+        raise CheckpointError(
+            f"{file.path} has scaled or partial rotary embeddings, which are not supported; LLaVA's models have none."
+        )
+    return config
+
+
+def _real(file: Gguf, key: str, default: float | None = None) -> float:
+    value = file.metadata.get(key, default)
+    if not isinstance(value, float) or not isfinite(value) or value <= 0:
+        raise CheckpointError(f"{file.path} has {key} = {value!r}; a positive number was expected.")
+    return _decimal(value)
+
+
+def _decimal(value: float) -> float:
+    """What was written as a float32: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _quantization(file: Gguf) -> str:
+    """What llama.cpp calls the mix, e.g. "q4_k_m"; "gguf" where the file does not say."""
+    from gguf import LlamaFileType
+
+    known = {kind.value: kind.name for kind in LlamaFileType if kind is not LlamaFileType.GUESSED}
+    name = known.get(file.metadata.get("general.file_type", -1), "gguf")
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+
+
+def _vision_config(file: Gguf) -> tuple[VisionConfig, int, list[str]]:
+    """CLIP's numbers, the hidden state that LLaVA reads, and what had to be assumed."""
+    for key, kind in (("use_gelu", "GELU"), ("use_silu", "SiLU")):
+        if file.metadata.get(f"clip.{key}"):
+            raise CheckpointError(f"{file.path} computes with {kind}, so its tower is not OpenAI's CLIP (quick-GELU).")
+    blocks = file.number("clip.vision.block_count", 1, gguf.MAX_BLOCKS)
+    config = VisionConfig(
+        image_size=file.number("clip.vision.image_size", 1, 4096),
+        patch_size=file.number("clip.vision.patch_size", 1, 4096),
+        hidden_size=file.number("clip.vision.embedding_length", 1, 1 << 17),
+        intermediate_size=file.number("clip.vision.feed_forward_length", 1, 1 << 20),
+        num_hidden_layers=blocks,
+        num_attention_heads=file.number("clip.vision.attention.head_count", 1, 1024),
+        layer_norm_eps=_real(file, "clip.vision.attention.layer_norm_epsilon"),
+    )
+    if config.hidden_size % config.num_attention_heads or not config.grid:
+        raise CheckpointError(
+            f"{file.path} has {config.num_attention_heads} heads in a width of {config.hidden_size}, and patches of "
+            f"{config.patch_size} in pictures of {config.image_size}, which cannot be right."
+        )
+    named = file.items("clip.vision.feature_layer")
+    if not named:
+        return config, blocks, [f"{file.path} does not name a CLIP layer; the last of its {blocks} blocks is read."]
+    if len(named) != 1 or not 0 <= named[0] <= blocks:
+        raise CheckpointError(f"{file.path} reads the CLIP layers {named}; LLaVA reads one, from 0 to {blocks}.")
+    return config, int(named[0]), []
+
+
+def _projector_type(file: Gguf, text: TextConfig) -> str:
+    kind = file.metadata.get("clip.projector_type", file.metadata.get("clip.vision.projector_type", "mlp"))
+    if kind != "mlp":
+        raise CheckpointError(f"{file.path} has a projector of the type {kind!r}; LLaVA's is 'mlp'.")
+    if any(name.endswith("image_newline") for name in file.tensors) or "clip.vision.image_grid_pinpoints" in (
+        file.metadata
+    ):
+        raise CheckpointError(f"{file.path} is of LLaVA 1.6 (it tiles pictures); of GGUF pairs, 1.5 and v1 are read.")
+    last = "mm.2.weight" if "mm.2.weight" in file.tensors else "mm.0.weight"
+    width = file.tensors[last].shape[0] if last in file.tensors else 0
+    if width and width != text.hidden_size:
+        raise CheckpointError(
+            f"{file.path} projects to a width of {width}, the language model has {text.hidden_size}: "
+            "the two files are of different models."
+        )
+    return "mlp2x_gelu" if last == "mm.2.weight" else "linear"
+
+
+def _normalisation(file: Gguf) -> Normalisation:
+    mean, std = (file.items(f"clip.vision.image_{key}") for key in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3 or not all(isinstance(v, float) and isfinite(v) for v in mean + std):
+        raise CheckpointError(f"{file.path} should give clip.vision.image_mean and image_std as three numbers each.")
+    if min(std) <= 0:
+        raise CheckpointError(f"{file.path} has an image_std that is not positive: {std}.")
+    mean, std = ([_decimal(value) for value in values] for values in (mean, std))
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def _check_tokens(file: Gguf, template: str) -> None:
+    tokens, types = file.items("tokenizer.ggml.tokens"), file.items("tokenizer.ggml.token_type")
+    control = {text for text, kind in zip(tokens, types, strict=False) if kind == CONTROL}
+    missing = [text for text in templates.template(template).controls if text not in control]
+    if missing:
+        raise CheckpointError(
+            f"{file.path} lacks the control tokens {', '.join(missing)} of the prompt layout {template!r}; "
+            "name the one that the model was trained with: --template."
+        )
+
+
+def _vision_tensors(file: Gguf, config: LlavaConfig) -> dict[str, StoredTensor]:
+    """CLIP and projector under classic names. Raises `CheckpointError` for what is missing, misshapen or not known."""
+    names, shapes = tensor_names(config), tensor_shapes(config)
+    stored = {name: _swap(name) if _swapped(file) else name for name in file.tensors}
+    found = {target: name for name, target in stored.items()}
+    faults = {
+        "lacks": [target for target in names if target not in found],
+        "has, and LLaVA has not,": [name for name in stored if stored[name] not in names and not _IGNORED.match(name)],
+        "has in another shape": [
+            f"{found[target]} {file.tensors[found[target]].shape} instead of {shapes[source]}"
+            for target, source in names.items()
+            if target in found and file.tensors[found[target]].shape != shapes[source]
+        ],
+    }
+    for fault, listed in faults.items():
+        if listed:
+            raise CheckpointError(f"{file.path} {fault} {', '.join(listed[:6])} ({len(listed)} tensors).")
+    return {
+        source: StoredTensor(shapes[source], partial(llama_gguf.values, file, found[target]))
+        for target, source in names.items()
+    }
+
+
+def _swapped(file: Gguf) -> bool:
+    """Whether `ffn_down` is the layer that comes first, going up from CLIP's width."""
+    first = file.tensors.get("v.blk.0.ffn_down.weight")
+    return first is not None and first.shape[-1] == file.metadata["clip.vision.embedding_length"]
+
+
+def _swap(name: str) -> str:
+    other = {"ffn_down": "ffn_up", "ffn_up": "ffn_down"}
+    return ".".join(other.get(part, part) for part in name.split("."))
+
+
+def _language_tensors(file: Gguf, text: TextConfig) -> dict[str, StoredTensor]:
+    names, shapes = llama_gguf.tensor_names(text), tensor_shapes(LlavaConfig(text=text))
+    wrong = sorted(names.keys() ^ file.tensors.keys())
+    wrong += [name for name in names if name in file.tensors and file.tensors[name].shape != shapes[names[name]]]
+    if wrong:
+        raise CheckpointError(
+            f"{file.path} does not fit its own numbers: {', '.join(wrong[:6])} missing, too many or misshapen."
+        )
+    return {
+        source: StoredTensor(shapes[source], partial(llama_gguf.language_values, file, name, text))
+        for name, source in names.items()
+    }

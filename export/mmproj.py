@@ -1,0 +1,130 @@
+"""CLIP and projector -> the `mmproj` GGUF that llama.cpp's programs take beside a language file.
+
+Matrices are float16, the rest float32. Blocks behind the chosen layer and CLIP's last norm are left out, for
+llama.cpp would apply them. It runs one block fewer than the file has unless `clip.vision.feature_layer` names one,
+so that is written. Where llama.cpp still computes something else than LLaVA, tests/test_interop.py says what.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llava_edge.errors import CannotCreateError, CheckpointError, StorageError
+from llava_edge.export import projector
+from llava_edge.export.checkpoint import VISION_PREFIX, Checkpoint
+from llava_edge.export.llm_gguf import write_tensors
+from llava_edge.models.config import LlavaConfig
+
+ARCHITECTURE = "clip"
+
+_OUTER = {
+    "v.class_embd": "embeddings.class_embedding",
+    "v.patch_embd.weight": "embeddings.patch_embedding.weight",
+    "v.position_embd.weight": "embeddings.position_embedding.weight",
+    "v.pre_ln.weight": "pre_layrnorm.weight",
+    "v.pre_ln.bias": "pre_layrnorm.bias",
+}
+_BLOCK = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_out": "self_attn.out_proj",
+    "ln1": "layer_norm1",
+    "ln2": "layer_norm2",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
+
+
+def tensor_names(config: LlavaConfig) -> dict[str, str]:
+    """GGUF name -> classic Hugging Face name of everything up to the chosen layer, and the projector."""
+    names = {target: VISION_PREFIX + source for target, source in _OUTER.items()}
+    for layer in range(config.blocks_run):
+        for target, source in _BLOCK.items():
+            for kind in ("weight", "bias"):
+                names[f"v.blk.{layer}.{target}.{kind}"] = f"{VISION_PREFIX}encoder.layers.{layer}.{source}.{kind}"
+    return names | projector.tensor_names(config)
+
+
+def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
+    """Raises `CheckpointError` for what such a file cannot say, `CannotCreateError` when `path` is taken."""
+    rules = {
+        f"has a projector of the type {config.projector_type}": config.projector_type == "mlp2x_gelu",
+        "averages neighbouring patches": config.image_pool == 1,
+        "keeps CLIP's class token": config.feature == "patch",
+        "runs no block of CLIP": config.blocks_run > 0,
+    }
+    for fault, good in rules.items():
+        if not good:
+            raise CheckpointError(
+                f"No mmproj file can be made of a model that {fault}: llama.cpp would compute something else. "
+                "Leave out --emit-mmproj."
+            )
+    if path.is_dir() or (path.exists() and not force):
+        raise CannotCreateError(f"{path} exists already; use --force to replace it, or choose another name.")
+    if not path.parent.is_dir():
+        raise CannotCreateError(f"{path.parent} is not a folder, so {path.name} cannot be created there.")
+
+
+def write_mmproj(
+    checkpoint: Checkpoint,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    path: Path,
+    name: str,
+    progress: Callable[[float], None] = lambda share: None,
+) -> None:
+    """Write the file beside `path`, then give it its name. Raises `StorageError` when the disk fails."""
+    import gguf
+
+    temp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        writer = gguf.GGUFWriter(temp, ARCHITECTURE)
+        try:
+            _write_fields(writer, checkpoint.config, mean, std, name)
+            names = tensor_names(checkpoint.config)
+            write_tensors(writer, checkpoint, names, lambda _, target, source: checkpoint.tensors[source], progress)
+        finally:
+            writer.close()
+        with temp.open("rb") as file:
+            os.fsync(file.fileno())
+        temp.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _write_fields(
+    writer: Any,
+    config: LlavaConfig,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    name: str,
+) -> None:
+    """llama.cpp's own names (tools/mtmd/clip-impl.h). Neither use_gelu nor use_silu means quick-GELU."""
+    import gguf
+
+    v = config.vision
+    writer.add_type("mmproj")
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_bool("clip.has_text_encoder", False)
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.has_llava_projector", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", False)
+    writer.add_uint32("clip.vision.image_size", v.image_size)
+    writer.add_uint32("clip.vision.patch_size", v.patch_size)
+    writer.add_uint32("clip.vision.embedding_length", v.hidden_size)
+    writer.add_uint32("clip.vision.feed_forward_length", v.intermediate_size)
+    writer.add_uint32("clip.vision.projection_dim", config.text.hidden_size)
+    writer.add_uint32("clip.vision.attention.head_count", v.num_attention_heads)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", v.layer_norm_eps)
+    writer.add_uint32("clip.vision.block_count", config.blocks_run)
+    writer.add_array("clip.vision.feature_layer", [config.blocks_run])
+    writer.add_array("clip.vision.image_mean", list(mean))
+    writer.add_array("clip.vision.image_std", list(std))

@@ -1,0 +1,77 @@
+"""LLaMA's tensors in a GGUF: their names, the order of their rows, their values as float32. No torch here.
+
+llama.cpp rotates neighbouring rows of a head, Hugging Face its two halves, so q and k have their rows in another order
+there. Only q and k of the language model: CLIP has no rotary embedding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llava_edge.errors import BundleError
+from llava_edge.gguf import TENSOR_TYPES, Gguf
+from llava_edge.models.config import TextConfig
+
+ROOT = "language_model.model."
+
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def tensor_names(c: TextConfig) -> dict[str, str]:
+    """GGUF name -> classic Hugging Face name; exactly what llama.cpp creates, for it refuses a file with more."""
+    names = {"token_embd.weight": f"{ROOT}embed_tokens.weight", "output_norm.weight": f"{ROOT}norm.weight"}
+    if not c.tie_word_embeddings:
+        names["output.weight"] = "language_model.lm_head.weight"
+    for layer in range(c.num_hidden_layers):
+        for target, source in BLOCK.items():
+            names[f"blk.{layer}.{target}.weight"] = f"{ROOT}layers.{layer}.{source}.weight"
+    return names
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection (heads * head_dim, in) from Hugging Face's order to llama.cpp's."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `permute`."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def rotated_heads(name: str, c: TextConfig) -> int:
+    """How many heads a tensor's rows are permuted in; 0 if they are not."""
+    return {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}.get(name.split(".")[-2], 0)
+
+
+def language_values(file: Gguf, name: str, c: TextConfig) -> np.ndarray:
+    """One tensor of a language file as float32, in Hugging Face's order of rows."""
+    array, heads = values(file, name), rotated_heads(name, c)
+    return unpermute(array, heads) if heads else array
+
+
+def values(file: Gguf, name: str) -> np.ndarray:
+    """One tensor as float32, dequantised. Raises `BundleError` for a type that the gguf package cannot read."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    tensor = file.tensors[name]
+    _, block, size = next(kind for kind in TENSOR_TYPES.values() if kind[0] == tensor.kind)
+    rows = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+    raw = np.memmap(file.path, np.uint8, "r", tensor.offset, rows)
+    try:
+        array = dequantize(raw, GGMLQuantizationType[tensor.kind])
+    except NotImplementedError as error:
+        raise BundleError(f"{file.path} stores {name} as {tensor.kind}, which cannot be read here.") from error
+    return np.ascontiguousarray(array.reshape(tensor.shape), np.float32)
