@@ -36,7 +36,7 @@ from llava_edge.bundle import (
     write_manifest,
 )
 from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, UsageError
-from llava_edge.export import parity, publish, samples, verify
+from llava_edge.export import held_out, importance, parity, publish, report, samples, verify
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.gguf_pair import open_pair
@@ -52,6 +52,7 @@ from llava_edge.runtimes import devices, probe
 from llava_edge.runtimes.vision import VisionEncoder
 
 Progress = Callable[[str, float | None], None]
+OnReport = Callable[[report.Report], None]
 
 VISION_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 PAIR_TEMPLATE = "vicuna_v1"  # LLaVA-1.5's, which most published pairs are
@@ -71,6 +72,8 @@ class ExportOptions:
     threads: for llama.cpp's quantizer and the measurements' engines; 0 is all cores.
     float16_blocks: of an int8 tower, how many blocks from the front stay float16; searched for unless given.
     measured: manifest of an earlier export; its parity table holds, and is taken, if every file comes out the same.
+    imatrix: quantize with an importance matrix from pictures, those of the folder `calibrate` or else sample pictures.
+    report_data: conversations for the report (`report.measure`).
     """
 
     checkpoint: Path
@@ -89,15 +92,26 @@ class ExportOptions:
     measured: Manifest | None = None
     mmproj: Path | None = None
     emit_mmproj: Path | None = None
+    imatrix: bool = False
+    calibrate: Path | None = None
+    report_data: Path | None = None
 
     def __post_init__(self) -> None:
         for value, allowed in ((self.quant, QUANTS), (self.vision, VISION_PRECISIONS)):
             if value not in allowed:
                 raise UsageError(f"{value!r} is not a precision; expected one of {', '.join(allowed)}.")
+        if self.imatrix and self.quant in ("f16", "q8_0"):
+            raise UsageError(f"{self.quant} takes no notice of an importance matrix; choose 4 or 5 bits for it.")
 
 
-def export(options: ExportOptions, progress: Progress = lambda stage, share: None) -> Manifest:
+def export(
+    options: ExportOptions,
+    progress: Progress = lambda stage, share: None,
+    on_report: OnReport | None = None,
+) -> Manifest:
     """Make the bundle. `progress` gets the stage's name and its share done (None if unknown).
+
+    on_report: gets a comparison of all quantizations, which is only measured if this is given.
 
     Raises `MissingError` or `CheckpointError` for the source, `CannotCreateError` for the target, `StorageError` when
     the disk fails, `UnavailableError` when an engine does; parity above its limits is a `CheckpointError`.
@@ -114,10 +128,14 @@ def export(options: ExportOptions, progress: Progress = lambda stage, share: Non
     if options.emit_mmproj:
         check_mmproj(checkpoint.config, options.emit_mmproj, options.force)
     probe.require_working_build()
+    if options.imatrix or on_report:
+        importance.check(options.calibrate)
+    if on_report and options.report_data:
+        held_out.records(options.report_data)
     with publish.staging(out) as temp:
         try:
-            publish.check_space(out, estimate(checkpoint, options))
-            manifest = _write(options, checkpoint, language, temp, out.name, progress)
+            publish.check_space(out, estimate(checkpoint, options, reported=on_report is not None))
+            manifest = _write(options, checkpoint, language, temp, out.name, progress, on_report)
             if options.emit_mmproj:
                 pixels, name = manifest.preprocessing, manifest.name
                 progress(f"writing {options.emit_mmproj}", None)
@@ -145,11 +163,9 @@ def _open(options: ExportOptions) -> Checkpoint:
     )
 
 
-def estimate(checkpoint: Checkpoint, options: ExportOptions) -> int:
-    """Bytes on disk while exporting: the float16 language file, the quantized one, vision up to twice, projector.
-
-    A finished language file is only copied.
-    """
+def estimate(checkpoint: Checkpoint, options: ExportOptions, *, reported: bool = False) -> int:
+    """Bytes on disk while exporting: the float16 language file, the quantized one, vision up to twice, projector;
+    for a report one more quantized file, image embeddings and logits. A finished language file is only copied."""
     config = checkpoint.config
     language, vision, projector = (
         sum(int(np.prod(shape)) for shape in shapes.values())
@@ -158,7 +174,10 @@ def estimate(checkpoint: Checkpoint, options: ExportOptions) -> int:
     tower = {"fp32": 4, "fp16": 2, "int8": 6}[options.vision]  # int8 is measured against a float32 copy
     kept = checkpoint.language_file
     text = kept.path.stat().st_size if kept else int(language * (2 + BITS[options.quant] / 8))
-    return text + vision * tower + projector * 4 + (16 << 20)
+    total = text + vision * tower + projector * 4 + (16 << 20)
+    if reported:
+        total += language * 9 // 8 + held_out.scratch_bytes(config.text.hidden_size, config.text.vocab_size)
+    return total
 
 
 def _write(
@@ -168,6 +187,7 @@ def _write(
     temp: Path,
     name: str,
     progress: Progress,
+    on_report: OnReport | None,
 ) -> Manifest:
     """`language` is what the language file comes from: a finished one, or the words to write one with."""
     scratch = temp / "scratch"
@@ -177,7 +197,18 @@ def _write(
     _write_vision(options, Bundle(temp, manifest), checkpoint, scratch, progress)
     progress("projector", None)
     write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
-    float16 = _write_language(options, Bundle(temp, manifest), checkpoint, language, scratch, progress)
+    matrix: importance.Importance | None = None
+    float16: Path | None = None
+    if isinstance(language, LanguageFile):
+        progress(f"copying {language.path.name}", None)
+        shutil.copyfile(language.path, temp / LANGUAGE)
+    else:
+        float16 = scratch / "float16.gguf"
+        write_language(checkpoint, language, float16, name, lambda share: progress("language model as float16", share))
+        if options.imatrix or on_report:
+            matrix = _importance(options, manifest, checkpoint, float16, progress)
+        progress(f"quantizing to {options.quant}", None)
+        quantize(float16, temp / LANGUAGE, options.quant, options.threads, matrix if options.imatrix else None)
     verify.read_back_projector(temp / PROJECTOR, checkpoint)
     for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
         verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))
@@ -188,31 +219,13 @@ def _write(
         rows = options.measured.parity
     else:
         rows = _parity(options, Bundle(temp, manifest), checkpoint, float16, progress)
+    if on_report and matrix:
+        on_report(_report(options, Bundle(temp, manifest), float16, matrix, progress))
     shutil.rmtree(scratch)
     manifest = replace(manifest, files=files, parity=rows)
     write_manifest(temp, manifest)
     Bundle.open(temp)  # what the runtime will refuse must not be published
     return manifest
-
-
-def _write_language(
-    options: ExportOptions,
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    language: LanguageFile | Vocabulary,
-    scratch: Path,
-    progress: Progress,
-) -> Path | None:
-    """language.gguf. Returns the float16 file that it was quantized from; None for one that was finished before."""
-    if isinstance(language, LanguageFile):
-        progress(f"copying {language.path.name}", None)
-        shutil.copyfile(language.path, bundle.part(LANGUAGE))
-        return None
-    float16, name = scratch / "float16.gguf", bundle.manifest.name
-    write_language(checkpoint, language, float16, name, lambda share: progress("language model as float16", share))
-    progress(f"quantizing to {options.quant}", None)
-    quantize(float16, bundle.part(LANGUAGE), options.quant, options.threads)
-    return float16
 
 
 def _write_vision(
@@ -255,6 +268,26 @@ def _features(bundle: Bundle, count: int | None = None) -> list[np.ndarray]:
     encoder = VisionEncoder(bundle, devices.thread_count()[0], "CPUExecutionProvider")
     pictures = samples.pictures()[:count]
     return [encoder.encode(crop) for item in pictures for crop in crops(item, bundle.manifest.preprocessing)]
+
+
+def _importance(
+    options: ExportOptions, manifest: Manifest, checkpoint: Checkpoint, float16: Path, progress: Progress
+) -> importance.Importance:
+    stage = f"importance matrix from {importance.describe(options.calibrate)}"
+    progress(stage, None)
+    pixels = manifest.preprocessing
+    return importance.measure(checkpoint, float16, pixels, options.calibrate, lambda share: progress(stage, share))
+
+
+def _report(
+    options: ExportOptions, bundle: Bundle, float16: Path, matrix: importance.Importance, progress: Progress
+) -> report.Report:
+    scratch = float16.parent / "report"
+    scratch.mkdir()
+    calibration = importance.describe(options.calibrate)
+    return report.measure(
+        bundle, float16, scratch, matrix, calibration, options.report_data, options.threads, progress
+    )
 
 
 def _parity(
@@ -309,6 +342,7 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
             context_length=config.text.max_position_embeddings,
             vocab_size=config.text.vocab_size,
             quantization=kept.quantization if kept else options.quant,
+            calibration=importance.describe(options.calibrate) if options.imatrix else "",
         ),
         files={},
         provenance=list(options.provenance or _sources(options)),

@@ -1,5 +1,8 @@
 """Float16 GGUF -> quantized GGUF with llama.cpp's own quantizer.
 
+With an importance matrix (`importance.py`), the quantizer weighs each input channel's error by it, and q4_0 keeps the
+first eighth of the ffn_down tensors as q4_1. F16 and q8_0 take no notice of one.
+
 K-quants need rows of a multiple of 256 values; where a model has others (576 in SmolLM2-135M), llama.cpp takes
 the next larger classic type for that tensor (q4_K -> q5_0, q5_K -> q5_1, q6_K -> q8_0).
 """
@@ -9,8 +12,11 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from llava_edge.errors import StorageError
 from llava_edge.runtimes import language
@@ -22,10 +28,17 @@ QUANTS: tuple[Quant, ...] = get_args(Quant)
 BITS: dict[Quant, float] = {"q4_k_m": 6.5, "q4_0": 5.5, "q5_k_m": 7.0, "q8_0": 8.5, "f16": 16.0}
 
 
-def quantize(source: Path, target: Path, quant: Quant, threads: int = 0) -> None:
+def quantize(
+    source: Path,
+    target: Path,
+    quant: Quant,
+    threads: int = 0,
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write `target` from the float16 file `source`. Raises `StorageError` when llama.cpp cannot.
 
-    threads: 0 lets llama.cpp use all cores.
+    threads: 0 lets llama.cpp use all cores. importance: (input channels,) by tensor name; tensors it lacks are
+    quantized without.
     """
     if quant == "f16":
         shutil.copyfile(source, target)
@@ -34,6 +47,17 @@ def quantize(source: Path, target: Path, quant: Quant, threads: int = 0) -> None
     params = api.llama_model_quantize_default_params()
     params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{quant.upper()}")
     params.nthread = threads
+    matrix = _matrix(api, importance) if importance else None
+    params.imatrix = matrix
     if api.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)):
         free = shutil.disk_usage(target.parent).free >> 20
         raise StorageError(f"llama.cpp could not write {target}: {language.last_error()} {free} MiB are free there.")
+
+
+def _matrix(api: Any, importance: Mapping[str, np.ndarray]) -> Any:
+    """`llama_model_imatrix_data[]`, closed by an entry without a name. ctypes keeps what it points to."""
+    entries = (api.llama_model_imatrix_data * (len(importance) + 1))()
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        floats = (ctypes.c_float * len(values))(*values.tolist())
+        entry.name, entry.data, entry.size = name.encode(), floats, len(values)
+    return entries

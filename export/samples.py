@@ -17,6 +17,11 @@ def pictures() -> list[Image.Image]:
     return [_picture(size, seed) for seed, size in enumerate(_SIZES)]
 
 
+def held_out() -> list[Image.Image]:
+    """Four others, for what must not be measured on the pictures it was made with."""
+    return [_picture(size, len(_SIZES) + seed) for seed, size in enumerate(_SIZES)]
+
+
 def _picture(size: tuple[int, int], seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     width, height = size

@@ -85,12 +85,13 @@ class ProjectorPart:
 
 @dataclass(frozen=True)
 class LanguagePart:
-    """language.gguf as llama.cpp loads it."""
+    """language.gguf as llama.cpp loads it. calibration: what its importance matrix is from; empty without one."""
 
     hidden_size: int
     context_length: int
     vocab_size: int
     quantization: str
+    calibration: str = ""
 
 
 @dataclass(frozen=True)

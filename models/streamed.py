@@ -6,7 +6,7 @@ mapping from classic names to float32 arrays that reads when asked, such as the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,20 +30,14 @@ def load_part(build: Callable[[], Module], tensors: Arrays, prefix: str) -> Modu
     """A module with the tensors `prefix` + its own names, frozen."""
     with torch.device("meta"):
         module = build()
-    # A copy: arrays read from files may be read-only, which torch cannot represent.
-    state = {name: torch.tensor(tensors[prefix + name]) for name in module.state_dict()}
+    # Copied only if read-only, which torch cannot represent: a reader's fresh array is taken as it is.
+    state = {name: torch.from_numpy(np.require(tensors[prefix + name], None, "W")) for name in module.state_dict()}
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def blocks(config: LlavaConfig, tensors: Arrays) -> Iterator[Block]:
-    """The language model's blocks in order, each loaded when it is its turn."""
-    for number in range(config.text.num_hidden_layers):
-        yield load_part(lambda: Block(config.text), tensors, f"{TEXT}layers.{number}.")
-
-
 @torch.no_grad()
-def image_features(config: LlavaConfig, tensors: Arrays, pixels: Sequence[Array]) -> list[Array]:
+def image_features(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> list[Array]:
     """(crops, 3, S, S) each -> CLIP features (crops, tokens, vision width) each."""
     tower = load_part(lambda: VisionTower(config), tensors, "vision_tower.vision_model.")
     return [torch.cat([tower(crop[None]) for crop in torch.from_numpy(item)]).numpy() for item in pixels]
@@ -81,10 +75,15 @@ def logits(config: LlavaConfig, tensors: Arrays, embeds: Array, start: int = 0) 
     text = config.text
     states: Tensor = torch.from_numpy(embeds)[None]
     cos, sin = rotary(torch.arange(len(embeds))[None], text.head_dim, text.rope_theta)
-    at = Context(cos, sin, None)
-    for block in blocks(config, tensors):
-        states, _ = block(states, at, None)
+    for number in range(text.num_hidden_layers):
+        states = _through(config, tensors, number, states, Context(cos, sin, None))
     norm = load_part(lambda: RMSNorm(text.hidden_size, text.rms_norm_eps), tensors, TEXT + "norm.")
     head = TEXT + "embed_tokens.weight" if text.tie_word_embeddings else "language_model.lm_head.weight"
-    weights = torch.from_numpy(np.array(tensors[head]))
+    weights = torch.from_numpy(np.require(tensors[head], None, "W"))
     return np.asarray((norm(states)[0, start:] @ weights.T).numpy())
+
+
+def _through(config: LlavaConfig, tensors: Arrays, number: int, states: Tensor, at: Context) -> Tensor:
+    """One block, let go of before the next is loaded."""
+    block = load_part(lambda: Block(config.text), tensors, f"{TEXT}layers.{number}.")
+    return block(states, at, None)[0]  # type: ignore[no-any-return]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from llava_edge.errors import UnavailableError, UsageError
+from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from llava_edge.bundle import ParityRow
     from llava_edge.export.clip_onnx import Precision
     from llava_edge.export.quantize import Quant
+    from llava_edge.export.report import Report
 
 
 @click.command()
@@ -50,6 +51,23 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
 @click.option("--force-publish", is_flag=True, help="Publish even if a stage differs from PyTorch too much.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="For quantizing; 0 is all cores.")
+@click.option("--imatrix", is_flag=True, help="Spend the bits of 4 and 5 bit weights where pictures need them.")
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    help="Folder of photos for that, like those the model will see; implies --imatrix.",
+)
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path),
+    help="Measure every quantization, with and without --imatrix, and write the table to this Markdown file.",
+)
+@click.option(
+    "--report-data",
+    type=click.Path(path_type=Path),
+    help="LLaVA conversations (JSON, pictures beside it) that the report measures on; drawings unless given.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object on stdout.")
 def export(
     checkpoint: Path,
@@ -65,6 +83,10 @@ def export(
     force: bool,
     force_publish: bool,
     threads: int,
+    imatrix: bool,
+    calibrate: Path | None,
+    report_file: Path | None,
+    report_data: Path | None,
     as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, a LLaVA of any published layout or a GGUF with --mmproj, into the bundle OUT.
@@ -76,6 +98,8 @@ def export(
 
     if mmproj and click.get_current_context().get_parameter_source("quant") is not ParameterSource.DEFAULT:
         raise UsageError("A GGUF's language model is kept as it is; leave out --quant.")
+    if mmproj and (imatrix or calibrate or report_file):
+        raise UsageError("A GGUF's language model is kept as it is; leave out --imatrix, --calibrate and --report.")
     try:
         from llava_edge.export import exporter
     except ModuleNotFoundError as error:
@@ -96,18 +120,28 @@ def export(
         force=force,
         force_publish=force_publish,
         threads=threads,
+        imatrix=imatrix or calibrate is not None,
+        calibrate=calibrate,
+        report_data=report_data,
     )
+    reports: list[Report] = []
+    if report_data and not report_file:
+        raise UsageError("--report-data is what a report measures on; name the report's file with --report.")
+    if report_file and not report_file.parent.is_dir():
+        raise CannotCreateError(f"{report_file.parent} is not a folder; choose another place for the report.")
     try:
         with _stages() as progress:
-            manifest = exporter.export(options, progress)
+            manifest = exporter.export(options, progress, reports.append if report_file else None)
     except exporter.ParityError as error:
         show_parity(error.rows)
         raise
     except ModuleNotFoundError as error:
         raise UnavailableError(f"Exporting needs {error.name}. Run: pip install 'llava-edge[export]'") from error
     show_parity(manifest.parity)
+    if report_file:
+        _write_report(report_file, reports[0])
     if as_json:
-        click.echo(json.dumps(asdict(manifest)))
+        click.echo(json.dumps(asdict(manifest) | ({"report": asdict(reports[0])} if reports else {})))
     size = sum(entry.size for entry in manifest.files.values())
     click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: llava-edge run --model {out} --image photo.jpg", err=True)
 
@@ -130,6 +164,17 @@ def _stages() -> Iterator[Callable[[str, float | None], None]]:
                 status.step(f"          {stage}", share)
 
         yield progress
+
+
+def _write_report(path: Path, report: Report) -> None:
+    from llava_edge.export.report import markdown
+
+    try:
+        path.write_text(markdown(report), "utf-8")
+    except OSError as error:
+        raise CannotCreateError(
+            f"The bundle is ready, but its report {path} cannot be written: {error.strerror}."
+        ) from error
 
 
 def show_parity(rows: list[ParityRow]) -> None:

@@ -51,7 +51,8 @@ def _print_bundle(path: Path, manifest: Manifest) -> None:
         "vision": f"CLIP layer {vision.hidden_layer}, {vision.feature}, {vision.image_tokens} tokens of {vision.width}"
         f" (pooled {vision.image_pool} x {vision.image_pool}), {vision.precision}",
         "projector": f"{manifest.projector.type}, {manifest.projector.precision}",
-        "language": f"{language.hidden_size} wide, {language.vocab_size} tokens, {language.quantization}",
+        "language": f"{language.hidden_size} wide, {language.vocab_size} tokens, {language.quantization}"
+        + (f", calibrated on {language.calibration}" if language.calibration else ""),
         "context": f"{language.context_length} positions",
         "template": manifest.template,
         "size": f"{total:,} bytes",

@@ -1,0 +1,187 @@
+"""Conversations about pictures, laid out for llama.cpp, and what it predicts for their answers.
+
+The answers are given; each of their tokens is predicted from what stands before it, as in training. So files that
+hold one model in several precisions are compared on exactly the same tokens.
+
+Needs torch only to read conversation files.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava_edge import anyres, prompt
+from llava_edge.bundle import Bundle
+from llava_edge.errors import DataError
+from llava_edge.export import samples
+from llava_edge.image import load_image
+from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Message
+from llava_edge.runtimes import after_control, devices
+from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.pictures import prepare
+from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.vision import VisionEncoder
+
+Array = np.ndarray[Any, Any]
+
+POSITIONS = 50_000  # read at most; records of a larger file are drawn by a fixed seed
+QUESTIONS = ("Describe the picture.", "What colours do you see?", "Is there a person in the picture?")
+OWN_TOKENS = 32  # at most, of the model's own answers to these
+
+
+def scratch_bytes(hidden_size: int, vocab_size: int) -> int:
+    """Disk space for embeddings of pictures, and for logits if at most every tenth position is an answer's."""
+    return POSITIONS * 4 * (hidden_size + vocab_size // 10)
+
+
+class Pictures:
+    """Image embeddings by a picture's name, through the bundle's vision and projector; kept in `folder` once made."""
+
+    def __init__(self, bundle: Bundle, folder: Path, load: Callable[[str], Image.Image]) -> None:
+        self._manifest = bundle.manifest
+        self._encoder = VisionEncoder(bundle, devices.thread_count()[0], "CPUExecutionProvider")
+        self._projector = Projector(bundle)
+        self._folder, self._load = folder, load
+        self._numbers: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        """(positions, hidden size) float32, mapped."""
+        path = self._folder / f"picture-{self._numbers.setdefault(name, len(self._numbers))}.npy"
+        if not path.exists():
+            picture = prepare(self._load(name), self._manifest)
+            embeds = [self._projector.project(self._encoder.encode(crop)) for crop in picture.crops]
+            np.save(path, anyres.arrange(np.stack(embeds), self._projector.newline, picture.rows))
+        kept: Array = np.load(path, mmap_mode="r")
+        return kept
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation about one picture. keys: what each position holds; answers: the positions of answer tokens."""
+
+    image: str
+    keys: tuple[Key, ...]
+    answers: tuple[int, ...]
+
+    @property
+    def targets(self) -> list[int]:
+        """The answer tokens."""
+        return [key for key in map(self.keys.__getitem__, self.answers) if isinstance(key, int)]
+
+
+def lay_out(ids: Sequence[int], labels: Sequence[int], image: str, rows: int) -> Sample:
+    """ids, labels: of `prompt.encode_with_labels`, with one picture, which takes `rows` positions."""
+    at = list(ids).index(IMAGE_TOKEN_INDEX)
+    keys: list[Key] = [*ids[:at], *((image, row) for row in range(rows)), *ids[at + 1 :]]
+    wide = [*labels[:at], *[IGNORE_INDEX] * rows, *labels[at + 1 :]]
+    return Sample(image, tuple(keys), tuple(i for i, label in enumerate(wide) if label != IGNORE_INDEX))
+
+
+def records(data: Path) -> list[dict[str, Any]]:
+    """The records of a LLaVA JSON array that have a picture. Raises `MissingError` or `DataError`."""
+    from llava_edge.models.data import read_records
+
+    found = [record for record in read_records(data) if "image" in record]
+    if not found:
+        raise DataError(f"{data} holds no conversation about a picture.")
+    return found
+
+
+def conversations(data: Path, bundle: Bundle, float16: Path, scratch: Path) -> tuple[list[Sample], Pictures]:
+    """Up to `POSITIONS` of a LLaVA JSON array with pictures relative to its folder.
+
+    Raises `MissingError` or `DataError` for the file, `ImageError` for a picture.
+    """
+    from llava_edge.models.data import messages_of
+
+    manifest, context = bundle.manifest, bundle.manifest.language.context_length
+    order = records(data)
+    random.Random(0).shuffle(order)
+    pictures = Pictures(bundle, scratch, lambda name: load_image(data.parent / name))
+    chosen: list[Sample] = []
+    room = POSITIONS
+    with Engine(float16, 1) as engine:
+        behind = after_control.encoder(engine, manifest.after_control)
+        for record in order:
+            pieces = prompt.render(manifest.template, messages_of(record), manifest.image_markers)
+            ids, labels = prompt.encode_with_labels(pieces, engine.tokenize, engine.control_id, behind)
+            sample = lay_out(ids, labels, record["image"], len(pictures[record["image"]]))
+            if sample.answers and len(sample.keys) <= min(context, room):
+                chosen.append(sample)
+                room -= len(sample.keys)
+            if room < POSITIONS // 100:
+                break
+    if not chosen:
+        raise DataError(f"{data} holds no conversation with an answer that fits into {context} positions.")
+    return sorted(chosen, key=lambda sample: sample.image), pictures
+
+
+def drawings(bundle: Bundle, float16: Path, scratch: Path) -> tuple[list[Sample], Pictures]:
+    """Sample pictures that nothing was calibrated on, with the float16 model's own greedy answers."""
+    manifest = bundle.manifest
+    drawn = {f"drawing {n}": image for n, image in enumerate(samples.held_out())}
+    pictures = Pictures(bundle, scratch, drawn.__getitem__)
+    found = []
+    for name in drawn:
+        with Engine(float16, len(pictures[name]) + 512) as engine:
+            for question in QUESTIONS:
+                pieces = prompt.render(manifest.template, [Message("user", question, 1)], manifest.image_markers)
+                behind = after_control.encoder(engine, manifest.after_control)
+                ids = prompt.encode(pieces, engine.tokenize, engine.control_id, behind)
+                asked = lay_out(ids, [IGNORE_INDEX] * len(ids), name, len(pictures[name]))
+                answer = _greedy(engine, asked, pictures)
+                positions = range(len(asked.keys), len(asked.keys) + len(answer))
+                found.append(Sample(name, (*asked.keys, *answer), tuple(positions)))
+    return found, pictures
+
+
+class Engine(LanguageModel):
+    """A language file for the length of a `with`; it holds `context` positions."""
+
+    def __init__(self, path: Path, context: int) -> None:
+        super().__init__(path, context=context, threads=devices.thread_count()[0])
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def predictions(engine: LanguageModel, sample: Sample, pictures: Pictures) -> Iterator[Array]:
+    """Logits (vocab,) for each answer token in turn, from all that stands before it. Views: see `logits`."""
+    done = engine.keep(sample.keys[: sample.answers[0]])
+    for position in sample.answers:
+        _feed(engine, sample.keys[done:position], pictures)
+        done = position
+        yield engine.logits()
+
+
+def _greedy(engine: LanguageModel, asked: Sample, pictures: Pictures) -> list[int]:
+    """At least one token; the one that ends the answer belongs to it, as in training."""
+    _feed(engine, asked.keys[engine.keep(asked.keys) :], pictures)
+    answer: list[int] = []
+    while len(answer) < OWN_TOKENS and not (answer and engine.ends(answer[-1])):
+        answer.append(int(engine.logits().argmax()))
+        _feed(engine, answer[-1:], pictures)
+    return answer
+
+
+def _feed(engine: LanguageModel, keys: Sequence[Key], pictures: Pictures) -> None:
+    never = threading.Event()
+    for image, group in groupby(keys, lambda key: None if isinstance(key, int) else key[0]):
+        run = list(group)
+        if image is None:
+            engine.evaluate_tokens([key for key in run if isinstance(key, int)], never)
+        else:
+            rows = [key[1] for key in run if isinstance(key, tuple)]
+            engine.evaluate_embeddings(pictures[image][rows], run, never)

@@ -1,0 +1,155 @@
+"""The report's numbers: by hand where they can be, against PyTorch where they cannot, and at the command line."""
+
+from __future__ import annotations
+
+import json
+from math import exp, log
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from llava_edge.bundle import Bundle
+from llava_edge.cli import cli
+from llava_edge.errors import DataError, MissingError
+from llava_edge.export import held_out, importance, llm_gguf, report
+from llava_edge.export.checkpoint import open_checkpoint
+from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.export.held_out import Engine
+from llava_edge.export.quantize import QUANTS
+from llava_edge.export.tokenizer import read_tokenizer
+from llava_edge.image import load_image, preprocess
+from llava_edge.models import micro
+from llava_edge.models.data import control_id, load_tokenizer, read_records, tokenize
+from llava_edge.models.llava import from_state
+from llava_edge.prompt import IGNORE_INDEX
+
+
+def test_scores_by_hand() -> None:
+    half, quarter = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.5, 0.25]])
+    kl, loss, same = report.compare(half, quarter, [2])[0]
+    assert kl == pytest.approx(0.5 * log(2) - 0.25 * log(2))
+    assert (loss, same) == (pytest.approx(log(4)), 0)
+    shifted = report.compare(half, half + 7, [0])[0]  # logits may be shifted, the distribution is the same
+    np.testing.assert_allclose(shifted, [0, log(2), 1], atol=1e-12)
+
+
+def test_a_uniform_model_has_the_vocabulary_for_perplexity() -> None:
+    scores = report.compare(np.zeros((5, 265)), np.zeros((5, 265), np.float32), [0, 1, 2, 3, 264])
+    assert exp(scores[:, 1].mean()) == pytest.approx(265)
+    assert not scores[:, 0].any()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions on four pictures, one record of two turns and one without a picture."""
+    folder = tmp_path_factory.mktemp("data")
+    micro.write_data(folder, pictures=4, seed=3)
+    records = json.loads((folder / "questions.json").read_text("utf-8"))
+    records[0]["conversations"] += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "the red one"}]
+    records.append({"id": "text", "conversations": records[2]["conversations"][1:] * 2})
+    (folder / "questions.json").write_text(json.dumps(records), "utf-8")
+    return folder / "questions.json"
+
+
+@pytest.fixture(scope="module")
+def float16(micro_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = open_checkpoint(micro_checkpoint)
+    path = tmp_path_factory.mktemp("float16") / "language.gguf"
+    llm_gguf.write_language(checkpoint, read_tokenizer(micro_checkpoint, checkpoint.config), path, "micro")
+    return path
+
+
+def test_predictions_are_those_of_pytorch_for_every_answer_token(
+    data: Path, float16: Path, micro_checkpoint: Path, micro_bundle: Path, tmp_path: Path
+) -> None:
+    bundle, checkpoint = Bundle.open(micro_bundle), open_checkpoint(micro_checkpoint)
+    samples, pictures = held_out.conversations(data, bundle, float16, tmp_path)
+    model = from_state(checkpoint.config, checkpoint.tensors)
+    tokenizer = load_tokenizer(micro_checkpoint / "tokenizer.json")
+    wanted = {}
+    for record in (record for record in read_records(data) if "image" in record):
+        trained = tokenize(record, "chatml", tokenizer, 512)
+        pixels = preprocess(load_image(data.parent / record["image"]), bundle.manifest.preprocessing)
+        with torch.no_grad():
+            logits = model(trained.ids, torch.from_numpy(pixels)[None]).numpy()
+        rows = len(logits) - len(trained.ids) + 1
+        sample = held_out.lay_out(trained.ids, trained.labels, record["image"], rows)
+        wanted[sample] = logits[np.array(sample.answers) - 1]
+        assert sample.targets == [label for label in trained.labels if label != IGNORE_INDEX]
+        assert sample.targets[-1] == control_id(tokenizer, "<|im_end|>")
+    assert set(samples) == wanted.keys()
+    assert len(samples) == 8
+    with Engine(float16, 256) as engine:
+        for sample in samples:  # neighbours share a picture, which is then not evaluated again
+            ours = np.stack([row.copy() for row in held_out.predictions(engine, sample, pictures)])
+            assert np.abs(ours - wanted[sample]).max() < 0.02 * np.abs(wanted[sample]).max()
+            early = wanted[sample][:-1]  # negative control: one position off is not the same
+            assert np.abs(ours[1:] - early).max() > 0.2 * np.abs(early).max()
+
+
+def test_the_answers_of_drawings_are_the_models_own(float16: Path, micro_bundle: Path, tmp_path: Path) -> None:
+    samples, pictures = held_out.drawings(Bundle.open(micro_bundle), float16, tmp_path)
+    assert len(samples) == 12
+    with Engine(float16, 256) as engine:
+        for sample in samples:
+            likely = [int(row.argmax()) for row in held_out.predictions(engine, sample, pictures)]
+            assert likely == sample.targets
+    calibrated = {image.tobytes() for image in importance.pictures(None)}
+    assert not calibrated & {image.tobytes() for image in held_out.samples.held_out()}
+
+
+def test_the_report_of_an_export(micro_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["export", str(micro_checkpoint), str(tmp_path / "out"), "--vision", "fp32", "--imatrix", "--json"]
+    arguments += ["--report", str(tmp_path / "report.md"), "--report-data", str(data)]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.stderr
+    printed = json.loads(done.stdout)
+    rows = {(row["quant"], row["image_aware"]): row for row in printed["report"]["rows"]}
+    assert list(rows) == list(report.MEASURED)
+    assert {quant for quant, _ in rows} == set(QUANTS)
+    exact = rows["f16", False]
+    assert exact["kl"] == 0
+    assert exact["agreement"] == 1
+    order = [rows[quant, False] for quant in ("f16", "q8_0", "q5_k_m", "q4_k_m", "q4_0")]
+    assert sorted((row["size"] for row in order), reverse=True) == [row["size"] for row in order]
+    assert sorted(row["kl"] for row in order) == [row["kl"] for row in order]
+    aware = rows["q4_k_m", True]
+    assert aware["kl"] != rows["q4_k_m", False]["kl"]
+    assert aware["size"] == rows["q4_k_m", False]["size"] == printed["files"]["language.gguf"]["size"]
+    assert printed["language"]["calibration"] == "4 drawings, image weight 0.5"
+    table = (tmp_path / "report.md").read_text("utf-8").splitlines()
+    assert any(line.startswith("| q4_k_m, image-aware | ") and f"| {aware['kl']:.5f} |" in line for line in table)
+    assert sum(line.startswith("| q") for line in table) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "report.md"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", *printed["files"]}
+
+
+def test_the_matrix_of_an_export_reaches_the_file(micro_checkpoint: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for n, colour in enumerate(micro.COLOURS):
+        micro.draw(colour, rng).save(tmp_path / "photos" / f"{n}.png")
+    manifests = [
+        export(ExportOptions(micro_checkpoint, tmp_path / name, vision="fp32", imatrix=imatrix, calibrate=folder))
+        for name, imatrix, folder in (("plain", False, None), ("aware", True, tmp_path / "photos"))
+    ]
+    plain, aware = (manifest.files["language.gguf"] for manifest in manifests)
+    assert plain.size == aware.size
+    assert plain.sha256 != aware.sha256
+    assert [manifest.language.calibration for manifest in manifests] == ["", "6 pictures, image weight 0.5"]
+    assert Bundle.open(tmp_path / "aware").manifest == manifests[1]
+    shown = CliRunner().invoke(cli, ["info", str(tmp_path / "aware")])
+    assert "q4_k_m, calibrated on 6 pictures" in shown.stdout
+
+
+def test_what_cannot_be_measured_on_is_said(float16: Path, micro_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text('[{"id": "1", "conversations": []}]', "utf-8")
+    with pytest.raises(DataError, match="no conversation about a picture"):
+        held_out.conversations(tmp_path / "text.json", Bundle.open(micro_bundle), float16, tmp_path)
+    with pytest.raises(MissingError):
+        held_out.conversations(tmp_path / "none.json", Bundle.open(micro_bundle), float16, tmp_path)
+    options = ["export", str(tmp_path), str(tmp_path / "out"), "--report", str(tmp_path / "no" / "report.md")]
+    assert CliRunner().invoke(cli, options).exit_code == 73
