@@ -13,12 +13,12 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from llava_edge import __version__
-from llava_edge.anyres import crops
 from llava_edge.bundle import (
     FORMAT_VERSION,
     LANGUAGE,
@@ -36,9 +36,9 @@ from llava_edge.bundle import (
     write_manifest,
 )
 from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, UsageError
-from llava_edge.export import held_out, importance, parity, publish, report, samples, verify
+from llava_edge.export import held_out, importance, parity, publish, report, verify
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
-from llava_edge.export.clip_onnx import Precision, write_clip
+from llava_edge.export.clip_onnx import Precision
 from llava_edge.export.gguf_pair import open_pair
 from llava_edge.export.llm_gguf import write_language
 from llava_edge.export.mmproj import check_mmproj, write_mmproj
@@ -46,17 +46,17 @@ from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tensors import read_json
 from llava_edge.export.tokenizer import Vocabulary, after_control, read_tokenizer
+from llava_edge.export.tower import write_tower
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
-from llava_edge.runtimes import devices, probe
-from llava_edge.runtimes.vision import VisionEncoder
+from llava_edge.runtimes import probe
 
 Progress = Callable[[str, float | None], None]
 OnReport = Callable[[report.Report], None]
 
 VISION_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+TOWER_PICTURES = 8  # that an int8 tower is measured on
 PAIR_TEMPLATE = "vicuna_v1"  # LLaVA-1.5's, which most published pairs are
-INT8_TARGET = 2e-2  # relative error aimed at on the sample pictures; photographs reached 2.2e-2 where they had 1.6e-2
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ def _write(
     scratch.mkdir()
     name = options.name or name
     manifest = _manifest(options, checkpoint, name)
-    _write_vision(options, Bundle(temp, manifest), checkpoint, scratch, progress)
+    pictures = list(islice(importance.pictures(options.calibrate), TOWER_PICTURES))
+    write_tower(Bundle(temp, manifest), checkpoint, options.float16_blocks, pictures, scratch, progress)
     progress("projector", None)
     write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
     matrix: importance.Importance | None = None
@@ -226,48 +227,6 @@ def _write(
     write_manifest(temp, manifest)
     Bundle.open(temp)  # what the runtime will refuse must not be published
     return manifest
-
-
-def _write_vision(
-    options: ExportOptions, bundle: Bundle, checkpoint: Checkpoint, scratch: Path, progress: Progress
-) -> None:
-    config, tensors = checkpoint.config, checkpoint.tensors
-    precision: Precision = bundle.manifest.vision.precision
-    progress(f"vision tower as {precision}", None)
-    if precision == "int8" and options.float16_blocks is not None:
-        write_clip(config, tensors, bundle.folder, "int8", options.float16_blocks)
-    elif precision == "int8":
-        _write_int8(bundle, checkpoint, scratch, progress)
-    else:
-        write_clip(config, tensors, bundle.folder, precision)
-    if float(np.std(_features(bundle, 1))) == 0:
-        raise CheckpointError("The vision tower gives the same numbers everywhere; its weights cannot be right.")
-
-
-def _write_int8(bundle: Bundle, checkpoint: Checkpoint, scratch: Path, progress: Progress) -> None:
-    """Keep as few blocks from the front in float16 as the target allows; found by bisection on sample pictures."""
-    config, tensors = checkpoint.config, checkpoint.tensors
-    write_clip(config, tensors, scratch, "fp32")
-    reference = _features(Bundle(scratch, bundle.manifest))
-    low, high, written = 0, config.blocks_run, -1  # `high` always suffices: then nothing is int8
-    attempt = 0  # most towers need few
-    while low < high:
-        written = attempt
-        write_clip(config, tensors, bundle.folder, "int8", written)
-        pairs = zip(_features(bundle), reference, strict=True)
-        error = max(verify.relative(ours, wanted) for ours, wanted in pairs)
-        progress(f"vision tower as int8, {written} of {config.blocks_run} blocks in float16: error {error:.3f}", None)
-        low, high = (low, written) if error <= INT8_TARGET else (written + 1, high)
-        attempt = (low + high) // 2
-    if written != high:
-        write_clip(config, tensors, bundle.folder, "int8", high)
-
-
-def _features(bundle: Bundle, count: int | None = None) -> list[np.ndarray]:
-    """What a vision file makes of each crop of the sample pictures."""
-    encoder = VisionEncoder(bundle, devices.thread_count()[0], "CPUExecutionProvider")
-    pictures = samples.pictures()[:count]
-    return [encoder.encode(crop) for item in pictures for crop in crops(item, bundle.manifest.preprocessing)]
 
 
 def _importance(

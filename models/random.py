@@ -1,0 +1,113 @@
+"""`python -m llava_edge.models.random GEOMETRY FOLDER`: a checkpoint of a published size with random weights.
+
+For measuring export, loading and speed at 7B or 13B without a download: sizes, shapes, number format and sharding are
+the published ones, the answers are noise. Written tensor by tensor; no more memory than the largest one is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+
+from llava_edge.models import micro
+from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
+from llava_edge.models.shapes import Shapes, tensor_shapes
+
+_7B = TextConfig(vocab_size=32064)
+_13B = replace(_7B, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+               num_key_value_heads=40)  # fmt: skip
+_V1 = VisionConfig(image_size=224)
+_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+# Sizes as in the config.json files of liuhaotian/llava-v1-*, llava-v1.5-*, llava-v1.6-vicuna-*.
+GEOMETRIES = {
+    "llava-v1-7b": LlavaConfig(vision=_V1, text=_7B, projector_type="linear", square="crop"),
+    "llava-v1-13b": LlavaConfig(vision=_V1, text=_13B, projector_type="linear", square="crop"),
+    "llava-v1.5-7b": LlavaConfig(text=_7B),
+    "llava-v1.5-13b": LlavaConfig(text=_13B),
+    "llava-v1.6-vicuna-7b": LlavaConfig(text=_7B, square="anyres", grids=_GRIDS, merge="spatial_unpad"),
+    "llava-v1.6-vicuna-13b": LlavaConfig(text=_13B, square="anyres", grids=_GRIDS, merge="spatial_unpad"),
+}
+
+SHARD_BYTES = 5_000_000_000  # as transformers splits
+_DRAWN = 1 << 22  # numbers drawn; a larger tensor repeats them
+_ALIGNMENT = 8
+
+
+def write_random(folder: Path, config: LlavaConfig, seed: int = 0) -> Path:
+    """config.json, tokenizer.json (byte-level, few merges) and float16 shards with their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_hf(replace(config, template="chatml")), indent=2), "utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(micro.tokenizer_json(), ensure_ascii=False), "utf-8")
+    shards = _split(tensor_shapes(config))
+    weight_map: dict[str, str] = {}
+    rng = np.random.default_rng(seed)
+    for number, shapes in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / name, shapes, rng)
+        weight_map |= dict.fromkeys(shapes, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    return folder
+
+
+def _split(shapes: Shapes) -> list[Shapes]:
+    shards: list[Shapes] = [{}]
+    room = SHARD_BYTES
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = shape
+        room -= size
+    return shards
+
+
+def _write_shard(path: Path, shapes: Shapes, rng: np.random.Generator) -> None:
+    """safetensors: uint64 header length, JSON header, values."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        end = at + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            file.write(_draw(name, shape, rng).tobytes())
+
+
+def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Norms near one, matrices scaled so that activations keep their size."""
+    count = int(np.prod(shape))
+    values = rng.standard_normal(min(count, _DRAWN), dtype=np.float32)
+    if "norm" in name.rsplit(".", 2)[-2]:
+        values = 0.1 * values + (1.0 if name.endswith("weight") else 0.0)
+    else:
+        values *= 0.6 * shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+    return np.resize(values.astype(np.float16), shape)
+
+
+@click.command()
+@click.argument("geometry", type=click.Choice(list(GEOMETRIES)))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--layers", type=click.IntRange(1), help="Blocks of the language model; all unless given.")
+@click.option("--seed", default=0, show_default=True)
+def main(geometry: str, folder: Path, layers: int | None, seed: int) -> None:
+    """Write a checkpoint of a published GEOMETRY with random float16 weights into FOLDER."""
+    config = GEOMETRIES[geometry]
+    if layers:
+        config = replace(config, text=replace(config.text, num_hidden_layers=layers))
+    write_random(folder, config, seed)
+    click.echo(str(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
