@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from llava_edge.cli.info import info
 from llava_edge.errors import CheckpointError, LlavaEdgeError, MissingError, UsageError
 from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.export.layouts import recognise
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig
@@ -238,6 +239,22 @@ def test_settings_that_would_change_answers_are_refused(
     folder = write.write(tmp_path / "model", raw, text_and_projector(tensors))
     with pytest.raises(CheckpointError, match=says):
         open_checkpoint(folder, vision_tower=write.write_clip(tmp_path / "clip", tensors))
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "original", "lora", "projector", "delta"])
+def test_each_layout_becomes_a_bundle_that_computes_the_same(
+    layout: str, parts: Callable[[str], Path], tensors: Arrays, tmp_path: Path
+) -> None:
+    base = parts("language model") if layout in ("lora", "projector", "delta") else None
+    tower = write.write_clip(tmp_path / "clip", tensors) if layout != "huggingface" else None
+    options = ExportOptions(
+        parts(layout), tmp_path / "out", "f16", "fp32", base=base, vision_tower=tower, template="chatml"
+    )
+    rows = {row.stage: row for row in export(options).parity}
+    assert rows["pixels"].value == 0
+    assert rows["clip fp32"].value <= 1e-4
+    assert rows["logits f16"].value >= 0.9999
+    assert rows["greedy f16"].relative < 0.005  # where it differs at all, the two tokens are as good as equal
 
 
 class _Code:
