@@ -40,7 +40,7 @@ from llava_edge.export import held_out, importance, parity, publish, report, ver
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
 from llava_edge.export.clip_onnx import Precision
 from llava_edge.export.gguf_pair import open_pair
-from llava_edge.export.llm_gguf import write_language
+from llava_edge.export.llm_gguf import float16_bytes, write_language
 from llava_edge.export.mmproj import check_mmproj, write_mmproj
 from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
@@ -205,11 +205,18 @@ def _write(
         shutil.copyfile(language.path, temp / LANGUAGE)
     else:
         float16 = scratch / "float16.gguf"
-        write_language(checkpoint, language, float16, name, lambda share: progress("language model as float16", share))
+        stage = f"language model as float16 ({float16_bytes(checkpoint) / 1e9:.2f} GB)"
+        write_language(checkpoint, language, float16, name, lambda share: progress(stage, share))
         if options.imatrix or on_report:
             matrix = _importance(options, manifest, checkpoint, float16, progress)
-        progress(f"quantizing to {options.quant}", None)
-        quantize(float16, temp / LANGUAGE, options.quant, options.threads, matrix if options.imatrix else None)
+        quantize(
+            float16,
+            temp / LANGUAGE,
+            options.quant,
+            options.threads,
+            matrix if options.imatrix else None,
+            lambda share: progress(f"quantizing to {options.quant}", share),
+        )
     verify.read_back_projector(temp / PROJECTOR, checkpoint)
     for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
         verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))

@@ -25,6 +25,12 @@ def gguf_tensor(checkpoint: Checkpoint, target: str, source: str) -> np.ndarray:
     return permute(array, heads) if heads else array
 
 
+def float16_bytes(checkpoint: Checkpoint) -> int:
+    """Size of the file's tensors."""
+    shapes = [checkpoint.tensors.shape(source) for source in tensor_names(checkpoint.config.text).values()]
+    return sum(int(np.prod(shape)) * _dtype(shape).itemsize for shape in shapes)
+
+
 def write_language(
     checkpoint: Checkpoint,
     vocabulary: Vocabulary,

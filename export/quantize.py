@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,12 +29,16 @@ QUANTS: tuple[Quant, ...] = get_args(Quant)
 BITS: dict[Quant, float] = {"q4_k_m": 6.5, "q4_0": 5.5, "q5_k_m": 7.0, "q8_0": 8.5, "f16": 16.0}
 
 
+_POLL_SECONDS = 0.2
+
+
 def quantize(
     source: Path,
     target: Path,
     quant: Quant,
     threads: int = 0,
     importance: Mapping[str, np.ndarray] | None = None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Write `target` from the float16 file `source`. Raises `StorageError` when llama.cpp cannot.
 
@@ -49,7 +54,19 @@ def quantize(
     params.nthread = threads
     matrix = _matrix(api, importance) if importance else None
     params.imatrix = matrix
-    if api.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)):
+    result: list[int] = []
+
+    def run() -> None:
+        result.append(api.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)))
+
+    # A thread of its own, so that Ctrl-C ends the program at once; llama.cpp reports no progress, the file's size does.
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    expected = source.stat().st_size * BITS[quant] / 16
+    while worker.is_alive():
+        worker.join(_POLL_SECONDS)
+        progress(min(1.0, target.stat().st_size / expected) if target.exists() else 0.0)
+    if result != [0]:
         free = shutil.disk_usage(target.parent).free >> 20
         raise StorageError(f"llama.cpp could not write {target}: {language.last_error()} {free} MiB are free there.")
 

@@ -59,5 +59,5 @@ def _read_back(
 def relative(ours: Array, reference: Array) -> float:
     """l2 norm of the difference over that of the reference."""
     norm = float(np.linalg.norm(reference))
-    difference = float(np.linalg.norm(ours.astype(np.float32) - reference))
+    difference = float(np.linalg.norm(np.subtract(ours, reference, dtype=np.float32)))
     return difference / norm if norm else float(difference > 0)

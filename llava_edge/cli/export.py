@@ -148,20 +148,21 @@ def export(
 
 @contextmanager
 def _stages() -> Iterator[Callable[[str, float | None], None]]:
-    """One line on stderr for each stage as it begins; its share is drawn below while stderr is a terminal."""
+    """One line on stderr for each stage as it begins; below it, on a terminal, its share and the time it needs yet."""
     from llava_edge.cli.terminal import status_line
 
-    start, last = time.monotonic(), ""
+    start, began, last = time.monotonic(), 0.0, ""
     with status_line("") as status:
 
         def progress(stage: str, share: float | None) -> None:
-            nonlocal last
+            nonlocal last, began
             if stage != last:
                 status(None)
-                click.echo(f"{time.monotonic() - start:6.1f} s  {stage}", err=True)
-                last = stage
-            if share is not None:
-                status.step(f"          {stage}", share)
+                began, last = time.monotonic(), stage
+                click.echo(f"{began - start:6.1f} s  {stage}", err=True)
+            if share:
+                minutes, seconds = divmod(int((time.monotonic() - began) * (1 - share) / share), 60)
+                status.step(f"          {minutes}:{seconds:02d} left", share)
 
         yield progress
 
