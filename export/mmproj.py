@@ -54,6 +54,7 @@ def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
     rules = {
         f"has a projector of the type {config.projector_type}": config.projector_type == "mlp2x_gelu",
         "averages neighbouring patches": config.image_pool == 1,
+        "cuts pictures into tiles": config.square != "anyres",
         "keeps CLIP's class token": config.feature == "patch",
         "runs no block of CLIP": config.blocks_run > 0,
     }

@@ -338,7 +338,12 @@ def test_an_emitted_mmproj_is_read_back_as_the_same_tensors(source: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"projector_type": "linear"}, "linear"), ({"image_pool": 2}, "averages"), ({"feature": "cls_patch"}, "class")],
+    [
+        ({"projector_type": "linear"}, "linear"),
+        ({"image_pool": 2}, "averages"),
+        ({"square": "anyres"}, "tiles"),
+        ({"feature": "cls_patch"}, "class"),
+    ],
 )
 def test_what_an_mmproj_cannot_say_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=said):
