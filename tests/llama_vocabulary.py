@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from safetensors.numpy import save_file
-from sentencepiece import sentencepiece_model_pb2
 
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.llm_gguf import write_language
@@ -30,7 +31,8 @@ NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6
 
 def sentencepiece_model() -> bytes:
     """tokenizer.model with LLaMA's settings."""
-    model = sentencepiece_model_pb2.ModelProto()
+    protobuf: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # it ships no types
+    model = protobuf.ModelProto()
     known = {i: (text, float(score), NORMAL) for text, (i, score) in PIECES.items()}
     known |= {0: ("<unk>", 0.0, UNKNOWN), 1: ("<s>", 0.0, CONTROL), 2: ("</s>", 0.0, CONTROL)}
     known |= {3 + byte: (f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)}

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_vocabulary
 import pytest
@@ -43,7 +44,7 @@ LLAMA_2 = (
     "that the user provides, and assist the user with a variety of tasks using natural language.\n<</SYS>>\n\n"
 )
 MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-ENERGY = TEMPLATES["v0"].example
+ENERGY = TEMPLATES["v0"].example or ("", "")
 
 Q1 = Message("user", "What is this?", 1)
 A1 = Message("assistant", "A cat.")
@@ -111,7 +112,6 @@ def test_prompt_strings(name: str) -> None:
 
 def test_the_example_of_v0() -> None:
     """The hash is that of the text in llava/conversation.py."""
-    assert ENERGY is not None
     assert hashlib.sha256(ENERGY[1].encode()).hexdigest().startswith("29c0f588aa19dd65")
 
 
@@ -129,10 +129,10 @@ def test_markers_stand_around_every_picture(name: str) -> None:
 class Transformers431(LlamaTokenizer):
     """LlamaTokenizer with legacy = false as transformers 4.31 to 4.33 had it, with which LLaVA-1.5 was trained."""
 
-    def tokenize(self, text: str, **kwargs: object) -> list[str]:  # type: ignore[override]
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return PreTrainedTokenizer.tokenize(self, "▁" + text.replace("▁", " "), **kwargs)
 
-    def _tokenize(self, text: str, **_: object) -> list[str]:
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
         first = text.startswith("▁")
         text = text.removeprefix("▁")
         tokens: list[str] = self.sp_model.encode(text, out_type=str)
