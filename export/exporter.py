@@ -241,8 +241,7 @@ def _importance(
 ) -> importance.Importance:
     stage = f"importance matrix from {importance.describe(options.calibrate)}"
     progress(stage, None)
-    pixels = manifest.preprocessing
-    return importance.measure(checkpoint, float16, pixels, options.calibrate, lambda share: progress(stage, share))
+    return importance.measure(checkpoint, manifest, float16, options.calibrate, lambda share: progress(stage, share))
 
 
 def _report(

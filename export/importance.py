@@ -21,15 +21,14 @@ import numpy as np
 from PIL import Image
 
 from llava_edge import anyres, prompt
-from llava_edge.bundle import Preprocessing
+from llava_edge.bundle import Manifest, Preprocessing
 from llava_edge.errors import MissingError, UnavailableError
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.llm_gguf import tensor_names
 from llava_edge.export.names import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
 from llava_edge.image import load_image
-from llava_edge.models.config import LlavaConfig
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import after_control, devices
 from llava_edge.runtimes.language import LanguageModel
 
 if TYPE_CHECKING:
@@ -64,18 +63,18 @@ class Prompt:
 
 def measure(
     checkpoint: Checkpoint,
+    manifest: Manifest,
     float16: Path,
-    preprocessing: Preprocessing,
     folder: Path | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Importance:
     """From checkpoint to matrix. Raises `MissingError` or `ImageError` for the pictures.
 
-    float16: the language file before quantization; only its tokenizer is used.
+    manifest: its preprocessing and prompt layout are used. float16: the language file; only its tokenizer is used.
     folder: of photos like those the model will see; the sample pictures unless given.
     """
-    images = encode(checkpoint, preprocessing, pictures(folder))
-    return accumulate(checkpoint, _prompts(checkpoint, float16, images), progress)
+    images = encode(checkpoint, manifest.preprocessing, pictures(folder))
+    return accumulate(checkpoint, _prompts(checkpoint, manifest, float16, images), progress)
 
 
 def check(folder: Path | None) -> None:
@@ -123,11 +122,11 @@ def encode(checkpoint: Checkpoint, spec: Preprocessing, images: Iterable[Image.I
     return streamed.arrange(config, tensors, streamed.project(config, tensors, features), sizes)
 
 
-def _prompts(checkpoint: Checkpoint, float16: Path, images: Sequence[Array]) -> list[Prompt]:
+def _prompts(checkpoint: Checkpoint, manifest: Manifest, float16: Path, images: Sequence[Array]) -> list[Prompt]:
     """Pictures with questions and answers, laid out by the model's template."""
     table = checkpoint.tensors[EMBEDDINGS]
     rows = []
-    for n, ids in enumerate(_token_ids(checkpoint.config, float16, len(images))):
+    for n, ids in enumerate(_token_ids(manifest, float16, len(images))):
         at, image = ids.index(prompt.IMAGE_TOKEN_INDEX), images[n % len(images)]
         is_image = np.zeros(len(ids) - 1 + len(image), bool)
         is_image[at : at + len(image)] = True
@@ -135,15 +134,16 @@ def _prompts(checkpoint: Checkpoint, float16: Path, images: Sequence[Array]) -> 
     return rows
 
 
-def _token_ids(config: LlavaConfig, float16: Path, pictures: int) -> list[list[int]]:
+def _token_ids(manifest: Manifest, float16: Path, pictures: int) -> list[list[int]]:
     engine = LanguageModel(float16, context=1, threads=devices.thread_count()[0])
     try:
         found = []
+        behind = after_control.encoder(engine, manifest.after_control)
         for n in range(max(PROMPTS, pictures)):
             question, answer = QUESTIONS[(n + n // pictures) % len(QUESTIONS)]
             messages = [prompt.Message("user", question, 1), prompt.Message("assistant", answer)]
-            pieces = prompt.render(config.template, messages, config.image_markers)
-            found.append(prompt.encode(pieces, engine.tokenize, engine.control_id))
+            pieces = prompt.render(manifest.template, messages, manifest.image_markers)
+            found.append(prompt.encode(pieces, engine.tokenize, engine.control_id, behind))
         return found
     finally:
         engine.close()

@@ -13,11 +13,11 @@ import pytest
 import torch
 from gguf.quants import dequantize
 
-from llava_edge.bundle import read_manifest
+from llava_edge.bundle import Bundle, read_manifest
 from llava_edge.errors import MissingError, UsageError
 from llava_edge.export import importance
 from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.export.exporter import ExportOptions, _preprocessing
+from llava_edge.export.exporter import ExportOptions
 from llava_edge.export.importance import Importance
 from llava_edge.export.llm_gguf import tensor_names, write_language
 from llava_edge.export.quantize import Quant, quantize
@@ -58,17 +58,16 @@ def hooked(model: Llava, prompts: list[importance.Prompt], image: float) -> Impo
 
 
 def test_the_matrix_is_what_hooks_on_the_whole_model_see(
-    micro_checkpoint: Path, float16: Path, monkeypatch: pytest.MonkeyPatch
+    micro_checkpoint: Path, micro_bundle: Path, float16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = open_checkpoint(micro_checkpoint)
+    checkpoint, manifest = open_checkpoint(micro_checkpoint), Bundle.open(micro_bundle).manifest
     monkeypatch.setattr(importance, "IMAGE_WEIGHT", 0.3)
     model = from_state(checkpoint.config, checkpoint.tensors)
-    spec = _preprocessing(checkpoint)
-    pixels = [preprocess(image, spec) for image in importance.pictures(None)]
-    images = importance.encode(checkpoint, spec, importance.pictures(None))
+    pixels = [preprocess(image, manifest.preprocessing) for image in importance.pictures(None)]
+    images = importance.encode(checkpoint, manifest.preprocessing, importance.pictures(None))
     wanted = model.projector(model.encode_image(torch.from_numpy(np.stack(pixels)))).numpy()
     np.testing.assert_allclose(np.stack(images), wanted, rtol=1e-4, atol=1e-5)
-    prompts = importance._prompts(checkpoint, float16, images)
+    prompts = importance._prompts(checkpoint, manifest, float16, images)
     assert {int(item.is_image.sum()) for item in prompts} == {16}
     ours, reference = importance.accumulate(checkpoint, prompts), hooked(model, prompts, 0.3)
     assert ours.keys() == reference.keys() == set(tensor_names(checkpoint.config.text)) - {
