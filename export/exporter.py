@@ -227,7 +227,7 @@ def _write(
         rows = options.measured.parity
     else:
         rows = _parity(options, Bundle(temp, manifest), checkpoint, float16, progress)
-    if on_report and matrix:
+    if on_report and matrix and float16:
         on_report(_report(options, Bundle(temp, manifest), float16, matrix, progress))
     shutil.rmtree(scratch)
     manifest = replace(manifest, files=files, parity=rows)

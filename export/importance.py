@@ -25,9 +25,9 @@ from llava_edge.bundle import Manifest, Preprocessing
 from llava_edge.errors import MissingError, UnavailableError
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
-from llava_edge.export.llm_gguf import tensor_names
 from llava_edge.export.names import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
 from llava_edge.image import load_image
+from llava_edge.models.llama_gguf import tensor_names
 from llava_edge.runtimes import after_control, devices
 from llava_edge.runtimes.language import LanguageModel
 

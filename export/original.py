@@ -76,7 +76,7 @@ def _grids(path: Path, raw: Mapping[str, Any]) -> list[list[int]]:
     """LLaVA's (width, height) pairs, sometimes written as a string, in Hugging Face's order (height, width)."""
     given = raw.get("image_grid_pinpoints")
     try:
-        pairs = json.loads(given.replace("(", "[").replace(")", "]")) if isinstance(given, str) else given
+        pairs = json.loads(given.replace("(", "[").replace(")", "]")) if isinstance(given, str) else list(given or ())
         return [[int(height), int(width)] for width, height in pairs]
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} should give image_grid_pinpoints as pairs of pixels, has {given!r}.") from error

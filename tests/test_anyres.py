@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -210,7 +210,7 @@ def test_positions_equal_transformers_but_for_its_rounding() -> None:
     for width, height in sizes:
         grid = anyres.best_grid((width, height), REAL)
         columns, rows = grid[0] // 336, grid[1] // 336
-        counts = LlavaNextProcessor._get_unpadded_features(None, height, width, 24, 24, rows, columns)
+        counts = LlavaNextProcessor._get_unpadded_features(cast(Any, None), height, width, 24, 24, rows, columns)
         if 576 + sum(counts) != len(anyres.layout((width, height), real(), 576)):
             differing.append((width, height))
             exact = width * 24 * rows / height, height * 24 * columns / width
@@ -337,7 +337,12 @@ def test_the_engine_answers_as_pytorch_does(
 ) -> None:
     sampled: list[int] = []
     sample = Sampler.sample
-    monkeypatch.setattr(Sampler, "sample", lambda self, context: sampled.append(sample(self, context)) or sampled[-1])
+
+    def watched(self: Sampler, context: Any) -> int:
+        sampled.append(sample(self, context))
+        return sampled[-1]
+
+    monkeypatch.setattr(Sampler, "sample", watched)
     result = llava.ask("What is it?", image(size), Options(max_tokens=16))
     language = llava._engine._language
     assert language is not None

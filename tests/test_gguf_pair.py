@@ -296,7 +296,7 @@ def test_a_language_file_with_more_than_a_llama_is_refused(pair: tuple[Path, Pat
 def copy_language(reader: gguf.GGUFReader, path: Path, extra: dict[str, Array], changed: dict[str, Any]) -> None:
     """The same file with more tensors and other fields."""
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")} | changed
-    writer = gguf.GGUFWriter(path, fields.pop("general.architecture"))
+    writer: Any = gguf.GGUFWriter(path, fields.pop("general.architecture"))
     for name, value in fields.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(name, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -16,14 +16,15 @@ from gguf.quants import dequantize
 from llava_edge.bundle import Bundle, read_manifest
 from llava_edge.errors import MissingError, UsageError
 from llava_edge.export import importance
-from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.export.checkpoint import Checkpoint, Tensors, open_checkpoint
 from llava_edge.export.exporter import ExportOptions
 from llava_edge.export.importance import Importance
-from llava_edge.export.llm_gguf import tensor_names, write_language
+from llava_edge.export.llm_gguf import write_language
 from llava_edge.export.quantize import Quant, quantize
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.image import preprocess
 from llava_edge.models import micro
+from llava_edge.models.llama_gguf import tensor_names
 from llava_edge.models.llava import Llava, from_state
 
 Array = np.ndarray[Any, Any]
@@ -120,7 +121,7 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
     config = replace(micro.CONFIG, text=replace(micro.CONFIG.text, num_hidden_layers=6))
     real = open_checkpoint(micro.write_checkpoint(tmp_path, config=config))
     watched = Watched(real.tensors)
-    checkpoint = replace(real, tensors=watched)
+    checkpoint = replace(real, tensors=cast(Tensors, watched))
     assert isinstance(checkpoint, Checkpoint)
     rng = np.random.default_rng(0)
     prompts = [importance.Prompt(rng.standard_normal((5, 256)).astype(np.float32), np.arange(5) < 2)]
@@ -178,7 +179,7 @@ def test_equal_importance_is_no_harm(float16: Path, tmp_path: Path, skewed: Impo
 def test_channels_that_were_never_active_do_not_break_a_file(float16: Path, tmp_path: Path, skewed: Importance) -> None:
     silent = {name: np.where(np.arange(len(v)) < 64, 0, v).astype(np.float32) for name, v in skewed.items()}
     for quant in ("q4_k_m", "q4_0", "q5_k_m"):
-        stored = quantized(float16, tmp_path / "q.gguf", quant, silent)  # type: ignore[arg-type]
+        stored = quantized(float16, tmp_path / "q.gguf", quant, silent)
         assert all(np.isfinite(values).all() for values in stored.values())
 
 

@@ -19,6 +19,7 @@ from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.export.held_out import Engine
 from llava_edge.export.quantize import QUANTS
+from llava_edge.export.samples import held_out as held_out_drawings
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.image import load_image, preprocess
 from llava_edge.models import micro
@@ -98,7 +99,7 @@ def test_the_answers_of_drawings_are_the_models_own(float16: Path, micro_bundle:
             likely = [int(row.argmax()) for row in held_out.predictions(engine, sample, pictures)]
             assert likely == sample.targets
     calibrated = {image.tobytes() for image in importance.pictures(None)}
-    assert not calibrated & {image.tobytes() for image in held_out.samples.held_out()}
+    assert not calibrated & {image.tobytes() for image in held_out_drawings()}
 
 
 def test_the_report_of_an_export(micro_checkpoint: Path, data: Path, tmp_path: Path) -> None:

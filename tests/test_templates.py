@@ -129,7 +129,7 @@ def test_markers_stand_around_every_picture(name: str) -> None:
 class Transformers431(LlamaTokenizer):
     """LlamaTokenizer with legacy = false as transformers 4.31 to 4.33 had it, with which LLaVA-1.5 was trained."""
 
-    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+    def tokenize(self, text: str, *_: Any, **kwargs: Any) -> list[str]:
         return PreTrainedTokenizer.tokenize(self, "▁" + text.replace("▁", " "), **kwargs)
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
