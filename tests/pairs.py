@@ -62,7 +62,8 @@ def write_mmproj(
     fields: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `tensors`, matrices as `kind`. `fields`: keys below `clip.` to set, or to leave out when None."""
-    v, writer = config.vision, gguf.GGUFWriter(path, "clip")
+    v = config.vision
+    writer: Any = gguf.GGUFWriter(path, "clip")
     keys: dict[str, Any] = {
         "has_text_encoder": False,
         "has_vision_encoder": True,
