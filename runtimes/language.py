@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ class LanguageModel:
     ) -> None:
         gguf.check_language(gguf.read(path))
         self.library = library(verbose)
+        # llama.cpp sets the AMX tile configuration once in each thread. Whatever else uses AMX in that thread (PyTorch
+        # in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL. So it computes in a
+        # thread where nobody else does.
+        self._thread = ThreadPoolExecutor(1, "llama.cpp")
         self.context_size = context
         self.held: list[Key] = []
         self._model: Any = None
@@ -66,6 +71,7 @@ class LanguageModel:
 
     def close(self) -> None:
         """Free everything; harmless when repeated."""
+        self._thread.shutdown()
         if self._context is not None:
             self.library.llama_batch_free(self._tokens.handle)
             self.library.llama_batch_free(self._embeddings.handle)
@@ -202,7 +208,7 @@ class LanguageModel:
         self._cancel = cancel
         # The callback is asked between graph nodes and is Python, so a single token, which is quick, goes without.
         self.library.llama_set_abort_callback(self._context, self._abort if count > 1 else self._never, None)
-        status = self.library.llama_decode(self._context, batch.handle)
+        status = self._thread.submit(self.library.llama_decode, self._context, batch.handle).result()
         if status == 0:
             self.held += keys
             return

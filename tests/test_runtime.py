@@ -560,3 +560,29 @@ def test_gelu_is_the_exact_form() -> None:
     assert np.abs(gelu(values) - wanted).max() < 1e-6
     tanh = torch.nn.functional.gelu(torch.from_numpy(values).double(), approximate="tanh").numpy()
     assert np.abs(gelu(values) - tanh).max() > 1e-4  # the usual approximation would be noticed
+
+
+AFTER_TORCH = """
+import sys, threading, torch
+from pathlib import Path
+from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.probe import write_model
+
+def product():
+    torch.randn(64, 256).bfloat16() @ torch.randn(256, 256).bfloat16()
+
+write_model(Path(sys.argv[1]), "Q4_0")
+language = LanguageModel(Path(sys.argv[1]), context=256, threads=2)
+for _ in range(2):
+    language.evaluate_tokens(range(64), threading.Event())
+    product()
+print(float(language.logits().std()))
+"""
+
+
+def test_pytorch_and_llama_cpp_share_a_process(tmp_path: Path) -> None:
+    """Both use AMX where there is one; each thread has one tile configuration, and PyTorch releases it."""
+    command = [sys.executable, "-c", AFTER_TORCH, str(tmp_path / "model.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
