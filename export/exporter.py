@@ -250,9 +250,7 @@ def _report(
     scratch = float16.parent / "report"
     scratch.mkdir()
     calibration = importance.describe(options.calibrate)
-    return report.measure(
-        bundle, float16, scratch, matrix, calibration, options.report_data, options.threads, progress
-    )
+    return report.measure(bundle, float16, scratch, matrix, calibration, options.report_data, options.threads, progress)
 
 
 def _parity(

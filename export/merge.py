@@ -1,7 +1,7 @@
 """Checkpoints that hold a part or a change only, joined with the model they change. Tensor by tensor, when read.
 
-    LoRA     W + scale * B A, and whole tensors in their place (non_lora_trainables.bin: the projector)
-    delta    base + difference, in float16 as llava/model/apply_delta.py adds; the base may have fewer rows
+LoRA     W + scale * B A, and whole tensors in their place (non_lora_trainables.bin: the projector)
+delta    base + difference, in float16 as llava/model/apply_delta.py adds; the base may have fewer rows
 """
 
 from __future__ import annotations

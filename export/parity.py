@@ -149,9 +149,7 @@ def _language_rows(
     wanted: Array | None = None
     for name, path in files.items():
         context = len(image) + 512 + STEPS
-        engine = LanguageModel(
-            path, context=context, threads=_threads(), repack=path.stat().st_size < _REPACK_BYTES
-        )
+        engine = LanguageModel(path, context=context, threads=_threads(), repack=path.stat().st_size < _REPACK_BYTES)
         try:
             pieces = prompt.render(manifest.template, [prompt.Message("user", _QUESTION, 1)], manifest.image_markers)
             behind = after_control.encoder(engine, manifest.after_control)

@@ -283,9 +283,7 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path} cannot be right: {fault}.")
 
 
-def tiling_fault(
-    size: int, square: Square, grids: tuple[tuple[int, int], ...], merge: Merge, image_tokens: int
-) -> str:
+def tiling_fault(size: int, square: Square, grids: tuple[tuple[int, int], ...], merge: Merge, image_tokens: int) -> str:
     """What is wrong with a tiling (see `Preprocessing`) of crops with `image_tokens` embeddings; empty if nothing."""
     if square != "anyres":
         return "grids and merge are for square anyres only" if grids or merge != "flat" else ""

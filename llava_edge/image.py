@@ -95,9 +95,7 @@ def normalise(image: Image.Image, spec: Preprocessing) -> np.ndarray[Any, np.dty
     return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
 
-def square_and_resize(
-    image: Image.Image, size: int, mean: tuple[float, float, float], square: Square
-) -> Image.Image:
+def square_and_resize(image: Image.Image, size: int, mean: tuple[float, float, float], square: Square) -> Image.Image:
     """The uint8 half of `preprocess`: an RGB image of `size` x `size`, by Pillow's antialiased bicubic filter."""
     if image.mode != "RGB":
         raise ImageError(f"Preprocessing takes an RGB picture as load_image returns it, not one of mode {image.mode}.")

@@ -25,9 +25,7 @@ from llava_edge.models.llava import Llava
 
 def preprocessing(config: LlavaConfig) -> Preprocessing:
     """The one preprocessing of a LLaVA, as trainer, exporter and runtime use it."""
-    return Preprocessing(
-        config.vision.image_size, CLIP_MEAN, CLIP_STD, config.square, config.grids, config.merge
-    )
+    return Preprocessing(config.vision.image_size, CLIP_MEAN, CLIP_STD, config.square, config.grids, config.merge)
 
 
 class FeatureCache:

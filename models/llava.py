@@ -61,9 +61,7 @@ class Llava(nn.Module):
         if self.config.square != "anyres":
             return list(embeds)
         parts = embeds.split([crop_count(self.config, size) for size in sizes])
-        return [
-            arrange(part, self.image_newline, self.config, size) for part, size in zip(parts, sizes, strict=True)
-        ]
+        return [arrange(part, self.image_newline, self.config, size) for part, size in zip(parts, sizes, strict=True)]
 
     def splice(self, ids: Sequence[int] | Tensor, images: Sequence[Tensor] | Tensor | None) -> Tensor:
         """Embeddings (T', D): text looked up, each IMAGE_TOKEN_INDEX replaced by one of `images` (positions, D).

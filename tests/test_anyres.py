@@ -325,12 +325,6 @@ def test_the_bundle_says_how_pictures_are_seen(bundle: Path) -> None:
     assert all(row.passed for row in manifest.parity)
 
 
-def test_a_manifest_from_before_anyres_still_opens(root: Path) -> None:
-    pixels = read_manifest(root / "llava_edge" / "zoo" / "smol").preprocessing
-    assert "grids" not in (root / "llava_edge" / "zoo" / "smol" / "manifest.json").read_text("utf-8")
-    assert (pixels.square, pixels.grids, pixels.merge) == ("pad", (), "flat")
-
-
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_the_engine_answers_as_pytorch_does(
     size: Size, llava: Llava, ours: Any, monkeypatch: pytest.MonkeyPatch
@@ -353,9 +347,7 @@ def test_the_engine_answers_as_pytorch_does(
     assert result.image_tokens == len(ours.images(seen, [size])[0]) == result.prompt_tokens - len(ids) + 1
 
 
-def test_the_context_is_checked_with_each_pictures_own_positions(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_context_is_checked_with_each_pictures_own_positions(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Bundle.open(bundle).manifest
     counts = [len(prepare(image(size), manifest).rows) for size in ((80, 60), (300, 40))]
     assert counts[0] != counts[1]

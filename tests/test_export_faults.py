@@ -323,9 +323,7 @@ EXPORT = "import sys; from llava_edge.cli import main; main(['export', *sys.argv
 PROBE = "from llava_edge.runtimes import probe; probe.check('llama_cpp')"
 
 
-def run_export(
-    *arguments: str, file_limit: int | None = None, code: str = EXPORT
-) -> subprocess.CompletedProcess[str]:
+def run_export(*arguments: str, file_limit: int | None = None, code: str = EXPORT) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own; `file_limit` bytes is the largest file it may write (then EFBIG)."""
 
     def limit() -> None:

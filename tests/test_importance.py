@@ -71,9 +71,12 @@ def test_the_matrix_is_what_hooks_on_the_whole_model_see(
     prompts = importance._prompts(checkpoint, manifest, float16, images)
     assert {int(item.is_image.sum()) for item in prompts} == {16}
     ours, reference = importance.accumulate(checkpoint, prompts), hooked(model, prompts, 0.3)
-    assert ours.keys() == reference.keys() == set(tensor_names(checkpoint.config.text)) - {
-        name for name in tensor_names(checkpoint.config.text) if "norm" in name or "token_embd" in name
-    }
+    assert (
+        ours.keys()
+        == reference.keys()
+        == set(tensor_names(checkpoint.config.text))
+        - {name for name in tensor_names(checkpoint.config.text) if "norm" in name or "token_embd" in name}
+    )
     for name, values in ours.items():
         np.testing.assert_allclose(values, reference[name], rtol=1e-5, err_msg=name)
     other = hooked(from_state(checkpoint.config, checkpoint.tensors), prompts, 0.5)

@@ -160,7 +160,9 @@ def parts(tensors: Arrays, tmp_path: Path) -> Callable[[str], Path]:
             return micro.write_checkpoint(folder, tensors=tensors)
         if layout == "delta":
             base = {name: value for name, value in tensors.items() if name.startswith("language_model.")}
-            near = {name: value + np.float32(0.01) for name, value in tensors.items()}
+            linear = micro.random_tensors(replace(micro.CONFIG, projector_type="linear"))
+            near = {name: tensors.get(name, value) + np.float32(0.01) for name, value in linear.items()}
+            near |= {name: value for name, value in linear.items() if name.startswith("multi_modal_projector.")}
             return write.write_delta(folder, near, base, write.original_config(mm_projector_type="linear"))
         return write.write(folder, raw, text_and_projector(tensors))
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from llava_edge.bundle import Bundle
 from llava_edge.cli import cli
-from llava_edge.errors import DataError, MissingError
+from llava_edge.errors import CannotCreateError, DataError, MissingError
 from llava_edge.export import held_out, importance, llm_gguf, report
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
@@ -153,4 +153,4 @@ def test_what_cannot_be_measured_on_is_said(float16: Path, micro_bundle: Path, t
     with pytest.raises(MissingError):
         held_out.conversations(tmp_path / "none.json", Bundle.open(micro_bundle), float16, tmp_path)
     options = ["export", str(tmp_path), str(tmp_path / "out"), "--report", str(tmp_path / "no" / "report.md")]
-    assert CliRunner().invoke(cli, options).exit_code == 73
+    assert isinstance(CliRunner().invoke(cli, options).exception, CannotCreateError)
