@@ -14,8 +14,9 @@ from llava_edge.bundle import Bundle
 from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, EngineOptions, Options, Result
 from llava_edge.prompt import Message
+from llava_edge.runtimes.jobs import Stream
 from llava_edge.runtimes.pictures import Picture, prepare
-from llava_edge.runtimes.pipeline import Engine, Stream
+from llava_edge.runtimes.pipeline import Engine
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 Images = ImageInput | Picture | Sequence[ImageInput | Picture]

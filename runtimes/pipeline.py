@@ -6,65 +6,28 @@ free for Ctrl-C. Knows nothing about command lines, files of images (image.py do
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from llava_edge import anyres, gguf, prompt
+from llava_edge import gguf, prompt
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError, UsageError
 from llava_edge.image import ImageInput
-from llava_edge.options import Chunk, EngineOptions, FinishReason, Options, Result, Timings
+from llava_edge.options import Chunk, EngineOptions, Options
 from llava_edge.runtimes import CancelledError, after_control, devices, probe
-from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.decoding import decode
+from llava_edge.runtimes.jobs import Job, Owner, Stream
+from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.pictures import Picture, prepare
+from llava_edge.runtimes.prefill import Embedder, prefill, segments
 from llava_edge.runtimes.projector import Projector
-from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.text import TextStream
 from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.templates import template
 
-Stream = Generator[Chunk, None, None]
-
 DEFAULT_CONTEXT = 4096  # LLaVA-1.5's; a longer one is opt-in because its memory grows with it
-POLL_SECONDS = 0.05  # how often a waiting caller looks whether it was cancelled
-
-
-@dataclass
-class _Job:
-    """One request: what the owner thread runs, and where it puts what comes out. None ends the stream."""
-
-    run: Callable[[_Job], None]
-    cancel: threading.Event
-    output: queue.SimpleQueue[Chunk | BaseException | None] = field(default_factory=queue.SimpleQueue)
-    vision_run: Any = None
-
-    def stop(self) -> None:
-        """Ask the owner thread to leave this job, from any thread."""
-        self.cancel.set()
-        if self.vision_run is not None:
-            self.vision_run.terminate = True
-
-
-@dataclass
-class _Run:
-    """Measurements of one answer, filled in on the way."""
-
-    started: float
-    preprocess_ms: float = 0.0
-    encode_ms: float = 0.0
-    prefill_ms: float = 0.0
-    first_token: float = 0.0
-    prompt_tokens: int = 0
-    image_tokens: int = 0
-    tokens: int = 0  # of the answer, without its end token
-    unseen: int = 0  # of these, not yet in a chunk
-    text: str = ""
 
 
 class Engine:
@@ -76,11 +39,9 @@ class Engine:
         self.choice = devices.choose("cpu")
         self.load_ms = 0.0
         self.context_size = 0
-        self._vision: VisionEncoder | None = None
+        self._embedder: Embedder | None = None
         self._language: LanguageModel | None = None
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._owner = threading.Thread(target=self._serve, name="llava-edge engine", daemon=True)
-        self._owner.start()
+        self._owner = Owner(self._free)
 
     @staticmethod
     def open(
@@ -95,10 +56,10 @@ class Engine:
         """
         engine = Engine(bundle, options or EngineOptions())
         try:
-            for _ in engine._submit(lambda job: engine._load(job.cancel, on_load), threading.Event()):
+            for _ in engine._owner.submit(lambda job: engine._load(job.cancel, on_load), threading.Event()):
                 pass
         except BaseException:
-            engine._jobs.put(None)
+            engine._owner.close(wait=False)
             raise
         return engine
 
@@ -120,16 +81,14 @@ class Engine:
         because other kernels computed it.
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
         """
-        run = _Run(time.monotonic() if started is None else started)
+        run = Run(time.monotonic() if started is None else started)
         wanted = options or Options()
         event = cancel or threading.Event()
-        return self._submit(lambda job: self._answer(job, messages, images, wanted, run, reuse), event)
+        return self._owner.submit(lambda job: self._answer(job, messages, images, wanted, run, reuse), event)
 
     def close(self) -> None:
         """Stop after the request in work, and free the engines. Harmless when repeated."""
-        self._jobs.put(None)
-        if self._owner is not threading.current_thread():
-            self._owner.join()
+        self._owner.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -137,39 +96,10 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, run: Callable[[_Job], None], cancel: threading.Event) -> Stream:
-        """Queue a job and yield its chunks. Leaving early, by Ctrl-C too, cancels it."""
-        if not self._owner.is_alive():
-            raise UsageError("The engine is closed.")
-        job = _Job(run, cancel)
-        self._jobs.put(job)
-        try:
-            while (item := self._next(job)) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            job.stop()
-
-    def _next(self, job: _Job) -> Chunk | BaseException | None:
-        while True:
-            try:
-                return job.output.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if job.cancel.is_set():
-                    job.stop()
-
-    def _serve(self) -> None:
-        """The owner thread: everything that touches an engine runs here."""
-        while (job := self._jobs.get()) is not None:
-            try:
-                job.run(job)
-                job.output.put(None)
-            except BaseException as error:  # noqa: BLE001 - the caller gets it
-                job.output.put(error)
+    def _free(self) -> None:
         if self._language is not None:
             self._language.close()
-        self._vision = None
+        self._embedder = None
 
     def _load(self, cancel: threading.Event, on_load: Callable[[float], None]) -> None:
         start = time.perf_counter()
@@ -202,20 +132,20 @@ class Engine:
                 f"{path} has hidden size and vocabulary {found}, the manifest says "
                 f"{(manifest.language.hidden_size, manifest.language.vocab_size)}: it is from another bundle."
             )
-        self._projector = Projector(self.bundle)
-        self._vision = VisionEncoder(self.bundle, threads, self.choice.provider)
+        projector = Projector(self.bundle)
+        self._embedder = Embedder(VisionEncoder(self.bundle, threads, self.choice.provider), projector)
         self._template = template(manifest.template)
         self._ends = {self._language.control_id(name) for name in self._template.stops}
         self._after_control = after_control.encoder(self._language, manifest.after_control)
-        self.load_ms = _since(start)
+        self.load_ms = since(start)
 
     def _answer(
         self,
-        job: _Job,
+        job: Job,
         messages: Sequence[prompt.Message],
         images: Sequence[ImageInput | Picture],
         options: Options,
-        run: _Run,
+        run: Run,
         reuse: bool,
     ) -> None:
         slots = sum(message.images for message in messages)
@@ -229,21 +159,24 @@ class Engine:
         self._check_room(run, ids, [len(picture.rows) for picture in pictures])
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
         stream = TextStream((*options.stop, *self._template.stop_texts))
+        limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
+        language, embedder = self._opened()
         try:
             if not reuse:
-                self._opened().keep([])
-            self._prefill(ids, pictures, run, job)
-            reason = self._decode(job, stream, options, run)
+                language.keep([])
+            prefill(language, embedder, segments(ids, pictures), run, job)
+            reason = decode(language, self._ends, stream, options, limit, run, job)
         except CancelledError:
             reason = "cancelled"
         tail = stream.end(cut=reason != "stop")
         if stream.stopped and reason == "length":
             reason = "stop"
         run.text += tail
-        job.output.put(Chunk(tail, run.unseen, reason, self._result(run, reason)))
+        result = run.result(reason, manifest.name, self.choice.name, self.load_ms)
+        job.output.put(Chunk(tail, run.unseen, reason, result))
 
     def _encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
-        language = self._opened()
+        language, _ = self._opened()
         size = sum(len(message.text.encode("utf-8", "replace")) for message in messages)
         if size > self.context_size * 64:  # no vocabulary here has tokens of 64 bytes on average
             raise ContextOverflowError(
@@ -253,7 +186,7 @@ class Engine:
         pieces = prompt.render(manifest.template, messages, manifest.image_markers)
         return prompt.encode(pieces, language.tokenize, language.control_id, self._after_control)
 
-    def _check_room(self, run: _Run, ids: list[int], rows: list[int]) -> None:
+    def _check_room(self, run: Run, ids: list[int], rows: list[int]) -> None:
         """Count positions; `rows` are those of each image. Raises `ContextOverflowError`."""
         run.image_tokens = sum(rows)
         run.prompt_tokens = len(ids) - len(rows) + run.image_tokens
@@ -265,102 +198,10 @@ class Engine:
             f"{self.context_size}. Use fewer images, a shorter text or a larger --context."
         )
 
-    def _prefill(self, ids: list[int], pictures: list[Picture], run: _Run, job: _Job) -> None:
-        """Evaluate the prompt, except for a beginning that is still in memory from the last one."""
-        language = self._opened()
-        waiting = iter(pictures)
-        parts: list[tuple[Picture | None, list[Key]]] = []
-        for token in ids:
-            if token == prompt.IMAGE_TOKEN_INDEX:
-                picture = next(waiting)
-                parts.append((picture, [(picture.key, row) for row in range(len(picture.rows))]))
-            elif parts and parts[-1][0] is None:
-                parts[-1][1].append(token)
-            else:
-                parts.append((None, [token]))
-        skip = language.keep([key for _, keys in parts for key in keys])
-        for part, keys in parts:
-            done, skip = min(skip, len(keys)), max(0, skip - len(keys))
-            if done == len(keys):
-                continue
-            start = time.perf_counter()
-            if part is None:
-                language.evaluate_tokens([key for key in keys[done:] if isinstance(key, int)], job.cancel)
-            else:
-                embeddings = self._embed(part, job)
-                run.encode_ms += _since(start)
-                start = time.perf_counter()
-                language.evaluate_embeddings(embeddings[done:], keys[done:], job.cancel)
-            run.prefill_ms += _since(start)
-
-    def _embed(self, picture: Picture, job: _Job) -> np.ndarray[Any, Any]:
-        """(positions, hidden size) float32. Crops go one by one: five at once take five times the working memory."""
-        if self._vision is None:
+    def _opened(self) -> tuple[LanguageModel, Embedder]:
+        if self._language is None or self._embedder is None:
             raise UsageError("The engine is closed.")
-        job.vision_run = job.vision_run or self._vision.new_run()
-        embeddings = []
-        for crop in picture.crops:
-            if job.cancel.is_set():  # asked after the handle can be seen, so that no stop is lost
-                raise CancelledError
-            embeddings.append(self._projector.project(self._vision.encode(crop, job.vision_run)))
-        return anyres.arrange(np.stack(embeddings), self._projector.newline, picture.rows)
-
-    def _decode(self, job: _Job, stream: TextStream, options: Options, run: _Run) -> FinishReason:
-        language = self._opened()
-        limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
-        sampler = Sampler(language.library, options)
-        try:
-            while True:
-                language.logits()  # refuses what is not finite
-                token = sampler.sample(language.context)
-                run.first_token = run.first_token or time.monotonic()
-                if token in self._ends or language.ends(token):
-                    return "stop"
-                run.tokens += 1
-                run.unseen += 1
-                text = stream.feed(language.piece(token))
-                if text:
-                    run.text += text
-                    job.output.put(Chunk(text, run.unseen))
-                    run.unseen = 0
-                if stream.stopped:
-                    return "stop"
-                if run.tokens >= limit:
-                    return "length"
-                language.evaluate_tokens([token], job.cancel)
-        finally:
-            sampler.close()
-
-    def _result(self, run: _Run, reason: FinishReason) -> Result:
-        now = time.monotonic()
-        decode = now - run.first_token if run.first_token else 0.0
-        timings = Timings(
-            load_ms=self.load_ms,
-            preprocess_ms=run.preprocess_ms,
-            encode_ms=run.encode_ms,
-            prefill_ms=run.prefill_ms,
-            ttft_ms=(run.first_token - run.started) * 1000 if run.first_token else 0.0,
-            decode_ms=decode * 1000,
-            decode_tokens_per_s=(run.tokens - 1) / decode if decode > 0 and run.tokens > 1 else 0.0,
-            total_ms=(now - run.started) * 1000,
-        )
-        return Result(
-            text=run.text,
-            finish_reason=reason,
-            model=self.bundle.manifest.name,
-            device=self.choice.name,
-            image_tokens=run.image_tokens,
-            prompt_tokens=run.prompt_tokens,
-            completion_tokens=run.tokens,
-            cache="miss",
-            timings=timings,
-            memory=devices.memory_use(),
-        )
-
-    def _opened(self) -> LanguageModel:
-        if self._language is None:
-            raise UsageError("The engine is closed.")
-        return self._language
+        return self._language, self._embedder
 
 
 def _context_size(asked: int, trained: int) -> int:
@@ -383,8 +224,3 @@ def _check_memory(header: gguf.Gguf, context: int, repack: bool) -> None:
             f"{header.path.parent} with a context of {context} needs about {needed >> 20} MiB of memory, "
             f"{available >> 20} MiB are available. Use a smaller --context or model."
         )
-
-
-def _since(start: float) -> float:
-    """Milliseconds since a `time.perf_counter()` instant."""
-    return (time.perf_counter() - start) * 1000

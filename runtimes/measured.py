@@ -1,0 +1,57 @@
+"""What is measured of one answer while it is made."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from llava_edge.options import FinishReason, Result, Timings
+from llava_edge.runtimes import devices
+
+
+@dataclass
+class Run:
+    """Measurements of one answer, filled in on the way. Times in milliseconds, instants of `time.monotonic`."""
+
+    started: float
+    preprocess_ms: float = 0.0
+    encode_ms: float = 0.0
+    prefill_ms: float = 0.0
+    first_token: float = 0.0  # instant; 0 until there is one
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    tokens: int = 0  # of the answer, without its end token
+    unseen: int = 0  # of these, not yet in a chunk
+    text: str = ""
+
+    def result(self, reason: FinishReason, model: str, device: str, load_ms: float) -> Result:
+        """The finished answer."""
+        now = time.monotonic()
+        decode = now - self.first_token if self.first_token else 0.0
+        timings = Timings(
+            load_ms=load_ms,
+            preprocess_ms=self.preprocess_ms,
+            encode_ms=self.encode_ms,
+            prefill_ms=self.prefill_ms,
+            ttft_ms=(self.first_token - self.started) * 1000 if self.first_token else 0.0,
+            decode_ms=decode * 1000,
+            decode_tokens_per_s=(self.tokens - 1) / decode if decode > 0 and self.tokens > 1 else 0.0,
+            total_ms=(now - self.started) * 1000,
+        )
+        return Result(
+            text=self.text,
+            finish_reason=reason,
+            model=model,
+            device=device,
+            image_tokens=self.image_tokens,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.tokens,
+            cache="miss",
+            timings=timings,
+            memory=devices.memory_use(),
+        )
+
+
+def since(start: float) -> float:
+    """Milliseconds since a `time.perf_counter()` instant."""
+    return (time.perf_counter() - start) * 1000
