@@ -70,7 +70,7 @@ class ExportOptions:
     name: of the model; the name of `out` unless given. provenance: where its parts are from.
     force: replace a bundle that `out` already is. force_publish: publish although parity fails.
     threads: for llama.cpp's quantizer and the measurements' engines; 0 is all cores.
-    float16_blocks: of an int8 tower, how many blocks from the front stay float16; searched for unless given.
+    fine_blocks: of an int8 tower, how many blocks from the front have finer weights; searched for unless given.
     measured: manifest of an earlier export; its parity table holds, and is taken, if every file comes out the same.
     imatrix: quantize with an importance matrix from pictures, those of the folder `calibrate` or else sample pictures.
     report_data: conversations for the report (`report.measure`).
@@ -88,7 +88,7 @@ class ExportOptions:
     force: bool = False
     force_publish: bool = False
     threads: int = 0
-    float16_blocks: int | None = None
+    fine_blocks: int | None = None
     measured: Manifest | None = None
     mmproj: Path | None = None
     emit_mmproj: Path | None = None
@@ -195,7 +195,7 @@ def _write(
     name = options.name or name
     manifest = _manifest(options, checkpoint, name)
     pictures = list(islice(importance.pictures(options.calibrate), TOWER_PICTURES))
-    write_tower(Bundle(temp, manifest), checkpoint, options.float16_blocks, pictures, scratch, progress)
+    write_tower(Bundle(temp, manifest), checkpoint, options.fine_blocks, pictures, scratch, progress)
     progress("projector", None)
     write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
     matrix: importance.Importance | None = None

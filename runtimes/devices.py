@@ -6,6 +6,7 @@ Knows nothing about models. Reads /proc, /sys and cgroups on Linux, `sysctl` on 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -121,10 +122,14 @@ def processor() -> tuple[str, list[str]]:
         elif key.strip() in ("flags", "Features") and not flags:
             flags = set(value.split())
     if not name:
-        import platform
-
         name = platform.processor() or platform.machine()
     return name, [flag for flag in wanted if flag in flags]
+
+
+def int8_saturates() -> bool:
+    """Whether ONNX Runtime's fast u8 x s8 products may overflow 16 bits: on x86 unless it is known to have VNNI."""
+    flags = processor()[1]
+    return platform.machine() in ("x86_64", "AMD64") and "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
 def available_memory() -> int | None:
