@@ -89,7 +89,8 @@ class Timings:
     """Milliseconds of wall time for each stage of one answer.
 
     `ttft_ms` and `total_ms` count from the start of the process (command line) or of the call (library).
-    `decode_ms` is the time for all answer tokens after the first; the rate is over those.
+    `decode_ms` is the time for all answer tokens after the first; the rate is over those. Of `preprocess_ms`,
+    `image_ms` went into decoding picture files; of `encode_ms`, `project_ms` into the projector.
     """
 
     load_ms: float
@@ -100,14 +101,17 @@ class Timings:
     decode_ms: float
     decode_tokens_per_s: float
     total_ms: float
+    image_ms: float = 0.0
+    project_ms: float = 0.0
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of this process. `private_bytes` leaves out mapped files; None where the system does not tell."""
+    """Of this process. `private_bytes` leaves out mapped files, `file_bytes` is these; None where it is not told."""
 
     peak_rss_bytes: int | None
     private_bytes: int | None
+    file_bytes: int | None = None
 
 
 @dataclass(frozen=True)

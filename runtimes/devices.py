@@ -145,11 +145,12 @@ def available_memory() -> int | None:
 
 
 def memory_use() -> Memory:
-    """Peak resident and present private memory of this process."""
+    """Peak resident memory of this process, and its private and file-backed memory now."""
     fields = dict(line.split(":", 1) for line in _read("/proc/self/status").splitlines() if ":" in line)
     if "VmHWM" in fields and "RssAnon" in fields:
         # Not getrusage: its peak is inherited from the process that forked this one.
-        return Memory(int(fields["VmHWM"].split()[0]) * 1024, int(fields["RssAnon"].split()[0]) * 1024)
+        peak, private, mapped = (int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon", "RssFile"))
+        return Memory(peak, private, mapped)
     if sys.platform == "darwin":
         import resource
 

@@ -15,7 +15,9 @@ class Run:
 
     started: float
     preprocess_ms: float = 0.0
+    image_ms: float = 0.0  # of preprocess_ms
     encode_ms: float = 0.0
+    project_ms: float = 0.0  # of encode_ms
     prefill_ms: float = 0.0
     first_token: float = 0.0  # instant; 0 until there is one
     prompt_tokens: int = 0
@@ -37,6 +39,8 @@ class Run:
             decode_ms=decode * 1000,
             decode_tokens_per_s=(self.tokens - 1) / decode if decode > 0 and self.tokens > 1 else 0.0,
             total_ms=(now - self.started) * 1000,
+            image_ms=self.image_ms,
+            project_ms=self.project_ms,
         )
         return Result(
             text=self.text,

@@ -22,13 +22,14 @@ class Picture:
 
     crops: (crops, 3, S, S) float32; one, or with "anyres" the whole picture and its tiles.
     rows: (positions,) which of the crops' embeddings stands where in the language model, see `anyres.layout`.
-    key: a hash of both. milliseconds: what all that took.
+    key: a hash of both. milliseconds: what all that took; decode_milliseconds: of these, until the picture was RGB.
     """
 
     crops: Array
     rows: Array
     key: str
     milliseconds: float
+    decode_milliseconds: float = 0.0
 
 
 def prepare(source: ImageInput | Picture, manifest: Manifest) -> Picture:
@@ -37,8 +38,9 @@ def prepare(source: ImageInput | Picture, manifest: Manifest) -> Picture:
         return source
     start = time.perf_counter()
     image = load_image(source)
+    decoded = time.perf_counter()
     crops = anyres.crops(image, manifest.preprocessing)
     # Pictures of one colour can have the same crops and differ in size, and so in how many rows are padding.
     rows = anyres.layout(image.size, manifest.preprocessing, manifest.vision.image_tokens)
     key = hashlib.sha256(crops.tobytes() + rows.tobytes()).hexdigest()
-    return Picture(crops, rows, key, (time.perf_counter() - start) * 1000)
+    return Picture(crops, rows, key, (time.perf_counter() - start) * 1000, (decoded - start) * 1000)

@@ -158,6 +158,7 @@ class Engine:
         pictures = [prepare(image, manifest) for image in images]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures])
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
+        run.image_ms = sum(picture.decode_milliseconds for picture in pictures)
         stream = TextStream((*options.stop, *self._template.stop_texts))
         limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
         language, embedder = self._opened()

@@ -53,14 +53,17 @@ class Embedder:
         self._vision = vision
         self._projector = projector
 
-    def embed(self, picture: Picture, job: Job) -> np.ndarray[Any, Any]:
+    def embed(self, picture: Picture, run: Run, job: Job) -> np.ndarray[Any, Any]:
         """(positions, hidden size) float32. Crops go one by one: five at once take five times the working memory."""
         job.vision_run = job.vision_run or self._vision.new_run()
         embeddings = []
         for crop in picture.crops:
             if job.cancel.is_set():  # asked after the handle can be seen, so that no stop is lost
                 raise CancelledError
-            embeddings.append(self._projector.project(self._vision.encode(crop, job.vision_run)))
+            features = self._vision.encode(crop, job.vision_run)
+            start = time.perf_counter()
+            embeddings.append(self._projector.project(features))
+            run.project_ms += since(start)
         return anyres.arrange(np.stack(embeddings), self._projector.newline, picture.rows)
 
 
@@ -76,7 +79,7 @@ def prefill(language: LanguageModel, embedder: Embedder, parts: Sequence[Segment
         if part.picture is None:
             language.evaluate_tokens([key for key in keys if isinstance(key, int)], job.cancel)
         else:
-            embeddings = embedder.embed(part.picture, job)
+            embeddings = embedder.embed(part.picture, run, job)
             run.encode_ms += since(start)
             start = time.perf_counter()
             language.evaluate_embeddings(embeddings[done:], keys, job.cancel)

@@ -25,7 +25,8 @@ ALLOWED = {
     "export": SHARED | {"models", "runtimes"},
     "api": SHARED | {"runtimes"},
     "repl": SHARED | {"api", "runtimes"},
-    "cli": SHARED | {"api", "repl", *AREAS},
+    "bench": SHARED | {"runtimes"},
+    "cli": SHARED | {"api", "bench", "repl", *AREAS},
     "__init__": SHARED | {"api"},
     "__main__": {"cli"},
 }

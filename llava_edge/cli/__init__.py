@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "Check every byte of a bundle against its manifest.",
     "export": "Turn a LLaVA checkpoint into a bundle.",
     "train": "Train a LLaVA from a recipe.",
+    "bench": "Measure speed and memory, stage by stage.",
     "eval": "Measure accuracy on held-out questions.",
     "doctor": "Check this machine and say what to do.",
 }

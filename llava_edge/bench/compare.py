@@ -1,0 +1,67 @@
+"""Two results of the same configuration as ratios: how many times faster the new one is, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llava_edge.bench.records import Configuration, Measured, Report, Stage
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """old / new of one stage: 2 is twice as fast as before.
+
+    ratio: of the medians. low, high: of the extremes, the fastest old by the slowest new sample and the reverse.
+    """
+
+    label: str
+    question: str  # empty for what a process does once
+    stage: str
+    old: float
+    new: float
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """ "faster" or "slower" only if every old sample is on one side of every new one."""
+        if self.low > 1:
+            return "faster"
+        return "slower" if self.high < 1 else "no difference beyond the spread"
+
+
+def compare(old: Report, new: Report) -> list[Ratio]:
+    """Every stage that both have, of configurations that agree in all but the bundle's exact content."""
+    before = {_key(run.configuration): run for run in old.runs if not run.error}
+    ratios = []
+    for run in new.runs:
+        known = before.get(_key(run.configuration))
+        if known is None or run.error:
+            continue
+        earlier = dict(stages(known))
+        for (question, name), stage in stages(run):
+            then = earlier.get((question, name))
+            if then is not None and min(then.low, stage.low) > 0:
+                ratios.append(_ratio(run.configuration.label, question, name, then, stage))
+    return ratios
+
+
+def stages(run: Measured) -> Iterator[tuple[tuple[str, str], Stage]]:
+    """((question or "", stage name), stage) in the order of a run."""
+    for name, stage in run.process.items():
+        yield ("", name), stage
+    for question, asked in run.questions.items():
+        for name, stage in asked.stages.items():
+            yield (question, name), stage
+
+
+def _key(configuration: Configuration) -> tuple[object, ...]:
+    c = configuration
+    return (c.model, c.quantization, c.vision, c.device, c.threads, c.context)
+
+
+def _ratio(label: str, question: str, name: str, old: Stage, new: Stage) -> Ratio:
+    return Ratio(label, question, name, old.median, new.median, old.median / new.median, old.low / new.high,
+                 old.high / new.low)  # fmt: skip

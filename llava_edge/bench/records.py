@@ -1,0 +1,138 @@
+"""What was measured: plain frozen records, and the one JSON object they become.
+
+The schema is these classes, field by field; `SCHEMA` rises when a field changes its meaning or goes. Times are in
+milliseconds. Knows nothing about how anything is measured or shown.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llava_edge.errors import DataError, MissingError
+
+SCHEMA = 1
+
+# Of a process, once: Python and imports; opening the bundle; process start to the first token of the first answer.
+START, LOAD, COLD = "start", "load", "cold_first_token"
+# Of a question, in order. `first_token` is from the question to the first token, `decode` is per token after that.
+IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL = "image", "preprocess", "encode", "project", "prefill"
+FIRST_TOKEN, DECODE, TOTAL = "first_token", "decode", "total"
+PARTS = (IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL)  # these follow one another within `first_token`
+# `first`: the first of its process; `warm`: another picture, nothing of it known; `again`: that picture once more.
+FIRST, WARM, AGAIN = "first", "warm", "again"
+QUESTIONS = (FIRST, WARM, AGAIN)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Milliseconds of one stage, a sample for each repeat.
+
+    share: of the machine's limit named `limit` ("int8_ops", "fp32_ops" or "read_bytes"): the work that the stage
+    cannot do without, divided by its median and by the limit. None where no limit is known, or nothing was computed.
+    """
+
+    samples: tuple[float, ...]
+    median: float
+    low: float
+    high: float
+    share: float | None = None
+    limit: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One kind of question. cache: what `Result.cache` said, once for each repeat."""
+
+    cache: tuple[str, ...]
+    image_tokens: int
+    prompt_tokens: int
+    completion_tokens: int
+    stages: dict[str, Stage]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is measured. identity: hash over the bundle's parts. context: positions, 0 is the model's default."""
+
+    model: str
+    identity: str
+    quantization: str
+    vision: str
+    device: str
+    threads: int
+    context: int
+
+    @property
+    def label(self) -> str:
+        """For people; differs between the configurations of one sweep."""
+        context = f", context {self.context}" if self.context else ""
+        threads = f"{self.threads} thread" + "s" * (self.threads != 1)
+        return f"{self.model} {self.quantization} + {self.vision}, {threads}{context}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A configuration's numbers. error: why there are none; otherwise empty.
+
+    memory: bytes, medians over the repeats, at the end of all questions: "peak_rss", "private", "file".
+    """
+
+    configuration: Configuration
+    error: str = ""
+    process: dict[str, Stage] = field(default_factory=dict)
+    questions: dict[str, Question] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run of `llava-edge bench`. limits: by number of threads, the best that was reached in this run."""
+
+    schema: int
+    created: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    limits: dict[str, dict[str, float]]
+    runs: tuple[Measured, ...]
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+
+def stage(samples: list[float], share: float | None = None, limit: str = "") -> Stage:
+    """Median and extremes of at least one sample."""
+    kept = tuple(round(sample, 3) for sample in samples)
+    return Stage(kept, round(median(kept), 3), min(kept), max(kept), share, limit)
+
+
+def read_report(path: Path) -> Report:
+    """The last line of a file that `llava-edge bench` wrote. Raises `MissingError` or `DataError`."""
+    try:
+        lines = path.read_text("utf-8").strip().splitlines()
+        raw = json.loads(lines[-1])
+        if raw["schema"] != SCHEMA:
+            raise DataError(f"{path} has schema {raw['schema']!r}; this program reads {SCHEMA}. Measure it again.")
+        return Report(**{**raw, "runs": tuple(_measured(run) for run in raw["runs"])})
+    except FileNotFoundError as error:
+        raise MissingError(f"{path} does not exist; the JSON line of 'llava-edge bench' was expected there.") from error
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} does not end with the JSON line of 'llava-edge bench' ({error}).") from error
+
+
+def _measured(raw: dict[str, Any]) -> Measured:
+    questions = {
+        name: Question(**{**item, "stages": _stages(item["stages"])}) for name, item in raw["questions"].items()
+    }
+    return Measured(
+        Configuration(**raw["configuration"]), raw["error"], _stages(raw["process"]), questions, raw["memory"]
+    )
+
+
+def _stages(raw: dict[str, dict[str, Any]]) -> dict[str, Stage]:
+    return {name: Stage(**{**item, "samples": tuple(item["samples"])}) for name, item in raw.items()}

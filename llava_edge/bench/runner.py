@@ -1,0 +1,240 @@
+"""All processes of a measurement, interleaved: each repeat asks every configuration once, so that whatever else the
+machine does meanwhile falls on all of them. The first repeats only warm files and processor up and are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llava_edge import __version__
+from llava_edge.bench import records
+from llava_edge.bench.picture import variant
+from llava_edge.bench.records import FIRST, QUESTIONS, Configuration, Measured, Question, Report, Stage, stage
+from llava_edge.bench.work import Work, work
+from llava_edge.bundle import Bundle
+from llava_edge.options import Device
+from llava_edge.runtimes import devices
+from llava_edge.store import resolve
+
+Sample = dict[str, Any]  # what child.py prints
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: every bundle with every number of threads (0: all cores) and context (0: the model's)."""
+
+    models: Sequence[str | Path]
+    threads: Sequence[int] = (0,)
+    contexts: Sequence[int] = (0,)
+    device: Device = "auto"
+    prompt: str = ""
+    max_tokens: int = 32
+    image: Path | None = None
+    repeats: int = 5
+    warmup: int = 1
+    limits: bool = True
+
+
+def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fraction: None) -> Report:
+    """Run the plan. `on_step` gets what comes next and the fraction done.
+
+    A configuration that fails has its `error`; the others go on. Raises `MissingError`, `BundleError`, `ImageError`
+    for what can be seen to be wrong before anything runs.
+    """
+    variant(plan.image, 0)
+    threads = list(dict.fromkeys(count or devices.thread_count()[0] for count in plan.threads))
+    bundles = [Bundle.open(resolve(model)) for model in plan.models]
+    cases = [
+        _Case(_configuration(bundle, plan.device, count, context), bundle)
+        for bundle in bundles
+        for count in threads
+        for context in plan.contexts
+    ]
+    peaks: dict[str, dict[str, float]] = {}
+    rounds = range(-plan.warmup, plan.repeats)
+    for number in rounds:
+        done = (number + plan.warmup) / len(rounds)
+        for count in threads if plan.limits and number >= 0 else ():
+            on_step(f"Limits of the machine, {count} threads", done)
+            _raise_peaks(peaks, _child({"kind": "limits", "threads": count}))
+        for i, case in enumerate(cases):
+            turn = "warming up" if number < 0 else f"{number + 1} of {plan.repeats}"
+            on_step(f"{case.configuration.label}: {turn}", done + i / len(cases) / len(rounds))
+            case.run(plan, number)
+    runs = tuple(case.measured(peaks) for case in cases)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Report(records.SCHEMA, now, _machine(), _versions(), _settings(plan), peaks, runs)
+
+
+@dataclass
+class _Case:
+    """A configuration on its way: samples so far, or why there will be none."""
+
+    configuration: Configuration
+    bundle: Bundle
+    samples: list[Sample] = field(default_factory=list)
+    error: str = ""
+
+    def run(self, plan: Plan, number: int) -> None:
+        """One process; negative numbers only warm up. Shows pictures that no earlier process has seen."""
+        if self.error:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            pictures = [Path(folder) / name for name in ("first", "other")]
+            for offset, path in enumerate(pictures):
+                path.write_bytes(variant(plan.image, 2 * (number + plan.warmup) + offset))
+            sample = _child(_task(plan, self.bundle, self.configuration, pictures))
+        self.error = sample.get("error", "")
+        if number >= 0 and not self.error:
+            self.samples.append(sample)
+
+    def measured(self, peaks: dict[str, dict[str, float]]) -> Measured:
+        if self.error:
+            return Measured(self.configuration, self.error)
+        return summary(self.configuration, work(self.bundle), self.samples, peaks)
+
+
+def summary(
+    configuration: Configuration, needed: Work, samples: Sequence[Sample], peaks: dict[str, dict[str, float]]
+) -> Measured:
+    """The samples of one configuration, at least one, as medians, extremes and shares of the limits."""
+    device = samples[0]["device"]
+    found = peaks.get(str(configuration.threads), {}) if device == "cpu" else {}
+    questions = {
+        name: _question(configuration, needed, [sample["questions"][name] for sample in samples], samples[0], found)
+        for name in QUESTIONS
+    }
+    cold = [s["start_ms"] + s["load_ms"] + s["questions"][FIRST]["timings"]["ttft_ms"] for s in samples]
+    process = {
+        records.START: stage([sample["start_ms"] for sample in samples]),
+        records.LOAD: stage([sample["load_ms"] for sample in samples]),
+        records.COLD: stage(cold),
+    }
+    memory = {}
+    for kind in ("peak_rss", "private", "file"):
+        values = [sample["memory"][f"{kind}_bytes"] for sample in samples]
+        if None not in values:
+            memory[kind] = int(median(values))
+    return Measured(replace(configuration, device=device), "", process, questions, memory)
+
+
+def _question(
+    configuration: Configuration, needed: Work, results: list[Sample], sample: Sample, found: dict[str, float]
+) -> Question:
+    timings = [result["timings"] for result in results]
+    cache = tuple(result["cache"] for result in results)
+    tokens = results[0]["image_tokens"]
+    prompt, answer = results[0]["prompt_tokens"], results[0]["completion_tokens"]
+    integers = configuration.vision == "int8", configuration.quantization != "f16"
+    # What the work of a stage is, and the limit it runs into; only where the stage was computed in full.
+    bounds = {
+        records.ENCODE: (needed.encode_ops * sample["crops"], "int8_ops" if integers[0] else "fp32_ops"),
+        records.PROJECT: (needed.project_ops * tokens, "fp32_ops"),
+        records.PREFILL: (needed.prefill_ops(prompt), "int8_ops" if integers[1] else "fp32_ops"),
+    }
+    bounds = bounds if set(cache) == {"miss"} else {}
+    bounds[records.DECODE] = (needed.token_bytes(prompt + answer / 2), "read_bytes")
+    values = {
+        records.IMAGE: [t["image_ms"] for t in timings],
+        records.PREPROCESS: [t["preprocess_ms"] - t["image_ms"] for t in timings],
+        records.ENCODE: [t["encode_ms"] - t["project_ms"] for t in timings],
+        records.PROJECT: [t["project_ms"] for t in timings],
+        records.PREFILL: [t["prefill_ms"] for t in timings],
+        records.FIRST_TOKEN: [t["ttft_ms"] for t in timings],
+        records.DECODE: [1000 / t["decode_tokens_per_s"] for t in timings if t["decode_tokens_per_s"]],
+        records.TOTAL: [t["total_ms"] for t in timings],
+    }
+    stages = {name: _stage(times, *bounds.get(name, (0.0, "")), found) for name, times in values.items() if times}
+    return Question(cache, tokens, prompt, answer, stages)
+
+
+def _stage(times: list[float], amount: float, limit: str, found: dict[str, float]) -> Stage:
+    if limit not in found or median(times) <= 0:
+        return stage(times)
+    return stage(times, amount / (median(times) / 1000) / found[limit], limit)
+
+
+def _configuration(bundle: Bundle, device: Device, threads: int, context: int) -> Configuration:
+    manifest = bundle.manifest
+    return Configuration(manifest.name, manifest.identity, manifest.language.quantization, manifest.vision.precision,
+                         device, threads, context)  # fmt: skip
+
+
+def _task(plan: Plan, bundle: Bundle, configuration: Configuration, pictures: Sequence[Path]) -> Sample:
+    return {
+        "kind": "answer",
+        "bundle": str(bundle.folder),
+        "threads": configuration.threads,
+        "context": configuration.context,
+        "device": plan.device,
+        "prompt": plan.prompt,
+        "max_tokens": plan.max_tokens,
+        "pictures": [str(path) for path in pictures],
+    }
+
+
+def _child(task: Sample) -> Sample:
+    """What a fresh process measured, or {"error": why it did not}. It dies with this process's interruption."""
+    paths = [path or str(Path.cwd()) for path in sys.path]  # it must find this very package, however we did
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "llava_edge.bench.child", json.dumps(task)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        return {"error": f"Its process was ended by {signal.Signals(-done.returncode).name}; try 'llava-edge doctor'."}
+    try:
+        found: Sample = json.loads(done.stdout.splitlines()[-1])
+        return found
+    except (IndexError, ValueError):
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"error": f"Its process failed: {lines[-1]}"}
+
+
+def _raise_peaks(peaks: dict[str, dict[str, float]], found: Sample) -> None:
+    """Keep the best of all repeats: a limit is what the machine can do when nothing else runs."""
+    if "error" in found:
+        return
+    best = peaks.setdefault(str(found.pop("threads")), {})
+    for name, value in found.items():
+        best[name] = max(best.get(name, 0.0), value)
+
+
+def _machine() -> dict[str, Any]:
+    name, features = devices.processor()
+    count, reason = devices.thread_count()
+    return {
+        "processor": name,
+        "features": features,
+        "cores": count,
+        "cores_reason": reason,
+        "memory_available_bytes": devices.available_memory(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("llama-cpp-python", "onnxruntime", "numpy", "pillow")
+    found = {package: metadata.version(package) for package in packages}
+    return {"llava-edge": __version__, "python": platform.python_version(), **found}
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    return {
+        "prompt": plan.prompt,
+        "max_tokens": plan.max_tokens,
+        "image": plan.image.name if plan.image else "drawn",
+        "repeats": plan.repeats,
+        "warmup": plan.warmup,
+    }

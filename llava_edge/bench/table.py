@@ -1,0 +1,96 @@
+"""Results as text for people and as CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from io import StringIO
+
+from llava_edge.bench.compare import Ratio, stages
+from llava_edge.bench.records import QUESTIONS, WARM, Measured, Report, Stage
+
+COLUMNS = (
+    "model", "quantization", "vision", "device", "threads", "context", "question", "cache", "image_tokens",
+    "prompt_tokens", "completion_tokens", "stage", "median_ms", "low_ms", "high_ms", "samples", "share", "limit",
+)  # fmt: skip
+
+LIMIT_NAMES = {"int8_ops": "8-bit products", "fp32_ops": "float32 products", "read_bytes": "memory reads"}
+
+
+def table(report: Report) -> str:
+    """Everything, for a terminal of 110 columns."""
+    machine = report.machine
+    lines = [f"{machine['processor']}: {' '.join(machine['features'])}"]
+    lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
+    for threads, found in report.limits.items():
+        lines.append(
+            f"limits with {threads} threads: products of 8 bits {found['int8_ops'] / 1e12:.2f} and of float32 "
+            f"{found['fp32_ops'] / 1e12:.2f} T operations/s, memory {found['read_bytes'] / 1e9:.1f} GB/s"
+        )
+    for run in report.runs:
+        lines += ["", *_run_lines(run)]
+    return "\n".join(lines)
+
+
+def comparison(ratios: Sequence[Ratio], name: str) -> str:
+    """How many times faster than in the file called `name`."""
+    lines = [f"times faster than {name} (of the medians; range of the extremes)"]
+    if not ratios:
+        lines.append("  nothing to compare: no configuration is in both")
+    for number, item in enumerate(ratios):
+        if number == 0 or ratios[number - 1].label != item.label:
+            lines.append(item.label)
+        stage = f"{item.question} {item.stage}".strip()
+        lines.append(
+            f"  {stage:22} {item.old:10.1f} -> {item.new:10.1f} ms  {item.ratio:6.2f} x "
+            f"({item.low:.2f} to {item.high:.2f})  {item.verdict}"
+        )
+    return "\n".join(lines)
+
+
+def to_csv(report: Report) -> str:
+    """One row for each stage of each question; the process's own stages have no question."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for run in report.runs:
+        c = run.configuration
+        for (question, name), stage in stages(run):
+            asked = run.questions.get(question)
+            counts = (asked.image_tokens, asked.prompt_tokens, asked.completion_tokens) if asked else ("",) * 3
+            cache = "|".join(dict.fromkeys(asked.cache)) if asked else ""
+            share = "" if stage.share is None else stage.share
+            row = [c.model, c.quantization, c.vision, c.device, c.threads, c.context, question, cache, *counts, name]
+            writer.writerow([*row, stage.median, stage.low, stage.high, len(stage.samples), share, stage.limit])
+    return text.getvalue()
+
+
+def memory_text(run: Measured) -> str:
+    """Peak, private and file-backed memory in megabytes; empty where the system does not tell."""
+    names = {"peak_rss": "peak", "private": "private", "file": "of files"}
+    return ", ".join(f"{run.memory[key] / 1e6:,.0f} MB {text}" for key, text in names.items() if key in run.memory)
+
+
+def _run_lines(run: Measured) -> list[str]:
+    if run.error:
+        return [f"{run.configuration.label}: FAILED. {run.error}"]
+    asked = run.questions[WARM]
+    counts = f"{asked.prompt_tokens} positions, {asked.image_tokens} of them image; {asked.completion_tokens} answered"
+    lines = [f"{run.configuration.label}, {run.configuration.device}", f"  {counts}; memory: {memory_text(run)}"]
+    lines += [f"  {name:18} {_cell(stage)}" for name, stage in run.process.items()]
+    heads = [f"{name} ({', '.join(dict.fromkeys(run.questions[name].cache))})" for name in QUESTIONS]
+    lines.append(f"  {'ms':18} " + " ".join(f"{head:26}" for head in heads) + f" {WARM}: share of limit")
+    for name in asked.stages:
+        cells = [_cell(run.questions[question].stages.get(name)) for question in QUESTIONS]
+        lines.append(
+            (f"  {name:18} " + " ".join(f"{cell:26}" for cell in cells) + f" {_share(asked.stages[name])}").rstrip()
+        )
+    return lines
+
+
+def _cell(stage: Stage | None) -> str:
+    return "" if stage is None else f"{stage.median:9.1f} ({stage.low:.1f} to {stage.high:.1f})"
+
+
+def _share(stage: Stage) -> str:
+    return "" if stage.share is None else f"{stage.share:5.1%} of {LIMIT_NAMES[stage.limit]}"

@@ -1,0 +1,138 @@
+"""The work a stage cannot do without, from what the bundle's files say of themselves; no engine is asked.
+
+An operation is a multiplication or an addition: a product of (m, k) and (k, n) is 2 m k n.
+
+    encode    2 T W + 4 T T d L + 2 P (3 p p d)   for each crop: T positions (P patches and the class token), W weights
+                                                  in the matrices of L blocks of width d, patches of p x p pixels
+    project   2 N W                               N image tokens, W weights of the projector
+    prefill   2 n W + 2 n n d L                   n positions, W weights in the matrices of L blocks of width d;
+                                                  attention looks back only, hence half of 4 n n d
+              + 2 d V                             logits of the last position over a vocabulary of V
+    decode    bytes of every weight but the token table (unless it is the output matrix too), and of keys and values
+              of the positions before, in float16
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from llava_edge import gguf
+from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, Bundle
+from llava_edge.errors import BundleError
+
+_BLOCK_MATRIX = re.compile(r"encoder\.layers\.(\d+)\..*\.weight")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one bundle needs, see the formulas above."""
+
+    encode_ops: float  # for each crop
+    project_ops: float  # for each image token
+    _matrices: int  # weights in the language model's blocks
+    _blocks: int
+    _width: int
+    _vocabulary: int
+    _token_bytes: int
+    _cache_width: int  # of keys, and of values
+
+    def prefill_ops(self, positions: int) -> float:
+        """For a prompt of `positions`."""
+        attention = 2.0 * positions**2 * self._width * self._blocks
+        return 2.0 * positions * self._matrices + attention + 2.0 * self._width * self._vocabulary
+
+    def token_bytes(self, positions: float) -> float:
+        """Read for one token after `positions` others."""
+        return self._token_bytes + 2 * 2 * self._cache_width * self._blocks * positions
+
+
+def work(bundle: Bundle) -> Work:
+    """Raises `BundleError` if a file is not what it should be."""
+    language = gguf.read(bundle.part(LANGUAGE))
+    projector = gguf.read(bundle.part(PROJECTOR))
+    width = language.number("llama.embedding_length", 1, 1 << 17)
+    heads = language.number("llama.attention.head_count", 1, 1024)
+    kv_heads = int(language.metadata.get("llama.attention.head_count_kv", heads))
+    read = {name: tensor for name, tensor in language.tensors.items() if name != "token_embd.weight"}
+    if "output.weight" not in read:
+        read["token_embd.weight"] = language.tensors["token_embd.weight"]
+    return Work(
+        encode_ops=_encode_ops(bundle),
+        project_ops=2.0 * sum(prod(item.shape) for item in projector.tensors.values() if len(item.shape) == 2),
+        _matrices=sum(
+            prod(item.shape) for name, item in read.items() if name.startswith("blk.") and len(item.shape) == 2
+        ),
+        _blocks=language.number("llama.block_count", 1, gguf.MAX_BLOCKS),
+        _width=width,
+        _vocabulary=bundle.manifest.language.vocab_size,
+        _token_bytes=sum(tensor.size for tensor in read.values()),
+        _cache_width=width // heads * kv_heads,
+    )
+
+
+def _encode_ops(bundle: Bundle) -> float:
+    shapes = dict(initializers(bundle.part(VISION)))
+    width = bundle.manifest.vision.width
+    kernel = next((shape for shape in shapes.values() if len(shape) == 4), None)
+    matrices = {name: prod(shape) for name, shape in shapes.items() if _BLOCK_MATRIX.fullmatch(name) and len(shape) > 1}
+    if kernel is None or not matrices:
+        raise BundleError(f"{bundle.part(VISION)} does not name CLIP's weights; export the bundle again.")
+    patches = (bundle.manifest.preprocessing.image_size // kernel[-1]) ** 2
+    positions = patches + 1
+    blocks = len({match[1] for name in matrices if (match := _BLOCK_MATRIX.fullmatch(name))})
+    attention = 4.0 * positions**2 * width * blocks
+    return 2.0 * positions * sum(matrices.values()) + attention + 2.0 * patches * prod(kernel)
+
+
+def initializers(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every constant of an ONNX file; by hand, as the package `onnx` is not needed to run models."""
+    data = path.read_bytes()
+    try:
+        for graph in _fields(data, 7):
+            for tensor in _fields(graph, 5):
+                names = list(_fields(tensor, 8))
+                yield names[0].decode() if names else "", _dimensions(tensor)
+    except (IndexError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not an ONNX file; run 'llava-edge verify' on the bundle.") from error
+
+
+def _dimensions(tensor: bytes) -> tuple[int, ...]:
+    """`dims`, field 1: one number each, or all packed into one field."""
+    sizes = []
+    for field in _fields(tensor, 1):
+        at = 0
+        while at < len(field):
+            size, at = _varint(field, at)
+            sizes.append(size)
+    return tuple(sizes)
+
+
+def _fields(data: bytes, wanted: int) -> Iterator[bytes]:
+    """The content of every protobuf field of that number; a varint as its own bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        start = at
+        if tag & 7 == 0:
+            _, at = _varint(data, at)
+        elif tag & 7 == 2:
+            size, start = _varint(data, at)
+            at = start + size
+        else:
+            at += {1: 8, 5: 4}[tag & 7] if tag & 7 in (1, 5) else len(data)
+        if at > len(data):
+            raise IndexError
+        if tag >> 3 == wanted:
+            yield data[start:at]
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while data[at] > 0x7F:
+        value |= (data[at] & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+    return value | data[at] << shift, at + 1

@@ -1,0 +1,103 @@
+"""`llava-edge bench`: every stage of an answer measured, in fresh processes, beside the limits of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
+from llava_edge.options import DEFAULT_PROMPT, DEVICES, Device, EngineOptions, Options
+from llava_edge.store import DEFAULT_MODEL
+
+
+def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 1,2.") from None
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, metavar="NAME|DIR", help="Model or bundle; may be repeated.")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option(
+    "--threads", callback=_numbers, default="0", metavar="N,N", help="Each in turn; 0 is one per physical core."
+)
+@click.option(
+    "--context", "contexts", callback=_numbers, default="0", metavar="N,N", help="Each in turn; 0 is the model's."
+)
+@click.option(
+    "--image", type=click.Path(path_type=Path), metavar="FILE", help="Picture to show; a drawn one unless given."
+)
+@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="The question.")
+@click.option("--max-tokens", type=int, default=32, show_default=True, help="Longest answer.")
+@click.option(
+    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="Processes for each configuration."
+)
+@click.option(
+    "--warmup", type=click.IntRange(0), default=1, show_default=True, help="Processes before that, not counted."
+)
+@click.option("--limits/--no-limits", default=True, help="Measure what the machine can do at most.")
+@click.option(
+    "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write one row for each stage."
+)
+@click.option("--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with charts.")
+@click.option("--compare", "older", type=click.Path(path_type=Path), multiple=True, metavar="OLD.json",
+              help="Earlier output to compare with; may be repeated.")  # fmt: skip
+def bench(
+    models: tuple[str, ...], device: Device, threads: tuple[int, ...], contexts: tuple[int, ...], image: Path | None,
+    prompt: str, max_tokens: int, repeats: int, warmup: int, limits: bool, csv_file: Path | None,
+    html_file: Path | None, older: tuple[Path, ...],
+) -> None:  # fmt: skip
+    """Measure every stage of an answer, and what share of the machine's limits it reaches.
+
+    A table goes to stderr, one JSON object to stdout. Each configuration runs in fresh processes, in turns with the
+    others.
+
+    \b
+    llava-edge bench
+    llava-edge bench --threads 1,2 --repeats 7 > now.json
+    llava-edge bench --compare before.json --html report.html
+    """
+    _check(prompt, max_tokens, threads, contexts, csv_file, html_file)
+    from llava_edge.bench.compare import compare
+    from llava_edge.bench.page import page
+    from llava_edge.bench.records import read_report
+    from llava_edge.bench.runner import Plan, measure
+    from llava_edge.bench.table import comparison, table, to_csv
+    from llava_edge.cli.terminal import status_line
+
+    earlier = {path.name: read_report(path) for path in older}
+    plan = Plan(
+        models or (DEFAULT_MODEL,), threads, contexts, device, prompt, max_tokens, image, repeats, warmup, limits
+    )
+    with status_line("Measuring") as status:
+        report = measure(plan, status.step)
+    click.echo(table(report), err=True)
+    for name, old in earlier.items():
+        click.echo("\n" + comparison(compare(old, report), name), err=True)
+    if csv_file:
+        csv_file.write_text(to_csv(report), "utf-8")
+    if html_file:
+        html_file.write_text(page({"this run": report, **earlier}), "utf-8")
+    click.echo(report.to_json())
+    if all(run.error for run in report.runs):
+        raise UnavailableError(f"Nothing could be measured. {report.runs[0].error}")
+
+
+def _check(
+    prompt: str, max_tokens: int, threads: tuple[int, ...], contexts: tuple[int, ...], *files: Path | None
+) -> None:
+    """Refuse before minutes of measuring what would fail after them."""
+    if not prompt.strip():
+        raise UsageError("The prompt is empty; give a question with --prompt.")
+    Options(max_tokens=max_tokens)
+    for count in threads:
+        EngineOptions(threads=count)
+    for size in contexts:
+        EngineOptions(context=size)
+    for file in files:
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise CannotCreateError(f"{file} cannot be written: it is a folder, or its folder does not exist.")

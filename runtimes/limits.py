@@ -1,0 +1,117 @@
+"""What this machine can do at most: matrix products and reads from memory, measured with the engines installed here.
+
+They are what a stage is compared with. A peak is what the fastest product available to us reaches on a large, friendly
+shape, not what the processor's manual promises: ONNX Runtime's u8 x s8 product for 8 bits and its sgemm for float32.
+There is none for bfloat16, because neither engine has one on a CPU that is faster than its float32.
+Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge.runtimes import devices
+
+SHAPE = (1024, 2048, 2048)  # rows, inner, columns: of several shapes tried, the fastest with AMX
+SECONDS = 0.3  # for each limit
+MIN_BYTES, MAX_BYTES = 1 << 28, 1 << 30  # of what is read through
+_FLOAT, _UINT8, _INT8, _INT32 = 1, 2, 3, 6  # onnx.TensorProto
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Per second, with `threads` threads: operations (a multiplication and an addition are two) and bytes read."""
+
+    threads: int
+    int8_ops: float
+    fp32_ops: float
+    read_bytes: float
+
+
+def measure(threads: int) -> Limits:
+    """Best of what fits into `SECONDS` each; takes about two seconds and up to 1 GiB, so use a process of its own."""
+    rows, inner, columns = SHAPE
+    numbers = np.random.default_rng(0)
+    weights = numbers.integers(-127, 128, (inner, columns), np.int8)
+    bytes_in = numbers.integers(0, 256, (rows, inner), np.uint8)
+    floats_in = numbers.standard_normal((rows, inner), np.float32)
+    int8 = _session("MatMulInteger", _UINT8, _INT8, _INT32, weights, threads)
+    fp32 = _session("MatMul", _FLOAT, _FLOAT, _FLOAT, weights.astype(np.float32), threads)
+    work = 2.0 * rows * inner * columns
+    return Limits(
+        threads,
+        work / _best(lambda: int8.run(None, {"a": bytes_in})),
+        work / _best(lambda: fp32.run(None, {"a": floats_in})),
+        _read_rate(threads),
+    )
+
+
+def _read_rate(threads: int) -> float:
+    """Bytes per second that a bitwise OR over an array larger than the last cache reads, a slice for each thread."""
+    values = np.full(_array_bytes() // 8, 1, np.uint64)  # written once: pages of zeros are all the same page
+    parts = np.array_split(values, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return values.nbytes / _best(lambda: list(pool.map(np.bitwise_or.reduce, parts)))
+
+
+def _array_bytes() -> int:
+    """Twice the last-level cache, within bounds and a quarter of what memory is free."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [int(text[:-1]) << 10 for path in caches if (text := path.read_text().strip()).endswith("K")]
+    wanted = min(max(2 * max(sizes, default=0), MIN_BYTES), MAX_BYTES)
+    free = devices.available_memory()
+    return wanted if free is None else min(wanted, free // 4)
+
+
+def _best(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest call, the first one not counted."""
+    call()
+    times: list[float] = []
+    while sum(times) < SECONDS or len(times) < 3:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _session(operator: str, left: int, right: int, out: int, weights: np.ndarray[Any, Any], threads: int) -> Any:
+    """An ONNX Runtime session of `c = operator(a, weights)`; the types are those of onnx.TensorProto."""
+    ort: Any = import_module("onnxruntime")
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    rows, inner, columns = SHAPE
+    tensor = _field(1, inner) + _field(1, columns) + _field(2, right) + _field(8, b"b") + _field(9, weights.tobytes())
+    node = _field(1, b"a") + _field(1, b"b") + _field(2, b"c") + _field(4, operator.encode())
+    graph = _field(1, node) + _field(2, b"limit") + _field(5, tensor)
+    graph += _field(11, _value(b"a", left, rows, inner)) + _field(12, _value(b"c", out, rows, columns))
+    model = _field(1, 8) + _field(7, graph) + _field(8, _field(2, 17))
+    return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+
+
+def _value(name: bytes, kind: int, *shape: int) -> bytes:
+    """onnx.ValueInfoProto of a tensor."""
+    sizes = b"".join(_field(1, _field(1, size)) for size in shape)
+    return _field(1, name) + _field(2, _field(1, _field(1, kind) + _field(2, sizes)))
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A protobuf field; written by hand because the package `onnx` is not needed to run models."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
