@@ -1,0 +1,106 @@
+"""Tokens per second after a prompt: our decode loop beside the plainest loop over llama.cpp.
+
+    python benchmarks/decode.py BUNDLE [--threads N] [--positions N] [--tokens N] [--repeats N]
+
+Both read the same prompt of tokens, then generate greedily from the same file with the same threads and context. Theirs
+is llama_decode and llama.cpp's greedy sampler and nothing else; ours is what `llava-edge run` uses, text and stop
+tokens included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from interleave import report, serve, steady
+
+from llava_edge.bundle import LANGUAGE
+
+CONTEXT = 2048
+
+
+def prompt(arguments: argparse.Namespace) -> list[int]:
+    """Token ids that every vocabulary has and that are no control tokens."""
+    return [300 + 7 * i % 400 for i in range(arguments.positions)]
+
+
+def ours(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
+    from llava_edge.options import Options
+    from llava_edge.runtimes.decoding import decode
+    from llava_edge.runtimes.jobs import Job
+    from llava_edge.runtimes.language import LanguageModel
+    from llava_edge.runtimes.measured import Run
+    from llava_edge.runtimes.text import TextStream
+
+    model = LanguageModel(arguments.bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads)
+    never = threading.Event()
+
+    def work() -> dict[str, Any]:
+        model.keep([])
+        model.evaluate_tokens(prompt(arguments), never)
+        run = Run(time.monotonic())
+        decode(model, set(), TextStream(()), Options(), arguments.tokens, run, Job(lambda job: None, never))
+        return _rate(run.tokens - 1, time.monotonic() - run.first_token)
+
+    return work
+
+
+def theirs(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
+    import ctypes
+
+    from llama_cpp import llama_cpp as api
+
+    api.llama_backend_init()
+    model = api.llama_model_load_from_file(str(arguments.bundle / LANGUAGE).encode(), api.llama_model_default_params())
+    settings = api.llama_context_default_params()
+    settings.n_ctx, settings.n_threads, settings.n_threads_batch = CONTEXT, arguments.threads, arguments.threads
+    context = api.llama_init_from_model(model, settings)
+    sampler, vocabulary = api.llama_sampler_init_greedy(), api.llama_model_get_vocab(model)
+
+    def evaluate(tokens: list[int]) -> int:
+        """Append tokens; the likeliest next one."""
+        array = (ctypes.c_int32 * len(tokens))(*tokens)
+        if api.llama_decode(context, api.llama_batch_get_one(array, len(tokens))):
+            raise RuntimeError("llama_decode failed")
+        return int(api.llama_sampler_sample(sampler, context, -1))
+
+    def work() -> dict[str, Any]:
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        token, count = evaluate(prompt(arguments)), 0
+        start = time.monotonic()
+        while count < arguments.tokens - 1 and not api.llama_vocab_is_eog(vocabulary, token):
+            token = evaluate([token])
+            count += 1
+        return _rate(count, time.monotonic() - start)
+
+    return work
+
+
+def _rate(count: int, seconds: float) -> dict[str, Any]:
+    return {"tokens_per_s": count / seconds if count > 0 else 0.0, "tokens": count}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--positions", type=int, default=64, help="of the prompt")
+    parser.add_argument("--tokens", type=int, default=48, help="of the answer")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve((ours if arguments.worker == "ours" else theirs)(arguments))
+        return
+    command = [sys.executable, *sys.argv, "--worker"]
+    peers = {"llava-edge": [*command, "ours"], "llama.cpp": [*command, "theirs"]}
+    report(steady(peers, arguments.repeats), "llava-edge", "tokens_per_s", more_is_better=True)
+
+
+if __name__ == "__main__":
+    main()

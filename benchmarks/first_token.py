@@ -1,0 +1,83 @@
+"""A new process -> the first token of an answer about a picture: `llava-edge run` beside llama-cpp-python.
+
+    python benchmarks/first_token.py BUNDLE MMPROJ --image FILE [--threads N] [--repeats N]
+
+Times count from the start of the process, imports and loading included. llama-cpp-python reads the same language.gguf
+with its Llava15ChatHandler and an mmproj of the same CLIP (`llava-edge export --emit-mmproj`); both answer with one
+token and use the same threads and context. `positions` says how long each one's prompt was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from interleave import fresh, report
+
+from llava_edge.bundle import LANGUAGE
+
+QUESTION = "Describe this image in one sentence."
+CONTEXT = 2048
+
+
+def ours(arguments: argparse.Namespace) -> None:
+    """The command line as people use it; it counts from its own start."""
+    command = [sys.executable, "-m", "llava_edge", "run", "--model", str(arguments.bundle.resolve()), "--json"]
+    command += ["--image", str(arguments.image), "--prompt", QUESTION, "--max-tokens", "1"]
+    command += ["--threads", str(arguments.threads), "--context", str(CONTEXT), *arguments.ours]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found = json.loads(done.stdout.splitlines()[-1])
+    whole = (time.monotonic() - start) * 1000
+    found = {"ms": found["timings"]["ttft_ms"], "positions": found["prompt_tokens"], **found["timings"], "whole": whole}
+    print(json.dumps(found))
+
+
+def theirs(arguments: argparse.Namespace) -> None:
+    """llama-cpp-python as its documentation uses it. A short system text, as ours has one."""
+    from llama_cpp import Llama
+    from llama_cpp.llama_chat_format import Llava15ChatHandler
+
+    handler = Llava15ChatHandler(str(arguments.mmproj), verbose=False)
+    llama = Llama(
+        str(arguments.bundle / LANGUAGE), chat_handler=handler, n_ctx=CONTEXT, n_threads=arguments.threads,
+        n_threads_batch=arguments.threads, verbose=False,
+    )  # fmt: skip
+    url = "data:image/jpeg;base64," + base64.b64encode(arguments.image.read_bytes()).decode()
+    content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": QUESTION}]
+    messages = [{"role": "system", "content": arguments.system}, {"role": "user", "content": content}]
+    llama.create_chat_completion(messages=messages, max_tokens=1, temperature=0)
+    print(json.dumps({"at": time.monotonic(), "positions": llama.n_tokens}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("mmproj", type=Path)
+    parser.add_argument("--image", type=Path, required=True, help="JPEG")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--system", default="You are a helpful assistant.", help="for llama-cpp-python")
+    parser.add_argument(
+        "--ours", action="append", default=[], help="further option of `llava-edge run`, e.g. --ours=-v"
+    )
+    parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        (ours if arguments.worker == "ours" else theirs)(arguments)
+        return
+    command = [sys.executable, *sys.argv, "--worker"]
+    peers = {"llava-edge": [*command, "ours"], "llama-cpp-python": [*command, "theirs"]}
+    report(fresh(peers, arguments.repeats, arguments.warmup), "llava-edge")
+
+
+if __name__ == "__main__":
+    main()

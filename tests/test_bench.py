@@ -1,0 +1,452 @@
+"""`llava-edge bench`: real numbers of a tiny bundle, work counted like PyTorch counts it, ratios, files, clean ends."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_edge import cli
+from llava_edge.bench import records, runner
+from llava_edge.bench.compare import compare, stages
+from llava_edge.bench.page import page
+from llava_edge.bench.picture import variant
+from llava_edge.bench.records import PARTS, QUESTIONS, WARM, Configuration, Measured, Report, read_report, stage
+from llava_edge.bench.runner import Plan, measure, summary
+from llava_edge.bench.table import comparison, table, to_csv
+from llava_edge.bench.work import Work, initializers, work
+from llava_edge.bundle import LANGUAGE, VISION, Bundle
+from llava_edge.errors import DataError, LlavaEdgeError, MissingError
+from llava_edge.models.micro import CONFIG
+from llava_edge.runtimes import limits
+
+ROOT = Path(__file__).parent.parent
+TOO_LONG = 100_000  # positions; the micro model was trained for 512
+NEEDED = Work(4e9, 2e7, 1_000_000, 2, 64, 1000, 5_000_000, 32)
+PEAKS = {"1": {"int8_ops": 8e9, "fp32_ops": 4e9, "read_bytes": 1e9}}
+SETTINGS = Configuration("m", "0" * 64, "q4_k_m", "int8", "auto", 1, 0)
+
+
+@pytest.fixture(scope="module")
+def report(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
+    """The micro bundle really measured, once as it is and once in a way that cannot work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAVA_EDGE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield measure(
+            Plan([micro_bundle], (1,), (0, TOO_LONG), "cpu", "hi", 6, repeats=1, warmup=0, limits=False),
+        )
+
+
+def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
+    """What a child prints when every stage takes `milliseconds`."""
+    timings = dict.fromkeys(("image_ms", "project_ms", "prefill_ms"), milliseconds)
+    timings |= {"preprocess_ms": 2 * milliseconds, "encode_ms": 2 * milliseconds, "ttft_ms": 6 * milliseconds}
+    timings |= {"total_ms": 9 * milliseconds, "decode_tokens_per_s": 1000 / milliseconds}
+    asked = {"timings": timings, "cache": cache, "image_tokens": 10, "prompt_tokens": 20, "completion_tokens": 4}
+    memory = {"peak_rss_bytes": 300, "private_bytes": 200, "file_bytes": 100}
+    times = {"start_ms": milliseconds, "load_ms": milliseconds, "device": "cpu", "crops": 1}
+    return {**times, "questions": dict.fromkeys(QUESTIONS, asked), "memory": memory}
+
+
+def made(*milliseconds: float, peaks: dict[str, dict[str, float]] | None = None, **other: Any) -> Report:
+    """A report of one configuration with these samples."""
+    run = summary(replace(SETTINGS, **other), NEEDED, [sample(value) for value in milliseconds], peaks or {})
+    machine = {"processor": "P", "features": ["f"], "system": "s"}
+    settings = {"repeats": len(milliseconds), "image": "drawn", "prompt": "<b>&"}
+    return Report(1, "2026-01-01", machine, {"llava-edge": "0"}, settings, peaks or {}, (run,))
+
+
+# What is measured.
+
+
+def test_stages_of_a_real_bundle_fit_into_their_whole(report: Report) -> None:
+    run = report.runs[0]
+    assert not run.error
+    assert set(run.questions) == set(QUESTIONS)
+    for asked in run.questions.values():
+        medians = {name: stage.median for name, stage in asked.stages.items()}
+        assert all(medians[name] > 0 for name in PARTS)
+        assert sum(medians[name] for name in PARTS) <= medians["first_token"] + 0.01
+        assert medians["first_token"] <= medians["total"]
+        assert asked.image_tokens == CONFIG.image_tokens < asked.prompt_tokens
+        assert asked.cache == ("miss",)
+    cold, process = run.questions["first"].stages["first_token"].median, run.process
+    assert process["start"].median > 0 < process["load"].median
+    assert process["cold_first_token"].median == pytest.approx(
+        process["start"].median + process["load"].median + cold, abs=0.01
+    )
+    assert run.memory["peak_rss"] > run.memory["private"] > 0 < run.memory["file"]
+
+
+def test_a_broken_configuration_is_reported_and_the_others_go_on(report: Report) -> None:
+    good, bad = report.runs
+    assert not good.error
+    assert f"A context of {TOO_LONG}" in bad.error
+    assert not bad.questions
+    assert f"FAILED. {bad.error}" in table(report)
+
+
+def test_a_child_that_dies_of_a_signal_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -ILL $$\n", "utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert "SIGILL" in runner._child({"kind": "limits", "threads": 1})["error"]
+
+
+def test_pictures_of_two_numbers_differ_in_pixels_only(tmp_path: Path) -> None:
+    for suffix in ("PNG", "JPEG"):
+        path = tmp_path / suffix
+        Image.new("RGB", (90, 60), "red").save(path, suffix)
+        first, again, other = (Image.open(io.BytesIO(variant(path, number))) for number in (0, 0, 1))
+        assert first.format == suffix
+        assert first.size == other.size == (90, 60)
+        assert np.array_equal(first, again)
+        assert not np.array_equal(first, other)
+    drawn = [np.asarray(Image.open(io.BytesIO(variant(None, number)))) for number in range(3)]
+    assert len({picture.tobytes() for picture in drawn}) == 3
+
+
+# Work and limits.
+
+
+def test_operations_are_those_that_pytorch_counts(micro_checkpoint: Path, micro_bundle: Path) -> None:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from llava_edge.export.checkpoint import open_checkpoint
+    from llava_edge.models.llava import from_state
+
+    checkpoint = open_checkpoint(micro_checkpoint)
+    model = from_state(checkpoint.config, checkpoint.tensors)
+    side, width, positions = CONFIG.vision.image_size, CONFIG.text.hidden_size, 8
+
+    def counted(call: Any) -> int:
+        # The counter does not know the fused attention of CPUs.
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            call()
+        return counter.get_total_flops()
+
+    needed = work(Bundle.open(micro_bundle))
+    features = torch.zeros(1, CONFIG.image_tokens, CONFIG.vision.hidden_size)
+    pixels = torch.zeros(1, 3, side, side)
+    assert needed.encode_ops == counted(lambda: model.encode_image(pixels))
+    assert needed.project_ops * CONFIG.image_tokens == counted(lambda: model.projector(features))
+    # PyTorch multiplies the half of the scores that is masked too, and logits of every position.
+    attention = 2 * positions**2 * width * CONFIG.text.num_hidden_layers
+    logits = 2 * width * CONFIG.text.vocab_size * (positions - 1)
+    embeddings = torch.zeros(1, positions, width)
+    theirs = counted(lambda: model.language_model(embeddings))
+    assert needed.prefill_ops(positions) == pytest.approx(theirs - attention - logits, rel=1e-6)
+
+
+def test_bytes_of_a_token_are_those_of_the_file(micro_bundle: Path) -> None:
+    from gguf import GGUFReader
+
+    tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(micro_bundle / LANGUAGE).tensors}
+    needed = work(Bundle.open(micro_bundle))
+    assert "output.weight" in tensors
+    assert needed.token_bytes(0) == sum(tensors.values()) - tensors["token_embd.weight"]
+    text = CONFIG.text
+    one_more = needed.token_bytes(11) - needed.token_bytes(10)
+    assert one_more == 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // 4)
+
+
+def test_constants_are_read_as_onnx_reads_them(micro_bundle: Path) -> None:
+    import onnx
+
+    graph = onnx.load(micro_bundle / VISION, load_external_data=False).graph
+    assert dict(initializers(micro_bundle / VISION)) == {item.name: tuple(item.dims) for item in graph.initializer}
+
+
+def test_a_damaged_graph_is_no_crash(micro_bundle: Path, tmp_path: Path) -> None:
+    data = (micro_bundle / VISION).read_bytes()
+    for end in range(1, len(data), 997):
+        (tmp_path / "cut").write_bytes(data[:end])
+        with pytest.raises(LlavaEdgeError, match="not an ONNX file"):
+            list(initializers(tmp_path / "cut"))
+
+
+def test_limits_are_measured_with_products_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SHAPE", (6, 32, 200))
+    monkeypatch.setattr(limits, "SECONDS", 0.001)
+    monkeypatch.setattr(limits, "MAX_BYTES", 1 << 20)
+    numbers = np.random.default_rng(0)
+    weights, rows = numbers.integers(-127, 128, (32, 200), np.int8), numbers.integers(0, 256, (6, 32), np.uint8)
+    session = limits._session("MatMulInteger", limits._UINT8, limits._INT8, limits._INT32, weights, 1)
+    assert np.array_equal(session.run(None, {"a": rows})[0], rows.astype(np.int32) @ weights.astype(np.int32))
+    found = limits.measure(1)
+    assert min(asdict(found).values()) > 0
+
+
+def test_a_share_is_work_by_time_and_limit() -> None:
+    asked = made(1000, 3000, 2000, peaks=PEAKS).runs[0].questions[WARM].stages
+    assert asked["encode"].median == 2000
+    assert asked["encode"].share == pytest.approx(4e9 / 2 / 8e9)
+    assert asked["project"].share == pytest.approx(2e7 * 10 / 2 / 4e9)
+    assert asked["prefill"].share == pytest.approx(NEEDED.prefill_ops(20) / 2 / 8e9)
+    assert asked["decode"].share == pytest.approx(NEEDED.token_bytes(22) / 2 / 1e9)
+    assert asked["image"].share is None
+
+
+def test_float_parts_are_compared_with_the_float_limit() -> None:
+    asked = made(1000, peaks=PEAKS, vision="fp16", quantization="f16").runs[0].questions[WARM].stages
+    assert (asked["encode"].limit, asked["prefill"].limit) == ("fp32_ops", "fp32_ops")
+    assert asked["encode"].share == pytest.approx(1.0)
+
+
+def test_what_a_cache_spared_has_no_share() -> None:
+    run = summary(SETTINGS, NEEDED, [sample(1, "miss"), sample(1, "kv")], PEAKS)
+    asked = run.questions[WARM]
+    assert asked.cache == ("miss", "kv")
+    assert all(asked.stages[name].share is None for name in ("encode", "project", "prefill"))
+    assert asked.stages["decode"].share is not None
+
+
+def test_without_limits_or_on_another_device_there_are_no_shares() -> None:
+    graphics = {**sample(1), "device": "cuda"}
+    for run in (summary(SETTINGS, NEEDED, [sample(1)], {}), summary(SETTINGS, NEEDED, [graphics], PEAKS)):
+        assert all(stage.share is None for _, stage in stages(run))
+
+
+# Ratios.
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "ratio", "verdict"),
+    [
+        ((10, 20, 30), (10, 20, 30), 1.0, "no difference beyond the spread"),
+        ((30, 40, 50), (15, 20, 25), 2.0, "faster"),
+        ((15, 20, 25), (30, 40, 50), 0.5, "slower"),
+        ((20, 40, 50), (15, 20, 25), 2.0, "no difference beyond the spread"),
+    ],
+)
+def test_ratios_are_of_medians_and_sure_only_beyond_the_spread(
+    old: tuple[float, ...], new: tuple[float, ...], ratio: float, verdict: str
+) -> None:
+    ratios = compare(made(*old), made(*new))
+    assert {(item.question, item.stage) for item in ratios} == {key for key, _ in stages(made(1).runs[0])}
+    for item in ratios:
+        assert item.ratio == pytest.approx(ratio)
+        assert item.verdict == verdict
+        assert (item.low, item.high) == (pytest.approx(old[0] / new[-1]), pytest.approx(old[-1] / new[0]))
+    assert f"{ratio:6.2f} x" in comparison(ratios, "old.json")
+
+
+def test_only_the_same_configuration_is_compared() -> None:
+    assert compare(made(1), made(1, identity="1" * 64))
+    for other in ({"threads": 2}, {"context": 64}, {"quantization": "q4_0"}, {"vision": "fp32"}, {"model": "n"}):
+        assert not compare(made(1), made(1, **other))
+    assert "nothing to compare" in comparison([], "old.json")
+
+
+# Files.
+
+
+def test_json_comes_back_as_it_was(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "now.json").write_text("noise before\n" + report.to_json() + "\n", "utf-8")
+    assert read_report(tmp_path / "now.json") == report
+    raw = json.loads(report.to_json())
+    assert raw["schema"] == records.SCHEMA == 1
+    assert set(raw["runs"][0]["questions"]["warm"]["stages"]) == {*PARTS, "first_token", "decode", "total"}
+    assert raw["versions"].keys() >= {"llava-edge", "python", "llama-cpp-python", "onnxruntime"}
+    assert raw["machine"]["processor"]
+
+
+@pytest.mark.parametrize("text", ["", "hello", "[]", "{}", '{"schema": 1}', '{"schema": 1, "runs": [1]}', "null"])
+def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text, "utf-8")
+    with pytest.raises(DataError, match="does not end with the JSON line"):
+        read_report(tmp_path / "x.json")
+
+
+def test_another_schema_and_a_missing_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({**asdict(made(1)), "schema": 2}), "utf-8")
+    with pytest.raises(DataError, match="schema 2"):
+        read_report(tmp_path / "x.json")
+    with pytest.raises(MissingError):
+        read_report(tmp_path / "none.json")
+
+
+def test_csv_has_every_number(report: Report) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(report))))
+    known = dict(stages(report.runs[0]))
+    assert len(rows) == len(known)
+    for row in rows:
+        stage = known[row["question"], row["stage"]]
+        assert [float(row[name]) for name in ("median_ms", "low_ms", "high_ms")] == [
+            stage.median,
+            stage.low,
+            stage.high,
+        ]
+        assert row["model"] == "micro"
+
+
+class Tags(HTMLParser):
+    """Start tags with their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_stands_alone_and_has_the_numbers() -> None:
+    new, old = made(11, 12, 13, peaks=PEAKS), made(24)
+    text = page({"this run": new, "<old>.json": old})
+    tags = Tags()
+    tags.feed(text)
+    names = [tag for tag, _ in tags.found]
+    assert not {"script", "link", "img", "iframe", "object", "b"} & set(names)
+    assert not any({"src", "href", "onload"} & set(attributes) for _, attributes in tags.found)
+    assert not any(word in text for word in ("http", "@import", "url(", "<old>"))
+    assert "prefers-color-scheme: dark" in text
+    assert names.count("svg") == 3
+    # Two runs: five parts and the rest, one token, private and file-backed memory.
+    assert names.count("rect") == 2 * (len(PARTS) + 1 + 1 + 2)
+    for _, found in stages(new.runs[0]):
+        assert f">{found.median:.1f}<" in text
+    assert ">2.00<" in text  # 24 / 12, times faster
+
+
+def test_bars_are_as_long_as_their_numbers() -> None:
+    tags = Tags()
+    tags.feed(page({"new": made(10), "old": made(30)}))
+    wide = [float(attributes["width"] or 0) for tag, attributes in tags.found if tag == "rect"]
+    assert wide[len(PARTS) + 1] == pytest.approx(3 * wide[0], abs=0.2)
+
+
+def test_a_page_of_failures_says_why() -> None:
+    failed = replace(made(1), runs=(Measured(SETTINGS, "It <broke>."),))
+    assert "It &lt;broke&gt;." in page({"this run": failed})
+
+
+# The command.
+
+
+def execute(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = cli.execute(["bench", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_when_nothing_works_the_json_is_there_and_the_code_is_not_zero(
+    micro_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--context", str(TOO_LONG), "--repeats", "1", "--warmup", "0", "--no-limits", "--threads", "1")
+    code, out, err = execute(capsys, "--model", micro_bundle, *options)
+    assert code == 69
+    assert "A context of" in json.loads(out.splitlines()[-1])["runs"][0]["error"]
+    assert "Nothing could be measured. A context of" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--threads", "1,x"), 2),
+        (("--threads", "-1"), 2),
+        (("--context", "-5"), 2),
+        (("--repeats", "0"), 2),
+        (("--prompt", " "), 2),
+        (("--csv", "nowhere/x.csv"), 73),
+        (("--html", "."), 73),
+        (("--compare", "none.json"), 66),
+        (("--image", "none.jpg"), 66),
+        (("--model", "none"), 66),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    arguments: tuple[str, ...], code: int, micro_bundle: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(runner, "_child", lambda task: pytest.fail("a process was started"))
+    found, out, err = execute(capsys, "--model", micro_bundle, *arguments)
+    assert (found, out) == (code, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to see the child")
+def test_ctrl_c_ends_the_child_too(micro_bundle: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "llava_edge",
+        "bench",
+        "--model",
+        str(micro_bundle),
+        "--repeats",
+        "99",
+        "--no-limits",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    give_up = time.monotonic() + 60
+    while not (child := children.read_text("utf-8").split()):
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (out, err) == (b"", b"")
+    assert not Path(f"/proc/{child[0]}").exists()
+
+
+# The scripts of benchmarks/.
+
+
+@pytest.fixture(scope="module")
+def interleave() -> Any:
+    spec = importlib.util.spec_from_file_location("interleave", ROOT / "benchmarks" / "interleave.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_peers_take_turns_and_the_broken_ones_are_left_out(interleave: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    alive = "import sys\nprint('a log line'); print('ready', flush=True)\n"
+    alive += "for _ in sys.stdin: print('{\"ms\": %d}', flush=True)"
+    peers = {"ours": alive % 5, "slow": alive % 10, "broken": "raise SystemExit('no such engine')"}
+    samples = interleave.steady({name: [sys.executable, "-c", code] for name, code in peers.items()}, repeats=3)
+    assert samples == {"ours": [{"ms": 5}] * 3, "slow": [{"ms": 10}] * 3}
+    rows = interleave.report(samples, "ours")
+    assert rows["slow"]["times"] == 2.0
+    out, err = capfd.readouterr()
+    assert "broken failed: no such engine" in err
+    assert json.loads(out.splitlines()[-1])["peers"]["slow"]["median"] == 10
+
+
+def test_new_processes_are_timed_from_their_start(interleave: Any) -> None:
+    code = "import json, time; time.sleep(0.05); print(json.dumps({'at': time.monotonic()}))"
+    found = interleave.fresh({"it": [sys.executable, "-c", code], "bad": ["false"]}, repeats=2, warmup=0)
+    assert list(found) == ["it"]
+    assert all(50 < item["ms"] < 60_000 for item in found["it"])
+
+
+def test_times_better_turns_with_what_is_better(interleave: Any) -> None:
+    pairs = [(20.0, 10.0), (18.0, 12.0), (30.0, 10.0)]
+    assert interleave.ratios(pairs, False) == (2.0, 1.5, 3.0)
+    assert interleave.ratios(pairs, True) == (0.5, pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+def test_a_stage_keeps_median_and_extremes() -> None:
+    found = stage([3.0, 1.0, 10.0])
+    assert (found.median, found.low, found.high, found.samples) == (3.0, 1.0, 10.0, (3.0, 1.0, 10.0))
