@@ -126,12 +126,13 @@ def read_report(path: Path) -> Report:
 
 
 def _measured(raw: dict[str, Any]) -> Measured:
-    questions = {
-        name: Question(**{**item, "stages": _stages(item["stages"])}) for name, item in raw["questions"].items()
-    }
-    return Measured(
-        Configuration(**raw["configuration"]), raw["error"], _stages(raw["process"]), questions, raw["memory"]
-    )
+    questions = {name: _question(item) for name, item in raw["questions"].items()}
+    configuration = Configuration(**raw["configuration"])
+    return Measured(configuration, raw["error"], _stages(raw["process"]), questions, raw["memory"])
+
+
+def _question(raw: dict[str, Any]) -> Question:
+    return Question(**{**raw, "cache": tuple(raw["cache"]), "stages": _stages(raw["stages"])})
 
 
 def _stages(raw: dict[str, dict[str, Any]]) -> dict[str, Stage]:
