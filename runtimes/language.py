@@ -162,7 +162,9 @@ class LanguageModel:
         settings.use_extra_bufts = repack
         callback = api.llama_progress_callback(progress)
         settings.progress_callback = callback
-        self._model = api.llama_model_load_from_file(os.fsencode(self._path), settings)
+        # In the thread that computes later: repacking weights starts OpenMP threads for whoever loads, and libgomp lets no
+        # thread spin at a barrier while there are more threads than processors; a token then took twice as long.
+        self._model = self._thread.submit(api.llama_model_load_from_file, os.fsencode(self._path), settings).result()
         if not going_on[0]:
             self.close()
             raise CancelledError
