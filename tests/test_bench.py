@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -397,15 +397,28 @@ def test_ctrl_c_ends_the_child_too(micro_bundle: Path) -> None:
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    give_up = time.monotonic() + 60
-    while not (child := children.read_text("utf-8").split()):
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
+    wait_until(lambda: children.read_text("utf-8") != "")
+    child = children.read_text("utf-8").split()[0]
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (out, err) == (b"", b"")
-    assert not Path(f"/proc/{child[0]}").exists()
+    wait_until(lambda: not is_running(child))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def is_running(process: str) -> bool:
+    """Whether it is there and no zombie, which is what a killed orphan may stay for whoever adopts it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # The scripts of benchmarks/.
