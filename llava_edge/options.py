@@ -13,10 +13,12 @@ from llava_edge.errors import UsageError
 
 Device = Literal["auto", "cpu", "metal", "cuda"]
 FinishReason = Literal["stop", "length", "cancelled"]
+Speculate = Literal["auto", "off", "ngram"]
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
 DEVICES: tuple[Device, ...] = ("auto", "cpu", "metal", "cuda")
+SPECULATE: tuple[Speculate, ...] = ("auto", "off", "ngram")
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 
@@ -31,6 +33,8 @@ class Options:
         tokens at least this likely relative to the best one. They matter only when temperature > 0.
     seed: of the random draw; the same seed gives the same answer on the same machine.
     stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
+    speculate: guess tokens from what was said before and check several in one pass. Greedy answers are the same with
+        and without, and only those use it. "auto" stops where it does not pay, "ngram" never does.
     Raises `UsageError` naming the field when a value is out of range.
     """
 
@@ -41,8 +45,11 @@ class Options:
     min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    speculate: Speculate = "auto"
 
     def __post_init__(self) -> None:
+        if self.speculate not in SPECULATE:
+            raise UsageError(f"speculate is {_shown(self.speculate)}; one of {', '.join(SPECULATE)} was expected.")
         _whole("max_tokens", self.max_tokens, 1, 1 << 20)
         _real("temperature", self.temperature, 0.0, 100.0)
         _real("top_p", self.top_p, 0.0, 1.0)
@@ -112,7 +119,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished answer. `prompt_tokens` counts every position of the prompt, `image_tokens` those of images."""
+    """A finished answer. `prompt_tokens` counts every position of the prompt, `image_tokens` those of images.
+
+    drafted_tokens, accepted_tokens: what was guessed of the answer, and how much of that was right and used.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -124,6 +134,8 @@ class Result:
     cache: Literal["miss", "embedding", "kv"]
     timings: Timings
     memory: Memory
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -133,16 +133,29 @@ class LanguageModel:
             self._embeddings.values[: len(part)] = rows[start : start + BATCH]
             self._decode(self._embeddings, part, cancel)
 
-    def logits(self) -> Array:
-        """(vocab_size,) float32 of the last position: a view, valid until the next evaluation.
+    def evaluate_all(self, tokens: Sequence[int], cancel: threading.Event) -> Array:
+        """Append up to `BATCH` tokens; return the logits of each (n, vocab_size). Raises `CancelledError`."""
+        self._tokens.values[: len(tokens)] = tokens
+        self._decode(self._tokens, list(tokens), cancel, wanted=len(tokens))
+        return np.stack([self.logits(i) for i in range(len(tokens))])
 
-        Raises `BundleError` if a value is not finite.
+    def forget(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        self._truncate(length)
+
+    def logits(self, row: int = -1) -> Array:
+        """(vocab_size,) float32 of the last position, or of one that `evaluate_all` appended: a view, valid until the
+        next evaluation. Raises `BundleError` if a value is not finite.
         """
-        pointer = self.library.llama_get_logits_ith(self._context, -1)
+        pointer = self.library.llama_get_logits_ith(self._context, row)
         values: Array = np.ctypeslib.as_array(pointer, (self.vocab_size,))
         if not np.isfinite(values).all():
             raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
         return values
+
+    def best(self) -> int:
+        """The most likely token after the last position; the first of equals, as llama.cpp's greedy sampler takes."""
+        return int(np.argmax(self.logits()))
 
     @property
     def context(self) -> Any:
@@ -200,14 +213,15 @@ class LanguageModel:
             )
         return list(buffer[:count])
 
-    def _decode(self, batch: _Batch, keys: Sequence[Key], cancel: threading.Event) -> None:
+    def _decode(self, batch: _Batch, keys: Sequence[Key], cancel: threading.Event, wanted: int = 1) -> None:
         if cancel.is_set():
             raise CancelledError
         count, start = len(keys), len(self.held)
-        batch.place(start, count)
+        batch.place(start, count, wanted)
         self._cancel = cancel
-        # The callback is asked between graph nodes and is Python, so a single token, which is quick, goes without.
-        self.library.llama_set_abort_callback(self._context, self._abort if count > 1 else self._never, None)
+        # The callback is asked between graph nodes and is Python, so a few tokens, which are quick, go without.
+        asked = self._abort if count > wanted else self._never
+        self.library.llama_set_abort_callback(self._context, asked, None)
         status = self._thread.submit(self.library.llama_decode, self._context, batch.handle).result()
         if status == 0:
             self.held += keys
@@ -246,12 +260,12 @@ class _Batch:
             self.handle.n_seq_id[i] = 1
             self.handle.seq_id[i][0] = _SEQUENCE
 
-    def place(self, start: int, count: int) -> None:
-        """Use the first `count` values at positions from `start` on; logits are wanted of the last one only."""
+    def place(self, start: int, count: int, wanted: int) -> None:
+        """Use the first `count` values at positions from `start` on; logits are wanted of the last `wanted`."""
         self.handle.n_tokens = count
         self._positions[:count] = np.arange(start, start + count)
         self._wanted[:count] = 0
-        self._wanted[count - 1] = 1
+        self._wanted[count - wanted : count] = 1
 
 
 _errors: deque[str] = deque(maxlen=4)

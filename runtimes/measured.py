@@ -23,6 +23,8 @@ class Run:
     tokens: int = 0  # of the answer, without its end token
     unseen: int = 0  # of these, not yet in a chunk
     text: str = ""
+    drafted: int = 0  # tokens guessed
+    accepted: int = 0  # of these, right and used
 
     def result(self, reason: FinishReason, model: str, device: str, load_ms: float) -> Result:
         """The finished answer."""
@@ -49,6 +51,8 @@ class Run:
             cache="miss",
             timings=timings,
             memory=devices.memory_use(),
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
 
 

@@ -16,13 +16,14 @@ from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitErro
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, Options
 from llava_edge.runtimes import CancelledError, after_control, devices, probe
-from llava_edge.runtimes.decoding import decode
+from llava_edge.runtimes.decoding import Answer, decode
 from llava_edge.runtimes.jobs import Job, Owner, Stream
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.pictures import Picture, prepare
 from llava_edge.runtimes.prefill import Embedder, prefill, segments
 from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.text import TextStream
 from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.templates import template
@@ -132,6 +133,7 @@ class Engine:
                 f"{path} has hidden size and vocabulary {found}, the manifest says "
                 f"{(manifest.language.hidden_size, manifest.language.vocab_size)}: it is from another bundle."
             )
+        self._speculation = Speculation(self._language)
         projector = Projector(self.bundle)
         self._embedder = Embedder(VisionEncoder(self.bundle, threads, self.choice.provider), projector)
         self._template = template(manifest.template)
@@ -165,7 +167,7 @@ class Engine:
             if not reuse:
                 language.keep([])
             prefill(language, embedder, segments(ids, pictures), run, job)
-            reason = decode(language, self._ends, stream, options, limit, run, job)
+            reason = decode(Answer(language, self._ends, stream, limit, run, job), options, self._speculation)
         except CancelledError:
             reason = "cancelled"
         tail = stream.end(cut=reason != "stop")

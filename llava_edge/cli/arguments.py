@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from llava_edge.errors import UsageError
-from llava_edge.options import DEVICES, EngineOptions, Options
+from llava_edge.options import DEVICES, SPECULATE, EngineOptions, Options
 from llava_edge.store import DEFAULT_MODEL
 
 MAX_STDIN_BYTES = 1 << 28  # as for image files
@@ -34,6 +34,13 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--context", type=int, default=0, help="Positions; 0 is the model's, at most 4096."),
         click.option("--verbose", is_flag=True, help="Show the engines' own log on stderr."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
+        click.option(
+            "--speculate",
+            type=click.Choice(SPECULATE),
+            default="auto",
+            show_default=True,
+            help="Guess tokens from what was said before; the same answer, often sooner.",
+        ),
     ]
     defaults = Options()
     for name, text in _SAMPLING.items():
@@ -47,7 +54,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
     """Take the shared values out of a command's keyword arguments. Raises `UsageError` on a bad one."""
-    sampling = Options(stop=values["stop"], **{name: values[name] for name in _SAMPLING})
+    sampling = Options(stop=values["stop"], speculate=values["speculate"], **{name: values[name] for name in _SAMPLING})
     return sampling, EngineOptions(**{name: values[name] for name in _ENGINE})
 
 

@@ -1,0 +1,168 @@
+"""Several tokens of a greedy answer in one pass: guessed from what was said before, kept where the model agrees.
+
+An answer is the same, bit for bit, with and without it. A batch may be computed by other kernels than a single token,
+and their last digits can turn a near tie. So batches are used only where they were seen to give the very bits of
+single tokens (`SameBits`). Knows nothing about text, stop texts or sampling.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from llava_edge.runtimes.language import Key, LanguageModel
+
+WIDTH = 8  # tokens in a pass: always as many, because kernels are chosen by it
+NGRAM = 3  # tokens that have to agree before what followed them is taken for a guess
+PROOF = 16  # rows that have to be equal. Where attention was split in another way, 10 of 22 rows were, the others not.
+BLOCK = 256  # llama.cpp pads its memory to multiples of this, and chooses kernels by the padded size
+FREE_LOSS = 2.0  # in single tokens: what guessing may cost an answer that it does not help,
+SHARE_LOSS = 0.02  # and this for each of its tokens
+
+Array = np.ndarray[Any, Any]
+
+
+class Lookup:
+    """Guesses what comes next: what followed the last `NGRAM` tokens when they last occurred."""
+
+    def __init__(self, keys: list[Key]) -> None:
+        self._keys: list[Key] = []
+        self._after: dict[tuple[Key, ...], int] = {}  # n-gram -> where what followed it begins
+        for key in keys:
+            self.add(key)
+
+    def add(self, key: Key) -> None:
+        """One more position: a token, or a row of an image."""
+        if len(self._keys) >= NGRAM:
+            self._after[tuple(self._keys[-NGRAM:])] = len(self._keys)
+        self._keys.append(key)
+
+    def guess(self, count: int) -> list[int]:
+        """`count` tokens, or none. A repetition that has only begun is continued."""
+        start = self._after.get(tuple(self._keys[-NGRAM:]))
+        if start is None:
+            return []
+        period = self._keys[start:]
+        guess = [period[i % len(period)] for i in range(count)]
+        return [key for key in guess if isinstance(key, int)] if all(isinstance(key, int) for key in guess) else []
+
+
+class SameBits:
+    """Where a batch of `WIDTH` tokens was seen to give the bits of single tokens: a verdict for each memory block."""
+
+    def __init__(self) -> None:
+        self._equal: dict[int, int] = {}  # block -> rows seen equal, -1 after one that was not
+
+    def possible(self, start: int) -> bool:
+        """Whether a batch at position `start` lies in one block, which has not been seen to differ."""
+        block = start // BLOCK
+        return (start + WIDTH - 1) // BLOCK == block and self._equal.get(block, 0) >= 0
+
+    def proven(self, start: int) -> bool:
+        """Whether enough rows were seen equal."""
+        return self._equal.get(start // BLOCK, 0) >= PROOF
+
+    def note(self, start: int, equal: bool) -> None:
+        """One row of a batch at `start` was compared."""
+        block = start // BLOCK
+        self._equal[block] = self._equal.get(block, 0) + 1 if equal and self.possible(start) else -1
+
+
+class Speculation:
+    """One for a loaded model: what is known about its batches, and what they cost."""
+
+    def __init__(self, language: LanguageModel) -> None:
+        self.language = language
+        self.bits = SameBits()
+        self.ratio = WIDTH / 3  # time of a pass in single tokens, until it was measured
+        self._single = self._pass = 0.0  # seconds
+
+    def measure(self, seconds: float, tokens: int) -> None:
+        """Time of one evaluation, as a moving mean: others use the processor too."""
+        if tokens == 1:
+            self._single += (seconds - self._single) * (0.1 if self._single else 1)
+        else:
+            self._pass += (seconds - self._pass) * (0.1 if self._pass else 1)
+        if self._single and self._pass:
+            self.ratio = self._pass / self._single
+
+
+class Guessing:
+    """Speculation in one answer. `drafted` and `accepted` count guessed tokens.
+
+    always: guess even where it does not pay. Otherwise the balance of won and lost time, in single tokens, has to
+    allow one more pass that wins nothing.
+    """
+
+    def __init__(self, shared: Speculation, *, always: bool) -> None:
+        self._shared = shared
+        self._language = shared.language
+        self._lookup = Lookup(self._language.held)
+        self._always = always
+        self._balance = FREE_LOSS
+        self.drafted = self.accepted = 0
+
+    def next(self, token: int, cancel: threading.Event) -> list[int]:
+        """Evaluate `token`, the last of the answer, and return those that follow: one or more.
+
+        Afterwards memory holds all of them but the last. Raises `CancelledError`.
+        """
+        self._lookup.add(token)
+        guess = self._guess() if self._worth_it() else []
+        if not guess:
+            self._balance += SHARE_LOSS
+            found = [self._single(token, cancel)]
+        else:
+            found = self._verify([token, *guess], cancel)
+        for key in found[:-1]:
+            self._lookup.add(key)
+        return found
+
+    def _worth_it(self) -> bool:
+        start = len(self._language.held)
+        if start + WIDTH > self._language.context_size or not self._shared.bits.possible(start):
+            return False
+        return self._always or self._balance >= self._shared.ratio - 1
+
+    def _guess(self) -> list[int]:
+        return self._lookup.guess(WIDTH - 1)
+
+    def _single(self, token: int, cancel: threading.Event) -> int:
+        start = time.perf_counter()
+        self._language.evaluate_tokens([token], cancel)
+        found = self._language.best()
+        self._shared.measure(time.perf_counter() - start, 1)
+        return found
+
+    def _verify(self, tokens: list[int], cancel: threading.Event) -> list[int]:
+        position = len(self._language.held)
+        start = time.perf_counter()
+        rows = self._language.evaluate_all(tokens, cancel)
+        best = [int(np.argmax(row)) for row in rows]
+        self._shared.measure(time.perf_counter() - start, len(tokens))
+        same = 0
+        while same < len(tokens) - 1 and best[same] == tokens[same + 1]:
+            same += 1
+        self.drafted += len(tokens) - 1
+        self._balance = min(self._balance + same + 1 - self._shared.ratio, 2 * WIDTH)
+        if self._shared.bits.proven(position):
+            self.accepted += same
+            self._language.forget(position + same + 1)
+            return best[: same + 1]
+        return self._compare(tokens[: same + 1], rows, cancel)
+
+    def _compare(self, tokens: list[int], rows: Array, cancel: threading.Event) -> list[int]:
+        """Single tokens in place of a batch, whose rows are compared with theirs."""
+        position = len(self._language.held) - WIDTH
+        self._language.forget(position)
+        found: list[int] = []
+        for token, row in zip(tokens, rows, strict=False):
+            found.append(self._single(token, cancel))
+            equal = np.array_equal(self._language.logits(), row)
+            self._shared.bits.note(position, equal)
+            if not equal:
+                break
+        return found
