@@ -6,7 +6,7 @@ Everything else (command line, chat) is written on top of this file. Knows no en
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -61,6 +61,26 @@ class Llava:
         """
         shown = _as_list(images)
         return self._engine.generate([Message("user", prompt, len(shown))], shown, options, cancel, started=started)
+
+    def ask_many(
+        self,
+        prompts: Sequence[str],
+        images: Images = (),
+        options: Options | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        started: float | None = None,
+    ) -> Iterator[Stream]:
+        """Several questions about the same images: one stream for each, to be read in order, as of `stream`.
+
+        The images are encoded and read once; every answer is the one `ask` would give. Raises `ContextOverflowError`
+        with the number of the question before anything is computed.
+        """
+        pictures = [prepare(image, self._engine.bundle.manifest) for image in _as_list(images)]
+        conversations = [[Message("user", text, len(pictures))] for text in prompts]
+        self._engine.require_room(conversations, pictures)
+        for messages in conversations:
+            yield self._engine.generate(messages, pictures, options, cancel, started=started, same_pictures=True)
 
     def chat(self, system: str = "", options: Options | None = None) -> Chat:
         """Begin a conversation. An empty `system` leaves the model's own system text."""

@@ -21,7 +21,7 @@ from llava_edge.runtimes.jobs import Job, Owner, Stream
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.pictures import Picture, prepare
-from llava_edge.runtimes.prefill import Embedder, prefill, segments
+from llava_edge.runtimes.prefill import Embedder, Segment, prefill, segments
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.text import TextStream
@@ -73,19 +73,37 @@ class Engine:
         *,
         started: float | None = None,
         reuse: bool = False,
+        same_pictures: bool = False,
     ) -> Stream:
         """Answer the last message. Images belong to the messages' slots in order.
 
         The stream ends with a chunk that carries the `Result`. Setting `cancel`, or closing the iterator, stops the
         work within one prefill chunk. `started` (time.monotonic) is what time to first token counts from.
         `reuse` keeps a beginning that the last prompt had too: faster, but rounded differently in the last digits,
-        because other kernels computed it.
+        because other kernels computed it. `same_pictures` keeps only whole parts, up to the last picture, if the last
+        prompt began with all of them: nothing is rounded differently.
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
         """
         run = Run(time.monotonic() if started is None else started)
         wanted = options or Options()
         event = cancel or threading.Event()
-        return self._owner.submit(lambda job: self._answer(job, messages, images, wanted, run, reuse), event)
+        return self._owner.submit(
+            lambda job: self._answer(job, messages, images, wanted, run, reuse, same_pictures), event
+        )
+
+    def require_room(self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture]) -> None:
+        """Raise `ContextOverflowError` with the number of the first conversation that the context has no room for."""
+
+        def check(job: Job) -> None:
+            rows = [len(picture.rows) for picture in pictures]
+            for number, messages in enumerate(conversations, 1):
+                try:
+                    self._check_room(Run(0), self._encode_prompt(messages), rows)
+                except ContextOverflowError as error:
+                    raise ContextOverflowError(f"Question {number}: {error}") from error
+
+        for _ in self._owner.submit(check, threading.Event()):
+            pass
 
     def close(self) -> None:
         """Stop after the request in work, and free the engines. Harmless when repeated."""
@@ -149,6 +167,7 @@ class Engine:
         options: Options,
         run: Run,
         reuse: bool,
+        same_pictures: bool,
     ) -> None:
         slots = sum(message.images for message in messages)
         if slots != len(images):
@@ -164,9 +183,12 @@ class Engine:
         limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
         language, embedder = self._opened()
         try:
-            if not reuse:
+            parts = segments(ids, pictures)
+            if same_pictures:
+                _keep_pictures(language, parts)
+            elif not reuse:
                 language.keep([])
-            prefill(language, embedder, segments(ids, pictures), run, job)
+            prefill(language, embedder, parts, run, job)
             reason = decode(Answer(language, self._ends, stream, limit, run, job), options, self._speculation)
         except CancelledError:
             reason = "cancelled"
@@ -204,6 +226,13 @@ class Engine:
         if self._language is None or self._embedder is None:
             raise UsageError("The engine is closed.")
         return self._language, self._embedder
+
+
+def _keep_pictures(language: LanguageModel, parts: Sequence[Segment]) -> None:
+    """Forget what is behind the last picture, or everything if memory does not hold all that is before it."""
+    last = max((i for i, part in enumerate(parts) if part.picture is not None), default=-1)
+    keys = [key for part in parts[: last + 1] for key in part.keys]
+    language.forget(len(keys) if language.held[: len(keys)] == keys else 0)
 
 
 def _context_size(asked: int, trained: int) -> int:

@@ -16,10 +16,10 @@ import numpy as np
 from llava_edge.runtimes.language import Key, LanguageModel
 
 WIDTH = 8  # tokens in a pass: always as many, because kernels are chosen by it
-NGRAM = 3  # tokens that have to agree before what followed them is taken for a guess
+NGRAM = 4  # tokens that have to agree before what followed them is taken for a guess
 PROOF = 16  # rows that have to be equal. Where attention was split in another way, 10 of 22 rows were, the others not.
 BLOCK = 256  # llama.cpp pads its memory to multiples of this, and chooses kernels by the padded size
-FREE_LOSS = 2.0  # in single tokens: what guessing may cost an answer that it does not help,
+FREE_LOSS = 1.0  # in single tokens: what guessing may cost an answer that it does not help,
 SHARE_LOSS = 0.02  # and this for each of its tokens
 
 Array = np.ndarray[Any, Any]
@@ -77,7 +77,7 @@ class Speculation:
     def __init__(self, language: LanguageModel) -> None:
         self.language = language
         self.bits = SameBits()
-        self.ratio = WIDTH / 3  # time of a pass in single tokens, until it was measured
+        self.ratio = 2.0  # time of a pass in single tokens, until it was measured
         self._single = self._pass = 0.0  # seconds
 
     def measure(self, seconds: float, tokens: int) -> None:
