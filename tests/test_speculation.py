@@ -264,6 +264,7 @@ def test_questions_together_have_the_answers_they_have_alone(llava: Llava) -> No
     alone: list[Any] = []
     for question in questions:
         alone.append((llava.ask(question, image, short).text, language.logits().copy()))
+    llava.ask("another prompt", options=short)  # so that the picture is not known from before
     for number, stream in enumerate(llava.ask_many(questions, image, short)):
         result = list(stream)[-1].final
         assert result is not None
