@@ -139,6 +139,16 @@ class LanguageModel:
         self._decode(self._tokens, list(tokens), cancel, wanted=len(tokens))
         return np.stack([self.logits(i) for i in range(len(tokens))])
 
+    def show_states(self, shown: bool) -> None:
+        """Let the next evaluations, of single tokens or all of a batch, keep the hidden states for `state`."""
+        self.library.llama_set_embeddings(self._context, shown)
+
+    def state(self, row: int = -1) -> Array:
+        """(hidden_size,) float32 that the logits of a row come from: a view, valid until the next evaluation."""
+        pointer = self.library.llama_get_embeddings_ith(self._context, row)
+        values: Array = np.ctypeslib.as_array(pointer, (self.hidden_size,))
+        return values
+
     def forget(self, length: int) -> None:
         """Forget every position from `length` on."""
         self._truncate(length)

@@ -158,6 +158,16 @@ def test_batches_that_round_differently_are_not_used(unproven: Llava, monkeypatc
     assert not unproven._engine._speculation.bits.possible(0)
 
 
+def test_equal_logits_of_other_states_are_no_proof(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding in the last product can hide that other kernels computed a batch."""
+    plain = ask(unproven, PROMPT, "off", 80)
+    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
+    real = LanguageModel.state
+    monkeypatch.setattr(LanguageModel, "state", lambda self, row=-1: real(self, row) * (1 + 1e-6 * (row >= 0)))
+    guessed = ask(unproven, PROMPT, "ngram", 80)
+    assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, WIDTH - 1)
+
+
 def test_without_the_proof_such_batches_change_answers(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: larger differences of this kind turn near ties, which is why batches have to be proven."""
     plain = ask(unproven, PROMPT, "off", 80)
