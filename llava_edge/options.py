@@ -19,6 +19,7 @@ DEFAULT_PROMPT = "Describe this image in one sentence."
 DEVICES: tuple[Device, ...] = ("auto", "cpu", "metal", "cuda")
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
+MAX_GRAMMAR = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Options:
         tokens at least this likely relative to the best one. They matter only when temperature > 0.
     seed: of the random draw; the same seed gives the same answer on the same machine.
     stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
+    grammar: the only form an answer may have, in llama.cpp's GBNF; `json_grammar.from_schema` writes one. Empty: any.
+    top_logprobs: report how likely each token was, and this many of the likeliest in its place. None: do not.
     Raises `UsageError` naming the field when a value is out of range.
     """
 
@@ -41,6 +44,8 @@ class Options:
     min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    grammar: str = ""
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, 1 << 20)
@@ -49,6 +54,10 @@ class Options:
         _whole("top_k", self.top_k, 0, 1 << 24)
         _real("min_p", self.min_p, 0.0, 1.0)
         _whole("seed", self.seed, 0, (1 << 32) - 1)
+        if self.top_logprobs is not None:
+            _whole("top_logprobs", self.top_logprobs, 0, 20)
+        if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR:
+            raise UsageError(f"grammar must be a text of at most {MAX_GRAMMAR} characters.")
         if self.top_p == 0:
             raise UsageError("top_p is 0, which allows no token; a number above 0 and up to 1 was expected.")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
@@ -127,16 +136,28 @@ class Result:
 
 
 @dataclass(frozen=True)
+class TokenChance:
+    """How likely a token of the answer was: its bytes, the natural logarithm of its probability at temperature 1 and
+    before any limit or grammar, and the same of the likeliest tokens in its place, best first."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A piece of a streamed answer.
 
     token_count: answer tokens since the chunk before. The last chunk, and only that, has `finish_reason` and `final`.
+    chances: of these tokens, if `Options.top_logprobs` asked for them.
     """
 
     text: str
     token_count: int = 0
     finish_reason: FinishReason | None = None
     final: Result | None = None
+    chances: tuple[TokenChance, ...] = ()
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

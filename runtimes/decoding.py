@@ -8,7 +8,7 @@ from llava_edge.options import Chunk, FinishReason, Options
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run
-from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.sampling import Sampler, chance
 from llava_edge.runtimes.text import TextStream
 
 
@@ -19,7 +19,7 @@ def decode(
 
     Raises `CancelledError`.
     """
-    sampler = Sampler(language.library, options)
+    sampler = Sampler(language, options)
     try:
         while True:
             language.logits()  # refuses what is not finite
@@ -29,11 +29,14 @@ def decode(
                 return "stop"
             run.tokens += 1
             run.unseen += 1
+            if options.top_logprobs is not None:
+                run.chances.append(chance(language, token, options.top_logprobs))
             text = stream.feed(language.piece(token))
             if text:
                 run.text += text
-                job.output.put(Chunk(text, run.unseen))
+                job.output.put(Chunk(text, run.unseen, chances=tuple(run.chances)))
                 run.unseen = 0
+                run.chances.clear()
             if stream.stopped:
                 return "stop"
             if run.tokens >= limit:

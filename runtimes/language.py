@@ -149,6 +149,11 @@ class LanguageModel:
         """The llama_context, for a `Sampler`."""
         return self._context
 
+    @property
+    def vocabulary(self) -> Any:
+        """The llama_vocab, for a `Sampler`."""
+        return self._vocabulary
+
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
         api, going_on = self.library, [True]
 

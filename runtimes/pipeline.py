@@ -9,6 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from llava_edge import gguf, prompt
 from llava_edge.bundle import LANGUAGE, Bundle
@@ -85,6 +88,22 @@ class Engine:
         wanted = options or Options()
         event = cancel or threading.Event()
         return self._owner.submit(lambda job: self._answer(job, messages, images, wanted, run, reuse), event)
+
+    def embed(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
+        """What the language model is shown of a picture: (positions, hidden size) float32.
+
+        Raises `ImageError`, `MissingError` or `BundleError`.
+        """
+        picture = prepare(image, self.bundle.manifest)
+        found = []
+
+        def work(job: Job) -> None:
+            _, embedder = self._opened()
+            found.append(embedder.embed(picture, job))
+
+        for _ in self._owner.submit(work, threading.Event()):
+            pass
+        return found[0]
 
     def close(self) -> None:
         """Stop after the request in work, and free the engines. Harmless when repeated."""
@@ -173,7 +192,7 @@ class Engine:
             reason = "stop"
         run.text += tail
         result = run.result(reason, manifest.name, self.choice.name, self.load_ms)
-        job.output.put(Chunk(tail, run.unseen, reason, result))
+        job.output.put(Chunk(tail, run.unseen, reason, result, tuple(run.chances)))
 
     def _encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
         language, _ = self._opened()
