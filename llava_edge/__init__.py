@@ -9,7 +9,11 @@ Names are resolved on first use, so importing this package loads no engine.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime 1.32 sends usage data to its maker unless this is set when it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 
@@ -18,7 +22,17 @@ if TYPE_CHECKING:
     from llava_edge.errors import LlavaEdgeError
     from llava_edge.options import Chunk, EngineOptions, Options, Result, TokenChance
 
-__all__ = ["Chat", "Chunk", "EngineOptions", "Llava", "LlavaEdgeError", "Options", "Result", "TokenChance", "__version__"]
+__all__ = [
+    "Chat",
+    "Chunk",
+    "EngineOptions",
+    "Llava",
+    "LlavaEdgeError",
+    "Options",
+    "Result",
+    "TokenChance",
+    "__version__",
+]
 
 _HOMES = {
     "Chat": "llava_edge.api",

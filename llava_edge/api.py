@@ -80,7 +80,7 @@ class Llava:
         *,
         cancel: threading.Event | None = None,
     ) -> Stream:
-        """Stream the answer to the last of `messages`, a conversation kept elsewhere; images fill their slots in order."""
+        """Stream the answer to the last of `messages`, a conversation kept elsewhere; images fill its slots."""
         return self._engine.generate(messages, images, options, cancel)
 
     async def aask(self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None) -> Result:

@@ -84,7 +84,9 @@ class _Converter:
             if word in words:
                 _only(words - {word}, path)
                 options = _list(schema[word], f"{path}/{word}")
-                return self._either(self.convert(each, f"{path}/{word}/{i}", depth + 1) for i, each in enumerate(options))
+                return self._either(
+                    self.convert(each, f"{path}/{word}/{i}", depth + 1) for i, each in enumerate(options)
+                )
         return self._typed(schema, words, path, depth)
 
     def _typed(self, schema: dict[str, Any], words: set[str], path: str, depth: int) -> str:

@@ -40,7 +40,9 @@ class Sampler:
     def _grammar(self, language: LanguageModel, text: str) -> Any:
         part = self._library.llama_sampler_init_grammar(language.vocabulary, text.encode("utf-8", "replace"), b"root")
         if not part:
-            raise UsageError("The grammar is not one that llama.cpp understands; its GBNF with a rule 'root' was expected.")
+            raise UsageError(
+                "The grammar is not one that llama.cpp understands; its GBNF with a rule 'root' was expected."
+            )
         return part
 
     def _parts(self, options: Options) -> list[Any]:

@@ -12,12 +12,16 @@ from llava_edge.cli.arguments import engine_options, engine_options_from
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Other than loopback needs a key.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Other than loopback needs a key."
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--api-key-file", type=Path, metavar="FILE", help="Key that clients need; or in $LLAVA_EDGE_API_KEY.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Further name this server is called by; repeatable.")
 @click.option("--queue", type=click.IntRange(1, 4096), default=16, show_default=True, help="Requests that may wait.")
-@click.option("--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds an answer may take.")
+@click.option(
+    "--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds an answer may take."
+)
 @click.option("--insecure-no-key", is_flag=True, help="Serve other machines without a key.")
 @engine_options
 def serve(

@@ -246,5 +246,3 @@ async def _say_bug(_: Request, error: Exception) -> Response:
 
 async def _say_nothing(_: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nginx's name for it, for the log
-
-

@@ -1,8 +1,8 @@
 """Who may talk to the server: checked for every request before anything else looks at it.
 
 A browser on this machine runs pages of strangers. They can send requests to the loopback address too, so an address
-alone is no protection: the Host header stops names that were pointed here (DNS rebinding), the Origin and Sec-Fetch-Site
-headers stop other pages, the content type stops forms. There is no CORS header in any answer.
+alone is no protection: the Host header stops names that were pointed here (DNS rebinding), the Origin and
+Sec-Fetch-Site headers stop other pages, the content type stops forms. There is no CORS header in any answer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def hosts(address: str, port: int, allowed: Iterable[str]) -> frozenset[str]:
     """The Host headers to answer to: this machine's own names, the address, what was allowed; each with its port."""
     names = [*_NAMES, *([] if ipaddress.ip_address(address).is_unspecified else [_bracketed(address)]), *allowed]
     if wrong := [name for name in names if not name or any(mark in name for mark in "/*@ ,")]:
-        raise UsageError(f"--allow-host {wrong[0]!r} is no host name; one like 'box.local' or 'box.local:8080' was expected.")
+        raise UsageError(
+            f"--allow-host {wrong[0]!r} is no host name; one like 'box.local' or 'box.local:8080' was expected."
+        )
     found = {name.lower() for name in names} if port == 80 else {name.lower() for name in allowed}
     return frozenset(found | {f"{name.lower()}:{port}" for name in names})
 

@@ -49,7 +49,9 @@ class Metrics:
             for (key, labels), value in sorted(values.items()):
                 if key == name:
                     inside = ",".join(f'{label}="{text}"' for label, text in labels)
-                    lines.append(f"llava_edge_{name}{{{inside}}} {value:g}" if inside else f"llava_edge_{name} {value:g}")
+                    lines.append(
+                        f"llava_edge_{name}{{{inside}}} {value:g}" if inside else f"llava_edge_{name} {value:g}"
+                    )
         return "\n".join(lines) + "\n"
 
     def _add(self, name: str, amount: Any, **labels: str) -> None:

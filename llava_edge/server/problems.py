@@ -41,7 +41,9 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> Prob
 
 def crashed() -> Problem:
     """The child died with the request."""
-    return Problem(500, "The model's process ended while it worked on this request. It is being restarted.", code="crash")
+    return Problem(
+        500, "The model's process ended while it worked on this request. It is being restarted.", code="crash"
+    )
 
 
 def busy(message: str, retry_after: int) -> Problem:

@@ -76,7 +76,9 @@ class Reply:
         if not chances:
             return None
         if self._chat:
-            content = [_chance(*chance[:2]) | {"top_logprobs": [_chance(*top) for top in chance[2]]} for chance in chances]
+            content = [
+                _chance(*chance[:2]) | {"top_logprobs": [_chance(*top) for top in chance[2]]} for chance in chances
+            ]
             return {"content": content, "refusal": None}
         return {
             "tokens": [_text(chance[0]) for chance in chances],

@@ -113,7 +113,7 @@ def _options(body: Mapping[str, Any], chances: Any) -> Options:
     try:
         return Options(**{name: value for name, value in given.items() if value is not None})
     except UsageError as error:
-        param = next((name for name in given if str(error).startswith(name)), None)
+        param = next((name for name in given if name in str(error)), None)
         raise bad(str(error), param) from error
 
 

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from llava_edge import store
@@ -51,12 +52,8 @@ def serve(bundle: Bundle, options: EngineOptions, settings: Settings, say: Calla
 
     Raises `UnavailableError` when an address is taken or the extra is missing, or what loading the model raises.
     """
-    try:
-        import starlette
-        import uvicorn
-    except ImportError as error:
-        raise UnavailableError("The server needs an extra; run: pip install 'llava-edge[serve]'") from error
-    assert starlette and uvicorn
+    if not all(find_spec(name) for name in ("starlette", "uvicorn")):
+        raise UnavailableError("The server needs an extra; run: pip install 'llava-edge[serve]'")
     asyncio.run(_serve(bundle, options, settings, say))
 
 

@@ -18,7 +18,11 @@ from llava_edge.templates import Template
 
 KINDS = ("upvote", "downvote", "flag")
 MAX_BYTES = 64 << 20
-_ROLES = {"chatml": ("<|im_start|>user\n", "<|im_start|>assistant\n"), "single": ("Human", "Assistant"), "plain": ("", "")}
+_ROLES = {
+    "chatml": ("<|im_start|>user\n", "<|im_start|>assistant\n"),
+    "single": ("Human", "Assistant"),
+    "plain": ("", ""),
+}
 
 
 class Votes:
@@ -76,7 +80,9 @@ class Votes:
             if turn[0] not in ("user", "assistant"):
                 raise bad("A role must be user or assistant.", "messages")
             turns.append([roles[turn[0] == "assistant"], turn[1]])
-        first, second = {"two": (" ", "</s>"), "llama_2": ("<s>", "</s>")}.get(self._layout.style, (self._layout.end, None))
+        first, second = {"two": (" ", "</s>"), "llama_2": ("<s>", "</s>")}.get(
+            self._layout.style, (self._layout.end, None)
+        )
         return {
             "system": self._layout.system,
             "roles": list(roles),
