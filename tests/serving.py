@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ class Server:
     log: Path
     model: str = "micro"
     key: str = ""
-    sockets: list[socket.socket] = field(default_factory=list)
 
     def request(
         self,
@@ -58,7 +57,7 @@ class Server:
     def ask(self, text: str = "What colour?", images: tuple[bytes, ...] = (), **more: Any) -> dict[str, Any]:
         """The answer to a question, which must succeed."""
         status, _, body = self.request("POST", "/v1/chat/completions", question(text, images, **more))
-        assert status == 200, body
+        assert status == 200, (body, self.log.read_text()[-3000:])
         found: dict[str, Any] = json.loads(body)
         return found
 
@@ -67,6 +66,25 @@ class Server:
         content = self.ask(*arguments, **more)["choices"][0]["message"]["content"]
         assert isinstance(content, str)
         return content
+
+    def raw(self, data: bytes, timeout: float = 20) -> bytes:
+        """Everything the server says to these bytes until it closes the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
+            connection.sendall(data)
+            said = b""
+            while part := connection.recv(65536):
+                said += part
+            return said
+
+    def start(self, body: dict[str, Any]) -> socket.socket:
+        """Send a request and return the connection, nothing read from it."""
+        data = json.dumps(body).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: application/json\r\n"
+        )
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        return connection
 
     def health(self) -> dict[str, Any]:
         """What /health says."""
@@ -79,7 +97,11 @@ class Server:
         return float(re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[0])
 
     def child(self) -> int:
-        """Process id of the child with the model."""
+        """Process id of the child with the model, once there is one."""
+        self.wait_until(lambda: len(self._children()) == 1)
+        return self._children()[0]
+
+    def _children(self) -> list[int]:
         own = self.process.pid
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
@@ -87,8 +109,7 @@ class Server:
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
                 if parent == own and b"spawn_main" in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
-        assert len(found) == 1
-        return found[0]
+        return found
 
     def wait_until(self, condition: Any, seconds: float = 20.0) -> float:
         """Seconds until `condition()` is true; fails after `seconds`."""
@@ -120,15 +141,25 @@ def png(colour: str | tuple[int, int, int] = "red", size: tuple[int, int] = (20,
 
 @contextlib.contextmanager
 def running(
-    bundle: Path, folder: Path, *options: str, environment: dict[str, str] | None = None, first: tuple[str, ...] = ()
+    bundle: Path,
+    folder: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    first: tuple[str, ...] = (),
+    limits: str = "",
 ) -> Iterator[Server]:
-    """Start a server on a free port; stop it with SIGTERM. Skips where the extra is not installed."""
+    """Start a server on a free port; stop it with SIGTERM. Skips where the extra is not installed.
+
+    first: folders that Python looks for modules in before all others. limits: arguments of `Limits` instead of the
+    command line's.
+    """
     pytest.importorskip("starlette", reason="the extra [serve] is not installed")
     pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
     log = folder / "server.log"
     paths = os.pathsep.join([*first, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {**os.environ, "LLAVA_EDGE_HOME": str(folder / "home"), "PYTHONPATH": paths, **(environment or {})}
-    command = [sys.executable, "-m", "llava_edge", "serve", "--model", str(bundle), "--port", "0", "--device", "cpu"]
+    program = ["-c", _PATCHED.format(limits=limits)] if limits else ["-m", "llava_edge"]
+    command = [sys.executable, *program, "serve", "--model", str(bundle), "--port", "0", "--device", "cpu"]
     with log.open("wb") as stderr:
         process = subprocess.Popen([*command, "--threads", "1", *options], stderr=stderr, cwd=folder, env=settings)
     try:
@@ -137,6 +168,17 @@ def running(
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)
+
+
+_PATCHED = """
+from llava_edge.server import limits
+class Changed(limits.Limits):
+    def __init__(self, **given): super().__init__(**given | dict({limits}))
+from llava_edge import cli
+from llava_edge.server.limits import Limits
+limits.Limits = Changed
+cli.main()
+"""
 
 
 def _port(process: subprocess.Popen[bytes], log: Path) -> int:

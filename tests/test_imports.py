@@ -18,7 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 AREAS = ("export", "models", "runtimes")
 
 # What each part of llava_edge may import, besides itself. SHARED modules import only one another.
-SHARED = {"anyres", "bundle", "errors", "gguf", "image", "image_format", "json_grammar", "options", "prompt", "store", "templates"}
+SHARED = {
+    "anyres",
+    "bundle",
+    "errors",
+    "gguf",
+    "image",
+    "image_format",
+    "json_grammar",
+    "options",
+    "prompt",
+    "store",
+    "templates",
+}
 ALLOWED = {
     "models": SHARED,
     "runtimes": SHARED,
@@ -125,7 +137,9 @@ def test_help_loads_no_engine(arguments: list[str]) -> None:
 
 
 def test_the_runtime_needs_no_extra() -> None:
-    names = [f"llava_edge.{name}" for name, _ in modules() if part_of(name) not in ("export", "models", "server", "__main__")]
+    names = [
+        f"llava_edge.{name}" for name, _ in modules() if part_of(name) not in ("export", "models", "server", "__main__")
+    ]
     code = "\n".join(f"import {name.removesuffix('.__init__')}" for name in names)
     assert "llava_edge" in loaded_after(code, *(set(HOMES) - {"onnxruntime", "llama_cpp"}), "gguf")
 

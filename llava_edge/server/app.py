@@ -166,17 +166,17 @@ class App:
         return Response(status_code=204)
 
 
-class _Stream:
-    """A response of server-sent events that frees the child whenever and however it ends."""
+class _Stream(StreamingResponse):
+    """Server-sent events; `events`, which they are made of, are closed whenever and however it ends."""
 
     def __init__(self, lines: AsyncGenerator[bytes, None], events: AsyncGenerator[dict[str, Any], None]) -> None:
-        self._response = StreamingResponse(lines, media_type="text/event-stream")
+        super().__init__(lines, media_type="text/event-stream")
         self._lines = lines
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events), aclosing(self._lines):
-            await self._response(scope, receive, send)
+            await super().__call__(scope, receive, send)
 
 
 class _GoneError(Exception):

@@ -42,7 +42,8 @@ class Metrics:
 
     def text(self, **now: float) -> str:
         """All of it; `now` are the values that are looked up instead of counted."""
-        values = {**{(name, ()): value for name, value in now.items()}, **self._counts}
+        values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = dict(self._counts)
+        values.update({(name, ()): value for name, value in now.items()})
         lines = []
         for name, (kind, about) in _HELP.items():
             lines += [f"# HELP llava_edge_{name} {about}", f"# TYPE llava_edge_{name} {kind}"]

@@ -18,7 +18,8 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
         """A connection that is closed when its client is too slow, or is one too many."""
 
         def connection_made(self, transport: Any) -> None:
-            self._head = self._stall = None
+            self._head: asyncio.TimerHandle | None = None
+            self._stall: asyncio.TimerHandle | None = None
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
                 transport.abort()

@@ -29,8 +29,10 @@ _ALL_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # rights a
 _TCP = 0b11
 # AUDIT_ARCH, and the numbers of socket, connect, execve, execveat, ptrace.
 _ARCHITECTURES = {"x86_64": (0xC000003E, (41, 42, 59, 322, 101)), "aarch64": (0xC00000B7, (198, 203, 221, 281, 117))}
-_READABLE = ("/usr", "/lib", "/lib64", "/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/proc/stat", "/sys/devices")
-_READABLE += ("/sys/fs/cgroup", "/sys/bus", "/dev/urandom", "/etc/ld.so.cache", "/etc/localtime")
+_READABLE = [
+    *("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom"),
+    *("/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/proc/stat", "/sys/devices", "/sys/bus", "/sys/fs/cgroup"),
+]
 _PACKAGES = ("llava_edge", "numpy", "PIL", "onnxruntime", "llama_cpp")
 
 

@@ -90,7 +90,13 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
         say(f"{manifest.name} on http://{address}:{port} (Ctrl-C ends it)")
         await uvicorn.Server(config).serve(sockets=sockets)
     finally:
-        await supervisor.close()
+        # uvicorn raises Ctrl-C once more when it is done, which cancels whatever is awaited next.
+        closing = asyncio.ensure_future(supervisor.close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await closing
+            raise
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:

@@ -79,11 +79,6 @@ class Supervisor:
         """Requests that wait."""
         return len(self._waiting)
 
-    @property
-    def pid(self) -> int | None:
-        """Of the child."""
-        return self._child.process.pid if self._child else None
-
     async def start(self) -> None:
         """Load the model. Raises the `LlavaEdgeError` that kept the child from it."""
         self._child = await self._started()
@@ -163,7 +158,7 @@ class Supervisor:
 
     async def _started(self) -> _Child:
         self.starts += 1
-        process = _Child(self._bundle, self._options, self._limits)
+        process = await _Child.spawn(self._bundle, self._options, self._limits)
         try:
             async with asyncio.timeout(self._limits.load_seconds):
                 self.ready = await process.open()
@@ -204,19 +199,28 @@ class _DiedError(Exception):
 class _Child:
     """One process and the socket to it."""
 
-    def __init__(self, bundle: Bundle, options: EngineOptions, limits: Limits) -> None:
-        ours, theirs = socket.socketpair()
-        arguments = (theirs, str(bundle.folder), options, limits.pixels)
-        # Not fork: engines do not survive it, and the child shall inherit nothing.
-        self.process = multiprocessing.get_context("spawn").Process(target=child.main, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
-        self._socket = ours
+    def __init__(
+        self, process: multiprocessing.process.BaseProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
         self._next: asyncio.Task[dict[str, Any]] | None = None
+
+    @staticmethod
+    async def spawn(bundle: Bundle, options: EngineOptions, limits: Limits) -> _Child:
+        """Start the process."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            reader, writer = await asyncio.open_connection(sock=ours, limit=_LINE)
+            arguments = (theirs, str(bundle.folder), options, limits.pixels)
+            # Not fork: engines do not survive it, and the child shall inherit nothing.
+            process = multiprocessing.get_context("spawn").Process(target=child.main, args=arguments, daemon=True)
+            process.start()
+        return _Child(process, reader, writer)
 
     async def open(self) -> dict[str, Any]:
         """Wait until the model is loaded. Raises `_DiedError`, or the error the child failed with."""
-        self._reader, self._writer = await asyncio.open_connection(sock=self._socket, limit=_LINE)
         said = await self._read()
         if failed := said.get("failed"):
             kind = getattr(errors, failed["kind"], UnavailableError)
@@ -267,13 +271,13 @@ class _Child:
     async def end(self, patience: float = 0.0) -> int | None:
         """Kill it if it does not end by itself: it has nothing to lose. Returns its exit code."""
         if patience:
-            await asyncio.to_thread(self.process.join, patience)
-        self.process.kill()
-        await asyncio.to_thread(self.process.join)
+            await asyncio.to_thread(self._process.join, patience)
+        self._process.kill()
+        await asyncio.to_thread(self._process.join)
         if self._next:
             self._next.cancel()
-        self._socket.close()
-        return self.process.exitcode
+        self._writer.transport.abort()
+        return self._process.exitcode
 
     @staticmethod
     def _hand_on(job: _Job, said: dict[str, Any]) -> None:
