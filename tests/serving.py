@@ -71,20 +71,20 @@ class Server:
         """Everything the server says to these bytes until it closes the connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
             connection.sendall(data)
-            said = b""
-            while part := connection.recv(65536):
-                said += part
-            return said
+            return b"".join(iter(lambda: connection.recv(1 << 20), b""))
 
     def start(self, body: dict[str, Any]) -> socket.socket:
         """Send a request and return the connection, nothing read from it."""
         data = json.dumps(body).encode()
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: application/json\r\n"
-        )
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        connection.sendall(self.post + b"Content-Length: %d\r\n\r\n" % len(data) + data)
         return connection
+
+    @property
+    def post(self) -> bytes:
+        """The head of a request, without its end and length."""
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n"
+        return head.encode() + b"Content-Type: application/json\r\n"
 
     def health(self) -> dict[str, Any]:
         """What /health says."""
@@ -115,8 +115,8 @@ class Server:
         """Seconds until `condition()` is true; fails after `seconds`."""
         start = time.monotonic()
         while not condition():
-            assert time.monotonic() - start < seconds, self.log.read_text()
-            time.sleep(0.01)
+            assert time.monotonic() - start < seconds, self.log.read_text()[-400:]
+            time.sleep(0.02)
         return time.monotonic() - start
 
 

@@ -87,18 +87,21 @@ class _Worker:
             del self._cancels[request["id"]]
 
     def _read(self) -> None:
-        while line := self._lines.readline():
-            request = json.loads(line)
-            if "cancel" in request:
-                if event := self._cancels.get(request["cancel"]):
-                    event.set()
-                continue
-            images = [self._lines.read(size) for size in request["images"]]
-            self._cancels[request["id"]] = threading.Event()
-            self._asked.put((request, images))
+        with contextlib.suppress(OSError):  # the parent was killed
+            while line := self._lines.readline():
+                self._take(json.loads(line))
         for event in list(self._cancels.values()):
             event.set()
         self._asked.put(None)
+
+    def _take(self, request: dict[str, Any]) -> None:
+        if "cancel" in request:
+            if event := self._cancels.get(request["cancel"]):
+                event.set()
+            return
+        images = [self._lines.read(size) for size in request["images"]]
+        self._cancels[request["id"]] = threading.Event()
+        self._asked.put((request, images))
 
     def _answer(self, request: dict[str, Any], images: list[bytes], cancel: threading.Event) -> None:
         from llava_edge.image import pixel_count

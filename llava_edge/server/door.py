@@ -59,6 +59,8 @@ class Door:
         self._in_work += 1
         scope["in_work"] = self._in_work
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.head:
+                raise Problem(431, f"The headers have more than {self._limits.head} bytes.")
             self._guard.check(scope["method"], scope["raw_path"], scope["headers"])
             if self._in_work > self._limits.requests:
                 raise busy("Too many requests at once. Try again soon.", 2)

@@ -35,7 +35,7 @@ class Guard:
         self._check_origin(method, target, found)
         if self.key and target != b"/health":
             self._check_key(found)
-        if method == "POST":
+        if method in ("POST", "PUT"):
             _check_content(found)
 
     def _check_host(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:

@@ -41,11 +41,22 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._stall = self.loop.call_later(limits.stall_seconds, self.transport.abort)
+            self._watch(self.transport.get_write_buffer_size())
 
         def resume_writing(self) -> None:
             _stop(self._stall)
             super().resume_writing()
+
+        def _watch(self, waiting: int) -> None:
+            """Look again later; unless something was read until then, give up."""
+            self._stall = self.loop.call_later(limits.stall_seconds, self._look, waiting)
+
+        def _look(self, before: int) -> None:
+            waiting = self.transport.get_write_buffer_size()
+            if waiting < before:
+                self._watch(waiting)
+            else:
+                self.transport.abort()
 
         def _too_slow(self) -> None:
             self._head = None
