@@ -400,7 +400,9 @@ def test_twenty_deaths(server: Server, long_answer: dict[str, Any]) -> None:
     moments = random.Random(1)
     for number in range(20):
         streaming = server.start(long_answer)
-        time.sleep(moments.random() * 0.3)
+        if number % 2:
+            begun(streaming)
+        time.sleep(moments.random() * 0.02)
         os.kill(server.child(), moments.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS]))
         said = read_all(streaming)
         assert b"[DONE]" not in said

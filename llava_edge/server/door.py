@@ -22,6 +22,7 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 ]
+_UNLOGGED = (("/health", 200), ("/metrics", 200))  # asked every few seconds
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 
 
@@ -72,7 +73,8 @@ class Door:
             route = scope["path"] if scope["path"] in self._paths else "(other)"
             method = scope["method"] if scope["method"] in _METHODS else "(other)"
             self._metrics.request(route, visit.status)
-            self._log(f"{method} {route} {visit.status} {(time.monotonic() - started) * 1000:.0f} ms")
+            if (route, visit.status) not in _UNLOGGED:
+                self._log(f"{method} {route} {visit.status} {(time.monotonic() - started) * 1000:.0f} ms")
 
 
 class _Visit:
