@@ -90,6 +90,7 @@ class _Converter:
         return self._typed(schema, words, path, depth)
 
     def _typed(self, schema: dict[str, Any], words: set[str], path: str, depth: int) -> str:
+        _only(words - {"type"}.union(*_KEYWORDS.values()), path)
         kinds = schema.get("type", [kind for kind in _TYPES if words & _KEYWORDS.get(kind, set())])
         kinds = kinds if isinstance(kinds, list) else [kinds]
         if not kinds or not all(kind in _TYPES for kind in kinds):
