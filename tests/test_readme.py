@@ -84,12 +84,12 @@ def test_the_map_names_every_module_and_nothing_else() -> None:
     text = (ROOT / "README.md").read_text("utf-8").split("## Map of the repository")[1]
     tree = re.findall(r"```\n(.*?)```", text, re.DOTALL)[0]
     folder, named = ROOT, set()
-    for indent, name in re.findall(r"^( *)([\w.-]+/?)(?= )", tree, re.MULTILINE):
+    for indent, name in re.findall(r"^( *)([\w./-]+)(?= )", tree, re.MULTILINE):
         path = (folder if indent else ROOT) / name
         folder = folder if indent else path
         named.add(path)
     assert [path for path in sorted(named) if not path.exists()] == []
-    folders = [ROOT / name for name in ("llava_edge", "export", "models", "runtimes")]
+    folders = [ROOT / name for name in ("llava_edge", "llava_edge/server", "export", "models", "runtimes")]
     modules = {path for folder in folders for path in folder.glob("*.py") if not path.name.startswith("__")}
     assert modules - named == set()
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +273,57 @@ def test_the_bytes_decide_not_their_label(server: Server) -> None:
 
     assert status(data_url(png(), "jpeg")) == 200
     assert status("data:image/jpeg;base64,AAAA") == 400
+
+
+# Other clients, by configuration alone.
+
+
+def run_client(*command: str, **environment: str) -> str:
+    """What a program of another package prints; in a process of its own, since these packages are large."""
+    done = subprocess.run(
+        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("llm"), reason="the package llm is not installed")
+def test_llm(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(png())
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: here\n  model_name: micro\n  api_base: http://127.0.0.1:{server.port}/v1\n  vision: true\n"
+    )
+    wanted = server.text("Colour?", (png(),), max_tokens=16).strip()
+    command = [
+        "-m",
+        "llm",
+        "prompt",
+        "-m",
+        "here",
+        "Colour?",
+        "-a",
+        str(tmp_path / "red.png"),
+        "-o",
+        "max_tokens",
+        "16",
+    ]
+    for extra in ([], ["--no-stream"]):
+        said = run_client(*command, "--key", "none", *extra, LLM_USER_PATH=str(tmp_path), PYTHONUTF8="1")
+        assert said == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("litellm"), reason="the package litellm is not installed")
+def test_litellm(server: Server) -> None:
+    messages = json.dumps(question("Colour?", (png(),))["messages"])
+    code = f"""
+import json, litellm
+to = dict(model="openai/micro", api_base="http://127.0.0.1:{server.port}/v1", api_key="none", max_tokens=16)
+messages = json.loads({messages!r})
+print(litellm.completion(messages=messages, **to).choices[0].message.content.encode("utf-8").hex())
+parts = litellm.completion(messages=messages, stream=True, **to)
+print("".join(part.choices[0].delta.content or "" for part in parts).encode("utf-8").hex())
+"""
+    said = run_client("-c", code, LITELLM_LOCAL_MODEL_COST_MAP="True").split()
+    assert said == [server.text("Colour?", (png(),), max_tokens=16).encode().hex()] * 2
