@@ -303,6 +303,14 @@ def test_a_model_that_cannot_be_loaded_is_said(bundle_copy: Path, tmp_path: Path
     assert "language.gguf" in done.stderr
 
 
+def test_without_the_extra(micro_bundle: Path) -> None:
+    code = "import sys; sys.modules['uvicorn'] = None\nfrom llava_edge.cli import main\n"
+    code += f"main(['serve', '--model', {str(micro_bundle)!r}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 69
+    assert "pip install 'llava-edge[serve]'" in done.stderr
+
+
 # The child's sandbox.
 
 

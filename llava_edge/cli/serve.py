@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from llava_edge.cli.arguments import engine_options, engine_options_from
+from llava_edge.cli.terminal import status_line
 
 
 @click.command()
@@ -51,4 +52,12 @@ def serve(
     key = read_key(api_key_file, os.environ.get("LLAVA_EDGE_API_KEY", ""))
     limits = Limits(queue=queue, requests=max(64, 2 * queue), answer_seconds=timeout)
     settings = Settings(host, port, key, insecure_no_key, allow_host, limits)
-    run(Bundle.open(resolve(model)), engine, settings, lambda line: click.echo(line, err=True))
+    bundle = Bundle.open(resolve(model))
+    with status_line("Loading the model") as status:
+
+        def say(line: str) -> None:
+            status.clear()
+            click.echo(line, err=True)
+
+        status(None)
+        run(bundle, engine, settings, say)
