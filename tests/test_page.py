@@ -142,6 +142,8 @@ def browser(server: Server) -> Iterator[Any]:
     made.get(f"http://127.0.0.1:{server.port}/")
     yield made
     made.quit()
+    server.request("DELETE", "/log")
+    server.request("PUT", "/log/state", {"on": False})
 
 
 def one(browser: Any, selector: str) -> Any:
@@ -188,8 +190,6 @@ def test_a_person_uses_the_page(server: Server, browser: Any, tmp_path: Path) ->
     one(browser, "#clear").click()
     assert every(browser, ".turn") == []
     assert one(browser, "#welcome").is_displayed()
-    server.request("DELETE", "/log")
-    server.request("PUT", "/log/state", {"on": False})
     complaints = [entry["message"] for entry in browser.get_log("browser") if entry["level"] != "INFO"]
     assert complaints == []
     # Nothing but this server was asked for anything.
