@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge import anyres, prompt
-from llava_edge.bundle import LANGUAGE, Bundle, Manifest, ParityRow
+from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
 from llava_edge.errors import CheckpointError
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
         rows.append(_equal_row("arrangement", placed, shown))
     files = {"f16": float16} if float16 else {}
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
-    rows += _language_rows(files, checkpoint, manifest, shown[0])
+    rows += _language_rows(files, checkpoint, bundle, shown[0])
     return sorted(rows, key=_strain)
 
 
@@ -140,16 +140,17 @@ def _max_abs(ours: list[Array], wanted: list[Array]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, wanted, strict=True))
 
 
-def _language_rows(
-    files: Mapping[str, Path], checkpoint: Checkpoint, manifest: Manifest, image: Array
-) -> list[ParityRow]:
-    """Every file along the greedy answer of the first."""
+def _language_rows(files: Mapping[str, Path], checkpoint: Checkpoint, bundle: Bundle, image: Array) -> list[ParityRow]:
+    """Every file along the greedy answer of the first; the shipped one with its adapter."""
+    manifest = bundle.manifest
     rows: list[ParityRow] = []
     answer: list[int] = []
     wanted: Array | None = None
     for name, path in files.items():
         context = len(image) + 512 + STEPS
-        engine = LanguageModel(path, context=context, threads=_threads(), repack=path.stat().st_size < _REPACK_BYTES)
+        repack = path.stat().st_size < _REPACK_BYTES
+        adapter = bundle.adapter if path == bundle.part(LANGUAGE) else None
+        engine = LanguageModel(path, adapter=adapter, context=context, threads=_threads(), repack=repack)
         try:
             pieces = prompt.render(manifest.template, [prompt.Message("user", _QUESTION, 1)], manifest.image_markers)
             behind = after_control.encoder(engine, manifest.after_control)
@@ -159,7 +160,8 @@ def _language_rows(
             engine.close()
         if wanted is None:
             wanted = _reference_logits(checkpoint, ids, image, answer)
-        limit = KEPT_LIMITS.get(name, KEPT_LIMIT) if checkpoint.language_file else QUANT_LIMITS[name]
+        kept = checkpoint.language_file is not None or name not in QUANT_LIMITS
+        limit = KEPT_LIMITS.get(name, KEPT_LIMIT) if kept else QUANT_LIMITS[name]
         rows += [_logits_row(name, limit, ours, wanted), _greedy_row(name, ours, wanted)]
     return rows
 

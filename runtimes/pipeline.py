@@ -119,6 +119,7 @@ class Engine:
 
         self._language = LanguageModel(
             path,
+            adapter=self.bundle.adapter,
             context=self.context_size,
             threads=threads,
             gpu_layers=self.choice.gpu_layers,

@@ -528,7 +528,7 @@ def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Pa
         llm_gguf.write_language(checkpoint, vocabulary, files["f16"], "micro")
         quantize(files["f16"], files["q8_0"], "q8_0")
         manifest = exporter._manifest(ExportOptions(tmp_path, tmp_path), checkpoint, "micro")
-        rows = {row.stage: row for row in parity._language_rows(files, checkpoint, manifest, image)}
+        rows = {row.stage: row for row in parity._language_rows(files, checkpoint, Bundle(tmp_path, manifest), image)}
         assert rows["logits f16"].value >= 0.9999
         assert rows["greedy f16"].relative < 0.005
         for kind, values in agreements.items():
