@@ -125,9 +125,7 @@ def _embed(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray]
     return graph.node("Add", x, graph.weight("embeddings.position_embedding.weight", positions))
 
 
-def _block(
-    graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str
-) -> tuple[str, str]:
+def _block(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> tuple[str, str]:
     """Pre-norm: x += attention(ln1(x)); x += fc2(quick_gelu(fc1(ln2(x)))). Returns x and the attention's qkv."""
     normed = _layer_norm(graph, config, tensors, f"{name}.layer_norm1", x)
     qkv = _qkv(graph, config, tensors, f"{name}.self_attn", normed)

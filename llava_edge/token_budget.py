@@ -5,7 +5,7 @@
             (arXiv 2412.04467), the first also FasterVLM's (2412.01818). Differently from VisionZip, likeness is that
             of the features, a mean counts every member once, and all stand in the order of the picture (the language
             model numbers its positions), a mean where the member stands that it was gathered around.
-    pool    The mean of each field of an even grid over the picture: N must be a square. The baseline without any choice.
+    pool    The mean of each field of an even grid over the picture; N must be a square. The baseline without a choice.
     random  N of them, by lot. The baseline that a choice has to beat.
 
 Knows nothing about crops, engines or bundles.
