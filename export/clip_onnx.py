@@ -72,9 +72,9 @@ def write_clip(
         for name, value in outputs.items():
             graph.nodes.append(helper.make_node("Identity", [value], [name], name=name))
     size = config.vision.image_size
-    batch = 1 if precision == "int8" else "batch"
+    batch: str | int = 1 if precision == "int8" else "batch"
     float32 = onnx.TensorProto.FLOAT
-    shapes = {
+    shapes: dict[str, list[str | int]] = {
         "features": [batch, config.image_tokens, config.vision.hidden_size],
         "attention": [batch, config.image_tokens],
     }

@@ -60,7 +60,8 @@ class Attention(nn.Module):
         b, t, d = x.shape
         q, k = (proj(x).view(b, t, self.heads, d // self.heads) for proj in (self.q_proj, self.k_proj))
         scores = torch.einsum("bhd,bthd->bht", q[:, 0], k) * (d // self.heads) ** -0.5
-        return scores.softmax(-1).mean(1)
+        row: Tensor = scores.softmax(-1).mean(1)
+        return row
 
 
 class MLP(nn.Module):
@@ -123,10 +124,11 @@ class VisionTower(nn.Module):
     def attended(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Like `forward`, and (B, image_tokens): the last block's attention of the class token. Needs a block."""
         x = self.pre_layrnorm(self.embeddings(pixels))
-        *front, last = self.encoder.layers
-        for block in front:
+        for block in self.encoder.layers[:-1]:
             x = block(x)
-        row: Tensor = last.self_attn.class_row(last.layer_norm1(x))
+        last = self.encoder.layers[-1]
+        assert isinstance(last, Block)
+        row = last.self_attn.class_row(last.layer_norm1(x))
         return self._chosen(last(x)), self._chosen(row[..., None])[..., 0]
 
     def _chosen(self, x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def prepare(source: ImageInput | Picture, manifest: Manifest) -> Picture:
     return Picture(crops, rows, key, (time.perf_counter() - start) * 1000)
 
 
-def limit(picture: Picture, options: Options, manifest: Manifest) -> Picture:
+def limited(picture: Picture, options: Options, manifest: Manifest) -> Picture:
     """The picture in at most `options.image_tokens` positions; itself if it takes no more, or if that is 0."""
     count = options.image_tokens
     if not 0 < count < len(picture.rows):
