@@ -317,6 +317,7 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
             image_tokens=config.image_tokens,
             width=config.vision.hidden_size,
             precision=options.vision,
+            attention=config.blocks_run > 0,
         ),
         projector=ProjectorPart(config.projector_type, "f32"),
         language=LanguagePart(

@@ -5,6 +5,7 @@ that shows what becomes of CLIP's error behind the projector:
 
     pixels       our preprocessing against the recipe of CLIPImageProcessor, written out in reference.py; equal
     clip         vision.onnx
+    attention    its other output, by which a token budget chooses
     projector    projector.gguf
     embeddings   vision.onnx, then projector.gguf: what stands at the image's positions when a bundle is run
     arrangement  with "anyres", the order of the crops' embeddings and `image_newline` between them; equal
@@ -44,7 +45,7 @@ Array = np.ndarray[Any, Any]
 
 CLIP_LIMITS = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3e-2}  # relative
 PROJECTOR_LIMIT = 1e-5  # relative; the tanh form of GELU would give about 2e-4
-AMPLIFICATION = 5.0  # of CLIP's relative error by the projector, at most
+AMPLIFICATION = 5.0  # of CLIP's relative error by the projector or in its attention, at most
 # Cosine. What bits cost depends on the model and is reported rather than judged; the file's content is checked tensor
 # by tensor. These only stop a bundle that lost its model.
 QUANT_LIMITS = {"f16": 0.9999, "q8_0": 0.995, "q5_k_m": 0.95, "q4_k_m": 0.85, "q4_0": 0.6}
@@ -102,6 +103,10 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
     limit = CLIP_LIMITS[precision]
     ours = [np.stack([encoder.encode(crop) for crop in item]) for item in pixels]
     rows.append(_relative_row(f"clip {precision}", ours, features, limit))
+    if manifest.vision.attention:
+        looks = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
+        wanted = streamed.image_attention(config, tensors, pixels)
+        rows.append(_relative_row(f"attention {precision}", looks, wanted, AMPLIFICATION * limit))
     rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
     rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
     if config.square == "anyres":

@@ -64,7 +64,10 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class VisionPart:
-    """vision.onnx: `pixels` (batch, 3, S, S) float32 -> `features` (batch, image_tokens, width) float32."""
+    """vision.onnx: `pixels` (batch, 3, S, S) float32 -> `features` (batch, image_tokens, width) float32.
+
+    attention: whether it also gives `attention` (batch, image_tokens) float32, how much the class token looks at each.
+    """
 
     hidden_layer: int  # index into CLIP's hidden states; may be negative, as in the checkpoint
     feature: Literal["patch", "cls_patch"]
@@ -72,6 +75,7 @@ class VisionPart:
     image_tokens: int
     width: int
     precision: Literal["fp32", "fp16", "int8"]
+    attention: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ AREAS = ("export", "models", "runtimes")
 
 # What each part of llava_edge may import, besides itself. SHARED modules import only one another.
 SHARED = {"anyres", "bundle", "errors", "gguf", "image", "image_format", "options", "prompt", "store", "templates"}
+SHARED |= {"token_budget"}
 ALLOWED = {
     "models": SHARED,
     "runtimes": SHARED,
