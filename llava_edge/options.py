@@ -13,10 +13,12 @@ from llava_edge.errors import UsageError
 
 Device = Literal["auto", "cpu", "metal", "cuda"]
 FinishReason = Literal["stop", "length", "cancelled"]
+TokenMethod = Literal["cls", "pool", "random"]
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
 DEVICES: tuple[Device, ...] = ("auto", "cpu", "metal", "cuda")
+TOKEN_METHODS: tuple[TokenMethod, ...] = ("cls", "pool", "random")
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_GRAMMAR = 1 << 18
@@ -24,7 +26,7 @@ MAX_GRAMMAR = 1 << 18
 
 @dataclass(frozen=True)
 class Options:
-    """How an answer is sampled. The default is greedy: always the most likely token.
+    """How an answer is sampled, and from how much of a picture. The default is greedy: always the most likely token.
 
     max_tokens: longest answer in tokens; the end of the context may end it earlier.
     temperature: 0 is greedy; otherwise logits are divided by it before drawing.
@@ -34,6 +36,8 @@ class Options:
     stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
     grammar: the only form an answer may have, in llama.cpp's GBNF; `json_grammar.from_schema` writes one. Empty: any.
     top_logprobs: report how likely each token was, and this many of the likeliest in its place. None: do not.
+    image_tokens: positions that a picture may take; 0 is all of them. Fewer are faster and show less.
+    image_token_method: how so many are made, see `llava_edge.token_budget`; all but "cls" are there to compare with.
     Raises `UsageError` naming the field when a value is out of range.
     """
 
@@ -46,6 +50,8 @@ class Options:
     stop: tuple[str, ...] = ()
     grammar: str = ""
     top_logprobs: int | None = None
+    image_tokens: int = 0
+    image_token_method: TokenMethod = "cls"
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, 1 << 20)
@@ -58,6 +64,11 @@ class Options:
             _whole("top_logprobs", self.top_logprobs, 0, 20)
         if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR:
             raise UsageError(f"grammar must be a text of at most {MAX_GRAMMAR} characters.")
+        _whole("image_tokens", self.image_tokens, 0, 1 << 20)
+        if self.image_token_method not in TOKEN_METHODS:
+            raise UsageError(
+                f"image_token_method is {_shown(self.image_token_method)}; {', '.join(TOKEN_METHODS)} are possible."
+            )
         if self.top_p == 0:
             raise UsageError("top_p is 0, which allows no token; a number above 0 and up to 1 was expected.")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):

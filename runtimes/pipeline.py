@@ -23,7 +23,7 @@ from llava_edge.runtimes.decoding import decode
 from llava_edge.runtimes.jobs import Job, Owner, Stream
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run, since
-from llava_edge.runtimes.pictures import Picture, prepare
+from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
 from llava_edge.runtimes.prefill import Embedder, prefill, segments
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.text import TextStream
@@ -138,6 +138,7 @@ class Engine:
 
         self._language = LanguageModel(
             path,
+            adapter=self.bundle.adapter,
             context=self.context_size,
             threads=threads,
             gpu_layers=self.choice.gpu_layers,
@@ -172,9 +173,10 @@ class Engine:
             raise UsageError(f"The messages have room for {slots} images, {len(images)} were given.")
         ids = self._encode_prompt(messages)
         manifest = self.bundle.manifest
+        check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
-            self._check_room(run, ids, [manifest.vision.image_tokens] * slots)
-        pictures = [prepare(image, manifest) for image in images]
+            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * slots)
+        pictures = [limited(prepare(image, manifest), options, manifest) for image in images]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures])
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
         stream = TextStream((*options.stop, *self._template.stop_texts))

@@ -30,6 +30,7 @@ SHARED = {
     "prompt",
     "store",
     "templates",
+    "token_budget",
 }
 ALLOWED = {
     "models": SHARED,

@@ -21,6 +21,7 @@ _SAMPLING = {
     "top_k": "Draw from this many tokens; 0 is all.",
     "min_p": "Draw from tokens this likely relative to the best.",
     "seed": "Of the draw.",
+    "image_tokens": "Positions a picture may take, for speed; 0 is all.",
 }
 _ENGINE = ("device", "threads", "context", "verbose")
 
