@@ -74,7 +74,7 @@ def test_round_trip(folder: Path) -> None:
 def test_verify_reads_every_byte_and_says_so(folder: Path) -> None:
     seen: list[int] = []
     b.Bundle.open(folder).verify(seen.append)
-    assert sum(seen) == 30 + 90 + 50 + 120
+    assert sum(seen) == 30 + 90 + 50 + 120 + 40
 
 
 def test_identity_depends_on_every_part_and_on_nothing_else(tmp_path: Path) -> None:
