@@ -9,7 +9,7 @@ from llava_edge.options import Chunk, FinishReason, Options
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run
-from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.sampling import Sampler, chance
 from llava_edge.runtimes.speculation import Guessing, Speculation
 from llava_edge.runtimes.text import TextStream
 
@@ -24,6 +24,7 @@ class Answer:
     limit: int
     run: Run
     job: Job
+    top_logprobs: int | None = None
 
     def take(self, token: int) -> FinishReason | None:
         """Add a token; why the answer is complete, or None. Chunks go to `job.output`."""
@@ -33,11 +34,14 @@ class Answer:
             return "stop"
         run.tokens += 1
         run.unseen += 1
+        if self.top_logprobs is not None:
+            run.chances.append(chance(self.language, token, self.top_logprobs))
         text = self.stream.feed(self.language.piece(token))
         if text:
             run.text += text
-            self.job.output.put(Chunk(text, run.unseen))
+            self.job.output.put(Chunk(text, run.unseen, chances=tuple(run.chances)))
             run.unseen = 0
+            run.chances.clear()
         if self.stream.stopped:
             return "stop"
         return "length" if run.tokens >= self.limit else None
@@ -45,10 +49,10 @@ class Answer:
 
 def decode(answer: Answer, options: Options, speculation: Speculation) -> FinishReason:
     """Sample until a token of `ends`, a stop text or `limit` tokens. Raises `CancelledError`."""
-    if options.temperature == 0 and options.speculate != "off":
+    if options.temperature == 0 and not options.grammar and options.top_logprobs is None and options.speculate != "off":
         return _guessed(answer, speculation, always=options.speculate == "ngram")
     language = answer.language
-    sampler = Sampler(language.library, options)
+    sampler = Sampler(language, options)
     try:
         while True:
             language.logits()  # refuses what is not finite

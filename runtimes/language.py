@@ -33,7 +33,7 @@ _ABORTED = 2  # llama_decode
 
 
 class LanguageModel:
-    """language.gguf, mapped, with a context of `context` positions.
+    """language.gguf, mapped, with a context of `context` positions, and adapter.gguf added to it if there is one.
 
     on_load: called with the loaded fraction; returning False stops loading, which then raises `CancelledError`.
     Raises `BundleError` when the file is refused, `MemoryLimitError` when the context does not fit into memory.
@@ -43,6 +43,7 @@ class LanguageModel:
         self,
         path: Path,
         *,
+        adapter: Path | None = None,
         context: int,
         threads: int,
         gpu_layers: int = 0,
@@ -50,7 +51,10 @@ class LanguageModel:
         verbose: bool = False,
         on_load: Callable[[float], bool] = lambda fraction: True,
     ) -> None:
-        gguf.check_language(gguf.read(path))
+        header = gguf.read(path)
+        gguf.check_language(header)
+        if adapter is not None:
+            gguf.check_adapter(gguf.read(adapter), header)
         self.library = library(verbose)
         # llama.cpp sets the AMX tile configuration once in each thread. Whatever else uses AMX in that thread (PyTorch
         # in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL. So it computes in a
@@ -66,6 +70,8 @@ class LanguageModel:
         self.vocab_size = int(self.library.llama_vocab_n_tokens(self._vocabulary))
         self.hidden_size = int(self.library.llama_model_n_embd(self._model))
         self._open_context(threads)
+        if adapter is not None:
+            self._add(adapter)
         self._tokens = _Batch(self.library, 0)
         self._embeddings = _Batch(self.library, self.hidden_size)
 
@@ -172,6 +178,11 @@ class LanguageModel:
         """The llama_context, for a `Sampler`."""
         return self._context
 
+    @property
+    def vocabulary(self) -> Any:
+        """The llama_vocab, for a `Sampler`."""
+        return self._vocabulary
+
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
         api, going_on = self.library, [True]
 
@@ -210,6 +221,16 @@ class LanguageModel:
         self._cancel = threading.Event()
         self._abort = api.ggml_abort_callback(lambda _: self._cancel.is_set())
         self._never = api.ggml_abort_callback()
+
+    def _add(self, adapter: Path) -> None:
+        """llama.cpp frees an adapter with its model."""
+        api = self.library
+        loaded = api.llama_adapter_lora_init(self._model, os.fsencode(adapter))
+        one = (ctypes.c_float * 1)(1.0)
+        handles = (api.llama_adapter_lora_p_ctypes * 1)(loaded)
+        if not loaded or api.llama_set_adapters_lora(self._context, handles, 1, one):
+            self.close()
+            raise BundleError(f"llama.cpp cannot add {adapter}: {last_error()}")
 
     def _tokenize(self, text: bytes, special: bool) -> list[int]:
         if len(text) > MAX_TEXT_BYTES:

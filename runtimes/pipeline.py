@@ -9,6 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from llava_edge import gguf, prompt
 from llava_edge.bundle import LANGUAGE, Bundle
@@ -20,7 +23,7 @@ from llava_edge.runtimes.decoding import Answer, decode
 from llava_edge.runtimes.jobs import Job, Owner, Stream
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run, since
-from llava_edge.runtimes.pictures import Picture, prepare
+from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
 from llava_edge.runtimes.prefill import Embedder, Segment, prefill, segments
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.speculation import Speculation
@@ -91,11 +94,14 @@ class Engine:
             lambda job: self._answer(job, messages, images, wanted, run, reuse, same_pictures), event
         )
 
-    def require_room(self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture]) -> None:
+    def require_room(
+        self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
+    ) -> None:
         """Raise `ContextOverflowError` with the number of the first conversation that the context has no room for."""
 
         def check(job: Job) -> None:
-            rows = [len(picture.rows) for picture in pictures]
+            shown = [limited(picture, options or Options(), self.bundle.manifest) for picture in pictures]
+            rows = [len(picture.rows) for picture in shown]
             for number, messages in enumerate(conversations, 1):
                 try:
                     self._check_room(Run(0), self._encode_prompt(messages), rows)
@@ -104,6 +110,22 @@ class Engine:
 
         for _ in self._owner.submit(check, threading.Event()):
             pass
+
+    def embed(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
+        """What the language model is shown of a picture: (positions, hidden size) float32.
+
+        Raises `ImageError`, `MissingError` or `BundleError`.
+        """
+        picture = prepare(image, self.bundle.manifest)
+        found = []
+
+        def work(job: Job) -> None:
+            _, embedder = self._opened()
+            found.append(embedder.embed(picture, job))
+
+        for _ in self._owner.submit(work, threading.Event()):
+            pass
+        return found[0]
 
     def close(self) -> None:
         """Stop after the request in work, and free the engines. Harmless when repeated."""
@@ -138,6 +160,7 @@ class Engine:
 
         self._language = LanguageModel(
             path,
+            adapter=self.bundle.adapter,
             context=self.context_size,
             threads=threads,
             gpu_layers=self.choice.gpu_layers,
@@ -174,9 +197,10 @@ class Engine:
             raise UsageError(f"The messages have room for {slots} images, {len(images)} were given.")
         ids = self._encode_prompt(messages)
         manifest = self.bundle.manifest
+        check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
-            self._check_room(run, ids, [manifest.vision.image_tokens] * slots)
-        pictures = [prepare(image, manifest) for image in images]
+            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * slots)
+        pictures = [limited(prepare(image, manifest), options, manifest) for image in images]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures])
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
         stream = TextStream((*options.stop, *self._template.stop_texts))
@@ -189,7 +213,9 @@ class Engine:
             elif not reuse:
                 language.keep([])
             prefill(language, embedder, parts, run, job)
-            reason = decode(Answer(language, self._ends, stream, limit, run, job), options, self._speculation)
+            reason = decode(
+                Answer(language, self._ends, stream, limit, run, job, options.top_logprobs), options, self._speculation
+            )
         except CancelledError:
             reason = "cancelled"
         tail = stream.end(cut=reason != "stop")
@@ -197,7 +223,7 @@ class Engine:
             reason = "stop"
         run.text += tail
         result = run.result(reason, manifest.name, self.choice.name, self.load_ms)
-        job.output.put(Chunk(tail, run.unseen, reason, result))
+        job.output.put(Chunk(tail, run.unseen, reason, result, tuple(run.chances)))
 
     def _encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
         language, _ = self._opened()

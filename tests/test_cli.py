@@ -277,7 +277,9 @@ def test_verify_measures_a_bundle_against_its_checkpoint(
     code, out, err = run("verify", micro_bundle, "--against", micro_checkpoint, "--json")
     assert code == 0, err
     rows = {row["stage"]: row for row in json.loads(out)["parity"]}
-    assert {"pixels", "clip fp32", "projector", "embeddings", "logits q8_0", "greedy q8_0"} == set(rows)
+    assert {"pixels", "clip fp32", "attention fp32", "projector", "embeddings", "logits q8_0", "greedy q8_0"} == set(
+        rows
+    )
     assert all(row["passed"] for row in rows.values())
     other = write_checkpoint(tmp_path / "other", seed=1)
     code, _, err = run("verify", micro_bundle, "--against", other)
