@@ -38,8 +38,11 @@ TRAIN = [
     "matplotlib>=3.10",
     "resvg-py>=0.5",  # draws the emoji that `smol` is trained on
 ]
+SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 DEV = [
     *TRAIN,
+    *SERVE,
+    "openai>=2",  # the client the server is tested with
     "transformers>=4.57.6,<5",  # the reference the tests compare with; 5.x changed the image processors
     "sentencepiece>=0.2.1",
     "hypothesis>=6.150",
@@ -60,10 +63,10 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir={f"llava_edge.{area}": area for area in AREAS},
-    package_data={"llava_edge": ["py.typed", "zoo/**"], "llava_edge.models": ["recipes/*"]},
+    package_data={"llava_edge": ["py.typed", "zoo/**", "server/page/*"], "llava_edge.models": ["recipes/*"]},
     include_package_data=False,
     install_requires=RUNTIME,
-    extras_require={"export": EXPORT, "train": TRAIN, "dev": DEV},
+    extras_require={"export": EXPORT, "train": TRAIN, "serve": SERVE, "dev": DEV},
     entry_points={"console_scripts": ["llava-edge = llava_edge.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

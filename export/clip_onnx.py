@@ -1,6 +1,11 @@
 """CLIP's vision tower -> vision.onnx (+ vision.onnx.data), up to the hidden state that LLaVA reads.
 
-    pixels (batch, 3, S, S) float32 -> features (batch, image_tokens, width) float32
+    pixels (batch, 3, S, S) float32 -> features  (batch, image_tokens, width) float32
+                                       attention (batch, image_tokens) float32
+
+`attention` is how much the class token looks at each of them in the block that gives the features, mean over the heads;
+a tower of no blocks has none. Its few nodes branch off the product that the block computes anyway, so that `features`
+are the same bit for bit with it and without.
 
 The graph is written node by node with `onnx.helper`, not traced out of PyTorch: no torch is needed, it holds
 exactly the blocks that are run and nothing else, only operators of the standard domain, no local functions,
@@ -63,21 +68,22 @@ def write_clip(
 
     with (folder / VISION_DATA).open("wb") as data:
         graph = _Graph(data)
-        features = _tower(graph, config, tensors, precision, fine_blocks)
-        graph.nodes.append(helper.make_node("Identity", [features], ["features"], name="features"))
+        outputs = _tower(graph, config, tensors, precision, fine_blocks)
+        for name, value in outputs.items():
+            graph.nodes.append(helper.make_node("Identity", [value], [name], name=name))
     size = config.vision.image_size
-    batch = 1 if precision == "int8" else "batch"
+    batch: str | int = 1 if precision == "int8" else "batch"
     float32 = onnx.TensorProto.FLOAT
+    shapes: dict[str, list[str | int]] = {
+        "features": [batch, config.image_tokens, config.vision.hidden_size],
+        "attention": [batch, config.image_tokens],
+    }
     model = helper.make_model(
         helper.make_graph(
             graph.nodes,
             "clip-vision",
             [helper.make_tensor_value_info("pixels", float32, [batch, 3, size, size])],
-            [
-                helper.make_tensor_value_info(
-                    "features", float32, [batch, config.image_tokens, config.vision.hidden_size]
-                )
-            ],
+            [helper.make_tensor_value_info(name, float32, shapes[name]) for name in outputs],
             graph.initializers,
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
@@ -89,15 +95,18 @@ def write_clip(
 
 def _tower(
     graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], precision: Precision, fine_blocks: int
-) -> str:
-    """Embeddings, blocks, choice of tokens, pooling."""
+) -> dict[str, str]:
+    """Embeddings, blocks, choice of tokens, pooling; the graph's outputs."""
     x = _layer_norm(graph, config, tensors, "pre_layrnorm", _embed(graph, config, tensors))
+    qkv = ""
     for layer in range(config.blocks_run):
         graph.precision, graph.fine = precision, layer < fine_blocks
-        x = _block(graph, config, tensors, f"encoder.layers.{layer}", x)
-    if config.feature == "patch":  # drop the class token, which stands first
-        x = graph.node("Slice", x, graph.ints(1), graph.ints(np.iinfo(np.int64).max), graph.ints(1))
-    return _pool(graph, config, x)
+        x, qkv = _block(graph, config, tensors, f"encoder.layers.{layer}", x)
+    outputs = {"features": _chosen(graph, config, x, config.vision.hidden_size)}
+    if qkv:
+        attention = _chosen(graph, config, _class_attention(graph, config, qkv), 1)
+        outputs["attention"] = graph.node("Reshape", attention, graph.ints(0, config.image_tokens))
+    return outputs
 
 
 def _embed(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray]) -> str:
@@ -116,23 +125,30 @@ def _embed(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray]
     return graph.node("Add", x, graph.weight("embeddings.position_embedding.weight", positions))
 
 
-def _block(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> str:
-    """Pre-norm: x += attention(ln1(x)); x += fc2(quick_gelu(fc1(ln2(x))))."""
+def _block(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> tuple[str, str]:
+    """Pre-norm: x += attention(ln1(x)); x += fc2(quick_gelu(fc1(ln2(x)))). Returns x and the attention's qkv."""
     normed = _layer_norm(graph, config, tensors, f"{name}.layer_norm1", x)
-    x = graph.node("Add", x, _attention(graph, config, tensors, f"{name}.self_attn", normed))
+    qkv = _qkv(graph, config, tensors, f"{name}.self_attn", normed)
+    x = graph.node("Add", x, _attention(graph, config, tensors, f"{name}.self_attn", qkv))
     normed = _layer_norm(graph, config, tensors, f"{name}.layer_norm2", x)
     inner = _linear(graph, tensors, f"{name}.mlp.fc1", [f"{name}.mlp.fc1"], normed)
     gate = graph.node("Sigmoid", graph.node("Mul", inner, graph.scalar(1.702)))
     inner = graph.node("Mul", inner, gate)  # quick-GELU, x * sigmoid(1.702 x)
-    return graph.node("Add", x, _linear(graph, tensors, f"{name}.mlp.fc2", [f"{name}.mlp.fc2"], inner))
+    return graph.node("Add", x, _linear(graph, tensors, f"{name}.mlp.fc2", [f"{name}.mlp.fc2"], inner)), qkv
 
 
-def _attention(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> str:
+def _qkv(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> str:
+    """(B, T, D) -> (B, T, 3, heads, head_dim): one product instead of three."""
+    c = config.vision
+    qkv = _linear(graph, tensors, f"{name}.qkv_proj", [f"{name}.{kind}_proj" for kind in "qkv"], x)
+    return graph.node(
+        "Reshape", qkv, graph.ints(0, 0, 3, c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+    )
+
+
+def _attention(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, qkv: str) -> str:
     c = config.vision
     head_dim = c.hidden_size // c.num_attention_heads
-    parts = [f"{name}.{kind}_proj" for kind in "qkv"]
-    qkv = _linear(graph, tensors, f"{name}.qkv_proj", parts, x)  # (B, T, 3 D): one product instead of three
-    qkv = graph.node("Reshape", qkv, graph.ints(0, 0, 3, c.num_attention_heads, head_dim))
     qkv = graph.node("Transpose", qkv, perm=[2, 0, 3, 1, 4])  # (3, B, heads, T, head_dim)
     q, k, v = (graph.node("Gather", qkv, graph.index(i), axis=0) for i in range(3))
     q = graph.node("Mul", q, graph.scalar(head_dim**-0.5))
@@ -141,6 +157,22 @@ def _attention(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndar
     out = graph.node("Transpose", out, perm=[0, 2, 1, 3])
     out = graph.node("Reshape", out, graph.ints(0, 0, c.hidden_size))
     return _linear(graph, tensors, f"{name}.out_proj", [f"{name}.out_proj"], out)
+
+
+def _class_attention(graph: _Graph, config: LlavaConfig, qkv: str) -> str:
+    """(B, T, 3, heads, head_dim) -> (B, T, 1): the class token's row of the attention, mean over the heads.
+
+    Apart from `_attention`, which this leaves to be fused: of its (T, T) scores only one row is needed.
+    """
+    c = config.vision
+    q = graph.node("Gather", qkv, graph.index(0), axis=1)  # the class token stands first
+    q = graph.node("Gather", q, graph.index(0), axis=1)  # (B, heads, head_dim)
+    q = graph.node("Unsqueeze", q, graph.ints(3))
+    k = graph.node("Gather", qkv, graph.index(1), axis=2)
+    k = graph.node("Transpose", k, perm=[0, 2, 1, 3])  # (B, heads, T, head_dim)
+    scores = graph.node("MatMul", k, q)
+    scores = graph.node("Mul", scores, graph.scalar((c.hidden_size // c.num_attention_heads) ** -0.5))
+    return graph.node("ReduceMean", graph.node("Softmax", scores, axis=2), graph.ints(1), keepdims=0)
 
 
 def _layer_norm(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> str:
@@ -156,11 +188,18 @@ def _linear(graph: _Graph, tensors: Mapping[str, np.ndarray], name: str, parts: 
     return graph.linear(name, x, weight, bias)
 
 
-def _pool(graph: _Graph, config: LlavaConfig, x: str) -> str:
+def _chosen(graph: _Graph, config: LlavaConfig, x: str, width: int) -> str:
+    """(B, T, width) of all tokens -> (B, image_tokens, width) of those that LLaVA reads."""
+    if config.feature == "patch":  # drop the class token, which stands first
+        x = graph.node("Slice", x, graph.ints(1), graph.ints(np.iinfo(np.int64).max), graph.ints(1))
+    return _pool(graph, config, x, width)
+
+
+def _pool(graph: _Graph, config: LlavaConfig, x: str, width: int) -> str:
     """Mean over image_pool x image_pool neighbouring patches, row-major before and after."""
     if config.image_pool == 1:
         return x
-    side, width = config.vision.grid // config.image_pool, config.vision.hidden_size
+    side = config.vision.grid // config.image_pool
     x = graph.node("Reshape", x, graph.ints(0, side, config.image_pool, side, config.image_pool, width))
     x = graph.node("ReduceMean", x, graph.ints(2, 4), keepdims=0)
     return graph.node("Reshape", x, graph.ints(0, side * side, width))

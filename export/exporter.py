@@ -20,6 +20,7 @@ import numpy as np
 
 from llava_edge import __version__
 from llava_edge.bundle import (
+    ADAPTER,
     FORMAT_VERSION,
     LANGUAGE,
     PARTS,
@@ -37,6 +38,7 @@ from llava_edge.bundle import (
 )
 from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, UsageError
 from llava_edge.export import held_out, importance, parity, publish, report, verify
+from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
 from llava_edge.export.clip_onnx import Precision
 from llava_edge.export.gguf_pair import open_pair
@@ -74,6 +76,7 @@ class ExportOptions:
     measured: manifest of an earlier export; its parity table holds, and is taken, if every file comes out the same.
     imatrix: quantize with an importance matrix from pictures, those of the folder `calibrate` or else sample pictures.
     report_data: conversations for the report (`report.measure`).
+    low_rank: the language model as a finished file and an adapter; together they have to give the checkpoint's.
     """
 
     checkpoint: Path
@@ -95,6 +98,7 @@ class ExportOptions:
     imatrix: bool = False
     calibrate: Path | None = None
     report_data: Path | None = None
+    low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
         for value, allowed in ((self.quant, QUANTS), (self.vision, VISION_PRECISIONS)):
@@ -200,13 +204,14 @@ def _write(
     write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
     matrix: importance.Importance | None = None
     float16: Path | None = None
-    if isinstance(language, LanguageFile):
-        progress(f"copying {language.path.name}", None)
-        shutil.copyfile(language.path, temp / LANGUAGE)
+    finished = options.low_rank.base if options.low_rank else language
+    if options.low_rank:
+        write_adapter(options.low_rank, checkpoint.config.text, temp / ADAPTER, name)
+    if isinstance(finished, LanguageFile):
+        progress(f"copying {finished.path.name}", None)
+        shutil.copyfile(finished.path, temp / LANGUAGE)
     else:
-        float16 = scratch / "float16.gguf"
-        stage = f"language model as float16 ({float16_bytes(checkpoint) / 1e9:.2f} GB)"
-        write_language(checkpoint, language, float16, name, lambda share: progress(stage, share))
+        float16 = _float16(checkpoint, finished, scratch, name, progress)
         if options.imatrix or on_report:
             matrix = _importance(options, manifest, checkpoint, float16, progress)
         quantize(
@@ -218,22 +223,35 @@ def _write(
             lambda share: progress(f"quantizing to {options.quant}", share),
         )
     verify.read_back_projector(temp / PROJECTOR, checkpoint)
-    for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
-        verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))
+    if options.low_rank:
+        read_back_adapter(temp / LANGUAGE, temp / ADAPTER, checkpoint)
+    else:
+        for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
+            verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))
     progress("hashing", None)
-    files = {part: file_entry(temp / part) for part in PARTS}
+    files = {part: file_entry(temp / part) for part in PARTS if (temp / part).exists()}
+    manifest = replace(manifest, files=files)
     if options.measured and options.measured.files == files:
         progress("parity is known: every file equals the one it was measured on", None)
         rows = options.measured.parity
     else:
+        if options.low_rank and not isinstance(language, LanguageFile):
+            float16 = _float16(checkpoint, language, scratch, name, progress)
         rows = _parity(options, Bundle(temp, manifest), checkpoint, float16, progress)
     if on_report and matrix and float16:
         on_report(_report(options, Bundle(temp, manifest), float16, matrix, progress))
     shutil.rmtree(scratch)
-    manifest = replace(manifest, files=files, parity=rows)
+    manifest = replace(manifest, parity=rows)
     write_manifest(temp, manifest)
     Bundle.open(temp)  # what the runtime will refuse must not be published
     return manifest
+
+
+def _float16(checkpoint: Checkpoint, vocabulary: Vocabulary, scratch: Path, name: str, progress: Progress) -> Path:
+    path = scratch / "float16.gguf"
+    stage = f"language model as float16 ({float16_bytes(checkpoint) / 1e9:.2f} GB)"
+    write_language(checkpoint, vocabulary, path, name, lambda share: progress(stage, share))
+    return path
 
 
 def _importance(
@@ -283,7 +301,8 @@ class ParityError(CheckpointError):
 
 def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Manifest:
     """All but files and parity."""
-    config, kept = checkpoint.config, checkpoint.language_file
+    config = checkpoint.config
+    kept = options.low_rank.base if options.low_rank else checkpoint.language_file
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
@@ -298,6 +317,7 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
             image_tokens=config.image_tokens,
             width=config.vision.hidden_size,
             precision=options.vision,
+            attention=config.blocks_run > 0,
         ),
         projector=ProjectorPart(config.projector_type, "f32"),
         language=LanguagePart(

@@ -5,6 +5,7 @@ that shows what becomes of CLIP's error behind the projector:
 
     pixels       our preprocessing against the recipe of CLIPImageProcessor, written out in reference.py; equal
     clip         vision.onnx
+    attention    its other output, by which a token budget chooses
     projector    projector.gguf
     embeddings   vision.onnx, then projector.gguf: what stands at the image's positions when a bundle is run
     arrangement  with "anyres", the order of the crops' embeddings and `image_newline` between them; equal
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge import anyres, prompt
-from llava_edge.bundle import LANGUAGE, Bundle, Manifest, ParityRow
+from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
 from llava_edge.errors import CheckpointError
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
@@ -44,7 +45,7 @@ Array = np.ndarray[Any, Any]
 
 CLIP_LIMITS = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3e-2}  # relative
 PROJECTOR_LIMIT = 1e-5  # relative; the tanh form of GELU would give about 2e-4
-AMPLIFICATION = 5.0  # of CLIP's relative error by the projector, at most
+AMPLIFICATION = 5.0  # of CLIP's relative error by the projector or in its attention, at most
 # Cosine. What bits cost depends on the model and is reported rather than judged; the file's content is checked tensor
 # by tensor. These only stop a bundle that lost its model.
 QUANT_LIMITS = {"f16": 0.9999, "q8_0": 0.995, "q5_k_m": 0.95, "q4_k_m": 0.85, "q4_0": 0.6}
@@ -102,6 +103,10 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
     limit = CLIP_LIMITS[precision]
     ours = [np.stack([encoder.encode(crop) for crop in item]) for item in pixels]
     rows.append(_relative_row(f"clip {precision}", ours, features, limit))
+    if manifest.vision.attention:
+        looks = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
+        wanted = streamed.image_attention(config, tensors, pixels)
+        rows.append(_relative_row(f"attention {precision}", looks, wanted, AMPLIFICATION * limit))
     rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
     rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
     if config.square == "anyres":
@@ -110,7 +115,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
         rows.append(_equal_row("arrangement", placed, shown))
     files = {"f16": float16} if float16 else {}
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
-    rows += _language_rows(files, checkpoint, manifest, shown[0])
+    rows += _language_rows(files, checkpoint, bundle, shown[0])
     return sorted(rows, key=_strain)
 
 
@@ -140,16 +145,17 @@ def _max_abs(ours: list[Array], wanted: list[Array]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, wanted, strict=True))
 
 
-def _language_rows(
-    files: Mapping[str, Path], checkpoint: Checkpoint, manifest: Manifest, image: Array
-) -> list[ParityRow]:
-    """Every file along the greedy answer of the first."""
+def _language_rows(files: Mapping[str, Path], checkpoint: Checkpoint, bundle: Bundle, image: Array) -> list[ParityRow]:
+    """Every file along the greedy answer of the first; the shipped one with its adapter."""
+    manifest = bundle.manifest
     rows: list[ParityRow] = []
     answer: list[int] = []
     wanted: Array | None = None
     for name, path in files.items():
         context = len(image) + 512 + STEPS
-        engine = LanguageModel(path, context=context, threads=_threads(), repack=path.stat().st_size < _REPACK_BYTES)
+        repack = path.stat().st_size < _REPACK_BYTES
+        adapter = bundle.adapter if path == bundle.part(LANGUAGE) else None
+        engine = LanguageModel(path, adapter=adapter, context=context, threads=_threads(), repack=repack)
         try:
             pieces = prompt.render(manifest.template, [prompt.Message("user", _QUESTION, 1)], manifest.image_markers)
             behind = after_control.encoder(engine, manifest.after_control)
@@ -159,7 +165,8 @@ def _language_rows(
             engine.close()
         if wanted is None:
             wanted = _reference_logits(checkpoint, ids, image, answer)
-        limit = KEPT_LIMITS.get(name, KEPT_LIMIT) if checkpoint.language_file else QUANT_LIMITS[name]
+        kept = checkpoint.language_file is not None or name not in QUANT_LIMITS
+        limit = KEPT_LIMITS.get(name, KEPT_LIMIT) if kept else QUANT_LIMITS[name]
         rows += [_logits_row(name, limit, ours, wanted), _greedy_row(name, ours, wanted)]
     return rows
 

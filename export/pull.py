@@ -9,6 +9,8 @@ from pathlib import Path
 from llava_edge import store
 from llava_edge.bundle import Manifest, Provenance, read_manifest
 from llava_edge.errors import UsageError
+from llava_edge.export.adapter import LowRank
+from llava_edge.export.checkpoint import LanguageFile
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.export.publish import check_target
 from llava_edge.models import smol
@@ -43,6 +45,7 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
             provenance=provenance,
             force=True,
             fine_blocks=FINE_BLOCKS,
+            low_rank=LowRank(LanguageFile(smol.fetch(smol.LANGUAGE, parts), "q4_1"), smol.updates(smol.delta_path())),
             measured=read_manifest(smol.delta_path().parent),
         )
         return export(options, progress)

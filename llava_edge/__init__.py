@@ -9,16 +9,30 @@ Names are resolved on first use, so importing this package loads no engine.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime 1.32 sends usage data to its maker unless this is set when it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llava_edge.api import Chat, Llava
     from llava_edge.errors import LlavaEdgeError
-    from llava_edge.options import Chunk, EngineOptions, Options, Result
+    from llava_edge.options import Chunk, EngineOptions, Options, Result, TokenChance
 
-__all__ = ["Chat", "Chunk", "EngineOptions", "Llava", "LlavaEdgeError", "Options", "Result", "__version__"]
+__all__ = [
+    "Chat",
+    "Chunk",
+    "EngineOptions",
+    "Llava",
+    "LlavaEdgeError",
+    "Options",
+    "Result",
+    "TokenChance",
+    "__version__",
+]
 
 _HOMES = {
     "Chat": "llava_edge.api",
@@ -28,6 +42,7 @@ _HOMES = {
     "EngineOptions": "llava_edge.options",
     "Options": "llava_edge.options",
     "Result": "llava_edge.options",
+    "TokenChance": "llava_edge.options",
 }
 
 

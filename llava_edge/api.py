@@ -1,18 +1,23 @@
-"""The library: load a model, ask it about images, stream the answer, hold a conversation.
+"""The library: load a model, ask it about images, stream the answer, hold a conversation; from threads or asyncio.
 
 Everything else (command line, chat) is written on top of this file. Knows no engine by name.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from llava_edge.bundle import Bundle
 from llava_edge.image import ImageInput
-from llava_edge.options import DEFAULT_PROMPT, Chunk, EngineOptions, Options, Result
+from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result
 from llava_edge.prompt import Message
 from llava_edge.runtimes.jobs import Stream
 from llava_edge.runtimes.pictures import Picture, prepare
@@ -34,12 +39,17 @@ class Llava:
         model: str | Path = DEFAULT_MODEL,
         options: EngineOptions | None = None,
         *,
+        device: Device | None = None,
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Llava:
         """Open a bundle folder, or a model pulled before, by name. `on_load` gets the loaded fraction, 0 to 1.
 
+        device: short for `EngineOptions(device=...)`. Weights are mapped: what two processes or two `Llava` load of the
+        same bundle is in memory once, except for 4-bit weights that llama.cpp re-orders (`EngineOptions.repack`).
         Raises `MissingError`, `BundleError`, `UnavailableError`, `MemoryLimitError` or `UsageError`.
         """
+        if device is not None:
+            options = replace(options or EngineOptions(), device=device)
         return cls(Engine.open(Bundle.open(resolve(model)), options, on_load=on_load))
 
     def ask(self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None) -> Result:
@@ -62,6 +72,80 @@ class Llava:
         shown = _as_list(images)
         return self._engine.generate([Message("user", prompt, len(shown))], shown, options, cancel, started=started)
 
+    def ask_many(
+        self,
+        prompts: Sequence[str],
+        images: Images = (),
+        options: Options | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        started: float | None = None,
+    ) -> Iterator[Stream]:
+        """Several questions about the same images: one stream for each, to be read in order, as of `stream`.
+
+        The images are encoded and read once; every answer is the one `ask` would give. Raises `ContextOverflowError`
+        with the number of the question before anything is computed.
+        """
+        pictures = [prepare(image, self._engine.bundle.manifest) for image in _as_list(images)]
+        conversations = [[Message("user", text, len(pictures))] for text in prompts]
+        self._engine.require_room(conversations, pictures, options)
+        for messages in conversations:
+            yield self._engine.generate(messages, pictures, options, cancel, started=started, same_pictures=True)
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Picture] = (),
+        options: Options | None = None,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Stream:
+        """Stream the answer to the last of `messages`, a conversation kept elsewhere; images fill its slots."""
+        return self._engine.generate(messages, images, options, cancel)
+
+    async def aask(self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None) -> Result:
+        """`ask` without blocking the event loop. Cancelling the task stops the work."""
+        async with aclosing(self.astream(prompt, images, options)) as chunks:
+            async for chunk in chunks:
+                if chunk.final is not None:
+                    return chunk.final
+        raise RuntimeError("the stream ended without a result")
+
+    async def astream(
+        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """`stream` without blocking the event loop. Closing it, or cancelling the task, stops the work."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+        cancel = threading.Event()
+
+        def pump() -> None:
+            try:
+                for chunk in self.stream(prompt, images, options, cancel=cancel):
+                    loop.call_soon_threadsafe(arrived.put_nowait, chunk)
+            except Exception as error:  # noqa: BLE001 - raised where it is awaited
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(arrived.put_nowait, error)
+
+        threading.Thread(target=pump, name="llava-edge stream", daemon=True).start()
+        try:
+            final = None
+            while final is None:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                final = item.final
+                yield item
+        finally:
+            cancel.set()
+
+    def embed_image(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
+        """What the language model sees of a picture: (positions, hidden size) float32, CLIP and projector applied.
+
+        Raises `ImageError`, `MissingError` or `BundleError`.
+        """
+        return self._engine.embed(image)
+
     def chat(self, system: str = "", options: Options | None = None) -> Chat:
         """Begin a conversation. An empty `system` leaves the model's own system text."""
         return Chat(self._engine, system, options)
@@ -75,6 +159,16 @@ class Llava:
     def device(self) -> str:
         """Device in use and why, e.g. "cpu (asked for)"."""
         return f"{self._engine.choice.name} ({self._engine.choice.reason})"
+
+    @property
+    def context(self) -> int:
+        """Positions that prompt and answer share."""
+        return self._engine.context_size
+
+    @property
+    def load_ms(self) -> float:
+        """What loading took, in milliseconds."""
+        return self._engine.load_ms
 
     def close(self) -> None:
         """Free the engines. Harmless when repeated."""

@@ -4,6 +4,7 @@
     vision.onnx      CLIP up to the chosen layer (weights in vision.onnx.data, mapped at load)
     projector.gguf   projector weights
     language.gguf    LLaMA and tokenizer, quantized
+    adapter.gguf     low-rank updates (LoRA) of its weights, if there are any
 
 Nothing is guessed from names. Opening checks structure, sizes and that each part belongs here;
 `Bundle.verify` also reads every byte. This module knows nothing about engines or tensors.
@@ -37,7 +38,8 @@ VISION = "vision.onnx"
 VISION_DATA = "vision.onnx.data"
 PROJECTOR = "projector.gguf"
 LANGUAGE = "language.gguf"
-PARTS = (VISION, VISION_DATA, PROJECTOR, LANGUAGE)
+ADAPTER = "adapter.gguf"
+PARTS = (VISION, VISION_DATA, PROJECTOR, LANGUAGE, ADAPTER)
 
 
 Square = Literal["pad", "crop", "anyres"]
@@ -62,7 +64,10 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class VisionPart:
-    """vision.onnx: `pixels` (batch, 3, S, S) float32 -> `features` (batch, image_tokens, width) float32."""
+    """vision.onnx: `pixels` (batch, 3, S, S) float32 -> `features` (batch, image_tokens, width) float32.
+
+    attention: whether it also gives `attention` (batch, image_tokens) float32, how much the class token looks at each.
+    """
 
     hidden_layer: int  # index into CLIP's hidden states; may be negative, as in the checkpoint
     feature: Literal["patch", "cls_patch"]
@@ -70,6 +75,7 @@ class VisionPart:
     image_tokens: int
     width: int
     precision: Literal["fp32", "fp16", "int8"]
+    attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,11 @@ class Bundle:
     def part(self, name: str) -> Path:
         """Path of one part, e.g. `bundle.part(LANGUAGE)`."""
         return self.folder / name
+
+    @property
+    def adapter(self) -> Path | None:
+        """Low-rank updates of the language model, if the bundle has any."""
+        return self.part(ADAPTER) if ADAPTER in self.manifest.files else None
 
     def verify(self, progress: Callable[[int], None] = lambda n: None) -> None:
         """Read every byte and compare hashes. `progress` gets byte counts as they are read. Raises `BundleError`."""

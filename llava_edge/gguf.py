@@ -153,6 +153,22 @@ def check_language(file: Gguf) -> None:
     _check_vocabulary(file, width)
 
 
+def check_adapter(file: Gguf, base: Gguf) -> None:
+    """Refuse what is no LoRA of the language model `base`: `BundleError`. Each pair has to fit its weight."""
+    kind = (file.metadata.get("general.type"), file.metadata.get("adapter.type"), file.architecture)
+    if kind != ("adapter", "lora", base.architecture):
+        raise BundleError(f"{file.path} is no LoRA adapter of a {base.architecture}: it says {kind}.")
+    pairs = {name.rpartition(".lora_")[0] for name in file.tensors}
+    for name in pairs:
+        a, b, weight = file.tensors.get(f"{name}.lora_a"), file.tensors.get(f"{name}.lora_b"), base.tensors.get(name)
+        if a is None or b is None or weight is None or len(weight.shape) != 2:
+            raise BundleError(f"{file.path} has an update of {name!r} that is not a pair, or that the model lacks.")
+        if (b.shape[0], a.shape[-1]) != weight.shape or a.shape != (b.shape[-1], weight.shape[1]):
+            raise BundleError(f"{file.path} has {a.shape} and {b.shape} for {name!r}, whose weight is {weight.shape}.")
+    if 2 * len(pairs) != len(file.tensors):
+        raise BundleError(f"{file.path} has tensors that belong to no update.")
+
+
 def _has(file: Gguf, key: str) -> bool:
     return f"llama.attention.{key}" in file.metadata
 

@@ -78,6 +78,18 @@ def load_image(source: ImageInput, name: str = "") -> Image.Image:
         raise ImageError(f"{name} is damaged or cut off and cannot be decoded; get the file again.") from error
 
 
+def pixel_count(data: bytes) -> int:
+    """Pixels that the header of an encoded picture promises; 0 if `load_image` will refuse it anyway."""
+    kind = format_of(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            width, height = Image.open(io.BytesIO(data), formats=[kind] if kind else []).size
+    except Exception:  # noqa: BLE001 - Pillow's parsers raise anything, and `load_image` will say what is wrong
+        return 0
+    return width * height
+
+
 def preprocess(image: Image.Image, spec: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
     """What CLIP gets of a picture that is one crop ("pad", "crop"); `anyres.crops` is for all. Float32, (3, S, S).
 

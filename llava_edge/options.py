@@ -13,17 +13,22 @@ from llava_edge.errors import UsageError
 
 Device = Literal["auto", "cpu", "metal", "cuda"]
 FinishReason = Literal["stop", "length", "cancelled"]
+Speculate = Literal["auto", "off", "ngram"]
+TokenMethod = Literal["cls", "pool", "random"]
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
 DEVICES: tuple[Device, ...] = ("auto", "cpu", "metal", "cuda")
+SPECULATE: tuple[Speculate, ...] = ("auto", "off", "ngram")
+TOKEN_METHODS: tuple[TokenMethod, ...] = ("cls", "pool", "random")
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
+MAX_GRAMMAR = 1 << 18
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an answer is sampled. The default is greedy: always the most likely token.
+    """How an answer is sampled, and from how much of a picture. The default is greedy: always the most likely token.
 
     max_tokens: longest answer in tokens; the end of the context may end it earlier.
     temperature: 0 is greedy; otherwise logits are divided by it before drawing.
@@ -31,6 +36,12 @@ class Options:
         tokens at least this likely relative to the best one. They matter only when temperature > 0.
     seed: of the random draw; the same seed gives the same answer on the same machine.
     stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
+    speculate: guess tokens from what was said before and check several in one pass. Greedy answers are the same with
+        and without, and only those use it. "auto" stops where it does not pay, "ngram" never does.
+    grammar: the only form an answer may have, in llama.cpp's GBNF; `json_grammar.from_schema` writes one. Empty: any.
+    top_logprobs: report how likely each token was, and this many of the likeliest in its place. None: do not.
+    image_tokens: positions that a picture may take; 0 is all of them. Fewer are faster and show less.
+    image_token_method: how so many are made, see `llava_edge.token_budget`; all but "cls" are there to compare with.
     Raises `UsageError` naming the field when a value is out of range.
     """
 
@@ -41,14 +52,30 @@ class Options:
     min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    speculate: Speculate = "auto"
+    grammar: str = ""
+    top_logprobs: int | None = None
+    image_tokens: int = 0
+    image_token_method: TokenMethod = "cls"
 
     def __post_init__(self) -> None:
+        if self.speculate not in SPECULATE:
+            raise UsageError(f"speculate is {_shown(self.speculate)}; one of {', '.join(SPECULATE)} was expected.")
         _whole("max_tokens", self.max_tokens, 1, 1 << 20)
         _real("temperature", self.temperature, 0.0, 100.0)
         _real("top_p", self.top_p, 0.0, 1.0)
         _whole("top_k", self.top_k, 0, 1 << 24)
         _real("min_p", self.min_p, 0.0, 1.0)
         _whole("seed", self.seed, 0, (1 << 32) - 1)
+        if self.top_logprobs is not None:
+            _whole("top_logprobs", self.top_logprobs, 0, 20)
+        if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR:
+            raise UsageError(f"grammar must be a text of at most {MAX_GRAMMAR} characters.")
+        _whole("image_tokens", self.image_tokens, 0, 1 << 20)
+        if self.image_token_method not in TOKEN_METHODS:
+            raise UsageError(
+                f"image_token_method is {_shown(self.image_token_method)}; {', '.join(TOKEN_METHODS)} are possible."
+            )
         if self.top_p == 0:
             raise UsageError("top_p is 0, which allows no token; a number above 0 and up to 1 was expected.")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
@@ -116,7 +143,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished answer. `prompt_tokens` counts every position of the prompt, `image_tokens` those of images."""
+    """A finished answer. `prompt_tokens` counts every position of the prompt, `image_tokens` those of images.
+
+    drafted_tokens, accepted_tokens: what was guessed of the answer, and how much of that was right and used.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -128,6 +158,18 @@ class Result:
     cache: Literal["miss", "embedding", "kv"]
     timings: Timings
     memory: Memory
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TokenChance:
+    """How likely a token of the answer was: its bytes, the natural logarithm of its probability at temperature 1 and
+    before any limit or grammar, and the same of the likeliest tokens in its place, best first."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
 
 
 @dataclass(frozen=True)
@@ -135,12 +177,14 @@ class Chunk:
     """A piece of a streamed answer.
 
     token_count: answer tokens since the chunk before. The last chunk, and only that, has `finish_reason` and `final`.
+    chances: of these tokens, if `Options.top_logprobs` asked for them.
     """
 
     text: str
     token_count: int = 0
     finish_reason: FinishReason | None = None
     final: Result | None = None
+    chances: tuple[TokenChance, ...] = ()
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

@@ -1,6 +1,7 @@
 """CLIP's vision transformer in PyTorch, up to the hidden state that LLaVA reads.
 
-pixels (B, 3, S, S) float -> features (B, image_tokens, width). Knows nothing about files or language.
+pixels (B, 3, S, S) float -> features (B, image_tokens, width), and if asked how much the class token looks at each.
+Knows nothing about files or language.
 Attribute names are Hugging Face's, so state dicts carry over under the prefix `vision_tower.vision_model.`.
 """
 
@@ -53,6 +54,14 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v)  # scales by head_dim ** -0.5
         merged: Tensor = self.out_proj(out.transpose(1, 2).reshape(b, t, d))
         return merged
+
+    def class_row(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T): the class token's attention to every token, mean over the heads."""
+        b, t, d = x.shape
+        q, k = (proj(x).view(b, t, self.heads, d // self.heads) for proj in (self.q_proj, self.k_proj))
+        scores = torch.einsum("bhd,bthd->bht", q[:, 0], k) * (d // self.heads) ** -0.5
+        row: Tensor = scores.softmax(-1).mean(1)
+        return row
 
 
 class MLP(nn.Module):
@@ -110,7 +119,20 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, image_tokens, D)."""
-        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        return self._chosen(self.encoder(self.pre_layrnorm(self.embeddings(pixels))))
+
+    def attended(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Like `forward`, and (B, image_tokens): the last block's attention of the class token. Needs a block."""
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        for block in self.encoder.layers[:-1]:
+            x = block(x)
+        last = self.encoder.layers[-1]
+        assert isinstance(last, Block)
+        row = last.self_attn.class_row(last.layer_norm1(x))
+        return self._chosen(last(x)), self._chosen(row[..., None])[..., 0]
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        """(B, T, D) of all tokens -> (B, image_tokens, D) of those that LLaVA reads."""
         if self.config.feature == "patch":
             x = x[:, 1:]
         return pool_patches(x, self.config.vision.grid, self.config.image_pool)

@@ -29,7 +29,8 @@ from llava_edge.models.llama_gguf import language_values, tensor_names
 if TYPE_CHECKING:
     from llava_edge.models.llava import Llava
 
-Arrays = dict[str, np.ndarray]
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
 Talk = Callable[[str], None]
 
 
@@ -243,6 +244,19 @@ def apply_delta(tensors: Arrays, delta: Path) -> None:
                 module = name.removesuffix(".lora_A")
                 a, b = (file.get_tensor(f"{module}.lora_{kind}").astype(np.float32) for kind in "AB")
                 tensors[f"{module}.weight"] += scale * (b @ a)
+
+
+def updates(delta: Path) -> dict[str, tuple[Array, Array]]:
+    """The low-rank updates of the language model by classic name: A, and B with the trained scale folded in."""
+    from safetensors import safe_open
+
+    with safe_open(delta, framework="numpy") as file:
+        scale = float(file.metadata()["lora_scale"])
+        modules = [name.removesuffix(".lora_A") for name in file.keys() if name.endswith(".lora_A")]  # noqa: SIM118
+        return {
+            name: (file.get_tensor(f"{name}.lora_A"), np.float16(scale) * file.get_tensor(f"{name}.lora_B"))
+            for name in modules
+        }
 
 
 def write_delta(model: Llava, path: Path) -> None:

@@ -44,6 +44,13 @@ def image_features(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]
 
 
 @torch.no_grad()
+def image_attention(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> list[Array]:
+    """(crops, 3, S, S) each -> the class token's attention (crops, tokens) each."""
+    tower = load_part(lambda: VisionTower(config), tensors, "vision_tower.vision_model.")
+    return [torch.cat([tower.attended(crop[None])[1] for crop in torch.from_numpy(item)]).numpy() for item in pixels]
+
+
+@torch.no_grad()
 def project(config: LlavaConfig, tensors: Arrays, features: Sequence[Array]) -> list[Array]:
     """CLIP features -> embeddings (crops, tokens, hidden size) each."""
     projector = load_part(lambda: Projector(config), tensors, "multi_modal_projector.")

@@ -3,41 +3,75 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from llava_edge.options import Chunk, FinishReason, Options
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run
-from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.sampling import Sampler, chance
+from llava_edge.runtimes.speculation import Guessing, Speculation
 from llava_edge.runtimes.text import TextStream
 
 
-def decode(
-    language: LanguageModel, ends: set[int], stream: TextStream, options: Options, limit: int, run: Run, job: Job
-) -> FinishReason:
-    """Sample until a token of `ends`, a stop text or `limit` tokens; chunks go to `job.output`.
+@dataclass(frozen=True)
+class Answer:
+    """One that is being made: what ends it, and where it goes. `limit` is its most tokens."""
 
-    Raises `CancelledError`.
-    """
-    sampler = Sampler(language.library, options)
+    language: LanguageModel
+    ends: set[int]
+    stream: TextStream
+    limit: int
+    run: Run
+    job: Job
+    top_logprobs: int | None = None
+
+    def take(self, token: int) -> FinishReason | None:
+        """Add a token; why the answer is complete, or None. Chunks go to `job.output`."""
+        run = self.run
+        run.first_token = run.first_token or time.monotonic()
+        if token in self.ends or self.language.ends(token):
+            return "stop"
+        run.tokens += 1
+        run.unseen += 1
+        if self.top_logprobs is not None:
+            run.chances.append(chance(self.language, token, self.top_logprobs))
+        text = self.stream.feed(self.language.piece(token))
+        if text:
+            run.text += text
+            self.job.output.put(Chunk(text, run.unseen, chances=tuple(run.chances)))
+            run.unseen = 0
+            run.chances.clear()
+        if self.stream.stopped:
+            return "stop"
+        return "length" if run.tokens >= self.limit else None
+
+
+def decode(answer: Answer, options: Options, speculation: Speculation) -> FinishReason:
+    """Sample until a token of `ends`, a stop text or `limit` tokens. Raises `CancelledError`."""
+    if options.temperature == 0 and not options.grammar and options.top_logprobs is None and options.speculate != "off":
+        return _guessed(answer, speculation, always=options.speculate == "ngram")
+    language = answer.language
+    sampler = Sampler(language, options)
     try:
         while True:
             language.logits()  # refuses what is not finite
             token = sampler.sample(language.context)
-            run.first_token = run.first_token or time.monotonic()
-            if token in ends or language.ends(token):
-                return "stop"
-            run.tokens += 1
-            run.unseen += 1
-            text = stream.feed(language.piece(token))
-            if text:
-                run.text += text
-                job.output.put(Chunk(text, run.unseen))
-                run.unseen = 0
-            if stream.stopped:
-                return "stop"
-            if run.tokens >= limit:
-                return "length"
-            language.evaluate_tokens([token], job.cancel)
+            reason = answer.take(token)
+            if reason:
+                return reason
+            language.evaluate_tokens([token], answer.job.cancel)
     finally:
         sampler.close()
+
+
+def _guessed(answer: Answer, speculation: Speculation, *, always: bool) -> FinishReason:
+    guessing = Guessing(speculation, always=always)
+    tokens = [answer.language.best()]
+    while True:
+        for token in tokens:
+            reason = answer.take(token)
+            if reason:
+                answer.run.drafted, answer.run.accepted = guessing.drafted, guessing.accepted
+                return reason
+        tokens = guessing.next(tokens[-1], answer.job.cancel)

@@ -33,7 +33,7 @@ _ABORTED = 2  # llama_decode
 
 
 class LanguageModel:
-    """language.gguf, mapped, with a context of `context` positions.
+    """language.gguf, mapped, with a context of `context` positions, and adapter.gguf added to it if there is one.
 
     on_load: called with the loaded fraction; returning False stops loading, which then raises `CancelledError`.
     Raises `BundleError` when the file is refused, `MemoryLimitError` when the context does not fit into memory.
@@ -43,6 +43,7 @@ class LanguageModel:
         self,
         path: Path,
         *,
+        adapter: Path | None = None,
         context: int,
         threads: int,
         gpu_layers: int = 0,
@@ -50,7 +51,10 @@ class LanguageModel:
         verbose: bool = False,
         on_load: Callable[[float], bool] = lambda fraction: True,
     ) -> None:
-        gguf.check_language(gguf.read(path))
+        header = gguf.read(path)
+        gguf.check_language(header)
+        if adapter is not None:
+            gguf.check_adapter(gguf.read(adapter), header)
         self.library = library(verbose)
         # llama.cpp sets the AMX tile configuration once in each thread. Whatever else uses AMX in that thread (PyTorch
         # in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL. So it computes in a
@@ -66,6 +70,8 @@ class LanguageModel:
         self.vocab_size = int(self.library.llama_vocab_n_tokens(self._vocabulary))
         self.hidden_size = int(self.library.llama_model_n_embd(self._model))
         self._open_context(threads)
+        if adapter is not None:
+            self._add(adapter)
         self._tokens = _Batch(self.library, 0)
         self._embeddings = _Batch(self.library, self.hidden_size)
 
@@ -133,21 +139,49 @@ class LanguageModel:
             self._embeddings.values[: len(part)] = rows[start : start + BATCH]
             self._decode(self._embeddings, part, cancel)
 
-    def logits(self) -> Array:
-        """(vocab_size,) float32 of the last position: a view, valid until the next evaluation.
+    def evaluate_all(self, tokens: Sequence[int], cancel: threading.Event) -> Array:
+        """Append up to `BATCH` tokens; return the logits of each (n, vocab_size). Raises `CancelledError`."""
+        self._tokens.values[: len(tokens)] = tokens
+        self._decode(self._tokens, list(tokens), cancel, wanted=len(tokens))
+        return np.stack([self.logits(i) for i in range(len(tokens))])
 
-        Raises `BundleError` if a value is not finite.
+    def show_states(self, shown: bool) -> None:
+        """Let the next evaluations, of single tokens or all of a batch, keep the hidden states for `state`."""
+        self.library.llama_set_embeddings(self._context, shown)
+
+    def state(self, row: int = -1) -> Array:
+        """(hidden_size,) float32 that the logits of a row come from: a view, valid until the next evaluation."""
+        pointer = self.library.llama_get_embeddings_ith(self._context, row)
+        values: Array = np.ctypeslib.as_array(pointer, (self.hidden_size,))
+        return values
+
+    def forget(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        self._truncate(length)
+
+    def logits(self, row: int = -1) -> Array:
+        """(vocab_size,) float32 of the last position, or of one that `evaluate_all` appended: a view, valid until the
+        next evaluation. Raises `BundleError` if a value is not finite.
         """
-        pointer = self.library.llama_get_logits_ith(self._context, -1)
+        pointer = self.library.llama_get_logits_ith(self._context, row)
         values: Array = np.ctypeslib.as_array(pointer, (self.vocab_size,))
         if not np.isfinite(values).all():
             raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
         return values
 
+    def best(self) -> int:
+        """The most likely token after the last position; the first of equals, as llama.cpp's greedy sampler takes."""
+        return int(np.argmax(self.logits()))
+
     @property
     def context(self) -> Any:
         """The llama_context, for a `Sampler`."""
         return self._context
+
+    @property
+    def vocabulary(self) -> Any:
+        """The llama_vocab, for a `Sampler`."""
+        return self._vocabulary
 
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
         api, going_on = self.library, [True]
@@ -162,8 +196,8 @@ class LanguageModel:
         settings.use_extra_bufts = repack
         callback = api.llama_progress_callback(progress)
         settings.progress_callback = callback
-        # In the thread that computes later: repacking weights starts OpenMP threads for whoever loads, and libgomp lets no
-        # thread spin at a barrier while there are more threads than processors; a token then took twice as long.
+        # In the thread that computes later: repacking weights starts OpenMP threads for whoever loads, and libgomp lets
+        # no thread spin at a barrier while there are more threads than processors; a token then took twice as long.
         self._model = self._thread.submit(api.llama_model_load_from_file, os.fsencode(self._path), settings).result()
         if not going_on[0]:
             self.close()
@@ -190,6 +224,16 @@ class LanguageModel:
         self._abort = api.ggml_abort_callback(lambda _: self._cancel.is_set())
         self._never = api.ggml_abort_callback()
 
+    def _add(self, adapter: Path) -> None:
+        """llama.cpp frees an adapter with its model."""
+        api = self.library
+        loaded = api.llama_adapter_lora_init(self._model, os.fsencode(adapter))
+        one = (ctypes.c_float * 1)(1.0)
+        handles = (api.llama_adapter_lora_p_ctypes * 1)(loaded)
+        if not loaded or api.llama_set_adapters_lora(self._context, handles, 1, one):
+            self.close()
+            raise BundleError(f"llama.cpp cannot add {adapter}: {last_error()}")
+
     def _tokenize(self, text: bytes, special: bool) -> list[int]:
         if len(text) > MAX_TEXT_BYTES:
             raise ContextOverflowError(f"The prompt has {len(text)} bytes; at most {MAX_TEXT_BYTES} are accepted.")
@@ -202,14 +246,15 @@ class LanguageModel:
             )
         return list(buffer[:count])
 
-    def _decode(self, batch: _Batch, keys: Sequence[Key], cancel: threading.Event) -> None:
+    def _decode(self, batch: _Batch, keys: Sequence[Key], cancel: threading.Event, wanted: int = 1) -> None:
         if cancel.is_set():
             raise CancelledError
         count, start = len(keys), len(self.held)
-        batch.place(start, count)
+        batch.place(start, count, wanted)
         self._cancel = cancel
-        # The callback is asked between graph nodes and is Python, so a single token, which is quick, goes without.
-        self.library.llama_set_abort_callback(self._context, self._abort if count > 1 else self._never, None)
+        # The callback is asked between graph nodes and is Python, so a few tokens, which are quick, go without.
+        asked = self._abort if count > wanted else self._never
+        self.library.llama_set_abort_callback(self._context, asked, None)
         status = self._thread.submit(self.library.llama_decode, self._context, batch.handle).result()
         if status == 0:
             self.held += keys
@@ -248,12 +293,12 @@ class _Batch:
             self.handle.n_seq_id[i] = 1
             self.handle.seq_id[i][0] = _SEQUENCE
 
-    def place(self, start: int, count: int) -> None:
-        """Use the first `count` values at positions from `start` on; logits are wanted of the last one only."""
+    def place(self, start: int, count: int, wanted: int) -> None:
+        """Use the first `count` values at positions from `start` on; logits are wanted of the last `wanted`."""
         self.handle.n_tokens = count
         self._positions[:count] = np.arange(start, start + count)
         self._wanted[:count] = 0
-        self._wanted[count - 1] = 1
+        self._wanted[count - wanted : count] = 1
 
 
 _errors: deque[str] = deque(maxlen=4)

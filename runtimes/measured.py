@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from llava_edge.options import FinishReason, Result, Timings
+from llava_edge.options import FinishReason, Result, Timings, TokenChance
 from llava_edge.runtimes import devices
 
 
@@ -24,7 +24,10 @@ class Run:
     image_tokens: int = 0
     tokens: int = 0  # of the answer, without its end token
     unseen: int = 0  # of these, not yet in a chunk
+    chances: list[TokenChance] = field(default_factory=list)  # of the unseen ones, if asked for
     text: str = ""
+    drafted: int = 0  # tokens guessed
+    accepted: int = 0  # of these, right and used
 
     def result(self, reason: FinishReason, model: str, device: str, load_ms: float) -> Result:
         """The finished answer."""
@@ -53,6 +56,8 @@ class Run:
             cache="miss",
             timings=timings,
             memory=devices.memory_use(),
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
 
 

@@ -1,19 +1,37 @@
-"""Any picture -> what the vision encoder and the language model are shown of it, by a bundle's manifest."""
+"""Any picture -> what the vision encoder and the language model are shown of it, by a bundle's manifest.
+
+How many positions it takes is known before it is encoded, with a token budget too.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from llava_edge import anyres
 from llava_edge.bundle import Manifest
+from llava_edge.errors import BundleError, UsageError
 from llava_edge.image import ImageInput, load_image
+from llava_edge.options import Options, TokenMethod
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a picture's positions are made from.
+
+    rows: (candidates,) which of all crops' features (crops * tokens, width), in the picture's order.
+    method, seed: how, see `token_budget.reduce`.
+    """
+
+    rows: Array
+    method: TokenMethod
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -21,8 +39,10 @@ class Picture:
     """An image ready for the vision encoder.
 
     crops: (crops, 3, S, S) float32; one, or with "anyres" the whole picture and its tiles.
-    rows: (positions,) which of the crops' embeddings stands where in the language model, see `anyres.layout`.
-    key: a hash of both. milliseconds: what all that took; decode_milliseconds: of these, until the picture was RGB.
+    rows: (positions,) which of the crops' embeddings stands where in the language model, see `anyres.layout`; with a
+        budget, which of those that it leaves: 0, 1, 2, ...
+    key: a hash of everything that decides about the embeddings.
+    milliseconds: what all that took; decode_milliseconds: of these, until the picture was RGB.
     """
 
     crops: Array
@@ -30,6 +50,7 @@ class Picture:
     key: str
     milliseconds: float
     decode_milliseconds: float = 0.0
+    budget: Budget | None = None
 
 
 def prepare(source: ImageInput | Picture, manifest: Manifest) -> Picture:
@@ -44,3 +65,31 @@ def prepare(source: ImageInput | Picture, manifest: Manifest) -> Picture:
     rows = anyres.layout(image.size, manifest.preprocessing, manifest.vision.image_tokens)
     key = hashlib.sha256(crops.tobytes() + rows.tobytes()).hexdigest()
     return Picture(crops, rows, key, (time.perf_counter() - start) * 1000, (decoded - start) * 1000)
+
+
+def limited(picture: Picture, options: Options, manifest: Manifest) -> Picture:
+    """The picture in at most `options.image_tokens` positions; itself if it takes no more, or if that is 0."""
+    count = options.image_tokens
+    if not 0 < count < len(picture.rows):
+        return picture
+    # Without those that end rows of patches: what is left has no rows.
+    candidates = picture.rows[picture.rows < len(picture.crops) * manifest.vision.image_tokens]
+    key = hashlib.sha256(f"{picture.key} {options.image_token_method} {count}".encode()).hexdigest()
+    budget = Budget(candidates, options.image_token_method, seed=int(picture.key[:8], 16))
+    return replace(picture, rows=np.arange(min(count, len(candidates))), key=key, budget=budget)
+
+
+def check_budget(options: Options, manifest: Manifest) -> None:
+    """Raises `UsageError` or `BundleError` if pictures cannot be had in `options.image_tokens` positions."""
+    vision = manifest.vision
+    if not options.image_tokens:
+        return
+    if manifest.preprocessing.square != "anyres" and options.image_tokens > vision.image_tokens:
+        raise UsageError(
+            f"image_tokens is {options.image_tokens}, but in {manifest.name} a picture takes {vision.image_tokens}; "
+            f"1 to {vision.image_tokens}, or 0 for all, was expected."
+        )
+    if not vision.attention:
+        raise BundleError(
+            f"{manifest.name} was exported without the attention that image_tokens chooses by: export or pull it again."
+        )

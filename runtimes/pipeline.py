@@ -9,6 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from llava_edge import gguf, prompt
 from llava_edge.bundle import LANGUAGE, Bundle
@@ -16,13 +19,14 @@ from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitErro
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, Options
 from llava_edge.runtimes import CancelledError, after_control, devices, probe
-from llava_edge.runtimes.decoding import decode
+from llava_edge.runtimes.decoding import Answer, decode
 from llava_edge.runtimes.jobs import Job, Owner, Stream
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run, since
-from llava_edge.runtimes.pictures import Picture, prepare
-from llava_edge.runtimes.prefill import Embedder, prefill, segments
+from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
+from llava_edge.runtimes.prefill import Embedder, Segment, prefill, segments
 from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.text import TextStream
 from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.templates import template
@@ -72,19 +76,56 @@ class Engine:
         *,
         started: float | None = None,
         reuse: bool = False,
+        same_pictures: bool = False,
     ) -> Stream:
         """Answer the last message. Images belong to the messages' slots in order.
 
         The stream ends with a chunk that carries the `Result`. Setting `cancel`, or closing the iterator, stops the
         work within one prefill chunk. `started` (time.monotonic) is what time to first token counts from.
         `reuse` keeps a beginning that the last prompt had too: faster, but rounded differently in the last digits,
-        because other kernels computed it.
+        because other kernels computed it. `same_pictures` keeps only whole parts, up to the last picture, if the last
+        prompt began with all of them: nothing is rounded differently.
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
         """
         run = Run(time.monotonic() if started is None else started)
         wanted = options or Options()
         event = cancel or threading.Event()
-        return self._owner.submit(lambda job: self._answer(job, messages, images, wanted, run, reuse), event)
+        return self._owner.submit(
+            lambda job: self._answer(job, messages, images, wanted, run, reuse, same_pictures), event
+        )
+
+    def require_room(
+        self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
+    ) -> None:
+        """Raise `ContextOverflowError` with the number of the first conversation that the context has no room for."""
+
+        def check(job: Job) -> None:
+            shown = [limited(picture, options or Options(), self.bundle.manifest) for picture in pictures]
+            rows = [len(picture.rows) for picture in shown]
+            for number, messages in enumerate(conversations, 1):
+                try:
+                    self._check_room(Run(0), self._encode_prompt(messages), rows)
+                except ContextOverflowError as error:
+                    raise ContextOverflowError(f"Question {number}: {error}") from error
+
+        for _ in self._owner.submit(check, threading.Event()):
+            pass
+
+    def embed(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
+        """What the language model is shown of a picture: (positions, hidden size) float32.
+
+        Raises `ImageError`, `MissingError` or `BundleError`.
+        """
+        picture = prepare(image, self.bundle.manifest)
+        found = []
+
+        def work(job: Job) -> None:
+            _, embedder = self._opened()
+            found.append(embedder.embed(picture, Run(0), job))
+
+        for _ in self._owner.submit(work, threading.Event()):
+            pass
+        return found[0]
 
     def close(self) -> None:
         """Stop after the request in work, and free the engines. Harmless when repeated."""
@@ -119,6 +160,7 @@ class Engine:
 
         self._language = LanguageModel(
             path,
+            adapter=self.bundle.adapter,
             context=self.context_size,
             threads=threads,
             gpu_layers=self.choice.gpu_layers,
@@ -132,6 +174,7 @@ class Engine:
                 f"{path} has hidden size and vocabulary {found}, the manifest says "
                 f"{(manifest.language.hidden_size, manifest.language.vocab_size)}: it is from another bundle."
             )
+        self._speculation = Speculation(self._language)
         projector = Projector(self.bundle)
         self._embedder = Embedder(VisionEncoder(self.bundle, threads, self.choice.provider), projector)
         self._template = template(manifest.template)
@@ -147,15 +190,17 @@ class Engine:
         options: Options,
         run: Run,
         reuse: bool,
+        same_pictures: bool,
     ) -> None:
         slots = sum(message.images for message in messages)
         if slots != len(images):
             raise UsageError(f"The messages have room for {slots} images, {len(images)} were given.")
         ids = self._encode_prompt(messages)
         manifest = self.bundle.manifest
+        check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
-            self._check_room(run, ids, [manifest.vision.image_tokens] * slots)
-        pictures = [prepare(image, manifest) for image in images]
+            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * slots)
+        pictures = [limited(prepare(image, manifest), options, manifest) for image in images]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures])
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
         run.image_ms = sum(picture.decode_milliseconds for picture in pictures)
@@ -163,10 +208,15 @@ class Engine:
         limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
         language, embedder = self._opened()
         try:
-            if not reuse:
+            parts = segments(ids, pictures)
+            if same_pictures:
+                _keep_pictures(language, parts)
+            elif not reuse:
                 language.keep([])
-            prefill(language, embedder, segments(ids, pictures), run, job)
-            reason = decode(language, self._ends, stream, options, limit, run, job)
+            prefill(language, embedder, parts, run, job)
+            reason = decode(
+                Answer(language, self._ends, stream, limit, run, job, options.top_logprobs), options, self._speculation
+            )
         except CancelledError:
             reason = "cancelled"
         tail = stream.end(cut=reason != "stop")
@@ -174,7 +224,7 @@ class Engine:
             reason = "stop"
         run.text += tail
         result = run.result(reason, manifest.name, self.choice.name, self.load_ms)
-        job.output.put(Chunk(tail, run.unseen, reason, result))
+        job.output.put(Chunk(tail, run.unseen, reason, result, tuple(run.chances)))
 
     def _encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
         language, _ = self._opened()
@@ -203,6 +253,13 @@ class Engine:
         if self._language is None or self._embedder is None:
             raise UsageError("The engine is closed.")
         return self._language, self._embedder
+
+
+def _keep_pictures(language: LanguageModel, parts: Sequence[Segment]) -> None:
+    """Forget what is behind the last picture, or everything if memory does not hold all that is before it."""
+    last = max((i for i, part in enumerate(parts) if part.picture is not None), default=-1)
+    keys = [key for part in parts[: last + 1] for key in part.keys]
+    language.forget(len(keys) if language.held[: len(keys)] == keys else 0)
 
 
 def _context_size(asked: int, trained: int) -> int:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_edge.options import Options
+import numpy as np
+
+from llava_edge.errors import UsageError
+from llava_edge.options import Options, TokenChance
+from llava_edge.runtimes.language import LanguageModel
 
 
 class Sampler:
     """A chain for one answer, in the order of Hugging Face's `generate`, which LLaVA's reference uses:
-    temperature, top-k, top-p, min-p, then a draw. Temperature 0 is greedy and uses none of them.
+    temperature, top-k, top-p, min-p, then a draw. Temperature 0 is greedy and uses none of them. A grammar comes
+    before all: it leaves only tokens that continue it.
+
+    Raises `UsageError` if llama.cpp does not understand the grammar.
     """
 
-    def __init__(self, library: Any, options: Options) -> None:
-        self._library = library
+    def __init__(self, language: LanguageModel, options: Options) -> None:
+        self._library = library = language.library
+        self._chain: Any = None
+        grammar = self._grammar(language, options.grammar) if options.grammar else None
         self._chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
-        for part in self._parts(options):
+        for part in [*([grammar] if grammar else []), *self._parts(options)]:
             library.llama_sampler_chain_add(self._chain, part)  # the chain owns and frees it
 
     def sample(self, context: Any) -> int:
@@ -27,6 +36,14 @@ class Sampler:
         if self._chain is not None:
             self._library.llama_sampler_free(self._chain)
             self._chain = None
+
+    def _grammar(self, language: LanguageModel, text: str) -> Any:
+        part = self._library.llama_sampler_init_grammar(language.vocabulary, text.encode("utf-8", "replace"), b"root")
+        if not part:
+            raise UsageError(
+                "The grammar is not one that llama.cpp understands; its GBNF with a rule 'root' was expected."
+            )
+        return part
 
     def _parts(self, options: Options) -> list[Any]:
         library = self._library
@@ -40,3 +57,13 @@ class Sampler:
         if options.min_p > 0:
             parts.append(library.llama_sampler_init_min_p(options.min_p, 1))
         return [*parts, library.llama_sampler_init_dist(options.seed)]
+
+
+def chance(language: LanguageModel, token: int, top: int) -> TokenChance:
+    """How likely `token` was after the last evaluated position, and the `top` likeliest there."""
+    logits = language.logits().astype(np.float64)
+    highest = logits.max()
+    logprobs = logits - highest - np.log(np.exp(logits - highest).sum())
+    best = np.argsort(-logprobs, kind="stable")[:top]
+    piece = language.piece
+    return TokenChance(piece(token), float(logprobs[token]), tuple((piece(int(i)), float(logprobs[i])) for i in best))

@@ -53,16 +53,27 @@ class VisionEncoder:
         run: from `new_run`; another thread may set its `terminate`, which raises `CancelledError` here.
         Raises `BundleError` on anything that is not finite.
         """
+        return self._outputs(["features"], pixels, run)[0]
+
+    def encode_attended(self, pixels: Array, run: Any = None) -> tuple[Array, Array]:
+        """Like `encode`, and (image_tokens,) float32: how much CLIP's class token looks at each.
+
+        Only for bundles whose manifest says `attention`.
+        """
+        features, attention = self._outputs(["features", "attention"], pixels, run)
+        return features, attention
+
+    def _outputs(self, names: list[str], pixels: Array, run: Any) -> list[Array]:
         try:
-            output: Array = self._session.run(["features"], {"pixels": pixels[None]}, run)[0]
+            outputs: list[Array] = self._session.run(names, {"pixels": pixels[None]}, run)
         except Exception as error:
             if run is not None and run.terminate:
                 raise CancelledError from error
             raise BundleError(f"ONNX Runtime failed in {self._path}: {_first_line(error)}") from error
-        features = np.asarray(output[0], np.float32)
-        if not np.isfinite(features).all():
+        found = [np.asarray(output[0], np.float32) for output in outputs]
+        if not all(np.isfinite(output).all() for output in found):
             raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
-        return features
+        return found
 
     @staticmethod
     def new_run() -> Any:
@@ -74,13 +85,16 @@ class VisionEncoder:
         inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
         outputs = {item.name: tuple(item.shape) for item in self._session.get_outputs()}
         wanted = (3, self._size, self._size)
-        features = (self._part.image_tokens, self._part.width)
+        expected: dict[str, tuple[int, ...]] = {"features": (self._part.image_tokens, self._part.width)}
+        if self._part.attention:
+            expected["attention"] = (self._part.image_tokens,)
         if list(inputs) != ["pixels"] or not _fits(inputs["pixels"][1:], wanted):
             raise BundleError(f"{self._path} has the inputs {inputs}; pixels (batch, {_shape(wanted)}) was expected.")
-        if "features" not in outputs or not _fits(outputs["features"][1:], features):
-            raise BundleError(
-                f"{self._path} has the outputs {outputs}; features (batch, {_shape(features)}) was expected."
-            )
+        for name, shape in expected.items():
+            if name not in outputs or not _fits(outputs[name][1:], shape):
+                raise BundleError(
+                    f"{self._path} has the outputs {outputs}; {name} (batch, {_shape(shape)}) was expected."
+                )
 
 
 def _fits(shape: tuple[Any, ...], wanted: tuple[int, ...]) -> bool:

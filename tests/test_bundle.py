@@ -23,7 +23,7 @@ from llava_edge.errors import BundleError, MissingError
 Change = Callable[[dict[str, Any]], object]
 
 
-def make_bundle(folder: Path, seed: int = 0, sizes: tuple[int, ...] = (30, 90, 50, 120)) -> b.Manifest:
+def make_bundle(folder: Path, seed: int = 0, sizes: tuple[int, ...] = (30, 90, 50, 120, 40)) -> b.Manifest:
     """A bundle of random bytes, one size for each of `b.PARTS`."""
     folder.mkdir()
     noise = random.Random(seed)
@@ -74,7 +74,7 @@ def test_round_trip(folder: Path) -> None:
 def test_verify_reads_every_byte_and_says_so(folder: Path) -> None:
     seen: list[int] = []
     b.Bundle.open(folder).verify(seen.append)
-    assert sum(seen) == 30 + 90 + 50 + 120
+    assert sum(seen) == 30 + 90 + 50 + 120 + 40
 
 
 def test_identity_depends_on_every_part_and_on_nothing_else(tmp_path: Path) -> None:
@@ -265,13 +265,13 @@ def test_every_truncation_and_extension_is_found_at_open(folder: Path, name: str
 
 
 def test_all_mixes_of_three_bundles_are_refused(tmp_path: Path) -> None:
-    """3^4 - 3 mixes; the first two bundles have parts of equal sizes, which only the hashes tell apart."""
+    """3^5 - 3 mixes; the first two bundles have parts of equal sizes, which only the hashes tell apart."""
     sources = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     make_bundle(sources[0], 0)
     make_bundle(sources[1], 1)
-    make_bundle(sources[2], 2, sizes=(31, 91, 51, 121))
-    mixes = [mix for mix in itertools.product(range(3), repeat=4) if len(set(mix)) > 1]
-    assert len(mixes) == 78
+    make_bundle(sources[2], 2, sizes=(31, 91, 51, 121, 41))
+    mixes = [mix for mix in itertools.product(range(3), repeat=5) if len(set(mix)) > 1]
+    assert len(mixes) == 240
     for mix in mixes:
         target = tmp_path / "mix"
         shutil.copytree(sources[mix[0]], target)

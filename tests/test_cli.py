@@ -95,13 +95,28 @@ def test_json_has_the_documented_fields(micro_bundle: Path, photo: Path, run: Ru
     assert code == 0
     assert list(found) == [item.name for item in fields(Result)]
     assert list(found) == ["text", "finish_reason", "model", "device", "image_tokens", "prompt_tokens",
-                           "completion_tokens", "cache", "timings", "memory"]  # fmt: skip
+                           "completion_tokens", "cache", "timings", "memory", "drafted_tokens",
+                           "accepted_tokens"]  # fmt: skip
     assert list(found["timings"]) == ["load_ms", "preprocess_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms",
-                                      "decode_tokens_per_s", "total_ms"]  # fmt: skip
-    assert list(found["memory"]) == ["peak_rss_bytes", "private_bytes"]
+                                      "decode_tokens_per_s", "total_ms", "image_ms", "project_ms"]  # fmt: skip
+    assert list(found["memory"]) == ["peak_rss_bytes", "private_bytes", "file_bytes"]
     assert found["image_tokens"] == 2 * json.loads((micro_bundle / MANIFEST).read_text())["vision"]["image_tokens"]
     assert (found["device"], found["cache"], found["finish_reason"]) == ("cpu", "miss", "length")
     assert found["timings"]["ttft_ms"] > found["timings"]["prefill_ms"] > 0
+
+
+def test_several_questions_are_answered_in_their_order(micro_bundle: Path, photo: Path, run: Run) -> None:
+    common = ("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "8")
+    alone = [run(*common, "--prompt", question) for question in ("What?", "Where?")]
+    assert alone[0] != alone[1]
+    both = run(*common, "--prompt", "What?", "--prompt", "Where?")
+    assert both == (0, alone[0][1] + alone[1][1], "")
+    _, out, _ = run(*common, "--prompt", "What?", "--prompt", "Where?", "--json")
+    texts = [json.loads(line)["text"] + "\n" for line in out.splitlines()]
+    assert texts == [answer for _, answer, _ in alone]
+    code, out, err = run(*common, "--prompt", "What?", "--prompt", "where " * 600)
+    assert (code, out) == (65, "")
+    assert "Question 2" in err
 
 
 def test_auto_names_the_device_on_stderr(micro_bundle: Path, run: Run) -> None:
@@ -262,7 +277,9 @@ def test_verify_measures_a_bundle_against_its_checkpoint(
     code, out, err = run("verify", micro_bundle, "--against", micro_checkpoint, "--json")
     assert code == 0, err
     rows = {row["stage"]: row for row in json.loads(out)["parity"]}
-    assert {"pixels", "clip fp32", "projector", "embeddings", "logits q8_0", "greedy q8_0"} == set(rows)
+    assert {"pixels", "clip fp32", "attention fp32", "projector", "embeddings", "logits q8_0", "greedy q8_0"} == set(
+        rows
+    )
     assert all(row["passed"] for row in rows.values())
     other = write_checkpoint(tmp_path / "other", seed=1)
     code, _, err = run("verify", micro_bundle, "--against", other)

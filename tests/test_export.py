@@ -178,7 +178,7 @@ def test_int8_multiplies_integers_only_and_early_blocks_can_be_finer(tmp_path: P
         nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
         kinds = Counter(node.op_type for node in nodes)
         assert kinds["DynamicQuantizeMatMul"] + kinds["MatMulIntegerToFloat"] == products
-        assert kinds["MatMul"] + kinds["FusedMatMul"] == 4  # of attention; no weight is multiplied in float32
+        assert kinds["MatMul"] + kinds["FusedMatMul"] == 5  # of attention; no weight is multiplied in float32
         errors.append(relative(session.run(None, {"pixels": some_pixels(1)})[0], wanted))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 2e-4
@@ -386,7 +386,7 @@ def test_each_quantization_is_what_it_says(quant: Quant, micro_checkpoint: Path,
     assert len(stored) == 2 * 9 + 3
     rows = [row.stage for row in manifest.parity]
     languages = {f"{row} {kind}" for row in ("logits", "greedy") for kind in ("f16", quant)}
-    assert {"pixels", "clip int8", "projector", "embeddings"} | languages == set(rows)
+    assert {"pixels", "clip int8", "attention int8", "projector", "embeddings"} | languages == set(rows)
     Bundle.open(tmp_path / "out").verify()
 
 
@@ -446,6 +446,18 @@ def class_token_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip_onnx._Graph, "node", node)
 
 
+def values_taken_for_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = clip_onnx._class_attention
+
+    def attention(graph: Any, *rest: Any) -> str:
+        with monkeypatch.context() as patch:
+            index = graph.index
+            patch.setattr(graph, "index", lambda value: index(2 if value == 1 else value))
+            return right(graph, *rest)
+
+    monkeypatch.setattr(clip_onnx, "_class_attention", attention)
+
+
 def tanh_gelu_in_projector(monkeypatch: pytest.MonkeyPatch) -> None:
     def gelu(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), np.float32)
@@ -469,6 +481,7 @@ def cropped_instead_of_padded(monkeypatch: pytest.MonkeyPatch) -> None:
         (wrong_layer, "clip fp32"),
         (erf_gelu_in_clip, "clip fp32"),
         (class_token_kept, "clip fp32"),
+        (values_taken_for_keys, "attention fp32"),
         (tanh_gelu_in_projector, "projector"),
         (no_permutation, "logits f16"),
     ],
@@ -482,8 +495,9 @@ def test_a_wrong_conversion_is_not_published(
         export(options)
     assert list(tmp_path.iterdir()) == []
     failed = {row.stage for row in caught.value.rows if not row.passed}
-    # Each stage gets the reference's input, so the fault is named where it is; two rows show what comes of it.
-    assert failed - {"embeddings", "greedy f16"} == {stage}
+    # Each stage gets the reference's input, so the fault is named where it is; some rows show what comes of it.
+    follows = {"embeddings", "greedy f16"} | ({"attention fp32"} if stage == "clip fp32" else set())
+    assert failed - follows == {stage}
     assert caught.value.rows[-1].stage == stage  # worst last
     manifest = export(replace(options, force_publish=True))
     assert not manifest.parity[-1].passed
@@ -528,7 +542,7 @@ def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Pa
         llm_gguf.write_language(checkpoint, vocabulary, files["f16"], "micro")
         quantize(files["f16"], files["q8_0"], "q8_0")
         manifest = exporter._manifest(ExportOptions(tmp_path, tmp_path), checkpoint, "micro")
-        rows = {row.stage: row for row in parity._language_rows(files, checkpoint, manifest, image)}
+        rows = {row.stage: row for row in parity._language_rows(files, checkpoint, Bundle(tmp_path, manifest), image)}
         assert rows["logits f16"].value >= 0.9999
         assert rows["greedy f16"].relative < 0.005
         for kind, values in agreements.items():

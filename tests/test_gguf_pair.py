@@ -112,7 +112,7 @@ def test_a_pair_becomes_the_bundle_that_its_checkpoint_becomes(
     assert manifest.language == wanted.language
     assert_published_statistics((manifest.preprocessing.mean, manifest.preprocessing.std))
     assert replace(manifest.preprocessing, mean=CLIP_MEAN, std=CLIP_STD) == wanted.preprocessing
-    stages = {"pixels", "clip fp32", "projector", "embeddings", "logits f16", "greedy f16"}
+    stages = {"pixels", "clip fp32", "attention fp32", "projector", "embeddings", "logits f16", "greedy f16"}
     assert {row.stage for row in manifest.parity} == stages
     assert all(row.passed for row in manifest.parity)
     assert [(entry.part, entry.source) for entry in manifest.provenance] == [

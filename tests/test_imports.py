@@ -18,15 +18,29 @@ ROOT = Path(__file__).resolve().parent.parent
 AREAS = ("export", "models", "runtimes")
 
 # What each part of llava_edge may import, besides itself. SHARED modules import only one another.
-SHARED = {"anyres", "bundle", "errors", "gguf", "image", "image_format", "options", "prompt", "store", "templates"}
+SHARED = {
+    "anyres",
+    "bundle",
+    "errors",
+    "gguf",
+    "image",
+    "image_format",
+    "json_grammar",
+    "options",
+    "prompt",
+    "store",
+    "templates",
+    "token_budget",
+}
 ALLOWED = {
     "models": SHARED,
     "runtimes": SHARED,
     "export": SHARED | {"models", "runtimes"},
     "api": SHARED | {"runtimes"},
+    "server": SHARED | {"api", "runtimes"},
     "repl": SHARED | {"api", "runtimes"},
     "bench": SHARED | {"runtimes"},
-    "cli": SHARED | {"api", "bench", "repl", *AREAS},
+    "cli": SHARED | {"api", "bench", "repl", "server", *AREAS},
     "__init__": SHARED | {"api"},
     "__main__": {"cli"},
 }
@@ -42,6 +56,8 @@ HOMES = {
     "llama_cpp": {"runtimes", "export"},
     "transformers": set(),
     "sentencepiece": set(),
+    "starlette": {"server"},
+    "uvicorn": {"server"},
 }
 
 
@@ -123,7 +139,9 @@ def test_help_loads_no_engine(arguments: list[str]) -> None:
 
 
 def test_the_runtime_needs_no_extra() -> None:
-    names = [f"llava_edge.{name}" for name, _ in modules() if part_of(name) not in ("export", "models", "__main__")]
+    names = [
+        f"llava_edge.{name}" for name, _ in modules() if part_of(name) not in ("export", "models", "server", "__main__")
+    ]
     code = "\n".join(f"import {name.removesuffix('.__init__')}" for name in names)
     assert "llava_edge" in loaded_after(code, *(set(HOMES) - {"onnxruntime", "llama_cpp"}), "gguf")
 

@@ -50,6 +50,8 @@ def test_the_wheel_holds_the_data(wheel: Path, root: Path) -> None:
     data = {f"llava_edge/{path.relative_to(root)}" for path in (root / "models/recipes").glob("*.toml")}
     zoo = [path for path in (root / "llava_edge/zoo").rglob("*") if path.is_file()]
     data |= {str(path.relative_to(root)) for path in zoo if path.suffix != ".pyc"}
+    data |= {str(path.relative_to(root)) for path in (root / "llava_edge/server/page").glob("*.[hj]*")}
+    assert any(name.endswith("index.html") for name in data)
     assert data | {"llava_edge/py.typed"} <= names
 
 
@@ -63,7 +65,7 @@ def test_metadata(wheel: Path) -> None:
     assert {need.split(">")[0].split("=")[0] for need in needs} == {
         *("numpy", "pillow", "onnxruntime", "llama-cpp-python", "click")
     }
-    assert set(metadata.get_all("Provides-Extra", [])) == {"export", "train", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"export", "serve", "train", "dev"}
 
 
 def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_draws_follow_transformers_warpers(options: Options, language: LanguageM
     wanted = scores.softmax(-1)[0].numpy()
 
     draws = 4000
-    sampler = Sampler(language.library, options)
+    sampler = Sampler(language, options)
     counts = np.bincount([sampler.sample(language.context) for _ in range(draws)], minlength=len(wanted))
     sampler.close()
     assert not counts[wanted == 0].any()

@@ -23,6 +23,7 @@ from llava_edge.errors import LlavaEdgeError, MemoryLimitError, StorageError
 COMMANDS = {
     "run": "Answer a question about an image.",
     "chat": "Talk about images in the terminal.",
+    "serve": "Serve a model to programs and browsers on this machine.",
     "models": "List models, or pull one.",
     "info": "Show what a bundle, GGUF file or checkpoint holds.",
     "verify": "Check every byte of a bundle against its manifest.",

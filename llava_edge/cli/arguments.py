@@ -1,4 +1,4 @@
-"""Options that `run` and `chat` share, and how their values become `Options` and `EngineOptions`."""
+"""Options that `run`, `chat` and `serve` share, and how their values become `Options` and `EngineOptions`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from llava_edge.errors import UsageError
-from llava_edge.options import DEVICES, EngineOptions, Options
+from llava_edge.options import DEVICES, SPECULATE, EngineOptions, Options
 from llava_edge.store import DEFAULT_MODEL
 
 MAX_STDIN_BYTES = 1 << 28  # as for image files
@@ -21,19 +21,36 @@ _SAMPLING = {
     "top_k": "Draw from this many tokens; 0 is all.",
     "min_p": "Draw from tokens this likely relative to the best.",
     "seed": "Of the draw.",
+    "image_tokens": "Positions a picture may take, for speed; 0 is all.",
 }
 _ENGINE = ("device", "threads", "context", "verbose")
 
 
-def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the engine and sampling options; the command receives them as keyword arguments."""
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the model and the engine options; the command receives them as keyword arguments."""
     options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model or bundle."),
         click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
         click.option("--threads", type=int, default=0, help="To compute with; 0 is one per physical core."),
         click.option("--context", type=int, default=0, help="Positions; 0 is the model's, at most 4096."),
         click.option("--verbose", is_flag=True, help="Show the engines' own log on stderr."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the engine and sampling options; the command receives them as keyword arguments."""
+    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
+        click.option(
+            "--speculate",
+            type=click.Choice(SPECULATE),
+            default="auto",
+            show_default=True,
+            help="Guess tokens from what was said before; the same answer, often sooner.",
+        ),
     ]
     defaults = Options()
     for name, text in _SAMPLING.items():
@@ -42,13 +59,18 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         options.append(click.option(flag, type=type(value), default=value, show_default=True, help=text))
     for option in reversed(options):
         command = option(command)
-    return command
+    return engine_options(command)
 
 
 def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
     """Take the shared values out of a command's keyword arguments. Raises `UsageError` on a bad one."""
-    sampling = Options(stop=values["stop"], **{name: values[name] for name in _SAMPLING})
-    return sampling, EngineOptions(**{name: values[name] for name in _ENGINE})
+    sampling = Options(stop=values["stop"], speculate=values["speculate"], **{name: values[name] for name in _SAMPLING})
+    return sampling, engine_options_from(values)
+
+
+def engine_options_from(values: dict[str, Any]) -> EngineOptions:
+    """The engine's part of them. Raises `UsageError` on a bad one."""
+    return EngineOptions(**{name: values[name] for name in _ENGINE})
 
 
 def read_stdin() -> bytes:

@@ -24,10 +24,11 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
     from llava_edge.api import Llava
     from llava_edge.bundle import Bundle
     from llava_edge.repl import Repl
-    from llava_edge.runtimes.pictures import prepare
+    from llava_edge.runtimes.pictures import check_budget, prepare
     from llava_edge.store import resolve
 
     manifest = Bundle.open(resolve(model)).manifest
+    check_budget(options, manifest)
     pictures = [prepare(image, manifest) for image in images]
     with status_line("Loading the model") as status:
         llava = Llava.load(model, engine, on_load=status)

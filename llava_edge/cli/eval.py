@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,10 @@ import click
 from llava_edge import store
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import UnavailableError, UsageError
+from llava_edge.options import TOKEN_METHODS, Options, TokenMethod
 
 if TYPE_CHECKING:
+    from llava_edge.api import Llava
     from llava_edge.models.evaluate import Question, Score
 
 Progress = Callable[[int, int], None]
@@ -26,14 +28,34 @@ Progress = Callable[[int, int], None]
 @click.option("--photos", type=click.Path(path_type=Path), required=True, help="Folder of photos with labels.jsonl.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder for the held-out data.")
 @click.option("--limit", type=click.IntRange(1), help="At most this many questions a set (evenly spread).")
+@click.option(
+    "--image-tokens", "budgets", multiple=True, type=click.IntRange(0), help="Token budget of the bundles; repeatable."
+)
+@click.option(
+    "--token-method",
+    "methods",
+    multiple=True,
+    type=click.Choice(TOKEN_METHODS),
+    default=["cls"],
+    show_default=True,
+    help="How budgets are kept; repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def eval(
-    bundles: tuple[str, ...], checkpoint: Path | None, photos: Path, data: Path | None, limit: int | None, as_json: bool
+    bundles: tuple[str, ...],
+    checkpoint: Path | None,
+    photos: Path,
+    data: Path | None,
+    limit: int | None,
+    budgets: tuple[int, ...],
+    methods: tuple[TokenMethod, ...],
+    as_json: bool,
 ) -> None:
     """Accuracy on each held-out set, beside majority, blank-image and shuffled-image baselines.
 
     \b
     llava-edge eval --photos photos --bundle smol --checkpoint runs/smol/model
+    llava-edge eval --photos photos --bundle smol --image-tokens 0 --image-tokens 25 --image-tokens 9
     """
     if not bundles and checkpoint is None:
         raise UsageError("Name at least one --bundle or a --checkpoint to judge.")
@@ -57,7 +79,7 @@ def eval(
         if checkpoint is not None:
             scores += judge_checkpoint(checkpoint, data, sets, progress)
         for bundle in bundles:
-            scores += _judge_bundle(bundle, data, sets, progress)
+            scores += _judge_bundle(bundle, data, sets, _variants(budgets, methods), progress)
     if as_json:
         click.echo(json.dumps([{**asdict(score), "accuracy": score.accuracy} for score in scores]))
     else:
@@ -68,26 +90,52 @@ def _thin(questions: list[Question], limit: int | None) -> list[Question]:
     return questions if limit is None else questions[:: -(-len(questions) // limit)]
 
 
+def _variants(budgets: Sequence[int], methods: Sequence[TokenMethod]) -> dict[str, Options]:
+    """How a bundle is asked, by the ending of the column's name."""
+    base = Options(max_tokens=32)
+    variants = {} if budgets and 0 not in budgets else {"": base}
+    for method in methods:
+        for budget in filter(None, budgets):
+            variants[f", {method} {budget}"] = replace(base, image_tokens=budget, image_token_method=method)
+    return variants
+
+
 def _judge_bundle(
-    bundle: str, data: Path, sets: dict[str, list[Question]], progress: Callable[[str], Progress]
+    bundle: str,
+    data: Path,
+    sets: dict[str, list[Question]],
+    variants: dict[str, Options],
+    progress: Callable[[str], Progress],
 ) -> list[Score]:
     from llava_edge.api import Llava
-    from llava_edge.models.evaluate import Score, ask_all
-    from llava_edge.options import Options
 
-    options = Options(max_tokens=32)
     with Llava.load(bundle) as model:
         name = f"bundle {model.bundle.manifest.language.quantization} + {model.bundle.manifest.vision.precision}"
-        chat = model.chat(options=options)  # a chat keeps what it read: questions on one picture encode it once
-
-        def ask(image: Path, question: str) -> str:
-            chat.reset()
-            return "".join(chunk.text for chunk in chat.say(question, image))
-
         return [
-            Score(kind, name, ask_all(ask, data, questions, progress(f"{name}: {kind}")), len(questions))
-            for kind, questions in sets.items()
+            score
+            for ending, options in variants.items()
+            for score in _judge(model, name + ending, options, data, sets, progress)
         ]
+
+
+def _judge(
+    model: Llava,
+    name: str,
+    options: Options,
+    data: Path,
+    sets: dict[str, list[Question]],
+    progress: Callable[[str], Progress],
+) -> Iterator[Score]:
+    from llava_edge.models.evaluate import Score, ask_all
+
+    chat = model.chat(options=options)  # a chat keeps what it read: questions on one picture encode it once
+
+    def ask(image: Path, question: str) -> str:
+        chat.reset()
+        return "".join(chunk.text for chunk in chat.say(question, image))
+
+    for kind, questions in sets.items():
+        yield Score(kind, name, ask_all(ask, data, questions, progress(f"{name}: {kind}")), len(questions))
 
 
 def _table(scores: Sequence[Score]) -> str:

@@ -1,4 +1,4 @@
-"""`llava-edge run`: one question about any number of images; the answer is streamed to stdout."""
+"""`llava-edge run`: questions about any number of images; the answers are streamed to stdout."""
 
 from __future__ import annotations
 
@@ -14,54 +14,57 @@ from llava_edge.errors import DataError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
-    from llava_edge.api import Llava
-    from llava_edge.options import Options, Result
-    from llava_edge.runtimes.pictures import Picture
+    from llava_edge.options import Result
+    from llava_edge.runtimes.jobs import Stream
 
 
 @click.command()
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to look at; may be repeated; - is stdin.")
-@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="The question; - is stdin.")
+@click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], show_default=True, metavar="TEXT",
+              help="The question; may be repeated; - is stdin.")  # fmt: skip
 @generation_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the answer, timings and memory.")
-def run(images: tuple[str, ...], prompt: str, as_json: bool, model: str, **shared: Any) -> None:
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a JSON object per answer, with timings and memory, each on a line."
+)
+def run(images: tuple[str, ...], prompts: tuple[str, ...], as_json: bool, model: str, **shared: Any) -> None:
     """Answer a question about images.
 
     \b
     llava-edge run --image photo.jpg
     llava-edge run --image a.jpg --image b.jpg --prompt "What is different?"
+    llava-edge run --image photo.jpg --prompt "What is this?" --prompt "What colour is it?"
     curl -s URL | llava-edge run --image - --prompt "What is this?" --json
     """
     options, engine = options_from(shared)
-    prompt = _prompt_text(prompt, images)
+    prompts = _prompt_texts(prompts, images)
     from llava_edge.api import Llava
     from llava_edge.bundle import Bundle
     from llava_edge.runtimes.devices import process_start
-    from llava_edge.runtimes.pictures import prepare
+    from llava_edge.runtimes.pictures import check_budget, prepare
     from llava_edge.store import resolve
 
     started = process_start()
     # Images are read before the model is loaded: a wrong file name should not cost a wait.
     manifest = Bundle.open(resolve(model)).manifest
+    check_budget(options, manifest)
     pictures = [prepare(_image_source(image), manifest) for image in images]
     with status_line("Loading the model") as status:
         llava = Llava.load(model, engine, on_load=status)
     with llava:
         if shared["device"] == "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}", err=True)
-        result = _answer(llava, prompt, pictures, options, started, quiet=as_json)
-    if as_json:
-        click.echo(json.dumps(asdict(result), ensure_ascii=False))
+        for stream in llava.ask_many(prompts, pictures, options, started=started):
+            result = _answer(stream, "Looking at the image" if pictures else "Reading", quiet=as_json)
+            if as_json:
+                click.echo(json.dumps(asdict(result), ensure_ascii=False))
 
 
-def _answer(
-    llava: Llava, prompt: str, pictures: list[Picture], options: Options, started: float, quiet: bool
-) -> Result:
+def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
     final = None
     try:
-        with status_line("Looking at the image" if pictures else "Reading") as status:
+        with status_line(doing) as status:
             status(None)
-            for chunk in llava.stream(prompt, pictures, options, started=started):
+            for chunk in stream:
                 status.clear()
                 final = chunk.final
                 if not quiet:
@@ -74,9 +77,13 @@ def _answer(
     return final
 
 
-def _prompt_text(prompt: str, images: tuple[str, ...]) -> str:
-    if [prompt, *images].count("-") > 1:
+def _prompt_texts(prompts: tuple[str, ...], images: tuple[str, ...]) -> tuple[str, ...]:
+    if [*prompts, *images].count("-") > 1:
         raise UsageError("Standard input can be read once, but '-' is given more than once.")
+    return tuple(map(_prompt_text, prompts))
+
+
+def _prompt_text(prompt: str) -> str:
     if prompt == "-":
         try:
             prompt = read_stdin().decode("utf-8")

@@ -63,7 +63,10 @@ def _read(opened: Bundle) -> int:
 
         opened.verify(progress)
     gguf.read(opened.part(PROJECTOR))
-    gguf.check_language(gguf.read(opened.part(LANGUAGE)))
+    language = gguf.read(opened.part(LANGUAGE))
+    gguf.check_language(language)
+    if opened.adapter is not None:
+        gguf.check_adapter(gguf.read(opened.adapter), language)
     return total
 
 

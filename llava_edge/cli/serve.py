@@ -1,0 +1,63 @@
+"""`llava-edge serve`: an OpenAI-compatible server for this machine, with a chat page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llava_edge.cli.arguments import engine_options, engine_options_from
+from llava_edge.cli.terminal import status_line
+
+
+@click.command()
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Other than loopback needs a key."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--api-key-file", type=Path, metavar="FILE", help="Key that clients need; or in $LLAVA_EDGE_API_KEY.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Further name this server is called by; repeatable.")
+@click.option("--queue", type=click.IntRange(1, 4096), default=16, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds an answer may take."
+)
+@click.option("--insecure-no-key", is_flag=True, help="Serve other machines without a key.")
+@engine_options
+def serve(
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    allow_host: tuple[str, ...],
+    queue: int,
+    timeout: float,
+    insecure_no_key: bool,
+    model: str,
+    **shared: Any,
+) -> None:
+    """Serve a model on this machine: OpenAI's API below /v1, a chat page at /.
+
+    \b
+    llava-edge serve
+    LLAVA_EDGE_API_KEY=... llava-edge serve --host 0.0.0.0 --allow-host box.local
+    """
+    engine = engine_options_from(shared)
+    from llava_edge.bundle import Bundle
+    from llava_edge.server.limits import Limits
+    from llava_edge.server.serve import Settings, read_key
+    from llava_edge.server.serve import serve as run
+    from llava_edge.store import resolve
+
+    key = read_key(api_key_file, os.environ.get("LLAVA_EDGE_API_KEY", ""))
+    limits = Limits(queue=queue, requests=max(64, 2 * queue), answer_seconds=timeout)
+    settings = Settings(host, port, key, insecure_no_key, allow_host, limits)
+    bundle = Bundle.open(resolve(model))
+    with status_line("Loading the model") as status:
+
+        def say(line: str) -> None:
+            status.clear()
+            click.echo(line, err=True)
+
+        status(None)
+        run(bundle, engine, settings, say)

@@ -1,0 +1,218 @@
+"""JSON schemas -> grammars in llama.cpp's GBNF, so that an answer cannot be anything but JSON of that schema.
+
+What a grammar allows always satisfies the schema; it may allow less (properties come in the schema's order, none is
+added, at most one space between tokens). A keyword that cannot be kept is refused, never ignored, except for those
+that only describe. Knows nothing about engines. Schemas come from strangers: size and depth are limited.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from llava_edge.errors import UsageError
+
+MAX_RULES = 500
+MAX_CHOICES = 500  # of an enum, or integers between a minimum and a maximum
+MAX_REPEATS = 500  # of a character or item with a stated number: llama.cpp writes each out
+MAX_DEPTH = 32
+
+_DESCRIBING = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
+_DESCRIBING |= {"$defs", "definitions", "readOnly", "writeOnly", "strict"}
+_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+_KEYWORDS = {
+    "object": {"properties", "required", "additionalProperties"},
+    "array": {"items", "minItems", "maxItems"},
+    "string": {"minLength", "maxLength"},
+    "integer": {"minimum", "maximum"},
+}
+
+_BASE = {
+    "comma": '"," " "?',
+    "colon": '":" " "?',
+    "char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})',
+    "string": r'"\"" char* "\""',
+    "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
+    "number": 'integer ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?',
+    "boolean": '"true" | "false"',
+    "null": '"null"',
+    "array": '"[" (value (comma value)*)? "]"',
+    "object": '"{" (string colon value (comma string colon value)*)? "}"',
+    "value": "object | array | string | number | boolean | null",
+}
+
+
+def any_object() -> str:
+    """The grammar of every JSON object."""
+    return _text({"root": "object"})
+
+
+def from_schema(schema: object) -> str:
+    """The grammar of a JSON schema, as `json.loads` gives it. Raises `UsageError` naming what it cannot express."""
+    converter = _Converter(schema)
+    root = converter.convert(schema, "#", 0)
+    return _text({"root": root, **converter.rules})
+
+
+def _text(rules: dict[str, str]) -> str:
+    return "".join(f"{name} ::= {rule}\n" for name, rule in (rules | _BASE).items())
+
+
+class _Converter:
+    """Turns schemas into expressions; `rules` are what they name."""
+
+    def __init__(self, root: object) -> None:
+        self._root = root
+        self._refs: dict[str, str] = {}
+        self.rules: dict[str, str] = {}
+
+    def convert(self, schema: object, path: str, depth: int) -> str:
+        """An expression for a schema. `path` tells a person where it stands."""
+        if schema is True or schema == {}:
+            return "value"
+        if not isinstance(schema, dict):
+            raise _refused(path, f"is {_short(schema)}, not an object")
+        if depth > MAX_DEPTH:
+            raise _refused(path, f"is nested deeper than {MAX_DEPTH} levels")
+        words = set(schema) - _DESCRIBING
+        for word, method in (("$ref", self._ref), ("const", self._const), ("enum", self._enum)):
+            if word in words:
+                _only(words - {word, "type"}, path)
+                return method(schema[word], path, depth)
+        for word in ("anyOf", "oneOf"):
+            if word in words:
+                _only(words - {word}, path)
+                options = _list(schema[word], f"{path}/{word}")
+                return self._either(
+                    self.convert(each, f"{path}/{word}/{i}", depth + 1) for i, each in enumerate(options)
+                )
+        return self._typed(schema, words, path, depth)
+
+    def _typed(self, schema: dict[str, Any], words: set[str], path: str, depth: int) -> str:
+        _only(words - {"type"}.union(*_KEYWORDS.values()), path)
+        kinds = schema.get("type", [kind for kind in _TYPES if words & _KEYWORDS.get(kind, set())])
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        if not kinds or not all(kind in _TYPES for kind in kinds):
+            raise _refused(path, f"has the type {_short(schema.get('type'))}, which JSON does not have")
+        _only(words - {"type"}.union(*(_KEYWORDS.get(kind, set()) for kind in kinds)), path)
+        methods = {"object": self._object, "array": self._array, "string": self._string, "integer": self._integer}
+        return self._either(methods[kind](schema, path, depth) if kind in methods else kind for kind in kinds)
+
+    def _either(self, options: Iterator[str]) -> str:
+        return self._rule(" | ".join(options))
+
+    def _ref(self, target: object, path: str, depth: int) -> str:
+        if not isinstance(target, str) or not target.startswith("#"):
+            raise _refused(path, f"refers to {_short(target)}; only places inside the schema can be referred to")
+        if target not in self._refs:
+            self._refs[target] = name = f"ref{len(self._refs)}"
+            self.rules[name] = ""  # it may refer to itself
+            self.rules[name] = self.convert(self._find(target, path), target, depth + 1)
+        return self._refs[target]
+
+    def _find(self, target: str, path: str) -> object:
+        found: Any = self._root
+        for part in target[1:].split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            if not isinstance(found, dict) or name not in found:
+                raise _refused(path, f"refers to {_short(target)}, which is not there")
+            found = found[name]
+        return found
+
+    def _const(self, value: object, path: str, depth: int) -> str:
+        return _literal(value, path)
+
+    def _enum(self, values: object, path: str, depth: int) -> str:
+        return self._either(_literal(value, path) for value in _list(values, path))
+
+    def _string(self, schema: dict[str, Any], path: str, depth: int) -> str:
+        low, high = _range(schema, "minLength", "maxLength", path)
+        return "string" if (low, high) == (0, None) else rf'"\"" char{_times(low, high)} "\""'
+
+    def _integer(self, schema: dict[str, Any], path: str, depth: int) -> str:
+        low, high = schema.get("minimum"), schema.get("maximum")
+        if low is None and high is None:
+            return "integer"
+        if type(low) is not int or type(high) is not int or not 0 <= high - low < MAX_CHOICES:
+            raise _refused(path, f"limits an integer; a minimum and a maximum less than {MAX_CHOICES} apart are needed")
+        return self._either(f'"{value}"' for value in range(low, high + 1))
+
+    def _array(self, schema: dict[str, Any], path: str, depth: int) -> str:
+        item = self._rule(self.convert(schema.get("items", True), f"{path}/items", depth + 1))
+        low, high = _range(schema, "minItems", "maxItems", path)
+        if high == 0:
+            return '"[" "]"'
+        more = f"(comma {item}){_times(max(low - 1, 0), None if high is None else high - 1)}"
+        return f'"[" {item} {more} "]"' if low else f'"[" ({item} {more})? "]"'
+
+    def _object(self, schema: dict[str, Any], path: str, depth: int) -> str:
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        extra = schema.get("additionalProperties", True)
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            raise _refused(path, "has properties that are no object, or a list of required ones that is none")
+        if missing := [name for name in required if name not in properties]:
+            raise _refused(path, f"requires {_short(missing[0])}, which is not among its properties")
+        if not properties and extra is not False:
+            value = self._rule(self.convert(extra, f"{path}/additionalProperties", depth + 1))
+            return f'"{{" (string colon {value} (comma string colon {value})*)? "}}"'
+        rest, begin = '""', '""'
+        for name, value in reversed(properties.items()):
+            member = f"{_literal(name, path)} colon " + self.convert(value, f"{path}/properties/{name}", depth + 1)
+            member, after = self._rule(member), self._rule(rest)
+            needed = name in required
+            begin = f"{member} {after}" if needed else f"{member} {after} | {self._rule(begin)}"
+            rest = f"comma {member} {after}" if needed else f"(comma {member})? {after}"
+        return f'"{{" {self._rule(begin)} "}}"'
+
+    def _rule(self, expression: str) -> str:
+        """The name of a rule with this expression; a single name or literal stays what it is."""
+        if expression == '""' or expression.isidentifier():
+            return expression
+        if len(self.rules) >= MAX_RULES:
+            raise UsageError(f"The JSON schema is too large: it needs more than {MAX_RULES} rules.")
+        name = f"r{len(self.rules)}"
+        self.rules[name] = expression
+        return name
+
+
+def _literal(value: object, path: str) -> str:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if any(0xD800 <= ord(mark) < 0xE000 for mark in text):
+        raise _refused(path, "names a text with half a surrogate pair")
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _list(value: object, path: str) -> list[Any]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_CHOICES:
+        raise _refused(path, f"needs a list of 1 to {MAX_CHOICES} choices")
+    return value
+
+
+def _range(schema: dict[str, Any], least: str, most: str, path: str) -> tuple[int, int | None]:
+    low, high = schema.get(least, 0), schema.get(most)
+    for value in (low, high):
+        if value is not None and (type(value) is not int or not 0 <= value <= MAX_REPEATS):
+            raise _refused(path, f"has a {least} or {most} that is no whole number up to {MAX_REPEATS}")
+    if high is not None and high < low:
+        raise _refused(path, f"has a {most} below its {least}")
+    return low, high
+
+
+def _times(low: int, high: int | None) -> str:
+    return f"{{{low},{'' if high is None else high}}}"
+
+
+def _only(left: set[str], path: str) -> None:
+    if left:
+        raise _refused(path, f"uses {_short(min(left))}, which answers cannot be held to")
+
+
+def _refused(path: str, what: str) -> UsageError:
+    where = "The JSON schema" if path == "#" else f"The JSON schema at {_short(path)}"
+    return UsageError(f"{where} {what}.")
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,102 @@
+"""Who may talk to the server: checked for every request before anything else looks at it.
+
+A browser on this machine runs pages of strangers. They can send requests to the loopback address too, so an address
+alone is no protection: the Host header stops names that were pointed here (DNS rebinding), the Origin and
+Sec-Fetch-Site headers stop other pages, the content type stops forms. There is no CORS header in any answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llava_edge.errors import UsageError
+from llava_edge.server.problems import Problem
+
+Headers = Iterable[tuple[bytes, bytes]]
+_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """hosts: what the Host header may be. key: what clients must know; empty for everyone on this machine."""
+
+    hosts: frozenset[str]
+    key: str = ""
+
+    def check(self, method: str, target: bytes, headers: Headers) -> None:
+        """Raises `Problem` (400, 401, 403, 415) unless the request may go on."""
+        found = list(headers)
+        self._check_host(target, found)
+        self._check_origin(method, target, found)
+        if self.key and target != b"/health":
+            self._check_key(found)
+        if method in ("POST", "PUT"):
+            _check_content(found)
+
+    def _check_host(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        values = _all(headers, b"host")
+        if len(values) != 1 or values[0].lower() not in self.hosts:
+            raise Problem(403, "This server does not answer to that Host. Start it with --allow-host to add one.")
+        if not target.startswith(b"/"):
+            raise Problem(400, "The request's target must be a path.")
+
+    def _check_origin(self, method: str, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        origins = {f"http://{host}" for host in self.hosts}
+        if any(value.lower() not in origins for value in _all(headers, b"origin")):
+            raise Problem(403, "Pages of other origins may not use this server.")
+        follows_a_link = method == "GET" and target == b"/" and _all(headers, b"sec-fetch-mode") == ["navigate"]
+        if any(site not in ("same-origin", "none") for site in _all(headers, b"sec-fetch-site")) and not follows_a_link:
+            raise Problem(403, "Pages of other origins may not use this server.")
+
+    def _check_key(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """`Bearer KEY`, or as browsers ask for it: `Basic`, any name and the key as password."""
+        values = _all(headers, b"authorization")
+        scheme, _, given = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        if scheme.lower() == "basic":
+            try:
+                given = base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
+            except (binascii.Error, ValueError):
+                given = ""
+        known = scheme.lower() in ("bearer", "basic")
+        if not hmac.compare_digest(given.encode("utf-8", "replace"), self.key.encode()) or not known:
+            raise Problem(401, "A valid API key is needed.", code="invalid_api_key")
+
+
+def hosts(address: str, port: int, allowed: Iterable[str]) -> frozenset[str]:
+    """The Host headers to answer to: this machine's own names, the address, what was allowed; each with its port."""
+    names = [*_NAMES, *([] if ipaddress.ip_address(address).is_unspecified else [_bracketed(address)]), *allowed]
+    if wrong := [name for name in names if not name or any(mark in name for mark in "/*@ ,")]:
+        raise UsageError(
+            f"--allow-host {wrong[0]!r} is no host name; one like 'box.local' or 'box.local:8080' was expected."
+        )
+    found = {name.lower() for name in names} if port == 80 else {name.lower() for name in allowed}
+    return frozenset(found | {f"{name.lower()}:{port}" for name in names})
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach it. Raises `UsageError` if it is no address."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        raise UsageError(f"--host {address!r} is not an IP address; 127.0.0.1 is this machine only.") from None
+
+
+def _check_content(headers: list[tuple[bytes, bytes]]) -> None:
+    kinds = [value.lower().replace(" ", "") for value in _all(headers, b"content-type")]
+    if kinds not in (["application/json"], ["application/json;charset=utf-8"]):
+        raise Problem(415, "The content type must be application/json.")
+    if any(value.lower() != "identity" for value in _all(headers, b"content-encoding")):
+        raise Problem(415, "The body must not be compressed.")
+
+
+def _all(headers: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
+    return [value.decode("latin-1").strip() for key, value in headers if key == name]
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

@@ -1,0 +1,47 @@
+"""Bytes of a request -> a JSON object, with its depth and number of values bounded before it is parsed."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+from llava_edge.server.limits import Limits
+from llava_edge.server.problems import Problem, bad
+
+_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def parse(body: bytes, limits: Limits) -> dict[str, Any]:
+    """Parse. Raises `Problem` (400, 413) on anything but one plain JSON object in UTF-8."""
+    _check_structure(_TEXTS.sub(b"", body), limits)
+    try:
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise bad("The body is not UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        raise bad("The body is not valid JSON.") from error
+    if not isinstance(value, dict):
+        raise bad("The body must be a JSON object.")
+    return value
+
+
+def _check_structure(structure: bytes, limits: Limits) -> None:
+    if len(structure) > limits.structure:
+        raise Problem(413, f"The body has more than {limits.structure} bytes of JSON that are not text.")
+    depth = 0
+    for mark in structure:
+        depth += (mark in b"[{") - (mark in b"]}")
+        if depth > limits.depth:
+            raise bad(f"The JSON is nested deeper than {limits.depth} levels.")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise bad("The JSON has an object with the same name twice.")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    raise bad(f"{name} is not JSON.")

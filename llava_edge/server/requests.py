@@ -1,0 +1,211 @@
+"""What OpenAI's clients send -> what the model is asked. Every value is checked here; nothing else is passed on.
+
+A field that would change the answer and is not supported is refused; fields that are unknown are ignored.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llava_edge.errors import UsageError
+from llava_edge.json_grammar import any_object, from_schema
+from llava_edge.options import Options
+from llava_edge.prompt import Message
+from llava_edge.server import data_url
+from llava_edge.server.limits import Limits
+from llava_edge.server.problems import Problem, bad
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+# What would change the answer if it were kept to, and the value that changes nothing.
+_NEUTRAL: dict[str, object] = {
+    "n": 1,
+    "best_of": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "tools": [],
+    "functions": [],
+    "tool_choice": "none",
+    "function_call": "none",
+    "modalities": ["text"],
+    "echo": False,
+    "suffix": "",
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One checked request. `images` belong to the messages' slots in order."""
+
+    messages: tuple[Message, ...]
+    images: tuple[bytes, ...]
+    options: Options
+    stream: bool
+    include_usage: bool
+
+    def header(self) -> dict[str, Any]:
+        """All but the images, as JSON for the child."""
+        messages = [asdict(message) for message in self.messages]
+        return {"messages": messages, "options": asdict(self.options), "images": [len(data) for data in self.images]}
+
+
+def chat(body: Mapping[str, Any], model: str, limits: Limits) -> Ask:
+    """A request for /v1/chat/completions. Raises `Problem` (400, 404)."""
+    _check_model(body, model)
+    turns = body.get("messages")
+    if not isinstance(turns, list) or not 1 <= len(turns) <= limits.messages:
+        raise bad(f"messages must be a list of 1 to {limits.messages} messages.", "messages")
+    images: list[bytes] = []
+    messages = [_message(turn, f"messages[{i}]", images) for i, turn in enumerate(turns)]
+    _check_order(messages)
+    top = body.get("top_logprobs")
+    if top is not None and not body.get("logprobs"):
+        raise bad("top_logprobs needs logprobs to be true.", "top_logprobs")
+    chances = (top or 0) if _flag(body, "logprobs") else None
+    return _ask(body, messages, images, chances, limits)
+
+
+def completion(body: Mapping[str, Any], model: str, limits: Limits) -> Ask:
+    """A request for /v1/completions; its prompt is asked as a question. Raises `Problem` (400, 404)."""
+    _check_model(body, model)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise bad("prompt must be one text.", "prompt")
+    return _ask({"max_tokens": 16, **body}, [Message("user", prompt)], [], body.get("logprobs"), limits)
+
+
+def _ask(
+    body: Mapping[str, Any], messages: Sequence[Message], images: list[bytes], chances: Any, limits: Limits
+) -> Ask:
+    for name, neutral in _NEUTRAL.items():
+        value = body.get(name)
+        if value is not None and (value != neutral or isinstance(value, bool) != isinstance(neutral, bool)):
+            raise bad(f"{name} is not supported by this server.", name)
+    if len(images) > limits.images:
+        raise bad(f"There are {len(images)} images; at most {limits.images} are accepted.", "messages")
+    if sum(len(message.text.encode("utf-8", "replace")) for message in messages) > limits.prompt:
+        raise bad(f"The texts have more than {limits.prompt} bytes.", "messages", "context_length_exceeded")
+    extra = body.get("stream_options")
+    if extra is not None and not isinstance(extra, dict):
+        raise bad("stream_options must be an object.", "stream_options")
+    usage = _flag(extra or {}, "include_usage")
+    return Ask(tuple(messages), tuple(images), _options(body, chances), _flag(body, "stream"), usage)
+
+
+def _options(body: Mapping[str, Any], chances: Any) -> Options:
+    """Greedy unless a temperature is given; then drawn anew each time unless a seed is given."""
+    longest = body.get("max_completion_tokens")
+    given = {
+        "max_tokens": body.get("max_tokens") if longest is None else longest,
+        "temperature": body.get("temperature"),
+        "top_p": body.get("top_p"),
+        "top_logprobs": chances,
+        "seed": _seed(body),
+        "stop": _stop(body.get("stop")),
+        "grammar": _grammar(body.get("response_format")),
+    }
+    try:
+        return Options(**{name: value for name, value in given.items() if value is not None})
+    except UsageError as error:
+        param = next((name for name in given if name in str(error)), None)
+        raise bad(str(error), param) from error
+
+
+def _check_model(body: Mapping[str, Any], model: str) -> None:
+    name = body.get("model")
+    if not isinstance(name, str):
+        raise bad(f"model must be a text; this server has {model!r}.", "model")
+    if name != model:
+        raise Problem(404, f"This server has the model {model!r} only.", param="model", code="model_not_found")
+
+
+def _message(turn: object, param: str, images: list[bytes]) -> Message:
+    """One message; its pictures are appended to `images`."""
+    if not isinstance(turn, dict):
+        raise bad("A message must be an object.", param)
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise bad(f"The role of a message must be one of {', '.join(_ROLES)}.", f"{param}.role")
+    if isinstance(content, str):
+        return Message(_ROLES[role], content)  # type: ignore[arg-type]
+    if not isinstance(content, list) or not content:
+        raise bad("The content of a message must be a text or a list of parts.", f"{param}.content")
+    texts: list[str] = []
+    before = len(images)
+    for i, part in enumerate(content):
+        _part(part, f"{param}.content[{i}]", texts, images)
+    if len(images) > before and role != "user":
+        raise bad("Only messages of the user can have images.", f"{param}.content")
+    return Message(_ROLES[role], "\n".join(texts), len(images) - before)  # type: ignore[arg-type]
+
+
+def _part(part: object, param: str, texts: list[str], images: list[bytes]) -> None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
+        texts.append(part["text"])
+    elif isinstance(part, dict) and kind == "image_url":
+        source = part.get("image_url")
+        url = source.get("url") if isinstance(source, dict) else source
+        images.append(data_url.decode(url, f"{param}.image_url"))
+    else:
+        raise bad("A part of a message must be of type text or image_url, with that field.", param)
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    """System messages first, then user and assistant in turn, a user's last."""
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise bad(
+            "After at most one system message, user and assistant must take turns, and the last message be a user's.",
+            "messages",
+        )
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise bad(f"{name} must be true or false.", name)
+    return value
+
+
+def _seed(body: Mapping[str, Any]) -> int:
+    seed = body.get("seed")
+    if seed is None:
+        return secrets.randbits(32)
+    if type(seed) is not int or not -(1 << 63) <= seed < 1 << 63:
+        raise bad("seed must be a whole number of at most 64 bits.", "seed")
+    return seed % (1 << 32)
+
+
+def _stop(stop: object) -> tuple[str, ...] | None:
+    if stop is None:
+        return None
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise bad("stop must be a text or a list of texts.", "stop")
+    return tuple(texts)
+
+
+def _grammar(wanted: object) -> str | None:
+    if wanted is None:
+        return None
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return any_object()
+    if not isinstance(wanted, dict) or kind != "json_schema" or not isinstance(wanted.get("json_schema"), dict):
+        raise bad("response_format must have the type text, json_object or json_schema.", "response_format")
+    try:
+        return from_schema(wanted["json_schema"].get("schema"))
+    except UsageError as error:
+        raise bad(str(error), "response_format") from error

@@ -1,0 +1,140 @@
+"""The server from its settings to its end: sockets, the child, uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from llava_edge import store
+from llava_edge.bundle import Bundle
+from llava_edge.errors import UnavailableError, UsageError
+from llava_edge.options import EngineOptions
+from llava_edge.server import guard
+from llava_edge.server.limits import Limits
+from llava_edge.server.supervisor import Supervisor
+from llava_edge.server.votes import Votes
+from llava_edge.templates import template
+
+MIN_KEY = 16  # characters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """host: an address; another one than loopback needs a key, or `no_key`. port 0 takes a free one.
+
+    key: what clients must send as `Authorization: Bearer KEY`. allowed_hosts: further names the server is known by.
+    Raises `UsageError`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    key: str = ""
+    no_key: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.key and (len(self.key) < MIN_KEY or not self.key.isascii() or not self.key.isprintable()):
+            raise UsageError(f"The API key must have at least {MIN_KEY} printable ASCII characters.")
+        if not guard.is_loopback(self.host) and not self.key and not self.no_key:
+            raise UsageError(
+                f"--host {self.host} can be reached from other machines, so a key is needed: put one into "
+                "$LLAVA_EDGE_API_KEY or a file for --api-key-file (or give --insecure-no-key)."
+            )
+
+
+def serve(bundle: Bundle, options: EngineOptions, settings: Settings, say: Callable[[str], None]) -> None:
+    """Serve until a signal. `say` gets lines for the person who started it.
+
+    Raises `UnavailableError` when an address is taken or the extra is missing, or what loading the model raises.
+    """
+    if not all(find_spec(name) for name in ("starlette", "uvicorn")):
+        raise UnavailableError("The server needs an extra; run: pip install 'llava-edge[serve]'")
+    asyncio.run(_serve(bundle, options, settings, say))
+
+
+async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say: Callable[[str], None]) -> None:
+    import uvicorn
+
+    from llava_edge.server.app import App
+    from llava_edge.server.protocol import protocol
+
+    sockets = _bind(settings.host, settings.port)
+    port = sockets[0].getsockname()[1]
+    hosts = guard.hosts(settings.host, port, settings.allowed_hosts)
+    limits = settings.limits
+    supervisor = Supervisor(bundle, options, limits)
+    manifest = bundle.manifest
+    votes = Votes(store.home() / "log" / "votes.jsonl", manifest.name, template(manifest.template))
+    app = App(manifest.name, supervisor, votes, limits).asgi(guard.Guard(hosts, settings.key), say)
+    config = uvicorn.Config(
+        app,
+        http=protocol(limits),
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=1,
+        h11_max_incomplete_event_size=limits.head,
+    )
+    try:
+        await supervisor.start()
+        address = f"[{settings.host}]" if ":" in settings.host else settings.host
+        say(f"{manifest.name} on http://{address}:{port} (Ctrl-C ends it)")
+        await uvicorn.Server(config).serve(sockets=sockets)
+    finally:
+        # uvicorn raises Ctrl-C once more when it is done, which cancels whatever is awaited next.
+        closing = asyncio.ensure_future(supervisor.close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await closing
+            raise
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets for the address; for 127.0.0.1 one for ::1 too, where it exists, since `localhost` may mean either."""
+    try:
+        first = _bound(host, port)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UnavailableError(f"{host} port {port} cannot be used: {reason}. Choose another --port.") from error
+    if host != "127.0.0.1":
+        return [first]
+    try:
+        return [first, _bound("::1", first.getsockname()[1])]
+    except OSError:
+        return [first]
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
+
+
+def read_key(file: Path | None, environment: str) -> str:
+    """The key from a file or the environment. Raises `UsageError` when both give one or the file cannot be read."""
+    if file is None:
+        return environment
+    if environment:
+        raise UsageError("There is a key in $LLAVA_EDGE_API_KEY and one in --api-key-file; give one of them.")
+    try:
+        key = file.read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read as a key file.") from error
+    if not key:
+        raise UsageError(f"{file} is empty; a key was expected in it.")
+    return key

@@ -1,0 +1,93 @@
+"""What people thought of answers: votes and flags in one local file, in the record of LLaVA's demo, if turned on.
+
+One JSON object a line: {tstamp, type, model, state, ip}; `state` is the conversation as llava/conversation.py dumps it.
+No client can name the file, and pictures are not in it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_edge.server.problems import Problem, bad
+from llava_edge.templates import Template
+
+KINDS = ("upvote", "downvote", "flag")
+MAX_BYTES = 64 << 20
+_ROLES = {
+    "chatml": ("<|im_start|>user\n", "<|im_start|>assistant\n"),
+    "single": ("Human", "Assistant"),
+    "plain": ("", ""),
+}
+
+
+class Votes:
+    """The file `path`. Off until `on` is set."""
+
+    def __init__(self, path: Path, model: str, layout: Template) -> None:
+        self.path = path
+        self.on = False
+        self._model = model
+        self._layout = layout
+        self._lock = threading.Lock()
+
+    def add(self, body: Mapping[str, Any], address: str) -> None:
+        """Append {"type", "messages": [[role, text], ...]}. Raises `Problem` if it is off, malformed or full."""
+        if not self.on:
+            raise Problem(403, "The log is off.")
+        kind, messages = body.get("type"), body.get("messages")
+        if kind not in KINDS:
+            raise bad(f"type must be one of {', '.join(KINDS)}.", "type")
+        record = {
+            "tstamp": round(time.time(), 4),
+            "type": kind,
+            "model": self._model,
+            "state": self._state(messages),
+            "ip": address,
+        }
+        line = json.dumps(record).encode("ascii") + b"\n"
+        with self._lock:
+            if self.size() + len(line) > MAX_BYTES:
+                raise Problem(507, "The log is full. Export and delete it.")
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(line)
+
+    def read(self) -> bytes:
+        """All lines."""
+        return self.path.read_bytes() if self.path.exists() else b""
+
+    def delete(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+
+    def size(self) -> int:
+        """Bytes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def _state(self, messages: object) -> dict[str, Any]:
+        roles = _ROLES.get(self._layout.style, ("USER", "ASSISTANT"))
+        if not isinstance(messages, list) or not 1 <= len(messages) <= 256:
+            raise bad("messages must be a list of [role, text].", "messages")
+        turns = []
+        for turn in messages:
+            if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
+                raise bad("messages must be a list of [role, text].", "messages")
+            if turn[0] not in ("user", "assistant"):
+                raise bad("A role must be user or assistant.", "messages")
+            turns.append([roles[turn[0] == "assistant"], turn[1]])
+        first, second = {"two": (" ", "</s>"), "llama_2": ("<s>", "</s>")}.get(
+            self._layout.style, (self._layout.end, None)
+        )
+        return {
+            "system": self._layout.system,
+            "roles": list(roles),
+            "messages": turns,
+            "offset": 0,
+            "sep": first,
+            "sep2": second,
+        }

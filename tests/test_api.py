@@ -1,0 +1,182 @@
+"""What programs embed: the parts of the Python API that the other tests do not touch."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_edge import Chunk, EngineOptions, Llava, Options
+from llava_edge.errors import ImageError, MissingError, UnavailableError, UsageError
+from llava_edge.prompt import Message
+
+ROOT = Path(__file__).resolve().parent.parent
+RED = Image.new("RGB", (40, 30), "red")
+
+
+@pytest.fixture(scope="module")
+def llava(micro_bundle: Path) -> Iterator[Llava]:
+    with Llava.load(micro_bundle, device="cpu") as loaded:
+        yield loaded
+
+
+def test_the_device_can_be_named(micro_bundle: Path, llava: Llava) -> None:
+    assert llava.device == "cpu (asked for)"
+    with pytest.raises(UnavailableError, match="metal"):
+        Llava.load(micro_bundle, EngineOptions(threads=1), device="metal" if sys.platform != "darwin" else "cuda")
+
+
+def test_embeddings_are_what_the_checkpoint_computes(micro_bundle: Path, micro_checkpoint: Path, llava: Llava) -> None:
+    """CLIP and projector by transformers, on the same pixels."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from llava_edge.image import load_image, preprocess
+
+    reference = LlavaForConditionalGeneration.from_pretrained(micro_checkpoint, dtype=torch.float32)
+    pixels = torch.from_numpy(preprocess(load_image(RED), llava.bundle.manifest.preprocessing))[None]
+    with torch.no_grad():
+        wanted = reference.get_image_features(pixel_values=pixels)
+    found = llava.embed_image(RED)
+    assert found.dtype == np.float32
+    assert found.shape == (llava.bundle.manifest.vision.image_tokens, llava.bundle.manifest.language.hidden_size)
+    assert np.allclose(found, wanted[0].numpy(), atol=1e-4)
+    assert not np.allclose(found, llava.embed_image(Image.new("RGB", (40, 30), "blue")), atol=1e-2)
+
+
+def test_embedding_refuses_what_asking_refuses(llava: Llava) -> None:
+    with pytest.raises(ImageError):
+        llava.embed_image(b"no picture")
+    with pytest.raises(MissingError):
+        llava.embed_image("nowhere.jpg")
+    assert llava.ask("Hello", options=Options(max_tokens=2)).completion_tokens == 2
+
+
+def test_a_conversation_kept_elsewhere(llava: Llava) -> None:
+    messages = [Message("user", "What is it?", 1), Message("assistant", "red"), Message("user", "Why?")]
+    answer = "".join(chunk.text for chunk in llava.answer(messages, [RED], Options(max_tokens=8)))
+    assert answer
+    with pytest.raises(UsageError, match="room for 1 images"):
+        list(llava.answer(messages, []))
+
+
+def test_chances_are_the_softmax(llava: Llava) -> None:
+    options = Options(max_tokens=6, top_logprobs=20)
+    chunks = list(llava.stream("Hello", options=options))
+    chances = [chance for chunk in chunks for chance in chunk.chances]
+    assert len(chances) == sum(chunk.token_count for chunk in chunks) == 6
+    for chance in chances:
+        assert chance.logprob == chance.top[0][1]  # greedy
+        assert sorted((logprob for _, logprob in chance.top), reverse=True) == [logprob for _, logprob in chance.top]
+        assert sum(math.exp(logprob) for _, logprob in chance.top) <= 1 + 1e-9
+    assert all(not chunk.chances for chunk in llava.stream("Hello", options=Options(max_tokens=3)))
+
+
+# asyncio.
+
+
+def test_awaited_answers_are_the_answers(llava: Llava) -> None:
+    options = Options(max_tokens=12)
+    wanted = [llava.ask(f"Question {i}", RED, options).text for i in range(4)]
+
+    async def run() -> list[str]:
+        results = await asyncio.gather(*(llava.aask(f"Question {i}", RED, options) for i in range(4)))
+        return [result.text for result in results]
+
+    assert asyncio.run(run()) == wanted
+
+
+def test_an_awaited_stream_leaves_the_loop_free(llava: Llava) -> None:
+    async def run() -> tuple[list[Chunk], int]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.001)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        chunks = [chunk async for chunk in llava.astream("Hello", options=Options(max_tokens=200))]
+        ticking.cancel()
+        return chunks, ticks
+
+    chunks, ticks = asyncio.run(run())
+    assert ticks > 3
+    assert chunks[-1].final
+    assert "".join(chunk.text for chunk in chunks) == chunks[-1].final.text
+
+
+def test_cancelling_a_task_stops_the_work(llava: Llava) -> None:
+    async def run() -> None:
+        stream = llava.astream("Hello", options=Options(max_tokens=480))
+        assert await anext(stream)
+        await stream.aclose()
+        task = asyncio.create_task(llava.aask("Hello", options=Options(max_tokens=480)))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert llava.ask("Hello", options=Options(max_tokens=2)).completion_tokens == 2
+
+
+def test_errors_arrive_where_they_are_awaited(llava: Llava) -> None:
+    with pytest.raises(ImageError):
+        asyncio.run(llava.aask("Hello", b"no picture"))
+
+
+# Memory and privacy.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+def test_loading_twice_shares_the_weights(micro_bundle: Path) -> None:
+    """Both mappings of every weight file are of the same pages: none of them is private to one."""
+
+    def mappings() -> dict[str, list[int]]:
+        """For each mapping of a weight file, the kilobytes that only it holds and that were written to."""
+        found: dict[str, list[int]] = {}
+        name = ""
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                path = line.split(maxsplit=5)[5] if len(line.split(maxsplit=5)) == 6 else ""
+                name = Path(path).name if path.startswith(str(micro_bundle)) else ""
+                if name:
+                    found.setdefault(name, []).append(0)
+            elif name and line.startswith("Private_Dirty:"):
+                found[name][-1] += int(line.split()[1])
+        return found
+
+    with Llava.load(micro_bundle, device="cpu") as one, Llava.load(micro_bundle, device="cpu") as two:
+        assert one.ask("Hello", RED).text == two.ask("Hello", RED).text
+        found = mappings()
+    assert len(found["language.gguf"]) >= 2
+    assert {name: kilobytes for name, kilobytes in found.items() if any(kilobytes)} == {}
+
+
+def test_onnx_runtime_tells_nobody(micro_bundle: Path, tmp_path: Path) -> None:
+    """Its telemetry keeps a device id and a queue of events in the home folder; ours stays empty."""
+
+    def files(code: str, name: str) -> list[Path]:
+        home = tmp_path / name
+        home.mkdir()
+        environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+        environment |= {"HOME": str(home), "LLAVA_EDGE_HOME": str(tmp_path / "own")}
+        environment.pop("XDG_CACHE_HOME", None)
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True)
+        return [path for path in home.rglob("*") if path.is_file()]
+
+    load = f"from llava_edge import Llava\nLlava.load({str(micro_bundle)!r}, device='cpu').close()"
+    assert files(load, "ours") == []
+    if not files("import onnxruntime", "theirs"):
+        pytest.skip("this onnxruntime has no telemetry")

@@ -1,0 +1,186 @@
+"""Grammars from JSON schemas: a random model, drawing at random, can say nothing but JSON that satisfies them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_edge import Llava, Options
+from llava_edge.errors import UsageError
+from llava_edge.json_grammar import any_object, from_schema
+
+
+@pytest.fixture(scope="module")
+def llava(micro_bundle: Path) -> Iterator[Llava]:
+    with Llava.load(micro_bundle, device="cpu") as loaded:
+        yield loaded
+
+
+def said(llava: Llava, grammar: str, seed: int, longest: int = 200) -> Any:
+    """What an answer at a high temperature is, or None if it was cut off."""
+    answer = llava.ask("?", options=Options(grammar=grammar, temperature=3.0, seed=seed, max_tokens=longest))
+    return json.loads(answer.text) if answer.finish_reason == "stop" else None
+
+
+def satisfies(value: Any, schema: Any, root: Any) -> bool:
+    """A second reading of the keywords that are supported, by JSON Schema 2020-12."""
+    if schema is True or schema == {}:
+        return True
+    if "$ref" in schema:
+        found = root
+        for part in schema["$ref"].split("/")[1:]:
+            found = found[part]
+        return satisfies(value, found, root)
+    kinds: dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+    tests: dict[str, Any] = {
+        "const": lambda wanted: value == wanted,
+        "enum": lambda wanted: value in wanted,
+        "anyOf": lambda options: any(satisfies(value, option, root) for option in options),
+        "oneOf": lambda options: sum(satisfies(value, option, root) for option in options) == 1,
+        "type": lambda names: any(
+            (type(value) in (int, float) and (name == "number" or value == int(value)))
+            if name in ("number", "integer")
+            else type(value) is kinds[name]
+            for name in (names if isinstance(names, list) else [names])
+        ),
+        "properties": lambda named: (
+            not isinstance(value, dict)
+            or all(name not in value or satisfies(value[name], each, root) for name, each in named.items())
+        ),
+        "required": lambda names: not isinstance(value, dict) or all(name in value for name in names),
+        "additionalProperties": lambda extra: (
+            not isinstance(value, dict)
+            or all(
+                name in schema.get("properties", {}) or (extra is not False and satisfies(each, extra, root))
+                for name, each in value.items()
+            )
+        ),
+        "items": lambda each: not isinstance(value, list) or all(satisfies(item, each, root) for item in value),
+        "minItems": lambda low: not isinstance(value, list) or len(value) >= low,
+        "maxItems": lambda high: not isinstance(value, list) or len(value) <= high,
+        "minLength": lambda low: not isinstance(value, str) or len(value) >= low,
+        # A random model also writes bytes that are no UTF-8, which the grammar counts otherwise than Python.
+        "maxLength": lambda high: not isinstance(value, str) or len(value.replace("\ufffd", "")) <= high,
+        "minimum": lambda low: not isinstance(value, int) or value >= low,
+        "maximum": lambda high: not isinstance(value, int) or value <= high,
+    }
+    return all(test(schema[word]) for word, test in tests.items() if word in schema)
+
+
+SHORT = {"type": "string", "maxLength": 5}
+SCHEMAS: dict[str, Any] = {
+    "words": {"enum": ["red", 'a "b"\n\\', 3, None, {"x": [1.5]}, "é😀"]},
+    "one word": {"const": "yes"},
+    "short": {"type": "string", "minLength": 2, "maxLength": 4},
+    "from 3 to 5": {"type": "integer", "minimum": 3, "maximum": 5},
+    "below zero": {"type": "integer", "minimum": -2, "maximum": 0},
+    "list": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
+    "empty list": {"type": "array", "maxItems": 0},
+    "one": {"type": "array", "items": {"enum": [1, 2]}, "minItems": 1, "maxItems": 1},
+    "required": {"type": "object", "properties": {"a": SHORT, "b": {"type": "null"}}, "required": ["b"]},
+    "optional": {"type": "object", "properties": {"a": {"enum": [1]}, "b": {"enum": [2]}, "c": {"enum": [3]}}},
+    "none": {"type": "object", "properties": {}, "additionalProperties": False},
+    "nested": {
+        "type": "object",
+        "properties": {
+            "item": {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}},
+            "tags": {"type": "array", "items": SHORT, "maxItems": 2},
+        },
+        "required": ["item", "tags"],
+        "additionalProperties": False,
+        "title": "described",
+        "description": "all of this is ignored",
+    },
+    "either": {"anyOf": [{"type": "boolean"}, {"const": "unknown"}]},
+    "types": {"type": ["boolean", "null"]},
+    "reference": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"enum": ["x", "y"]}}},
+    "names": {"type": "object", "properties": {'"quoted"\\': {"const": 1}}, "required": ['"quoted"\\']},
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_answer_satisfies_its_schema(name: str, llava: Llava) -> None:
+    schema = SCHEMAS[name]
+    grammar = from_schema(schema)
+    values = [value for seed in range(12) if (value := said(llava, grammar, seed)) is not None or name == "words"]
+    assert values
+    assert [value for value in values if not satisfies(value, schema, schema)] == []
+
+
+def test_all_that_a_small_schema_allows_is_said(llava: Llava) -> None:
+    """Not only one of the choices, nor always every optional property."""
+    found = {json.dumps(said(llava, from_schema(SCHEMAS["optional"]), seed)) for seed in range(300)}
+    assert len(found) == 8
+    assert "{}" in found
+    assert '{"a": 1, "b": 2, "c": 3}' in found
+
+
+def test_objects_and_recursion_are_json(llava: Llava) -> None:
+    tree = {"type": "object", "properties": {"next": {"$ref": "#"}}}
+    for grammar in (any_object(), from_schema(tree), from_schema({"type": "object", "additionalProperties": SHORT})):
+        values = [value for seed in range(12) if (value := said(llava, grammar, seed)) is not None]
+        assert all(isinstance(value, dict) for value in values)
+    assert values
+
+
+def test_the_grammar_counts(llava: Llava) -> None:
+    """Without it the same draw is no JSON."""
+    answer = llava.ask("?", options=Options(temperature=3.0, seed=0, max_tokens=20))
+    with pytest.raises(ValueError, match="Expecting value"):
+        json.loads(answer.text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"type": "string", "pattern": "^a"}, "'pattern'"),
+        ({"type": "number", "minimum": 1}, "'minimum'"),
+        ({"type": "integer", "minimum": 1}, "limits an integer"),
+        ({"type": "integer", "minimum": 1, "maximum": 10**6}, "limits an integer"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "limits an integer"),
+        ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
+        ({"allOf": [{}]}, "'allOf'"),
+        ({"not": {}}, "'not'"),
+        ({"type": "any"}, "type"),
+        ({"type": 5}, "type"),
+        ({"type": []}, "type"),
+        ({"enum": []}, "1 to 500"),
+        ({"enum": "abc"}, "1 to 500"),
+        ({"enum": ["\ud800"]}, "surrogate"),
+        ({"$ref": "http://127.0.0.1/x"}, "inside the schema"),
+        ({"$ref": "#/$defs/missing"}, "not there"),
+        ({"type": "string", "maxLength": 10**9}, "maxLength"),
+        ({"type": "string", "minLength": 5, "maxLength": 4}, "below"),
+        ({"type": "array", "minItems": -1}, "minItems"),
+        ({"type": "object", "required": ["a"]}, "requires"),
+        ({"type": "object", "properties": []}, "properties"),
+        ({"properties": {"a": {"type": "string", "format": "x", "pattern": "y"}}}, "#/properties/a"),
+        (None, "not an object"),
+        ("x", "not an object"),
+        ({"anyOf": [{"const": i} for i in range(501)]}, "1 to 500"),
+        ({"type": "object", "properties": {str(i): {"type": "string"} for i in range(400)}}, "too large"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_kept_is_refused(schema: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says.replace("$", r"\$")):
+        from_schema(schema)
+
+
+def test_depth_is_limited() -> None:
+    schema: Any = {"type": "null"}
+    for _ in range(100):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(UsageError, match="nested deeper"):
+        from_schema(schema)
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"anyOf": [{"$ref": "#"}, {"type": "null"}]}])
+def test_a_schema_that_is_only_itself_is_refused_by_the_engine(schema: Any, llava: Llava) -> None:
+    with pytest.raises(UsageError, match="grammar"):
+        llava.ask("?", options=Options(grammar=from_schema(schema), max_tokens=4))
+    assert llava.ask("?", options=Options(max_tokens=2)).text

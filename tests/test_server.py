@@ -1,0 +1,329 @@
+"""The server as programs meet it: the official `openai` client against a real process with the micro model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Server, data_url, png, question, running
+
+from llava_edge import Llava, Options
+
+openai = pytest.importorskip("openai", reason="the openai client is not installed")
+
+
+@pytest.fixture(scope="module")
+def server(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(micro_bundle, tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def llava(micro_bundle: Path) -> Iterator[Llava]:
+    with Llava.load(micro_bundle, device="cpu") as loaded:
+        yield loaded
+
+
+def user(text: str, *pictures: bytes) -> dict[str, Any]:
+    message: dict[str, Any] = question(text, pictures)["messages"][0]
+    return message
+
+
+def test_an_answer_is_the_librarys_answer(client: Any, llava: Llava) -> None:
+    for pictures in ((), (png("red"),), (png("red"), png("blue"))):
+        wanted = llava.ask("What colour?", list(pictures), Options(max_tokens=16))
+        got = client.chat.completions.create(model="micro", messages=[user("What colour?", *pictures)], max_tokens=16)
+        assert got.choices[0].message.content == wanted.text
+        assert got.choices[0].finish_reason == wanted.finish_reason
+        assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (
+            wanted.prompt_tokens,
+            wanted.completion_tokens,
+        )
+        assert got.usage.total_tokens == wanted.prompt_tokens + wanted.completion_tokens
+
+
+def test_pictures_make_a_difference(server: Server) -> None:
+    def answer(colour: str) -> Any:
+        return server.ask("Colour?", (png(colour),), logprobs=True)["choices"][0]["logprobs"]["content"][0]["logprob"]
+
+    assert answer("red") != answer("blue")
+
+
+def test_the_stream_is_the_answer(client: Any) -> None:
+    messages = [user("Tell me about it.", png())]
+    whole = client.chat.completions.create(model="micro", messages=messages, max_tokens=24)
+    usage = {"include_usage": True}
+    events = list(
+        client.chat.completions.create(
+            model="micro", messages=messages, max_tokens=24, stream=True, stream_options=usage
+        )
+    )
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(e.choices[0].delta.content or "" for e in events[:-1]) == whole.choices[0].message.content
+    assert [e.choices[0].finish_reason for e in events[:-1]] == [None] * (len(events) - 2) + ["length"]
+    assert events[-1].usage == whole.usage
+    assert len({e.id for e in events}) == 1
+
+
+def test_a_conversation(client: Any, llava: Llava) -> None:
+    chat = llava.chat(system="Be kind.", options=Options(max_tokens=12))
+    turns: list[dict[str, Any]] = [{"role": "system", "content": "Be kind."}]
+    for text, pictures in (("What is it?", [png()]), ("And this?", [png("blue")]), ("Why?", [])):
+        turns.append(user(text, *pictures))
+        answer = client.chat.completions.create(model="micro", messages=turns, max_tokens=12).choices[0].message.content
+        turns.append({"role": "assistant", "content": answer})
+        assert answer == "".join(chunk.text for chunk in chat.say(text, pictures))
+
+
+def test_stop_seed_temperature(client: Any) -> None:
+    def answer(**options: Any) -> str:
+        made = client.chat.completions.create(model="micro", messages=[user("Hello")], max_tokens=24, **options)
+        assert made.choices[0].finish_reason in ("stop", "length")
+        text = made.choices[0].message.content
+        assert isinstance(text, str)
+        return text
+
+    whole = answer()
+    middle = whole[len(whole) // 2 :][:3]
+    assert answer(stop=middle) == whole[: whole.find(middle)]
+    assert answer(stop=["never there", middle]) == whole[: whole.find(middle)]
+    assert answer(temperature=1.0, seed=1) == answer(temperature=1.0, seed=1)
+    assert len({answer(temperature=1.0, seed=seed) for seed in range(4)}) > 1
+    assert len({answer(temperature=1.0) for _ in range(4)}) > 1  # drawn anew where no seed is given
+    assert answer(temperature=5.0, top_p=1e-6) == whole
+
+
+def test_json_schema(client: Any) -> None:
+    """Whatever a random model wants to say, it is this JSON."""
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}, "sure": {"type": "boolean"}},
+        "required": ["colour", "sure"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    for seed in range(5):
+        made = client.chat.completions.create(
+            model="micro",
+            messages=[user("?", png())],
+            response_format=wanted,
+            temperature=2.0,
+            seed=seed,
+            max_tokens=64,
+        )
+        value = json.loads(made.choices[0].message.content)
+        assert made.choices[0].finish_reason == "stop"
+        assert set(value) == {"colour", "sure"}
+        assert value["colour"] in ("red", "blue")
+        assert isinstance(value["sure"], bool)
+
+
+def test_json_object(server: Server) -> None:
+    text = server.text("?", response_format={"type": "json_object"}, temperature=1.0, seed=3, max_tokens=12)
+    assert text.startswith("{")
+    assert not server.text("?", temperature=1.0, seed=3, max_tokens=12).startswith("{")
+
+
+def test_logprobs(client: Any) -> None:
+    made = client.chat.completions.create(
+        model="micro", messages=[user("Hello")], max_tokens=8, logprobs=True, top_logprobs=3
+    )
+    tokens = made.choices[0].logprobs.content
+    assert len(tokens) == made.usage.completion_tokens
+    for token in tokens:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == token.top_logprobs[0].logprob < 0  # greedy: the best of them
+    said = b"".join(bytes(token.bytes) for token in tokens).decode("utf-8", "replace")
+    assert said.lstrip().startswith(made.choices[0].message.content)
+
+
+def test_completions(client: Any, llava: Llava) -> None:
+    made = client.completions.create(model="micro", prompt="Hello", max_tokens=8)
+    assert made.choices[0].text == llava.ask("Hello", options=Options(max_tokens=8)).text
+    parts = client.completions.create(model="micro", prompt="Hello", max_tokens=8, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == made.choices[0].text
+
+
+def test_models_and_health(client: Any, server: Server) -> None:
+    assert [model.id for model in client.models.list()] == ["micro"]
+    assert client.models.retrieve("micro").id == "micro"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    assert server.health()["status"] == "ok"
+
+
+def test_metrics_count(server: Server) -> None:
+    name = 'llava_edge_tokens_total{kind="answer"}'
+    before = server.metric(name)
+    tokens = server.ask("Hello")["usage"]["completion_tokens"]
+    assert server.metric(name) == before + tokens
+    for line in server.request("GET", "/metrics")[2].decode().splitlines():
+        assert line.startswith("# ") or len(line.split()) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"model": "gpt-4o"}, 404, "model"),
+        ({"model": None}, 400, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": "hi"}, 400, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages[0].content[0]"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
+        ({"messages": [user("a"), user("b")]}, 400, "messages"),
+        ({"messages": [user("a", *[png()] * 9)]}, 400, "messages"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": -1}, 400, "max_tokens"),
+        ({"max_tokens": "5"}, 400, "max_tokens"),
+        ({"max_tokens": True}, 400, "max_tokens"),
+        ({"max_tokens": 1 << 63}, 400, "max_tokens"),
+        ({"max_tokens": 1e308}, 400, "max_tokens"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"top_p": 2}, 400, "top_p"),
+        ({"seed": 1.5}, 400, "seed"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"stop": ["x"] * 17}, 400, "stop"),
+        ({"stop": 3}, 400, "stop"),
+        ({"n": 2}, 400, "n"),
+        ({"n": True}, 400, "n"),
+        ({"stream": "yes"}, 400, "stream"),
+        ({"logit_bias": {"1": 5}}, 400, "logit_bias"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"top_logprobs": 2}, 400, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 99}, 400, "top_logprobs"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "a"}}}},
+            400,
+            "response_format",
+        ),
+        ({"messages": [user("x " * 5000)]}, 400, "messages"),
+        ({"messages": [user("a", b"no picture")]}, 400, "messages"),
+        ({"messages": [user("a", png()[:-20])]}, 400, "messages"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], status: int, param: str, server: Server) -> None:
+    for stream in (False, True):
+        body = {"stream": stream, **question("Hello"), **change}
+        got, _, answer = server.request("POST", "/v1/chat/completions", body)
+        error = json.loads(answer)["error"]
+        assert (got, error["param"]) == (status, param), error
+        assert set(error) == {"message", "type", "param", "code"}
+        assert "/" not in error["message"].replace("data:image/", "").replace("and/or", "")
+        assert "Traceback" not in error["message"]
+    assert server.health()["crashes"] == 0
+
+
+def test_unknown_fields_are_ignored(server: Server) -> None:
+    assert server.text("Hello", user="me", metadata={"a": 1}, n=1, tools=[]) == server.text("Hello")
+
+
+def test_pixels_are_counted_over_all_images(server: Server) -> None:
+    large = png(size=(6000, 5000))
+    assert server.request("POST", "/v1/chat/completions", question("?", (large,)))[0] == 200
+    status, _, body = server.request("POST", "/v1/chat/completions", question("?", (large, large)))
+    assert (status, b"pixels" in body) == (400, True)
+
+
+def test_leaving_a_stream_frees_the_model(client: Any, server: Server) -> None:
+    stream = client.chat.completions.create(model="micro", messages=[user("Hello")], max_tokens=480, stream=True)
+    next(iter(stream))
+    stream.close()
+    name = 'llava_edge_answers_total{reason="length"}'
+    before = server.metric(name)
+    assert server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 1) < 2
+    assert server.text("Hello", max_tokens=4)
+    assert server.metric(name) == before + 1  # the one that was left did not run to its end
+
+
+def test_the_library_and_the_page_are_served_at_once(server: Server) -> None:
+    """Requests of every kind get their answer while the model works."""
+    busy = threading.Thread(target=server.ask, args=("Hello",), kwargs={"max_tokens": 400})
+    busy.start()
+    assert server.request("GET", "/", timeout=2)[0] == 200
+    assert server.request("GET", "/health", timeout=2)[0] == 200
+    busy.join()
+
+
+def test_the_bytes_decide_not_their_label(server: Server) -> None:
+    def status(address: str) -> int:
+        content = [{"type": "image_url", "image_url": {"url": address}}]
+        body = question() | {"messages": [{"role": "user", "content": content}]}
+        return server.request("POST", "/v1/chat/completions", body)[0]
+
+    assert status(data_url(png(), "jpeg")) == 200
+    assert status("data:image/jpeg;base64,AAAA") == 400
+
+
+# Other clients, by configuration alone.
+
+
+def run_client(*command: str, **environment: str) -> str:
+    """What a program of another package prints; in a process of its own, since these packages are large."""
+    done = subprocess.run(
+        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("llm"), reason="the package llm is not installed")
+def test_llm(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(png())
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: here\n  model_name: micro\n  api_base: http://127.0.0.1:{server.port}/v1\n  vision: true\n"
+    )
+    wanted = server.text("Colour?", (png(),), max_tokens=16).strip()
+    command = [
+        "-m",
+        "llm",
+        "prompt",
+        "-m",
+        "here",
+        "Colour?",
+        "-a",
+        str(tmp_path / "red.png"),
+        "-o",
+        "max_tokens",
+        "16",
+    ]
+    for extra in ([], ["--no-stream"]):
+        said = run_client(*command, "--key", "none", *extra, LLM_USER_PATH=str(tmp_path), PYTHONUTF8="1")
+        assert said == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("litellm"), reason="the package litellm is not installed")
+def test_litellm(server: Server) -> None:
+    messages = json.dumps(question("Colour?", (png(),))["messages"])
+    code = f"""
+import json, litellm
+to = dict(model="openai/micro", api_base="http://127.0.0.1:{server.port}/v1", api_key="none", max_tokens=16)
+messages = json.loads({messages!r})
+print(litellm.completion(messages=messages, **to).choices[0].message.content.encode("utf-8").hex())
+parts = litellm.completion(messages=messages, stream=True, **to)
+print("".join(part.choices[0].delta.content or "" for part in parts).encode("utf-8").hex())
+"""
+    said = run_client("-c", code, LITELLM_LOCAL_MODEL_COST_MAP="True").split()
+    assert said == [server.text("Colour?", (png(),), max_tokens=16).encode().hex()] * 2

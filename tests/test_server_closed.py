@@ -1,0 +1,575 @@
+"""What the server refuses by default: other hosts, other pages, addresses, files, and too much of anything."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import ROOT, Server, png, question, running
+
+from llava_edge.errors import UsageError
+from llava_edge.server import guard
+from llava_edge.server.limits import Limits
+
+pytest.importorskip("starlette", reason="the extra [serve] is not installed")
+
+KEY = "0123456789abcdef"
+
+# Imported by every Python process of the server: writes each opening of a file, connection or program to a file.
+SPY = """
+import os, sys
+_log = os.open(os.environ["SPY_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+def _spy(event, arguments):
+    if event in ("open", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.listdir", "urllib.Request"):
+        os.write(_log, (event + " " + repr(arguments[:2])[:300] + "\\n").encode())
+sys.addaudithook(_spy)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose processes note what they open, in `spy.log`."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "spy").mkdir()
+    (folder / "spy" / "sitecustomize.py").write_text(SPY)
+    log = folder / "spy.log"
+    with running(micro_bundle, folder, environment={"SPY_LOG": str(log)}, first=(str(folder / "spy"),)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def locked(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that needs a key."""
+    folder = tmp_path_factory.mktemp("locked")
+    with running(micro_bundle, folder, environment={"LLAVA_EDGE_API_KEY": KEY}) as started:
+        yield started
+
+
+def status_of(said: bytes) -> int:
+    return int(said.split(b" ", 2)[1])
+
+
+# Host and Origin.
+
+GOOD_HOSTS = ["127.0.0.1:{port}", "localhost:{port}", "LocalHost:{port}", "[::1]:{port}"]
+BAD_HOSTS = [
+    *("evil.com", "evil.com:{port}", "localhost.evil.com:{port}", "127.0.0.1.evil.com:{port}", "evil-localhost:{port}"),
+    *("2130706433:{port}", "0x7f000001:{port}", "0177.0.0.1:{port}", "127.1:{port}", "0.0.0.0:{port}", "[::]:{port}"),
+    *("127.0.0.1", "localhost", "127.0.0.1:1", "127.0.0.1:0{port}", "localhost.:{port}", "box.local:{port}"),
+    *("[::1%25lo]:{port}", "127.0.0.2:{port}", "user@localhost:{port}", "localhost:{port}@evil.com", ""),
+    *("localhost:{port}, evil.com", "localhost\t:{port}", "[::ffff:127.0.0.1]:{port}", "xn--lcalhost-54a:{port}"),
+]
+GOOD_ORIGINS = ["http://127.0.0.1:{port}", "http://localhost:{port}", "http://[::1]:{port}"]
+BAD_ORIGINS = [
+    *("null", "http://evil.com", "https://127.0.0.1:{port}", "http://127.0.0.1", "http://127.0.0.1:1", "file://"),
+    *("http://localhost.evil.com:{port}", "http://127.0.0.1:{port}.evil.com", "chrome-extension://abc", "*"),
+    *("http://127.0.0.1:{port}/", "http://127.0.0.1:{port} http://evil.com"),
+]
+BAD_SITES = ["cross-site", "same-site", "", "same-origin, cross-site"]
+
+
+@pytest.mark.parametrize("host", GOOD_HOSTS)
+def test_own_hosts(host: str, server: Server) -> None:
+    assert server.request("GET", "/health", headers={"Host": host.format(port=server.port)})[0] == 200
+
+
+@pytest.mark.parametrize("host", BAD_HOSTS)
+def test_other_hosts(host: str, server: Server) -> None:
+    for path, body in (("/health", None), ("/", None), ("/v1/chat/completions", question())):
+        given = {"Host": host.format(port=server.port)}
+        status, headers, answer = server.request("POST" if body else "GET", path, body, given)
+        assert status in (400, 403)
+        assert "access-control-allow-origin" not in headers
+        assert "error" in json.loads(answer)
+
+
+@pytest.mark.parametrize("origin", GOOD_ORIGINS)
+def test_own_origins(origin: str, server: Server) -> None:
+    given = {"Origin": origin.format(port=server.port), "Sec-Fetch-Site": "same-origin"}
+    assert server.request("POST", "/v1/chat/completions", question(max_tokens=1), given)[0] == 200
+
+
+@pytest.mark.parametrize("origin", BAD_ORIGINS)
+@pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+def test_other_origins(method: str, origin: str, server: Server) -> None:
+    given = {"Origin": origin.format(port=server.port), "Access-Control-Request-Method": "POST"}
+    body = question() if method == "POST" else None
+    status, headers, _ = server.request(method, "/v1/chat/completions", body, given)
+    assert status == 403
+    assert not [name for name in headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("site", BAD_SITES)
+def test_requests_that_browsers_mark_as_foreign(site: str, server: Server) -> None:
+    assert server.request("GET", "/v1/models", headers={"Sec-Fetch-Site": site})[0] == 403
+    assert server.request("GET", "/", headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})[0] == 403
+
+
+def test_a_link_from_elsewhere_leads_to_the_page(server: Server) -> None:
+    given = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert server.request("GET", "/", headers=given)[0] == 200
+    assert server.request("GET", "/metrics", headers=given)[0] == 403
+
+
+RAW = {
+    "two hosts": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nHost: evil.com\r\n\r\n",
+    "no host": b"GET /health HTTP/1.1\r\n\r\n",
+    "old, without a host": b"GET /health HTTP/1.0\r\n\r\n",
+    "absolute": b"GET http://evil.com/health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\n\r\n",
+    "proxy": b"CONNECT evil.com:443 HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\n\r\n",
+    "two origins": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nOrigin: http://127.0.0.1:%d\r\n"
+    b"Origin: http://evil.com\r\nConnection: close\r\n\r\n",
+    "folded": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n evil.com\r\nConnection: close\r\n\r\n",
+    "smuggled": b"POST /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n"
+    b"Connection: close\r\n\r\n0\r\n\r\nGET",
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    "long head": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\nX: "
+    + b"x" * (Limits().head + 100)
+    + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_odd_heads(name: str, server: Server) -> None:
+    request = RAW[name].replace(b"%d", str(server.port).encode())
+    assert status_of(server.raw(request)) in (400, 403, 404, 405, 415, 431)
+
+
+def test_the_tables_are_as_long_as_promised() -> None:
+    hosts, origins = len(GOOD_HOSTS) + len(BAD_HOSTS), len(GOOD_ORIGINS) + 2 * len(BAD_ORIGINS)
+    assert hosts + origins + len(BAD_SITES) + len(RAW) >= 60
+
+
+# Forms and types.
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "application/jsonx"],
+)
+def test_only_json_is_taken(kind: str, server: Server) -> None:
+    for path, method in (("/v1/chat/completions", "POST"), ("/log", "POST"), ("/log/state", "PUT")):
+        body = json.dumps({**question(), "on": True}).encode()
+        assert server.request(method, path, body, {"Content-Type": kind})[0] == 415
+    assert server.request("POST", "/v1/chat/completions", question(), {"Content-Encoding": "gzip"})[0] == 415
+
+
+def test_every_answer_forbids_guessing_and_embedding(server: Server) -> None:
+    for path in ("/", "/health", "/v1/models", "/nowhere"):
+        _, headers, _ = server.request("GET", path)
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+        assert "server" not in headers
+    policy = server.request("GET", "/")[1]["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+
+
+# Addresses and files.
+
+PICTURE = base64.b64encode(png()).decode()
+ADDRESSES = [
+    *("http://127.0.0.1:9/x.png", "https://example.com/x.png", "http://169.254.169.254/latest/meta-data/"),
+    *("http://[::1]:9/x.png", "http://2130706433/x.png", "http://localhost:{port}/metrics", "HTTP://127.0.0.1/x.png"),
+    *("file:///etc/passwd", "file://localhost/etc/passwd", "FILE:///etc/passwd", "/etc/passwd", "../../etc/passwd"),
+    *("etc/passwd", "C:\\Windows\\win.ini", "\\\\evil.com\\share\\x.png", "~/.ssh/id_rsa", "/proc/self/environ"),
+    *("/dev/zero", "/dev/stdin", "ftp://127.0.0.1/x.png", "gopher://127.0.0.1:9/_x", "dict://127.0.0.1:9/x"),
+    *("jar:file:///x.jar!/x.png", "blob:http://127.0.0.1/x", "javascript:alert(1)", "about:blank", "ws://127.0.0.1/"),
+    *("//evil.com/x.png", "http:/evil.com/x.png", " http://evil.com/x.png", "http\u3002//evil.com", "unix:/tmp/x.sock"),
+    *("data:image/svg+xml;base64," + PICTURE, "data:text/html;base64," + PICTURE, "data:;base64," + PICTURE),
+    *("data:image/png," + PICTURE, "data:image/png;base64;x," + PICTURE, "data:image/png;charset=utf-8;base64,x"),
+    *("data:image/png;base64," + PICTURE + "!!!", "data:image/png;base64, " + PICTURE, "data:image/png;base64,"),
+    *("data:image/tiff;base64," + PICTURE, "data:image/png;base64,%2fetc%2fpasswd", "data:image/png;base64"),
+    *("data://image/png;base64," + PICTURE, "data:application/octet-stream;base64," + PICTURE, ""),
+]
+
+
+def opened(server: Server) -> list[str]:
+    return (server.log.parent / "spy.log").read_text().splitlines()
+
+
+def test_addresses_and_files_are_refused_unopened(server: Server) -> None:
+    assert len(ADDRESSES) >= 40
+    # First that the spy sees both processes: an answered request reads /proc/self/status in the child.
+    before = len(opened(server))
+    server.text("Hello", (png(),))
+    assert any("/proc/self/status" in line for line in opened(server)[before:])
+    assert any("language.gguf" in line for line in opened(server)[:before])
+    before = len(opened(server))
+    for address in ADDRESSES:
+        for source in ({"url": address.format(port=server.port)}, address.format(port=server.port)):
+            body = question() | {
+                "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": source}]}]
+            }
+            status, _, answer = server.request("POST", "/v1/chat/completions", body)
+            assert (status, json.loads(answer)["error"]["type"]) == (400, "invalid_request_error"), address
+    assert opened(server)[before:] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/examples/..%2findex.html", "/examples/index.html", "//etc"],
+)
+def test_no_path_names_a_file(path: str, server: Server) -> None:
+    before = len(opened(server))
+    assert server.request("GET", path)[0] == 404
+    assert server.request("GET", f"/v1/models/{path}")[0] == 404
+    assert opened(server)[before:] == []
+
+
+def test_a_schema_fetches_nothing(server: Server) -> None:
+    before = len(opened(server))
+    for target in (
+        "http://127.0.0.1:9/schema.json",
+        "https://example.com/s.json",
+        "file:///etc/passwd",
+        "other.json#/a",
+    ):
+        schema = {"type": "json_schema", "json_schema": {"schema": {"$ref": target}}}
+        assert server.request("POST", "/v1/chat/completions", question(response_format=schema))[0] == 400
+    assert opened(server)[before:] == []
+
+
+# The key.
+
+
+def test_every_route_but_health_needs_the_key(locked: Server) -> None:
+    routes = [
+        ("GET", "/"),
+        ("GET", "/v1/models"),
+        ("GET", "/metrics"),
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/log"),
+    ]
+    routes += [("POST", "/v1/completions"), ("GET", "/examples/x.jpg"), ("GET", "/nowhere"), ("DELETE", "/log")]
+    for method, path in routes:
+        body = question() if method == "POST" else None
+        status, headers, _ = locked.request(method, path, body)
+        assert (status, headers["www-authenticate"][:5]) == (401, "Basic"), path
+    assert locked.request("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("Bearer", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"bearer{KEY}", KEY, f"Token {KEY}", "Bearer é"),
+        *("Basic", "Basic !!!", f"Basic {KEY}", "Basic " + base64.b64encode(KEY.encode()).decode()),
+        "Basic " + base64.b64encode(b"x:" + KEY.encode()[:-1]).decode(),
+    ],
+)
+def test_wrong_keys(given: str, locked: Server) -> None:
+    headers = {"Authorization": given.encode("utf-8").decode("latin-1")}
+    assert locked.request("GET", "/v1/models", headers=headers)[0] == 401
+
+
+def test_the_right_key(locked: Server) -> None:
+    basic = base64.b64encode(f"anyone:{KEY}".encode()).decode()
+    for given in (f"Bearer {KEY}", f"bearer {KEY}", f"Basic {basic}"):
+        assert locked.request("GET", "/v1/models", headers={"Authorization": given})[0] == 200
+    assert KEY not in locked.log.read_text()
+    assert KEY.encode() not in Path(f"/proc/{locked.process.pid}/cmdline").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--host", "0.0.0.0"], "a key is needed"),
+        (["--host", "::"], "a key is needed"),
+        (["--host", "192.0.2.1"], "a key is needed"),
+        (["--host", "example.com"], "not an IP address"),
+        (["--api-key-file", "nowhere"], "cannot be read"),
+        (["--allow-host", "*.local"], "is no host name"),
+        (["--allow-host", "http://box"], "is no host name"),
+    ],
+)
+def test_settings_that_would_open_it(options: list[str], says: str, micro_bundle: Path) -> None:
+    command = [sys.executable, "-m", "llava_edge", "serve", "--model", str(micro_bundle), "--port", "0", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+def test_a_taken_port(server: Server, micro_bundle: Path) -> None:
+    command = [sys.executable, "-m", "llava_edge", "serve", "--model", str(micro_bundle), "--port", str(server.port)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 69
+    assert "in use" in done.stderr
+
+
+def test_hosts_are_exact() -> None:
+    found = guard.hosts("127.0.0.1", 8080, ["box.local", "box:9000"])
+    assert found == {
+        *("localhost:8080", "127.0.0.1:8080", "[::1]:8080", "box.local", "box.local:8080", "box:9000", "box:9000:8080")
+    }
+    assert "localhost" in guard.hosts("127.0.0.1", 80, [])
+    assert "0.0.0.0:80" not in guard.hosts("0.0.0.0", 80, [])
+    with pytest.raises(UsageError):
+        guard.hosts("127.0.0.1", 80, ["*"])
+
+
+# Too much, too slow.
+
+
+def chat(body: bytes, server: Server) -> tuple[int, str]:
+    status, _, answer = server.request("POST", "/v1/chat/completions", body)
+    return status, json.loads(answer)["error"]["message"]
+
+
+def test_bodies(server: Server) -> None:
+    limits = Limits()
+    good = json.dumps(question()).encode()
+    cases = [
+        (b"", 400, "not valid JSON"),
+        (b"[]", 400, "must be a JSON object"),
+        (b"\xff\xfe{}", 400, "not UTF-8"),
+        (good.decode().encode("utf-16"), 400, "not UTF-8"),
+        (b"\xef\xbb\xbf" + good, 400, "not valid JSON"),
+        (b'{"model": "micro", "model": "micro"}', 400, "same name twice"),
+        (b'{"temperature": NaN}', 400, "not JSON"),
+        (b'{"a": ' + b"[" * 33 + b"]" * 33 + b"}", 400, "deeper than 32"),
+        (b"[" * 100_000, 400, "deeper than 32"),
+        (b'{"a": [' + b"1," * (limits.structure // 2) + b"1]}", 413, "JSON that are not text"),
+        (b'{"max_tokens": ' + b"9" * 5000 + b"}", 400, "not valid JSON"),
+        (good[:-5], 400, "not valid JSON"),
+        (good + b"{}", 400, "not valid JSON"),
+    ]
+    for body, status, says in cases:
+        got, message = chat(body, server)
+        assert (got, says in message) == (status, True), message
+
+
+def test_a_body_over_the_limit_is_answered(server: Server) -> None:
+    """Not reset: the client is told, declared length or not."""
+    body = b'{"a": "' + b"x" * Limits().body + b'"}'
+    assert chat(body, server)[0] == 413
+    chunk = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
+    data = server.post + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunk * 24 + b"0\r\n\r\n"
+    assert status_of(server.raw(data)) == 413
+
+
+def test_texts_over_the_limit(server: Server) -> None:
+    status, message = chat(json.dumps(question("x" * (Limits().prompt + 1))).encode(), server)
+    assert (status, "bytes" in message) == (400, True)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 200
+    status, message = chat(json.dumps(question() | {"messages": messages}).encode(), server)
+    assert (status, "256" in message) == (400, True)
+
+
+def test_slow_clients_are_left(micro_bundle: Path, tmp_path: Path) -> None:
+    """Ones that never finish their head or their body, or never read the answer; others do not notice."""
+    with running(micro_bundle, tmp_path, limits="head_seconds=0.5, body_seconds=0.5, stall_seconds=0.5") as server:
+        assert server.raw(b"") == b""
+        assert server.raw(b"GET /hea") == b""
+        said = server.raw(server.post + b"Content-Length: 100\r\n\r\n{")
+        assert status_of(said) == 408
+        # A wrong key or host does not spare anyone the time limit of the body.
+        assert (
+            status_of(server.raw(server.post.replace(b"127.0.0.1", b"evil") + b"Content-Length: 100\r\n\r\n{")) == 403
+        )
+        drip = socket.create_connection(("127.0.0.1", server.port))
+        start = time.monotonic()
+        with drip:
+            try:
+                while time.monotonic() - start < 20:
+                    drip.sendall(b"G")
+                    time.sleep(0.05)
+            except OSError:
+                pass
+        assert time.monotonic() - start < 10
+        assert server.text("Hello")
+
+
+def test_who_does_not_read_is_left(micro_bundle: Path, tmp_path: Path) -> None:
+    """Exporting a large log and reading nothing of it: soon the rest is gone, and so is the connection."""
+    with running(micro_bundle, tmp_path, limits="stall_seconds=0.5") as server:
+        log = tmp_path / "home" / "log"
+        log.mkdir(parents=True)
+        (log / "votes.jsonl").write_bytes(b"x" * (30 << 20))
+        request = b"GET /log HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\n\r\n" % server.port
+        assert len(server.raw(request)) > 30 << 20  # who reads gets all
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.settimeout(20)
+        got = 0
+        with connection, contextlib.suppress(ConnectionResetError):
+            connection.sendall(request)
+            time.sleep(1.5)
+            while part := connection.recv(1 << 20):
+                got += len(part)
+        assert got < 30 << 20
+
+
+def test_too_many_at_once_are_refused(micro_bundle: Path, tmp_path: Path) -> None:
+    with running(micro_bundle, tmp_path, limits="requests=4") as server:
+        slow = []
+        for _ in range(4):
+            slow.append(socket.create_connection(("127.0.0.1", server.port)))
+            slow[-1].sendall(server.post + b"Content-Length: 100\r\n\r\n{")
+        time.sleep(0.2)
+        status, headers, _ = server.request("GET", "/v1/models")
+        assert (status, int(headers["retry-after"]) > 0) == (503, True)
+        for connection in slow:
+            connection.close()
+        server.wait_until(lambda: server.request("GET", "/v1/models")[0] == 200)
+
+
+# What it says.
+
+
+def test_the_log_has_no_prompts_and_cannot_be_forged(server: Server) -> None:
+    server.text("a secret question")
+    server.request("GET", "/x%0a%1b[31mGET%20/forged%20200")
+    server.raw(b"EVIL\x1b[31m /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\n\r\n" % server.port)
+    said = server.log.read_text()
+    assert "secret" not in said
+    assert "forged" not in said
+    assert "\x1b" not in said
+    assert "GET (other) 404" in said
+
+
+# Mutated requests.
+
+
+def mutations(count: int, seed: int) -> Iterator[bytes]:
+    """A good request with one to three of its values, or bytes, replaced by something else."""
+    chosen = random.Random(seed)
+    values: list[Any] = [
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        5,
+        2**31,
+        2**63,
+        2**64,
+        -(2**63),
+        1e308,
+        -0.0,
+        0.5,
+        "",
+        "5",
+        "x" * 300,
+    ]
+    values += [
+        [],
+        {},
+        [[]],
+        [None],
+        {"a": 1},
+        "\0",
+        "\ud800",
+        "😀",
+        "<image>",
+        "<|im_end|>",
+        [1] * 50,
+        ["a"] * 20,
+        "null",
+    ]
+    names = ["max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "stream_options", "response_format"]
+    names += ["logprobs", "top_logprobs", "model", "messages", "max_completion_tokens", "tools", "logit_bias", "user"]
+    names += ["frequency_penalty", "modalities", "__class__", "grammar", "options", "id", "cancel"]
+    for _ in range(count):
+        body: dict[str, Any] = question("Hi", (png(),) if chosen.random() < 0.3 else (), max_tokens=2)
+        for _ in range(chosen.randint(1, 3)):
+            way = chosen.randrange(4)
+            if way == 0:
+                body[chosen.choice(names)] = chosen.choice(values)
+            elif way == 1:
+                body["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema(chosen, values, 3)}}
+            elif way == 2 and isinstance(body.get("messages"), list) and body["messages"]:
+                message = chosen.choice(body["messages"])
+                if isinstance(message, dict):
+                    message[chosen.choice(["role", "content", "name", "images"])] = chosen.choice(values)
+            elif isinstance(body.get("messages"), list):
+                part = {
+                    "type": chosen.choice(["text", "image_url", 5]),
+                    "image_url": chosen.choice(values),
+                    "text": "x",
+                }
+                body["messages"] = [*body["messages"], {"role": "user", "content": [part]}][-chosen.randint(1, 2) :]
+        data = bytearray(json.dumps(body).encode())
+        if chosen.random() < 0.3:
+            for _ in range(chosen.randint(1, 4)):
+                data[chosen.randrange(len(data))] = chosen.randrange(256)
+        yield bytes(data[: chosen.randrange(len(data))] if chosen.random() < 0.05 else data)
+
+
+def schema(chosen: random.Random, values: list[Any], depth: int) -> Any:
+    """Something like a JSON schema."""
+    if depth == 0 or chosen.random() < 0.2:
+        return chosen.choice([*values, {"type": "string"}, {"enum": ["a"]}, {"$ref": "#"}, {"const": 1}])
+    inner = schema(chosen, values, depth - 1)
+    kinds = ["object", "array", "string", "integer", "null", "boolean", "number", ["object", "null"], "any"]
+    word = chosen.choice(["properties", "items", "anyOf", "enum", "$ref", "required", "additionalProperties"])
+    limit = chosen.choice(["minItems", "maxLength", "minimum", "maximum", "title", "pattern"])
+    value = chosen.choice([inner, {"a": inner}, [inner], ["a"], "#", "#/$defs/a"])
+    return {"type": chosen.choice(kinds), word: value, limit: chosen.choice(values), "$defs": {"a": inner}}
+
+
+def send_all(server: Server, count: int, seed: int) -> None:
+    found: dict[int, int] = {}
+    for body in mutations(count, seed):
+        status, _, answer = server.request("POST", "/v1/chat/completions", body)
+        found[status] = found.get(status, 0) + 1
+        assert status in (200, 400, 404, 413, 415), (status, answer, body)
+        if status != 200:
+            assert set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
+            assert b"Traceback" not in answer
+            assert b".py" not in answer
+    print(found)
+    assert found[200] > count / 20  # they are not all refused at the first look
+    assert server.health()["crashes"] == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_mutated_requests(server: Server) -> None:
+    send_all(server, 150, seed=1)
+
+
+@pytest.mark.slow
+def test_two_thousand_mutated_requests(server: Server) -> None:
+    send_all(server, 2000, seed=2)
+
+
+def test_bytes_that_are_no_http(server: Server) -> None:
+    chosen = random.Random(3)
+    good = (
+        b"POST /v1/models HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+        % server.port
+    )
+    threads = []
+
+    def send(data: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            try:
+                said = connection.recv(65536)
+            except OSError:
+                return
+            assert not said or 200 <= status_of(said) < 500 or b" 405 " in said
+
+    for _ in range(60):
+        data = bytearray(good)
+        for _ in range(chosen.randint(1, 6)):
+            data[chosen.randrange(len(data))] = chosen.choice(b"\0\r\n :/\xff\x80aZ0")
+        threads.append(threading.Thread(target=send, args=(bytes(data),)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert server.text("Hello")

@@ -1,0 +1,312 @@
+"""Guessed tokens: answers are those of plain decoding, whatever the guesses, and whatever a batch computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from llava_edge import Llava
+from llava_edge.bundle import LANGUAGE
+from llava_edge.errors import BundleError, ContextOverflowError
+from llava_edge.options import EngineOptions, Options, Result, Speculate
+from llava_edge.runtimes import speculation
+from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.speculation import BLOCK, PROOF, WIDTH, Lookup, SameBits
+
+CPU = EngineOptions(device="cpu", threads=1)
+NEVER = threading.Event()
+WORDS = ("the", "red", "colour", "of", "a", "list:", "one,", "two,", "three,", "12", "again", "say")
+
+
+@pytest.fixture(scope="module")
+def llava(micro_bundle: Path) -> Iterator[Llava]:
+    with Llava.load(micro_bundle, CPU) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def language(micro_bundle: Path) -> Iterator[LanguageModel]:
+    model = LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def unproven(llava: Llava) -> Llava:
+    """The model as if just loaded: nothing is known about its batches."""
+    engine = llava._engine
+    engine._speculation = speculation.Speculation(engine._speculation.language)
+    return llava
+
+
+def ask(llava: Llava, prompt: str, speculate: Speculate, tokens: int = 40, **more: Any) -> Result:
+    return llava.ask(prompt, options=Options(max_tokens=tokens, speculate=speculate, **more))
+
+
+def prompts(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 9))) for _ in range(count)]
+
+
+def test_200_answers_are_those_of_plain_decoding(unproven: Llava) -> None:
+    drafted = accepted = 0
+    for prompt in prompts(200):
+        plain, guessed = ask(unproven, prompt, "off", 24), ask(unproven, prompt, "ngram", 24)
+        assert (guessed.text, guessed.completion_tokens, guessed.finish_reason) == (
+            plain.text, plain.completion_tokens, plain.finish_reason)  # fmt: skip
+        assert plain.drafted_tokens == 0
+        drafted, accepted = drafted + guessed.drafted_tokens, accepted + guessed.accepted_tokens
+    assert accepted > 100  # else nothing was tested
+    assert drafted - accepted > 100
+
+
+PROMPT = "say the list: one, two,"
+
+
+def guess_from(monkeypatch: pytest.MonkeyPatch, answer: list[int], wrong: tuple[int, ...] = ()) -> None:
+    """Guesses are the plain answer, but for those at `wrong` places of each."""
+
+    def guess(lookup: Lookup, count: int) -> list[int]:
+        said = len(lookup._keys) - lookup.prompt  # type: ignore[attr-defined]
+        right = (answer[said:] + [5] * count)[:count]
+        return [t if i not in wrong else 6 - (t == 6) for i, t in enumerate(right)]
+
+    real = Lookup.__init__
+
+    def begin(lookup: Lookup, keys: list[Any]) -> None:
+        real(lookup, keys)
+        lookup.prompt = len(keys)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Lookup, "__init__", begin)
+    monkeypatch.setattr(Lookup, "guess", guess)
+
+
+def tokens_of(llava: Llava, prompt: str, tokens: int) -> list[int]:
+    """Tokens of a plain answer, all but the last; they are what memory holds behind the prompt."""
+    result = ask(llava, prompt, "off", tokens)
+    held = llava._engine._speculation.language.held[result.prompt_tokens :]
+    return [key for key in held if isinstance(key, int)]
+
+
+def prove(llava: Llava) -> None:
+    """Take batches for proven."""
+    for block in range(2):
+        for _ in range(PROOF):
+            llava._engine._speculation.bits.note(block * BLOCK, True)
+
+
+@pytest.mark.parametrize(("wrong", "most", "least"), [((), 80, 50), ((0,), 0, 0), ((3,), 60, 30), ((6,), 75, 45)])
+def test_any_guesses_give_the_plain_answer(
+    wrong: tuple[int, ...], most: int, least: int, unproven: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Always right, always wrong at once, right for a while."""
+    plain = ask(unproven, PROMPT, "off", 80)
+    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80), wrong)
+    for _ in range(3):
+        guessed = ask(unproven, PROMPT, "ngram", 80)
+        assert guessed.text == plain.text
+    assert least <= guessed.accepted_tokens <= most
+
+
+def test_memory_holds_what_was_said(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tokens_of(unproven, PROMPT, 60)
+    language = unproven._engine._speculation.language
+    plain = list(language.held)
+    guess_from(monkeypatch, said, (2,))
+    prove(unproven)
+    assert ask(unproven, PROMPT, "ngram", 60).accepted_tokens > 10
+    assert language.held[: len(plain)] == plain
+    end = language.library.llama_memory_seq_pos_max(language._memory, 0)
+    assert end == len(language.held) - 1
+
+
+def test_a_rollback_that_keeps_too_much_would_be_noticed(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control of the tests above: they see one wrong token that stays in memory."""
+    plain = ask(unproven, PROMPT, "off", 80)
+    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80), (2,))
+    prove(unproven)
+    real = LanguageModel.forget
+    monkeypatch.setattr(LanguageModel, "forget", lambda self, length: real(self, length + 1))
+    assert ask(unproven, PROMPT, "ngram", 80).text != plain.text
+
+
+def noisy(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    real, rng = LanguageModel.evaluate_all, np.random.default_rng(0)
+
+    def evaluate(self: LanguageModel, tokens: list[int], cancel: threading.Event) -> np.ndarray[Any, Any]:
+        rows = real(self, tokens, cancel)
+        rows += rng.standard_normal(rows.shape, np.float32) * size
+        return rows
+
+    monkeypatch.setattr(LanguageModel, "evaluate_all", evaluate)
+
+
+def test_batches_that_round_differently_are_not_used(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ask(unproven, PROMPT, "off", 80)
+    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
+    noisy(monkeypatch, 1e-6)
+    guessed = ask(unproven, PROMPT, "ngram", 80)
+    assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, WIDTH - 1)
+    assert not unproven._engine._speculation.bits.possible(0)
+
+
+def test_equal_logits_of_other_states_are_no_proof(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding in the last product can hide that other kernels computed a batch."""
+    plain = ask(unproven, PROMPT, "off", 80)
+    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
+    real = LanguageModel.state
+    monkeypatch.setattr(LanguageModel, "state", lambda self, row=-1: real(self, row) * (1 + 1e-6 * (row >= 0)))
+    guessed = ask(unproven, PROMPT, "ngram", 80)
+    assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, WIDTH - 1)
+
+
+def test_without_the_proof_such_batches_change_answers(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: larger differences of this kind turn near ties, which is why batches have to be proven."""
+    plain = ask(unproven, PROMPT, "off", 80)
+    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
+    noisy(monkeypatch, 0.5)
+    assert ask(unproven, PROMPT, "ngram", 80).text == plain.text
+    unproven._engine._speculation.bits = SameBits()
+    prove(unproven)
+    assert ask(unproven, PROMPT, "ngram", 80).text != plain.text
+
+
+def test_guessing_ends_where_it_does_not_pay(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 150), (0,))
+    monkeypatch.setattr(speculation.Speculation, "measure", lambda self, seconds, tokens: None)
+    auto, always = ask(unproven, PROMPT, "auto", 150), ask(unproven, PROMPT, "ngram", 150)
+    assert auto.text == always.text
+    passes = auto.drafted_tokens / (WIDTH - 1)
+    assert 1 <= passes <= 1 + 150 * speculation.SHARE_LOSS  # each loses one token's time at the assumed ratio of 2
+    assert always.drafted_tokens > 20 * auto.drafted_tokens
+
+
+def test_limits_and_stop_texts_in_the_middle_of_a_batch(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ask(unproven, PROMPT, "off", 40)
+    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 40))
+    prove(unproven)
+    for limit in range(1, 20):
+        short = ask(unproven, PROMPT, "ngram", limit)
+        assert (short.completion_tokens, short.finish_reason) == (limit, "length")
+        assert plain.text.startswith(short.text.rstrip("\ufffd"))
+    stop = plain.text[len(plain.text) // 2 :][:2]
+    cut = ask(unproven, PROMPT, "ngram", 40, stop=(stop,))
+    assert (cut.text, cut.finish_reason) == (plain.text[: plain.text.find(stop)], "stop")
+
+
+def test_the_end_of_the_context(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=64)) as small:
+        plain = ask(small, "hello", "off", 500)
+        guess_from(monkeypatch, tokens_of(small, "hello", 500))
+        guessed = ask(small, "hello", "ngram", 500)
+    assert guessed.text == plain.text
+    assert guessed.prompt_tokens + guessed.completion_tokens == 64
+
+
+def test_drawn_answers_are_not_guessed(llava: Llava) -> None:
+    on, off = (ask(llava, PROMPT, speculate, temperature=1.0, seed=3) for speculate in ("ngram", "off"))
+    assert on.text == off.text
+    assert on.drafted_tokens == 0
+
+
+def test_numbers_that_are_not_finite_are_refused_in_a_batch(language: LanguageModel) -> None:
+    language.keep([0])
+    rows = language.evaluate_all([5, 6, 7], NEVER)
+    language.forget(0)
+    for token, row in zip([5, 6, 7], rows, strict=True):
+        language.evaluate_tokens([token], NEVER)
+        assert np.allclose(language.logits(), row, atol=1e-3)
+    values = language.library.llama_get_logits_ith(language._context, -1)
+    values[3] = float("nan")
+    with pytest.raises(BundleError, match="not finite"):
+        language.best()
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 9))
+def test_a_guess_is_what_followed_last_time(keys: list[int], count: int) -> None:
+    n = speculation.NGRAM
+    lookup = Lookup(list(keys))
+    ends = [at for at in range(n, len(keys)) if keys[at - n : at] == keys[-n:]]
+    wanted = list(keys)
+    if ends:
+        for i in range(count):
+            wanted.append(wanted[ends[-1] + i])
+    assert lookup.guess(count) == wanted[len(keys) :]
+
+
+def test_images_are_no_guesses() -> None:
+    image: list[Any] = [("image", row) for row in range(6)]
+    assert Lookup([1, 2, 3, 4, *image, 1, 2, 3, 4]).guess(3) == []
+    assert Lookup([*image, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4]).guess(3) == [5, 6, 7]
+
+
+def test_one_verdict_for_each_block() -> None:
+    bits = SameBits()
+    for _ in range(PROOF - 1):
+        bits.note(10, True)
+    assert bits.possible(10)
+    assert not bits.proven(10)
+    bits.note(20, True)
+    assert bits.proven(BLOCK - WIDTH)
+    assert not bits.proven(BLOCK)
+    assert not bits.possible(BLOCK - WIDTH + 1)  # it would reach into the next block
+    bits.note(30, False)
+    bits.note(30, True)
+    assert not bits.possible(10)
+
+
+# Several questions about the same images.
+
+
+def test_questions_together_have_the_answers_they_have_alone(llava: Llava) -> None:
+    """Bit for bit: the same parts are computed in the same batches."""
+    image = Image.new("RGB", (48, 32), "red")
+    questions = [*prompts(5), "é€😀"]
+    language = llava._engine._speculation.language
+    short = Options(max_tokens=24, speculate="off")  # so that the last logits are those of the last token
+    alone: list[Any] = []
+    for question in questions:
+        alone.append((llava.ask(question, image, short).text, language.logits().copy()))
+    llava.ask("another prompt", options=short)  # so that the picture is not known from before
+    for number, stream in enumerate(llava.ask_many(questions, image, short)):
+        result = list(stream)[-1].final
+        assert result is not None
+        assert result.text == alone[number][0]
+        assert np.array_equal(language.logits(), alone[number][1])
+        assert (result.timings.encode_ms > 0) == (number == 0)
+
+
+def test_other_work_between_two_questions_changes_nothing(llava: Llava) -> None:
+    red, blue = (Image.new("RGB", (48, 32), colour) for colour in ("red", "blue"))
+    short = Options(max_tokens=24)
+    wanted = [llava.ask(question, red, short).text for question in ("a list:", "the red")]
+    found = []
+    for stream in llava.ask_many(["a list:", "the red"], red, short):
+        found.append("".join(chunk.text for chunk in stream))
+        llava.ask("the red", blue, short)
+    assert found == wanted
+
+
+def test_room_is_counted_before_the_first_question_is_answered(llava: Llava) -> None:
+    image = Image.new("RGB", (48, 32), "red")
+    with pytest.raises(ContextOverflowError, match=r"Question 2: The prompt needs \d+ positions"):
+        next(llava.ask_many(["short", "the " * 600], image))
+
+
+def test_cancelling_ends_all_questions(llava: Llava) -> None:
+    cancel = threading.Event()
+    reasons = []
+    for stream in llava.ask_many(["one,", "two,"], (), Options(max_tokens=300), cancel=cancel):
+        next(stream, None)
+        cancel.set()
+        reasons += [chunk.finish_reason for chunk in stream if chunk.finish_reason]
+    assert reasons[0] == "cancelled"
+    assert len(reasons) <= 2
