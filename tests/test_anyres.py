@@ -29,10 +29,10 @@ from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig, from_hf, to_hf
 from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llava import from_state
-from llava_edge.options import EngineOptions, Options
+from llava_edge.options import EngineOptions, FinishReason, Options
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message, encode, render
+from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.pictures import prepare
-from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.vision import VisionEncoder
 
 Size = tuple[int, int]
@@ -330,13 +330,13 @@ def test_the_engine_answers_as_pytorch_does(
     size: Size, llava: Llava, ours: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled: list[int] = []
-    sample = Sampler.sample
+    take = Answer.take
 
-    def watched(self: Sampler, context: Any) -> int:
-        sampled.append(sample(self, context))
-        return sampled[-1]
+    def watched(self: Answer, token: int) -> FinishReason | None:
+        sampled.append(token)
+        return take(self, token)
 
-    monkeypatch.setattr(Sampler, "sample", watched)
+    monkeypatch.setattr(Answer, "take", watched)
     result = llava.ask("What is it?", image(size), Options(max_tokens=16))
     language = llava._engine._language
     assert language is not None
