@@ -47,7 +47,7 @@ def report(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVA_EDGE_HOME", str(tmp_path_factory.mktemp("home")))
         yield measure(
-            Plan([micro_bundle], (1,), (0, TOO_LONG), "cpu", "hi", 6, repeats=1, warmup=0, limits=False),
+            Plan([micro_bundle], (1,), (0, TOO_LONG), (0,), "cpu", "hi", 6, repeats=1, warmup=0, limits=False),
         )
 
 
@@ -90,6 +90,14 @@ def test_stages_of_a_real_bundle_fit_into_their_whole(report: Report) -> None:
         process["start"].median + process["load"].median + cold, abs=0.01
     )
     assert run.memory["peak_rss"] > run.memory["private"] > 0 < run.memory["file"]
+
+
+def test_a_picture_in_fewer_positions_is_measured(micro_bundle: Path, report: Report) -> None:
+    plan = Plan([micro_bundle], (1,), budgets=(4,), device="cpu", prompt="hi", max_tokens=6, repeats=1, warmup=0)
+    (run,) = measure(replace(plan, limits=False)).runs
+    assert {asked.image_tokens for asked in run.questions.values()} == {4}
+    assert report.runs[0].questions["first"].image_tokens > 4
+    assert "4 image tokens" in run.configuration.label
 
 
 def test_a_broken_configuration_is_reported_and_the_others_go_on(report: Report) -> None:
@@ -250,7 +258,14 @@ def test_ratios_are_of_medians_and_sure_only_beyond_the_spread(
 
 def test_only_the_same_configuration_is_compared() -> None:
     assert compare(made(1), made(1, identity="1" * 64))
-    for other in ({"threads": 2}, {"context": 64}, {"quantization": "q4_0"}, {"vision": "fp32"}, {"model": "n"}):
+    for other in (
+        {"threads": 2},
+        {"context": 64},
+        {"image_tokens": 9},
+        {"quantization": "q4_0"},
+        {"vision": "fp32"},
+        {"model": "n"},
+    ):
         assert not compare(made(1), made(1, **other))
     assert "nothing to compare" in comparison([], "old.json")
 
@@ -363,6 +378,7 @@ def test_when_nothing_works_the_json_is_there_and_the_code_is_not_zero(
         (("--threads", "1,x"), 2),
         (("--threads", "-1"), 2),
         (("--context", "-5"), 2),
+        (("--image-tokens", "-5"), 2),
         (("--repeats", "0"), 2),
         (("--prompt", " "), 2),
         (("--csv", "nowhere/x.csv"), 73),

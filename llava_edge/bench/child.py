@@ -25,7 +25,7 @@ from llava_edge.runtimes.pipeline import Engine
 def answer(task: dict[str, Any]) -> dict[str, Any]:
     """Open a bundle and ask the three questions of `records.QUESTIONS` about the task's two pictures.
 
-    task: bundle, threads, context, device, prompt, max_tokens, pictures (two paths).
+    task: bundle, threads, context, device, prompt, max_tokens, image_tokens, pictures (two paths).
     """
     born = devices.process_start()
     bundle = Bundle.open(Path(task["bundle"]))
@@ -49,7 +49,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask(engine: Engine, picture: str, task: dict[str, Any]) -> Result:
-    options = Options(max_tokens=task["max_tokens"])
+    options = Options(max_tokens=task["max_tokens"], image_tokens=task["image_tokens"])
     for chunk in engine.generate([Message("user", task["prompt"], 1)], [Path(picture)], options):
         if chunk.final is not None:
             return chunk.final

@@ -56,7 +56,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is measured. identity: hash over the bundle's parts. context: positions, 0 is the model's default."""
+    """What is measured. identity: hash over the bundle's parts. context: positions, 0 is the model's default.
+
+    image_tokens: positions a picture may take, 0 is all.
+    """
 
     model: str
     identity: str
@@ -65,11 +68,13 @@ class Configuration:
     device: str
     threads: int
     context: int
+    image_tokens: int = 0
 
     @property
     def label(self) -> str:
         """For people; differs between the configurations of one sweep."""
         context = f", context {self.context}" if self.context else ""
+        context += f", {self.image_tokens} image tokens" if self.image_tokens else ""
         threads = f"{self.threads} thread" + "s" * (self.threads != 1)
         return f"{self.model} {self.quantization} + {self.vision}, {threads}{context}"
 

@@ -34,11 +34,13 @@ Sample = dict[str, Any]  # what child.py prints
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: every bundle with every number of threads (0: all cores) and context (0: the model's)."""
+    """What to measure: every bundle with every number of threads (0: all cores), context (0: the model's) and positions
+    for a picture (0: all)."""
 
     models: Sequence[str | Path]
     threads: Sequence[int] = (0,)
     contexts: Sequence[int] = (0,)
+    budgets: Sequence[int] = (0,)
     device: Device = "auto"
     prompt: str = ""
     max_tokens: int = 32
@@ -58,10 +60,11 @@ def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fr
     threads = list(dict.fromkeys(count or devices.thread_count()[0] for count in plan.threads))
     bundles = [Bundle.open(resolve(model)) for model in plan.models]
     cases = [
-        _Case(_configuration(bundle, plan.device, count, context), bundle)
+        _Case(_configuration(bundle, plan.device, count, context, budget), bundle)
         for bundle in bundles
         for count in threads
         for context in plan.contexts
+        for budget in plan.budgets
     ]
     peaks: dict[str, dict[str, float]] = {}
     rounds = range(-plan.warmup, plan.repeats)
@@ -167,10 +170,10 @@ def _stage(times: list[float], amount: float, limit: str, found: dict[str, float
     return stage(times, amount / (median(times) / 1000) / found[limit], limit)
 
 
-def _configuration(bundle: Bundle, device: Device, threads: int, context: int) -> Configuration:
+def _configuration(bundle: Bundle, device: Device, threads: int, context: int, budget: int) -> Configuration:
     manifest = bundle.manifest
     return Configuration(manifest.name, manifest.identity, manifest.language.quantization, manifest.vision.precision,
-                         device, threads, context)  # fmt: skip
+                         device, threads, context, budget)  # fmt: skip
 
 
 def _task(plan: Plan, bundle: Bundle, configuration: Configuration, pictures: Sequence[Path]) -> Sample:
@@ -182,6 +185,7 @@ def _task(plan: Plan, bundle: Bundle, configuration: Configuration, pictures: Se
         "device": plan.device,
         "prompt": plan.prompt,
         "max_tokens": plan.max_tokens,
+        "image_tokens": configuration.image_tokens,
         "pictures": [str(path) for path in pictures],
     }
 

@@ -29,6 +29,9 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
     "--context", "contexts", callback=_numbers, default="0", metavar="N,N", help="Each in turn; 0 is the model's."
 )
 @click.option(
+    "--image-tokens", "budgets", callback=_numbers, default="0", metavar="N,N", help="Each in turn; 0 is all."
+)
+@click.option(
     "--image", type=click.Path(path_type=Path), metavar="FILE", help="Picture to show; a drawn one unless given."
 )
 @click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="The question.")
@@ -47,9 +50,9 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
 @click.option("--compare", "older", type=click.Path(path_type=Path), multiple=True, metavar="OLD.json",
               help="Earlier output to compare with; may be repeated.")  # fmt: skip
 def bench(
-    models: tuple[str, ...], device: Device, threads: tuple[int, ...], contexts: tuple[int, ...], image: Path | None,
-    prompt: str, max_tokens: int, repeats: int, warmup: int, limits: bool, csv_file: Path | None,
-    html_file: Path | None, older: tuple[Path, ...],
+    models: tuple[str, ...], device: Device, threads: tuple[int, ...], contexts: tuple[int, ...],
+    budgets: tuple[int, ...], image: Path | None, prompt: str, max_tokens: int, repeats: int, warmup: int,
+    limits: bool, csv_file: Path | None, html_file: Path | None, older: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Measure every stage of an answer, and what share of the machine's limits it reaches.
 
@@ -62,6 +65,8 @@ def bench(
     llava-edge bench --compare before.json --html report.html
     """
     _check(prompt, max_tokens, threads, contexts, csv_file, html_file)
+    for count in budgets:
+        Options(image_tokens=count)
     from llava_edge.bench.compare import compare
     from llava_edge.bench.page import page
     from llava_edge.bench.records import read_report
@@ -70,9 +75,8 @@ def bench(
     from llava_edge.cli.terminal import status_line
 
     earlier = {path.name: read_report(path) for path in older}
-    plan = Plan(
-        models or (DEFAULT_MODEL,), threads, contexts, device, prompt, max_tokens, image, repeats, warmup, limits
-    )
+    plan = Plan(models or (DEFAULT_MODEL,), threads, contexts, budgets, device, prompt, max_tokens, image, repeats,
+                warmup, limits)  # fmt: skip
     with status_line("Measuring") as status:
         report = measure(plan, status.step)
     click.echo(table(report), err=True)
