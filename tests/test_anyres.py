@@ -369,7 +369,7 @@ def test_a_stop_between_two_tiles(llava: Llava, monkeypatch: pytest.MonkeyPatch)
         return encoded[-1]
 
     monkeypatch.setattr(VisionEncoder, "encode", encode_then_stop)
-    final = list(llava.stream("?", image((80, 60)), cancel=cancel))[-1].final
+    final = list(llava.stream("?", image((81, 60)), cancel=cancel))[-1].final
     assert final is not None
     assert final.finish_reason == "cancelled"
     assert len(encoded) == 2  # of five
