@@ -155,12 +155,15 @@ class Cache:
         return path.read_bytes()
 
 
-def user_cache() -> Cache:
-    """The cache of this user. Raises `UsageError` if $LLAVA_EDGE_CACHE_MIB is not a number of mebibytes."""
+def user_cache(folder: Path | None = None) -> Cache:
+    """The cache of this user, in the usual place or in `folder`.
+
+    Raises `UsageError` if $LLAVA_EDGE_CACHE_MIB is not a number of mebibytes.
+    """
     text = os.environ.get("LLAVA_EDGE_CACHE_MIB", "")
     if text and not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UsageError(f"LLAVA_EDGE_CACHE_MIB is {text[:40]!r}; a whole number of mebibytes was expected.")
-    return Cache(store.home() / "cache", int(text) << 20 if text else LIMIT)
+    return Cache(folder or store.home() / "cache", int(text) << 20 if text else LIMIT)
 
 
 def _read(path: Path, key: str, secret: bytes) -> bytes | None:

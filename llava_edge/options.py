@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from llava_edge.errors import UsageError
@@ -96,7 +97,7 @@ class EngineOptions:
     threads: 0 means one for each physical core this process may use.
     context: positions for prompt and answer together; 0 means what the model was trained for, at most 4096.
     cache: find what pictures became before, in this process or another, and keep it for the next time, on this disk too
-        (`llava_edge.cache`). Answers are the same without.
+        (`llava_edge.cache`; a path is the folder to keep it in). Answers are the same without.
     repack: let llama.cpp re-order 4-bit weights for this processor: faster, but a private copy of them in memory.
     verbose: show the engines' own log on stderr.
     """
@@ -106,7 +107,7 @@ class EngineOptions:
     context: int = 0
     repack: bool = True
     verbose: bool = False
-    cache: bool = True
+    cache: bool | Path = True
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,8 @@ class Engine:
         self.context_size = 0
         self._embedder: Embedder | None = None
         self._language: LanguageModel | None = None
-        self._cache = PictureCache(user_cache()) if options.cache else PictureCache(None, recent=0)
+        folder = options.cache if isinstance(options.cache, Path) else None
+        self._cache = PictureCache(user_cache(folder)) if options.cache else PictureCache(None, recent=0)
         self._owner = Owner(self._free)
 
     @staticmethod
