@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from llava_edge.bundle import ADAPTER, LANGUAGE, Bundle
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
@@ -53,46 +54,47 @@ class Prefill:
         self._name = bundle.manifest.name
         files = [name for name in (LANGUAGE, ADAPTER) if name in bundle.manifest.files]
         self._identity = [identity(bundle, *files), language.identity]
-        self._exact = 0  # leading positions of memory that were evaluated segment by segment, as in an empty memory
+        self._exact = {0}  # where a segment ended, if all up to there was evaluated segment by segment
 
     def run(self, parts: Sequence[Segment], run: Run, job: Job, *, reuse: bool) -> None:
         """Evaluate a prompt, except for a beginning that is known.
 
-        Without `reuse` only exact beginnings up to a picture count: the answer is, bit for bit, the one that follows
-        if everything is computed. With it also what this prompt has in common with the last one and its answer, which
-        is more, but was computed by other kernels and so rounded differently. Raises `CancelledError`, `BundleError`.
+        Without `reuse` only whole segments count, evaluated one by one: the answer is, bit for bit, the one that
+        follows if everything is computed. With it also what this prompt has in common with the last one and its answer,
+        which is more, but was computed by other kernels and so rounded differently.
+        Raises `CancelledError` or `BundleError`.
         """
         keys = [key for part in parts for key in part.keys]
-        ends = _picture_ends(parts)
+        ends = list(accumulate(len(part.keys) for part in parts))
+        pictures = [end for part, end in zip(parts[:-1], ends, strict=False) if part.picture is not None]
+        last = max(pictures, default=0)
         start = time.perf_counter()
-        done = self._recall(keys, ends, reuse=reuse)
+        done = self._recall(keys, ends, pictures, reuse=reuse)
         run.prefill_ms += since(start)
-        exact = done <= self._exact and done in (0, *ends)
-        self._exact = len(keys) if exact else min(done, self._exact)
-        run.known = bool(ends) and done >= ends[0]
-        position = 0
-        for part in parts:
-            end = position + len(part.keys)
-            if end > done:
-                self._evaluate(part, max(done - position, 0), run, job)
-                if exact and ends and end == ends[0]:
-                    self._keep(keys[:end])
-            position = end
+        run.known = done >= last > 0
+        exact = done in self._exact and done in (0, *ends)
+        self._exact = {end for end in self._exact if end <= done}
+        for part, end in zip(parts, ends, strict=True):
+            if end <= done:
+                continue
+            self._evaluate(part, max(done - end + len(part.keys), 0), run, job)
+            if exact:
+                self._exact.add(end)
+            if exact and end == last:
+                self._keep(keys[:end])
 
-    def _recall(self, keys: list[Key], ends: list[int], *, reuse: bool) -> int:
+    def _recall(self, keys: list[Key], ends: list[int], pictures: list[int], *, reuse: bool) -> int:
         """Have memory hold a known beginning of `keys` and nothing else; its length, always below `len(keys)`."""
         language = self._language
         same = language.common(keys)
         if not reuse:
-            same = max((end for end in ends if end <= min(same, self._exact)), default=0)
-        for end in ends:
-            if end <= same:
-                break
-            state = self._cache.get(self._key(keys[:end]))
+            same = max(end for end in (0, *ends) if end <= same and end in self._exact)
+        for end in reversed(pictures):
+            state = self._cache.get(self._key(keys[:end])) if end > same else None
             if state is None:
                 continue
             if language.restore(state, keys[:end]):
-                self._exact = end
+                self._exact = {0, end}
                 return end
             same = 0  # an attempt that failed leaves nothing in memory
         language.forget(same)
@@ -118,13 +120,3 @@ class Prefill:
         """What decides about the language model's memory of a prompt that begins with `keys`."""
         pictures = sorted({key[0] for key in keys if not isinstance(key, int)})
         return digest("state", self._identity, keys, [self._embedder.key(name) for name in pictures])
-
-
-def _picture_ends(parts: Sequence[Segment]) -> list[int]:
-    """Positions behind each picture, the last one first; without one that ends the prompt."""
-    ends, position = [], 0
-    for part in parts[:-1]:
-        position += len(part.keys)
-        if part.picture is not None:
-            ends.append(position)
-    return ends[::-1]
