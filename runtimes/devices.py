@@ -5,6 +5,7 @@ Knows nothing about models. Reads /proc, /sys and cgroups on Linux, `sysctl` on 
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -110,6 +111,7 @@ def _cpu_quota() -> float | None:
     return None
 
 
+@functools.cache
 def processor() -> tuple[str, list[str]]:
     """Name of the processor and those of its features that matter to the kernels."""
     wanted = ["avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni"]

@@ -17,7 +17,7 @@ import numpy as np
 from llava_edge import gguf, prompt
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.cache import user_cache
-from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError, UsageError
+from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError, MissingError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, Options
 from llava_edge.runtimes import CancelledError, after_control, devices, probe
@@ -47,8 +47,7 @@ class Engine:
         self.context_size = 0
         self._embedder: Embedder | None = None
         self._language: LanguageModel | None = None
-        folder = options.cache if isinstance(options.cache, Path) else None
-        self._cache = PictureCache(user_cache(folder)) if options.cache else PictureCache(None, recent=0)
+        self._cache = _open_cache(options.cache)
         self._owner = Owner(self._free)
 
     @staticmethod
@@ -256,6 +255,15 @@ class Engine:
         if self._language is None or self._embedder is None:
             raise UsageError("The engine is closed.")
         return self._language, self._embedder
+
+
+def _open_cache(wanted: bool | Path) -> PictureCache:
+    if not wanted:
+        return PictureCache(None, recent=0)
+    try:
+        return PictureCache(user_cache(wanted if isinstance(wanted, Path) else None))
+    except MissingError:  # there is no home to keep it in
+        return PictureCache(None)
 
 
 def _context_size(asked: int, trained: int) -> int:
