@@ -180,6 +180,7 @@ def test_the_seed_decides(llava: Llava) -> None:
         return llava.ask("hello", options=Options(max_tokens=16, temperature=1.0, seed=seed)).text
 
     assert answer(1) == answer(1)
+    assert len({answer(2**32 - 1) for _ in range(4)}) == 1  # llama.cpp's own name for a random seed
     assert len({answer(seed) for seed in range(5)}) > 1
 
 
