@@ -52,7 +52,9 @@ def choose(device: Device) -> Choice:
 
 def lacking(device: str) -> str:
     """What keeps `device` ("cuda" or "metal") from working, as a sentence; empty if nothing does."""
-    llama: Any = import_module("llama_cpp.llama_cpp")
+    from llava_edge.runtimes.language import library  # nobody else may load llama.cpp: see there
+
+    llama = library()
     built_for = llama.llama_print_system_info().decode("utf-8", "replace")
     names = (_BACKENDS[device], device.capitalize())
     if not any(f"{name} :" in built_for for name in names):

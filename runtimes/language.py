@@ -353,7 +353,10 @@ _verbose = False
 
 
 def library(verbose: bool = False) -> Any:
-    """llama.cpp's C functions, with its log kept quiet unless `verbose`. Untyped, hence Any."""
+    """llama.cpp's C functions, with its log kept quiet unless `verbose`. Untyped, hence Any.
+
+    The one way to them: libgomp looks only once at what is set here.
+    """
     global _verbose
     _verbose = verbose
     if "OMP_WAIT_POLICY" not in os.environ:
