@@ -123,7 +123,7 @@ def export(
     if out.name in ("", "..", "."):
         raise CannotCreateError(f"{options.out} is not a name for a bundle folder.")
     progress("reading the checkpoint", None)
-    checkpoint = _open(options)
+    checkpoint = open_source(options)
     for note in checkpoint.notes:
         progress(note, None)
     language = checkpoint.language_file or read_tokenizer(checkpoint.tokenizer, checkpoint.config)
@@ -153,7 +153,8 @@ def export(
     return manifest
 
 
-def _open(options: ExportOptions) -> Checkpoint:
+def open_source(options: ExportOptions) -> Checkpoint:
+    """The checkpoint or pair that `options` name. Raises what `open_checkpoint` and `open_pair` raise."""
     if options.mmproj is not None:
         return open_pair(options.checkpoint, options.mmproj, options.template or "")
     if options.checkpoint.is_file():

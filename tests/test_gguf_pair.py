@@ -120,6 +120,8 @@ def test_a_pair_becomes_the_bundle_that_its_checkpoint_becomes(
         ("vision and projector", "mmproj.gguf"),
     ]
     assert answer(out) == answer(direct)
+    again = CliRunner().invoke(cli, ["verify", str(out), "--against", str(direct / LANGUAGE), "--mmproj", str(mmproj)])
+    assert again.exit_code == 0, again.output
     for said in ("chatml", "padded", "does not name a CLIP layer"):
         assert said in result.stderr
 
