@@ -40,7 +40,7 @@ from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, 
 from llava_edge.export import held_out, importance, parity, publish, report, verify
 from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Normalisation, open_checkpoint
-from llava_edge.export.clip_onnx import Precision
+from llava_edge.export.clip_onnx import ACTIVATION_BITS, Precision
 from llava_edge.export.gguf_pair import open_pair
 from llava_edge.export.llm_gguf import float16_bytes, write_language
 from llava_edge.export.mmproj import check_mmproj, write_mmproj
@@ -318,6 +318,7 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
             width=config.vision.hidden_size,
             precision=options.vision,
             attention=config.blocks_run > 0,
+            activation_bits=ACTIVATION_BITS if options.vision == "int8" else 8,
         ),
         projector=ProjectorPart(config.projector_type, "f32"),
         language=LanguagePart(
