@@ -95,7 +95,7 @@ def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> 
 
 
 def install(root: Path, python: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [root / "scripts/install_llama_cpp.sh", python]
+    command = [str(root / "scripts/install_llama_cpp.sh"), python]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
