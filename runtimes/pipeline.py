@@ -99,7 +99,7 @@ class Engine:
     def require_room(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
     ) -> None:
-        """Raise `ContextOverflowError` with the number of the first conversation that the context has no room for."""
+        """Raise `ContextOverflowError` with the number, if there are several, of the first one without room."""
 
         def check(job: Job) -> None:
             shown = [limited(picture, options or Options(), self.bundle.manifest) for picture in pictures]
@@ -108,7 +108,8 @@ class Engine:
                 try:
                     self._check_room(Run(0), self._encode_prompt(messages), rows)
                 except ContextOverflowError as error:
-                    raise ContextOverflowError(f"Question {number}: {error}") from error
+                    which = f"Question {number}: " if len(conversations) > 1 else ""
+                    raise ContextOverflowError(f"{which}{error}") from error
 
         for _ in self._owner.submit(check, threading.Event()):
             pass
