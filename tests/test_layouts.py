@@ -19,6 +19,7 @@ from llava_edge.errors import CheckpointError, LlavaEdgeError, MissingError, Usa
 from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.export.layouts import recognise
+from llava_edge.export.names import VISION_PREFIX
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig
 
@@ -55,6 +56,15 @@ def test_original_shards_are_pickles_and_read_alike(tensors: Arrays, tmp_path: P
     stored = text_and_projector(tensors) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     folder = write.write_pickles(tmp_path / "model", write.original_config(), stored)
     opens_as(open_checkpoint(folder, vision_tower=write.write_clip(tmp_path / "clip", tensors)), tensors)
+
+
+def test_a_vision_tower_alone_needs_no_prefix(tensors: Arrays, tmp_path: Path) -> None:
+    """As transformers 5 saves a CLIPVisionModel, whose config is flat."""
+    stored = {n.removeprefix(VISION_PREFIX): value for n, value in tensors.items() if write.is_vision(n)}
+    raw = {"model_type": "clip_vision_model", **vars(micro.CONFIG.vision)}
+    clip = write.write(tmp_path / "clip", raw, stored, tokenizer=False)
+    folder = write.write(tmp_path / "model", write.original_config(), text_and_projector(tensors))
+    opens_as(open_checkpoint(folder, vision_tower=clip), tensors)
 
 
 def test_clip_inside_an_original_is_found_and_measured(tmp_path: Path) -> None:
