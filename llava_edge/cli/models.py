@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from llava_edge import store
-from llava_edge.cli.terminal import status_line
+from llava_edge.cli.terminal import ended_cleanly, status_line
 from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
 
 
@@ -42,7 +42,7 @@ def pull_model(name: str, force: bool) -> None:
     if installed.get(name) and not force:
         click.echo(f"{name} is already installed in {installed[name]}; --force makes it again.", err=True)
         return
-    with status_line(f"Pulling {name}") as status:
+    with ended_cleanly(), status_line(f"Pulling {name}") as status:
         folder = _pull(name, status.step)
     click.echo(f"{name} is ready in {folder}. Try: llava-edge run --image photo.jpg", err=True)
 
