@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -44,7 +45,18 @@ def pull_model(name: str, force: bool) -> None:
         return
     with ended_cleanly(), status_line(f"Pulling {name}") as status:
         folder = _pull(name, status.step)
+        status.step("Measuring how pictures are encoded fastest here", None)
+        _tune(folder)
     click.echo(f"{name} is ready in {folder}. Try: llava-edge run --image photo.jpg", err=True)
+
+
+def _tune(folder: Path) -> None:
+    """Now, because this command takes its time anyway and no answer waits."""
+    from llava_edge.bundle import Bundle
+    from llava_edge.runtimes import tune
+
+    with suppress(UnavailableError):  # the machine is busy; doctor says how to measure it later
+        tune.measure(Bundle.open(folder))
 
 
 def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
