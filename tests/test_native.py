@@ -38,7 +38,7 @@ ROUNDED = {
     "amx-bf16": (1 << 20, 2**-8, 2**-8),
     "amx-int8": (256, 0.5 / 127, 0.5 / 127),
 }
-ROW = (32, 0.5 / 127, 0.0)  # products of one row
+FEW = (32, 0.5 / 127, 0.0)  # products of few rows
 RANDOM_ERROR = {"avx2": 2e-3, "avx512vnni": 2e-3, "amx-bf16": 5e-3, "amx-int8": 2e-2}  # relative, root of mean square
 EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 
@@ -120,16 +120,21 @@ def test_what_is_not_finite_is_not_hidden(kernels: Kernels, kernel: str, bad: fl
     assert np.isfinite(np.delete(found, 4, 1)).all()
 
 
-def test_products_of_one_row(kernels: Kernels) -> None:
+def test_products_of_few_rows(kernels: Kernels) -> None:
     numbers = np.random.default_rng(4)
-    for columns, inner, scales in ((1, 32, EXTREME), (7, 96, EXTREME), (70, 4096, np.array([0.01]))):
+    for rows, columns, inner, scales in ((1, 1, 32, EXTREME), (5, 7, 96, EXTREME), (31, 70, 4096, np.array([0.01]))):
         blocks = random_blocks("Q4_0", columns, inner, numbers, scales)
-        x = numbers.standard_normal((1, inner), np.float32)
+        x = numbers.standard_normal((rows, inner), np.float32)
         w = matrix("Q4_0", blocks)
-        found = kernels.multiply("row", "Q4_0", blocks, x, threads=2)
-        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *ROW)).all()
-    x[0, 5] = np.nan
-    assert np.isnan(kernels.multiply("row", "Q4_0", blocks, x)).all()
+        found = kernels.multiply("few", "Q4_0", blocks, x, threads=2)
+        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *FEW)).all()
+        # Guessing tokens relies on the same bits for a row alone and among others.
+        for row in range(rows):
+            assert (kernels.multiply("few", "Q4_0", blocks, x[row : row + 1]) == found[row]).all()
+    x[3, 5] = np.nan
+    found = kernels.multiply("few", "Q4_0", blocks, x)
+    assert np.isnan(found[3]).all()
+    assert np.isfinite(np.delete(found, 3, 0)).all()
 
 
 @pytest.mark.parametrize(
@@ -298,7 +303,7 @@ language.library()
 ggml, library = Ggml(), Library(Path(sys.argv[1]))
 library.use("")
 assert ggml.load_backend(Path(sys.argv[1]))
-print([check.product_problem(ggml, library, name) for name in [*library.kernels(), "row"]])
+print([check.product_problem(ggml, library, name) for name in [*library.kernels(), "few"]])
 print([check.attention_problem(ggml, library)])
 values = Operation.values
 Operation.values = lambda self: values(self) * (1.1 if self._device != ggml.device() else 1)
@@ -332,7 +337,7 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert native.reordering_pays(found, {"F32", "Q4_0"})
     assert not native.reordering_pays(found, {"F32", "Q4_K", "Q6_K"})
     assert native.reordering_pays(found, {"F32", "Q4_K", "IQ4_NL"})
-    types["Q4_0"]["one"]["row"] = 1.0
+    types["Q4_0"]["one"]["few"] = 1.0
     assert not native.reordering_pays(native.choose(found_out(types=types)), {"F32", "Q4_0"})
     slow = {kind: {"many": dict.fromkeys(("plain", *ROUNDED), 1.0), "one": {"plain": 1.0}} for kind in TYPES}
     nothing = native.choose(found_out(types=slow, attention={"plain": 1.0, "ours": 1.0}))

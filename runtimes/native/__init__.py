@@ -30,7 +30,7 @@ from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.runtimes import devices
 from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.ggml import Ggml, loaded
-from llava_edge.runtimes.native.library import DEVICE, ROW, Library
+from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
 COMMAND = "python -m llava_edge.runtimes.native"
 ACCEPTED = {("0.3.36", "0.25.3")}  # llama-cpp-python, ggml: what src/ggml_interface.h was compared with
@@ -46,7 +46,7 @@ _LIBRARY, _STATE = "kernels.so", "state.json"
 class Status:
     """What is used, or why nothing is. `reason` is a sentence; `fix` the command to run, if one would help.
 
-    kernel: of products of many rows with weights of the types `many`; `one`: types whose products of one row are taken.
+    kernel: of products of many rows, with weights of the types `many`; few: types whose products of few rows are taken.
     mapped: types that llama.cpp need not re-order, because what is used is as fast without, or because it cannot.
     """
 
@@ -54,14 +54,14 @@ class Status:
     fix: str = ""
     kernel: str = ""
     many: tuple[str, ...] = ()
-    one: tuple[str, ...] = ()
+    few: tuple[str, ...] = ()
     attention: bool = False
     mapped: tuple[str, ...] = ()
 
     @property
     def used(self) -> bool:
         """Whether anything is."""
-        return bool(self.many or self.one or self.attention)
+        return bool(self.many or self.few or self.attention)
 
 
 @dataclass
@@ -99,7 +99,7 @@ def activate() -> Status:
         if found.used:
             _load(_folder())
         if _process.library is not None:
-            _process.library.use(found.kernel, found.many, found.one, found.attention)
+            _process.library.use(found.kernel, found.many, found.few, found.attention)
     except (OSError, UnavailableError, ValueError) as error:
         return Status(f"Not used: {error}", COMMAND)
     return found
@@ -145,16 +145,16 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
         return Status(f"Not used: {' '.join(problems.values()) or 'this processor runs no kernel.'}", COMMAND)
     best = min(right, key=lambda name: sum(types[kind]["many"][name] for kind in types))
     many = tuple(kind for kind in types if _pays(types[kind]["many"], best))
-    one = tuple(kind for kind in types if _pays(types[kind]["one"], ROW))
+    few = tuple(kind for kind in types if _pays(types[kind]["one"], FEW))
     mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best))
     attention = "attention" not in problems and _pays(state["attention"], "ours")
-    if not (many or one or attention):
+    if not (many or few or attention):
         return Status("Not used: llama.cpp's own kernels are as fast here.")
     parts = [f"{best} for {', '.join(many)}"] if many else []
-    parts += [f"single rows of {', '.join(one)}"] if one else []
+    parts += [f"few rows of {', '.join(few)}"] if few else []
     parts += ["attention"] if attention else []
     reason = " ".join([f"{'; '.join(parts)}.", *problems.values()])
-    return Status(reason, "", best, many, one, attention, mapped)
+    return Status(reason, "", best, many, few, attention, mapped)
 
 
 def _pays(race: dict[str, float], ours: str) -> bool:
@@ -166,7 +166,7 @@ def _mapped_suffices(race: dict[str, dict[str, float]], best: str) -> bool:
     many, one = race["many"], race["one"]
     if "repacked" not in many or "repacked" not in one:
         return True
-    decode = min(one["plain"], one.get(ROW, one["plain"]))
+    decode = min(one["plain"], one.get(FEW, one["plain"]))
     return _pays(many, best) and many[best] <= many["repacked"] and decode * DECODE_KEPT <= one["repacked"]
 
 
@@ -225,7 +225,7 @@ def _folder() -> Path:
     name, features = devices.processor()
     if not {"avx2", "fma", "f16c"} <= set(features):
         raise UnavailableError("This processor lacks AVX2, FMA or F16C.")
-    digest = hashlib.sha256(f"{name} {features} {build.compiler()}".encode())
+    digest = hashlib.sha256(f"{name} {features}".encode())
     base = next(iter(sorted((build.package() / "lib").glob("libggml-base.so*"))), None)
     if base is None:
         raise UnavailableError("This llama-cpp-python has no libggml-base.")

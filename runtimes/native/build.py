@@ -37,7 +37,7 @@ UNITS = (
     Unit("amx_bf16.cpp", kernel="AMX"),
     Unit("amx_int8.cpp", kernel="AMX"),
     Unit("attention.cpp"),
-    Unit("row.cpp"),
+    Unit("few.cpp"),
     Unit("product.cpp"),
     Unit("backend.cpp"),
     Unit("api.cpp"),

@@ -17,9 +17,9 @@ import numpy as np
 
 from llava_edge.runtimes import devices, language
 from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
-from llava_edge.runtimes.native.library import DEVICE, ROW, Library
+from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
-BOUND = {"amx-bf16": 5e-3, "amx-int8": 2e-2, ROW: 2e-2}  # of the relative error of a kernel's product; the others':
+BOUND = {"amx-bf16": 5e-3, "amx-int8": 2e-2, FEW: 2e-2}  # of the relative error of a kernel's product; the others':
 INT16_BOUND = 2e-3
 ATTENTION_BOUND = 1e-2
 
@@ -38,7 +38,7 @@ def main(path: str) -> None:
     if not ggml.load_backend(Path(path)) or not ggml.device(DEVICE):
         sys.stdout.write(json.dumps({"failed": "ggml does not accept the backend"}) + "\n")
         return
-    for kernel in [*library.kernels(), ROW]:
+    for kernel in [*library.kernels(), FEW]:
         if problem := product_problem(ggml, library, kernel):
             facts["problems"][kernel] = problem
     if problem := attention_problem(ggml, library):
@@ -48,7 +48,7 @@ def main(path: str) -> None:
     for kind in TYPES:
         facts["types"][kind] = {
             "many": _race_products(ggml, library, kind, MANY, right, threads),
-            "one": _race_products(ggml, library, kind, ONE, [] if ROW in facts["problems"] else [ROW], threads),
+            "one": _race_products(ggml, library, kind, ONE, [] if FEW in facts["problems"] else [FEW], threads),
         }
     facts["attention"] = _race_attention(ggml, library, threads)
     sys.stdout.write(json.dumps(facts) + "\n")
@@ -60,10 +60,10 @@ def product_problem(ggml: Ggml, library: Library, kernel: str) -> str:
     numbers = np.random.default_rng(0)
     for kind in TYPES:
         weights = Weights(kind, 70, 768, ggml.quantize(kind, numbers.standard_normal((70, 768), np.float32)))
-        x = numbers.standard_normal((1 if kernel == ROW else 45, 768), np.float32)
+        x = numbers.standard_normal((9 if kernel == FEW else 45, 768), np.float32)
         made = ggml.multiply(weights, x, device=ggml.device(DEVICE), threads=2)
         if made is None:
-            if kernel == ROW:
+            if kernel == FEW:
                 continue  # there is one for few types
             return f"{kernel} does not take {kind}."
         with made:
@@ -75,7 +75,7 @@ def product_problem(ggml: Ggml, library: Library, kernel: str) -> str:
 
 def _use(library: Library, kernel: str) -> None:
     library.use(
-        "" if kernel == ROW else kernel, many=() if kernel == ROW else TYPES, one=TYPES if kernel == ROW else ()
+        "" if kernel == FEW else kernel, many=() if kernel == FEW else TYPES, few=TYPES if kernel == FEW else ()
     )
 
 

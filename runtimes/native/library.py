@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_edge.runtimes.native.ggml import TYPES
 
 DEVICE = "LLAVA_EDGE"  # as ggml lists it
-ROW = "row"  # the kernel for products of one row, which needs no choice
+FEW = "few"  # the kernel for products of few rows, which needs no choice
 
 
 class Library:
@@ -26,9 +26,9 @@ class Library:
         """Names of those that this processor can run, preferred ones first."""
         return str(self._functions.llava_edge_native_kernels().decode()).split()
 
-    def use(self, kernel: str, many: Iterable[str] = (), one: Iterable[str] = (), attention: bool = False) -> bool:
-        """From now on take products of many rows with weights of these types by `kernel`, of one row, and attention."""
-        return bool(self._functions.llava_edge_native_use(kernel.encode(), _bits(many), _bits(one), attention))
+    def use(self, kernel: str, many: Iterable[str] = (), few: Iterable[str] = (), attention: bool = False) -> bool:
+        """From now on take products of many rows with weights of these types by `kernel`, of few, and attention."""
+        return bool(self._functions.llava_edge_native_use(kernel.encode(), _bits(many), _bits(few), attention))
 
 
 def _bits(types: Iterable[str]) -> int:

@@ -7,7 +7,7 @@ namespace native {
 
 struct Use {
     const Kernel *kernel;  // for products of many rows
-    uint64_t many, one;    // 1 << ggml_type: types whose products of many rows, and of one row, are taken
+    uint64_t many, few;    // 1 << ggml_type: types whose products of many rows, and of few, are taken
     bool attention;
 };
 

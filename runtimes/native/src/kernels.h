@@ -56,6 +56,8 @@ struct Attention {
     float scale;
 };
 
+constexpr int MANY = 32;  // rows: fewer do not pay for unpacking
+
 // Memory that is kept between calls and grows; all of a backend's calls come from one thread.
 struct Scratch {
     char *data = nullptr;
@@ -66,12 +68,12 @@ struct Scratch {
 
 // They return false, with nothing computed, if there is no memory.
 bool multiply(const Kernel &, const Product &, int threads, Scratch &);
-bool multiply_row(const Product &, int threads, Scratch &);  // rows == 1
+bool multiply_few(const Product &, int threads, Scratch &);  // rows < MANY
 bool attend(const Attention &, int threads, Scratch &);
 
 bool unpacks(int type);        // is it a type that kernels read?
 int block_values(int type);    // how many values a block has
-bool multiplies_row(int type);
+bool multiplies_few(int type);
 bool attends(int width);
 
 }  // namespace native

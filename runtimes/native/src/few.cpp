@@ -1,6 +1,7 @@
-// Products of one row with Q4_0 weights: decoding, a token at a time. (llama.cpp is as fast on plain Q4_K as on re-ordered.)
+// Products of one row, or few, with Q4_0 weights: decoding. (llama.cpp is as fast on plain Q4_K as on re-ordered.)
 //
-// Reading the weights once is all there is to it, so what matters is few instructions per byte. Two rows of weights share a
+// Each row gets the same bits alone and among others, which guessing tokens relies on (runtimes/speculation.py). Reading the
+// weights once is all there is to a single one, so what matters is few instructions per byte. Two rows of weights share a
 // register, one in each half: 16 low half-bytes of both, 16 high ones of both, each times the same 16 activations. Those
 // are rounded to 8 bits and a scale for each 32, as llama.cpp does. Half-bytes are unsigned, and the -8 of the format is
 // added as -8 times the activations' sums.
@@ -92,25 +93,27 @@ void four_rows(const char *w, size_t stride, const Part *x, int parts, float *y)
 
 }  // namespace
 
-bool multiplies_row(int type) { return type == Q4_0; }
+bool multiplies_few(int type) { return type == Q4_0; }
 
-bool multiply_row(const Product &p, int threads, Scratch &scratch) {
+bool multiply_few(const Product &p, int threads, Scratch &scratch) {
     const int parts = p.inner / 32;
-    Part *x = reinterpret_cast<Part *>(scratch.need(parts * sizeof(Part)));
+    Part *x = reinterpret_cast<Part *>(scratch.need(size_t(p.rows) * parts * sizeof(Part)));
     if (!x) return false;
-    for (int b = 0; b < parts; b++) take(p.x + b * 32, x[b]);
+    for (int m = 0; m < p.rows; m++)
+        for (int b = 0; b < parts; b++) take(p.x + m * p.x_stride + b * 32, x[m * parts + b]);
 #pragma omp parallel num_threads(threads)
     {
         const int64_t fours = p.columns / 4, id = omp_get_thread_num(), all = omp_get_num_threads();
         for (int64_t n = fours * id / all * 4; n < fours * (id + 1) / all * 4; n += 4)
-            four_rows(p.w + n * p.w_stride, p.w_stride, x, parts, p.y + n);
-        if (id == all - 1 && p.columns % 4) {  // the last ones, with a row repeated
-            for (int64_t n = fours * 4; n < p.columns; n++) {
-                float same[4];
-                four_rows(p.w + n * p.w_stride, 0, x, parts, same);
-                p.y[n] = same[0];
-            }
-        }
+            for (int m = 0; m < p.rows; m++)  // from the second on the weights are in the first-level cache
+                four_rows(p.w + n * p.w_stride, p.w_stride, x + m * parts, parts, p.y + m * p.y_stride + n);
+        if (id == all - 1)  // up to three last ones, each as if it were four
+            for (int64_t n = fours * 4; n < p.columns; n++)
+                for (int m = 0; m < p.rows; m++) {
+                    float same[4];
+                    four_rows(p.w + n * p.w_stride, 0, x + m * parts, parts, same);
+                    p.y[m * p.y_stride + n] = same[0];
+                }
     }
     return true;
 }
