@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from llava_edge.errors import UsageError
@@ -15,6 +16,7 @@ Device = Literal["auto", "cpu", "metal", "cuda"]
 FinishReason = Literal["stop", "length", "cancelled"]
 Speculate = Literal["auto", "off", "ngram"]
 TokenMethod = Literal["cls", "pool", "random"]
+CacheHit = Literal["miss", "embedding", "kv"]
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
@@ -94,6 +96,8 @@ class EngineOptions:
     device: "auto" takes the best one that works.
     threads: 0 means one for each physical core this process may use.
     context: positions for prompt and answer together; 0 means what the model was trained for, at most 4096.
+    cache: find what pictures became before, in this process or another, and keep it for the next time, on this disk too
+        (`llava_edge.cache`; a path is the folder to keep it in). Answers are the same without.
     repack: let llama.cpp re-order 4-bit weights for this processor: faster, but a private copy of them in memory.
     verbose: show the engines' own log on stderr.
     """
@@ -103,6 +107,7 @@ class EngineOptions:
     context: int = 0
     repack: bool = True
     verbose: bool = False
+    cache: bool | Path = True
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -145,6 +150,8 @@ class Memory:
 class Result:
     """A finished answer. `prompt_tokens` counts every position of the prompt, `image_tokens` those of images.
 
+    cache: "kv" if the prompt was known up to its last image, "embedding" if only what CLIP makes of the images was.
+
     drafted_tokens, accepted_tokens: what was guessed of the answer, and how much of that was right and used.
     """
 
@@ -155,7 +162,7 @@ class Result:
     image_tokens: int
     prompt_tokens: int
     completion_tokens: int
-    cache: Literal["miss", "embedding", "kv"]
+    cache: CacheHit
     timings: Timings
     memory: Memory
     drafted_tokens: int = 0

@@ -57,7 +57,11 @@ def cosine_rate(step: int, steps: int, warmup_ratio: float) -> float:
 
 
 def prepare_stage(model: Llava, recipe: Recipe, stage: Stage) -> list[dict[str, Any]]:
-    """Freeze and unfreeze for a stage; returns AdamW's groups. Frozen weights go to bf16 if the recipe says so."""
+    """Freeze and unfreeze for a stage; returns AdamW's groups.
+
+    bf16: frozen weights are kept in bfloat16, unless a later stage trains them whole: an update of one thousandth is
+    less than a step of its 8 bits, so weights have to be trained in float32.
+    """
     model.requires_grad_(False)
     if stage.trains == "lora" and not any(isinstance(m, LoraLinear) for m in model.modules()):
         add_lora(model.language_model, stage.lora_rank, stage.lora_alpha, recipe.seed)
@@ -72,7 +76,7 @@ def prepare_stage(model: Llava, recipe: Recipe, stage: Stage) -> list[dict[str, 
     if recipe.compile:
         for layer in model.language_model.model.layers:
             layer.compile(dynamic=True)  # a stage changes what is inside, so each stage compiles anew
-    if recipe.bf16:
+    if recipe.bf16 and all(each.trains != "full" for each in recipe.stages):
         for module in model.language_model.modules():
             weight = getattr(module, "weight", None)
             if isinstance(module, nn.Linear | nn.Embedding | LoraLinear) and not weight.requires_grad:  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ Knows nothing about models. Reads /proc, /sys and cgroups on Linux, `sysctl` on 
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -51,7 +52,9 @@ def choose(device: Device) -> Choice:
 
 def lacking(device: str) -> str:
     """What keeps `device` ("cuda" or "metal") from working, as a sentence; empty if nothing does."""
-    llama: Any = import_module("llama_cpp.llama_cpp")
+    from llava_edge.runtimes.language import library  # nobody else may load llama.cpp: see there
+
+    llama = library()
     built_for = llama.llama_print_system_info().decode("utf-8", "replace")
     names = (_BACKENDS[device], device.capitalize())
     if not any(f"{name} :" in built_for for name in names):
@@ -110,6 +113,7 @@ def _cpu_quota() -> float | None:
     return None
 
 
+@functools.cache
 def processor() -> tuple[str, list[str]]:
     """Name of the processor and those of its features that matter to the kernels."""
     wanted = ["avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni"]

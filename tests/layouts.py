@@ -28,6 +28,7 @@ def original_name(name: str, projector: str = "mlp2x_gelu") -> str:
         return f"model.mm_projector.{module}{kind}"
     name = re.sub(f"^{re.escape(TEXT_PREFIX)}", "model.", name)
     name = re.sub(r"^language_model\.lm_head", "lm_head", name)
+    name = re.sub(r"^image_newline$", "model.image_newline", name)
     return re.sub(f"^{re.escape(VISION_PREFIX)}", "model.vision_tower.vision_tower.vision_model.", name)
 
 

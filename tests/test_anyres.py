@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -369,7 +370,7 @@ def test_a_stop_between_two_tiles(llava: Llava, monkeypatch: pytest.MonkeyPatch)
         return encoded[-1]
 
     monkeypatch.setattr(VisionEncoder, "encode", encode_then_stop)
-    final = list(llava.stream("?", image((80, 60)), cancel=cancel))[-1].final
+    final = list(llava.stream("?", image((81, 60)), cancel=cancel))[-1].final
     assert final is not None
     assert final.finish_reason == "cancelled"
     assert len(encoded) == 2  # of five
@@ -451,6 +452,36 @@ def test_a_mistral_without_window_is_a_llama(tmp_path: Path) -> None:
         wanted = model(input_ids=ids, pixel_values=pixels, image_sizes=sizes).logits[0]
         found = ours([1, 5, IMAGE_TOKEN_INDEX, 8], pixels[0], [size])
     assert float((found - wanted).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_an_original_on_mistral_is_the_same_model(as_text: bool, tmp_path: Path) -> None:
+    """As liuhaotian/llava-v1.6-mistral-7b: CLIP inside, grids (width, height), "sliding_window": null."""
+    config = replace(TINY, vision=replace(TINY.vision, hidden_size=128, num_attention_heads=2))
+    tensors = micro.random_tensors(config, seed=2)
+    grids = [list(grid) for grid in config.grids]
+    raw = layouts.original_config(
+        config,
+        architectures=["LlavaMistralForCausalLM"],
+        model_type="llava_mistral",
+        sliding_window=None,
+        image_aspect_ratio="anyres",
+        image_grid_pinpoints=str(grids) if as_text else grids,
+        mm_patch_merge_type="spatial_unpad",
+    )
+    stored = {layouts.original_name(name): value for name, value in tensors.items()}
+    assert "model.image_newline" in stored
+    folder = layouts.write(tmp_path / "model", raw, stored)
+    opened = open_checkpoint(folder)
+    assert opened.layout == "original"
+    assert opened.config == replace(config, template="mistral_instruct", image_token_index=micro.VOCABULARY)
+    for name in opened.tensors:
+        assert np.array_equal(opened.tensors[name], tensors[name]), name
+    manifest = export(ExportOptions(folder, tmp_path / "out", quant="f16", vision="fp32", template="chatml"))
+    assert all(row.passed for row in manifest.parity)
+    (folder / "config.json").write_text(json.dumps({**raw, "sliding_window": 4096}), "utf-8")
+    with pytest.raises(CheckpointError, match="sliding window of 4096"):
+        open_checkpoint(folder)
 
 
 def test_what_a_mistral_leaves_out() -> None:

@@ -208,6 +208,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
     """As if `check` had found that every kernel is right and pays."""
     many = {"plain": 3.0, "avx2": 1.0, "avx512vnni": 2.0, "amx-bf16": 2.0, "amx-int8": 0.5}
     state = {
+        "sha256": "0",
         "kernels": list(ROUNDED),
         "problems": {},
         "types": {kind: {"many": many, "one": {"plain": 3.0}} for kind in TYPES},
@@ -253,6 +254,7 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ours["stopped"]
         assert ours["again"]
         assert ours["held"] == 70
+        assert native.choose(found_out(), kernel).identity[1] == kernel  # kept pictures are not another kernel's
     off = whole(grouped, isolated_home, "off")
     assert off["logits"] == stock["logits"]
     assert "Turned off" in off["reason"]

@@ -90,7 +90,7 @@ def _models() -> list[Finding]:
         installed = {entry.name: entry.folder for entry in store.entries()}
     except LlavaEdgeError as error:
         return [Finding("cache folder", "broken", str(error))]
-    findings = [Finding("cache folder", "ok", str(folder))]
+    findings = [Finding("cache folder", "ok", str(folder)), _pictures()]
     name = store.DEFAULT_MODEL
     if installed[name] is None:
         pull = f"llava-edge models pull {name}"
@@ -102,6 +102,18 @@ def _models() -> list[Finding]:
     except LlavaEdgeError as error:
         return [*findings, Finding("default model", "broken", str(error), f"llava-edge models pull {name} --force")]
     return [*findings, Finding("default model", "ok", f"{name} in {installed[name]}")]
+
+
+def _pictures() -> Finding:
+    from llava_edge.cache import user_cache
+
+    try:
+        kept = user_cache()
+    except LlavaEdgeError as error:
+        return Finding("known pictures", "broken", str(error), "unset LLAVA_EDGE_CACHE_MIB")
+    entries = kept.entries()
+    size = sum(entry.size for entry in entries)
+    return Finding("known pictures", "ok", f"{len(entries)} entries, {size / 1e6:.1f} of {kept.limit / 1e6:.0f} MB")
 
 
 def _version(package: str) -> str:

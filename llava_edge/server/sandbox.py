@@ -80,7 +80,7 @@ def _restrict_files(libc: ctypes.CDLL, bundle: Path) -> None:
         _allow(libc, ruleset, path, _READ)
     cache = home() / "cache"
     with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     _allow(libc, ruleset, cache, rights & ~_EXECUTE)
     _allow(libc, ruleset, Path("/dev/null"), _READ | _WRITE)
     libc.syscall(_RESTRICT_SELF, ruleset, 0)

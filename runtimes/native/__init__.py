@@ -57,11 +57,17 @@ class Status:
     few: tuple[str, ...] = ()
     attention: bool = False
     mapped: tuple[str, ...] = ()
+    library: str = ""  # hash of its file
 
     @property
     def used(self) -> bool:
         """Whether anything is."""
         return bool(self.many or self.few or self.attention)
+
+    @property
+    def identity(self) -> list[object]:
+        """What results depend on: empty if llama.cpp computes alone."""
+        return [self.library, self.kernel, self.many, self.few, self.attention] if self.used else []
 
 
 @dataclass
@@ -154,7 +160,7 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
     parts += [f"few rows of {', '.join(few)}"] if few else []
     parts += ["attention"] if attention else []
     reason = " ".join([f"{'; '.join(parts)}.", *problems.values()])
-    return Status(reason, "", best, many, few, attention, mapped)
+    return Status(reason, "", best, many, few, attention, mapped, state["sha256"])
 
 
 def _pays(race: dict[str, float], ours: str) -> bool:
