@@ -22,7 +22,7 @@ import numpy as np
 from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
 from llava_edge.options import KV
-from llava_edge.runtimes import CancelledError, devices, mapping
+from llava_edge.runtimes import CancelledError, devices, mapping, native
 
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
@@ -58,6 +58,8 @@ class LanguageModel:
         if adapter is not None:
             gguf.check_adapter(gguf.read(adapter), header)
         self.library = library(verbose)
+        self.native = native.activate()
+        repack = repack and native.reordering_pays(self.native, {tensor.kind for tensor in header.tensors.values()})
         # llama.cpp sets the AMX tile configuration once in each thread. Whatever else uses AMX in that thread (PyTorch
         # in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL. So it computes in a
         # thread where nobody else does.
@@ -65,8 +67,8 @@ class LanguageModel:
         self.context_size = context
         self.held: list[Key] = []
         self._threads = threads
-        self._settings = [gpu_layers, repack, kv]
         self._kv = kv
+        self._settings = [gpu_layers, repack, kv, *self.native.identity]
         self._model: Any = None
         self._context: Any = None
         self._path = path

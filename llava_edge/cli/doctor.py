@@ -71,14 +71,16 @@ def _machine() -> list[Finding]:
 
 
 def _engines() -> list[Finding]:
-    from llava_edge.runtimes import probe
+    from llava_edge.runtimes import native, probe
 
     llama, ort = probe.check("llama_cpp"), probe.check("onnxruntime")
     findings = [_engine("llama.cpp", llama, "build"), _engine("onnxruntime", ort, "providers")]
     devices = ["cpu works"]
     for name in ("cuda", "metal"):
         devices.append(f"{name}: {llama.facts.get(name, 'not tested').rstrip('.')}")
-    return [*findings, Finding("devices", "note" if llama.problem else "ok", "; ".join(devices))]
+    findings.append(Finding("devices", "note" if llama.problem else "ok", "; ".join(devices)))
+    kernels = native.status()
+    return [*findings, Finding("native kernels", "ok" if kernels.used else "note", kernels.reason, kernels.fix)]
 
 
 def _engine(subject: str, report: Any, detail: str) -> Finding:
