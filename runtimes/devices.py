@@ -52,7 +52,9 @@ def choose(device: Device) -> Choice:
 
 def lacking(device: str) -> str:
     """What keeps `device` ("cuda" or "metal") from working, as a sentence; empty if nothing does."""
-    llama: Any = import_module("llama_cpp.llama_cpp")
+    from llava_edge.runtimes.language import library  # nobody else may load llama.cpp: see there
+
+    llama = library()
     built_for = llama.llama_print_system_info().decode("utf-8", "replace")
     names = (_BACKENDS[device], device.capitalize())
     if not any(f"{name} :" in built_for for name in names):
@@ -158,6 +160,15 @@ def memory_use() -> Memory:
 
         return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None)
     return Memory(None, None)
+
+
+def others_seconds() -> float:
+    """Processor time that everything but this process has taken so far; 0 elsewhere than on Linux."""
+    words = _read("/proc/stat").partition("\n")[0].split()
+    if words[:1] != ["cpu"] or len(words) < 9:
+        return 0.0
+    ticks = sum(map(int, words[1:4])) + sum(map(int, words[6:9]))  # all but idle and waiting for disks, see proc(5)
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def process_start() -> float:

@@ -56,7 +56,8 @@ class Sampler:
             parts.append(library.llama_sampler_init_top_p(options.top_p, 1))
         if options.min_p > 0:
             parts.append(library.llama_sampler_init_min_p(options.min_p, 1))
-        return [*parts, library.llama_sampler_init_dist(options.seed)]
+        # The largest 32-bit number is no seed there: LLAMA_DEFAULT_SEED, a new one each time.
+        return [*parts, library.llama_sampler_init_dist(options.seed % library.LLAMA_DEFAULT_SEED)]
 
 
 def chance(language: LanguageModel, token: int, top: int) -> TokenChance:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
+from llava_edge.models import conversations
 from llava_edge.models.conversations import Catalogue, build, caption_records, questions, sentence, yes_no
 from llava_edge.models.data import messages_of
 from llava_edge.models.sources import Item
@@ -45,6 +48,27 @@ def test_records_are_reproducible_and_readable_by_the_trainer() -> None:
         messages = messages_of(record)
         assert sum(message.images for message in messages) == ("image" in record)
     assert "image" not in records[-1]
+
+
+def test_every_kind_of_question_comes_in_several_wordings() -> None:
+    records = build(ITEMS, rounds=dict.fromkeys(ROUNDS, 60.0), per_picture=9, chats=[[("Hi", "Hello")]], seed=1)
+    asked = Counter(turn.text for record in records for turn in messages_of(record) if turn.role == "user")
+    kinds: dict[str, Sequence[str]] = {
+        "name": conversations.NAME["grocery"],
+        "which kind": conversations.KIND,
+        "category": conversations.CATEGORY,
+        "description": conversations.SENTENCE,
+        "content": conversations.CONTENT,
+        "product": conversations.PRODUCT,
+        "text only": ["Hi"],
+        "easy-VQA's own": ["what shape?"],
+    }
+    for kind, wordings in kinds.items():
+        assert [wording for wording in wordings if not asked[wording]] == [], kind
+    for wordings in (conversations.IS_IT, conversations.CHOICE):
+        for wording in wordings:
+            pattern = re.escape(wording).replace(r"\{\}", ".+")
+            assert any(re.fullmatch(pattern, text) for text in asked), wording
 
 
 @pytest.mark.parametrize("item", [item for item in ITEMS if item.label], ids=lambda item: item.image)

@@ -180,6 +180,7 @@ def test_the_seed_decides(llava: Llava) -> None:
         return llava.ask("hello", options=Options(max_tokens=16, temperature=1.0, seed=seed)).text
 
     assert answer(1) == answer(1)
+    assert len({answer(2**32 - 1) for _ in range(4)}) == 1  # llama.cpp's own name for a random seed
     assert len({answer(seed) for seed in range(5)}) > 1
 
 
@@ -483,6 +484,32 @@ def test_auto_says_which_device_and_why(micro_bundle: Path) -> None:
         name, _, reason = loaded.device.partition(" ")
         assert name in ("cpu", "cuda", "metal")
         assert len(reason) > 10
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from llava_edge.runtimes import devices; devices.choose('auto')",
+        "from llava_edge.runtimes import probe; probe.child('llama_cpp')",
+        "import sys; from llava_edge import Llava; Llava.load(sys.argv[1]).close()",
+    ],
+)
+def test_threads_do_not_spin_whoever_loads_llama_cpp(code: str, micro_bundle: Path) -> None:
+    """libgomp reads its settings once, when it is loaded; beside busy processes a prompt took 3 to 22 times as long
+    where they came too late."""
+    watch = """
+import os, sys
+for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    os.environ.pop(name, None)
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "llama_cpp":
+            print("spins:", os.environ.get("GOMP_SPINCOUNT"), file=sys.stderr)
+sys.meta_path.insert(0, Watch())
+"""
+    done = subprocess.run([sys.executable, "-c", watch + code, str(micro_bundle)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "spins: 1000"
 
 
 def test_a_context_beyond_the_training_is_refused(micro_bundle: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,13 @@ from llava_edge.image import load_image, preprocess
 from llava_edge.models import micro
 from llava_edge.models.config import load_config
 from llava_edge.models.data import load_tokenizer
-from llava_edge.models.features import preprocessing
+from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llama import Llama
 from llava_edge.models.llava import from_state
 from llava_edge.models.lora import add_lora, lora_modules, merge_lora
 from llava_edge.models.recipe import Recipe, load_recipe
 from llava_edge.models.run import Folders, train_recipe
-from llava_edge.models.train import cosine_rate
+from llava_edge.models.train import Trainer, cosine_rate, load_stage, prepare_stage
 from llava_edge.prompt import Message, encode, render
 
 
@@ -77,6 +78,71 @@ def test_accumulation_does_not_change_the_loss(tmp_path: Path) -> None:
         train_recipe(replace(recipe, stages=(align, replace(instruct, accumulate=accumulate))), out)
         seen.append(losses(out.run))
     np.testing.assert_allclose(seen[0], seen[1], rtol=2e-3)
+
+
+def brief(*, bf16: bool, **changes: Any) -> Recipe:
+    """The micro recipe on few pictures, because bfloat16 is slow on processors without it; `changes` of stage 2."""
+    recipe = load_recipe("micro")
+    align, instruct = (replace(stage, batch=2, accumulate=1, epochs=1.0) for stage in recipe.stages)
+    return replace(recipe, bf16=bf16, data={"pictures": 6}, stages=(align, replace(instruct, **changes)))
+
+
+def test_adapters_in_bfloat16_resume_to_the_same_losses(tmp_path: Path) -> None:
+    """As `smol` is trained."""
+    recipe = brief(bf16=True, trains="lora", lora_rank=4, lora_alpha=8.0)
+    whole, parts = folders(tmp_path / "whole"), folders(tmp_path / "parts")
+    train_recipe(recipe, whole)
+    for steps in (2, 3, None):  # stops in stage 1, then in stage 2
+        train_recipe(recipe, parts, stop_after=steps)
+    assert len(losses(whole.run)) == 6
+    assert losses(parts.run) == losses(whole.run)
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    before = torch.from_numpy(micro.random_tensors(seed=recipe.seed)[name]).to(torch.bfloat16).float()
+    update = load_file(whole.run / "model" / "model.safetensors")[name] - before
+    assert torch.linalg.matrix_rank(update, rtol=1e-3) == 4
+
+
+def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
+    whole = brief(bf16=False)
+    wide, narrow = (brief(bf16=False, trains="lora", lora_rank=rank, lora_alpha=8.0) for rank in (4, 2))
+    for number, (begun, others) in enumerate([(whole, [wide]), (wide, [whole, narrow])]):
+        out = folders(tmp_path / str(number))
+        train_recipe(begun, out, stop_after=4)  # one step of stage 2
+        for other in [*others, replace(begun, stages=begun.stages[:1])]:
+            with pytest.raises(DataError, match="another recipe"):
+                train_recipe(other, out)
+
+
+def test_weights_that_are_trained_whole_stay_in_float32(tmp_path: Path) -> None:
+    """bfloat16 has steps of 1 in 128 to 256: what an update at LLaVA's rates adds would be rounded away."""
+    recipe = brief(bf16=True, learning_rate=2e-5)
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    before = torch.from_numpy(micro.random_tensors(seed=recipe.seed)[name])
+    change = load_file(train_recipe(recipe, folders(tmp_path)) / "model.safetensors")[name] - before
+    assert float(change.abs().max()) < 1e-4
+    assert float((change != 0).float().mean()) > 0.99
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
+    """With plain gradient descent the step's length is rate x norm."""
+    recipe = load_recipe("micro")
+    out = folders(tmp_path)
+    train_recipe(recipe, out, stop_after=1)
+    model = from_state(micro.CONFIG, micro.random_tensors(seed=recipe.seed))
+    tokenizer = load_tokenizer(out.run / "base" / "tokenizer.json")
+    moved = []
+    for limit in (0.5, 1e9):
+        stage = replace(recipe.stages[0], clip_norm=limit)
+        data = load_stage(stage, out.data, tokenizer, micro.CONFIG.image_tokens, recipe.seed)
+        trainer = Trainer(model, recipe, [data], FeatureCache(out.features, micro.CONFIG), out.data, tmp_path / "other")
+        (group,) = prepare_stage(model, recipe, stage)
+        before = torch.cat([parameter.detach().flatten() for parameter in group["params"]])
+        _, norm = trainer._optimise(data, next(data.step_packs()), torch.optim.SGD([group]))
+        after = torch.cat([parameter.detach().flatten() for parameter in group["params"]])
+        moved.append(float((after - before).norm()) / group["lr"])
+        assert norm > 0.5  # before it is clipped
+    assert moved[0] == pytest.approx(0.5, rel=1e-3)
+    assert moved[1] > 0.6
 
 
 def test_the_micro_recipe_learns_its_colours(trained_micro: Path) -> None:

@@ -38,7 +38,7 @@ from llava_edge.bench.records import (
 from llava_edge.bench.work import Work, work
 from llava_edge.bundle import Bundle
 from llava_edge.options import Device
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import devices, native
 from llava_edge.store import resolve
 
 Sample = dict[str, Any]  # what child.py prints
@@ -240,6 +240,7 @@ def _machine() -> dict[str, Any]:
         "cores_reason": reason,
         "memory_available_bytes": devices.available_memory(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "native": native.status().reason,
     }
 
 

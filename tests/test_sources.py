@@ -1,0 +1,139 @@
+"""`smol`'s pictures from packages of the real layout, a few pictures each: what is held out, and that it stays out."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from images import encode, picture
+
+from llava_edge.models import sources
+from llava_edge.models.conversations import write_records
+from llava_edge.models.evaluate import question_sets
+from llava_edge.models.sources import EMOJI_STYLES, HELD_OUT_STYLE, Item, collect
+
+PNG = encode(picture(8, 8), "PNG")
+NAMES = ["grinning face", "red apple", "blue book", "house", "fast car", "umbrella"]
+CAPTIONS = [f"Animal number {n}." for n in range(200)]
+ROUNDS = dict.fromkeys(("grocery", "clothing", "objects", "emoji", "easy-vqa", "tuxpaint"), 1.0)
+
+
+def tgz(path: Path, files: dict[str, object]) -> None:
+    """What `npm pack` writes."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            data = json.dumps(content).encode()
+            entry = tarfile.TarInfo(f"package/{name}")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+def easy_vqa(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as wheel:
+        for split in ("train", "test"):
+            asked = [[f"what shape is in {split}?", "circle", n] for n in range(3)]
+            wheel.writestr(f"easy_vqa/data/{split}/questions.json", json.dumps(asked))
+            for n in range(3):
+                wheel.writestr(f"easy_vqa/data/{split}/images/{n}.png", PNG)
+
+
+def fetched(command: list[str], folder: Path) -> None:
+    """pip, npm, apt-get and dpkg-deb, without a network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if "download" in command and "pip" in command:
+        easy_vqa(folder / "easy_vqa-1.0-py3-none-any.whl")
+    elif command[-1] == sources.EMOJIBASE:
+        rows = [{"group": 0, "label": name, "hexcode": f"1F60{n}"} for n, name in enumerate(NAMES)]
+        tgz(
+            folder / "emojibase-data-17.0.0.tgz",
+            {"meta/groups.json": {"groups": {"0": "smileys-emotion"}}, "en/data.json": rows},
+        )
+    elif command[0] == "npm":
+        style, version = command[-1].removeprefix("@iconify-json/").split("@")
+        icons = {name.replace(" ", "-"): {"body": '<rect width="9" height="9"/>'} for name in NAMES}
+        tgz(folder / f"iconify-json-{style}-{version}.tgz", {"icons.json": {"icons": icons}, "chars.json": {}})
+    elif command[0] == "apt-get":
+        (folder / "stamps.deb").touch()
+    else:
+        stamps = folder / "usr/share/tuxpaint/stamps"
+        stamps.mkdir(parents=True)
+        for n, caption in enumerate([*CAPTIONS, *CAPTIONS[:50]]):  # some captions have two pictures
+            (stamps / f"{n}.txt").write_text(f"{caption}\n", "utf-8")
+            (stamps / f"{n}.png").write_bytes(PNG)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of photos as the trainer expects it."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = []
+    for source in ("GroceryStoreDataset", "clothing-dataset-small", "imagenet-sample-images"):
+        for split in ("train", "val"):
+            for n in range(5):
+                name = f"{source}-{split}-{n}.jpg"
+                (folder / name).write_bytes(encode(picture(40, 30, n), "JPEG"))
+                row = {"image": name, "source": source, "split": split, "label": f"thing {n}", "category": "things"}
+                lines.append(json.dumps(row))
+    (folder / "labels.jsonl").write_text("\n".join(lines), "utf-8")
+    (folder / "grocery_descriptions.json").write_text(json.dumps({"thing 0": "A tasty thing."}), "utf-8")
+    return folder
+
+
+@pytest.fixture
+def items(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> list[Item]:
+    pytest.importorskip("resvg_py", reason="resvg-py, which draws the emoji, is not installed")
+    monkeypatch.setattr(sources, "_run", fetched)
+    return collect(tmp_path / "data", photos)
+
+
+def test_each_source_holds_out_what_the_model_card_says(items: list[Item]) -> None:
+    held_out, trained = (
+        [item for item in items if item.split == split and (item.source != "tuxpaint")] for split in ("val", "train")
+    )
+    for item in held_out:
+        assert "-val-" in item.image or "/test/" in item.image or f"emoji/{HELD_OUT_STYLE}/" in item.image
+    for item in trained:
+        assert "-train-" in item.image or "/train/" in item.image or item.text in set(EMOJI_STYLES) - {HELD_OUT_STYLE}
+    assert {item.source for item in held_out} == set(ROUNDS) - {"tuxpaint"}
+    assert {item.source for item in trained} == set(ROUNDS) - {"tuxpaint"}
+
+
+def test_a_caption_of_tuxpaint_is_on_one_side_with_all_its_pictures(items: list[Item]) -> None:
+    sides = defaultdict(set)
+    for item in items:
+        if item.source == "tuxpaint":
+            sides[item.text].add(item.split)
+    assert set(sides) == set(CAPTIONS)
+    assert all(len(splits) == 1 for splits in sides.values())
+    assert 0.08 < sum(splits == {"val"} for splits in sides.values()) / len(sides) < 0.22
+
+
+def test_no_record_shows_or_says_what_is_held_out(items: list[Item], tmp_path: Path, photos: Path) -> None:
+    """The very files the trainer reads, against the questions that accuracy is measured with."""
+    data = tmp_path / "data"
+    write_records(data, photos, seed=0, rounds=ROUNDS, per_picture=4, multi_turn=0.15)
+    records = [
+        record for name in ("captions", "questions") for record in json.loads((data / f"{name}.json").read_text())
+    ]
+    shown = {record["image"] for record in records if "image" in record}
+    trained = {item.image for item in items if item.split == "train"}
+    asked = {question.image for questions in question_sets(items).values() for question in questions}
+    assert asked
+    assert shown == trained
+    assert not shown & asked
+    assert all((data / image).is_file() for image in shown | asked)
+    said = json.dumps(records)
+    assert not [item.text for item in items if item.source == "tuxpaint" and item.split == "val" and item.text in said]
+
+
+def test_a_second_call_fetches_nothing(
+    items: list[Item], tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_run", lambda command, folder: pytest.fail(f"{command} was run"))
+    assert collect(tmp_path / "data", photos) == items
