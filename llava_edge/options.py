@@ -101,7 +101,8 @@ class EngineOptions:
     threads: 0 means one for each physical core this process may use.
     context: positions for prompt and answer together; 0 means what the model was trained for, at most 4096.
     cache: find what pictures became before, in this process or another, and keep it for the next time, on this disk too
-        (`llava_edge.cache`; a path is the folder to keep it in). Answers are the same without.
+        (`llava_edge.cache`; a path is the folder to keep it in, "memory" keeps it in this process alone). Answers are
+        the same without.
     preset: "latency" lets the engines keep weights re-ordered for this processor, a private copy; with "memory" all are
         only mapped. "auto" takes the first if that leaves half of the free memory.
     kv: numbers that the context is kept in; "q8_0" is half as large and rounds a little more.
@@ -114,7 +115,7 @@ class EngineOptions:
     preset: Preset = "auto"
     kv: KV = "f16"
     verbose: bool = False
-    cache: bool | Path = True
+    cache: bool | Path | Literal["memory"] = True
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
