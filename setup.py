@@ -63,7 +63,11 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir={f"llava_edge.{area}": area for area in AREAS},
-    package_data={"llava_edge": ["py.typed", "zoo/**", "server/page/*"], "llava_edge.models": ["recipes/*"]},
+    package_data={
+        "llava_edge": ["py.typed", "zoo/**", "server/page/*"],
+        "llava_edge.models": ["recipes/*"],
+        "llava_edge.runtimes.native": ["src/*"],
+    },
     include_package_data=False,
     install_requires=RUNTIME,
     extras_require={"export": EXPORT, "train": TRAIN, "serve": SERVE, "dev": DEV},

@@ -40,8 +40,8 @@ from llava_edge.bundle import (
 from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, UsageError
 from llava_edge.export import held_out, importance, parity, publish, report, verify
 from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
-from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
-from llava_edge.export.clip_onnx import Precision, write_clip
+from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Normalisation, open_checkpoint
+from llava_edge.export.clip_onnx import ACTIVATION_BITS, Precision, write_clip
 from llava_edge.export.gguf_pair import open_pair
 from llava_edge.export.llm_gguf import float16_bytes, write_language
 from llava_edge.export.mmproj import check_mmproj, write_mmproj
@@ -59,7 +59,6 @@ OnReport = Callable[[report.Report], None]
 
 VISION_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 TOWER_PICTURES = 8  # that an int8 tower is measured on
-PAIR_TEMPLATE = "vicuna_v1"  # LLaVA-1.5's, which most published pairs are
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def export(
     if out.name in ("", "..", "."):
         raise CannotCreateError(f"{options.out} is not a name for a bundle folder.")
     progress("reading the checkpoint", None)
-    checkpoint = _open(options)
+    checkpoint = open_source(options)
     for note in checkpoint.notes:
         progress(note, None)
     language = checkpoint.language_file or read_tokenizer(checkpoint.tokenizer, checkpoint.config)
@@ -155,9 +154,10 @@ def export(
     return manifest
 
 
-def _open(options: ExportOptions) -> Checkpoint:
+def open_source(options: ExportOptions) -> Checkpoint:
+    """The checkpoint or pair that `options` name. Raises what `open_checkpoint` and `open_pair` raise."""
     if options.mmproj is not None:
-        return open_pair(options.checkpoint, options.mmproj, options.template or PAIR_TEMPLATE)
+        return open_pair(options.checkpoint, options.mmproj, options.template or "")
     if options.checkpoint.is_file():
         raise UsageError(
             f"{options.checkpoint} is a file; a GGUF language model needs its picture encoder too (--mmproj FILE), "
@@ -332,6 +332,7 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
             width=config.vision.hidden_size,
             precision=options.vision,
             attention=config.blocks_run > 0,
+            activation_bits=ACTIVATION_BITS if options.vision == "int8" else 8,
         ),
         projector=ProjectorPart(config.projector_type, "f32"),
         language=LanguagePart(
@@ -358,9 +359,11 @@ def _sources(options: ExportOptions) -> tuple[Provenance, ...]:
 def _preprocessing(checkpoint: Checkpoint) -> Preprocessing:
     """Mean and deviation from the source itself, or preprocessor_config.json where there is one; CLIP's otherwise."""
     config = checkpoint.config
-    if checkpoint.normalisation is not None:
-        return Preprocessing(config.vision.image_size, *checkpoint.normalisation, config.square)
-    path = checkpoint.folder / "preprocessor_config.json"
+    mean, std = checkpoint.normalisation or _normalisation(checkpoint.folder / "preprocessor_config.json")
+    return Preprocessing(config.vision.image_size, mean, std, config.square, config.grids, config.merge)
+
+
+def _normalisation(path: Path) -> Normalisation:
     raw = read_json(path) if path.is_file() else {}
     try:
         mean, std = (
@@ -369,4 +372,4 @@ def _preprocessing(checkpoint: Checkpoint) -> Preprocessing:
         )
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(f"{path} should give image_mean and image_std as three numbers each.") from error
-    return Preprocessing(config.vision.image_size, mean, std, config.square, config.grids, config.merge)
+    return mean, std

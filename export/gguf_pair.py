@@ -1,8 +1,9 @@
 """A GGUF pair as llama.cpp's programs use it, language model and mmproj -> the one form the exporter works from.
 
 The language file is kept byte for byte; its tensors are only read to compare with. Of the mmproj, every kind that
-was published for LLaVA is read: with and without `clip.projector_type`, quantized or not, and with the two feed-forward
-names swapped, as llama.cpp's first converter wrote them (recognised by their widths). What is not LLaVA is refused.
+was published for LLaVA is read: with and without `clip.projector_type`, quantized or not, with the two feed-forward
+names swapped, as llama.cpp's first converter wrote them (recognised by their widths), and with the tiles of LLaVA-1.6.
+What is not LLaVA is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_edge import gguf, templates
+from llava_edge.bundle import Square, tiling_fault
 from llava_edge.errors import CheckpointError
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Normalisation, Tensors
 from llava_edge.export.mmproj import ARCHITECTURE, tensor_names
@@ -26,11 +28,15 @@ from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig
 from llava_edge.models.shapes import tensor_shapes
 
 V1_IMAGE_SIZE = 224  # the tower of LLaVA v1, whose pictures were cropped; v1.5 has 336 and pads
+MISTRAL = (14336, 8)  # feed-forward width and kv heads of Mistral-7B
 
+Grids = tuple[tuple[int, int], ...]
+
+_NEWLINE = re.compile(r"(model|v)\.image_newline")  # by the first converter, and as llama.cpp calls it today
 _IGNORED = re.compile(r"v\.post_ln\.(weight|bias)|v\.blk\.\d+\..*")  # behind the layer that LLaVA reads
 
 
-def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
+def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
     """Read and check both headers; no weights yet. `template` names the prompt layout, which neither file does.
 
     Raises `MissingError`, `BundleError` for a damaged GGUF, or `CheckpointError` for one that is no LLaVA.
@@ -38,26 +44,29 @@ def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
     text_file, vision_file = _open(language, mmproj)
     text = _text_config(text_file)
     vision, layer, notes = _vision_config(vision_file)
-    projector = _projector_type(vision_file, text)
-    cropped = projector == "linear" or vision.image_size == V1_IMAGE_SIZE
+    projector, grids = _projector_type(vision_file, text), _grids(vision_file)
+    square, seen = _square(vision, projector, grids)
+    template = template or _template(text)
     config = LlavaConfig(
         vision=vision,
         text=text,
         vision_feature_layer=layer,
         projector_type=projector,
-        square="crop" if cropped else "pad",
+        square=square,
+        grids=grids,
+        merge="spatial_unpad" if grids else "flat",
         template=template,
         image_token_index=text.vocab_size,
-        # LLaVA-1.5's tokenizer_config.json says `legacy: false`; a vocabulary without dummy prefix has one way only.
-        after_control="prefix" if cropped else "bare",
+        # tokenizer_config.json says `legacy: false` for LLaVA-1.5, but not for v1 and Mistral; a vocabulary without
+        # dummy prefix has one way only.
+        after_control="prefix" if square == "crop" or template == "mistral_instruct" else "bare",
     )
+    fault = tiling_fault(vision.image_size, square, grids, config.merge, config.image_tokens)
+    if fault:
+        raise CheckpointError(f"{mmproj} cannot be right: {fault}.")
     _check_tokens(text_file, template)
     tensors = _vision_tensors(vision_file, config) | _language_tensors(text_file, text)
-    notes += [
-        f"Neither file names the prompt layout; {template} is used. --template names another.",
-        f"Neither file says how pictures are made square; they are {'cropped' if cropped else 'padded'}, "
-        f"as LLaVA {'v1' if cropped else 'v1.5'} was trained.",
-    ]
+    notes += [f"Neither file names the prompt layout; {template} is used. --template names another.", seen]
     if projector == "linear":
         notes.append(f"{mmproj} has one projector layer; it is taken as LLaVA v1's, without an activation behind it.")
     return Checkpoint(
@@ -70,6 +79,23 @@ def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
         language_file=LanguageFile(language, _quantization(text_file)),
         normalisation=_normalisation(vision_file),
     )
+
+
+def _square(vision: VisionConfig, projector: str, grids: Grids) -> tuple[Square, str]:
+    """How pictures are made square, and why, as a sentence."""
+    if grids:
+        return "anyres", f"Pictures are also seen in tiles, at {len(grids)} sizes, as the file of LLaVA 1.6 says."
+    cropped = projector == "linear" or vision.image_size == V1_IMAGE_SIZE
+    how, version = ("cropped", "v1") if cropped else ("padded", "v1.5")
+    said = f"Neither file says how pictures are made square; they are {how}, as LLaVA {version} was trained."
+    return "crop" if cropped else "pad", said
+
+
+def _template(text: TextConfig) -> str:
+    """What published LLaVAs with a language model of these sizes were trained with."""
+    if (text.intermediate_size, text.num_key_value_heads) == MISTRAL:
+        return "mistral_instruct"
+    return "chatml_direct" if text.hidden_size == 7168 else "vicuna_v1"  # 7168: Yi-34B
 
 
 def _open(language: Path, mmproj: Path) -> tuple[Gguf, Gguf]:
@@ -171,10 +197,6 @@ def _projector_type(file: Gguf, text: TextConfig) -> str:
     kind = file.metadata.get("clip.projector_type", file.metadata.get("clip.vision.projector_type", "mlp"))
     if kind != "mlp":
         raise CheckpointError(f"{file.path} has a projector of the type {kind!r}; LLaVA's is 'mlp'.")
-    if any(name.endswith("image_newline") for name in file.tensors) or "clip.vision.image_grid_pinpoints" in (
-        file.metadata
-    ):
-        raise CheckpointError(f"{file.path} is of LLaVA 1.6 (it tiles pictures); of GGUF pairs, 1.5 and v1 are read.")
     last = "mm.2.weight" if "mm.2.weight" in file.tensors else "mm.0.weight"
     width = file.tensors[last].shape[0] if last in file.tensors else 0
     if width and width != text.hidden_size:
@@ -183,6 +205,22 @@ def _projector_type(file: Gguf, text: TextConfig) -> str:
             "the two files are of different models."
         )
     return "mlp2x_gelu" if last == "mm.2.weight" else "linear"
+
+
+def _grids(file: Gguf) -> Grids:
+    """LLaVA-1.6's (width, height) pairs, which the file has in one row; none for a model that does not tile."""
+    flat = file.items("clip.vision.image_grid_pinpoints")
+    newline = any(map(_NEWLINE.fullmatch, file.tensors))
+    merge = file.metadata.get("clip.vision.mm_patch_merge_type", "spatial_unpad")
+    if not flat and not newline:
+        return ()
+    whole = bool(flat) and len(flat) % 2 == 0 and all(isinstance(side, int) for side in flat)
+    if not newline or not whole or merge != "spatial_unpad":
+        raise CheckpointError(
+            f"{file.path} has the tiles of LLaVA 1.6, but not whole: {len(flat)} numbers in image_grid_pinpoints, "
+            f"{'an' if newline else 'no'} image_newline, and mm_patch_merge_type {merge!r} instead of 'spatial_unpad'."
+        )
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _normalisation(file: Gguf) -> Normalisation:
@@ -209,7 +247,8 @@ def _check_tokens(file: Gguf, template: str) -> None:
 def _vision_tensors(file: Gguf, config: LlavaConfig) -> dict[str, StoredTensor]:
     """CLIP and projector under classic names. Raises `CheckpointError` for what is missing, misshapen or not known."""
     names, shapes = tensor_names(config), tensor_shapes(config)
-    stored = {name: _swap(name) if _swapped(file) else name for name in file.tensors}
+    named = {name: "image_newline" if _NEWLINE.fullmatch(name) else name for name in file.tensors}
+    stored = {name: _swap(target) if _swapped(file) else target for name, target in named.items()}
     found = {target: name for name, target in stored.items()}
     faults = {
         "lacks": [target for target in names if target not in found],

@@ -22,7 +22,7 @@ MARKERS = ("<im_start>", "<im_end>")  # llava/constants.py
 _TEXT = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "hidden_act"),
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "attention_bias", "mlp_bias", "sliding_window"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "attention_bias", "mlp_bias"),
 )
 _FEATURES = {"patch": "default", "cls_patch": "full"}
 _HEAD_WIDTH = 64  # of every CLIP that OpenAI published
@@ -48,6 +48,8 @@ def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]
     if feature not in _FEATURES:
         raise CheckpointError(f"{path} sets mm_vision_select_feature to {feature!r}; expected patch or cls_patch.")
     text = {key: raw[key] for key in _TEXT if raw.get(key) is not None}
+    if "sliding_window" in raw:  # null means none; only a missing one is Mistral's default
+        text["sliding_window"] = raw["sliding_window"]
     if (text.get("bos_token_id"), text.get("eos_token_id")) == (0, 1):
         text |= {"bos_token_id": 1, "eos_token_id": 2}  # a known fault of converted LLaMA-1; the tokenizer is right
     context = [raw[key] for key in ("tokenizer_model_max_length", "max_sequence_length") if raw.get(key)]

@@ -1,9 +1,9 @@
 """A checkpoint's tokenizer -> the vocabulary fields of a GGUF.
 
-Two kinds are read: SentencePiece (`tokenizer.model`, LLaMA and Vicuna) and byte-level BPE (`tokenizer.json`,
-GPT-2 style). llama.cpp has its own tokenizer for each, with behaviour chosen by a few fields; whatever it would
-do differently from the original is refused here rather than tokenized wrongly. The SentencePiece file is a
-protobuf of which five fields are needed, so it is read by hand.
+Two kinds are read: SentencePiece (`tokenizer.model`, LLaMA and Vicuna, or the same as `tokenizer.json`) and byte-level
+BPE (`tokenizer.json`, GPT-2 style). llama.cpp has its own tokenizer for each, with behaviour chosen by a few fields;
+whatever it would do differently from the original is refused here rather than tokenized wrongly. The SentencePiece
+file is a protobuf of which five fields are needed, so it is read by hand.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_edge.errors import CheckpointError, MissingError
+from llava_edge.export import llama_json
 from llava_edge.export.tensors import read_json
 from llava_edge.models.config import LlavaConfig
 from llava_edge.prompt import AfterControl
@@ -93,12 +94,16 @@ def after_control(folder: Path, config: LlavaConfig) -> AfterControl:
     """How text behind a control token is tokenized, as transformers has done it since 4.34 for SentencePiece.
 
     `legacy` in tokenizer_config.json decides; a missing one means true there. LLaVA-1.5 says false. The versions
-    before 4.34, with which it was trained, had a third way, which only config.json can ask for.
+    before 4.34, with which it was trained, had a third way, which only config.json can ask for. Of a tokenizer.json
+    alone, its own way.
     """
     if config.after_control:
         return config.after_control
-    sentencepiece = (folder / "tokenizer.model").is_file()
-    return "bare" if sentencepiece and _tokenizer_config(folder).get("legacy") is False else "prefix"
+    if (folder / "tokenizer.model").is_file():
+        return "bare" if _tokenizer_config(folder).get("legacy") is False else "prefix"
+    path = folder / "tokenizer.json"
+    raw = read_json(path) if path.is_file() else {}
+    return (llama_json.dummy_prefix(path, raw) if llama_json.is_llama(raw) else None) or "prefix"
 
 
 def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
@@ -106,7 +111,9 @@ def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
     if (folder / "tokenizer.model").is_file():
         vocabulary = _sentencepiece(folder / "tokenizer.model")
     elif (folder / "tokenizer.json").is_file():
-        vocabulary = _byte_level_bpe(folder / "tokenizer.json", rows)
+        path = folder / "tokenizer.json"
+        raw = read_json(path)
+        vocabulary = (_llama if llama_json.is_llama(raw) else _byte_level_bpe)(path, raw, rows)
     else:
         raise MissingError(f"{folder} has no tokenizer; expected tokenizer.model or tokenizer.json.")
     added = _added(folder)
@@ -276,38 +283,76 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             raise ValueError("a number is longer than 64 bits")
 
 
-# --- byte-level BPE --------------------------------------------------------------------------------------------
+# --- tokenizer.json --------------------------------------------------------------------------------------------
 
 
-def _byte_level_bpe(path: Path, rows: int) -> Vocabulary:
-    raw = read_json(path)
+def _bpe(path: Path, raw: dict[str, Any], rows: int) -> tuple[dict[str, Any], dict[int, str], int]:
+    """The model of a BPE file, its tokens by id, and how many there are. Refuses what neither kind may have."""
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(f"{path} is not a BPE tokenizer; expected a model of type BPE with a vocab.")
-    pre = _pre_tokenizer(path, raw)
     rules = {
-        "falls back to bytes like SentencePiece; put its tokenizer.model beside it": not model.get("byte_fallback"),
-        "normalises text, which llama.cpp would not": not raw.get("normalizer"),
         "drops merges at random": not model.get("dropout"),
         "marks word ends or beginnings": not (
             model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
         ),
-        f"and llama.cpp's {pre!r} differ in ignore_merges": bool(model.get("ignore_merges")) == (pre == "llama-bpe"),
     }
-    for fault, good in rules.items():
-        if not good:
-            raise CheckpointError(f"The tokenizer {path} {fault}, so its tokens would come out wrong.")
+    _require(path, rules)
     by_id = {int(i): text for text, i in model["vocab"].items()}
     by_id |= {int(entry["id"]): entry["content"] for entry in raw.get("added_tokens", [])}
     size = max(by_id, default=-1) + 1
     _check_size(path.parent, size, rows)
-    trained = set(model["vocab"].values())
+    return model, by_id, size
+
+
+def _require(path: Path, rules: dict[str, bool]) -> None:
+    for fault, good in rules.items():
+        if not good:
+            raise CheckpointError(f"The tokenizer {path} {fault}, so its tokens would come out wrong.")
+
+
+def _llama(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
+    """What `_sentencepiece` gives, from what transformers makes of a tokenizer.model."""
+    prefix = llama_json.dummy_prefix(path, raw)
+    model, by_id, size = _bpe(path, raw, rows)
+    rules = {
+        "has no byte pieces to fall back to": all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)),
+        "looks whole words up before it merges": not model.get("ignore_merges"),
+    }
+    _require(path, rules)
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    scores = llama_json.scores(path, list(model["vocab"]), merges)
+    tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(size))
+    kinds = {f"<0x{byte:02X}>": BYTE for byte in range(256)} | {"<unk>": UNKNOWN}
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        types=tuple(kinds.get(text, NORMAL) if i in by_id else UNUSED for i, text in enumerate(tokens)),
+        scores=tuple(scores.get(text, 0.0) for text in tokens),
+        merges=(),
+        bos=1,
+        eos=2,
+        unknown=tokens.index("<unk>") if "<unk>" in tokens else None,
+        add_bos=True,
+        add_space_prefix=prefix is not None,
+    )
+
+
+def _byte_level_bpe(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
+    model, by_id, size = _bpe(path, raw, rows)
+    pre = _pre_tokenizer(path, raw)
+    rules = {
+        "normalises text, which llama.cpp would not": not raw.get("normalizer"),
+        f"and llama.cpp's {pre!r} differ in ignore_merges": bool(model.get("ignore_merges")) == (pre == "llama-bpe"),
+    }
+    _require(path, rules)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
     return Vocabulary(
         model="gpt2",
         pre=pre,
         tokens=tuple(by_id.get(i, f"[PAD{i}]") for i in range(size)),
-        types=tuple(NORMAL if i in trained or i in by_id else UNUSED for i in range(size)),
+        types=tuple(NORMAL if i in by_id else UNUSED for i in range(size)),
         scores=(0.0,) * size,
         merges=tuple(merges),
         bos=1,

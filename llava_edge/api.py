@@ -39,17 +39,19 @@ class Llava:
         options: EngineOptions | None = None,
         *,
         device: Device | None = None,
+        pictures: Sequence[Picture] = (),
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Llava:
         """Open a bundle folder, or a model pulled before, by name. `on_load` gets the loaded fraction, 0 to 1.
 
+        pictures: prepared ones that will be asked about first; they are encoded while the language model loads.
         device: short for `EngineOptions(device=...)`. Weights are mapped: what two processes or two `Llava` load of the
-        same bundle is in memory once, except for 4-bit weights that llama.cpp re-orders (`EngineOptions.repack`).
+        same bundle is in memory once, except for what the preset "latency" copies (`EngineOptions.preset`).
         Raises `MissingError`, `BundleError`, `UnavailableError`, `MemoryLimitError` or `UsageError`.
         """
         if device is not None:
             options = replace(options or EngineOptions(), device=device)
-        return cls(Engine.open(Bundle.open(resolve(model)), options, on_load=on_load))
+        return cls(Engine.open(Bundle.open(resolve(model)), options, pictures=pictures, on_load=on_load))
 
     def ask(self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None) -> Result:
         """Answer one question about any number of images (path, bytes, PIL image or RGB array each)."""
@@ -89,7 +91,7 @@ class Llava:
         conversations = [[Message("user", text, len(pictures))] for text in prompts]
         self._engine.require_room(conversations, pictures, options)
         for messages in conversations:
-            yield self._engine.generate(messages, pictures, options, cancel, started=started, same_pictures=True)
+            yield self._engine.generate(messages, pictures, options, cancel, started=started)
 
     def answer(
         self,
@@ -160,6 +162,11 @@ class Llava:
     def device(self) -> str:
         """Device in use and why, e.g. "cpu (asked for)"."""
         return f"{self._engine.choice.name} ({self._engine.choice.reason})"
+
+    @property
+    def preset(self) -> str:
+        """Preset in use and why, e.g. "memory (asked for)"."""
+        return f"{self._engine.preset.name} ({self._engine.preset.reason})"
 
     @property
     def context(self) -> int:

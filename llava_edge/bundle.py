@@ -67,6 +67,8 @@ class VisionPart:
     """vision.onnx: `pixels` (batch, 3, S, S) float32 -> `features` (batch, image_tokens, width) float32.
 
     attention: whether it also gives `attention` (batch, image_tokens) float32, how much the class token looks at each.
+    activation_bits: of what an int8 graph multiplies. 7 are exact everywhere; with 8, sums of u8 x s8 products overflow
+    on processors without VNNI, unless ONNX Runtime is told to take slower ones.
     """
 
     hidden_layer: int  # index into CLIP's hidden states; may be negative, as in the checkpoint
@@ -76,6 +78,7 @@ class VisionPart:
     width: int
     precision: Literal["fp32", "fp16", "int8"]
     attention: bool = False
+    activation_bits: Literal[7, 8] = 8
 
 
 @dataclass(frozen=True)

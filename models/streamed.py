@@ -26,12 +26,16 @@ Module = TypeVar("Module", bound=nn.Module)
 TEXT = "language_model.model."
 
 
+def _tensor(array: Array) -> Tensor:
+    """Copied only if read-only, which torch cannot represent: a reader's fresh array is taken as it is."""
+    return torch.from_numpy(np.require(array, None, "W"))
+
+
 def load_part(build: Callable[[], Module], tensors: Arrays, prefix: str) -> Module:
     """A module with the tensors `prefix` + its own names, frozen."""
     with torch.device("meta"):
         module = build()
-    # Copied only if read-only, which torch cannot represent: a reader's fresh array is taken as it is.
-    state = {name: torch.from_numpy(np.require(tensors[prefix + name], None, "W")) for name in module.state_dict()}
+    state = {name: _tensor(tensors[prefix + name]) for name in module.state_dict()}
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -64,7 +68,7 @@ def arrange(
     """Embeddings of crops -> (positions, hidden size) of each picture, whose `sizes` are (width, height)."""
     if config.square != "anyres":
         return [item[0] for item in embeds]
-    newline = torch.from_numpy(tensors["image_newline"]) if config.merge == "spatial_unpad" else None
+    newline = _tensor(tensors["image_newline"]) if config.merge == "spatial_unpad" else None
     return [
         anyres.arrange(torch.from_numpy(item), newline, config, size).numpy()
         for item, size in zip(embeds, sizes, strict=True)
@@ -86,7 +90,7 @@ def logits(config: LlavaConfig, tensors: Arrays, embeds: Array, start: int = 0) 
         states = _through(config, tensors, number, states, Context(cos, sin, None))
     norm = load_part(lambda: RMSNorm(text.hidden_size, text.rms_norm_eps), tensors, TEXT + "norm.")
     head = TEXT + "embed_tokens.weight" if text.tie_word_embeddings else "language_model.lm_head.weight"
-    weights = torch.from_numpy(np.require(tensors[head], None, "W"))
+    weights = _tensor(tensors[head])
     return np.asarray((norm(states)[0, start:] @ weights.T).numpy())
 
 

@@ -4,7 +4,7 @@ vision.py     pixels -> CLIP features            projector.py  features -> image
 language.py   tokens and embeddings -> logits    sampling.py   logits -> token
 text.py       token bytes -> text                pipeline.py   all of it, one stream of chunks
 devices.py    processor, memory, accelerators    probe.py      does the llama.cpp build work here?
-limits.py     what the processor can do at most
+limits.py     what the processor can do at most  native/       kernels of ours inside llama.cpp
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Knows nothing about models. Reads /proc, /sys and cgroups on Linux, `sysctl` on 
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -112,6 +113,7 @@ def _cpu_quota() -> float | None:
     return None
 
 
+@functools.cache
 def processor() -> tuple[str, list[str]]:
     """Name of the processor and those of its features that matter to the kernels."""
     wanted = ["avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni"]
@@ -158,6 +160,15 @@ def memory_use() -> Memory:
 
         return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None)
     return Memory(None, None)
+
+
+def others_seconds() -> float:
+    """Processor time that everything but this process has taken so far; 0 elsewhere than on Linux."""
+    words = _read("/proc/stat").partition("\n")[0].split()
+    if words[:1] != ["cpu"] or len(words) < 9:
+        return 0.0
+    ticks = sum(map(int, words[1:4])) + sum(map(int, words[6:9]))  # all but idle and waiting for disks, see proc(5)
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def process_start() -> float:

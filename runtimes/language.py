@@ -21,7 +21,8 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
-from llava_edge.runtimes import CancelledError
+from llava_edge.options import KV
+from llava_edge.runtimes import CancelledError, devices, mapping, native
 
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
@@ -48,6 +49,7 @@ class LanguageModel:
         threads: int,
         gpu_layers: int = 0,
         repack: bool = True,
+        kv: KV = "f16",
         verbose: bool = False,
         on_load: Callable[[float], bool] = lambda fraction: True,
     ) -> None:
@@ -56,12 +58,17 @@ class LanguageModel:
         if adapter is not None:
             gguf.check_adapter(gguf.read(adapter), header)
         self.library = library(verbose)
+        self.native = native.activate()
+        repack = repack and native.reordering_pays(self.native, {tensor.kind for tensor in header.tensors.values()})
         # llama.cpp sets the AMX tile configuration once in each thread. Whatever else uses AMX in that thread (PyTorch
         # in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL. So it computes in a
         # thread where nobody else does.
         self._thread = ThreadPoolExecutor(1, "llama.cpp")
         self.context_size = context
         self.held: list[Key] = []
+        self._threads = threads
+        self._kv = kv
+        self._settings = [gpu_layers, repack, kv, *self.native.identity]
         self._model: Any = None
         self._context: Any = None
         self._path = path
@@ -69,9 +76,10 @@ class LanguageModel:
         self._vocabulary = self.library.llama_model_get_vocab(self._model)
         self.vocab_size = int(self.library.llama_vocab_n_tokens(self._vocabulary))
         self.hidden_size = int(self.library.llama_model_n_embd(self._model))
-        self._open_context(threads)
-        if adapter is not None:
-            self._add(adapter)
+        self._lora = self._load_adapter(adapter) if adapter is not None else None
+        self._open_context()
+        if repack:  # the copies are what is multiplied from now on
+            mapping.let_go(path)
         self._tokens = _Batch(self.library, 0)
         self._embeddings = _Batch(self.library, self.hidden_size)
 
@@ -117,13 +125,43 @@ class LanguageModel:
         """Whether the vocabulary marks a token as the end of an answer."""
         return bool(self.library.llama_vocab_is_eog(self._vocabulary, token))
 
-    def keep(self, keys: Sequence[Key]) -> int:
-        """Forget all but the common beginning of memory and `keys`; return its length, always below `len(keys)`."""
+    def common(self, keys: Sequence[Key]) -> int:
+        """Length of the common beginning of memory and `keys`, always below `len(keys)`."""
         same = 0
         while same < min(len(self.held), len(keys) - 1) and self.held[same] == keys[same]:
             same += 1
+        return same
+
+    def keep(self, keys: Sequence[Key]) -> int:
+        """Forget all but that beginning; return its length."""
+        same = self.common(keys)
         self._truncate(same)
         return same
+
+    def save(self) -> memoryview:
+        """All that memory holds, in llama.cpp's own form."""
+        state = np.empty(self.library.llama_state_seq_get_size(self._context, _SEQUENCE), np.uint8)
+        written = self.library.llama_state_seq_get_data(self._context, _bytes(state), len(state), _SEQUENCE)
+        return state[:written].data
+
+    def restore(self, state: bytes | memoryview, keys: Sequence[Key]) -> bool:
+        """Let memory hold what `save` returned when it held `keys`; whether that worked.
+
+        llama.cpp trusts these bytes: only what this program wrote may come here. After a failure everything is
+        forgotten, in a context made anew, because llama.cpp leaves parts behind.
+        """
+        self.library.llama_memory_clear(self._memory, False)
+        self.held.clear()
+        source = _bytes(np.frombuffer(state, np.uint8))
+        read = self.library.llama_state_seq_set_data(self._context, source, len(state), _SEQUENCE)
+        first = self.library.llama_memory_seq_pos_min(self._memory, _SEQUENCE)
+        last = self.library.llama_memory_seq_pos_max(self._memory, _SEQUENCE)
+        if (read, first, last) == (len(state), 0, len(keys) - 1):
+            self.held = list(keys)
+            return True
+        self.library.llama_free(self._context)
+        self._open_context()
+        return False
 
     def evaluate_tokens(self, tokens: Sequence[int], cancel: threading.Event) -> None:
         """Append tokens. The logits of the last one can be sampled from afterwards. Raises `CancelledError`."""
@@ -174,6 +212,13 @@ class LanguageModel:
         return int(np.argmax(self.logits()))
 
     @property
+    def identity(self) -> list[object]:
+        """What its results depend on besides files and prompt: this build of llama.cpp, processor and settings."""
+        folder = Path(self.library.__file__).parent / "lib"
+        build = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
+        return [build, devices.processor(), self.context_size, self._threads, self._settings, BATCH]
+
+    @property
     def context(self) -> Any:
         """The llama_context, for a `Sampler`."""
         return self._context
@@ -205,12 +250,15 @@ class LanguageModel:
         if not self._model:
             raise BundleError(f"llama.cpp cannot load {self._path}: {last_error()}")
 
-    def _open_context(self, threads: int) -> None:
+    def _open_context(self) -> None:
         api = self.library
         settings = api.llama_context_default_params()
         settings.n_ctx = self.context_size
         settings.n_batch = settings.n_ubatch = BATCH
-        settings.n_threads = settings.n_threads_batch = threads
+        settings.n_threads = settings.n_threads_batch = self._threads
+        if self._kv == "q8_0":
+            settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
+            settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED  # nothing else reads values of 8 bits
         self._context = api.llama_init_from_model(self._model, settings)
         if not self._context:
             self._context = None
@@ -223,16 +271,19 @@ class LanguageModel:
         self._cancel = threading.Event()
         self._abort = api.ggml_abort_callback(lambda _: self._cancel.is_set())
         self._never = api.ggml_abort_callback()
+        if self._lora is not None:
+            handles, one = (api.llama_adapter_lora_p_ctypes * 1)(self._lora), (ctypes.c_float * 1)(1.0)
+            if api.llama_set_adapters_lora(self._context, handles, 1, one):
+                self.close()
+                raise BundleError(f"llama.cpp cannot add the adapter of {self._path}: {last_error()}")
 
-    def _add(self, adapter: Path) -> None:
+    def _load_adapter(self, adapter: Path) -> Any:
         """llama.cpp frees an adapter with its model."""
-        api = self.library
-        loaded = api.llama_adapter_lora_init(self._model, os.fsencode(adapter))
-        one = (ctypes.c_float * 1)(1.0)
-        handles = (api.llama_adapter_lora_p_ctypes * 1)(loaded)
-        if not loaded or api.llama_set_adapters_lora(self._context, handles, 1, one):
+        loaded = self.library.llama_adapter_lora_init(self._model, os.fsencode(adapter))
+        if not loaded:
             self.close()
             raise BundleError(f"llama.cpp cannot add {adapter}: {last_error()}")
+        return loaded
 
     def _tokenize(self, text: bytes, special: bool) -> list[int]:
         if len(text) > MAX_TEXT_BYTES:
@@ -272,6 +323,10 @@ class LanguageModel:
             self.held.clear()
             if length:
                 raise BundleError(f"llama.cpp cannot drop the end of its memory for {self._path}.")
+
+
+def _bytes(array: Array) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 class _Batch:

@@ -87,6 +87,8 @@ def _session(operator: str, left: int, right: int, out: int, weights: np.ndarray
     ort: Any = import_module("onnxruntime")
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
+    if devices.int8_saturates():
+        settings.add_session_config_entry("session.x64quantprecision", "1")  # right products, as runtimes/vision.py
     rows, inner, columns = SHAPE
     tensor = _field(1, inner) + _field(1, columns) + _field(2, right) + _field(8, b"b") + _field(9, weights.tobytes())
     node = _field(1, b"a") + _field(1, b"b") + _field(2, b"c") + _field(4, operator.encode())

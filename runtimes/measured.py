@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from llava_edge.options import FinishReason, Result, Timings, TokenChance
+from llava_edge.options import CacheHit, FinishReason, Result, Timings, TokenChance
 from llava_edge.runtimes import devices
 
 
@@ -18,6 +18,8 @@ class Run:
     image_ms: float = 0.0  # of preprocess_ms
     encode_ms: float = 0.0
     project_ms: float = 0.0  # of encode_ms
+    encoded: int = 0  # pictures that went through CLIP
+    known: bool = False  # whether memory of all pictures was there
     prefill_ms: float = 0.0
     first_token: float = 0.0  # instant; 0 until there is one
     prompt_tokens: int = 0
@@ -28,6 +30,11 @@ class Run:
     text: str = ""
     drafted: int = 0  # tokens guessed
     accepted: int = 0  # of these, right and used
+
+    def _cache(self) -> CacheHit:
+        if self.known:
+            return "kv"
+        return "embedding" if self.image_tokens and not self.encoded else "miss"
 
     def result(self, reason: FinishReason, model: str, device: str, load_ms: float) -> Result:
         """The finished answer."""
@@ -53,7 +60,7 @@ class Run:
             image_tokens=self.image_tokens,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.tokens,
-            cache="miss",
+            cache=self._cache(),
             timings=timings,
             memory=devices.memory_use(),
             drafted_tokens=self.drafted,

@@ -9,26 +9,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llava_edge import gguf, prompt
 from llava_edge.bundle import LANGUAGE, Bundle
-from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError, UsageError
+from llava_edge.cache import user_cache
+from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, Options
-from llava_edge.runtimes import CancelledError, after_control, devices, probe
+from llava_edge.runtimes import CancelledError, after_control, devices, presets, probe, tune
 from llava_edge.runtimes.decoding import Answer, decode
+from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job, Owner, Stream
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run, since
+from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
-from llava_edge.runtimes.prefill import Embedder, Segment, prefill, segments
-from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.prefill import Prefill, segments
 from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.text import TextStream
-from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.templates import template
 
 DEFAULT_CONTEXT = 4096  # LLaVA-1.5's; a longer one is opt-in because its memory grows with it
@@ -41,10 +43,12 @@ class Engine:
         self.bundle = bundle
         self.options = options
         self.choice = devices.choose("cpu")
+        self.preset = presets.Chosen("memory", "nothing is loaded")
         self.load_ms = 0.0
         self.context_size = 0
         self._embedder: Embedder | None = None
         self._language: LanguageModel | None = None
+        self._cache = _open_cache(options.cache)
         self._owner = Owner(self._free)
 
     @staticmethod
@@ -52,15 +56,18 @@ class Engine:
         bundle: Bundle,
         options: EngineOptions | None = None,
         *,
+        pictures: Sequence[Picture] = (),
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Engine:
         """Load all parts. `on_load` gets the loaded fraction, in the owner thread.
 
+        pictures: what will be asked about first. They are embedded while the language model loads; if all are known
+            already, CLIP is not loaded before it is needed.
         Raises `BundleError`, `UnavailableError`, `MemoryLimitError` or `UsageError`.
         """
         engine = Engine(bundle, options or EngineOptions())
         try:
-            for _ in engine._owner.submit(lambda job: engine._load(job.cancel, on_load), threading.Event()):
+            for _ in engine._owner.submit(lambda job: engine._load(job.cancel, pictures, on_load), threading.Event()):
                 pass
         except BaseException:
             engine._owner.close(wait=False)
@@ -76,23 +83,19 @@ class Engine:
         *,
         started: float | None = None,
         reuse: bool = False,
-        same_pictures: bool = False,
     ) -> Stream:
         """Answer the last message. Images belong to the messages' slots in order.
 
         The stream ends with a chunk that carries the `Result`. Setting `cancel`, or closing the iterator, stops the
         work within one prefill chunk. `started` (time.monotonic) is what time to first token counts from.
-        `reuse` keeps a beginning that the last prompt had too: faster, but rounded differently in the last digits,
-        because other kernels computed it. `same_pictures` keeps only whole parts, up to the last picture, if the last
-        prompt began with all of them: nothing is rounded differently.
+        `reuse` also keeps what the last prompt and its answer have in common with this one: faster, but rounded
+        differently in the last digits, see `Prefill.run`.
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
         """
         run = Run(time.monotonic() if started is None else started)
         wanted = options or Options()
         event = cancel or threading.Event()
-        return self._owner.submit(
-            lambda job: self._answer(job, messages, images, wanted, run, reuse, same_pictures), event
-        )
+        return self._owner.submit(lambda job: self._answer(job, messages, images, wanted, run, reuse), event)
 
     def require_room(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
@@ -122,7 +125,7 @@ class Engine:
 
         def work(job: Job) -> None:
             _, embedder = self._opened()
-            found.append(embedder.embed(picture, Run(0), job))
+            found.append(embedder.start(picture, Run(0), job).result().copy())
 
         for _ in self._owner.submit(work, threading.Event()):
             pass
@@ -139,11 +142,14 @@ class Engine:
         self.close()
 
     def _free(self) -> None:
+        if self._embedder is not None:
+            self._embedder.close()
+            self._embedder = None
         if self._language is not None:
             self._language.close()
-        self._embedder = None
+        self._cache.close()
 
-    def _load(self, cancel: threading.Event, on_load: Callable[[float], None]) -> None:
+    def _load(self, cancel: threading.Event, pictures: Sequence[Picture], on_load: Callable[[float], None]) -> None:
         start = time.perf_counter()
         probe.require_working_build()
         self.choice = devices.choose(self.options.device)
@@ -152,8 +158,12 @@ class Engine:
         header = gguf.read(path)
         gguf.check_language(header)
         self.context_size = _context_size(self.options.context, manifest.language.context_length)
-        _check_memory(header, self.context_size, self.options.repack)
+        self.preset = presets.choose(
+            self.options.preset, header, self.context_size, self.options.kv, self.choice.gpu_layers
+        )
         threads = self.options.threads or devices.thread_count()[0]
+        self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
+        embedding = self._embedder.begin(pictures, cancel)
 
         def progress(fraction: float) -> bool:
             on_load(fraction)
@@ -165,7 +175,8 @@ class Engine:
             context=self.context_size,
             threads=threads,
             gpu_layers=self.choice.gpu_layers,
-            repack=self.options.repack,
+            repack=self.preset.copies,
+            kv=self.options.kv,
             verbose=self.options.verbose,
             on_load=progress,
         )
@@ -176,12 +187,20 @@ class Engine:
                 f"{(manifest.language.hidden_size, manifest.language.vocab_size)}: it is from another bundle."
             )
         self._speculation = Speculation(self._language)
-        projector = Projector(self.bundle)
-        self._embedder = Embedder(VisionEncoder(self.bundle, threads, self.choice.provider), projector)
+        self._prefill = Prefill(self.bundle, self._language, self._embedder, self._cache)
         self._template = template(manifest.template)
         self._ends = {self._language.control_id(name) for name in self._template.stops}
         self._after_control = after_control.encoder(self._language, manifest.after_control)
+        if not pictures:
+            embedding.result()
         self.load_ms = since(start)
+
+    def _vision(self, threads: int) -> tune.Setting:
+        """The measured setting for this machine, or the plain one; threads that were asked for stay."""
+        measured = tune.choose(tune.known(self.bundle), self.preset.copies) if self.choice.name == "cpu" else None
+        if measured is None:
+            return tune.Setting(threads, False)
+        return tune.Setting(self.options.threads or measured.threads, measured.prepack)
 
     def _answer(
         self,
@@ -191,7 +210,6 @@ class Engine:
         options: Options,
         run: Run,
         reuse: bool,
-        same_pictures: bool,
     ) -> None:
         slots = sum(message.images for message in messages)
         if slots != len(images):
@@ -207,14 +225,9 @@ class Engine:
         run.image_ms = sum(picture.decode_milliseconds for picture in pictures)
         stream = TextStream((*options.stop, *self._template.stop_texts))
         limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
-        language, embedder = self._opened()
+        language, _ = self._opened()
         try:
-            parts = segments(ids, pictures)
-            if same_pictures:
-                _keep_pictures(language, parts)
-            elif not reuse:
-                language.keep([])
-            prefill(language, embedder, parts, run, job)
+            self._prefill.run(segments(ids, pictures), run, job, reuse=reuse)
             reason = decode(
                 Answer(language, self._ends, stream, limit, run, job, options.top_logprobs), options, self._speculation
             )
@@ -256,30 +269,16 @@ class Engine:
         return self._language, self._embedder
 
 
-def _keep_pictures(language: LanguageModel, parts: Sequence[Segment]) -> None:
-    """Forget what is behind the last picture, or everything if memory does not hold all that is before it."""
-    last = max((i for i, part in enumerate(parts) if part.picture is not None), default=-1)
-    keys = [key for part in parts[: last + 1] for key in part.keys]
-    language.forget(len(keys) if language.held[: len(keys)] == keys else 0)
+def _open_cache(wanted: bool | Path) -> PictureCache:
+    if not wanted:
+        return PictureCache(None, recent=0)
+    try:
+        return PictureCache(user_cache(wanted if isinstance(wanted, Path) else None))
+    except MissingError:  # there is no home to keep it in
+        return PictureCache(None)
 
 
 def _context_size(asked: int, trained: int) -> int:
     if asked > trained:
         raise UsageError(f"A context of {asked} was asked for, but the model was trained for at most {trained}.")
     return asked or min(trained, DEFAULT_CONTEXT)
-
-
-def _check_memory(header: gguf.Gguf, context: int, repack: bool) -> None:
-    """Refuse early what cannot fit. Mapped weights count only if they are copied for repacking."""
-    heads = header.number("llama.attention.head_count", 1, 1024)
-    kv_heads = header.metadata.get("llama.attention.head_count_kv", heads)
-    width = header.metadata["llama.embedding_length"] // heads * kv_heads
-    needed = 2 * header.metadata["llama.block_count"] * context * width * 2  # keys and values, float16
-    if repack:
-        needed += sum(tensor.size for tensor in header.tensors.values() if tensor.kind.startswith(("Q4", "IQ4")))
-    available = devices.available_memory()
-    if available is not None and needed > available:
-        raise MemoryLimitError(
-            f"{header.path.parent} with a context of {context} needs about {needed >> 20} MiB of memory, "
-            f"{available >> 20} MiB are available. Use a smaller --context or model."
-        )

@@ -1,26 +1,24 @@
 """A prompt into the language model's memory: text as tokens, pictures as embeddings.
 
-Knows what stands where in a prompt; nothing about templates, files of images or answers.
+Nothing is computed twice that was computed for the same beginning before: by the last prompt, or by one that ended in
+the same picture, in another process too. Knows nothing about templates, files of images or answers.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
-import numpy as np
-
-from llava_edge import anyres, token_budget
+from llava_edge.bundle import ADAPTER, LANGUAGE, Bundle
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
-from llava_edge.runtimes import CancelledError
+from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.measured import Run, since
-from llava_edge.runtimes.pictures import Budget, Picture
-from llava_edge.runtimes.projector import Projector
-from llava_edge.runtimes.vision import VisionEncoder
+from llava_edge.runtimes.picture_cache import PictureCache, digest, identity
+from llava_edge.runtimes.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -46,56 +44,79 @@ def segments(ids: Sequence[int], pictures: Sequence[Picture]) -> list[Segment]:
     return parts
 
 
-class Embedder:
-    """Pictures -> embeddings: CLIP, the token budget if there is one, projector, and the order of the crops."""
+class Prefill:
+    """One for an open engine. `language` is made from files of `bundle`."""
 
-    def __init__(self, vision: VisionEncoder, projector: Projector) -> None:
-        self._vision = vision
-        self._projector = projector
+    def __init__(self, bundle: Bundle, language: LanguageModel, embedder: Embedder, cache: PictureCache) -> None:
+        self._language = language
+        self._embedder = embedder
+        self._cache = cache
+        self._name = bundle.manifest.name
+        files = [name for name in (LANGUAGE, ADAPTER) if name in bundle.manifest.files]
+        self._identity = [identity(bundle, *files), language.identity]
+        self._exact = {0}  # where a segment ended, if all up to there was evaluated segment by segment
 
-    def embed(self, picture: Picture, run: Run, job: Job) -> np.ndarray[Any, Any]:
-        """(positions, hidden size) float32. Crops go one by one: five at once take five times the working memory."""
-        job.vision_run = job.vision_run or self._vision.new_run()
-        if picture.budget is not None:
-            return self._project(self._reduced(picture, picture.budget, job), run)
-        embeddings = [self._project(self._vision.encode(crop, job.vision_run), run) for crop in _crops(picture, job)]
-        return anyres.arrange(np.stack(embeddings), self._projector.newline, picture.rows)
+    def run(self, parts: Sequence[Segment], run: Run, job: Job, *, reuse: bool) -> None:
+        """Evaluate a prompt, except for a beginning that is known.
 
-    def _project(self, features: np.ndarray[Any, Any], run: Run) -> np.ndarray[Any, Any]:
+        Without `reuse` only whole segments count, evaluated one by one: the answer is, bit for bit, the one that
+        follows if everything is computed. With it also what this prompt has in common with the last one and its answer,
+        which is more, but was computed by other kernels and so rounded differently.
+        Raises `CancelledError` or `BundleError`.
+        """
+        keys = [key for part in parts for key in part.keys]
+        ends = list(accumulate(len(part.keys) for part in parts))
+        pictures = [end for part, end in zip(parts[:-1], ends, strict=False) if part.picture is not None]
+        last = max(pictures, default=0)
         start = time.perf_counter()
-        embeddings = self._projector.project(features)
-        run.project_ms += since(start)
-        return embeddings
-
-    def _reduced(self, picture: Picture, budget: Budget, job: Job) -> np.ndarray[Any, Any]:
-        """(positions, vision width) float32."""
-        encoded = [self._vision.encode_attended(crop, job.vision_run) for crop in _crops(picture, job)]
-        features, attention = (np.concatenate(outputs)[budget.rows] for outputs in zip(*encoded, strict=True))
-        return token_budget.reduce(features, attention, len(picture.rows), budget.method, budget.seed)
-
-
-def _crops(picture: Picture, job: Job) -> Iterator[np.ndarray[Any, Any]]:
-    """The crops, until the job is cancelled: `CancelledError`."""
-    for crop in picture.crops:
-        if job.cancel.is_set():  # asked after the handle can be seen, so that no stop is lost
-            raise CancelledError
-        yield crop
-
-
-def prefill(language: LanguageModel, embedder: Embedder, parts: Sequence[Segment], run: Run, job: Job) -> None:
-    """Evaluate a prompt, except for a beginning that is still in memory from the last one."""
-    skip = language.keep([key for part in parts for key in part.keys])
-    for part in parts:
-        done, skip = min(skip, len(part.keys)), max(0, skip - len(part.keys))
-        keys = part.keys[done:]
-        if not keys:
-            continue
-        start = time.perf_counter()
-        if part.picture is None:
-            language.evaluate_tokens([key for key in keys if isinstance(key, int)], job.cancel)
-        else:
-            embeddings = embedder.embed(part.picture, run, job)
-            run.encode_ms += since(start)
-            start = time.perf_counter()
-            language.evaluate_embeddings(embeddings[done:], keys, job.cancel)
+        done = self._recall(keys, ends, pictures, reuse=reuse)
         run.prefill_ms += since(start)
+        run.known = done >= last > 0
+        exact = done in self._exact and done in (0, *ends)
+        self._exact = {end for end in self._exact if end <= done}
+        for part, end in zip(parts, ends, strict=True):
+            if end <= done:
+                continue
+            self._evaluate(part, max(done - end + len(part.keys), 0), run, job)
+            if exact:
+                self._exact.add(end)
+            if exact and end == last:
+                self._keep(keys[:end])
+
+    def _recall(self, keys: list[Key], ends: list[int], pictures: list[int], *, reuse: bool) -> int:
+        """Have memory hold a known beginning of `keys` and nothing else; its length, always below `len(keys)`."""
+        language = self._language
+        same = language.common(keys)
+        if not reuse:
+            same = max(end for end in (0, *ends) if end <= same and end in self._exact)
+        for end in reversed(pictures):
+            state = self._cache.get(self._key(keys[:end])) if end > same else None
+            if state is None:
+                continue
+            if language.restore(state, keys[:end]):
+                self._exact = {0, end}
+                return end
+            same = 0  # an attempt that failed leaves nothing in memory
+        language.forget(same)
+        return same
+
+    def _evaluate(self, part: Segment, done: int, run: Run, job: Job) -> None:
+        """All of a segment but its first `done` positions."""
+        keys = part.keys[done:]
+        if part.picture is None:
+            start = time.perf_counter()
+            self._language.evaluate_tokens([key for key in keys if isinstance(key, int)], job.cancel)
+        else:
+            rows = self._embedder.start(part.picture, run, job).result()
+            start = time.perf_counter()
+            self._language.evaluate_embeddings(rows[done:], keys, job.cancel)
+        run.prefill_ms += since(start)
+
+    def _keep(self, keys: list[Key]) -> None:
+        about = {"model": self._name, "kind": "state", "positions": str(len(keys))}
+        self._cache.put(self._key(keys), about, self._language.save())
+
+    def _key(self, keys: list[Key]) -> str:
+        """What decides about the language model's memory of a prompt that begins with `keys`."""
+        pictures = sorted({key[0] for key in keys if not isinstance(key, int)})
+        return digest("state", self._identity, keys, [self._embedder.key(name) for name in pictures])

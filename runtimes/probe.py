@@ -36,6 +36,7 @@ INSTALL = {"llama_cpp": REBUILD, "onnxruntime": "pip install --force-reinstall o
 TIMEOUT_SECONDS = 120
 
 WIDTH = 256  # one K-quant block, and a whole number of AMX tiles
+HEADS = 4
 VOCABULARY = 256
 TOKENS = 64  # more rows than one AMX tile of 16
 
@@ -137,7 +138,7 @@ def _onnxruntime_facts() -> dict[str, Any]:
     return {"version": ort.__version__, "providers": ort.get_available_providers()}
 
 
-def write_model(path: Path, kind: str) -> None:
+def write_model(path: Path, kind: str, kv_heads: int = HEADS) -> None:
     """A random LLaMA of one block in Q4_0 or Q8_0, as GGUF: no tokenizer, 256 wide, about half a megabyte."""
     numbers = np.random.default_rng(0)
     type_id, payload = {"Q4_0": (2, 16), "Q8_0": (8, 32)}[kind]
@@ -145,10 +146,11 @@ def write_model(path: Path, kind: str) -> None:
     matrices += ["blk.0.ffn_gate", "blk.0.ffn_up", "blk.0.ffn_down"]
     tensors: list[tuple[str, tuple[int, ...], int, bytes]] = []
     for name in matrices:
-        blocks = np.zeros(WIDTH * WIDTH // 32, [("scale", "<f2"), ("values", "u1", payload)])
+        rows = WIDTH * kv_heads // HEADS if name.endswith(("attn_k", "attn_v")) else WIDTH
+        blocks = np.zeros(rows * WIDTH // 32, [("scale", "<f2"), ("values", "u1", payload)])
         blocks["scale"] = 1 / 1024
         blocks["values"] = numbers.integers(0, 256, (len(blocks), payload), np.uint8)
-        tensors.append((f"{name}.weight", (WIDTH, WIDTH), type_id, blocks.tobytes()))
+        tensors.append((f"{name}.weight", (rows, WIDTH), type_id, blocks.tobytes()))
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         tensors.append((f"{name}.weight", (WIDTH,), 0, np.ones(WIDTH, "<f4").tobytes()))
     metadata: dict[str, str | int | float] = {
@@ -157,7 +159,8 @@ def write_model(path: Path, kind: str) -> None:
         "llama.embedding_length": WIDTH,
         "llama.block_count": 1,
         "llama.feed_forward_length": WIDTH,
-        "llama.attention.head_count": 4,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": kv_heads,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         "llama.vocab_size": VOCABULARY,
         "tokenizer.ggml.model": "none",

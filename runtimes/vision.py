@@ -19,9 +19,10 @@ class VisionEncoder:
 
     Raises `BundleError` if the file does not do what the manifest says, `UnavailableError` if ONNX Runtime would
     silently use another provider than the one asked for.
+    prepack: let it keep weights rearranged for this processor: a private copy of all of them, made now.
     """
 
-    def __init__(self, bundle: Bundle, threads: int, provider: str) -> None:
+    def __init__(self, bundle: Bundle, threads: int, provider: str, *, prepack: bool = False) -> None:
         self._part = bundle.manifest.vision
         self._size = bundle.manifest.preprocessing.image_size
         self._path = bundle.part(VISION)
@@ -30,11 +31,10 @@ class VisionEncoder:
         settings.intra_op_num_threads = threads
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 4  # fatal only: errors come as exceptions
-        # Weights are multiplied as they are mapped. Rearranged ones took 10 to 25 % less time for a picture, but a
-        # private copy of all of them and more time at the start than three pictures win back (CLIP-L/336).
-        settings.add_session_config_entry("session.disable_prepacking", "1")
-        settings.enable_cpu_mem_arena = False
-        if devices.int8_saturates():
+        if not prepack:
+            settings.add_session_config_entry("session.disable_prepacking", "1")
+        settings.enable_cpu_mem_arena = False  # an arena keeps what the largest picture took
+        if self._part.precision == "int8" and self._part.activation_bits == 8 and devices.int8_saturates():
             settings.add_session_config_entry("session.x64quantprecision", "1")  # slower, but right
         # The language model computes next: threads that spin for more work would take its cores.
         settings.add_session_config_entry("session.force_spinning_stop", "1")

@@ -25,7 +25,19 @@ from llava_edge.bench import records, runner
 from llava_edge.bench.compare import compare, stages
 from llava_edge.bench.page import page
 from llava_edge.bench.picture import variant
-from llava_edge.bench.records import PARTS, QUESTIONS, WARM, Configuration, Measured, Report, read_report, stage
+from llava_edge.bench.records import (
+    ENCODE,
+    PARTS,
+    PROJECT,
+    QUESTIONS,
+    SCHEMA,
+    WARM,
+    Configuration,
+    Measured,
+    Report,
+    read_report,
+    stage,
+)
 from llava_edge.bench.runner import Plan, measure, summary
 from llava_edge.bench.table import comparison, table, to_csv
 from llava_edge.bench.work import Work, initializers, work
@@ -58,7 +70,13 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
     timings |= {"total_ms": 9 * milliseconds, "decode_tokens_per_s": 1000 / milliseconds}
     asked = {"timings": timings, "cache": cache, "image_tokens": 10, "prompt_tokens": 20, "completion_tokens": 4}
     memory = {"peak_rss_bytes": 300, "private_bytes": 200, "file_bytes": 100}
-    times = {"start_ms": milliseconds, "load_ms": milliseconds, "device": "cpu", "crops": 1}
+    times = {
+        "start_ms": milliseconds,
+        "load_ms": milliseconds,
+        "cold_ms": 8 * milliseconds,
+        "device": "cpu",
+        "crops": 1,
+    }
     return {**times, "questions": dict.fromkeys(QUESTIONS, asked), "memory": memory}
 
 
@@ -67,7 +85,7 @@ def made(*milliseconds: float, peaks: dict[str, dict[str, float]] | None = None,
     run = summary(replace(SETTINGS, **other), NEEDED, [sample(value) for value in milliseconds], peaks or {})
     machine = {"processor": "P", "features": ["f"], "system": "s"}
     settings = {"repeats": len(milliseconds), "image": "drawn", "prompt": "<b>&"}
-    return Report(1, "2026-01-01", machine, {"llava-edge": "0"}, settings, peaks or {}, (run,))
+    return Report(SCHEMA, "2026-01-01", machine, {"llava-edge": "0"}, settings, peaks or {}, (run,))
 
 
 # What is measured.
@@ -77,18 +95,19 @@ def test_stages_of_a_real_bundle_fit_into_their_whole(report: Report) -> None:
     run = report.runs[0]
     assert not run.error
     assert set(run.questions) == set(QUESTIONS)
-    for asked in run.questions.values():
+    found = {"first": "miss", "warm": "miss", "again": "kv", "known": "kv"}
+    for name, asked in run.questions.items():
         medians = {name: stage.median for name, stage in asked.stages.items()}
-        assert all(medians[name] > 0 for name in PARTS)
-        assert sum(medians[name] for name in PARTS) <= medians["first_token"] + 0.01
         assert medians["first_token"] <= medians["total"]
         assert asked.image_tokens == CONFIG.image_tokens < asked.prompt_tokens
-        assert asked.cache == ("miss",)
+        assert asked.cache == (found[name],)
+        computed = {part for part in PARTS if medians[part] > 0}
+        assert computed == set(PARTS) - ({ENCODE, PROJECT} if found[name] == "kv" else set())
+    warm = {name: stage.median for name, stage in run.questions[WARM].stages.items()}
+    assert sum(warm[name] for name in PARTS) <= warm["first_token"] + 0.01
     cold, process = run.questions["first"].stages["first_token"].median, run.process
     assert process["start"].median > 0 < process["load"].median
-    assert process["cold_first_token"].median == pytest.approx(
-        process["start"].median + process["load"].median + cold, abs=0.01
-    )
+    assert process["cold_first_token"].median >= process["start"].median + process["load"].median + cold
     assert run.memory["peak_rss"] > run.memory["private"] > 0 < run.memory["file"]
 
 
@@ -277,13 +296,15 @@ def test_json_comes_back_as_it_was(report: Report, tmp_path: Path) -> None:
     (tmp_path / "now.json").write_text("noise before\n" + report.to_json() + "\n", "utf-8")
     assert read_report(tmp_path / "now.json") == report
     raw = json.loads(report.to_json())
-    assert raw["schema"] == records.SCHEMA == 1
+    assert raw["schema"] == records.SCHEMA
     assert set(raw["runs"][0]["questions"]["warm"]["stages"]) == {*PARTS, "first_token", "decode", "total"}
     assert raw["versions"].keys() >= {"llava-edge", "python", "llama-cpp-python", "onnxruntime"}
     assert raw["machine"]["processor"]
 
 
-@pytest.mark.parametrize("text", ["", "hello", "[]", "{}", '{"schema": 1}', '{"schema": 1, "runs": [1]}', "null"])
+@pytest.mark.parametrize(
+    "text", ["", "hello", "[]", "{}", f'{{"schema": {SCHEMA}}}', f'{{"schema": {SCHEMA}, "runs": [1]}}', "null"]
+)
 def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text, "utf-8")
     with pytest.raises(DataError, match="does not end with the JSON line"):
@@ -291,8 +312,8 @@ def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_another_schema_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(json.dumps({**asdict(made(1)), "schema": 2}), "utf-8")
-    with pytest.raises(DataError, match="schema 2"):
+    (tmp_path / "x.json").write_text(json.dumps({**asdict(made(1)), "schema": 1}), "utf-8")
+    with pytest.raises(DataError, match="schema 1"):
         read_report(tmp_path / "x.json")
     with pytest.raises(MissingError):
         read_report(tmp_path / "none.json")

@@ -28,6 +28,7 @@ from llava_edge.export import clip_onnx, exporter, llm_gguf, parity
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, ParityError, export
+from llava_edge.export.names import classic_name
 from llava_edge.export.quantize import Quant, quantize
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import llama_gguf, micro
@@ -53,7 +54,7 @@ def clip_tower(seed: int = 0) -> tuple[CLIPVisionModel, Tensors]:
     tower = CLIPVisionModel(CLIPVisionConfig(**settings)).eval()
     for parameter in tower.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.15)
-    return tower, {f"vision_tower.{name}": value.numpy() for name, value in tower.state_dict().items()}
+    return tower, {classic_name(name): value.numpy() for name, value in tower.state_dict().items()}
 
 
 def run_onnx(folder: Path, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -109,9 +110,6 @@ def test_the_graph_is_plain_and_its_weights_can_be_mapped(precision: Precision, 
     assert len(outside) >= 10
     for item in outside:
         place = {entry.key: entry.value for entry in item.external_data}
-        if item.name.endswith(".again"):
-            assert int(place["offset"]) < end  # stored before, under its first name
-            continue
         assert place["location"] == VISION_DATA
         assert int(place["offset"]) >= end
         assert int(place["offset"]) % 64 == 0
@@ -177,39 +175,58 @@ def test_int8_multiplies_integers_only_and_early_blocks_can_be_finer(tmp_path: P
         session = onnxruntime.InferenceSession(tmp_path / VISION, settings, providers=["CPUExecutionProvider"])
         nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
         kinds = Counter(node.op_type for node in nodes)
-        assert kinds["DynamicQuantizeMatMul"] + kinds["MatMulIntegerToFloat"] == products
+        assert kinds["MatMulIntegerToFloat"] == products
         assert kinds["MatMul"] + kinds["FusedMatMul"] == 5  # of attention; no weight is multiplied in float32
         errors.append(relative(session.run(None, {"pixels": some_pixels(1)})[0], wanted))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 2e-4
+    assert errors[-1] < 1e-3  # what activations of 14 bits leave
 
 
 @pytest.mark.parametrize("saturates", [True, False])
-def test_processors_whose_int8_products_saturate_get_exact_ones(
-    saturates: bool, micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bits", [7, 8])
+def test_slower_products_are_asked_for_only_where_sums_would_saturate(
+    saturates: bool, bits: Any, micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen: list[str] = []
     session = onnxruntime.InferenceSession
 
     def watched(path: Path, settings: Any, **kwargs: Any) -> Any:
         with suppress(RuntimeError):  # for an entry that is not there
             seen.append(settings.get_session_config_entry("session.x64quantprecision"))
-        return session(path, settings, **kwargs)
+        return session(path, onnxruntime.SessionOptions(), **kwargs)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
-    pixels = np.random.default_rng(0).standard_normal((3, 32, 32)).astype(np.float32)
-    usual = VisionEncoder(Bundle.open(micro_bundle), 1, "CPUExecutionProvider").encode(pixels)
     flags = ["avx2"] if saturates else ["avx2", "avx512_vnni"]
     monkeypatch.setattr(devices, "processor", lambda: ("a processor", flags))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    seen.clear()
-    exact = VisionEncoder(Bundle.open(micro_bundle), 1, "CPUExecutionProvider").encode(pixels)
-    assert seen == (["1"] if saturates else [])
-    assert relative(exact, usual) < 1e-5
+    bundle = Bundle.open(micro_bundle)
+    vision = replace(bundle.manifest.vision, precision="int8", activation_bits=bits)
+    VisionEncoder(Bundle(bundle.folder, replace(bundle.manifest, vision=vision)), 1, "CPUExecutionProvider")
+    assert seen == (["1"] if saturates and bits == 8 else [])
+
+
+def test_int8_products_are_exact_with_the_largest_weights_on_this_processor(tmp_path: Path) -> None:
+    """All weights 127, all activations the largest: what overflows 16 bits first. Rearranged weights give the same."""
+    tensors = dict(clip_tower()[1])
+    for name, value in tensors.items():
+        if ".layers.0.mlp.fc1.weight" in name:
+            tensors[name] = np.full_like(value, 0.02)
+        if ".layers.0.layer_norm2." in name:  # its output is 3 everywhere, the largest value of a first term
+            tensors[name] = np.full_like(value, 3.0 if name.endswith("bias") else 0.0)
+    found = []
+    for precision in ("fp32", "int8"):
+        write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path, precision)
+        found.append(run_onnx(tmp_path, some_pixels(1)))
+    assert relative(found[1], found[0]) < 2e-2
+    settings = onnxruntime.SessionOptions()
+    settings.add_session_config_entry("session.disable_prepacking", "1")
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(tmp_path / VISION, settings, providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(["features"], {"pixels": some_pixels(1)})[0], found[1])
 
 
 def test_outliers_among_the_activations_do_not_blur_the_rest(tmp_path: Path) -> None:
-    """One channel 200 times larger than the others takes the whole range of a single int8 term."""
+    """One channel 200 times larger than the others takes the whole range of a single int8 term, but not of two."""
     tensors = dict(clip_tower()[1])
     for norm in ("layer_norm1", "layer_norm2"):
         name = f"{clip_onnx.PREFIX}encoder.layers.0.{norm}.weight"
@@ -223,7 +240,7 @@ def test_outliers_among_the_activations_do_not_blur_the_rest(tmp_path: Path) -> 
     for precision in ("fp32", "int8"):
         write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path, precision)
         outputs.append(run_onnx(tmp_path, some_pixels(1)))
-    assert relative(outputs[1], outputs[0]) < 1e-3
+    assert relative(outputs[1], outputs[0]) < 1e-2
 
 
 def test_columns_quantise_to_half_a_step() -> None:
@@ -377,7 +394,7 @@ def test_each_quantization_is_what_it_says(quant: Quant, micro_checkpoint: Path,
 
     manifest = export(ExportOptions(micro_checkpoint, tmp_path / "out", quant=quant, vision="int8"))
     assert manifest.language.quantization == quant
-    assert manifest.vision.precision == "int8"
+    assert (manifest.vision.precision, manifest.vision.activation_bits) == ("int8", 7)
     stored = {item.name: item.tensor_type.name for item in GGUFReader(tmp_path / "out" / LANGUAGE).tensors}
     wanted = {"q4_k_m": "Q4_K", "q4_0": "Q4_0", "q5_k_m": "Q5_K", "q8_0": "Q8_0", "f16": "F16"}[quant]
     assert stored["blk.0.attn_q.weight"] == wanted

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import sentencepiece
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.export.checkpoint import open_checkpoint
@@ -49,6 +51,11 @@ TEXTS = (
     "The quick brown fox jumps over the lazy dog." * 4,
 )
 
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+DOUBLE = {"type": "Replace", "pattern": {"Regex": "\\A▁"}, "content": "▁▁"}
+
 CORPUS = [
     "The quick brown fox jumps over the lazy dog and it's not what they'd expected, 1234 times in 2024.",
     "A chat between a curious user and an artificial intelligence assistant. USER: what is it? ASSISTANT:",
@@ -60,7 +67,7 @@ CORPUS = [
 
 def write_folder(folder: Path, rows: int, template: str = "chatml", **text: Any) -> LlavaConfig:
     """A checkpoint whose vocabulary has `rows` embeddings; the tokenizer's own file is the test's to write."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     shrunk = replace(micro.CONFIG.text, vocab_size=rows, hidden_size=64, intermediate_size=64, **text)
     config = replace(micro.CONFIG, text=shrunk, template=template)
     (folder / "config.json").write_text(json.dumps(to_hf(config)), "utf-8")
@@ -203,6 +210,87 @@ def test_sentencepiece_that_llama_cpp_would_get_wrong_is_refused(
     settings: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     config = spm_folder(tmp_path, **settings)
+    with pytest.raises(CheckpointError, match=said):
+        read_tokenizer(tmp_path, config)
+
+
+def json_folder(folder: Path, legacy: bool) -> LlavaConfig:
+    """The same vocabulary as transformers writes it into a tokenizer.json, without a tokenizer.model."""
+    source = folder / "source"
+    config = spm_folder(source)
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": legacy}), "utf-8")
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    return config
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_json_of_llama_is_its_sentencepiece(legacy: bool, tmp_path: Path) -> None:
+    """What transformers 5 saves."""
+    config = json_folder(tmp_path, legacy)
+    vocabulary = read_tokenizer(tmp_path, config)
+    wanted = read_tokenizer(tmp_path / "source", config)
+    assert replace(vocabulary, scores=wanted.scores) == wanted
+    original = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    language = engine(tmp_path, vocabulary)
+    try:
+        assert [text for text in TEXTS if language.tokenize(text) != original.encode(text)] == []
+    finally:
+        language.close()
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ({"pre_tokenizer": {**METASPACE, "prepend_scheme": "first"}}, "bare"),
+        ({"pre_tokenizer": {**METASPACE, "prepend_scheme": "always"}}, "prefix"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}}, "prefix"),
+        (
+            {
+                "normalizer": {"type": "Sequence", "normalizers": [REPLACE, DOUBLE]},
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [{**METASPACE, "prepend_scheme": "always"}],
+                },
+            },
+            "prefix",
+        ),
+    ],
+)
+def test_its_prefix_decides_about_text_behind_control_tokens(
+    stage: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    config = json_folder(tmp_path, True)
+    path = tmp_path / "tokenizer.json"
+    raw = {**json.loads(path.read_text("utf-8")), "normalizer": None, "pre_tokenizer": None}
+    path.write_text(json.dumps({**raw, **stage}), "utf-8")
+    assert after_control(tmp_path, config) == expected
+    assert read_tokenizer(tmp_path, config).add_space_prefix
+    path.write_text(json.dumps({**raw, "normalizer": REPLACE}), "utf-8")
+    assert not read_tokenizer(tmp_path, config).add_space_prefix
+    assert after_control(tmp_path, config) == "prefix"  # there is none, so both are the same
+
+
+@pytest.mark.parametrize("damage", ["missing", "moved", "spaces", "bytes"])
+def test_a_tokenizer_json_of_llama_that_would_come_out_wrong_is_refused(damage: str, tmp_path: Path) -> None:
+    config = json_folder(tmp_path, True)
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text("utf-8"))
+    merges, said = raw["model"]["merges"], "in an order that no scores have"
+    if damage == "missing":
+        del merges[3]
+    elif damage == "moved":  # two ways to one piece with another piece between them
+        first = next(n for n, (a, b) in enumerate(pairwise(merges)) if "".join(a) == "".join(b))
+        merges.append(merges.pop(first))
+    elif damage == "spaces":
+        raw |= {"normalizer": {"type": "NFC"}}
+        said = "treats spaces in a way"
+    else:
+        raw["model"]["vocab"]["byte"] = raw["model"]["vocab"].pop("<0x41>")
+        said = "no byte pieces"
+    path.write_text(json.dumps(raw), "utf-8")
     with pytest.raises(CheckpointError, match=said):
         read_tokenizer(tmp_path, config)
 

@@ -120,6 +120,8 @@ def test_a_pair_becomes_the_bundle_that_its_checkpoint_becomes(
         ("vision and projector", "mmproj.gguf"),
     ]
     assert answer(out) == answer(direct)
+    again = CliRunner().invoke(cli, ["verify", str(out), "--against", str(direct / LANGUAGE), "--mmproj", str(mmproj)])
+    assert again.exit_code == 0, again.output
     for said in ("chatml", "padded", "does not name a CLIP layer"):
         assert said in result.stderr
 
@@ -177,6 +179,43 @@ def test_one_projector_layer_is_llava_v1(direct: Path, weights: dict[str, Array]
     assert any("one projector layer" in note for note in found.notes)
 
 
+TILED = replace(CONFIG, square="anyres", grids=((32, 64), (64, 32), (64, 64), (96, 32)), merge="spatial_unpad")
+TILING = {
+    "projector_type": "mlp",
+    "vision.image_grid_pinpoints": [side for grid in TILED.grids for side in grid],
+    "vision.image_aspect_ratio": "anyres",
+    "vision.mm_patch_merge_type": "spatial_unpad",
+}
+
+
+@pytest.mark.parametrize("newline", ["model.image_newline", "v.image_newline"])
+def test_a_pair_of_llava_1_6_tiles_as_its_checkpoint_does(newline: str, tmp_path: Path) -> None:
+    drawn = micro.random_tensors(TILED)
+    tensors = {name: array.astype(np.float16).astype(np.float32) for name, array in drawn.items()}
+    source, direct, out = tmp_path / "checkpoint", tmp_path / "direct", tmp_path / "out"
+    micro.write_checkpoint(source, config=TILED, tensors=tensors)
+    wanted = export(ExportOptions(source, direct, quant="f16", vision="fp32"))
+    stored = published(tensors, BLOCKS, True) | {newline: tensors["image_newline"]}
+    mmproj = write_mmproj(tmp_path / "mmproj.gguf", TILED, stored, fields=TILING)
+    found = export(ExportOptions(direct / LANGUAGE, out, vision="fp32", mmproj=mmproj, template="chatml"))
+    for part in (VISION, VISION_DATA, LANGUAGE):
+        assert (out / part).read_bytes() == (direct / part).read_bytes(), part
+    assert replace(found.preprocessing, mean=CLIP_MEAN, std=CLIP_STD) == wanted.preprocessing
+    assert all(row.passed for row in found.parity)
+    assert "arrangement" in {row.stage for row in found.parity}
+    assert answer(out) == answer(direct)
+
+
+def test_the_language_model_suggests_the_prompt_layout() -> None:
+    text = CONFIG.text
+    cases = {
+        "mistral_instruct": replace(text, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8),
+        "chatml_direct": replace(text, hidden_size=7168, intermediate_size=20480, num_key_value_heads=8),
+        "vicuna_v1": replace(text, hidden_size=4096, intermediate_size=11008, num_key_value_heads=32),
+    }
+    assert [gguf_pair._template(sizes) for sizes in cases.values()] == list(cases)
+
+
 # --- negative controls -----------------------------------------------------------------------------------------
 
 
@@ -215,7 +254,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"vision.block_count": 5}, r"lacks v\.blk\.2"),
     ({"vision.attention.head_count": 5}, "5 heads"),
     ({"vision.attention.layer_norm_epsilon": None}, "layer_norm_epsilon"),
-    ({"vision.image_grid_pinpoints": [336, 672]}, r"1\.6"),
+    ({"vision.image_grid_pinpoints": [336, 672]}, r"1\.6, but not whole: 2 numbers .*no image_newline"),
     ({"vision.image_size": 64}, r"another shape v\.position_embd"),
 ]
 
@@ -235,7 +274,7 @@ BAD_TENSORS: list[tuple[Callable[[dict[str, Array]], Any], str]] = [
     (lambda tensors: tensors.pop("mm.0.weight"), r"lacks mm\.0\.weight"),
     (lambda tensors: tensors.update({"mm.3.weight": np.ones((256, 256))}), r"has not, mm\.3\.weight"),
     (lambda tensors: tensors.update({"t.blk.0.ln1.bias": np.ones(64)}), r"has not, t\.blk"),
-    (lambda tensors: tensors.update({"model.image_newline": np.ones(256)}), r"1\.6"),
+    (lambda tensors: tensors.update({"model.image_newline": np.ones(256)}), r"1\.6, but not whole: 0 numbers"),
     (lambda tensors: tensors.update({"mm.2.weight": np.ones((512, 256))}), "width of 512, the language model has 256"),
     (lambda tensors: tensors.update({"v.class_embd": np.ones(65)}), r"another shape v\.class_embd \(65,\)"),
 ]
@@ -249,6 +288,24 @@ def test_tensors_that_are_not_llavas_are_refused(
     change(tensors)
     write_mmproj(pair[1], CONFIG, tensors)
     with pytest.raises(LlavaEdgeError, match=said):
+        open_pair(*pair, "chatml")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vision.image_grid_pinpoints": [32, 64, 64]}, "3 numbers"),
+        ({"vision.image_grid_pinpoints": [32, 50]}, "32 x 50 pixels is not"),
+        ({"vision.mm_patch_merge_type": "flat"}, "mm_patch_merge_type 'flat'"),
+    ],
+    ids=str,
+)
+def test_tiles_that_are_not_llavas_are_refused(
+    change: dict[str, Any], said: str, pair: tuple[Path, Path], weights: dict[str, Array]
+) -> None:
+    stored = published(weights, BLOCKS, False) | {"model.image_newline": np.ones(256, np.float32)}
+    write_mmproj(pair[1], TILED, stored, fields={**TILING, **change})
+    with pytest.raises(CheckpointError, match=said):
         open_pair(*pair, "chatml")
 
 

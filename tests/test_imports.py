@@ -21,6 +21,7 @@ AREAS = ("export", "models", "runtimes")
 SHARED = {
     "anyres",
     "bundle",
+    "cache",
     "errors",
     "gguf",
     "image",

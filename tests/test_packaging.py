@@ -51,7 +51,9 @@ def test_the_wheel_holds_the_data(wheel: Path, root: Path) -> None:
     zoo = [path for path in (root / "llava_edge/zoo").rglob("*") if path.is_file()]
     data |= {str(path.relative_to(root)) for path in zoo if path.suffix != ".pyc"}
     data |= {str(path.relative_to(root)) for path in (root / "llava_edge/server/page").glob("*.[hj]*")}
+    data |= {f"llava_edge/{path.relative_to(root)}" for path in (root / "runtimes/native/src").iterdir()}
     assert any(name.endswith("index.html") for name in data)
+    assert any(name.endswith("backend.cpp") for name in data)
     assert data | {"llava_edge/py.typed"} <= names
 
 

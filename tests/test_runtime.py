@@ -302,9 +302,8 @@ def test_a_conversation_equals_the_same_messages_at_once(llava: Llava, micro_bun
 
 
 def test_a_turn_does_not_look_at_an_image_again(llava: Llava) -> None:
-    llava.ask("hello", options=SHORT)  # otherwise the image could still be known from another test
     chat = llava.chat(options=SHORT)
-    first, second = (list(chat.say("What?", images))[-1].final for images in ([picture("red")], []))
+    first, second = (list(chat.say("What?", images))[-1].final for images in ([picture("maroon")], []))
     assert first is not None
     assert second is not None
     assert first.image_tokens == second.image_tokens > 0

@@ -28,6 +28,7 @@ from llava_edge.cli import execute
 from llava_edge.errors import BundleError, UsageError
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.export.names import classic_name
 from llava_edge.models import micro
 from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import LlavaConfig, VisionConfig
@@ -36,14 +37,14 @@ from llava_edge.models.llava import from_state
 from llava_edge.models.streamed import load_part
 from llava_edge.options import EngineOptions, Options
 from llava_edge.prompt import Message
-from llava_edge.runtimes import pictures
+from llava_edge.runtimes import devices, pictures
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.measured import Run
 from llava_edge.runtimes.pictures import limited, prepare
 
 Array = np.ndarray[Any, Any]
 
-CPU = EngineOptions(device="cpu", threads=1)
+CPU = EngineOptions(device="cpu", threads=1, cache=False)
 RED = picture(40, 32, seed=1)
 TOWER = VisionConfig(
     image_size=48, patch_size=8, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4
@@ -152,7 +153,7 @@ def attending_clip(seed: int = 0) -> tuple[CLIPVisionModel, dict[str, Array]]:
     tower = CLIPVisionModel(CLIPVisionConfig(**settings, attn_implementation="eager")).eval()
     for parameter in tower.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.15)
-    return tower, {f"vision_tower.{name}": value.numpy() for name, value in tower.state_dict().items()}
+    return tower, {classic_name(name): value.numpy() for name, value in tower.state_dict().items()}
 
 
 def some_pixels() -> Array:
@@ -172,7 +173,10 @@ def their_attention(tower: CLIPVisionModel, config: LlavaConfig) -> list[Array]:
 
 
 def outputs(folder: Path, *names: str, file: str = VISION) -> list[Array]:
-    session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+    settings = onnxruntime.SessionOptions()
+    if devices.int8_saturates():  # as runtimes/vision.py does
+        settings.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(folder / file, settings, providers=["CPUExecutionProvider"])
     return cast("list[Array]", session.run(list(names), {"pixels": some_pixels()}))
 
 
@@ -262,7 +266,7 @@ def embedded(llava: Llava, options: Options) -> Array:
     assert engine._embedder is not None
     shown = limited(prepare(RED, llava.bundle.manifest), options, llava.bundle.manifest)
     job = cast(Job, SimpleNamespace(vision_run=None, cancel=threading.Event()))
-    return np.asarray(engine._embedder.embed(shown, Run(0), job))
+    return np.asarray(engine._embedder.start(shown, Run(0), job).result())
 
 
 def in_torch(checkpoint: Path, llava: Llava, count: int) -> Array:
@@ -298,11 +302,12 @@ def test_positions_are_counted_and_the_rest_is_no_different(llava: Llava) -> Non
 
 
 def logits_after(llava: Llava, options: Options, *, reuse: bool) -> Array:
+    assert llava._engine._language is not None
+    if not reuse:
+        llava._engine._language.forget(0)
     for _ in llava._engine.generate([Message("user", "?", 1)], [RED], replace(options, max_tokens=1), reuse=reuse):
         pass
-    language = llava._engine._language
-    assert language is not None
-    return language.logits().copy()
+    return llava._engine._language.logits().copy()
 
 
 OTHERS = [Options(), Options(image_tokens=15), Options(image_tokens=8, image_token_method="random")]

@@ -12,45 +12,49 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_edge.bench.records import QUESTIONS
 from llava_edge.bundle import Bundle
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.options import EngineOptions, Options, Result
 from llava_edge.prompt import Message
 from llava_edge.runtimes import devices, limits
-from llava_edge.runtimes.pictures import prepare
+from llava_edge.runtimes.pictures import Picture, limited, prepare
 from llava_edge.runtimes.pipeline import Engine
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """Open a bundle and ask the three questions of `records.QUESTIONS` about the task's two pictures.
+    """Open a bundle and ask about pictures.
 
-    task: bundle, threads, context, device, prompt, max_tokens, image_tokens, pictures (two paths).
+    task: bundle, cache (folder), threads, context, device, prompt, max_tokens, image_tokens, and pictures: the path of
+    one for each name of a question.
     """
     born = devices.process_start()
     bundle = Bundle.open(Path(task["bundle"]))
+    options = EngineOptions(task["device"], task["threads"], task["context"], cache=Path(task["cache"]))
+    wanted = Options(max_tokens=task["max_tokens"], image_tokens=task["image_tokens"])
     begun = time.monotonic()
-    with Engine.open(bundle, EngineOptions(task["device"], task["threads"], task["context"])) as engine:
+    # As `llava-edge run` does: the first picture is encoded while the language model loads.
+    first, *_ = pictures = {name: Path(path) for name, path in task["pictures"].items()}
+    shown = limited(prepare(pictures[first], bundle.manifest), wanted, bundle.manifest)
+    prepared = time.monotonic()
+    with Engine.open(bundle, options, pictures=[shown]) as engine:
         loaded = time.monotonic()
-        first, other = task["pictures"]
-        questions = {}
-        for name, picture in zip(QUESTIONS, (first, other, other), strict=True):
-            questions[name] = _ask(engine, picture, task)
-        memory = devices.memory_use()
-        crops = len(prepare(Path(first), bundle.manifest).crops)
+        found = {first: _ask(engine, shown, task["prompt"], wanted)}
+        cold = (loaded - born) * 1000 + found[first].timings.ttft_ms
+        for name in list(pictures)[1:]:
+            found[name] = _ask(engine, pictures[name], task["prompt"], wanted)
         return {
             "start_ms": (begun - born) * 1000,
-            "load_ms": (loaded - begun) * 1000,
+            "load_ms": (loaded - prepared) * 1000,
+            "cold_ms": cold,
             "device": engine.choice.name,
-            "crops": crops,
-            "questions": {name: asdict(result) for name, result in questions.items()},
-            "memory": asdict(memory),
+            "crops": len(shown.crops),
+            "questions": {name: asdict(result) for name, result in found.items()},
+            "memory": asdict(devices.memory_use()),
         }
 
 
-def _ask(engine: Engine, picture: str, task: dict[str, Any]) -> Result:
-    options = Options(max_tokens=task["max_tokens"], image_tokens=task["image_tokens"])
-    for chunk in engine.generate([Message("user", task["prompt"], 1)], [Path(picture)], options):
+def _ask(engine: Engine, picture: Path | Picture, prompt: str, options: Options) -> Result:
+    for chunk in engine.generate([Message("user", prompt, 1)], [picture], options):
         if chunk.final is not None:
             return chunk.final
     raise RuntimeError("the stream ended without a result")

@@ -14,17 +14,19 @@ from typing import Any
 
 from llava_edge.errors import DataError, MissingError
 
-SCHEMA = 1
+SCHEMA = 2
 
-# Of a process, once: Python and imports; opening the bundle; process start to the first token of the first answer.
+# Of a process, once: Python and imports; opening the bundle; process start to the first token of the first answer
+# (whose picture is encoded while the language model loads).
 START, LOAD, COLD = "start", "load", "cold_first_token"
 # Of a question, in order. `first_token` is from the question to the first token, `decode` is per token after that.
 IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL = "image", "preprocess", "encode", "project", "prefill"
 FIRST_TOKEN, DECODE, TOTAL = "first_token", "decode", "total"
 PARTS = (IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL)  # these follow one another within `first_token`
-# `first`: the first of its process; `warm`: another picture, nothing of it known; `again`: that picture once more.
-FIRST, WARM, AGAIN = "first", "warm", "again"
-QUESTIONS = (FIRST, WARM, AGAIN)
+# `first`: the first of its process; `warm`: another picture, nothing of it known; `again`: that picture once more;
+# `known`: the first of a process, about a picture that only an earlier process was shown.
+FIRST, WARM, AGAIN, KNOWN = "first", "warm", "again", "known"
+QUESTIONS = (FIRST, WARM, AGAIN, KNOWN)
 
 
 @dataclass(frozen=True)

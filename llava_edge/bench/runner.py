@@ -22,11 +22,23 @@ from typing import Any
 from llava_edge import __version__
 from llava_edge.bench import records
 from llava_edge.bench.picture import variant
-from llava_edge.bench.records import FIRST, QUESTIONS, Configuration, Measured, Question, Report, Stage, stage
+from llava_edge.bench.records import (
+    AGAIN,
+    FIRST,
+    KNOWN,
+    QUESTIONS,
+    WARM,
+    Configuration,
+    Measured,
+    Question,
+    Report,
+    Stage,
+    stage,
+)
 from llava_edge.bench.work import Work, work
 from llava_edge.bundle import Bundle
 from llava_edge.options import Device
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import devices, native
 from llava_edge.store import resolve
 
 Sample = dict[str, Any]  # what child.py prints
@@ -92,16 +104,20 @@ class _Case:
     error: str = ""
 
     def run(self, plan: Plan, number: int) -> None:
-        """One process; negative numbers only warm up. Shows pictures that no earlier process has seen."""
+        """Two processes with a cache of their own; negative numbers only warm up. Pictures are new each time."""
         if self.error:
             return
         with tempfile.TemporaryDirectory() as folder:
-            pictures = [Path(folder) / name for name in ("first", "other")]
+            pictures = [Path(folder) / name for name in ("one.png", "other.png")]
             for offset, path in enumerate(pictures):
                 path.write_bytes(variant(plan.image, 2 * (number + plan.warmup) + offset))
-            sample = _child(_task(plan, self.bundle, self.configuration, pictures))
-        self.error = sample.get("error", "")
+            one, other = map(str, pictures)
+            task = _task(plan, self.bundle, self.configuration, str(Path(folder) / "cache"))
+            sample = _child({**task, "pictures": {FIRST: one, WARM: other, AGAIN: other}})
+            later = {} if "error" in sample else _child({**task, "pictures": {KNOWN: one}})
+        self.error = sample.get("error", "") or later.get("error", "")
         if number >= 0 and not self.error:
+            sample["questions"] |= later["questions"]
             self.samples.append(sample)
 
     def measured(self, peaks: dict[str, dict[str, float]]) -> Measured:
@@ -120,11 +136,10 @@ def summary(
         name: _question(configuration, needed, [sample["questions"][name] for sample in samples], samples[0], found)
         for name in QUESTIONS
     }
-    cold = [s["start_ms"] + s["load_ms"] + s["questions"][FIRST]["timings"]["ttft_ms"] for s in samples]
     process = {
         records.START: stage([sample["start_ms"] for sample in samples]),
         records.LOAD: stage([sample["load_ms"] for sample in samples]),
-        records.COLD: stage(cold),
+        records.COLD: stage([sample["cold_ms"] for sample in samples]),
     }
     memory = {}
     for kind in ("peak_rss", "private", "file"):
@@ -176,17 +191,17 @@ def _configuration(bundle: Bundle, device: Device, threads: int, context: int, b
                          device, threads, context, budget)  # fmt: skip
 
 
-def _task(plan: Plan, bundle: Bundle, configuration: Configuration, pictures: Sequence[Path]) -> Sample:
+def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) -> Sample:
     return {
         "kind": "answer",
         "bundle": str(bundle.folder),
+        "cache": cache,
         "threads": configuration.threads,
         "context": configuration.context,
         "device": plan.device,
         "prompt": plan.prompt,
         "max_tokens": plan.max_tokens,
         "image_tokens": configuration.image_tokens,
-        "pictures": [str(path) for path in pictures],
     }
 
 
@@ -225,6 +240,7 @@ def _machine() -> dict[str, Any]:
         "cores_reason": reason,
         "memory_available_bytes": devices.available_memory(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "native": native.status().reason,
     }
 
 

@@ -22,6 +22,7 @@ def table(report: Report) -> str:
     machine = report.machine
     lines = [f"{machine['processor']}: {' '.join(machine['features'])}"]
     lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
+    lines.append(f"native kernels: {machine.get('native', 'unknown')}")  # reports before there were any lack it
     for threads, found in report.limits.items():
         lines.append(
             f"limits with {threads} threads: products of 8 bits {found['int8_ops'] / 1e12:.2f} and of float32 "

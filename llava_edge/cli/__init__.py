@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "Talk about images in the terminal.",
     "serve": "Serve a model to programs and browsers on this machine.",
     "models": "List models, or pull one.",
+    "cache": "Show or remove what is kept of pictures between runs.",
     "info": "Show what a bundle, GGUF file or checkpoint holds.",
     "verify": "Check every byte of a bundle against its manifest.",
     "export": "Turn a LLaVA checkpoint into a bundle.",

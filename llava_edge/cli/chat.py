@@ -26,14 +26,14 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
     from llava_edge.api import Llava
     from llava_edge.bundle import Bundle
     from llava_edge.repl import Repl
-    from llava_edge.runtimes.pictures import check_budget, prepare
+    from llava_edge.runtimes.pictures import check_budget, limited, prepare
     from llava_edge.store import resolve
 
     manifest = Bundle.open(resolve(model)).manifest
     check_budget(options, manifest)
-    pictures = [prepare(image, manifest) for image in images]
+    pictures = [limited(prepare(image, manifest), options, manifest) for image in images]
     with status_line("Loading the model") as status:
-        llava = Llava.load(model, engine, on_load=status)
+        llava = Llava.load(model, engine, pictures=pictures, on_load=status)
     with llava:
         click.echo(f"{llava.bundle.manifest.name} on {llava.device}. /help lists the commands.", err=True)
         repl = Repl(llava.chat(system, options), show, _waiting)

@@ -13,7 +13,7 @@ import click
 from llava_edge import store
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import UnavailableError, UsageError
-from llava_edge.options import TOKEN_METHODS, Options, TokenMethod
+from llava_edge.options import TOKEN_METHODS, EngineOptions, Options, TokenMethod
 
 if TYPE_CHECKING:
     from llava_edge.api import Llava
@@ -109,7 +109,7 @@ def _judge_bundle(
 ) -> list[Score]:
     from llava_edge.api import Llava
 
-    with Llava.load(bundle) as model:
+    with Llava.load(bundle, EngineOptions(cache=False)) as model:  # nobody asks about these pictures again
         name = f"bundle {model.bundle.manifest.language.quantization} + {model.bundle.manifest.vision.precision}"
         return [
             score
@@ -128,11 +128,8 @@ def _judge(
 ) -> Iterator[Score]:
     from llava_edge.models.evaluate import Score, ask_all
 
-    chat = model.chat(options=options)  # a chat keeps what it read: questions on one picture encode it once
-
     def ask(image: Path, question: str) -> str:
-        chat.reset()
-        return "".join(chunk.text for chunk in chat.say(question, image))
+        return model.ask(question, image, options).text
 
     for kind, questions in sets.items():
         yield Score(kind, name, ask_all(ask, data, questions, progress(f"{name}: {kind}")), len(questions))

@@ -40,19 +40,19 @@ def run(images: tuple[str, ...], prompts: tuple[str, ...], as_json: bool, model:
     from llava_edge.api import Llava
     from llava_edge.bundle import Bundle
     from llava_edge.runtimes.devices import process_start
-    from llava_edge.runtimes.pictures import check_budget, prepare
+    from llava_edge.runtimes.pictures import check_budget, limited, prepare
     from llava_edge.store import resolve
 
     started = process_start()
     # Images are read before the model is loaded: a wrong file name should not cost a wait.
     manifest = Bundle.open(resolve(model)).manifest
     check_budget(options, manifest)
-    pictures = [prepare(_image_source(image), manifest) for image in images]
+    pictures = [limited(prepare(_image_source(image), manifest), options, manifest) for image in images]
     with status_line("Loading the model") as status:
-        llava = Llava.load(model, engine, on_load=status)
+        llava = Llava.load(model, engine, pictures=pictures, on_load=status)
     with llava:
-        if shared["device"] == "auto" or shared["verbose"]:
-            click.echo(f"device: {llava.device}", err=True)
+        if shared["device"] == "auto" or shared["preset"] != "auto" or shared["verbose"]:
+            click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
         for stream in llava.ask_many(prompts, pictures, options, started=started):
             result = _answer(stream, "Looking at the image" if pictures else "Reading", quiet=as_json)
             if as_json:

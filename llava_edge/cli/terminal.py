@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,20 @@ _WIDTH = 24
 def show(text: str) -> None:
     """Write a piece of an answer to stdout at once; without control characters if that is a terminal."""
     click.echo(text.translate(_CONTROLS) if sys.stdout.isatty() else text, nl=False)
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """A request to end, or a closed terminal, stops the work as Ctrl-C does, so that nothing is left behind."""
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [kind for kind, handler in before.items() if handler is not signal.SIG_IGN]  # nohup ignores one
+    for kind in heard:
+        signal.signal(kind, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for kind in heard:
+            signal.signal(kind, before[kind])
 
 
 @contextmanager

@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 @click.option("--against", type=click.Path(path_type=Path), help="Checkpoint to measure every stage against, anew.")
 @click.option("--base", type=click.Path(path_type=Path), help="As for export, of the checkpoint.")
 @click.option("--vision-tower", type=click.Path(path_type=Path), help="As for export, of the checkpoint.")
+@click.option("--mmproj", type=click.Path(path_type=Path), help="As for export, if the checkpoint is a GGUF.")
 @click.option("--json", "as_json", is_flag=True, help="Print the parity table as one JSON object on stdout.")
-def verify(bundle: str, against: Path | None, base: Path | None, vision_tower: Path | None, as_json: bool) -> None:
+def verify(
+    bundle: str,
+    against: Path | None,
+    base: Path | None,
+    vision_tower: Path | None,
+    mmproj: Path | None,
+    as_json: bool,
+) -> None:
     """Check every byte of BUNDLE, a folder or model name, against the hashes in its manifest.
 
     With --against, its parts are then run beside the checkpoint in PyTorch, and the parity table is printed.
@@ -31,15 +39,15 @@ def verify(bundle: str, against: Path | None, base: Path | None, vision_tower: P
     from llava_edge.bundle import Bundle
     from llava_edge.store import resolve
 
-    if against is None and (base or vision_tower or as_json):
-        raise UsageError("--base, --vision-tower and --json go with --against CHECKPOINT.")
+    if against is None and (base or vision_tower or mmproj or as_json):
+        raise UsageError("--base, --vision-tower, --mmproj and --json go with --against CHECKPOINT.")
     opened = Bundle.open(resolve(bundle))
     total = _read(opened)
     said = f"{opened.folder}: {len(opened.manifest.files)} files, {total:,} bytes, all as the manifest says."
     click.echo(said, err=as_json)
     if against is None:
         return
-    rows = _measure(opened, against, base, vision_tower)
+    rows = _measure(opened, against, base, vision_tower, mmproj)
     if as_json:
         click.echo(json.dumps({"model": opened.manifest.name, "parity": [asdict(row) for row in rows]}))
     failed = [row.stage for row in rows if not row.passed]
@@ -70,19 +78,24 @@ def _read(opened: Bundle) -> int:
     return total
 
 
-def _measure(opened: Bundle, against: Path, base: Path | None, vision_tower: Path | None) -> list[ParityRow]:
+def _measure(
+    opened: Bundle, against: Path, base: Path | None, vision_tower: Path | None, mmproj: Path | None
+) -> list[ParityRow]:
     from llava_edge.cli.export import show_parity
 
     try:
         from llava_edge.export import parity
-        from llava_edge.export.checkpoint import open_checkpoint
+        from llava_edge.export.exporter import ExportOptions, open_source
     except ModuleNotFoundError as error:
         raise UnavailableError(f"--against needs {error.name}. Run: pip install 'llava-edge[train]'") from error
     why_not = parity.obstacle()
     if why_not:
         raise UnavailableError(why_not)
     template = opened.manifest.template
-    checkpoint = open_checkpoint(against, base=base, vision_tower=vision_tower, template=template)
+    options = ExportOptions(
+        against, opened.folder, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template
+    )
+    checkpoint = open_source(options)
     parity.check_fits(opened, checkpoint)
     with status_line(f"Measuring {opened.folder} against {against}"):
         rows = parity.parity(opened, checkpoint)

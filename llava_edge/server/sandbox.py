@@ -75,12 +75,12 @@ def _restrict_files(libc: ctypes.CDLL, bundle: Path) -> None:
     origins = [Path(spec.origin) for name in _PACKAGES if (spec := find_spec(name)) and spec.origin]
     # Not the current folder, which can be all of somebody's home.
     readable = [Path(path) for path in sys.path if path and Path(path).resolve() != Path.cwd()]
-    readable += [bundle, home() / "builds", *(origin.resolve().parent.parent for origin in origins)]
+    readable += [bundle, home() / "builds", home() / "native", *(origin.resolve().parent.parent for origin in origins)]
     for path in (*readable, *map(Path, (sys.prefix, sys.base_prefix, *_READABLE))):
         _allow(libc, ruleset, path, _READ)
     cache = home() / "cache"
     with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     _allow(libc, ruleset, cache, rights & ~_EXECUTE)
     _allow(libc, ruleset, Path("/dev/null"), _READ | _WRITE)
     libc.syscall(_RESTRICT_SELF, ruleset, 0)

@@ -1,0 +1,223 @@
+"""What was computed once, kept on disk for the next time: entries found by a key that is a hash of all they depend on.
+
+An entry is a file of this user alone, named by its key:
+
+    8 bytes   format
+    4, 8      lengths of what follows, little-endian
+    32        HMAC-SHA256 of key, description and payload, under a secret in the same folder
+    ...       description (JSON, for `cache ls`), payload
+
+Nothing unverified is ever returned: payloads go into C code that trusts them. A crash leaves whole entries or files
+that fail the check, so nothing is flushed to the device. The cache never raises; what cannot be kept is not kept.
+Knows nothing about pictures or engines.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import shutil
+import stat
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from llava_edge import store
+from llava_edge.errors import UsageError
+
+LIMIT = 4 << 30  # bytes in all, unless $LLAVA_EDGE_CACHE_MIB says otherwise; the least recently used goes first
+FREE_FLOOR = 2 << 30  # bytes that are left free on the disk
+_FORMAT = b"LLEDGE\x00\x01"
+_HEADER = struct.Struct("<8sIQ32s")
+_MAX_ABOUT = 1 << 12
+_SECRET = "secret"
+_KEY_LENGTH = 64  # hexadecimal digits of SHA-256
+_ABANDONED = 3600.0  # seconds after which a file that was never finished is nobody's
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file. about: what its writer said of it; size: bytes on disk; used: seconds since the epoch."""
+
+    path: Path
+    about: dict[str, str]
+    size: int
+    used: float
+
+
+class Cache:
+    """A folder of entries, shared by any number of processes.
+
+    limit: bytes; entries are removed, least recently used first, so that no more is kept.
+    """
+
+    def __init__(self, folder: Path, limit: int = LIMIT, floor: int = FREE_FLOOR) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._floor = floor
+
+    def get(self, key: str) -> bytes | None:
+        """The payload kept under `key`, verified; None if there is none. A damaged entry is removed."""
+        path = self.folder / key
+        try:
+            if not _is_private(self.folder):
+                return None
+            payload = _read(path, key, self._secret())
+            if payload is None:
+                path.unlink()
+            else:
+                os.utime(path)
+        except OSError:
+            return None
+        return payload
+
+    def put(self, key: str, about: dict[str, str], payload: bytes | memoryview) -> bool:
+        """Keep a payload; whether that worked."""
+        description = json.dumps(about).encode()[:_MAX_ABOUT]
+        size = _HEADER.size + len(description) + memoryview(payload).nbytes
+        waiting = self.folder / f".{key[:16]}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_private(self.folder) or not self._make_room(size):
+                return False
+            code = _code(self._secret(), key, description, payload)
+            try:
+                with _create(waiting) as file:
+                    file.write(_HEADER.pack(_FORMAT, len(description), memoryview(payload).nbytes, code))
+                    file.write(description)
+                    file.write(payload)
+                waiting.replace(self.folder / key)
+            finally:
+                waiting.unlink(missing_ok=True)
+        except OSError:
+            return False
+        return True
+
+    def entries(self) -> list[Entry]:
+        """All entries, the most recently used first. Their payloads are not checked."""
+        found = []
+        for path, info in self._files():
+            about = _about(path) if len(path.name) == _KEY_LENGTH else {"kind": "unfinished"}
+            found.append(Entry(path, about, info.st_size, info.st_mtime))
+        return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+    def clear(self) -> tuple[int, int]:
+        """Remove every entry; how many that were, and their bytes. Raises `OSError`."""
+        entries = self.entries()
+        for entry in entries:
+            entry.path.unlink(missing_ok=True)
+        return len(entries), sum(entry.size for entry in entries)
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Entries, and what other processes have not finished."""
+        try:
+            with os.scandir(self.folder) as found:
+                for item in found:
+                    if len(item.name) == _KEY_LENGTH or item.name.endswith(".tmp"):
+                        yield Path(item.path), item.stat(follow_symlinks=False)
+        except OSError:
+            return
+
+    def _make_room(self, size: int) -> bool:
+        """Remove what was not used for longest until `size` more bytes may be kept; whether they may."""
+        files = sorted(self._files(), key=lambda file: file[1].st_mtime)
+        kept = sum(info.st_size for _, info in files)
+        free = shutil.disk_usage(self.folder).free
+        now = time.time()
+        for path, info in files:
+            unfinished = path.suffix == ".tmp"
+            if unfinished and now - info.st_mtime < _ABANDONED:
+                continue
+            if unfinished or kept + size > self.limit or free - size < self._floor:
+                path.unlink(missing_ok=True)
+                kept -= info.st_size
+                free += info.st_size
+        return kept + size <= self.limit and free - size >= self._floor
+
+    def _secret(self) -> bytes:
+        """32 random bytes, made once. Two processes that make it at once may disagree: then they miss, no more."""
+        path = self.folder / _SECRET
+        try:
+            with _open(path) as file:
+                secret = file.read(33)
+            if len(secret) == 32:
+                return secret
+        except FileNotFoundError:
+            pass
+        waiting = self.folder / f".{_SECRET}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+        with _create(waiting) as file:
+            file.write(os.urandom(32))
+        waiting.replace(path)
+        return path.read_bytes()
+
+
+def user_cache(folder: Path | None = None) -> Cache:
+    """The cache of this user, in the usual place or in `folder`.
+
+    Raises `UsageError` if $LLAVA_EDGE_CACHE_MIB is not a number of mebibytes.
+    """
+    text = os.environ.get("LLAVA_EDGE_CACHE_MIB", "")
+    if text and not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(f"LLAVA_EDGE_CACHE_MIB is {text[:40]!r}; a whole number of mebibytes was expected.")
+    return Cache(folder or store.home() / "cache", int(text) << 20 if text else LIMIT)
+
+
+def _read(path: Path, key: str, secret: bytes) -> bytes | None:
+    """The verified payload, or None if the file is not what `put` wrote under this key. Raises `OSError`."""
+    with _open(path) as file:
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size:
+            return None
+        form, about_size, size, code = _HEADER.unpack(header)
+        whole = _HEADER.size + about_size + size
+        if form != _FORMAT or about_size > _MAX_ABOUT or os.fstat(file.fileno()).st_size != whole:
+            return None
+        about, payload = file.read(about_size), file.read(size)
+    return payload if hmac.compare_digest(code, _code(secret, key, about, payload)) else None
+
+
+def _code(secret: bytes, key: str, about: bytes, payload: bytes | memoryview) -> bytes:
+    code = hmac.new(secret, digestmod="sha256")
+    for part in (key.encode(), struct.pack("<I", len(about)), about, payload):
+        code.update(part)
+    return code.digest()
+
+
+def _about(path: Path) -> dict[str, str]:
+    """What an entry says of itself; empty if it does not."""
+    try:
+        with _open(path) as file:
+            size = _HEADER.unpack(file.read(_HEADER.size))[1]
+            about = json.loads(file.read(min(size, _MAX_ABOUT)))
+        return {str(name): str(value) for name, value in about.items()}
+    except (OSError, ValueError, struct.error, AttributeError, RecursionError):
+        return {}
+
+
+def _open(path: Path) -> BinaryIO:
+    """A plain file of this user. Raises `OSError` for anything else; a pipe in its place does not block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid():
+        os.close(descriptor)
+        raise PermissionError(f"{path} is not a plain file of this user")
+    return os.fdopen(descriptor, "rb")
+
+
+def _create(path: Path) -> BinaryIO:
+    """A new file that only this user can read. Raises `OSError`."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is this user's and closed to others; closes it if it is. Raises `OSError` if it is not there."""
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+        return False
+    if stat.S_IMODE(info.st_mode) & 0o077:
+        folder.chmod(0o700)
+    return True

@@ -1,0 +1,55 @@
+"""`llava-edge cache`: what is kept of pictures between runs, and how to be rid of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+
+import click
+
+from llava_edge.cache import Entry, user_cache
+
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+
+
+@click.group()
+def cache() -> None:
+    """Show or remove what is kept of pictures: neither pictures nor answers, but what the model made of them."""
+
+
+@cache.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def list_cache(as_json: bool) -> None:
+    """List entries, the most recently used first."""
+    kept = user_cache()
+    entries = kept.entries()
+    total = sum(entry.size for entry in entries)
+    if as_json:
+        listed = [{**asdict(entry), "path": str(entry.path)} for entry in entries]
+        click.echo(json.dumps({"folder": str(kept.folder), "limit": kept.limit, "bytes": total, "entries": listed}))
+        return
+    for entry in entries:
+        click.echo(_line(entry))
+    click.echo(f"{len(entries)} entries, {total / 1e6:.1f} of {kept.limit / 1e6:.0f} MB, in {kept.folder}", err=True)
+
+
+@cache.command("clear")
+def clear_cache() -> None:
+    """Remove every entry."""
+    count, size = user_cache().clear()
+    click.echo(f"{count} entries removed, {size / 1e6:.1f} MB.", err=True)
+
+
+def _line(entry: Entry) -> str:
+    kind, positions, model = (entry.about.get(name, "?") for name in ("kind", "positions", "model"))
+    size, age = f"{entry.size / 1e6:.1f} MB", _ago(entry.used)
+    line = f"{entry.path.name[:12]}  {kind:10}  {size:>9}  {positions:>5} positions  {age:>7}  {model}"
+    return "".join(character for character in line if character.isprintable())
+
+
+def _ago(then: float) -> str:
+    seconds = max(0.0, time.time() - then)
+    if seconds < _HOUR:
+        return f"{seconds // _MINUTE:.0f} min"
+    return f"{seconds // _HOUR:.0f} h" if seconds < _DAY else f"{seconds // _DAY:.0f} d"

@@ -1,0 +1,251 @@
+"""Kernels of ours inside the unmodified llama.cpp: a faster prefill, on weights left where they are mapped.
+
+`python -m llava_edge.runtimes.native` builds and tries them, once for each machine; our set-up does that. What it found
+out lies in the cache folder, below a key of everything it depends on: llama.cpp's library, our sources, the processor.
+Loading a model then asks `activate`. What is not as it was tried is not used: llama.cpp computes as it does without us.
+
+src/         the shared library: a backend for ggml, one file for each kernel
+build.py     sources -> library               check.py     is it right, does it pay: in a process of its own
+ggml.py      one operation of ggml at a time  library.py   the library's own functions
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llava_edge import store
+from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
+from llava_edge.runtimes import devices
+from llava_edge.runtimes.native import build
+from llava_edge.runtimes.native.ggml import Ggml, loaded
+from llava_edge.runtimes.native.library import DEVICE, FEW, Library
+
+COMMAND = "python -m llava_edge.runtimes.native"
+ACCEPTED = {("0.3.36", "0.25.3")}  # llama-cpp-python, ggml: what src/ggml_interface.h was compared with
+CHECK_SECONDS = 300
+GAIN = 1.05  # a kernel is used from here on
+DECODE_KEPT = 0.95  # of llama.cpp's speed on re-ordered weights, or they are re-ordered
+OPT_IN = {"amx-int8"}  # less exact: only if $LLAVA_EDGE_NATIVE names it
+
+_LIBRARY, _STATE = "kernels.so", "state.json"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is used, or why nothing is. `reason` is a sentence; `fix` the command to run, if one would help.
+
+    kernel: of products of many rows, with weights of the types `many`; few: types whose products of few rows are taken.
+    mapped: types that llama.cpp need not re-order, because what is used is as fast without, or because it cannot.
+    """
+
+    reason: str
+    fix: str = ""
+    kernel: str = ""
+    many: tuple[str, ...] = ()
+    few: tuple[str, ...] = ()
+    attention: bool = False
+    mapped: tuple[str, ...] = ()
+    library: str = ""  # hash of its file
+
+    @property
+    def used(self) -> bool:
+        """Whether anything is."""
+        return bool(self.many or self.few or self.attention)
+
+    @property
+    def identity(self) -> list[object]:
+        """What results depend on: empty if llama.cpp computes alone."""
+        return [self.library, self.kernel, self.many, self.few, self.attention] if self.used else []
+
+
+@dataclass
+class _Process:
+    """What this process has loaded: a backend stays until its end."""
+
+    path: Path | None = None
+    library: Library | None = None
+
+
+_process = _Process()
+
+
+def status() -> Status:
+    """What a model loaded now would use, from what was found out before. Opens no library."""
+    if wanted() == "off":
+        return Status("Turned off by LLAVA_EDGE_NATIVE.")
+    try:
+        folder = _folder()
+        state = json.loads((folder / _STATE).read_text("utf-8"))
+    except UnavailableError as error:
+        return Status(str(error))
+    except (OSError, ValueError, MissingError):
+        return Status("Not built for this machine.", COMMAND)
+    try:
+        return choose(state, wanted())
+    except (KeyError, TypeError, ValueError):
+        return Status("Not used: what was found out about them is damaged.", COMMAND)
+
+
+def activate() -> Status:
+    """Before a model is loaded: let llama.cpp use what `status` says. Whatever goes wrong, nothing is used."""
+    found = status()
+    try:
+        if found.used:
+            _load(_folder())
+        if _process.library is not None:
+            _process.library.use(found.kernel, found.many, found.few, found.attention)
+    except (OSError, UnavailableError, ValueError) as error:
+        return Status(f"Not used: {error}", COMMAND)
+    return found
+
+
+def reordering_pays(found: Status, types: Iterable[str]) -> bool:
+    """Whether llama.cpp should copy weights of these types into an order of its own, when `found` is used."""
+    return not found.many or any(kind not in found.mapped and kind != "F32" for kind in types)
+
+
+def prepare(say: Callable[[str], None] = lambda line: None) -> Status:
+    """Build and try the kernels for this machine, whatever was known before. Raises nothing; the status says it."""
+    try:
+        folder = _folder()
+        say("Compiling the native kernels.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+            work = Path(name)
+            build.build(work / _LIBRARY)
+            say("Trying them against llama.cpp's own; takes about 20 s.")
+            state = {"sha256": _sha256(work / _LIBRARY), **_check(work / _LIBRARY)}
+            (work / _STATE).write_text(json.dumps(state), "utf-8")
+            _publish(work, folder)
+    except UnavailableError as error:
+        return Status(str(error))
+    except (OSError, LlavaEdgeError) as error:
+        return Status(f"The native kernels could not be built: {error}")
+    return status()
+
+
+def choose(state: dict[str, Any], kernel: str = "") -> Status:
+    """From what `check` found out to what is used; `kernel` names the one to take, if it may be taken.
+
+    Raises `KeyError`, `TypeError` or `ValueError` if the state is not what `check` writes.
+    """
+    if "failed" in state:
+        return Status(f"Not used: {state['failed']}.", COMMAND)
+    problems, types = state["problems"], state["types"]
+    right = [name for name in state["kernels"] if name not in problems and (name not in OPT_IN or name == kernel)]
+    if kernel in right:
+        right = [kernel]
+    if not right:
+        return Status(f"Not used: {' '.join(problems.values()) or 'this processor runs no kernel.'}", COMMAND)
+    best = min(right, key=lambda name: sum(types[kind]["many"][name] for kind in types))
+    many = tuple(kind for kind in types if _pays(types[kind]["many"], best))
+    few = tuple(kind for kind in types if _pays(types[kind]["one"], FEW))
+    mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best))
+    attention = "attention" not in problems and _pays(state["attention"], "ours")
+    if not (many or few or attention):
+        return Status("Not used: llama.cpp's own kernels are as fast here.")
+    parts = [f"{best} for {', '.join(many)}"] if many else []
+    parts += [f"few rows of {', '.join(few)}"] if few else []
+    parts += ["attention"] if attention else []
+    reason = " ".join([f"{'; '.join(parts)}.", *problems.values()])
+    return Status(reason, "", best, many, few, attention, mapped, state["sha256"])
+
+
+def _pays(race: dict[str, float], ours: str) -> bool:
+    return ours in race and race["plain"] >= GAIN * race[ours]
+
+
+def _mapped_suffices(race: dict[str, dict[str, float]], best: str) -> bool:
+    """Whether weights of a type are as fast where they are mapped as re-ordered by llama.cpp, if it does that."""
+    many, one = race["many"], race["one"]
+    if "repacked" not in many or "repacked" not in one:
+        return True
+    decode = min(one["plain"], one.get(FEW, one["plain"]))
+    return _pays(many, best) and many[best] <= many["repacked"] and decode * DECODE_KEPT <= one["repacked"]
+
+
+def wanted() -> str:
+    """$LLAVA_EDGE_NATIVE: empty, "off", or the name of a kernel."""
+    return os.environ.get("LLAVA_EDGE_NATIVE", "").strip().lower()
+
+
+def _load(folder: Path) -> None:
+    """Into this process, once. Raises `UnavailableError` or `OSError`."""
+    if _process.path is not None:
+        if _process.path != folder:
+            raise UnavailableError("other kernels are loaded in this process already.")
+        return
+    ggml = Ggml()
+    version = (import_module("llama_cpp").__version__, ggml.version())
+    if version not in ACCEPTED:
+        raise UnavailableError(f"llama-cpp-python {version[0]} with ggml {version[1]} is not one they were made for.")
+    if loaded("libgomp.so.1") is None:
+        raise UnavailableError("this llama.cpp computes without OpenMP, whose threads they share.")
+    path = folder / _LIBRARY
+    if _sha256(path) != json.loads((folder / _STATE).read_text("utf-8"))["sha256"]:
+        raise UnavailableError("their file has changed since they were tried.")
+    _process.path = folder
+    library = Library(path)
+    library.use("")
+    if not ggml.load_backend(path) or not ggml.device(DEVICE):
+        raise UnavailableError("ggml does not accept them.")
+    _process.library = library
+
+
+def _check(library: Path) -> dict[str, Any]:
+    """What the child process says about a library."""
+    command = [sys.executable, "-c", f"from llava_edge.runtimes.native import check; check.main({str(library)!r})"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"their check did not end within {CHECK_SECONDS} s"}
+    if done.returncode < 0:
+        return {"failed": f"their check was killed by signal {-done.returncode}"}
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"failed": f"their check failed: {lines[-1].rstrip('.')}"}
+    return found
+
+
+def _folder() -> Path:
+    """Where everything about this machine's kernels is. Raises `UnavailableError` where there can be none."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise UnavailableError("There are native kernels for Linux on x86-64 only.")
+    name, features = devices.processor()
+    if not {"avx2", "fma", "f16c"} <= set(features):
+        raise UnavailableError("This processor lacks AVX2, FMA or F16C.")
+    digest = hashlib.sha256(f"{name} {features}".encode())
+    base = next(iter(sorted((build.package() / "lib").glob("libggml-base.so*"))), None)
+    if base is None:
+        raise UnavailableError("This llama-cpp-python has no libggml-base.")
+    for path in (base, *sorted(build.SOURCES.iterdir()), *sorted(Path(__file__).parent.glob("*.py"))):
+        digest.update(path.read_bytes())
+    return store.home() / "native" / digest.hexdigest()[:32]
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Library, then state: with a state everything is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (_LIBRARY, _STATE):
+        shutil.move(work / name, folder / name)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

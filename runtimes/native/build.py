@@ -1,0 +1,109 @@
+"""C++ sources -> one shared library, with the machine's compiler. Which kernels it has depends on what that knows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from llava_edge.errors import UnavailableError
+
+SOURCES = Path(__file__).parent / "src"
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+# No fast-math: NaN has to stay NaN.
+FLAGS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A source file as it is compiled. `kernel`: left out with it where the compiler does not know the flags."""
+
+    source: str
+    flags: tuple[str, ...] = _AVX2
+    kernel: str = ""
+
+
+UNITS = (
+    Unit("int16.cpp"),
+    Unit("int16.cpp", (*_AVX2, "-mavxvnni"), "AVXVNNI"),
+    Unit("int16.cpp", (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE"), "AVX512VNNI"),
+    Unit("amx_bf16.cpp", kernel="AMX"),
+    Unit("amx_int8.cpp", kernel="AMX"),
+    Unit("attention.cpp"),
+    Unit("few.cpp"),
+    Unit("product.cpp"),
+    Unit("backend.cpp"),
+    Unit("api.cpp"),
+)
+# Instructions that this processor lacks, in plain C++ instead: for tests.
+_EMULATED = (*_AVX2, "-DNATIVE_EMULATE")
+EMULATED_UNITS = (
+    Unit("int16.cpp"),
+    Unit("int16.cpp", (*_EMULATED, "-DNATIVE_WIDE"), "AVX512VNNI"),
+    Unit("amx_bf16.cpp", _EMULATED, "AMX"),
+    Unit("amx_int8.cpp", _EMULATED, "AMX"),
+    *(unit for unit in UNITS[3:] if not unit.kernel),
+)
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX or c++; None if there is none."""
+    return shutil.which(os.environ.get("CXX") or "c++")
+
+
+def package() -> Path:
+    """Folder of the installed llama_cpp. Raises `UnavailableError`."""
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise UnavailableError("llama-cpp-python is not installed.")
+    return Path(spec.origin).parent
+
+
+def build(target: Path, *, units: Sequence[Unit] = UNITS, flags: Sequence[str] = ()) -> None:
+    """Compile `units` and link them into `target`, whose folder also gets the objects.
+
+    flags: in addition to `FLAGS`. Raises `UnavailableError` with what the compiler said first.
+    """
+    tool, llama = compiler(), package()
+    headers = llama.parent / "include"
+    if tool is None:
+        raise UnavailableError("There is no C++ compiler; install one (Debian: sudo apt-get install build-essential).")
+    if not (headers / "ggml-backend.h").is_file():
+        raise UnavailableError(f"This llama-cpp-python has no headers in {headers}.")
+    (base,) = sorted((llama / "lib").glob("libggml-base.so.0")) or [llama / "lib/libggml-base.so"]
+    common = [tool, *FLAGS, *flags, f"-I{headers}", f"-I{SOURCES}"]
+
+    def compile_one(numbered: tuple[int, Unit]) -> tuple[Unit, Path, str]:
+        number, unit = numbered
+        out = target.parent / f"{number}-{Path(unit.source).stem}.o"
+        return unit, out, _run([*common, *unit.flags, "-c", str(SOURCES / unit.source), "-o", str(out)])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(compile_one, enumerate(units)))
+    lacking = {unit.kernel for unit, _, problem in done if problem}
+    for unit, _, problem in done:
+        if problem and not unit.kernel:
+            raise UnavailableError(f"{unit.source} does not compile: {problem}")
+    objects = [str(out) for unit, out, _ in done if unit.kernel not in lacking]
+    defined = [f"-DNATIVE_HAS_{name}" for name in {unit.kernel for unit in units} - lacking if name]
+    listed = str(SOURCES / "kernels.cpp")
+    # By its path: the loader then finds the copy that llama.cpp has loaded, by the name inside.
+    problem = _run([*common, *_AVX2, *defined, "-shared", *objects, listed, str(base), "-o", str(target)])
+    if problem:
+        raise UnavailableError(f"The native kernels cannot be linked: {problem}")
+
+
+def _run(command: Sequence[str]) -> str:
+    """First complaint of a command that failed; empty if it did not."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode == 0:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+    return lines[0] if lines else f"exit code {done.returncode}"

@@ -1,0 +1,161 @@
+"""Are the kernels right here, and do they pay? Run in a process of its own, because a wrong one may kill it.
+
+Every kernel computes small products and an attention as a ggml backend, next to float64. The right ones race those of
+llama.cpp on shapes of a 7B model: with weights as they are mapped, and with weights that it has re-ordered for itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge.runtimes import devices, language
+from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
+from llava_edge.runtimes.native.library import DEVICE, FEW, Library
+
+BOUND = {"amx-bf16": 5e-3, "amx-int8": 2e-2, FEW: 2e-2}  # of the relative error of a kernel's product; the others':
+INT16_BOUND = 2e-3
+ATTENTION_BOUND = 1e-2
+
+REPEATS = 5
+MANY = (512, 2048, 4096)  # rows, columns, inner
+ONE = (1, 16384, 4096)  # 37 MB at 4 bits
+ATTENTION = (16, 512, 512, 128)  # heads, queries, keys, width
+
+
+def main(path: str) -> None:
+    """Body of the child process: one line of JSON."""
+    language.library()
+    ggml, library = Ggml(), Library(Path(path))
+    facts: dict[str, Any] = {"kernels": library.kernels(), "problems": {}, "types": {}}
+    library.use(library.kernels()[-1])
+    if not ggml.load_backend(Path(path)) or not ggml.device(DEVICE):
+        sys.stdout.write(json.dumps({"failed": "ggml does not accept the backend"}) + "\n")
+        return
+    for kernel in [*library.kernels(), FEW]:
+        if problem := product_problem(ggml, library, kernel):
+            facts["problems"][kernel] = problem
+    if problem := attention_problem(ggml, library):
+        facts["problems"]["attention"] = problem
+    right = [kernel for kernel in library.kernels() if kernel not in facts["problems"]]
+    threads = devices.thread_count()[0]
+    for kind in TYPES:
+        facts["types"][kind] = {
+            "many": _race_products(ggml, library, kind, MANY, right, threads),
+            "one": _race_products(ggml, library, kind, ONE, [] if FEW in facts["problems"] else [FEW], threads),
+        }
+    facts["attention"] = _race_attention(ggml, library, threads)
+    sys.stdout.write(json.dumps(facts) + "\n")
+
+
+def product_problem(ggml: Ggml, library: Library, kernel: str) -> str:
+    """What is wrong with a kernel's products, as a sentence; empty if nothing is."""
+    _use(library, kernel)
+    numbers = np.random.default_rng(0)
+    for kind in TYPES:
+        weights = Weights(kind, 70, 768, ggml.quantize(kind, numbers.standard_normal((70, 768), np.float32)))
+        x = numbers.standard_normal((9 if kernel == FEW else 45, 768), np.float32)
+        made = ggml.multiply(weights, x, device=ggml.device(DEVICE), threads=2)
+        if made is None:
+            if kernel == FEW:
+                continue  # there is one for few types
+            return f"{kernel} does not take {kind}."
+        with made:
+            error = _error(made.values(), x.astype(np.float64) @ ggml.rows(weights).astype(np.float64).T)
+        if not error < BOUND.get(kernel, INT16_BOUND):
+            return f"{kernel} is off by {error:.1e} on {kind}."
+    return ""
+
+
+def _use(library: Library, kernel: str) -> None:
+    library.use(
+        "" if kernel == FEW else kernel, many=() if kernel == FEW else TYPES, few=TYPES if kernel == FEW else ()
+    )
+
+
+def attention_problem(ggml: Ggml, library: Library) -> str:
+    """What is wrong with the attention, as a sentence; empty if nothing is."""
+    library.use(library.kernels()[-1], attention=True)
+    inputs = attention_inputs(4, 2, 45, 96, 64)
+    made = ggml.attend(*inputs, device=ggml.device(DEVICE), threads=2)
+    if made is None:
+        return "The attention is not taken."
+    with made:
+        error = _error(made.values(), exact_attention(*inputs))
+    return "" if error < ATTENTION_BOUND else f"The attention is off by {error:.1e}."
+
+
+def attention_inputs(heads: int, shared: int, queries: int, keys: int, width: int) -> tuple[Array, Array, Array, Array]:
+    """Random q, k, v, and a causal mask under which the last query sees all keys."""
+    numbers = np.random.default_rng(0)
+    q = numbers.standard_normal((heads, queries, width), np.float32)
+    k, v = (numbers.standard_normal((shared, keys, width), np.float32).astype(np.float16) for _ in "kv")
+    seen = np.arange(keys)[None] <= np.arange(queries)[:, None] + keys - queries
+    return q, k, v, np.where(seen, 0, -np.inf).astype(np.float16)
+
+
+def exact_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """In float64: (queries, heads, width)."""
+    k, v = (np.repeat(values, len(q) // len(values), 0).astype(np.float64) for values in (k, v))
+    scores = q.astype(np.float64) @ k.transpose(0, 2, 1) * q.shape[-1] ** -0.5 + mask.astype(np.float64)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    out: Array = (weights / weights.sum(-1, keepdims=True) @ v).transpose(1, 0, 2)
+    return out
+
+
+def _error(found: Array, expected: Array) -> float:
+    """Root of the mean square, relative."""
+    return float(np.sqrt(((found.reshape(expected.shape) - expected) ** 2).mean() / (expected**2).mean()))
+
+
+def _race_products(
+    ggml: Ggml, library: Library, kind: str, shape: tuple[int, int, int], kernels: list[str], threads: int
+) -> dict[str, float]:
+    """Milliseconds of the fastest of `REPEATS`, in turns: by kernel, "plain" and "repacked"."""
+    rows, columns, inner = shape
+    numbers = np.random.default_rng(0)
+    some = ggml.quantize(kind, numbers.standard_normal((64, inner), np.float32))
+    weights = Weights(kind, columns, inner, some * (columns // 64))
+    x = numbers.standard_normal((rows, inner), np.float32)
+    cpu, ours = ggml.device(), ggml.device(DEVICE)
+    with ExitStack() as stack:
+        runners: dict[str, Operation | None] = {
+            "plain": ggml.multiply(weights, x, device=cpu, threads=threads),
+            "repacked": ggml.multiply(weights, x, device=cpu, threads=threads, repacked=True),
+        }
+        for kernel in kernels:
+            _use(library, kernel)
+            runners[kernel] = ggml.multiply(weights, x, device=ours, threads=threads)
+        there = {name: stack.enter_context(made) for name, made in runners.items() if made is not None}
+        return _race(there, lambda name: _use(library, name) if name in kernels else None)
+
+
+def _race_attention(ggml: Ggml, library: Library, threads: int) -> dict[str, float]:
+    heads, queries, keys, width = ATTENTION
+    inputs = attention_inputs(heads, heads, queries, keys, width)
+    library.use(library.kernels()[-1], attention=True)
+    with ExitStack() as stack:
+        made = {
+            "plain": ggml.attend(*inputs, device=ggml.device(), threads=threads),
+            "ours": ggml.attend(*inputs, device=ggml.device(DEVICE), threads=threads),
+        }
+        return _race({name: stack.enter_context(one) for name, one in made.items() if one}, lambda name: None)
+
+
+def _race(runners: dict[str, Operation], before: Callable[[str], None]) -> dict[str, float]:
+    best = dict.fromkeys(runners, float("inf"))
+    for name in _turns(list(runners)):
+        before(name)
+        best[name] = min(best[name], 1000 * runners[name].seconds())
+    return {name: round(value, 3) for name, value in best.items()}
+
+
+def _turns(names: list[str]) -> Iterator[str]:
+    for _ in range(1 + REPEATS):
+        yield from names

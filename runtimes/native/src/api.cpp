@@ -1,0 +1,50 @@
+// What Python calls: which kernels there are, what the backend may use, and each kernel alone, for tests.
+#include "backend.h"
+#include "kernels.h"
+
+#include <cstring>
+#include <string>
+
+using namespace native;
+
+static const Kernel *find(const char *name) {
+    for (const Kernel *const *k = kernels; *k; k++)
+        if (!strcmp((*k)->name, name) && (*k)->works()) return *k;
+    return nullptr;
+}
+
+static Scratch scratch;  // for calls from one thread
+
+extern "C" {
+
+#define EXPORT __attribute__((visibility("default")))
+
+// Names of the kernels that work on this processor, preferred ones first, with spaces between them.
+EXPORT const char *llava_edge_native_kernels() {
+    static std::string names;
+    names.clear();
+    for (const Kernel *const *k = kernels; *k; k++)
+        if ((*k)->works()) names += (names.empty() ? "" : " ") + std::string((*k)->name);
+    return names.c_str();
+}
+
+// What the backend takes from now on: products of many rows with the types whose bits (1 << ggml_type) are set in
+// `many`, by that kernel; of few rows with those in `few`; attention. Returns 0 if there is no such kernel.
+EXPORT int llava_edge_native_use(const char *kernel, uint64_t many, uint64_t few, int attention) {
+    const Kernel *found = find(kernel);
+    if (!found && many) return 0;
+    use({found, many, few, attention != 0});
+    return 1;
+}
+
+// One product; the kernel "few" is the one for few rows.
+EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *w, const float *x, float *y, int rows,
+                                      int columns, int inner, size_t w_stride, int threads) {
+    const Product p{type, w, w_stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
+    if (!strcmp(kernel, "few")) return rows < MANY && multiplies_few(type) && multiply_few(p, threads, scratch);
+    const Kernel *found = find(kernel);
+    return found && unpacks(type) && inner % block_values(type) == 0 && multiply(*found, p, threads, scratch);
+}
+
+EXPORT int llava_edge_native_attend(const Attention *a, int threads) { return attend(*a, threads, scratch); }
+}

@@ -1,0 +1,128 @@
+// Products in int16, for processors without a matrix unit.
+//
+// Both sides are rounded to integers with one float32 scale for 256 values of a row: weights to 11 bits and a sign,
+// activations to 13 and a sign. 256 products then add up in int32 without overflow (1023 * 8191 * 256 < 2^31), so
+// scales are applied once per 256 values and not per block of 32, and the result is nearer to the exact one than with
+// the 8-bit activations that llama.cpp uses. The multiply-add of int16 pairs does as many products per cycle with AVX2 as
+// the one of bytes does, which needs two instructions; bytes would be twice as fast with VNNI alone.
+//
+// A panel has, for each pair of inner values, the two int16 of each of its columns next to each other: one int32 lane for
+// each column, so that sums need no shuffling. A tile has, for each pair, the two int16 of each of its rows, to be
+// broadcast. AVX2: 6 rows x 16 columns are 12 sums; two registers of weights, one broadcast and one product make 16.
+// AVX-512: 12 x 32 are 24 of 32 registers. A panel has 8 or 16 KB and stays in the first-level cache; the activations of
+// one inner block (300 KB at 576 rows) and the sums of four panels (150 KB) stay in the second-level cache.
+
+#include "kernels.h"
+#include "lanes.h"
+#include "rounding.h"
+#include "unpack.h"
+
+namespace native {
+namespace {
+
+constexpr int INNER = 256, PAIRS = INNER / 2;
+constexpr int COLUMNS = 2 * Lanes::count;
+constexpr int ROWS = Lanes::count == 8 ? 6 : 12;
+constexpr int SCALES = 16;  // room for ROWS scales that keeps 64 bytes' alignment
+constexpr float WEIGHT_LIMIT = 1023, ACTIVATION_LIMIT = 8191;
+
+struct Tile {
+    float scales[SCALES];
+    int32_t pairs[PAIRS][ROWS];
+};
+
+struct Panel {
+    float scales[COLUMNS];
+    int32_t pairs[PAIRS][COLUMNS];
+};
+
+void pack(const float *x, size_t stride, int rows, int inner, void *out) {
+    Tile &tile = *static_cast<Tile *>(out);
+    alignas(64) int16_t row[INNER];
+    for (int i = 0; i < ROWS; i++) {
+        tile.scales[i] = 0;
+        if (i < rows) tile.scales[i] = quantize(x + i * stride, inner, ACTIVATION_LIMIT, row);
+        const int32_t *pairs = reinterpret_cast<const int32_t *>(row);
+        for (int p = 0; p < inner / 2; p++) tile.pairs[p][i] = i < rows ? pairs[p] : 0;
+    }
+}
+
+void unpack(const Product &product, int column, int columns, int k, int inner, void *out) {
+    Panel &panel = *static_cast<Panel *>(out);
+    alignas(64) float values[INNER];
+    alignas(64) int16_t rows[8][INNER];
+    for (int n = 0; n < COLUMNS; n += 8) {
+        for (int i = 0; i < 8; i++) {
+            panel.scales[n + i] = 0;
+            if (n + i < columns) {
+                unpack_row(product.type, product.w + (column + n + i) * product.w_stride, k, inner, values);
+                panel.scales[n + i] = quantize(values, inner, WEIGHT_LIMIT, rows[i]);
+            } else {
+                memset(rows[i], 0, sizeof rows[i]);
+            }
+        }
+        for (int p = 0; p < inner / 2; p += 8)
+            transpose(reinterpret_cast<const int32_t *>(rows[0]) + p, PAIRS, &panel.pairs[p][n], COLUMNS);
+    }
+}
+
+void multiply(const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
+    const Tile &tile = *static_cast<const Tile *>(tile_memory);
+    const Panel &panel = *static_cast<const Panel *>(panel_memory);
+    Lanes left[ROWS], right[ROWS];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) left[i] = right[i] = Lanes::zero();
+    for (int p = 0; p < inner / 2; p++) {
+        const Lanes a = Lanes::load(panel.pairs[p]), b = Lanes::load(panel.pairs[p] + Lanes::count);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            const Lanes x = Lanes::same(tile.pairs[p][i]);
+            left[i].add(a, x);
+            right[i].add(b, x);
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++, sums += COLUMNS) {
+        left[i].scale(panel.scales, tile.scales[i], first, sums);
+        right[i].scale(panel.scales + Lanes::count, tile.scales[i], first, sums + Lanes::count);
+    }
+}
+
+void store(const float *sums, float *y, size_t stride, int rows, int columns) {
+    for (int i = 0; i < rows; i++) memcpy(y + i * stride, sums + i * COLUMNS, columns * sizeof(float));
+}
+
+bool works() {
+    __builtin_cpu_init();
+#if defined(NATIVE_WIDE) && defined(__AVX512VNNI__)
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(NATIVE_WIDE)
+    return true;
+#elif defined(__AVXVNNI__)
+    return __builtin_cpu_supports("avxvnni");
+#else
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+}
+
+}  // namespace
+
+#if defined(NATIVE_WIDE)
+extern const Kernel int16_avx512vnni;
+const Kernel int16_avx512vnni = {
+    "avx512vnni",
+#elif defined(__AVXVNNI__)
+extern const Kernel int16_avxvnni;
+const Kernel int16_avxvnni = {
+    "avxvnni",
+#else
+extern const Kernel int16_avx2;
+const Kernel int16_avx2 = {
+    "avx2",
+#endif
+    works, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
+    pack, unpack, multiply, store, nullptr, nullptr,
+};
+
+}  // namespace native

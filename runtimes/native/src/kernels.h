@@ -1,0 +1,79 @@
+// What the parts of this library know of each other. No ggml here: kernels see plain memory.
+//
+// One product is y[m][n] = sum over k of x[m][k] * w[n][k]: x are activations in float32, one row for each position; w
+// are weights as they lie in a GGUF file, one row of blocks for each output.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace native {
+
+struct Product {
+    int type;            // of w, a ggml_type
+    const char *w;       // columns rows of blocks
+    size_t w_stride;     // bytes from row to row
+    const float *x;      // rows x inner
+    size_t x_stride;     // floats from row to row
+    float *y;            // rows x columns
+    size_t y_stride;     // floats from row to row
+    int rows, columns, inner;
+};
+
+// A way to compute products of many rows. Weights are unpacked once, a panel (some columns, one block of the inner
+// dimension) at a time, and each panel meets all rows before the next one is unpacked: that is where the time goes, and
+// why a prompt should come in one piece. Activations are packed once before, a tile (some rows) at a time.
+struct Kernel {
+    const char *name;
+    bool (*works)();        // on this processor
+    int tile_rows;          // activations in a tile
+    int panel_columns;      // weights in a panel
+    int inner_block;        // inner values of both
+    int block_panels;       // panels whose sums a thread keeps at once; what fits its second-level cache
+    size_t tile_bytes;      // of a packed tile, with its scales; a multiple of 64
+    size_t panel_bytes;     // likewise
+    // rows <= tile_rows and inner <= inner_block are there to be read, the rest is taken for zero.
+    void (*pack)(const float *x, size_t stride, int rows, int inner, void *tile);
+    void (*unpack)(const Product &, int column, int columns, int k, int inner, void *panel);
+    // sums[tile_rows * panel_columns] = (first ? 0 : sums) + tile * panel, in the kernel's own order
+    void (*multiply)(const void *tile, const void *panel, int inner, bool first, float *sums);
+    void (*store)(const float *sums, float *y, size_t stride, int rows, int columns);
+    void (*enter)(void *), (*leave)(void *);  // around a thread's work, with 64 bytes to keep something; may be null
+};
+
+// Null-terminated.
+extern const Kernel *const kernels[];
+
+// Attention of one token block over a cache, for `heads` heads that share keys and values in groups.
+// out[q][head][:] = softmax(scale * query . key + mask) . value, everything in float32 but keys, values and mask.
+struct Attention {
+    const char *q;  size_t q_row, q_head;      // float32; bytes from query to query, from head to head
+    const char *k;  size_t k_row, k_head;      // float16
+    const char *v;  size_t v_row, v_head;      // float16
+    const char *mask;  size_t mask_row;        // float16, one row for each query; -infinity hides a key
+    char *out;  size_t out_row, out_head;      // float32
+    int queries, keys, heads, shared_heads, width;  // width: of a head
+    float scale;
+};
+
+constexpr int MANY = 32;  // rows: fewer do not pay for unpacking
+
+// Memory that is kept between calls and grows; all of a backend's calls come from one thread.
+struct Scratch {
+    char *data = nullptr;
+    size_t size = 0;
+    char *need(size_t bytes);  // null if there is none
+    ~Scratch();
+};
+
+// They return false, with nothing computed, if there is no memory.
+bool multiply(const Kernel &, const Product &, int threads, Scratch &);
+bool multiply_few(const Product &, int threads, Scratch &);  // rows < MANY
+bool attend(const Attention &, int threads, Scratch &);
+
+bool unpacks(int type);        // is it a type that kernels read?
+int block_values(int type);    // how many values a block has
+bool multiplies_few(int type);
+bool attends(int width);
+
+}  // namespace native

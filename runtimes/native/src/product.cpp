@@ -1,0 +1,114 @@
+// Products of many rows: who computes what, for any kernel.
+//
+// All threads pack the activations; then each takes blocks of columns until there are none. Within a block the inner
+// dimension is the outer loop, so that the packed activations of one inner block are read from the second-level cache for
+// all panels but the first.
+
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "kernels.h"
+#include "unpack.h"
+
+namespace native {
+
+char *Scratch::need(size_t bytes) {
+    if (bytes <= size) return data;
+    constexpr size_t PAGE = 2 << 20;  // transparent huge pages
+    const size_t rounded = (bytes + PAGE - 1) / PAGE * PAGE;
+    void *fresh = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (fresh == MAP_FAILED) return nullptr;
+    madvise(fresh, rounded, MADV_HUGEPAGE);
+    if (data) munmap(data, size);
+    data = static_cast<char *>(fresh);
+    size = rounded;
+    return data;
+}
+
+Scratch::~Scratch() {
+    if (data) munmap(data, size);
+}
+
+namespace {
+
+int up(int a, int b) { return (a + b - 1) / b; }
+size_t up64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+struct Plan {
+    const Kernel &kernel;
+    const Product &p;
+    const int tiles, blocks, columns;  // columns: of a block
+    char *const packed;                // [inner block][tile]
+
+    int inner(int k) const { return std::min(kernel.inner_block, p.inner - k); }
+    char *tile(int k, int t) const { return packed + (size_t(k / kernel.inner_block) * tiles + t) * kernel.tile_bytes; }
+    size_t sums() const { return size_t(kernel.tile_rows) * kernel.panel_columns; }
+
+    void pack(int t) const {
+        const int row = t * kernel.tile_rows, rows = std::min(kernel.tile_rows, p.rows - row);
+        for (int k = 0; k < p.inner; k += kernel.inner_block)
+            kernel.pack(p.x + row * p.x_stride + k, p.x_stride, rows, inner(k), tile(k, t));
+    }
+
+    // sums: [panel of the block][tile]
+    void block(int b, char *panel, float *const all) const {
+        const int first = b * columns, end = std::min(first + columns, p.columns);
+        for (int k = 0; k < p.inner; k += kernel.inner_block) {
+            float *s = all;
+            for (int n = first; n < end; n += kernel.panel_columns) {
+                kernel.unpack(p, n, std::min(kernel.panel_columns, end - n), k, inner(k), panel);
+                for (int t = 0; t < tiles; t++, s += sums()) kernel.multiply(tile(k, t), panel, inner(k), k == 0, s);
+            }
+        }
+        const float *s = all;
+        for (int n = first; n < end; n += kernel.panel_columns)
+            for (int t = 0; t < tiles; t++, s += sums()) {
+                const int row = t * kernel.tile_rows;
+                kernel.store(s, p.y + row * p.y_stride + n, p.y_stride, std::min(kernel.tile_rows, p.rows - row),
+                             std::min(kernel.panel_columns, end - n));
+            }
+    }
+};
+
+}  // namespace
+
+bool multiply(const Kernel &kernel, const Product &p, int threads, Scratch &scratch) {
+    // Narrower blocks where there would be too few for the threads to end together.
+    int panels = kernel.block_panels;
+    while (panels > 1 && up(p.columns, panels * kernel.panel_columns) < 4 * threads) panels /= 2;
+    const int columns = panels * kernel.panel_columns, tiles = up(p.rows, kernel.tile_rows);
+    const size_t packed = size_t(up(p.inner, kernel.inner_block)) * tiles * kernel.tile_bytes;
+    const size_t sums = up64(size_t(columns) * tiles * kernel.tile_rows * sizeof(float));
+    const size_t own = up64(kernel.panel_bytes) + sums;
+    char *memory = scratch.need(packed + threads * own);
+    if (!memory) return false;
+    const Plan plan{kernel, p, tiles, up(p.columns, columns), columns, memory};
+    std::atomic<int> next_tile{0}, next_block{0};
+#pragma omp parallel num_threads(threads)
+    {
+        alignas(64) char kept[64];
+        if (kernel.enter) kernel.enter(kept);
+        char *panel = memory + packed + omp_get_thread_num() * own;
+        for (int t; (t = next_tile.fetch_add(1)) < plan.tiles;) plan.pack(t);
+#pragma omp barrier
+        for (int b; (b = next_block.fetch_add(1)) < plan.blocks;)
+            plan.block(b, panel, reinterpret_cast<float *>(panel + up64(kernel.panel_bytes)));
+        if (kernel.leave) kernel.leave(kept);
+    }
+    return true;
+}
+
+int block_values(int type) {
+    switch (type) {
+        case F16: case Q4_0: case Q4_1: case Q8_0: return 32;  // 32 for F16, too: all loops here step by that
+        case Q4_K: case Q5_K: case Q6_K: return 256;
+    }
+    return 0;
+}
+
+bool unpacks(int type) { return block_values(type) != 0; }
+
+}  // namespace native

@@ -1,0 +1,70 @@
+// float32 -> integers with a scale, or bfloat16; and the transposition that puts values of several rows side by side.
+#pragma once
+
+#include "unpack.h"
+
+namespace native {
+namespace {
+
+constexpr float LEAST = 1e-30f;  // below it the inverse scale would not be finite: taken for zero
+
+// out = round(v / scale), |out| <= limit; returns scale. NaN if a value is not finite, so that the result says it.
+// count: a multiple of 16; out on 32 bytes.
+inline float quantize(const float *v, int count, float limit, int16_t *out) {
+    const __m256i sign_off = _mm256_set1_epi32(0x7fffffff);
+    __m256i most = _mm256_setzero_si256();  // as integers, magnitudes of floats order like the floats, infinity and NaN last
+    for (int i = 0; i < count; i += 8)
+        most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(v + i)), sign_off));
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+    const int bits = _mm_cvtsi128_si32(m);
+    const float magnitude = _mm_cvtss_f32(_mm_castsi128_ps(m));
+    if (bits >= 0x7f800000 || magnitude < LEAST) {
+        for (int i = 0; i < count; i++) out[i] = 0;
+        return bits >= 0x7f800000 ? __builtin_nanf("") : 0;
+    }
+    const __m256 inverse = _mm256_set1_ps(limit / magnitude);
+    for (int i = 0; i < count; i += 16) {
+        const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v + i), inverse));
+        const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v + i + 8), inverse));
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+        _mm256_store_si256(reinterpret_cast<__m256i *>(out + i), packed);
+    }
+    return magnitude / limit;
+}
+
+// 8 rows of 8 int32, `from` apart -> 8 columns, `to` apart
+inline void transpose(const int32_t *in, size_t from, int32_t *out, size_t to) {
+    __m256i r[8], t[8];
+    for (int i = 0; i < 8; i++) r[i] = load256(in + i * from);
+    for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_store_si256(reinterpret_cast<__m256i *>(out + i * to), _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+        _mm256_store_si256(reinterpret_cast<__m256i *>(out + (i + 4) * to),
+                           _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+    }
+}
+
+// 8 floats -> 8 bfloat16, to the nearest, ties to even; NaN stays NaN
+inline __m128i bfloat16(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+
+}  // namespace
+}  // namespace native

@@ -1,0 +1,120 @@
+"""The native kernels called directly, and how far they may be off."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+from llava_edge.runtimes import language
+from llava_edge.runtimes.native.ggml import TYPES
+
+Array = np.ndarray[Any, Any]
+
+SCALES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q8_0": (0,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}  # offsets of float16
+
+
+class Attention(ctypes.Structure):
+    """`struct Attention` of runtimes/native/src/kernels.h."""
+
+    _fields_ = (
+        *((f"{name}{part}", ctypes.c_void_p if not part else ctypes.c_size_t)
+          for name in ("q", "k", "v") for part in ("", "_row", "_head")),
+        *(("mask", ctypes.c_void_p), ("mask_row", ctypes.c_size_t)),
+        *(("out", ctypes.c_void_p), ("out_row", ctypes.c_size_t), ("out_head", ctypes.c_size_t)),
+        *((name, ctypes.c_int) for name in ("queries", "keys", "heads", "shared_heads", "width")),
+        ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class Kernels:
+    """A built library, without ggml between."""
+
+    def __init__(self, path: Path) -> None:
+        language.library()  # the library finds the ggml that llama.cpp loaded
+        self._library = ctypes.CDLL(str(path))
+        self._library.llava_edge_native_kernels.restype = ctypes.c_char_p
+
+    def names(self) -> list[str]:
+        return str(self._library.llava_edge_native_kernels().decode()).split()
+
+    def multiply(self, kernel: str, kind: str, blocks: Array, x: Array, threads: int = 1) -> Array:
+        """blocks: (columns, bytes of a row). (rows, columns)."""
+        # Copies that end where the data ends, so that a sanitizer sees what is read behind them.
+        blocks, x = blocks.copy(), np.ascontiguousarray(x, np.float32).copy()
+        y = np.full((len(x), len(blocks)), 7, np.float32)
+        done = self._library.llava_edge_native_multiply(
+            *(kernel.encode(), TYPES[kind], _at(blocks), _at(x), _at(y), len(x), len(blocks), x.shape[1]),
+            *(ctypes.c_size_t(blocks.shape[1]), threads),
+        )
+        assert done
+        return y
+
+    def attend(self, q: Array, k: Array, v: Array, mask: Array, threads: int = 1) -> Array:
+        """Of q (heads, queries, width), k and v (shared heads, keys, width): (queries, heads, width)."""
+        q, k, v, mask = (np.ascontiguousarray(values).copy() for values in (q, k, v, mask))
+        out = np.full((q.shape[1], q.shape[0], q.shape[2]), 7, np.float32)
+        a = Attention(
+            *(
+                _at(q),
+                q.strides[1],
+                q.strides[0],
+                _at(k),
+                k.strides[1],
+                k.strides[0],
+                _at(v),
+                v.strides[1],
+                v.strides[0],
+            ),
+            *(_at(mask), mask.strides[0], _at(out), out.strides[0], out.strides[1]),
+            *(q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2], q.shape[2] ** -0.5),
+        )
+        assert self._library.llava_edge_native_attend(ctypes.byref(a), threads)
+        return out
+
+
+def _at(values: Array) -> ctypes.c_void_p:
+    return values.ctypes.data_as(ctypes.c_void_p)
+
+
+def random_blocks(kind: str, columns: int, inner: int, numbers: np.random.Generator, scales: Array) -> Array:
+    """Any bytes for quants; scales drawn from `scales` (float16). (columns, bytes of a row) uint8."""
+    values, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    if kind == "F16":
+        drawn = numbers.choice(scales, (columns, inner)) * numbers.uniform(-1, 1, (columns, inner))
+        return drawn.astype(np.float16).view(np.uint8)
+    blocks = numbers.integers(0, 256, (columns, inner // values, size), np.uint8)
+    for offset in SCALES[kind]:
+        drawn = numbers.choice(scales, blocks.shape[:2]).astype(np.float16)
+        blocks[:, :, offset : offset + 2] = drawn[..., None].view(np.uint8)
+    return blocks.reshape(columns, -1)
+
+
+def matrix(kind: str, blocks: Array) -> Array:
+    """What blocks mean, by the package gguf: (columns, inner) float64."""
+    if kind == "F16":
+        return blocks.view(np.float16).astype(np.float64)
+    found: Array = quants.dequantize(blocks, GGMLQuantizationType[kind]).astype(np.float64)
+    return found
+
+
+def worst_error(x: Array, w: Array, chunk: int, of_x: float, of_w: float) -> Array:
+    """How far a product may be off, (rows, columns): if each value of x is off by at most `of_x` of the largest
+    magnitude in its `chunk` of inner values, each of w by `of_w`, and sums are in float32."""
+    total = np.zeros((len(x), len(w)))
+    for k in range(0, x.shape[1], chunk):
+        a, b = np.abs(x[:, k : k + chunk]), np.abs(w[:, k : k + chunk])
+        most_a, most_b = a.max(1)[:, None], b.max(1)[None]
+        total += of_x * most_a * b.sum(1)[None] + of_w * most_b * a.sum(1)[:, None]
+        total += a.shape[1] * of_x * of_w * most_a * most_b
+    return total + 1e-5 * (np.abs(x) @ np.abs(w).T) + 1e-30

@@ -1,0 +1,215 @@
+"""The cache on disk: what comes back is what was put, whatever happens to its files; and it stays small and private."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_edge import cache
+from llava_edge.cache import Cache, user_cache
+from llava_edge.cli import cli
+from llava_edge.errors import UsageError
+
+KEY, OTHER = "ab" * 32, "cd" * 32
+PAYLOAD = bytes(range(256)) * 40
+ABOUT = {"kind": "state", "model": "micro", "positions": "7"}
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Cache:
+    found = Cache(tmp_path / "cache", floor=0)
+    assert found.put(KEY, ABOUT, PAYLOAD)
+    return found
+
+
+def test_what_was_put_comes_back_in_another_process(kept: Cache) -> None:
+    code = f"from llava_edge.cache import Cache; import sys, pathlib\n" \
+           f"sys.stdout.buffer.write(Cache(pathlib.Path({str(kept.folder)!r})).get({KEY!r}) or b'nothing')"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == PAYLOAD
+    assert kept.get(OTHER) is None
+    assert kept.put(KEY, {}, memoryview(b"newer"))
+    assert kept.get(KEY) == b"newer"
+
+
+def test_nobody_else_can_read_it(kept: Cache) -> None:
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in kept.folder.iterdir()}
+    assert modes == {KEY: 0o600, "secret": 0o600}
+    assert stat.S_IMODE(kept.folder.stat().st_mode) == 0o700
+    kept.folder.chmod(0o755)
+    assert kept.get(KEY) == PAYLOAD
+    assert stat.S_IMODE(kept.folder.stat().st_mode) == 0o700
+
+
+# Damage: nothing but the payload itself is ever returned.
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_a_changed_byte_anywhere_is_noticed(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    kept = Cache(tmp_path_factory.mktemp("cache"), floor=0)
+    assert kept.put(KEY, ABOUT, PAYLOAD)
+    path = kept.folder / KEY
+    whole = path.read_bytes()
+    at = data.draw(st.one_of(st.integers(0, 120), st.integers(0, len(whole) - 1)))
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :])
+    assert kept.get(KEY) is None
+    assert not path.exists()
+    assert kept.put(KEY, ABOUT, PAYLOAD)
+    assert kept.get(KEY) == PAYLOAD
+
+
+DAMAGE = {
+    "emptied": "path.write_bytes(b'')",
+    "cut": "os.truncate(path, 5000)",
+    "longer": "path.write_bytes(path.read_bytes() + b'0')",
+    "zeros": "path.write_bytes(bytes(path.stat().st_size))",
+    "under another name": "path.rename(path.with_name(OTHER))",
+    "a folder": "path.unlink(); path.mkdir()",
+    "a link": "path.rename(path.parent.parent / 'real'); path.symlink_to(path.parent.parent / 'real')",
+    "a pipe": "path.unlink(); os.mkfifo(path)",
+    "another secret": "secret.write_bytes(bytes(32))",
+    "a short secret": "secret.write_bytes(b'short')",
+    "no secret": "secret.unlink()",
+    "a folder for a secret": "secret.unlink(); secret.mkdir()",
+    "no cache": "shutil.rmtree(path.parent)",
+    "a file for a cache": "shutil.rmtree(path.parent); path.parent.touch()",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_a_miss(how: str, kept: Cache) -> None:
+    path, secret = kept.folder / KEY, kept.folder / "secret"
+    exec(DAMAGE[how], globals(), {"path": path, "secret": secret})
+    assert kept.get(KEY) is None
+    assert kept.get(OTHER) is None
+    kept.put(OTHER, ABOUT, b"later")
+    assert kept.get(OTHER) in (None, b"later")
+    assert isinstance(kept.entries(), list)
+
+
+def test_an_entry_of_somebody_elses_making_is_refused(kept: Cache, tmp_path: Path) -> None:
+    """The right form and a right code, but not under this folder's secret."""
+    foreign = Cache(tmp_path / "foreign", floor=0)
+    assert foreign.put(KEY, ABOUT, b"harm")
+    shutil.copy(foreign.folder / KEY, kept.folder / KEY)
+    assert kept.get(KEY) is None
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written(kept: Cache) -> None:
+    kept.folder.chmod(0o500)
+    assert not kept.put(OTHER, ABOUT, PAYLOAD)
+    assert kept.get(KEY) == PAYLOAD
+
+
+def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    nowhere = Cache(tmp_path / "file" / "cache")
+    assert not nowhere.put(KEY, ABOUT, PAYLOAD)
+    assert nowhere.get(KEY) is None
+    assert nowhere.entries() == []
+    assert nowhere.clear() == (0, 0)
+
+
+# Size.
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    kept = Cache(tmp_path, limit=4 * 1200, floor=0)
+    keys = [f"{i:064x}" for i in range(4)]
+    for age, key in enumerate(keys[:3]):
+        assert kept.put(key, {}, bytes(1000))
+        os.utime(tmp_path / key, (0, time.time() - 100 + age))
+    assert kept.get(keys[0]) is not None  # used just now
+    assert kept.put(keys[3], {}, bytes(2000))
+    assert [kept.get(key) is not None for key in keys] == [True, False, True, True]
+    assert not kept.put(keys[1], {}, bytes(5000))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= kept.limit
+
+
+def test_the_disk_is_never_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Cache(tmp_path, floor=10_000)
+    assert kept.put(KEY, {}, bytes(1000))
+    usage = namedtuple("usage", ["total", "used", "free"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 10_500))
+    assert kept.put(OTHER, {}, bytes(1000))  # in the place of the first
+    assert kept.get(KEY) is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 9_000))
+    assert not kept.put(KEY, {}, bytes(1000))
+
+
+def test_files_that_were_never_finished_go(kept: Cache) -> None:
+    new, old = kept.folder / ".new.tmp", kept.folder / ".old.tmp"
+    for path in (new, old):
+        path.write_bytes(bytes(100))
+    os.utime(old, (0, time.time() - 2 * cache._ABANDONED))
+    assert kept.put(OTHER, ABOUT, PAYLOAD)
+    assert new.exists()
+    assert not old.exists()
+
+
+def test_a_writer_killed_at_any_moment_leaves_nothing_wrong(tmp_path: Path) -> None:
+    """Every file operation in turn is the last one of its process."""
+    code = (
+        "import os, sys, pathlib\nfrom llava_edge.cache import Cache\nleft = int(sys.argv[1])\n"
+        "def watch(event, _):\n    global left\n"
+        "    if event in ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.chmod'):\n"
+        "        left -= 1\n        left or os._exit(9)\n"
+        f"sys.addaudithook(watch)\nCache(pathlib.Path({str(tmp_path)!r}) / 'cache', floor=0)"
+        f".put({KEY!r}, {{}}, b'x' * 50_000)\n"
+    )
+    codes = []
+    for left in range(1, 30):
+        codes.append(subprocess.run([sys.executable, "-c", code, str(left)], check=False).returncode)
+        assert Cache(tmp_path / "cache").get(KEY) in (None, b"x" * 50_000)
+        if codes[-1] == 0:
+            break
+    assert codes[0] == 9
+    assert codes[-1] == 0
+    assert Cache(tmp_path / "cache").get(KEY) == b"x" * 50_000
+
+
+# The command.
+
+
+def test_list_and_clear(isolated_home: Path) -> None:
+    kept = user_cache()
+    assert kept.folder == isolated_home / "cache"
+    assert kept.put(KEY, ABOUT, PAYLOAD)
+    assert kept.put(OTHER, {"model": "a\x1b[31m"}, PAYLOAD)
+    (kept.folder / OTHER).write_bytes(b"damaged")
+    listed = CliRunner().invoke(cli, ["cache", "ls"])
+    assert "state" in listed.stdout
+    assert "7 positions" in listed.stdout
+    assert "2 entries" in listed.stderr
+    found = json.loads(CliRunner().invoke(cli, ["cache", "ls", "--json"]).stdout)
+    assert {entry["path"] for entry in found["entries"]} == {str(kept.folder / key) for key in (KEY, OTHER)}
+    assert "2 entries removed" in CliRunner().invoke(cli, ["cache", "clear"]).stderr
+    assert user_cache().entries() == []
+    assert user_cache().get(KEY) is None
+
+
+@pytest.mark.parametrize("value", ["-1", "4G", "1e3", "99999999999", "٣"])
+def test_a_limit_that_is_no_number(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_EDGE_CACHE_MIB", value)
+    with pytest.raises(UsageError, match="LLAVA_EDGE_CACHE_MIB"):
+        user_cache()
+
+
+def test_a_limit_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_EDGE_CACHE_MIB", "0")
+    assert not user_cache().put(KEY, ABOUT, PAYLOAD)
+    monkeypatch.setenv("LLAVA_EDGE_CACHE_MIB", "1")
+    assert user_cache().limit == 1 << 20

@@ -1,0 +1,398 @@
+"""The native kernels against float64, and all that keeps a wrong one from being used.
+
+One library is built for all tests, with AVX-512 and the matrix unit in plain C++: what they do in which order is tested
+on every machine, not how fast they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from native_kernels import Kernels, matrix, random_blocks, worst_error
+
+from llava_edge.runtimes import devices, language, native
+from llava_edge.runtimes.native import build, check
+from llava_edge.runtimes.native.ggml import TYPES
+
+if sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1]:
+    pytest.skip("there are native kernels for Linux on x86-64 with AVX2 only", allow_module_level=True)
+if build.compiler() is None:
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+
+# What is rounded how: inner values with one scale, and the largest error relative to the largest of them.
+INT16 = (256, 0.5 / 8191, 0.5 / 1023)
+ROUNDED = {
+    "avx2": INT16,
+    "avx512vnni": INT16,
+    "amx-bf16": (1 << 20, 2**-8, 2**-8),
+    "amx-int8": (256, 0.5 / 127, 0.5 / 127),
+}
+FEW = (32, 0.5 / 127, 0.0)  # products of few rows
+RANDOM_ERROR = {"avx2": 2e-3, "avx512vnni": 2e-3, "amx-bf16": 5e-3, "amx-int8": 2e-2}  # relative, root of mean square
+EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
+        return Path(ready)
+    path = tmp_path_factory.mktemp("native") / "kernels.so"
+    build.build(path, units=build.EMULATED_UNITS, flags=("-O1", "-Werror"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def kernels(built: Path) -> Kernels:
+    return Kernels(built)
+
+
+def test_all_kernels_are_there(kernels: Kernels) -> None:
+    assert set(kernels.names()) == set(ROUNDED)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kernel", ROUNDED)
+def test_products_of_every_type_and_shape(kernels: Kernels, kernel: str, kind: str) -> None:
+    numbers = np.random.default_rng(1)
+    # one of everything; tails of tiles, panels and blocks; more than one block of columns
+    for rows, columns, inner in ((1, 1, 256), (33, 1, 512), (6, 17, 768), (45, 70, 1280)):
+        blocks = random_blocks(kind, columns, inner, numbers, np.array([0.01, -0.02, 0.005]))
+        x = numbers.standard_normal((rows, inner), np.float32)
+        w = matrix(kind, blocks)
+        expected = x.astype(np.float64) @ w.T
+        found = kernels.multiply(kernel, kind, blocks, x, threads=2)
+        assert (np.abs(found - expected) <= worst_error(x, w, *ROUNDED[kernel])).all()
+        if rows * columns > 100:
+            error = np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean())
+            assert 0 < error < RANDOM_ERROR[kernel]
+
+
+@pytest.mark.parametrize("kernel", ROUNDED)
+def test_inner_dimensions_of_a_multiple_of_32(kernels: Kernels, kernel: str) -> None:
+    numbers = np.random.default_rng(2)
+    for inner in (32, 96, 288, 576, 1056):
+        blocks = random_blocks("Q8_0", 5, inner, numbers, np.array([0.01]))
+        x = numbers.standard_normal((34, inner), np.float32)
+        w = matrix("Q8_0", blocks)
+        found = kernels.multiply(kernel, "Q8_0", blocks, x)
+        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *ROUNDED[kernel])).all()
+
+
+@given(seed=st.integers(0, 1 << 32), kind=st.sampled_from(sorted(TYPES)), power=st.integers(-12, 12))
+def test_any_block_and_any_activation(kernels: Kernels, seed: int, kind: str, power: int) -> None:
+    """Random bytes, scales from nothing to the largest, activations with outliers: never further off than stated."""
+    numbers = np.random.default_rng(seed)
+    blocks = random_blocks(kind, 3, 512, numbers, EXTREME)
+    x = numbers.standard_normal((2, 512), np.float32) * np.float32(10.0**power)
+    x[:, numbers.integers(0, 512, 4)] *= 1000
+    w = matrix(kind, blocks)
+    expected = x.astype(np.float64) @ w.T
+    for kernel, rounded in ROUNDED.items():
+        found = kernels.multiply(kernel, kind, blocks, x)
+        assert (np.abs(found - expected) <= worst_error(x, w, *rounded)).all(), kernel
+
+
+@pytest.mark.parametrize("kernel", ROUNDED)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_hidden(kernels: Kernels, kernel: str, bad: float) -> None:
+    numbers = np.random.default_rng(3)
+    blocks = random_blocks("Q4_0", 20, 256, numbers, np.array([0.01]))
+    x = numbers.standard_normal((7, 256), np.float32)
+    x[2, 100] = bad
+    found = kernels.multiply(kernel, "Q4_0", blocks, x)
+    assert not np.isfinite(found[2]).any()
+    assert np.isfinite(np.delete(found, 2, 0)).all()
+    blocks[4, :2] = np.array([bad], np.float16).view(np.uint8)
+    x[2, 100] = 1
+    found = kernels.multiply(kernel, "Q4_0", blocks, x)
+    assert not np.isfinite(found[:, 4]).any()
+    assert np.isfinite(np.delete(found, 4, 1)).all()
+
+
+def test_products_of_few_rows(kernels: Kernels) -> None:
+    numbers = np.random.default_rng(4)
+    for rows, columns, inner, scales in ((1, 1, 32, EXTREME), (5, 7, 96, EXTREME), (31, 70, 4096, np.array([0.01]))):
+        blocks = random_blocks("Q4_0", columns, inner, numbers, scales)
+        x = numbers.standard_normal((rows, inner), np.float32)
+        w = matrix("Q4_0", blocks)
+        found = kernels.multiply("few", "Q4_0", blocks, x, threads=2)
+        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *FEW)).all()
+        # Guessing tokens relies on the same bits for a row alone and among others.
+        for row in range(rows):
+            assert (kernels.multiply("few", "Q4_0", blocks, x[row : row + 1]) == found[row]).all()
+    x[3, 5] = np.nan
+    found = kernels.multiply("few", "Q4_0", blocks, x)
+    assert np.isnan(found[3]).all()
+    assert np.isfinite(np.delete(found, 3, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "queries", "keys", "width"),
+    [(1, 1, 1, 1, 16), (4, 2, 45, 96, 64), (6, 1, 7, 300, 80), (2, 2, 100, 523, 128), (1, 1, 9, 2000, 256)],
+)
+def test_attention(kernels: Kernels, heads: int, shared: int, queries: int, keys: int, width: int) -> None:
+    inputs = check.attention_inputs(heads, shared, queries, keys, width)
+    found = kernels.attend(*inputs, threads=2)
+    np.testing.assert_allclose(found, check.exact_attention(*inputs), rtol=0, atol=3e-6)
+
+
+def test_attention_with_large_scores_and_hidden_rows(kernels: Kernels) -> None:
+    q, k, v, mask = check.attention_inputs(2, 1, 20, 64, 64)
+    q *= 40  # scores of more than a hundred: nearly one key for each query
+    mask[3] = -np.inf  # a padded query sees nothing
+    seen = np.delete(np.arange(20), 3)
+    found = kernels.attend(q, k, v, mask)
+    assert (found[3] == 0).all()
+    expected = check.exact_attention(q[:, seen], k, v, mask[seen])
+    np.testing.assert_allclose(found[seen], expected, rtol=0, atol=1e-4)
+    q[0, 5, 7] = np.nan
+    found = kernels.attend(q, k, v, mask)
+    assert np.isnan(found[5, 0]).all()
+    assert np.isfinite(np.delete(found[:, 0], 5, 0)).all()
+
+
+WHOLE = """
+import json, sys, threading
+from pathlib import Path
+import numpy as np
+from llava_edge.runtimes import CancelledError, native
+from llava_edge.runtimes.language import LanguageModel
+
+model = LanguageModel(Path(sys.argv[1]), context=256, threads=2, repack=False)
+never, stopped = threading.Event(), threading.Event()
+tokens = [3 + i % 90 for i in range(70)]
+model.evaluate_tokens(tokens, never)
+first = model.logits().copy()
+model.evaluate_tokens([5], never)
+second = model.logits().copy()
+model.forget(0)
+asked = []
+class Late(threading.Event):
+    def is_set(self):
+        asked.append(1)
+        return len(asked) > 20
+try:
+    model.evaluate_tokens(tokens, Late())
+    stopped = False
+except CancelledError:
+    stopped = True
+model.evaluate_tokens(tokens, never)
+again = bool((model.logits() == first).all())
+print(json.dumps({"reason": model.native.reason, "used": model.native.used, "stopped": stopped, "again": again,
+                  "held": len(model.held), "logits": [first.tolist(), second.tolist()]}))
+"""
+
+
+def whole(model: Path, home: Path, setting: str = "") -> dict[str, Any]:
+    """What a process of its own computes, since a backend stays in its process."""
+    environment = {**os.environ, "LLAVA_EDGE_HOME": str(home), "LLAVA_EDGE_NATIVE": setting}
+    command = [sys.executable, "-c", WHOLE, str(model)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def found_out(**changes: Any) -> dict[str, Any]:
+    """As if `check` had found that every kernel is right and pays."""
+    many = {"plain": 3.0, "avx2": 1.0, "avx512vnni": 2.0, "amx-bf16": 2.0, "amx-int8": 0.5}
+    state = {
+        "sha256": "0",
+        "kernels": list(ROUNDED),
+        "problems": {},
+        "types": {kind: {"many": many, "one": {"plain": 3.0}} for kind in TYPES},
+        "attention": {"plain": 3.0, "ours": 1.0},
+    }
+    return state | changes
+
+
+def install(built: Path, **changes: Any) -> Path:
+    """What `native.prepare` leaves behind, for the home that is set."""
+    folder = native._folder()
+    folder.mkdir(parents=True)
+    shutil.copy(built, folder / "kernels.so")
+    (folder / "state.json").write_text(json.dumps(found_out(sha256=native._sha256(built)) | changes), "utf-8")
+    return folder
+
+
+def relative(a: list[float], b: list[float]) -> float:
+    return float(np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b))
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """language.gguf in Q4_0 with fewer heads for keys than for queries."""
+    from llava_edge.runtimes import probe
+
+    path = tmp_path_factory.mktemp("grouped") / "language.gguf"
+    probe.write_model(path, "Q4_0", kv_heads=2)
+    return path
+
+
+def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Path, isolated_home: Path) -> None:
+    stock = whole(grouped, isolated_home)
+    assert not stock["used"]
+    assert "Not built" in stock["reason"]
+    install(built)
+    for kernel, bound in (("avx2", 1.5e-2), ("amx-bf16", 1.5e-2)):
+        ours = whole(grouped, isolated_home, kernel)
+        assert kernel in ours["reason"]
+        assert ours["used"]
+        for found, expected in zip(ours["logits"], stock["logits"], strict=True):
+            assert 0 < relative(found, expected) < bound  # llama.cpp rounds activations to 8 bits, we do not
+        assert ours["stopped"]
+        assert ours["again"]
+        assert ours["held"] == 70
+        assert native.choose(found_out(), kernel).identity[1] == kernel  # kept pictures are not another kernel's
+    off = whole(grouped, isolated_home, "off")
+    assert off["logits"] == stock["logits"]
+    assert "Turned off" in off["reason"]
+
+
+def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: Path, isolated_home: Path) -> None:
+    folder = install(built, sha256="0" * 64)
+    found = whole(grouped, isolated_home)
+    assert not found["used"]
+    assert found["reason"] == "Not used: their file has changed since they were tried."
+    shutil.rmtree(folder)
+    folder = install(built)
+    (folder / "kernels.so").unlink()
+    assert not whole(grouped, isolated_home)["used"]
+    (folder / "state.json").write_text('{"problems": 1}', "utf-8")
+    assert native.status().reason == "Not used: what was found out about them is damaged."
+
+
+def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(built)
+    language.library()
+    monkeypatch.setattr(native, "ACCEPTED", {("0.3.36", "0.25.2")})
+    found = native.activate()
+    assert not found.used
+    assert found.reason == "Not used: llama-cpp-python 0.3.36 with ggml 0.25.3 is not one they were made for."
+
+
+def test_a_failed_self_test_is_not_used() -> None:
+    one = native.choose(found_out(problems={"avx2": "avx2 is off by 3.0e-01 on Q4_K."}))
+    assert one.kernel in ("amx-bf16", "avx512vnni")
+    assert "avx2 is off by 3.0e-01 on Q4_K." in one.reason
+    problems = {name: f"{name} is off." for name in ("avx2", "avx512vnni", "amx-bf16", "attention")}
+    every = native.choose(found_out(problems=problems))
+    assert not every.used
+    assert every.reason.startswith("Not used: avx2 is off.")
+    killed = native.choose({"failed": "their check was killed by signal 4"})
+    assert killed.reason == "Not used: their check was killed by signal 4."
+
+
+SELF_TEST = """
+import sys
+from pathlib import Path
+from llava_edge.runtimes import language
+from llava_edge.runtimes.native import check
+from llava_edge.runtimes.native.ggml import Ggml, Operation
+from llava_edge.runtimes.native.library import Library
+language.library()
+ggml, library = Ggml(), Library(Path(sys.argv[1]))
+library.use("")
+assert ggml.load_backend(Path(sys.argv[1]))
+print([check.product_problem(ggml, library, name) for name in [*library.kernels(), "few"]])
+print([check.attention_problem(ggml, library)])
+values = Operation.values
+Operation.values = lambda self: values(self) * (1.1 if self._device != ggml.device() else 1)
+print(check.product_problem(ggml, library, "avx2"))
+print(check.attention_problem(ggml, library))
+"""
+
+
+def test_the_self_test_passes_right_kernels_and_finds_wrong_ones(built: Path) -> None:
+    """In a process of its own; the wrong ones give everything 10 % too large."""
+    done = subprocess.run([sys.executable, "-c", SELF_TEST, str(built)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    products, attention, wrong_product, wrong_attention = done.stdout.splitlines()
+    assert products == str([""] * (len(ROUNDED) + 1))
+    assert attention == str([""])
+    assert wrong_product.startswith("avx2 is off by 1.0e-01")
+    assert wrong_attention.startswith("The attention is off by 1.0e-01")
+
+
+def test_what_is_not_faster_is_not_used() -> None:
+    types = found_out()["types"]
+    types["Q4_0"] = {"many": {**types["Q4_0"]["many"], "repacked": 2.0}, "one": {"plain": 2.0, "repacked": 1.0}}
+    types["Q4_K"] = {"many": {**types["Q4_K"]["many"], "repacked": 2.0}, "one": {"plain": 1.0, "repacked": 1.0}}
+    types["Q8_0"] = {"many": {"plain": 0.9, **dict.fromkeys(ROUNDED, 1.0)}, "one": {"plain": 1.0}}
+    found = native.choose(found_out(types=types, attention={"plain": 1.0, "ours": 1.0}))
+    assert found.kernel == "avx2"  # int8 of the matrix unit would be faster, and has to be asked for
+    assert "Q8_0" not in found.many
+    assert not found.attention
+    assert native.choose(found_out(), "amx-int8").kernel == "amx-int8"
+    # Decoding Q4_0 would suffer without llama.cpp's own order; other types need no copy.
+    assert native.reordering_pays(found, {"F32", "Q4_0"})
+    assert not native.reordering_pays(found, {"F32", "Q4_K", "Q6_K"})
+    assert native.reordering_pays(found, {"F32", "Q4_K", "IQ4_NL"})
+    types["Q4_0"]["one"]["few"] = 1.0
+    assert not native.reordering_pays(native.choose(found_out(types=types)), {"F32", "Q4_0"})
+    slow = {kind: {"many": dict.fromkeys(("plain", *ROUNDED), 1.0), "one": {"plain": 1.0}} for kind in TYPES}
+    nothing = native.choose(found_out(types=slow, attention={"plain": 1.0, "ours": 1.0}))
+    assert not nothing.used
+    assert nothing.reason == "Not used: llama.cpp's own kernels are as fast here."
+    assert native.reordering_pays(nothing, {"Q4_K"})
+
+
+def test_no_compiler_and_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.prepare().reason.startswith("There is no C++ compiler")
+    monkeypatch.setenv("CXX", "false")
+    assert "does not compile" in native.prepare().reason
+    assert not native.status().used
+
+
+def test_without_avx2_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "processor", lambda: ("old", ["avx"]))
+    assert native.status().reason == "This processor lacks AVX2, FMA or F16C."
+    assert not native.activate().used
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    """The tests of the kernels above, in a process with the address and undefined-behaviour sanitizers."""
+    path, tool = tmp_path / "kernels.so", build.compiler()
+    assert tool
+    flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    build.build(path, units=build.EMULATED_UNITS, flags=flags)
+    libraries = [
+        subprocess.run([tool, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",
+        "LLAVA_EDGE_TEST_NATIVE": str(path),
+    }
+    names = "(products or inner or any_block or finite or attention) and not self_test and not sanitizers"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_set_up_builds_tries_and_uses_them(grouped: Path, isolated_home: Path) -> None:
+    said: list[str] = []
+    found = native.prepare(said.append)
+    assert len(said) == 2
+    assert found == native.status()
+    state = json.loads((native._folder() / "state.json").read_text("utf-8"))
+    assert state["problems"] == {}
+    assert whole(grouped, isolated_home)["used"] == found.used

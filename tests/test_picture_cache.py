@@ -1,0 +1,396 @@
+"""No picture twice: what is found again gives the very bits of what is computed, and nothing stale is ever found."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_edge import Llava
+from llava_edge.bundle import LANGUAGE, Bundle
+from llava_edge.cache import Cache, user_cache
+from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.models import micro
+from llava_edge.options import EngineOptions, Options, Result
+from llava_edge.prompt import Message
+from llava_edge.runtimes import embedder, prefill
+from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.picture_cache import Payload, PictureCache
+from llava_edge.runtimes.pictures import Picture, prepare
+
+CPU = EngineOptions(device="cpu", threads=1)
+SHORT = Options(max_tokens=8, speculate="off")  # so that the last logits are those of the last token
+NEVER = threading.Event()
+Array = np.ndarray[Any, Any]
+
+
+def picture(colour: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def language_of(llava: Llava) -> LanguageModel:
+    found = llava._engine._language
+    assert found is not None
+    return found
+
+
+def last_of(stream: Iterator[Any]) -> Result:
+    result = list(stream)[-1].final
+    assert isinstance(result, Result)
+    return result
+
+
+@contextmanager
+def opened(bundle: Path, options: EngineOptions = CPU, pictures: tuple[Picture, ...] = ()) -> Iterator[Llava]:
+    with Llava.load(bundle, options, pictures=pictures) as llava:
+        yield llava
+
+
+@pytest.fixture(scope="module")
+def plain(micro_bundle: Path) -> Iterator[Llava]:
+    with Llava.load(micro_bundle, replace(CPU, cache=False)) as llava:
+        yield llava
+
+
+def computed(llava: Llava, messages: list[Message], images: list[Any], options: Options = SHORT) -> tuple[str, Array]:
+    """Answer and last logits if nothing is known."""
+    language_of(llava).forget(0)
+    result = last_of(llava.answer(messages, images, options))
+    assert result.cache == "miss"
+    return result.text, language_of(llava).logits().copy()
+
+
+def found(llava: Llava, messages: list[Message], images: list[Any], options: Options = SHORT) -> tuple[str, Array, str]:
+    result = last_of(llava.answer(messages, images, options))
+    return result.text, language_of(llava).logits().copy(), result.cache
+
+
+def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return one[0] == other[0] and np.array_equal(one[1], other[1])
+
+
+def entries(kind: str) -> list[Path]:
+    return [entry.path for entry in user_cache().entries() if entry.about.get("kind") == kind]
+
+
+ASK = [Message("user", "What colour is it?", 1)]
+
+
+# The same bits.
+
+
+def test_another_process_finds_what_one_computed(micro_bundle: Path, plain: Llava) -> None:
+    """Bit for bit, with a question that was not asked before."""
+    questions = [[Message("user", text, 1)] for text in ("What?", "And what colour is it?", "é€😀")]
+    with opened(micro_bundle) as llava:
+        assert found(llava, ASK, [picture("red")])[2] == "miss"
+    assert len(entries("state")) == len(entries("embeddings")) == 1
+    for messages in questions:
+        with opened(micro_bundle) as llava:
+            again = found(llava, messages, [picture("red")])
+            assert again[2] == "kv"
+            assert same(again, computed(plain, messages, [picture("red")]))
+
+
+def test_the_picture_that_was_asked_about_last_needs_no_disk(micro_bundle: Path, plain: Llava) -> None:
+    with opened(micro_bundle, replace(CPU, cache=False)) as llava:
+        assert found(llava, ASK, [picture("red")])[2] == "miss"
+        again = found(llava, [Message("user", "And?", 1)], [picture("red")])
+        assert again[2] == "kv"
+        assert same(again, computed(plain, [Message("user", "And?", 1)], [picture("red")]))
+    assert user_cache().entries() == []
+
+
+def test_embeddings_are_found_behind_another_beginning(micro_bundle: Path, plain: Llava) -> None:
+    other = [Message("system", "Be brief."), *ASK]
+    with opened(micro_bundle) as llava:
+        found(llava, ASK, [picture("red")])
+    with opened(micro_bundle) as llava:
+        again = found(llava, other, [picture("red")])
+    assert again[2] == "embedding"
+    assert same(again, computed(plain, other, [picture("red")]))
+
+
+def test_the_longest_known_beginning_is_taken(
+    micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = [*ASK, Message("assistant", "red"), Message("user", "And this?", 1)]
+    images = [picture("red"), picture("blue")]
+    with opened(micro_bundle) as llava:
+        found(llava, ASK, images[:1])
+    with opened(micro_bundle) as llava:
+        before, restored = language_of(llava).restore, []
+
+        def watched(state: Payload, keys: Sequence[Key]) -> bool:
+            restored.append(len(keys))
+            return before(state, keys)
+
+        monkeypatch.setattr(language_of(llava), "restore", watched)
+        first = found(llava, talk, images)
+        assert first[2] == "miss"  # the second picture
+        assert len(restored) == 1
+    with opened(micro_bundle) as llava:
+        again = found(llava, talk, images)
+    assert again[2] == "kv"
+    assert same(first, again)
+    assert same(again, computed(plain, talk, images))
+
+
+def test_a_conversations_rounding_does_not_leak(micro_bundle: Path, plain: Llava) -> None:
+    """Turns are evaluated behind their answers, so that what they leave in memory is no exact beginning."""
+    with opened(micro_bundle) as llava:
+        chat = llava.chat(options=SHORT)
+        for text, images in (("What?", [picture("red")]), ("And this?", [picture("blue")]), ("Why?", [])):
+            for _ in chat.say(text, images):
+                pass
+        talk = [*chat.messages, Message("user", "Which?")]
+        after = found(llava, talk, [picture("red"), picture("blue")])
+    assert same(after, computed(plain, talk, [picture("red"), picture("blue")]))
+
+
+def test_the_text_before_a_picture_is_kept_for_the_next_picture(
+    micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [Message("system", "A long text. " * 5), *ASK]
+    evaluated: list[int] = []
+    right = LanguageModel.evaluate_tokens
+
+    def watched(self: LanguageModel, tokens: list[int], cancel: threading.Event) -> None:
+        evaluated.append(len(tokens))
+        right(self, tokens, cancel)
+
+    with opened(micro_bundle) as llava:
+        found(llava, messages, [picture("red")])
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageModel, "evaluate_tokens", watched)
+            again = found(llava, messages, [picture("blue")], replace(SHORT, max_tokens=1))
+    assert again[2] == "miss"
+    assert len(evaluated) == 1  # the text behind the picture
+    assert same(again, computed(plain, messages, [picture("blue")], replace(SHORT, max_tokens=1)))
+
+
+def test_a_budget_is_part_of_the_key(micro_bundle: Path, plain: Llava) -> None:
+    for tokens in (0, 8, 4):
+        options = replace(SHORT, image_tokens=tokens)
+        with opened(micro_bundle) as llava:
+            first = found(llava, ASK, [picture("red")], options)
+            assert first[2] == "miss"
+        with opened(micro_bundle) as llava:
+            again = found(llava, ASK, [picture("red")], options)
+            assert again[2] == "kv"
+        assert same(first, again)
+        assert same(again, computed(plain, ASK, [picture("red")], options))
+
+
+def test_pictures_embedded_while_loading(micro_bundle: Path, plain: Llava) -> None:
+    shown = prepare(picture("red"), plain.bundle.manifest)
+    with opened(micro_bundle, pictures=(shown,)) as llava:
+        first = found(llava, ASK, [shown])
+        assert first[2] == "miss"
+        assert same(first, computed(plain, ASK, [shown]))
+    with opened(micro_bundle, pictures=(shown,)) as llava:
+        assert found(llava, ASK, [shown])[2] == "kv"
+
+
+def test_clip_is_not_even_loaded_for_a_known_picture(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = prepare(picture("red"), Bundle.open(micro_bundle).manifest)
+    with opened(micro_bundle) as llava:
+        found(llava, ASK, [shown])
+    monkeypatch.setattr(embedder, "VisionEncoder", lambda *_, **__: pytest.fail("CLIP was loaded"))
+    with opened(micro_bundle, pictures=(shown,)) as llava:
+        assert found(llava, ASK, [shown])[2] == "kv"
+
+
+# What may differ has another key.
+
+
+def test_settings_that_may_change_bits_are_part_of_the_key(micro_bundle: Path) -> None:
+    others = (
+        replace(CPU, threads=2),
+        replace(CPU, context=256),
+        replace(CPU, preset="memory"),
+        replace(CPU, kv="q8_0"),
+    )
+    for options in (CPU, *others):
+        with opened(micro_bundle, options) as llava:
+            assert found(llava, ASK, [picture("red")])[2] in ("miss", "embedding")
+    assert len(entries("state")) == 5
+
+
+def test_a_part_replaced_in_place_is_another_one(bundle_copy: Path) -> None:
+    """Same size, same manifest: only `verify` compares hashes, so the key has the file's time too."""
+    with opened(bundle_copy) as llava:
+        found(llava, ASK, [picture("red")])
+    path = bundle_copy / LANGUAGE
+    path.write_bytes(path.read_bytes())
+    with opened(bundle_copy) as llava:
+        assert found(llava, ASK, [picture("red")])[2] == "embedding"
+
+
+def test_two_models_do_not_share(micro_bundle: Path, tmp_path: Path) -> None:
+    micro.write_checkpoint(tmp_path / "checkpoint", seed=5)
+    export(ExportOptions(tmp_path / "checkpoint", tmp_path / "bundle", quant="q8_0", vision="fp32"))
+    for folder in (micro_bundle, tmp_path / "bundle"):
+        with opened(folder) as llava:
+            assert found(llava, ASK, [picture("red")])[2] == "miss"
+
+
+# Failures.
+
+
+def test_bytes_that_llama_cpp_refuses_leave_a_context_as_new(micro_bundle: Path) -> None:
+    model = LanguageModel(micro_bundle / LANGUAGE, context=256, threads=1)
+    rows = np.random.default_rng(0).standard_normal((20, model.hidden_size)).astype(np.float32)
+    keys: list[Key] = [*model.tokenize("look:"), *(("x", row) for row in range(20))]
+
+    def fill() -> None:
+        model.forget(0)
+        model.evaluate_tokens(model.tokenize("look:"), NEVER)
+        model.evaluate_embeddings(rows, keys[-20:], NEVER)
+
+    def logits() -> Array:
+        model.evaluate_tokens(model.tokenize("what?"), NEVER)
+        return model.logits().copy()
+
+    fill()
+    state = bytes(model.save())
+    wanted = logits()
+    assert model.restore(state, keys)
+    assert np.array_equal(logits(), wanted)
+    for wrong in (b"", state[:40], state[:-1], state[: len(state) // 2], bytes(len(state)), state + b"\0"):
+        assert not model.restore(wrong, keys)
+        assert model.held == []
+        fill()
+        assert np.array_equal(logits(), wanted)
+    assert not model.restore(state, keys[:-1])
+    model.close()
+
+
+def test_a_state_that_cannot_be_restored_is_computed(
+    micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(micro_bundle) as llava:
+        found(llava, ASK, [picture("red")])
+    right = PictureCache.get
+    monkeypatch.setattr(PictureCache, "get", lambda self, key: (right(self, key) or b"")[:-1] or None)
+    with opened(micro_bundle) as llava:
+        again = found(llava, ASK, [picture("red")])
+    assert again[2] == "miss"
+    assert same(again, computed(plain, ASK, [picture("red")]))
+
+
+def test_a_stopped_prefill_keeps_nothing(micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancel = threading.Event()
+    right = LanguageModel.evaluate_embeddings
+
+    def stopped(*arguments: Any) -> None:
+        cancel.set()
+        right(*arguments)
+
+    with opened(micro_bundle) as llava:
+        monkeypatch.setattr(LanguageModel, "evaluate_embeddings", stopped)
+        result = last_of(llava.answer(ASK, [picture("red")], SHORT, cancel=cancel))
+        assert result.finish_reason == "cancelled"
+        monkeypatch.undo()
+        again = found(llava, [Message("user", "What?", 1)], [picture("red")])
+        assert again[2] == "embedding"
+        assert same(again, computed(plain, [Message("user", "What?", 1)], [picture("red")]))
+
+
+def test_a_home_that_cannot_be_written(micro_bundle: Path, isolated_home: Path) -> None:
+    (isolated_home / "cache").touch()
+    with opened(micro_bundle) as llava:
+        assert [found(llava, ASK, [picture(name)])[2] for name in ("red", "blue", "red")] == ["miss", "miss", "kv"]
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    kept = PictureCache(None, recent=1000)
+    for number in range(5):
+        kept.put(str(number), {}, bytes(400))
+    assert [kept.get(str(number)) is not None for number in range(5)] == [False, False, False, True, True]
+    kept.put("large", {}, bytes(2000))
+    assert kept.get("large") is None
+    assert kept.get("4") is not None
+
+
+def test_what_is_still_being_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = threading.Event()
+    monkeypatch.setattr(Cache, "put", lambda *_: written.wait(20))
+    kept = PictureCache(Cache(tmp_path, floor=0), recent=0)
+    kept.put("key", {}, b"payload")
+    assert kept.get("key") == b"payload"
+    written.set()
+    kept.close()
+    assert kept.get("key") is None
+
+
+# Anything in any order.
+
+
+def sequence(seed: int, bundle: Path, folder: Path, wanted: dict[tuple[str, int], tuple[str, Array]]) -> list[str]:
+    """A random life of one user's cache; what each question found."""
+    choose = random.Random(seed)
+    folder.mkdir()
+    colours = ["red", "blue", "green"]
+    shown = {name: choose.choice(colours) for name in ("a.png", "b.png")}
+    for name, colour in shown.items():
+        picture(colour).save(folder / name)
+    seen, llava = [], Llava.load(bundle, CPU)
+    try:
+        for _ in range(choose.randint(4, 10)):
+            act = choose.choice(["ask", "ask", "ask", "change", "restart", "corrupt", "delete", "clear"])
+            kept = [entry.path for entry in user_cache().entries()]
+            if act == "ask":
+                name, question = choose.choice(list(shown)), choose.randrange(len(QUESTIONS))
+                answer = found(llava, QUESTIONS[question], [folder / name])
+                assert same(answer, wanted[shown[name], question]), (seed, answer[2])
+                seen.append(answer[2])
+            elif act == "change":
+                name = choose.choice(list(shown))
+                shown[name] = choose.choice(colours)
+                picture(shown[name]).save(folder / name)
+            elif act == "restart":
+                llava.close()
+                llava = Llava.load(bundle, CPU)
+            elif act == "corrupt" and kept:
+                path = choose.choice(kept)
+                whole = bytearray(path.read_bytes())
+                whole[choose.randrange(len(whole))] ^= 1 << choose.randrange(8)
+                path.write_bytes(whole)
+            elif act == "delete" and kept:
+                choose.choice(kept).unlink()
+            elif act == "clear":
+                user_cache().clear()
+    finally:
+        llava.close()
+    return seen
+
+
+QUESTIONS = [[Message("user", text, 1)] for text in ("What?", "Which colour is it?")]
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_sequence_gives_another_answer(count: int, micro_bundle: Path, plain: Llava, tmp_path: Path) -> None:
+    wanted = {
+        (colour, number): computed(plain, messages, [picture(colour)])
+        for colour in ("red", "blue", "green")
+        for number, messages in enumerate(QUESTIONS)
+    }
+    seen = [what for seed in range(count) for what in sequence(seed, micro_bundle, tmp_path / str(seed), wanted)]
+    assert {"miss", "kv", "embedding"} <= set(seen) if count > 100 else {"miss", "kv"} <= set(seen)
+
+
+def test_the_sequences_notice_a_key_without_the_picture(
+    micro_bundle: Path, plain: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "digest", lambda *parts: "0" * 64)
+    with pytest.raises(AssertionError):
+        test_no_sequence_gives_another_answer(25, micro_bundle, plain, tmp_path)
