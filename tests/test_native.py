@@ -38,7 +38,6 @@ ROUNDED = {
     "amx-bf16": (1 << 20, 2**-8, 2**-8),
     "amx-int8": (256, 0.5 / 127, 0.5 / 127),
 }
-FEW = (32, 0.5 / 127, 0.0)  # products of few rows
 RANDOM_ERROR = {"avx2": 2e-3, "avx512vnni": 2e-3, "amx-bf16": 5e-3, "amx-int8": 2e-2}  # relative, root of mean square
 EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 
@@ -120,19 +119,20 @@ def test_what_is_not_finite_is_not_hidden(kernels: Kernels, kernel: str, bad: fl
     assert np.isfinite(np.delete(found, 4, 1)).all()
 
 
-def test_products_of_few_rows(kernels: Kernels) -> None:
+@pytest.mark.parametrize(("kind", "rounded", "inner"), [("Q4_0", 32, 32), ("Q4_0", 32, 96), ("Q4_K", 256, 256)])
+def test_products_of_few_rows(kernels: Kernels, kind: str, rounded: int, inner: int) -> None:
     numbers = np.random.default_rng(4)
-    for rows, columns, inner, scales in ((1, 1, 32, EXTREME), (5, 7, 96, EXTREME), (31, 70, 4096, np.array([0.01]))):
-        blocks = random_blocks("Q4_0", columns, inner, numbers, scales)
-        x = numbers.standard_normal((rows, inner), np.float32)
-        w = matrix("Q4_0", blocks)
-        found = kernels.multiply("few", "Q4_0", blocks, x, threads=2)
-        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *FEW)).all()
+    for rows, columns, blocks_in_row, scales in ((1, 1, 1, EXTREME), (5, 7, 3, EXTREME), (31, 70, 16, EXTREME[4:5])):
+        blocks = random_blocks(kind, columns, inner * blocks_in_row, numbers, scales)
+        x = numbers.standard_normal((rows, inner * blocks_in_row), np.float32)
+        w = matrix(kind, blocks)
+        found = kernels.multiply("few", kind, blocks, x, threads=2)
+        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, rounded, 0.5 / 127, 0.0)).all()
         # Guessing tokens relies on the same bits for a row alone and among others.
         for row in range(rows):
-            assert (kernels.multiply("few", "Q4_0", blocks, x[row : row + 1]) == found[row]).all()
+            assert (kernels.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
     x[3, 5] = np.nan
-    found = kernels.multiply("few", "Q4_0", blocks, x)
+    found = kernels.multiply("few", kind, blocks, x)
     assert np.isnan(found[3]).all()
     assert np.isfinite(np.delete(found, 3, 0)).all()
 
