@@ -15,8 +15,11 @@ from llava_edge.errors import CheckpointError
 from llava_edge.prompt import AfterControl
 
 _SPACE = "▁"
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _PREPEND = {"type": "Prepend", "prepend": _SPACE}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_DOUBLE = {"type": "Replace", "pattern": {"Regex": r"\A▁"}, "content": _SPACE * 2}  # for Metaspace leaves one as it is
+_METASPACE = {"type": "Metaspace", "replacement": _SPACE, "split": False}
+_NORMALIZERS: tuple[list[Any], ...] = ([], [_REPLACE], [_REPLACE, _DOUBLE])
 _SCHEMES: dict[str, AfterControl] = {"always": "prefix", "first": "bare"}
 
 
@@ -31,18 +34,25 @@ def dummy_prefix(path: Path, raw: Mapping[str, Any]) -> AfterControl | None:
 
     Older files prepend it to every stretch of text; `first` in newer ones is what `legacy: false` was.
     """
-    normalizer, pre = raw.get("normalizer"), raw.get("pre_tokenizer")
-    if pre is None and normalizer == {"type": "Sequence", "normalizers": [_PREPEND, _REPLACE]}:
+    normalizers = _stages(raw.get("normalizer"), "normalizers")
+    cuts = _stages(raw.get("pre_tokenizer"), "pretokenizers")
+    if normalizers == [_PREPEND, _REPLACE] and not cuts:
         return "prefix"
-    if pre is None and normalizer in (_REPLACE, {"type": "Sequence", "normalizers": [_REPLACE]}):
+    if normalizers == [_REPLACE] and not cuts:
         return None
     for scheme in (*_SCHEMES, "never"):
-        wanted = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": False}
-        if normalizer is None and pre == wanted:
+        if normalizers in _NORMALIZERS and cuts == [{**_METASPACE, "prepend_scheme": scheme}]:
             return _SCHEMES.get(scheme)
     raise CheckpointError(
         f"{path} treats spaces in a way that is not known here; put the tokenizer.model it was made from beside it."
     )
+
+
+def _stages(entry: Any, parts: str) -> list[Any]:
+    """A step of a tokenizer.json, which may be missing, one, or a sequence."""
+    if isinstance(entry, dict) and entry.get("type") == "Sequence":
+        return list(entry.get(parts, []))
+    return [entry] if entry else []
 
 
 def scores(path: Path, vocabulary: Sequence[str], merges: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -7,7 +7,8 @@
 | multi_modal_projector.linear_ | model.multi_modal_projector.linear_ | model.mm_projector.{0,2}, model.mm_projector |
 | vision_tower.vision_model     | model.vision_tower[.vision_model]   | model.vision_tower.vision_tower.vision_model |
 
-A CLIP folder of its own has `vision_model.*` beside a text tower. No two layouts give one name two meanings.
+A CLIP folder of its own has `vision_model.*` beside a text tower; a vision tower alone has no prefix since 5.
+No two layouts give one name two meanings.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _RENAMED = (
     (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
     (re.compile(r"^(model\.)?(vision_tower\.){1,2}(vision_model\.)?"), VISION_PREFIX),
     (re.compile(r"^vision_model\."), VISION_PREFIX),
+    (
+        re.compile(r"^(?=embeddings\.(class|patch|position)_|encoder\.layers\.|(pre_layrnorm|post_layernorm)\.)"),
+        VISION_PREFIX,
+    ),
     (re.compile(r"^model\.image_newline$"), "image_newline"),
 )
 _PROJECTOR = re.compile(r"^(?:model\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)$")

@@ -334,7 +334,7 @@ def _llama(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
         bos=1,
         eos=2,
         unknown=tokens.index("<unk>") if "<unk>" in tokens else None,
-        add_bos=_adds_bos(raw),
+        add_bos=True,
         add_space_prefix=prefix is not None,
     )
 

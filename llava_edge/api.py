@@ -46,7 +46,7 @@ class Llava:
 
         pictures: prepared ones that will be asked about first; they are encoded while the language model loads.
         device: short for `EngineOptions(device=...)`. Weights are mapped: what two processes or two `Llava` load of the
-        same bundle is in memory once, except for 4-bit weights that llama.cpp re-orders (`EngineOptions.repack`).
+        same bundle is in memory once, except for what the preset "latency" copies (`EngineOptions.preset`).
         Raises `MissingError`, `BundleError`, `UnavailableError`, `MemoryLimitError` or `UsageError`.
         """
         if device is not None:
@@ -162,6 +162,11 @@ class Llava:
     def device(self) -> str:
         """Device in use and why, e.g. "cpu (asked for)"."""
         return f"{self._engine.choice.name} ({self._engine.choice.reason})"
+
+    @property
+    def preset(self) -> str:
+        """Preset in use and why, e.g. "memory (asked for)"."""
+        return f"{self._engine.preset.name} ({self._engine.preset.reason})"
 
     @property
     def context(self) -> int:

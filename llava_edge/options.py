@@ -16,11 +16,15 @@ Device = Literal["auto", "cpu", "metal", "cuda"]
 FinishReason = Literal["stop", "length", "cancelled"]
 Speculate = Literal["auto", "off", "ngram"]
 TokenMethod = Literal["cls", "pool", "random"]
+Preset = Literal["auto", "latency", "memory"]
+KV = Literal["f16", "q8_0"]
 CacheHit = Literal["miss", "embedding", "kv"]
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
 DEVICES: tuple[Device, ...] = ("auto", "cpu", "metal", "cuda")
+PRESETS: tuple[Preset, ...] = ("auto", "latency", "memory")
+KVS: tuple[KV, ...] = ("f16", "q8_0")
 SPECULATE: tuple[Speculate, ...] = ("auto", "off", "ngram")
 TOKEN_METHODS: tuple[TokenMethod, ...] = ("cls", "pool", "random")
 MAX_STOPS = 16
@@ -98,20 +102,26 @@ class EngineOptions:
     context: positions for prompt and answer together; 0 means what the model was trained for, at most 4096.
     cache: find what pictures became before, in this process or another, and keep it for the next time, on this disk too
         (`llava_edge.cache`; a path is the folder to keep it in). Answers are the same without.
-    repack: let llama.cpp re-order 4-bit weights for this processor: faster, but a private copy of them in memory.
+    preset: "latency" lets the engines keep weights re-ordered for this processor, a private copy; with "memory" all are
+        only mapped. "auto" takes the first if that leaves half of the free memory.
+    kv: numbers that the context is kept in; "q8_0" is half as large and rounds a little more.
     verbose: show the engines' own log on stderr.
     """
 
     device: Device = "auto"
     threads: int = 0
     context: int = 0
-    repack: bool = True
+    preset: Preset = "auto"
+    kv: KV = "f16"
     verbose: bool = False
     cache: bool | Path = True
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise UsageError(f"Device {self.device!r} is not known; choose one of {', '.join(DEVICES)}.")
+        for name, value, allowed in (("preset", self.preset, PRESETS), ("kv", self.kv, KVS)):
+            if value not in allowed:
+                raise UsageError(f"{name} is {_shown(value)}; one of {', '.join(allowed)} was expected.")
         _whole("threads", self.threads, 0, 512)
         _whole("context", self.context, 0, 1 << 20)
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,24 @@ HELP = """/image FILE   show an image with the next question
 /quit         leave (Ctrl-D too); Ctrl-C stops an answer"""
 
 
-class Repl:
-    """Reads lines until /quit or the end of input. `show` writes a piece of an answer to stdout."""
+Waiting = Callable[[str], AbstractContextManager[Callable[[], object]]]
 
-    def __init__(self, chat: Chat, show: Callable[[str], object]) -> None:
+
+class Repl:
+    """Reads lines until /quit or the end of input.
+
+    show: writes a piece of an answer to stdout. waiting: says what is being done until what it gave is called.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        show: Callable[[str], object],
+        waiting: Waiting = lambda doing: contextlib.nullcontext(lambda: None),
+    ) -> None:
         self._chat = chat
         self._show = show
+        self._waiting = waiting
         self._pending: list[Picture] = []
         self._names: list[str] = []
         self._commands: dict[str, Callable[[str], None]] = {
@@ -73,9 +85,15 @@ class Repl:
 
     def _say(self, text: str) -> None:
         pictures, self._pending = self._pending, []
+        doing = "Looking at the image" if pictures else "Reading"
         try:
-            with _newline_after(), contextlib.closing(self._chat.say(text, pictures)) as answer:
+            with (
+                _newline_after(),
+                self._waiting(doing) as begun,
+                contextlib.closing(self._chat.say(text, pictures)) as answer,
+            ):
                 for chunk in answer:
+                    begun()
                     self._show(chunk.text)
                     if chunk.finish_reason == "length":
                         _remark("\n(cut off: the longest answer or the end of the context is reached)")

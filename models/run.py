@@ -18,6 +18,7 @@ from llava_edge.models.llava import Llava, from_state
 from llava_edge.models.lora import merge_lora
 from llava_edge.models.recipe import Recipe
 from llava_edge.models.shapes import projector_shapes
+from llava_edge.models.sources import require_labels
 from llava_edge.models.train import Report, Trainer, load_stage, plot_losses
 
 Talk = Callable[[str], None]
@@ -48,6 +49,7 @@ def train_recipe(
 
     Returns the folder of the finished model (a Hugging Face LLaVA folder; for `smol` the delta as well).
     """
+    _check_photos(recipe, folders)  # before anything is downloaded
     torch.manual_seed(recipe.seed)
     if threads:
         torch.set_num_threads(threads)
@@ -64,6 +66,14 @@ def train_recipe(
     if stop_after is None:
         _write_results(recipe, folders, model)
     return folders.run / "model"
+
+
+def _check_photos(recipe: Recipe, folders: Folders) -> None:
+    if recipe.parts == "micro":
+        return
+    if folders.photos is None:
+        raise UsageError("This recipe trains on photos: pass their folder with --photos.")
+    require_labels(folders.photos)
 
 
 def _untrained(recipe: Recipe, folders: Folders, talk: Talk) -> tuple[Llava, LlavaConfig]:
@@ -87,8 +97,7 @@ def _write_records(recipe: Recipe, folders: Folders) -> None:
         return
     from llava_edge.models.conversations import write_records
 
-    if folders.photos is None:
-        raise UsageError("This recipe trains on photos: pass their folder with --photos.")
+    assert folders.photos is not None
     write_records(folders.data, folders.photos, seed=recipe.seed, **recipe.data)
 
 

@@ -79,10 +79,16 @@ def _run(command: list[str], folder: Path) -> None:
         raise UnavailableError(f"'{' '.join(command)}' failed: {reason}")
 
 
-def _photos(folder: Path, photos: Path) -> Iterator[Item]:
+def require_labels(photos: Path) -> Path:
+    """labels.jsonl of a folder of photos. Raises `MissingError`."""
     labels = photos / "labels.jsonl"
     if not labels.is_file():
         raise MissingError(f"{labels} does not exist; pass the folder of training photos with --photos.")
+    return labels
+
+
+def _photos(folder: Path, photos: Path) -> Iterator[Item]:
+    labels = require_labels(photos)
     link = folder / "photos"
     if not link.exists():
         link.symlink_to(photos.resolve())

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_edge.errors import DataError
 from llava_edge.models.data import Batch, Pack, collate, modality_length_order, pack, read_records, tokenize
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava
@@ -144,7 +145,10 @@ class Trainer:
         run.mkdir(parents=True, exist_ok=True)
 
     def train(self, report: Report = lambda step: None, stop_after: int | None = None) -> None:
-        """Train from the last checkpoint, or from the start. `stop_after` ends after so many steps (for tests)."""
+        """Train from the last checkpoint, or from the start. `stop_after` ends after so many steps (for tests).
+
+        Raises `DataError` if the checkpoint is of a recipe that trains something else.
+        """
         saved = self._load()
         budget = stop_after if stop_after is not None else 1 << 60
         for number, data in enumerate(self.stages):
@@ -156,7 +160,7 @@ class Trainer:
             optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
             done = 0
             if saved and number == saved["stage"]:
-                optimizer.load_state_dict(saved["optimizer"])
+                self._restore_optimizer(optimizer, saved["optimizer"])
                 done = saved["step"]
             budget -= self._stage(number, data, optimizer, done, budget, report)
             if budget <= 0:
@@ -215,8 +219,22 @@ class Trainer:
 
     def _restore_trained(self, trained: dict[str, Tensor]) -> None:
         state = self.model.state_dict()
+        if any(name not in state or state[name].shape != tensor.shape for name, tensor in trained.items()):
+            raise self._another_recipe()
         for name, tensor in trained.items():
             state[name].copy_(tensor)
+
+    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        try:
+            optimizer.load_state_dict(saved)
+        except ValueError as error:  # other parameters are trained
+            raise self._another_recipe() from error
+
+    def _another_recipe(self) -> DataError:
+        return DataError(
+            f"{self.run_folder} holds a run of another recipe, which cannot be gone on with; choose another --out or "
+            "remove it."
+        )
 
     def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         path = self.run_folder / "checkpoint.pt"
@@ -231,6 +249,8 @@ class Trainer:
             (self.run_folder / "log.jsonl").unlink(missing_ok=True)
             return None
         saved: dict[str, Any] = torch.load(path, weights_only=True)
+        if saved["stage"] >= len(self.stages):
+            raise self._another_recipe()
         self._trim_log(self.stages[saved["stage"]].stage.name, saved["step"])
         return saved
 

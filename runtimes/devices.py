@@ -162,6 +162,15 @@ def memory_use() -> Memory:
     return Memory(None, None)
 
 
+def others_seconds() -> float:
+    """Processor time that everything but this process has taken so far; 0 elsewhere than on Linux."""
+    words = _read("/proc/stat").partition("\n")[0].split()
+    if words[:1] != ["cpu"] or len(words) < 9:
+        return 0.0
+    ticks = sum(map(int, words[1:4])) + sum(map(int, words[6:9]))  # all but idle and waiting for disks, see proc(5)
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
 def process_start() -> float:
     """When this process began, on the clock of `time.monotonic`; elsewhere than on Linux, when it was first asked."""
     words = _read("/proc/self/stat").rpartition(")")[2].split()

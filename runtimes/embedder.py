@@ -25,6 +25,7 @@ from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache, digest, identity
 from llava_edge.runtimes.pictures import Budget, Picture
 from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.tune import Setting
 from llava_edge.runtimes.vision import VisionEncoder
 
 Array = np.ndarray[Any, Any]
@@ -42,12 +43,12 @@ class Embedding:
 class Embedder:
     """One for an open engine. Faults of vision.onnx and projector.gguf (`BundleError`) come when these are needed."""
 
-    def __init__(self, bundle: Bundle, threads: int, provider: str, cache: PictureCache) -> None:
+    def __init__(self, bundle: Bundle, setting: Setting, provider: str, cache: PictureCache) -> None:
         self._bundle = bundle
-        self._threads = threads
+        self._setting = setting
         self._provider = provider
         self._cache = cache
-        self._identity = _identity(bundle, threads, provider)
+        self._identity = _identity(bundle, setting, provider)
         self._parts: tuple[VisionEncoder, Projector] | None = None
         self._early: dict[str, Embedding] = {}
         self._thread = ThreadPoolExecutor(1, "llava-edge vision")
@@ -103,8 +104,11 @@ class Embedder:
     def _opened(self) -> tuple[VisionEncoder, Projector]:
         if self._parts is None:
             projector = Projector(self._bundle)
-            self._parts = VisionEncoder(self._bundle, self._threads, self._provider), projector
+            self._parts = self._encoder(), projector
         return self._parts
+
+    def _encoder(self) -> VisionEncoder:
+        return VisionEncoder(self._bundle, self._setting.threads, self._provider, prepack=self._setting.prepack)
 
     def _compute(self, picture: Picture, vision_run: Any, cancel: threading.Event) -> Embedding:
         """Crops go one by one: five at once take five times the working memory."""
@@ -138,7 +142,7 @@ def _crops(picture: Picture, cancel: threading.Event) -> Iterator[Array]:
         yield crop
 
 
-def _identity(bundle: Bundle, threads: int, provider: str) -> list[object]:
+def _identity(bundle: Bundle, setting: Setting, provider: str) -> list[object]:
     """What embeddings depend on besides the picture. ONNX Runtime is not loaded for it, which takes a while."""
     manifest = bundle.manifest
     files = [name for name in (VISION, VISION_DATA, PROJECTOR) if name in manifest.files]
@@ -146,4 +150,4 @@ def _identity(bundle: Bundle, threads: int, provider: str) -> list[object]:
     libraries = sorted(Path(spec.origin).parent.glob("capi/*.so*")) if spec and spec.origin else []
     engine = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in libraries]
     parts = [asdict(manifest.preprocessing), asdict(manifest.vision), asdict(manifest.projector)]
-    return [identity(bundle, *files), parts, engine, devices.processor(), threads, provider]
+    return [identity(bundle, *files), parts, engine, devices.processor(), setting.threads, setting.prepack, provider]

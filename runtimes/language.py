@@ -21,7 +21,8 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
-from llava_edge.runtimes import CancelledError, devices, native
+from llava_edge.options import KV
+from llava_edge.runtimes import CancelledError, devices, mapping, native
 
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
@@ -48,6 +49,7 @@ class LanguageModel:
         threads: int,
         gpu_layers: int = 0,
         repack: bool = True,
+        kv: KV = "f16",
         verbose: bool = False,
         on_load: Callable[[float], bool] = lambda fraction: True,
     ) -> None:
@@ -65,7 +67,8 @@ class LanguageModel:
         self.context_size = context
         self.held: list[Key] = []
         self._threads = threads
-        self._settings = [gpu_layers, repack, *self.native.identity]
+        self._kv = kv
+        self._settings = [gpu_layers, repack, kv, *self.native.identity]
         self._model: Any = None
         self._context: Any = None
         self._path = path
@@ -75,6 +78,8 @@ class LanguageModel:
         self.hidden_size = int(self.library.llama_model_n_embd(self._model))
         self._lora = self._load_adapter(adapter) if adapter is not None else None
         self._open_context()
+        if repack:  # the copies are what is multiplied from now on
+            mapping.let_go(path)
         self._tokens = _Batch(self.library, 0)
         self._embeddings = _Batch(self.library, self.hidden_size)
 
@@ -251,6 +256,9 @@ class LanguageModel:
         settings.n_ctx = self.context_size
         settings.n_batch = settings.n_ubatch = BATCH
         settings.n_threads = settings.n_threads_batch = self._threads
+        if self._kv == "q8_0":
+            settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
+            settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED  # nothing else reads values of 8 bits
         self._context = api.llama_init_from_model(self._model, settings)
         if not self._context:
             self._context = None

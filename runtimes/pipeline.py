@@ -17,10 +17,10 @@ import numpy as np
 from llava_edge import gguf, prompt
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.cache import user_cache
-from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError, MissingError, UsageError
+from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, Options
-from llava_edge.runtimes import CancelledError, after_control, devices, probe
+from llava_edge.runtimes import CancelledError, after_control, devices, presets, probe, tune
 from llava_edge.runtimes.decoding import Answer, decode
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job, Owner, Stream
@@ -43,6 +43,7 @@ class Engine:
         self.bundle = bundle
         self.options = options
         self.choice = devices.choose("cpu")
+        self.preset = presets.Chosen("memory", "nothing is loaded")
         self.load_ms = 0.0
         self.context_size = 0
         self._embedder: Embedder | None = None
@@ -99,7 +100,7 @@ class Engine:
     def require_room(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
     ) -> None:
-        """Raise `ContextOverflowError` with the number of the first conversation that the context has no room for."""
+        """Raise `ContextOverflowError` with the number, if there are several, of the first one without room."""
 
         def check(job: Job) -> None:
             shown = [limited(picture, options or Options(), self.bundle.manifest) for picture in pictures]
@@ -108,7 +109,8 @@ class Engine:
                 try:
                     self._check_room(Run(0), self._encode_prompt(messages), rows)
                 except ContextOverflowError as error:
-                    raise ContextOverflowError(f"Question {number}: {error}") from error
+                    which = f"Question {number}: " if len(conversations) > 1 else ""
+                    raise ContextOverflowError(f"{which}{error}") from error
 
         for _ in self._owner.submit(check, threading.Event()):
             pass
@@ -156,9 +158,11 @@ class Engine:
         header = gguf.read(path)
         gguf.check_language(header)
         self.context_size = _context_size(self.options.context, manifest.language.context_length)
-        _check_memory(header, self.context_size, self.options.repack)
+        self.preset = presets.choose(
+            self.options.preset, header, self.context_size, self.options.kv, self.choice.gpu_layers
+        )
         threads = self.options.threads or devices.thread_count()[0]
-        self._embedder = Embedder(self.bundle, threads, self.choice.provider, self._cache)
+        self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
         embedding = self._embedder.begin(pictures, cancel)
 
         def progress(fraction: float) -> bool:
@@ -171,7 +175,8 @@ class Engine:
             context=self.context_size,
             threads=threads,
             gpu_layers=self.choice.gpu_layers,
-            repack=self.options.repack,
+            repack=self.preset.copies,
+            kv=self.options.kv,
             verbose=self.options.verbose,
             on_load=progress,
         )
@@ -189,6 +194,13 @@ class Engine:
         if not pictures:
             embedding.result()
         self.load_ms = since(start)
+
+    def _vision(self, threads: int) -> tune.Setting:
+        """The measured setting for this machine, or the plain one; threads that were asked for stay."""
+        measured = tune.choose(tune.known(self.bundle), self.preset.copies) if self.choice.name == "cpu" else None
+        if measured is None:
+            return tune.Setting(threads, False)
+        return tune.Setting(self.options.threads or measured.threads, measured.prepack)
 
     def _answer(
         self,
@@ -270,19 +282,3 @@ def _context_size(asked: int, trained: int) -> int:
     if asked > trained:
         raise UsageError(f"A context of {asked} was asked for, but the model was trained for at most {trained}.")
     return asked or min(trained, DEFAULT_CONTEXT)
-
-
-def _check_memory(header: gguf.Gguf, context: int, repack: bool) -> None:
-    """Refuse early what cannot fit. Mapped weights count only if they are copied for repacking."""
-    heads = header.number("llama.attention.head_count", 1, 1024)
-    kv_heads = header.metadata.get("llama.attention.head_count_kv", heads)
-    width = header.metadata["llama.embedding_length"] // heads * kv_heads
-    needed = 2 * header.metadata["llama.block_count"] * context * width * 2  # keys and values, float16
-    if repack:
-        needed += sum(tensor.size for tensor in header.tensors.values() if tensor.kind.startswith(("Q4", "IQ4")))
-    available = devices.available_memory()
-    if available is not None and needed > available:
-        raise MemoryLimitError(
-            f"{header.path.parent} with a context of {context} needs about {needed >> 20} MiB of memory, "
-            f"{available >> 20} MiB are available. Use a smaller --context or model."
-        )

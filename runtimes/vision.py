@@ -19,7 +19,7 @@ class VisionEncoder:
 
     Raises `BundleError` if the file does not do what the manifest says, `UnavailableError` if ONNX Runtime would
     silently use another provider than the one asked for.
-    prepack: let it keep weights rearranged for this processor: a private copy of all of them, which takes time to make.
+    prepack: let it keep weights rearranged for this processor: a private copy of all of them, made now.
     """
 
     def __init__(self, bundle: Bundle, threads: int, provider: str, *, prepack: bool = False) -> None:

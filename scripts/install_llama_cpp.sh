@@ -7,9 +7,13 @@
 # backend for dead and drops them, so on processors with AMX the first large matrix product dies of an illegal
 # instruction. And pip keeps the wheels it builds without noting flags or processor, so an old one may come back.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 PYTHON=${1:-python3}
+case $PYTHON in
+    /*) ;;
+    */*) PYTHON=$PWD/$PYTHON ;; # relative to where the caller is
+esac
+cd "$(dirname "$0")/.."
 VERSION=$(sed -n 's/.*"llama-cpp-python==\([^"]*\)".*/\1/p' setup.py)
 LOG=$(mktemp --suffix=.log 2>/dev/null || mktemp)
 
@@ -20,7 +24,10 @@ works() {
     { "$PYTHON" -c 'from llava_edge.runtimes import probe; probe.child("llama_cpp")' >>"$LOG" 2>&1; } 2>/dev/null
 }
 
-installed() { "$PYTHON" -m pip show llama-cpp-python 2>/dev/null | grep -qx "Version: $VERSION"; }
+installed() {
+    local code='from importlib.metadata import version; print(version("llama-cpp-python"))'
+    [ "$("$PYTHON" -c "$code" 2>>"$LOG")" = "$VERSION" ]
+}
 
 # stdin -> the log; ninja's [done/all] becomes a moving line on a terminal, a line per tenth elsewhere.
 progress() {
@@ -61,8 +68,12 @@ fi
 if ! command -v "${CXX:-c++}" >/dev/null; then
     say "llama.cpp is compiled on your machine, and there is no C++ compiler. On Debian or Ubuntu run:"
     say "  sudo apt-get install -y build-essential"
+    rm -f "$LOG"
     exit 69
 fi
+
+# A virtual environment that was left half made has none.
+"$PYTHON" -m pip --version >>"$LOG" 2>&1 || "$PYTHON" -m ensurepip >>"$LOG" 2>&1 || give_up "$PYTHON has no pip."
 
 say "Installing llama-cpp-python $VERSION. The first time it is compiled for this processor, which takes 4 to 8 minutes"
 say "on two cores; details in $LOG"

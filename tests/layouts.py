@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pairs import published, write_mmproj
 from safetensors.numpy import save_file
 
+from llava_edge.export.checkpoint import open_checkpoint
+from llava_edge.export.exporter import ExportOptions
+from llava_edge.export.llm_gguf import write_language as write_gguf
 from llava_edge.export.names import TEXT_PREFIX, VISION_PREFIX
+from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig
 
@@ -137,3 +143,69 @@ def write_delta(folder: Path, tensors: Arrays, base: Arrays, config: Mapping[str
             change[: len(base[name])] -= base[name].astype(np.float16)
         stored[original_name(name, "linear")] = change
     return write(folder, config, stored)
+
+
+INSIDE = replace(micro.CONFIG.vision, hidden_size=128, num_attention_heads=2)  # CLIP's heads are 64 wide
+GRIDS = ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96))
+CONFIGS = {
+    "huggingface": micro.CONFIG,
+    "original": micro.CONFIG,
+    "original in pickles": micro.CONFIG,
+    "clip inside": replace(micro.CONFIG, vision=INSIDE),
+    "v1": replace(micro.CONFIG, projector_type="linear", square="crop"),
+    "v1.6": replace(micro.CONFIG, vision=INSIDE, square="anyres", grids=GRIDS, merge="spatial_unpad"),
+    "lora": micro.CONFIG,
+    "projector": micro.CONFIG,
+    "delta": replace(micro.CONFIG, projector_type="linear", square="crop"),
+    "gguf pair": micro.CONFIG,
+}
+
+
+def whole(layout: str, folder: Path, seed: int) -> ExportOptions:
+    """All the files of one random model in a layout of `CONFIGS`, and how they are exported: q8_0 and fp32.
+
+    Its weights are ones that float16 holds, as those of published checkpoints are.
+    """
+    config = CONFIGS[layout]
+    drawn = micro.random_tensors(config, seed=seed)
+    tensors = {name: value.astype(np.float16).astype(np.float32) for name, value in drawn.items()}
+    options = ExportOptions(folder / "model", folder / "out", "q8_0", "fp32", template="chatml")
+    if layout in ("huggingface", "gguf pair"):
+        micro.write_checkpoint(folder / "model", config=config, tensors=tensors)
+    if layout == "huggingface":
+        return options
+    if layout == "gguf pair":
+        checkpoint = open_checkpoint(folder / "model")
+        write_gguf(checkpoint, read_tokenizer(checkpoint.tokenizer, config), folder / "model.gguf", "test")
+        mmproj = write_mmproj(folder / "mmproj.gguf", config, published(tensors, config.blocks_run, swapped=True))
+        return replace(options, checkpoint=folder / "model.gguf", mmproj=mmproj)
+    raw = original_config(config)
+    if config.square == "anyres":
+        raw |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": GRIDS, "mm_patch_merge_type": config.merge}
+    elif config.square == "crop":
+        del raw["image_aspect_ratio"]
+    named = {original_name(name, config.projector_type): value for name, value in tensors.items()}
+    if layout in ("clip inside", "v1.6"):
+        write(folder / "model", raw, named)
+        return options
+    options = replace(options, vision_tower=write_clip(folder / "clip", tensors, config))
+    named = {name: value for name, value in named.items() if "vision_tower" not in name}
+    if layout in ("original", "v1"):
+        write(folder / "model", raw, named)
+    elif layout == "original in pickles":
+        write_pickles(folder / "model", raw, named)
+    else:
+        base = {name: value for name, value in tensors.items() if name.startswith("language_model.")}
+        if layout == "lora":
+            write_lora(folder / "model", tensors, raw)
+        elif layout == "projector":
+            write_projector(folder / "model", tensors, raw)
+        else:
+            near = np.random.default_rng(seed)
+            norms = {name: value for name, value in base.items() if "norm" in name}
+            base = {
+                n: v + np.float32(0.01) * near.standard_normal(v.shape, np.float32) for n, v in base.items()
+            } | norms
+            write_delta(folder / "model", tensors, base, raw)
+        options = replace(options, base=write_language_model(folder / "base", base, config))
+    return options

@@ -117,6 +117,9 @@ def test_several_questions_are_answered_in_their_order(micro_bundle: Path, photo
     code, out, err = run(*common, "--prompt", "What?", "--prompt", "where " * 600)
     assert (code, out) == (65, "")
     assert "Question 2" in err
+    code, out, err = run(*common, "--prompt", "where " * 600)
+    assert (code, out) == (65, "")
+    assert "Question" not in err
 
 
 def test_auto_names_the_device_on_stderr(micro_bundle: Path, run: Run) -> None:
@@ -178,10 +181,27 @@ BAD: list[tuple[list[str], int, str]] = [
     (["info", "/"], 65, "neither"),
     (["info", "{}/vision.onnx"], 65, "not a GGUF file"),
     (["models", "pull", "no-such"], 2, "smol"),
+    (["run", "--model", "{}", "--image", "{}"], 66, "a folder"),
+    (["run", "--model", "{}", "--image", "https://example.org/cat.jpg"], 66, "download the picture"),
+    (["run", "--model", "{}", "--image", "{}/manifest.json"], 65, "not a picture"),
+    (["run", "--model", "{}", "--image-tokens", "9999"], 2, "image_tokens"),
+    (["run", "--model", "{}", "--speculate", "perhaps"], 2, "perhaps"),
+    (["run", "--model", "{}", *["--stop", "x"] * 17], 2, "at most 16"),
+    (["run", "--model", "{}", "--prompt", "x" * 2_000_000, *LIGHT], 65, "bytes of text"),
+    (["run", "--model", "{}", "--device", "cuda", "--prompt", "hello"], 69, "not available"),
+    (["info", "/dev/null"], 65, "neither"),
+    (["train", "no-such"], 66, "micro, smol"),
+    (["train", "smol"], 2, "--photos"),
+    (["train", "smol", "--photos", "no-such"], 66, "labels.jsonl"),
+    (["eval", "--photos", "no-such"], 2, "--bundle"),
+    (["bench", "--model", "no-such"], 66, "known models"),
+    (["bench", "--model", "{}", "--repeats", "0"], 2, "--repeats"),
+    (["serve", "--model", "{}", "--port", "99999"], 2, "99999"),
+    (["verify", "{}", "--base", "{}"], 2, "--against"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "code", "says"), BAD, ids=[" ".join(bad[0]) for bad in BAD])
+@pytest.mark.parametrize(("arguments", "code", "says"), BAD, ids=[" ".join(bad[0])[:80] for bad in BAD])
 def test_bad_input_is_one_sentence(arguments: list[str], code: int, says: str, micro_bundle: Path, run: Run) -> None:
     found, _, err = run(*(argument.replace("{}", str(micro_bundle)) for argument in arguments))
     sentences = [line for line in err.splitlines() if not line.startswith("device: ")]

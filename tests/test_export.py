@@ -28,6 +28,7 @@ from llava_edge.export import clip_onnx, exporter, llm_gguf, parity
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, ParityError, export
+from llava_edge.export.names import classic_name
 from llava_edge.export.quantize import Quant, quantize
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import llama_gguf, micro
@@ -53,7 +54,7 @@ def clip_tower(seed: int = 0) -> tuple[CLIPVisionModel, Tensors]:
     tower = CLIPVisionModel(CLIPVisionConfig(**settings)).eval()
     for parameter in tower.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.15)
-    return tower, {f"vision_tower.{name}": value.numpy() for name, value in tower.state_dict().items()}
+    return tower, {classic_name(name): value.numpy() for name, value in tower.state_dict().items()}
 
 
 def run_onnx(folder: Path, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

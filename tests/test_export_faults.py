@@ -413,7 +413,8 @@ def test_killed_at_any_moment_there_is_one_whole_bundle(micro_checkpoint: Path, 
     assert [path for path in bundle_copy.parent.iterdir() if ".tmp-" in path.name] == []
 
 
-def test_ctrl_c_leaves_nothing_behind(micro_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_export_leaves_nothing_behind(kind: signal.Signals, micro_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     child = subprocess.Popen(
         [sys.executable, "-c", EXPORT, str(micro_checkpoint), str(out)], stderr=subprocess.PIPE, text=True
@@ -421,7 +422,7 @@ def test_ctrl_c_leaves_nothing_behind(micro_checkpoint: Path, tmp_path: Path) ->
     assert child.stderr is not None
     while "projector" not in child.stderr.readline():
         assert child.poll() is None
-    child.send_signal(signal.SIGINT)
+    child.send_signal(kind)
     rest = child.stderr.read()
     assert child.wait(60) == 130
     assert "Traceback" not in rest

@@ -54,6 +54,7 @@ TEXTS = (
 METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+DOUBLE = {"type": "Replace", "pattern": {"Regex": "\\A▁"}, "content": "▁▁"}
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog and it's not what they'd expected, 1234 times in 2024.",
@@ -246,6 +247,16 @@ def test_a_tokenizer_json_of_llama_is_its_sentencepiece(legacy: bool, tmp_path: 
         ({"pre_tokenizer": {**METASPACE, "prepend_scheme": "first"}}, "bare"),
         ({"pre_tokenizer": {**METASPACE, "prepend_scheme": "always"}}, "prefix"),
         ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}}, "prefix"),
+        (
+            {
+                "normalizer": {"type": "Sequence", "normalizers": [REPLACE, DOUBLE]},
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [{**METASPACE, "prepend_scheme": "always"}],
+                },
+            },
+            "prefix",
+        ),
     ],
 )
 def test_its_prefix_decides_about_text_behind_control_tokens(

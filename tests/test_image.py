@@ -371,10 +371,9 @@ def processors() -> Any:
     pytest.importorskip("transformers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from transformers.models.clip.image_processing_clip import CLIPImageProcessor
-        from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+        import hugging_face
 
-        return CLIPImageProcessor, LlavaImageProcessor
+        return hugging_face.pillow("clip"), hugging_face.pillow("llava")
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (101, 64), (64, 101), (640, 480), (333, 500), (337, 336)])

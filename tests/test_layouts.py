@@ -14,11 +14,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from llava_edge.bundle import ParityRow
 from llava_edge.cli.info import info
 from llava_edge.errors import CheckpointError, LlavaEdgeError, MissingError, UsageError
 from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.export.exporter import export
 from llava_edge.export.layouts import recognise
+from llava_edge.export.names import VISION_PREFIX
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig
 
@@ -55,6 +57,15 @@ def test_original_shards_are_pickles_and_read_alike(tensors: Arrays, tmp_path: P
     stored = text_and_projector(tensors) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     folder = write.write_pickles(tmp_path / "model", write.original_config(), stored)
     opens_as(open_checkpoint(folder, vision_tower=write.write_clip(tmp_path / "clip", tensors)), tensors)
+
+
+def test_a_vision_tower_alone_needs_no_prefix(tensors: Arrays, tmp_path: Path) -> None:
+    """As transformers 5 saves a CLIPVisionModel, whose config is flat."""
+    stored = {n.removeprefix(VISION_PREFIX): value for n, value in tensors.items() if write.is_vision(n)}
+    raw = {"model_type": "clip_vision_model", **vars(micro.CONFIG.vision)}
+    clip = write.write(tmp_path / "clip", raw, stored, tokenizer=False)
+    folder = write.write(tmp_path / "model", write.original_config(), text_and_projector(tensors))
+    opens_as(open_checkpoint(folder, vision_tower=clip), tensors)
 
 
 def test_clip_inside_an_original_is_found_and_measured(tmp_path: Path) -> None:
@@ -243,20 +254,31 @@ def test_settings_that_would_change_answers_are_refused(
         open_checkpoint(folder, vision_tower=write.write_clip(tmp_path / "clip", tensors))
 
 
-@pytest.mark.parametrize("layout", ["huggingface", "original", "lora", "projector", "delta"])
-def test_each_layout_becomes_a_bundle_that_computes_the_same(
-    layout: str, parts: Callable[[str], Path], tensors: Arrays, tmp_path: Path
-) -> None:
-    base = parts("language model") if layout in ("lora", "projector", "delta") else None
-    tower = write.write_clip(tmp_path / "clip", tensors) if layout != "huggingface" else None
-    options = ExportOptions(
-        parts(layout), tmp_path / "out", "f16", "fp32", base=base, vision_tower=tower, template="chatml"
-    )
-    rows = {row.stage: row for row in export(options).parity}
+def measured(layout: str, folder: Path, seed: int) -> dict[str, ParityRow]:
+    """The parity table of an export, as far as every model of that layout has to reach it."""
+    rows = {row.stage: row for row in export(write.whole(layout, folder, seed)).parity}
     assert rows["pixels"].value == 0
     assert rows["clip fp32"].value <= 1e-4
     assert rows["logits f16"].value >= 0.9999
     assert rows["greedy f16"].relative < 0.005  # where it differs at all, the two tokens are as good as equal
+    return rows
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "original", "v1", "lora", "projector", "delta"])
+def test_each_layout_becomes_a_bundle_that_computes_the_same(layout: str, tmp_path: Path) -> None:
+    measured(layout, tmp_path, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", write.CONFIGS)
+def test_twenty_models_of_each_layout_answer_as_pytorch(layout: str, tmp_path: Path) -> None:
+    """64 greedy tokens behind a picture. A random model is often undecided: what `measured` lets pass happens once in
+    about 300 tokens, so that 16 of 20 answers were equal to the last token, and 95 to 97 % of the tokens with q8_0."""
+    tables = [measured(layout, tmp_path / str(seed), seed) for seed in range(20)]
+    assert sum(rows["greedy f16"].value == 1 for rows in tables) >= 14
+    assert np.mean([rows["greedy f16"].value for rows in tables]) >= 0.995
+    if layout != "gguf pair":  # its language file stays as it is
+        assert np.mean([rows["greedy q8_0"].value for rows in tables]) >= 0.95
 
 
 class _Code:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hugging_face import in_memory
 
 from llava_edge.errors import CheckpointError
 from llava_edge.models import micro
@@ -67,14 +68,7 @@ def hugging_face(config: LlavaConfig, tensors: dict[str, np.ndarray]) -> Any:
             tie_word_embeddings=config.text.tie_word_embeddings,
         )
     ).eval()
-    renamed = {}
-    for name, array in tensors.items():
-        new = name.removeprefix("language_model.") if "lm_head" in name else name
-        new = new.replace("language_model.model.", "model.language_model.")
-        if new.startswith(("vision_tower", "multi_modal_projector")):
-            new = "model." + new
-        renamed[new] = torch.from_numpy(array)
-    missing, unexpected = model.load_state_dict(renamed, strict=False)
+    missing, unexpected = model.load_state_dict(in_memory(tensors, model), strict=False)
     assert not unexpected
     assert all("position_ids" in name or (config.text.tie_word_embeddings and "lm_head" in name) for name in missing)
     model.tie_weights()

@@ -91,3 +91,27 @@ def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> 
     assert "run" in python("-m", "llava_edge", "--help")
     assert "--image" in python("-m", "llava_edge", "run", "--help")
     assert "run" in python(str(target / "bin/llava-edge"), "--help")
+
+
+# scripts/install_llama_cpp.sh
+
+
+def install(root: Path, python: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(root / "scripts/install_llama_cpp.sh"), python]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_a_build_that_works_is_left_alone(root: Path, tmp_path: Path) -> None:
+    """Without a compiler and from elsewhere, by a path as the caller writes it."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', "utf-8")
+    (tmp_path / "here" / "python").chmod(0o755)
+    done = install(root, "here/python", tmp_path, CXX="no-such-compiler")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_no_compiler_is_said_first(root: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    done = install(root, str(tmp_path / "venv/bin/python"), tmp_path, CXX="no-such-compiler")
+    assert done.returncode == 69
+    assert "there is no C++ compiler" in done.stderr

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ def test_answers_are_shown_and_remembered(llava: Llava, monkeypatch: pytest.Monk
     chat, shown = talk(llava, ["hello", "", "and then?"], monkeypatch)
     assert [(message.role, message.images) for message in chat.messages] == [("user", 0), ("assistant", 0)] * 2
     assert shown == chat.messages[1].text + chat.messages[3].text
+
+
+def test_what_is_done_is_said_until_the_answer_begins(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def waiting(doing: str) -> Iterator[Callable[[], None]]:
+        seen.append(doing)
+        yield lambda: seen.append("begun")
+        seen.append("over")
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n" + "word " * 2000 + "\n"))
+    Repl(llava.chat(options=Options(max_tokens=1)), lambda text: seen.append("answer"), waiting).run()
+    assert seen[:3] == ["Reading", "begun", "answer"]
+    assert seen[-1] == "Reading"  # the context overflowed, so nothing was begun
 
 
 def test_an_image_goes_with_the_next_question(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

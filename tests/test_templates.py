@@ -14,6 +14,7 @@ from typing import Any
 
 import llama_vocabulary
 import pytest
+from hugging_face import V5
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -155,7 +156,13 @@ def language(folder: Path) -> Iterator[LanguageModel]:
 
 @pytest.fixture(scope="module")
 def oracles(folder: Path) -> dict[AfterControl, LlamaTokenizer]:
+    """By their way; transformers 5 has one way only."""
     path = str(folder / "tokenizer.model")
+    if V5:
+        names: Any = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer: LlamaTokenizer = LlamaTokenizer.from_pretrained(folder, **names)
+        tokenizer.add_special_tokens({"additional_special_tokens": llama_vocabulary.ADDED})
+        return {"bare": tokenizer}
     found: dict[AfterControl, LlamaTokenizer] = {
         "prefix": LlamaTokenizer(path, legacy=True),
         "bare": LlamaTokenizer(path, legacy=False),
@@ -182,6 +189,12 @@ def encoders(language: LanguageModel) -> dict[AfterControl, EncodeText]:
     return {way: after_control.encoder(language, way) for way in ways}
 
 
+def oracle(oracles: dict[AfterControl, LlamaTokenizer], way: AfterControl) -> LlamaTokenizer:
+    if way not in oracles:
+        pytest.skip(f"this transformers has no tokenizer with {way!r} behind control tokens; version 4 has")
+    return oracles[way]
+
+
 @pytest.mark.parametrize("way", ["prefix", "bare", "cut"])
 @pytest.mark.parametrize("name", STRINGS)
 def test_ids_equal_transformers(
@@ -191,8 +204,10 @@ def test_ids_equal_transformers(
     encoders: dict[AfterControl, EncodeText],
     oracles: dict[AfterControl, LlamaTokenizer],
 ) -> None:
+    if V5 and name == "multimodal":
+        pytest.skip("transformers 5 sorts merges by id, so it joins two spaces first; SentencePiece joins them last")
     pieces = prompt.render(name, [Q1, A1, Q2])
-    wanted = tokenizer_image_token(oracles[way], "".join(STRINGS[name]), TEMPLATES[name].bos is not None)
+    wanted = tokenizer_image_token(oracle(oracles, way), "".join(STRINGS[name]), TEMPLATES[name].bos is not None)
     assert prompt.encode(pieces, language.tokenize, language.control_id, encoders[way]) == wanted
 
 
@@ -203,7 +218,7 @@ def test_ids_with_markers_equal_transformers(
     """The models that have markers come with tokenizers without a legacy flag."""
     text = "".join(STRINGS[name]).replace("<image>", "<im_start><image><im_end>")
     pieces = prompt.render(name, [Q1, A1, Q2], ("<im_start>", "<im_end>"))
-    wanted = tokenizer_image_token(oracles["prefix"], text, True)
+    wanted = tokenizer_image_token(oracle(oracles, "prefix"), text, True)
     assert prompt.encode(pieces, language.tokenize, language.control_id) == wanted
 
 
@@ -225,6 +240,7 @@ def test_golden_ids_of_the_second_turn(
 LINES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from([" two  spaces ", "▁x", "é\n"])
 
 
+@pytest.mark.skipif(V5, reason="transformers 5 has no tokenizer in Python whose parts could be called")
 @given(text=LINES)
 def test_text_behind_a_control_token_equals_transformers(
     text: str, encoders: dict[AfterControl, EncodeText], oracles: dict[AfterControl, LlamaTokenizer]
@@ -260,7 +276,7 @@ def test_an_exported_chat_is_as_long_as_transformers_says(
     with engine:
         chunks = list(engine.generate([Q1, A1, Q2], [Image.new("RGB", (32, 32))], Options(max_tokens=1)))
     text = "".join(STRINGS["vicuna_v1"]).replace("<image>", "<im_start><image><im_end>")
-    wanted = len(tokenizer_image_token(oracles[way], text, True)) - 1 + manifest.vision.image_tokens
+    wanted = len(tokenizer_image_token(oracle(oracles, way), text, True)) - 1 + manifest.vision.image_tokens
     assert chunks[-1].final is not None
     assert chunks[-1].final.prompt_tokens == wanted
 

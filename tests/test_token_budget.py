@@ -28,6 +28,7 @@ from llava_edge.cli import execute
 from llava_edge.errors import BundleError, UsageError
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.export.names import classic_name
 from llava_edge.models import micro
 from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import LlavaConfig, VisionConfig
@@ -152,7 +153,7 @@ def attending_clip(seed: int = 0) -> tuple[CLIPVisionModel, dict[str, Array]]:
     tower = CLIPVisionModel(CLIPVisionConfig(**settings, attn_implementation="eager")).eval()
     for parameter in tower.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.15)
-    return tower, {f"vision_tower.{name}": value.numpy() for name, value in tower.state_dict().items()}
+    return tower, {classic_name(name): value.numpy() for name, value in tower.state_dict().items()}
 
 
 def some_pixels() -> Array:

@@ -80,17 +80,16 @@ def test_accumulation_does_not_change_the_loss(tmp_path: Path) -> None:
     np.testing.assert_allclose(seen[0], seen[1], rtol=2e-3)
 
 
-def in_bfloat16(**changes: Any) -> Recipe:
-    """The micro recipe in bfloat16, on few pictures: processors without instructions for it are slow. `changes`: of
-    stage 2."""
+def brief(*, bf16: bool, **changes: Any) -> Recipe:
+    """The micro recipe on few pictures, because bfloat16 is slow on processors without it; `changes` of stage 2."""
     recipe = load_recipe("micro")
-    align, instruct = (replace(stage, batch=4, accumulate=1, epochs=1.0) for stage in recipe.stages)
-    return replace(recipe, bf16=True, data={"pictures": 12}, stages=(align, replace(instruct, **changes)))
+    align, instruct = (replace(stage, batch=2, accumulate=1, epochs=1.0) for stage in recipe.stages)
+    return replace(recipe, bf16=bf16, data={"pictures": 6}, stages=(align, replace(instruct, **changes)))
 
 
 def test_adapters_in_bfloat16_resume_to_the_same_losses(tmp_path: Path) -> None:
     """As `smol` is trained."""
-    recipe = in_bfloat16(trains="lora", lora_rank=4, lora_alpha=8.0)
+    recipe = brief(bf16=True, trains="lora", lora_rank=4, lora_alpha=8.0)
     whole, parts = folders(tmp_path / "whole"), folders(tmp_path / "parts")
     train_recipe(recipe, whole)
     for steps in (2, 3, None):  # stops in stage 1, then in stage 2
@@ -103,9 +102,20 @@ def test_adapters_in_bfloat16_resume_to_the_same_losses(tmp_path: Path) -> None:
     assert torch.linalg.matrix_rank(update, rtol=1e-3) == 4
 
 
+def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
+    whole = brief(bf16=False)
+    wide, narrow = (brief(bf16=False, trains="lora", lora_rank=rank, lora_alpha=8.0) for rank in (4, 2))
+    for number, (begun, others) in enumerate([(whole, [wide]), (wide, [whole, narrow])]):
+        out = folders(tmp_path / str(number))
+        train_recipe(begun, out, stop_after=4)  # one step of stage 2
+        for other in [*others, replace(begun, stages=begun.stages[:1])]:
+            with pytest.raises(DataError, match="another recipe"):
+                train_recipe(other, out)
+
+
 def test_weights_that_are_trained_whole_stay_in_float32(tmp_path: Path) -> None:
     """bfloat16 has steps of 1 in 128 to 256: what an update at LLaVA's rates adds would be rounded away."""
-    recipe = in_bfloat16(learning_rate=2e-5)
+    recipe = brief(bf16=True, learning_rate=2e-5)
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     before = torch.from_numpy(micro.random_tensors(seed=recipe.seed)[name])
     change = load_file(train_recipe(recipe, folders(tmp_path)) / "model.safetensors")[name] - before

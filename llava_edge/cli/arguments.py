@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from llava_edge.errors import UsageError
-from llava_edge.options import DEVICES, SPECULATE, EngineOptions, Options
+from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.store import DEFAULT_MODEL
 
 MAX_STDIN_BYTES = 1 << 28  # as for image files
@@ -23,7 +23,7 @@ _SAMPLING = {
     "seed": "Of the draw.",
     "image_tokens": "Positions a picture may take, for speed; 0 is all.",
 }
-_ENGINE = ("device", "threads", "context", "cache", "verbose")
+_ENGINE = ("device", "threads", "context", "preset", "kv", "cache", "verbose")
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,6 +33,14 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
         click.option("--threads", type=int, default=0, help="To compute with; 0 is one per physical core."),
         click.option("--context", type=int, default=0, help="Positions; 0 is the model's, at most 4096."),
+        click.option(
+            "--preset",
+            type=click.Choice(PRESETS),
+            default="auto",
+            show_default=True,
+            help="Re-ordered copies of weights for speed, or mapped weights alone.",
+        ),
+        click.option("--kv", type=click.Choice(KVS), default="f16", show_default=True, help="Numbers of the context."),
         click.option("--cache/--no-cache", default=True, help="Keep what pictures became for the next time."),
         click.option("--verbose", is_flag=True, help="Show the engines' own log on stderr."),
     ]

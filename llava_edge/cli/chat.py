@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -34,6 +36,13 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
         llava = Llava.load(model, engine, pictures=pictures, on_load=status)
     with llava:
         click.echo(f"{llava.bundle.manifest.name} on {llava.device}. /help lists the commands.", err=True)
-        repl = Repl(llava.chat(system, options), show)
+        repl = Repl(llava.chat(system, options), show, _waiting)
         repl.add(pictures, list(images))
         repl.run()
+
+
+@contextmanager
+def _waiting(doing: str) -> Iterator[Callable[[], None]]:
+    with status_line(doing) as status:
+        status(None)
+        yield status.clear

@@ -10,12 +10,15 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llava_edge import __version__, store
 from llava_edge.errors import LlavaEdgeError, UnavailableError
+
+if TYPE_CHECKING:
+    from llava_edge.bundle import Bundle
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,13 @@ class Finding:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(as_json: bool) -> None:
+@click.option("--model", default=store.DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model to look at.")
+@click.option(
+    "--tune", is_flag=True, help="First measure how its pictures are encoded fastest here; later runs use it."
+)
+def doctor(as_json: bool, model: str, tune: bool) -> None:
     """Check this machine and say what to do. Exit code 69 if something required is broken."""
-    findings = [*_machine(), *_engines(), *_models()]
+    findings = [*_machine(), *_engines(), *_models(model, tune)]
     broken = [finding for finding in findings if finding.level == "broken"]
     if as_json:
         click.echo(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]}))
@@ -84,24 +91,51 @@ def _engine(subject: str, report: Any, detail: str) -> Finding:
     return Finding(subject, "ok", f"{report.facts['version']} computes here. {shown}")
 
 
-def _models() -> list[Finding]:
+def _models(model: str, tune: bool) -> list[Finding]:
     try:
         folder = store.home()
         installed = {entry.name: entry.folder for entry in store.entries()}
     except LlavaEdgeError as error:
         return [Finding("cache folder", "broken", str(error))]
     findings = [Finding("cache folder", "ok", str(folder)), _pictures()]
-    name = store.DEFAULT_MODEL
-    if installed[name] is None:
-        pull = f"llava-edge models pull {name}"
-        return [*findings, Finding("default model", "note", f"{name} is not installed.", pull)]
+    if model == store.DEFAULT_MODEL and installed[model] is None:
+        return [
+            *findings,
+            Finding("default model", "note", f"{model} is not installed.", f"llava-edge models pull {model}"),
+        ]
     from llava_edge.bundle import Bundle
 
+    subject = "default model" if model == store.DEFAULT_MODEL else "model"
     try:
-        Bundle.open(store.resolve(name))
+        bundle = Bundle.open(store.resolve(model))
     except LlavaEdgeError as error:
-        return [*findings, Finding("default model", "broken", str(error), f"llava-edge models pull {name} --force")]
-    return [*findings, Finding("default model", "ok", f"{name} in {installed[name]}")]
+        fix = f"llava-edge models pull {model} --force" if model in store.KNOWN_MODELS else ""
+        return [*findings, Finding(subject, "broken", str(error), fix)]
+    return [*findings, Finding(subject, "ok", f"{model} in {bundle.folder}"), *_vision(model, bundle, tune)]
+
+
+def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
+    from llava_edge.cli.terminal import status_line
+    from llava_edge.runtimes import tune
+
+    again = "llava-edge doctor --tune" + ("" if model == store.DEFAULT_MODEL else f" --model {model}")
+    if measure:
+        try:
+            with status_line("Measuring how pictures are encoded fastest") as status:
+                status(None)
+                tune.measure(bundle)
+        except LlavaEdgeError as error:
+            level = "note" if isinstance(error, UnavailableError) else "broken"
+            return [Finding("vision", level, str(error), again)]
+    found = tune.known(bundle)
+    if not found:
+        text = "not measured on this machine; the usual settings are used."
+        return [Finding("vision", "note", text, again)]
+    findings = [Finding("vision", "ok", f"measured here: {item}") for item in found]
+    for preset, copies in (("latency", True), ("memory", False)):
+        taken = tune.choose(found, copies)
+        findings.append(Finding("vision", "ok", f"{preset} takes {taken}"))
+    return findings
 
 
 def _pictures() -> Finding:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from llava_edge.cli.terminal import ended_cleanly
 from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def export(
     if report_file and not report_file.parent.is_dir():
         raise CannotCreateError(f"{report_file.parent} is not a folder; choose another place for the report.")
     try:
-        with _stages() as progress:
+        with ended_cleanly(), _stages() as progress:
             manifest = exporter.export(options, progress, reports.append if report_file else None)
     except exporter.ParityError as error:
         show_parity(error.rows)

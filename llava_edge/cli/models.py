@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from llava_edge import store
-from llava_edge.cli.terminal import status_line
+from llava_edge.cli.terminal import ended_cleanly, status_line
 from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
 
 
@@ -42,9 +43,20 @@ def pull_model(name: str, force: bool) -> None:
     if installed.get(name) and not force:
         click.echo(f"{name} is already installed in {installed[name]}; --force makes it again.", err=True)
         return
-    with status_line(f"Pulling {name}") as status:
+    with ended_cleanly(), status_line(f"Pulling {name}") as status:
         folder = _pull(name, status.step)
+        status.step("Measuring how pictures are encoded fastest here", None)
+        _tune(folder)
     click.echo(f"{name} is ready in {folder}. Try: llava-edge run --image photo.jpg", err=True)
+
+
+def _tune(folder: Path) -> None:
+    """Now, because this command takes its time anyway and no answer waits."""
+    from llava_edge.bundle import Bundle
+    from llava_edge.runtimes import tune
+
+    with suppress(UnavailableError):  # the machine is busy; doctor says how to measure it later
+        tune.measure(Bundle.open(folder))
 
 
 def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:

@@ -51,8 +51,8 @@ def run(images: tuple[str, ...], prompts: tuple[str, ...], as_json: bool, model:
     with status_line("Loading the model") as status:
         llava = Llava.load(model, engine, pictures=pictures, on_load=status)
     with llava:
-        if shared["device"] == "auto" or shared["verbose"]:
-            click.echo(f"device: {llava.device}", err=True)
+        if shared["device"] == "auto" or shared["preset"] != "auto" or shared["verbose"]:
+            click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
         for stream in llava.ask_many(prompts, pictures, options, started=started):
             result = _answer(stream, "Looking at the image" if pictures else "Reading", quiet=as_json)
             if as_json:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,20 @@ _WIDTH = 24
 def show(text: str) -> None:
     """Write a piece of an answer to stdout at once; without control characters if that is a terminal."""
     click.echo(text.translate(_CONTROLS) if sys.stdout.isatty() else text, nl=False)
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """A request to end, or a closed terminal, stops the work as Ctrl-C does, so that nothing is left behind."""
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [kind for kind, handler in before.items() if handler is not signal.SIG_IGN]  # nohup ignores one
+    for kind in heard:
+        signal.signal(kind, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for kind in heard:
+            signal.signal(kind, before[kind])
 
 
 @contextmanager
@@ -34,6 +50,7 @@ class Status:
     def __init__(self, label: str) -> None:
         self._label = label
         self._live = sys.stderr.isatty()
+        self._lock = threading.Lock()  # nothing is drawn behind `clear`
 
     def __call__(self, fraction: float | None) -> None:
         """Draw the line anew."""
@@ -43,8 +60,7 @@ class Status:
         if fraction is not None:
             full = int(_WIDTH * min(max(fraction, 0.0), 1.0))
             bar = f" [{'#' * full}{'-' * (_WIDTH - full)}] {fraction:4.0%}"
-        sys.stderr.write(f"\r\x1b[K{self._label}{bar}")
-        sys.stderr.flush()
+        self._write(f"\r\x1b[K{self._label}{bar}")
 
     def step(self, label: str, fraction: float | None) -> None:
         """The same with another label, for work in several steps."""
@@ -53,7 +69,11 @@ class Status:
 
     def clear(self) -> None:
         """Wipe the line and show nothing more."""
-        if self._live:
-            self._live = False
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+        self._write("\r\x1b[K", last=True)
+
+    def _write(self, text: str, last: bool = False) -> None:
+        with self._lock:
+            if self._live:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            self._live &= not last

@@ -1,0 +1,142 @@
+"""Which settings of ONNX Runtime encode a picture fastest here: measured once, on request, and remembered.
+
+One vision.onnx leaves two things to the machine: how many threads pay, and whether weights are rearranged when it is
+loaded, which is a private copy of all of them. Precision is settled by the export. Nothing is measured while somebody
+waits for an answer, nor behind an answer, where it would slow down the next: `doctor --tune` and `models pull` do it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge import store
+from llava_edge.bundle import VISION, VISION_DATA, Bundle
+from llava_edge.errors import BundleError, LlavaEdgeError, UnavailableError
+from llava_edge.runtimes import devices
+from llava_edge.runtimes.vision import VisionEncoder
+
+ROUNDS = 2  # each candidate is opened and measured in turns with the others
+BUSY = 0.15  # of the processor's time: what is measured beside so much does not hold for a quiet machine
+GAIN = 0.05  # of its time: less than this is noise, and the plain settings stay
+EQUAL = 1e-3  # relative difference of features, unless the manifest has a limit for its own
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run vision.onnx, with the best of its times in milliseconds."""
+
+    threads: int
+    prepack: bool
+    load_ms: float = 0.0
+    encode_ms: float = 0.0
+
+    @property
+    def first_ms(self) -> float:
+        """What the first picture of a process waits for."""
+        return self.load_ms + self.encode_ms
+
+    def __str__(self) -> str:
+        weights = "rearranged" if self.prepack else "as mapped"
+        threads = f"{self.threads} thread" + "s" * (self.threads != 1)
+        return f"{threads}, weights {weights}: {self.encode_ms:.0f} ms a picture, {self.load_ms:.0f} ms to load"
+
+
+def measure(bundle: Bundle, talk: Callable[[str], None] = lambda line: None) -> list[Setting]:
+    """Measure the candidates on the processor and remember the result. The first is what untuned machines use.
+
+    Candidates that give other features than it does are left out. Raises `BundleError`, and `UnavailableError` if other
+    programs kept the processor busy meanwhile; a result that cannot be written is only returned.
+    """
+    count = devices.thread_count()[0]
+    before = time.perf_counter(), devices.others_seconds()
+    pixels = _pixels(bundle)
+    wanted = VisionEncoder(bundle, count, "CPUExecutionProvider").encode(pixels)
+    found = _compare(bundle, [Setting(n, False) for n in dict.fromkeys((count, max(1, count // 2)))], wanted, talk)
+    threads = _best(found, lambda item: item.encode_ms).threads
+    found += _compare(bundle, [Setting(threads, True)], wanted, talk)
+    share = (devices.others_seconds() - before[1]) / (time.perf_counter() - before[0]) / count
+    if share > BUSY:
+        raise UnavailableError(
+            f"Other programs took {share:.0%} of the processor while it was measured; nothing is kept."
+        )
+    try:
+        path = _path(bundle)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps([asdict(item) for item in found]), "utf-8")
+        part.replace(path)
+    except (OSError, LlavaEdgeError):
+        pass  # without a home it is measured for nothing, and nothing else is lost
+    return found
+
+
+def known(bundle: Bundle) -> list[Setting]:
+    """What was measured for this bundle's tower, processor and version of ONNX Runtime; empty if nothing was."""
+    try:
+        raw = json.loads(_path(bundle).read_text("utf-8"))
+        found = [Setting(**item) for item in raw]
+        types = {(type(item.threads), type(item.prepack), type(item.encode_ms)) for item in found}
+        good = types == {(int, bool, float)} and all(1 <= item.threads <= 512 for item in found)
+        return found if good else []
+    except (OSError, ValueError, TypeError, AttributeError, LlavaEdgeError, metadata.PackageNotFoundError):
+        return []
+
+
+def choose(found: Sequence[Setting], copies: bool) -> Setting | None:
+    """The setting to take of those measured: with `copies`, by what the first picture of a process waits for."""
+    allowed = [item for item in found if copies or not item.prepack]
+    return _best(allowed, lambda item: item.first_ms) if allowed else None
+
+
+def _best(found: Sequence[Setting], cost: Callable[[Setting], float]) -> Setting:
+    """The cheapest, if it is `GAIN` cheaper than the first."""
+    best = min(found, key=cost)
+    return best if cost(best) < (1 - GAIN) * cost(found[0]) else found[0]
+
+
+def _compare(
+    bundle: Bundle, candidates: Sequence[Setting], wanted: np.ndarray[Any, Any], talk: Callable[[str], None]
+) -> list[Setting]:
+    limit = next((row.limit for row in bundle.manifest.parity if row.stage.startswith("clip ")), EQUAL)
+    pixels, times = _pixels(bundle), dict[Setting, list[tuple[float, float]]]()
+    for _ in range(ROUNDS):
+        for item in candidates:
+            start = time.perf_counter()
+            encoder = VisionEncoder(bundle, item.threads, "CPUExecutionProvider", prepack=item.prepack)
+            loaded = time.perf_counter()
+            features = encoder.encode(pixels)  # also warms up
+            begun = time.perf_counter()
+            encoder.encode(pixels)
+            took = (loaded - start) * 1000, (time.perf_counter() - begun) * 1000
+            if np.linalg.norm(features - wanted) <= limit * np.linalg.norm(wanted):
+                times.setdefault(item, []).append(took)
+    found = [
+        Setting(item.threads, item.prepack, min(load for load, _ in took), min(encode for _, encode in took))
+        for item, took in times.items()
+    ]
+    for item in found:
+        talk(str(item))
+    return found
+
+
+def _pixels(bundle: Bundle) -> np.ndarray[Any, Any]:
+    side = bundle.manifest.preprocessing.image_size
+    return np.random.default_rng(0).standard_normal((3, side, side), np.float32)
+
+
+def _path(bundle: Bundle) -> Path:
+    """Named by all that the times depend on."""
+    files = [bundle.manifest.files[name].sha256 for name in (VISION, VISION_DATA) if name in bundle.manifest.files]
+    if not files:
+        raise BundleError(f"{bundle.folder} has no vision.onnx in its manifest.")
+    about = [files, devices.processor(), devices.thread_count()[0], metadata.version("onnxruntime")]
+    return store.home() / "tune" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"

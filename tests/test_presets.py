@@ -1,0 +1,237 @@
+"""Presets and tuned settings: what is chosen, why, and that answers do not depend on it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from llava_edge import Llava, Options, gguf, store
+from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
+from llava_edge.cli import cli
+from llava_edge.errors import MemoryLimitError, UnavailableError, UsageError
+from llava_edge.options import EngineOptions
+from llava_edge.runtimes import devices, language, mapping, pipeline, presets, probe, tune
+from llava_edge.runtimes.vision import VisionEncoder
+
+MIB = 1 << 20
+CPU = EngineOptions(device="cpu", threads=1, cache=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
+
+
+def four_bits(folder: Path) -> Path:
+    """A language model of a quarter of a megabyte whose weights llama.cpp re-orders."""
+    path = folder / "q4_0.gguf"
+    probe.write_model(path, "Q4_0")
+    return path
+
+
+# Which preset, and why.
+
+
+def test_auto_is_fast_where_there_is_room_and_small_where_there_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = gguf.read(four_bits(tmp_path))
+    needed = presets.memory_bytes(header, 512, "f16") + sum(
+        tensor.size for tensor in header.tensors.values() if tensor.kind == "Q4_0"
+    )
+    for free, name in ((2 * needed, "latency"), (2 * needed - 2, "memory"), (None, "latency")):
+        monkeypatch.setattr(devices, "available_memory", lambda free=free: free)
+        chosen = presets.choose("auto", header, 512, "f16")
+        assert (chosen.name, chosen.copies) == (name, name == "latency")
+        assert f"{needed // MIB} of " in chosen.reason
+        assert presets.choose("memory", header, 512, "f16") == presets.Chosen("memory", "asked for")
+
+
+def test_what_cannot_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = gguf.read(four_bits(tmp_path))
+    context = presets.memory_bytes(header, 512, "f16")
+    monkeypatch.setattr(devices, "available_memory", lambda: context + 1)
+    assert presets.choose("memory", header, 512, "f16").name == "memory"
+    with pytest.raises(MemoryLimitError, match="--preset memory"):
+        presets.choose("latency", header, 512, "f16")
+    with pytest.raises(MemoryLimitError, match="Use a smaller --context"):
+        presets.choose("memory", header, 600, "f16")
+
+
+def test_keys_and_values_of_8_bits_take_little_more_than_half(tmp_path: Path) -> None:
+    header = gguf.read(four_bits(tmp_path))
+    assert presets.memory_bytes(header, 512, "f16") == 2 * 512 * 256 * 2
+    assert presets.memory_bytes(header, 512, "q8_0") / presets.memory_bytes(header, 512, "f16") == 34 / 64
+
+
+@pytest.mark.parametrize("wrong", [{"preset": "fast"}, {"kv": "q4_0"}])
+def test_unknown_names_are_refused(wrong: Any) -> None:
+    with pytest.raises(UsageError, match="was expected"):
+        EngineOptions(**wrong)
+
+
+def test_run_says_which_preset_and_why(micro_bundle: Path) -> None:
+    arguments = ["run", "--model", str(micro_bundle), "--prompt", "Hi", "--max-tokens", "2"]
+    asked = CliRunner().invoke(cli, [*arguments, "--device", "cpu", "--preset", "memory"])
+    assert asked.exit_code == 0
+    assert "preset: memory (asked for)" in asked.stderr
+    usual = CliRunner().invoke(cli, arguments).stderr
+    assert re.search(r"preset: (latency|memory) \(re-ordered weights and context may take \d+ of", usual)
+
+
+# What the language model then does.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("repack", [True, False])
+def test_weights_are_not_held_twice(repack: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = four_bits(tmp_path)
+    held = resident(path)
+    assert held == 0
+    model = language.LanguageModel(path, context=64, threads=1, repack=repack)
+    after = resident(path)
+    model.close()
+    assert after >= path.stat().st_size // 2 if not repack else after == 0
+    monkeypatch.setattr(mapping, "let_go", lambda path: None)  # without it they would be
+    model = language.LanguageModel(path, context=64, threads=1, repack=repack)
+    assert resident(path) >= path.stat().st_size // 2
+    model.close()
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    text = Path("/proc/self/smaps").read_text()
+    return 1024 * sum(map(int, re.findall(rf"{re.escape(str(path))}\n(?:\w+: .*\n)*?Rss: +(\d+) kB", text)))
+
+
+def test_keys_and_values_of_8_bits_are_used_and_answers_stay_close(micro_bundle: Path) -> None:
+    states, sizes = [], []
+    for kv in ("f16", "q8_0"):
+        model = language.LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1, kv=kv)
+        model.evaluate_tokens([7 + i % 50 for i in range(200)], threading.Event())
+        states.append(model.logits().copy())
+        sizes.append(len(model.save()))
+        model.close()
+    assert sizes[1] < 0.6 * sizes[0]
+    difference = np.linalg.norm(states[1] - states[0]) / np.linalg.norm(states[0])
+    assert 0 < difference < 0.05
+
+
+def test_answers_are_the_same_with_both_presets(micro_bundle: Path) -> None:
+    """In 8 bits and more nothing is re-ordered here, and rearranged weights of vision.onnx give the same features."""
+    texts = set()
+    for preset in ("latency", "memory"):
+        with Llava.load(micro_bundle, replace(CPU, preset=preset)) as llava:
+            assert llava.preset == f"{preset} (asked for)"
+            texts.add(llava.ask("Hi", options=Options(max_tokens=12)).text)
+    assert len(texts) == 1
+
+
+# The vision tower's settings.
+
+
+def test_what_was_measured_is_kept_used_and_shown(
+    micro_bundle: Path, home: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(micro_bundle)
+    assert tune.known(bundle) == []
+    found = tune.measure(bundle)
+    assert found == tune.known(bundle)
+    assert (found[0].threads, found[0].prepack) == (devices.thread_count()[0], False)
+    assert any(item.prepack for item in found)
+    assert all(item.load_ms > 0 and item.encode_ms > 0 for item in found)
+    [path] = (home / "tune").iterdir()
+    fastest = tune.Setting(3, True, 1.0, 1.0)
+    path.write_text(json.dumps([vars(found[0]), vars(fastest)]), "utf-8")
+    for preset, threads, prepack in (("latency", 3, True), ("memory", found[0].threads, False)):
+        engine = pipeline.Engine(bundle, replace(CPU, threads=0, preset=preset))  # type: ignore[arg-type]
+        engine.preset = presets.Chosen(preset, "")  # type: ignore[arg-type]
+        setting = engine._vision(found[0].threads)
+        assert (setting.threads, setting.prepack) == (threads, prepack)
+        engine.close()
+    shown = CliRunner().invoke(cli, ["doctor", "--json", "--model", str(micro_bundle)])
+    vision = [item["text"] for item in json.loads(shown.stdout)["findings"] if item["subject"] == "vision"]
+    assert f"latency takes {fastest}" in vision
+    assert f"memory takes {found[0]}" in vision
+
+
+def test_threads_that_were_asked_for_stay(micro_bundle: Path, home: Path, quiet: None) -> None:
+    bundle = Bundle.open(micro_bundle)
+    tune.measure(bundle)
+    engine = pipeline.Engine(bundle, replace(CPU, threads=5))
+    assert engine._vision(5).threads == 5
+    engine.close()
+
+
+def test_other_features_are_left_out(
+    micro_bundle: Path, home: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = VisionEncoder.encode
+    monkeypatch.setattr(VisionEncoder, "__init__", _remember(VisionEncoder.__init__))
+    monkeypatch.setattr(VisionEncoder, "encode", lambda self, pixels: usual(self, pixels) * (1 + 0.1 * self.copied))
+    bundle = Bundle.open(micro_bundle)
+    assert not any(item.prepack for item in tune.measure(bundle))
+    row = ParityRow("clip fp32", "relative", 0.0, 0.2, 0.0, 0.0, True)
+    assert any(item.prepack for item in tune.measure(Bundle(bundle.folder, replace(bundle.manifest, parity=[row]))))
+
+
+def _remember(usual: Any) -> Any:
+    def opened(self: Any, *args: Any, prepack: bool = False) -> None:
+        self.copied = prepack
+        usual(self, *args, prepack=prepack)
+
+    return opened
+
+
+def test_a_busy_machine_and_a_damaged_note_decide_nothing(
+    micro_bundle: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(micro_bundle)
+    clock = iter((0.0, 1e6))
+    monkeypatch.setattr(devices, "others_seconds", lambda: next(clock))
+    with pytest.raises(UnavailableError, match="Other programs"):
+        tune.measure(bundle)
+    assert tune.known(bundle) == []
+    monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
+    tune.measure(bundle)
+    [path] = (home / "tune").iterdir()
+    for text in ("", "{}", "[1]", '[{"threads": "x", "prepack": false, "encode_ms": 1.0, "load_ms": 1.0}]', "null"):
+        path.write_text(text)
+        assert tune.known(bundle) == []
+    path.unlink()
+    assert store.home() == home
+
+
+def test_only_a_clear_gain_leaves_the_usual_setting() -> None:
+    usual, close, better = (
+        tune.Setting(2, False, 50, 100),
+        tune.Setting(1, False, 50, 98),
+        tune.Setting(2, True, 60, 70),
+    )
+    assert tune.choose([usual, close], copies=True) == usual
+    assert tune.choose([usual, close, better], copies=True) == better
+    assert tune.choose([usual, close, better], copies=False) == usual
+    assert tune.choose([], copies=True) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_time_of_others_is_not_our_own() -> None:
+    before = devices.others_seconds()
+    assert before > 0
+    sum(i * i for i in range(2_000_000))
+    assert devices.others_seconds() - before >= -0.05
