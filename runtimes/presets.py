@@ -11,7 +11,7 @@ from typing import Literal
 from llava_edge.errors import MemoryLimitError
 from llava_edge.gguf import Gguf
 from llava_edge.options import KV, Preset
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import devices, native
 
 _BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # of a key or value
 _REORDERED = ("Q4", "IQ4")  # beginnings of the types that llama.cpp re-orders for some processor
@@ -63,4 +63,7 @@ def memory_bytes(header: Gguf, context: int, kv: KV) -> int:
 
 
 def _copied_bytes(header: Gguf) -> int:
+    """Weights that llama.cpp would copy: none where the native kernels are as fast on mapped ones."""
+    if not native.reordering_pays(native.status(), {tensor.kind for tensor in header.tensors.values()}):
+        return 0
     return sum(tensor.size for tensor in header.tensors.values() if tensor.kind.startswith(_REORDERED))

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native_kernels import Kernels, matrix, random_blocks, worst_error
 
-from llava_edge.runtimes import devices, language, native
+from llava_edge import gguf
+from llava_edge.runtimes import devices, language, native, presets
 from llava_edge.runtimes.native import build, check
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -396,3 +397,15 @@ def test_set_up_builds_tries_and_uses_them(grouped: Path, isolated_home: Path) -
     state = json.loads((native._folder() / "state.json").read_text("utf-8"))
     assert state["problems"] == {}
     assert whole(grouped, isolated_home)["used"] == found.used
+
+
+def test_a_preset_counts_no_copies_that_are_not_made(
+    grouped: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where mapped weights are as fast, little memory is no reason for anything else."""
+    header = gguf.read(grouped)
+    weights = sum(tensor.size for tensor in header.tensors.values())
+    monkeypatch.setattr(devices, "available_memory", lambda: presets.memory_bytes(header, 64, "f16") * 2 + weights // 2)
+    assert presets.choose("auto", header, 64, "f16").name == "memory"
+    install(built)
+    assert presets.choose("auto", header, 64, "f16").name == "latency"
