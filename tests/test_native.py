@@ -220,7 +220,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
 
 def install(built: Path, **changes: Any) -> Path:
     """What `native.prepare` leaves behind, for the home that is set."""
-    folder = native._folder()
+    folder = native.place()
     folder.mkdir(parents=True)
     shutil.copy(built, folder / "kernels.so")
     (folder / "state.json").write_text(json.dumps(found_out(sha256=native._sha256(built)) | changes), "utf-8")
@@ -394,7 +394,7 @@ def test_set_up_builds_tries_and_uses_them(grouped: Path, isolated_home: Path) -
     found = native.prepare(said.append)
     assert len(said) == 2
     assert found == native.status()
-    state = json.loads((native._folder() / "state.json").read_text("utf-8"))
+    state = json.loads((native.place() / "state.json").read_text("utf-8"))
     assert state["problems"] == {}
     assert whole(grouped, isolated_home)["used"] == found.used
 
