@@ -61,6 +61,12 @@ def test_all_kernels_are_there(kernels: Kernels) -> None:
     assert set(kernels.names()) == set(ROUNDED)
 
 
+def test_what_others_told_the_matrix_unit_stays(kernels: Kernels) -> None:
+    """ggml's own kernels configure it once in each thread, and die of an illegal instruction otherwise."""
+    assert kernels.keeps_tiles(1)
+    assert kernels.keeps_tiles(0)
+
+
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("kernel", ROUNDED)
 def test_products_of_every_type_and_shape(kernels: Kernels, kernel: str, kind: str) -> None:
