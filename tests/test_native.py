@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native_kernels import Kernels, matrix, random_blocks, worst_error
 
-from llava_edge.runtimes import devices, language, native
+from llava_edge import gguf
+from llava_edge.runtimes import devices, language, native, presets
 from llava_edge.runtimes.native import build, check
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -38,7 +39,6 @@ ROUNDED = {
     "amx-bf16": (1 << 20, 2**-8, 2**-8),
     "amx-int8": (256, 0.5 / 127, 0.5 / 127),
 }
-FEW = (32, 0.5 / 127, 0.0)  # products of few rows
 RANDOM_ERROR = {"avx2": 2e-3, "avx512vnni": 2e-3, "amx-bf16": 5e-3, "amx-int8": 2e-2}  # relative, root of mean square
 EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 
@@ -59,6 +59,12 @@ def kernels(built: Path) -> Kernels:
 
 def test_all_kernels_are_there(kernels: Kernels) -> None:
     assert set(kernels.names()) == set(ROUNDED)
+
+
+def test_what_others_told_the_matrix_unit_stays(kernels: Kernels) -> None:
+    """ggml's own kernels configure it once in each thread, and die of an illegal instruction otherwise."""
+    assert kernels.keeps_tiles(1)
+    assert kernels.keeps_tiles(0)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -120,19 +126,20 @@ def test_what_is_not_finite_is_not_hidden(kernels: Kernels, kernel: str, bad: fl
     assert np.isfinite(np.delete(found, 4, 1)).all()
 
 
-def test_products_of_few_rows(kernels: Kernels) -> None:
+@pytest.mark.parametrize(("kind", "rounded", "inner"), [("Q4_0", 32, 32), ("Q4_0", 32, 96), ("Q4_K", 256, 256)])
+def test_products_of_few_rows(kernels: Kernels, kind: str, rounded: int, inner: int) -> None:
     numbers = np.random.default_rng(4)
-    for rows, columns, inner, scales in ((1, 1, 32, EXTREME), (5, 7, 96, EXTREME), (31, 70, 4096, np.array([0.01]))):
-        blocks = random_blocks("Q4_0", columns, inner, numbers, scales)
-        x = numbers.standard_normal((rows, inner), np.float32)
-        w = matrix("Q4_0", blocks)
-        found = kernels.multiply("few", "Q4_0", blocks, x, threads=2)
-        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *FEW)).all()
+    for rows, columns, blocks_in_row, scales in ((1, 1, 1, EXTREME), (5, 7, 3, EXTREME), (31, 70, 16, EXTREME[4:5])):
+        blocks = random_blocks(kind, columns, inner * blocks_in_row, numbers, scales)
+        x = numbers.standard_normal((rows, inner * blocks_in_row), np.float32)
+        w = matrix(kind, blocks)
+        found = kernels.multiply("few", kind, blocks, x, threads=2)
+        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, rounded, 0.5 / 127, 0.0)).all()
         # Guessing tokens relies on the same bits for a row alone and among others.
         for row in range(rows):
-            assert (kernels.multiply("few", "Q4_0", blocks, x[row : row + 1]) == found[row]).all()
+            assert (kernels.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
     x[3, 5] = np.nan
-    found = kernels.multiply("few", "Q4_0", blocks, x)
+    found = kernels.multiply("few", kind, blocks, x)
     assert np.isnan(found[3]).all()
     assert np.isfinite(np.delete(found, 3, 0)).all()
 
@@ -219,7 +226,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
 
 def install(built: Path, **changes: Any) -> Path:
     """What `native.prepare` leaves behind, for the home that is set."""
-    folder = native._folder()
+    folder = native.place()
     folder.mkdir(parents=True)
     shutil.copy(built, folder / "kernels.so")
     (folder / "state.json").write_text(json.dumps(found_out(sha256=native._sha256(built)) | changes), "utf-8")
@@ -393,6 +400,18 @@ def test_set_up_builds_tries_and_uses_them(grouped: Path, isolated_home: Path) -
     found = native.prepare(said.append)
     assert len(said) == 2
     assert found == native.status()
-    state = json.loads((native._folder() / "state.json").read_text("utf-8"))
+    state = json.loads((native.place() / "state.json").read_text("utf-8"))
     assert state["problems"] == {}
     assert whole(grouped, isolated_home)["used"] == found.used
+
+
+def test_a_preset_counts_no_copies_that_are_not_made(
+    grouped: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where mapped weights are as fast, little memory is no reason for anything else."""
+    header = gguf.read(grouped)
+    weights = sum(tensor.size for tensor in header.tensors.values())
+    monkeypatch.setattr(devices, "available_memory", lambda: presets.memory_bytes(header, 64, "f16") * 2 + weights // 2)
+    assert presets.choose("auto", header, 64, "f16").name == "memory"
+    install(built)
+    assert presets.choose("auto", header, 64, "f16").name == "latency"

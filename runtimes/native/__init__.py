@@ -39,7 +39,7 @@ GAIN = 1.05  # a kernel is used from here on
 DECODE_KEPT = 0.95  # of llama.cpp's speed on re-ordered weights, or they are re-ordered
 OPT_IN = {"amx-int8"}  # less exact: only if $LLAVA_EDGE_NATIVE names it
 
-_LIBRARY, _STATE = "kernels.so", "state.json"
+LIBRARY, _STATE = "kernels.so", "state.json"  # in `place()`
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def status() -> Status:
     if wanted() == "off":
         return Status("Turned off by LLAVA_EDGE_NATIVE.")
     try:
-        folder = _folder()
+        folder = place()
         state = json.loads((folder / _STATE).read_text("utf-8"))
     except UnavailableError as error:
         return Status(str(error))
@@ -103,7 +103,7 @@ def activate() -> Status:
     found = status()
     try:
         if found.used:
-            _load(_folder())
+            _load(place())
         if _process.library is not None:
             _process.library.use(found.kernel, found.many, found.few, found.attention)
     except (OSError, UnavailableError, ValueError) as error:
@@ -119,14 +119,14 @@ def reordering_pays(found: Status, types: Iterable[str]) -> bool:
 def prepare(say: Callable[[str], None] = lambda line: None) -> Status:
     """Build and try the kernels for this machine, whatever was known before. Raises nothing; the status says it."""
     try:
-        folder = _folder()
+        folder = place()
         say("Compiling the native kernels.")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
             work = Path(name)
-            build.build(work / _LIBRARY)
+            build.build(work / LIBRARY)
             say("Trying them against llama.cpp's own; takes about 20 s.")
-            state = {"sha256": _sha256(work / _LIBRARY), **_check(work / _LIBRARY)}
+            state = {"sha256": _sha256(work / LIBRARY), **_check(work / LIBRARY)}
             (work / _STATE).write_text(json.dumps(state), "utf-8")
             _publish(work, folder)
     except UnavailableError as error:
@@ -193,7 +193,7 @@ def _load(folder: Path) -> None:
         raise UnavailableError(f"llama-cpp-python {version[0]} with ggml {version[1]} is not one they were made for.")
     if loaded("libgomp.so.1") is None:
         raise UnavailableError("this llama.cpp computes without OpenMP, whose threads they share.")
-    path = folder / _LIBRARY
+    path = folder / LIBRARY
     if _sha256(path) != json.loads((folder / _STATE).read_text("utf-8"))["sha256"]:
         raise UnavailableError("their file has changed since they were tried.")
     _process.path = folder
@@ -224,7 +224,7 @@ def _check(library: Path) -> dict[str, Any]:
     return found
 
 
-def _folder() -> Path:
+def place() -> Path:
     """Where everything about this machine's kernels is. Raises `UnavailableError` where there can be none."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise UnavailableError("There are native kernels for Linux on x86-64 only.")
@@ -243,7 +243,7 @@ def _folder() -> Path:
 def _publish(work: Path, folder: Path) -> None:
     """Library, then state: with a state everything is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (_LIBRARY, _STATE):
+    for name in (LIBRARY, _STATE):
         shutil.move(work / name, folder / name)
 
 
