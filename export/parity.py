@@ -36,7 +36,7 @@ from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
 from llava_edge.export.verify import relative
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
-from llava_edge.runtimes import after_control, devices
+from llava_edge.runtimes import after_control, devices, mapping
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
@@ -95,28 +95,41 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
     pixels = [anyres.crops(image, manifest.preprocessing) for image in images]
     right = replace(manifest.preprocessing, square=config.square, grids=config.grids)
     rows = [_equal_row("pixels", pixels, [reference_pixels(image, right) for image in images])]
-    features = streamed.image_features(config, tensors, pixels)
+    attention: list[Array] = []
+    if manifest.vision.attention:
+        features, attention = streamed.image_attended(config, tensors, pixels)
+    else:
+        features = streamed.image_features(config, tensors, pixels)
     embeds = streamed.project(config, tensors, features)
     shown = streamed.arrange(config, tensors, embeds, sizes)
-    encoder, layers = VisionEncoder(bundle, _threads(), "CPUExecutionProvider"), Projector(bundle)
-    precision = manifest.vision.precision
-    limit = CLIP_LIMITS[precision]
-    ours = [np.stack([encoder.encode(crop) for crop in item]) for item in pixels]
-    rows.append(_relative_row(f"clip {precision}", ours, features, limit))
-    if manifest.vision.attention:
-        looks = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
-        wanted = streamed.image_attention(config, tensors, pixels)
-        rows.append(_relative_row(f"attention {precision}", looks, wanted, AMPLIFICATION * limit))
-    rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
-    rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
+    rows += _vision_rows(bundle, pixels, features, attention, embeds)
     if config.square == "anyres":
         orders = [anyres.layout(size, manifest.preprocessing, manifest.vision.image_tokens) for size in sizes]
-        placed = [anyres.arrange(item, layers.newline, order) for item, order in zip(embeds, orders, strict=True)]
+        newline = Projector(bundle).newline
+        placed = [anyres.arrange(item, newline, order) for item, order in zip(embeds, orders, strict=True)]
         rows.append(_equal_row("arrangement", placed, shown))
+    mapping.trim()
     files = {"f16": float16} if float16 else {}
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
     rows += _language_rows(files, checkpoint, bundle, shown[0])
     return sorted(rows, key=_strain)
+
+
+def _vision_rows(
+    bundle: Bundle, pixels: list[Array], features: list[Array], attention: list[Array], embeds: list[Array]
+) -> list[ParityRow]:
+    """The last three are the reference's; `attention` is empty for a bundle without."""
+    encoder, layers = VisionEncoder(bundle, _threads(), "CPUExecutionProvider"), Projector(bundle)
+    precision = bundle.manifest.vision.precision
+    limit = CLIP_LIMITS[precision]
+    ours = [np.stack([encoder.encode(crop) for crop in item]) for item in pixels]
+    rows = [_relative_row(f"clip {precision}", ours, features, limit)]
+    if attention:
+        looks = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
+        rows.append(_relative_row(f"attention {precision}", looks, attention, AMPLIFICATION * limit))
+    rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
+    rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
+    return rows
 
 
 def _strain(row: ParityRow) -> float:

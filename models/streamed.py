@@ -48,10 +48,12 @@ def image_features(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]
 
 
 @torch.no_grad()
-def image_attention(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> list[Array]:
-    """(crops, 3, S, S) each -> the class token's attention (crops, tokens) each."""
+def image_attended(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> tuple[list[Array], list[Array]]:
+    """The same, and the class token's attention (crops, tokens) each."""
     tower = load_part(lambda: VisionTower(config), tensors, "vision_tower.vision_model.")
-    return [torch.cat([tower.attended(crop[None])[1] for crop in torch.from_numpy(item)]).numpy() for item in pixels]
+    found = [[tower.attended(crop[None]) for crop in torch.from_numpy(item)] for item in pixels]
+    features, attention = ([torch.cat([pair[n] for pair in pairs]).numpy() for pairs in found] for n in (0, 1))
+    return features, attention
 
 
 @torch.no_grad()
