@@ -276,12 +276,13 @@ def _report(
 def _parity(
     options: ExportOptions, bundle: Bundle, checkpoint: Checkpoint, float16: Path | None, progress: Progress
 ) -> list[ParityRow]:
-    progress("measuring parity with PyTorch", None)
     why_not = parity.obstacle()
     if why_not:
         progress(why_not, None)
         return []
-    rows = parity.parity(bundle, checkpoint, float16)
+    rows = parity.parity(
+        bundle, checkpoint, float16, lambda what, share: progress(f"parity with PyTorch: {what}", share)
+    )
     failed = [row for row in rows if not row.passed]
     if failed and not options.force_publish:
         raise ParityError(

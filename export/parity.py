@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
 
 Array = np.ndarray[Any, Any]
+Progress = Callable[[str, float | None], None]
 
 CLIP_LIMITS = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3e-2}  # relative
 PROJECTOR_LIMIT = 1e-5  # relative; the tanh form of GELU would give about 2e-4
@@ -82,13 +84,19 @@ def check_fits(bundle: Bundle, checkpoint: Checkpoint) -> None:
         )
 
 
-def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) -> list[ParityRow]:
+def parity(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    float16: Path | None = None,
+    progress: Progress = lambda what, share: None,
+) -> list[ParityRow]:
     """Measure every stage, worst last. `float16` is the language file before quantization, if it is there.
 
-    The bundle's hashes are not looked at.
+    The bundle's hashes are not looked at. progress: gets what is computed and its share done, None if unknown.
     """
     from llava_edge.models import streamed
 
+    progress("pictures", None)
     config, tensors, manifest = checkpoint.config, checkpoint.tensors, bundle.manifest
     images = samples.pictures()
     sizes = [image.size for image in images]
@@ -111,7 +119,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
     mapping.trim()
     files = {"f16": float16} if float16 else {}
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
-    rows += _language_rows(files, checkpoint, bundle, shown[0])
+    rows += _language_rows(files, checkpoint, bundle, shown[0], progress)
     return sorted(rows, key=_strain)
 
 
@@ -158,7 +166,13 @@ def _max_abs(ours: list[Array], wanted: list[Array]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, wanted, strict=True))
 
 
-def _language_rows(files: Mapping[str, Path], checkpoint: Checkpoint, bundle: Bundle, image: Array) -> list[ParityRow]:
+def _language_rows(
+    files: Mapping[str, Path],
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    image: Array,
+    progress: Progress = lambda what, share: None,
+) -> list[ParityRow]:
     """Every file along the greedy answer of the first; the shipped one with its adapter."""
     manifest = bundle.manifest
     rows: list[ParityRow] = []
@@ -173,21 +187,24 @@ def _language_rows(files: Mapping[str, Path], checkpoint: Checkpoint, bundle: Bu
             pieces = prompt.render(manifest.template, [prompt.Message("user", _QUESTION, 1)], manifest.image_markers)
             behind = after_control.encoder(engine, manifest.after_control)
             ids = prompt.encode(pieces, engine.tokenize, engine.control_id, behind)
-            ours = _follow(engine, ids, image, answer)
+            ours = _follow(engine, ids, image, answer, partial(progress, f"the answer of {name}"))
         finally:
             engine.close()
         if wanted is None:
-            wanted = _reference_logits(checkpoint, ids, image, answer)
+            wanted = _reference_logits(checkpoint, ids, image, answer, partial(progress, "the reference"))
         kept = checkpoint.language_file is not None or name not in QUANT_LIMITS
         limit = KEPT_LIMITS.get(name, KEPT_LIMIT) if kept else QUANT_LIMITS[name]
         rows += [_logits_row(name, limit, ours, wanted), _greedy_row(name, ours, wanted)]
     return rows
 
 
-def _follow(engine: LanguageModel, ids: list[int], image: Array, answer: list[int]) -> Array:
+def _follow(
+    engine: LanguageModel, ids: list[int], image: Array, answer: list[int], progress: Callable[[float], None]
+) -> Array:
     """(STEPS + 1, vocab) logits behind the prompt and behind each token of `answer`, which is filled if it is empty."""
     never = threading.Event()
     at = ids.index(IMAGE_TOKEN_INDEX)
+    progress(0.0)
     engine.evaluate_tokens(ids[:at], never)
     engine.evaluate_embeddings(image, [("reference", row) for row in range(len(image))], never)
     engine.evaluate_tokens(ids[at + 1 :], never)
@@ -197,16 +214,20 @@ def _follow(engine: LanguageModel, ids: list[int], image: Array, answer: list[in
             answer.append(int(found[-1].argmax()))
         engine.evaluate_tokens([answer[step]], never)
         found.append(engine.logits().copy())
+        progress((step + 1) / STEPS)
     return np.stack(found)
 
 
-def _reference_logits(checkpoint: Checkpoint, ids: list[int], image: Array, answer: Sequence[int]) -> Array:
+def _reference_logits(
+    checkpoint: Checkpoint, ids: list[int], image: Array, answer: Sequence[int], progress: Callable[[float], None]
+) -> Array:
     from llava_edge.models import streamed
 
     at = ids.index(IMAGE_TOKEN_INDEX)
     text = streamed.embed_tokens(checkpoint.tensors, [*ids[:at], *ids[at + 1 :], *answer])
     embeds = np.concatenate([text[:at], image, text[at:]])
-    return streamed.logits(checkpoint.config, checkpoint.tensors, embeds, start=len(embeds) - len(answer) - 1)
+    start = len(embeds) - len(answer) - 1
+    return streamed.logits(checkpoint.config, checkpoint.tensors, embeds, start, progress)
 
 
 def _logits_row(name: str, limit: float, ours: Array, wanted: Array) -> ParityRow:
