@@ -52,7 +52,7 @@ from llava_edge.export.tokenizer import Vocabulary, after_control, read_tokenize
 from llava_edge.export.tower import write_tower
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
-from llava_edge.runtimes import probe
+from llava_edge.runtimes import mapping, probe
 
 Progress = Callable[[str, float | None], None]
 OnReport = Callable[[report.Report], None]
@@ -201,6 +201,7 @@ def _write(
     manifest = _manifest(options, checkpoint, name)
     pictures = list(islice(importance.pictures(options.calibrate), TOWER_PICTURES))
     write_tower(Bundle(temp, manifest), checkpoint, options.fine_blocks, pictures, scratch, progress)
+    mapping.trim()
     progress("projector", None)
     write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
     matrix: importance.Importance | None = None
@@ -229,6 +230,7 @@ def _write(
     else:
         for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
             verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))
+    mapping.trim()
     progress("hashing", None)
     files = {part: file_entry(temp / part) for part in PARTS if (temp / part).exists()}
     manifest = replace(manifest, files=files)
@@ -287,13 +289,14 @@ def _parity(
     scratch: Path,
     progress: Progress,
 ) -> list[ParityRow]:
-    progress("measuring parity with PyTorch", None)
     why_not = parity.obstacle()
     if why_not:
         progress(why_not, None)
         return []
     float32 = _float32(checkpoint, scratch) if options.vision != "fp32" else None
-    rows = parity.parity(bundle, checkpoint, float16, float32)
+    rows = parity.parity(
+        bundle, checkpoint, float16, float32, lambda what, share: progress(f"parity with PyTorch: {what}", share)
+    )
     failed = [row for row in rows if not row.passed]
     if failed and not options.force_publish:
         raise ParityError(

@@ -408,6 +408,30 @@ def test_each_quantization_is_what_it_says(quant: Quant, micro_checkpoint: Path,
     Bundle.open(tmp_path / "out").verify()
 
 
+@pytest.mark.parametrize(
+    ("layers", "fine"),
+    [
+        (32, {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}),
+        (40, {*range(5), *range(7, 35, 3), *range(35, 40)}),
+    ],
+)
+def test_q4_k_m_keeps_six_bits_in_the_layers_llama_cpp_says(layers: int, fine: set[int], tmp_path: Path) -> None:
+    """Of 7B and 13B: value and down projection of half of the layers, as in their published files."""
+    from gguf import GGUFReader
+
+    text = replace(micro.CONFIG.text, num_hidden_layers=layers, intermediate_size=256, num_key_value_heads=4)
+    folder = micro.write_checkpoint(tmp_path / "checkpoint", config=replace(micro.CONFIG, text=text))
+    checkpoint = open_checkpoint(folder)
+    llm_gguf.write_language(checkpoint, read_tokenizer(folder, checkpoint.config), tmp_path / "f16.gguf", "test")
+    quantize(tmp_path / "f16.gguf", tmp_path / "q.gguf", "q4_k_m")
+    kinds = {item.name: item.tensor_type.name for item in GGUFReader(tmp_path / "q.gguf").tensors}
+    for name in ("attn_v", "ffn_down"):
+        assert {n for n in range(layers) if kinds[f"blk.{n}.{name}.weight"] == "Q6_K"} == fine
+    assert Counter(kinds.values()) == {
+        "Q6_K": 2 * len(fine) + 1, "Q4_K": 7 * layers + 1 - 2 * len(fine), "F32": 2 * layers + 1
+    }  # fmt: skip
+
+
 def test_the_fields_of_the_language_file(micro_checkpoint: Path, micro_bundle: Path) -> None:
     from gguf import GGUFReader
 
