@@ -101,7 +101,8 @@ class EngineOptions:
     threads: 0 means one for each physical core this process may use.
     context: positions for prompt and answer together; 0 means what the model was trained for, at most 4096.
     cache: find what pictures became before, in this process or another, and keep it for the next time, on this disk too
-        (`llava_edge.cache`; a path is the folder to keep it in). Answers are the same without.
+        (`llava_edge.cache`; a path is the folder to keep it in, "memory" keeps it in this process alone). Answers are
+        the same without.
     preset: "latency" lets the engines keep weights re-ordered for this processor, a private copy, where that pays; with
         "memory" all are only mapped, the context has 2048 positions (not for tiles) and "q8_0" unless told otherwise.
         "auto" is as "latency", but copies nothing that would leave less than half of the free memory.
@@ -115,7 +116,7 @@ class EngineOptions:
     preset: Preset = "auto"
     kv: KV = "auto"
     verbose: bool = False
-    cache: bool | Path = True
+    cache: bool | Path | Literal["memory"] = True
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

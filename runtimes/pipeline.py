@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -267,9 +267,11 @@ class Engine:
         return self._language, self._embedder
 
 
-def _open_cache(wanted: bool | Path) -> PictureCache:
+def _open_cache(wanted: bool | Path | Literal["memory"]) -> PictureCache:
     if not wanted:
         return PictureCache(None, recent=0)
+    if wanted == "memory":
+        return PictureCache(None)
     try:
         return PictureCache(user_cache(wanted if isinstance(wanted, Path) else None))
     except MissingError:  # there is no home to keep it in

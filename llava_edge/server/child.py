@@ -18,7 +18,7 @@ import queue
 import signal
 import socket
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ def main(link: socket.socket, bundle: str, options: EngineOptions, pixels: int) 
 
         probe.require_working_build()  # starts a program, which nothing behind the next line can
         sandbox.enter(Path(bundle), options.device)
+        # Not on disk: what clients show leaves no trace there, and a child that a picture took over cannot leave a
+        # state of llama.cpp behind that the next program of this user would load.
+        options = replace(options, cache="memory" if options.cache else False)
         with Llava.load(Path(bundle), options) as llava:
             sandbox.limit_memory()
             out.send({"ready": {"device": llava.device, "context": llava.context, "load_ms": llava.load_ms}})

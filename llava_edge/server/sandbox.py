@@ -63,7 +63,7 @@ def limit_memory() -> None:
 
 
 def _restrict_files(libc: ctypes.CDLL, bundle: Path) -> None:
-    """Reading: the bundle, Python and its packages, the system's libraries. Writing: our cache. No programs, no TCP."""
+    """Reading: the bundle, Python and its packages, the system's libraries. Writing: nothing. No programs, no TCP."""
     abi = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if abi < 1:
         return
@@ -78,10 +78,6 @@ def _restrict_files(libc: ctypes.CDLL, bundle: Path) -> None:
     readable += [bundle, home() / "builds", home() / "native", *(origin.resolve().parent.parent for origin in origins)]
     for path in (*readable, *map(Path, (sys.prefix, sys.base_prefix, *_READABLE))):
         _allow(libc, ruleset, path, _READ)
-    cache = home() / "cache"
-    with contextlib.suppress(OSError):
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _allow(libc, ruleset, cache, rights & ~_EXECUTE)
     _allow(libc, ruleset, Path("/dev/null"), _READ | _WRITE)
     libc.syscall(_RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
