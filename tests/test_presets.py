@@ -83,6 +83,7 @@ def test_memory_means_a_small_context_too_unless_told_otherwise(tmp_path: Path) 
 def test_weights_are_copied_only_where_that_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = gguf.read(four_bits(tmp_path))
     k_quants = replace(header, tensors={n: replace(t, kind="Q4_K") for n, t in header.tensors.items()})
+    ones = replace(header, tensors={n: replace(t, kind="Q4_1") for n, t in header.tensors.items()})
     eights = replace(header, tensors={n: replace(t, kind="Q8_0") for n, t in header.tensors.items()})
     for features, file, repack in (
         (("avx2",), header, True),
@@ -90,6 +91,8 @@ def test_weights_are_copied_only_where_that_pays(tmp_path: Path, monkeypatch: py
         (("avx2", "avx512f"), k_quants, True),
         (("asimd",), k_quants, True),
         (("avx2", "avx512f"), eights, False),
+        (("avx2", "avx512f"), ones, False),
+        (("avx2", "avx512f", "amx_int8"), ones, True),
     ):
         fake_processor(monkeypatch, *features)
         assert presets.choose(EngineOptions(preset="latency"), file, 512).repack == repack
