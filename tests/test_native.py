@@ -280,6 +280,19 @@ def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: P
     assert native.status().reason == "Not used: what was found out about them is damaged."
 
 
+def test_a_second_load_knows_what_became_of_the_first(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = install(built)
+    used: list[str] = []
+    first = native._Process(folder, None)  # ggml did not accept it
+    monkeypatch.setattr(native, "_process", first)
+    assert not native.activate().used
+    first.library = type("Loaded", (), {"use": lambda self, kernel, *types: used.append(kernel)})()
+    assert native.activate().used
+    first.path = folder.parent / "another"
+    assert native.activate().reason == "Not used: others were loaded into this process before."
+    assert used == ["avx2", ""]
+
+
 def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(built)
     language.library()

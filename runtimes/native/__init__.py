@@ -109,6 +109,8 @@ def activate() -> Status:
         if _process.library is not None:
             _process.library.use(found.kernel, found.many, found.some, found.few, found.attention)
     except (OSError, UnavailableError, ValueError) as error:
+        if _process.library is not None:
+            _process.library.use("")
         return Status(f"Not used: {error}", COMMAND)
     return found
 
@@ -187,8 +189,8 @@ def wanted() -> str:
 def _load(folder: Path) -> None:
     """Into this process, once. Raises `UnavailableError` or `OSError`."""
     if _process.path is not None:
-        if _process.path != folder:
-            raise UnavailableError("other kernels are loaded in this process already.")
+        if _process.path != folder or _process.library is None:
+            raise UnavailableError("others were loaded into this process before.")
         return
     ggml = Ggml()
     version = (import_module("llama_cpp").__version__, ggml.version())
