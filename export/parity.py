@@ -4,7 +4,8 @@ Each stage gets the reference's own input, so that every row shows one stage's o
 that shows what becomes of CLIP's error behind the projector:
 
     pixels       our preprocessing against the recipe of CLIPImageProcessor, written out in reference.py; equal
-    clip         vision.onnx
+    clip fp32    the tower in float32, before its precision was reduced
+    clip P       vision.onnx
     attention    its other output, by which a token budget chooses
     projector    projector.gguf
     embeddings   vision.onnx, then projector.gguf: what stands at the image's positions when a bundle is run
@@ -82,10 +83,12 @@ def check_fits(bundle: Bundle, checkpoint: Checkpoint) -> None:
         )
 
 
-def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) -> list[ParityRow]:
-    """Measure every stage, worst last. `float16` is the language file before quantization, if it is there.
+def parity(
+    bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None, float32: Path | None = None
+) -> list[ParityRow]:
+    """Measure every stage, worst last. The bundle's hashes are not looked at.
 
-    The bundle's hashes are not looked at.
+    float16: the language file before quantization, float32: the folder of the tower before that; if they are there.
     """
     from llava_edge.models import streamed
 
@@ -98,10 +101,13 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
     features = streamed.image_features(config, tensors, pixels)
     embeds = streamed.project(config, tensors, features)
     shown = streamed.arrange(config, tensors, embeds, sizes)
-    encoder, layers = VisionEncoder(bundle, _threads(), "CPUExecutionProvider"), Projector(bundle)
+    if float32:
+        whole = _encoded(_encoder(Bundle(float32, manifest)), pixels)
+        rows.append(_relative_row("clip fp32", whole, features, CLIP_LIMITS["fp32"]))
+    encoder, layers = _encoder(bundle), Projector(bundle)
     precision = manifest.vision.precision
     limit = CLIP_LIMITS[precision]
-    ours = [np.stack([encoder.encode(crop) for crop in item]) for item in pixels]
+    ours = _encoded(encoder, pixels)
     rows.append(_relative_row(f"clip {precision}", ours, features, limit))
     if manifest.vision.attention:
         looks = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
@@ -117,6 +123,15 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) 
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
     rows += _language_rows(files, checkpoint, bundle, shown[0])
     return sorted(rows, key=_strain)
+
+
+def _encoder(bundle: Bundle) -> VisionEncoder:
+    return VisionEncoder(bundle, _threads(), "CPUExecutionProvider")
+
+
+def _encoded(encoder: VisionEncoder, pixels: Sequence[Array]) -> list[Array]:
+    """(crops, 3, S, S) of each picture -> (crops, image_tokens, width) of each."""
+    return [np.stack([encoder.encode(crop) for crop in crops]) for crops in pixels]
 
 
 def _strain(row: ParityRow) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from llava_edge.runtimes.pictures import Picture, prepare
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.store import DEFAULT_MODEL, resolve
 
-Images = ImageInput | Picture | Sequence[ImageInput | Picture]
+Images = ImageInput | bytearray | memoryview | Picture | Sequence[ImageInput | Picture]
 
 
 class Llava:
@@ -112,35 +112,11 @@ class Llava:
                     return chunk.final
         raise RuntimeError("the stream ended without a result")
 
-    async def astream(
+    def astream(
         self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop. Closing it, or cancelling the task, stops the work."""
-        import asyncio  # 20 ms that the command line does without
-
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
-        cancel = threading.Event()
-
-        def pump() -> None:
-            try:
-                for chunk in self.stream(prompt, images, options, cancel=cancel):
-                    loop.call_soon_threadsafe(arrived.put_nowait, chunk)
-            except Exception as error:  # noqa: BLE001 - raised where it is awaited
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(arrived.put_nowait, error)
-
-        threading.Thread(target=pump, name="llava-edge stream", daemon=True).start()
-        try:
-            final = None
-            while final is None:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                final = item.final
-                yield item
-        finally:
-            cancel.set()
+        return _awaited(lambda cancel: self.stream(prompt, images, options, cancel=cancel))
 
     def embed_image(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
         """What the language model sees of a picture: (positions, hidden size) float32, CLIP and projector applied.
@@ -148,6 +124,12 @@ class Llava:
         Raises `ImageError`, `MissingError` or `BundleError`.
         """
         return self._engine.embed(image)
+
+    async def aembed_image(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
+        """`embed_image` without blocking the event loop."""
+        import asyncio
+
+        return await asyncio.to_thread(self.embed_image, image)
 
     def chat(self, system: str = "", options: Options | None = None) -> Chat:
         """Begin a conversation. An empty `system` leaves the model's own system text."""
@@ -229,15 +211,19 @@ class Chat:
                 self.messages += [turn, Message("assistant", answer)]
                 self._pictures = shown
 
+    def asay(self, text: str, images: Images = ()) -> AsyncGenerator[Chunk, None]:
+        """`say` without blocking the event loop. Closing it, or cancelling the task, stops it; the turn is kept."""
+        return _awaited(lambda cancel: self.say(text, images, cancel=cancel), settle=True)
+
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""
         return prepare(image, self._engine.bundle.manifest)
 
 
 def _as_list(images: Images) -> list[ImageInput | Picture]:
-    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
         return list(images)
-    return [images]
+    return [bytes(images) if isinstance(images, bytearray | memoryview) else images]
 
 
 def _last(chunks: Iterable[Chunk]) -> Result:
@@ -245,3 +231,37 @@ def _last(chunks: Iterable[Chunk]) -> Result:
         if chunk.final is not None:
             return chunk.final
     raise RuntimeError("the stream ended without a result")
+
+
+async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = False) -> AsyncGenerator[Chunk, None]:
+    """A stream, read in a thread of its own. `settle`: who leaves early waits until it has really ended."""
+    import asyncio  # 20 ms that the command line does without
+
+    loop = asyncio.get_running_loop()
+    arrived: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
+    cancel = threading.Event()
+
+    def put(item: Chunk | Exception | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+    def pump() -> None:
+        try:
+            for chunk in start(cancel):
+                put(chunk)
+        except Exception as error:  # noqa: BLE001 - raised where it is awaited
+            put(error)
+        put(None)
+
+    threading.Thread(target=pump, name="llava-edge stream", daemon=True).start()
+    ended = False
+    try:
+        while (item := await arrived.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+        ended = True
+    finally:
+        cancel.set()
+        while settle and not ended:
+            ended = await arrived.get() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import math
 import os
 import re
@@ -59,6 +60,15 @@ def test_embedding_refuses_what_asking_refuses(llava: Llava) -> None:
     with pytest.raises(MissingError):
         llava.embed_image("nowhere.jpg")
     assert llava.ask("Hello", options=Options(max_tokens=2)).completion_tokens == 2
+
+
+def test_bytes_of_any_kind_are_one_picture(llava: Llava) -> None:
+    buffer = io.BytesIO()
+    RED.save(buffer, "PNG")
+    wanted = llava.ask("?", buffer.getvalue(), Options(max_tokens=4))
+    for same in (bytearray(buffer.getvalue()), memoryview(buffer.getvalue())):
+        found = llava.ask("?", same, Options(max_tokens=4))
+        assert (found.text, found.prompt_tokens) == (wanted.text, wanted.prompt_tokens)
 
 
 def test_a_conversation_kept_elsewhere(llava: Llava) -> None:
@@ -134,6 +144,47 @@ def test_cancelling_a_task_stops_the_work(llava: Llava) -> None:
 def test_errors_arrive_where_they_are_awaited(llava: Llava) -> None:
     with pytest.raises(ImageError):
         asyncio.run(llava.aask("Hello", b"no picture"))
+    with pytest.raises(ImageError):
+        asyncio.run(llava.aembed_image(b"no picture"))
+
+
+def test_awaited_embeddings_are_the_embeddings(llava: Llava) -> None:
+    assert np.array_equal(asyncio.run(llava.aembed_image(RED)), llava.embed_image(RED))
+
+
+def test_an_awaited_conversation_is_the_conversation(llava: Llava) -> None:
+    turns: list[tuple[str, list[Image.Image]]] = [("What is it?", [RED]), ("Why?", [])]
+    options = Options(max_tokens=12)
+    plain = llava.chat("Be brief.", options)
+    for text, images in turns:
+        list(plain.say(text, images))
+
+    async def run() -> list[Message]:
+        chat = llava.chat("Be brief.", options)
+        for text, images in turns:
+            async for chunk in chat.asay(text, images):
+                if chunk.final:
+                    break  # what an impatient reader does; the turn is kept all the same
+        return chat.messages
+
+    assert asyncio.run(run()) == plain.messages
+
+
+def test_an_awaited_turn_that_is_left_is_kept_as_far_as_it_came(llava: Llava) -> None:
+    chat = llava.chat(options=Options(max_tokens=480))
+
+    async def run() -> str:
+        stream = chat.asay("Hello")
+        said = (await anext(stream)).text
+        await stream.aclose()
+        return said
+
+    said = asyncio.run(run())
+    assert [message.role for message in chat.messages] == ["user", "assistant"]
+    assert chat.messages[1].text.startswith(said)
+    with pytest.raises(ImageError):
+        asyncio.run(anext(chat.asay("And this?", b"no picture")))
+    assert len(chat.messages) == 2
 
 
 # Memory and privacy.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_edge import Llava, Options
+from llava_edge import Chunk, Llava, Options
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +74,70 @@ def test_photo_in_answer_out(desktop: Any, window: Any, photo: Path, micro_bundl
     wait(desktop, lambda: window.button.text() == "Ask")
     assert window.answer.toPlainText().split() == wanted.replace("\0", "").split()
     assert window.statusBar().currentMessage().startswith("First word after")
+
+
+def test_the_window_does_not_wait_for_the_model(
+    desktop: Any, window: Any, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that says nothing until it is allowed to: the window goes on all the same."""
+    go_on = threading.Event()
+    stream = Llava.stream
+
+    def silent(*arguments: Any, **more: Any) -> Iterator[Chunk]:
+        assert go_on.wait(60)
+        yield from stream(*arguments, **more)
+
+    monkeypatch.setattr(Llava, "stream", silent)
+    window.open(photo)
+    window.button.click()
+    window.question.setText("typed meanwhile")
+    window.resize(700, 400)
+    wait(desktop, lambda: window.statusBar().currentMessage() == "Looking ..." and window.photo.width() < 400)
+    assert (window.button.text(), window.answer.toPlainText()) == ("Stop", "")
+    assert not go_on.is_set()
+    go_on.set()
+    wait(desktop, lambda: window.button.text() == "Ask")
+    assert window.answer.toPlainText()
+
+
+def test_a_photo_lying_on_its_side_is_shown_upright(window: Any, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "side.jpg", exif=exif)
+    window.open(tmp_path / "side.jpg")
+    shown = window.photo.pixmap()
+    assert shown.height() > shown.width()
+
+
+def test_dropping_a_photo(desktop: Any, window: Any, photo: Path) -> None:
+    from PySide6.QtCore import QMimeData, QPointF, Qt, QUrl
+    from PySide6.QtGui import QDropEvent
+
+    dropped = QMimeData()
+    dropped.setUrls([QUrl.fromLocalFile(str(photo))])
+    copy, left, none = Qt.DropAction.CopyAction, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier
+    window.dropEvent(QDropEvent(QPointF(5, 5), copy, dropped, left, none))
+    assert window.photo.pixmap().width() > 64
+    assert window.button.isEnabled()
+
+
+def test_closing_while_the_model_loads(micro_bundle: Path) -> None:
+    """The program ends by itself, and in peace."""
+    code = f"""
+import runpy, sys
+from PySide6.QtCore import QTimer
+from PySide6.QtWidgets import QApplication
+desktop = runpy.run_path({str(ROOT / "examples" / "desktop" / "app.py")!r})
+application = QApplication([])
+window = desktop["Window"](desktop["Model"]({str(micro_bundle)!r}))
+window.show()
+QTimer.singleShot(1, window.close)
+sys.exit(application.exec())
+"""
+    pytest.importorskip("PySide6.QtWidgets", reason="PySide6 is not installed", exc_type=ImportError)
+    environment = {**os.environ, "QT_QPA_PLATFORM": "offscreen"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr.count(b"Traceback")) == (0, 0), done.stderr
 
 
 def test_stop(desktop: Any, window: Any, photo: Path) -> None:

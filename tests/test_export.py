@@ -401,9 +401,10 @@ def test_each_quantization_is_what_it_says(quant: Quant, micro_checkpoint: Path,
     assert stored["output.weight"] == {"q8_0": "Q8_0", "f16": "F16"}.get(quant, "Q6_K")
     assert stored["blk.0.attn_norm.weight"] == stored["output_norm.weight"] == "F32"
     assert len(stored) == 2 * 9 + 3
-    rows = [row.stage for row in manifest.parity]
+    rows = {row.stage: row.value for row in manifest.parity}
     languages = {f"{row} {kind}" for row in ("logits", "greedy") for kind in ("f16", quant)}
-    assert {"pixels", "clip int8", "attention int8", "projector", "embeddings"} | languages == set(rows)
+    assert {"pixels", "clip fp32", "clip int8", "attention int8", "projector", "embeddings"} | languages == set(rows)
+    assert rows["clip fp32"] < rows["clip int8"]
     Bundle.open(tmp_path / "out").verify()
 
 

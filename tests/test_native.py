@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from native_kernels import Kernels, matrix, random_blocks, worst_error
 
 from llava_edge import gguf
+from llava_edge.options import EngineOptions
 from llava_edge.runtimes import devices, language, native, presets
 from llava_edge.runtimes.native import build, check
 from llava_edge.runtimes.native.ggml import TYPES
@@ -441,6 +442,6 @@ def test_a_preset_counts_no_copies_that_are_not_made(
     header = gguf.read(grouped)
     weights = sum(tensor.size for tensor in header.tensors.values())
     monkeypatch.setattr(devices, "available_memory", lambda: presets.memory_bytes(header, 64, "f16") * 2 + weights // 2)
-    assert presets.choose("auto", header, 64, "f16").name == "memory"
+    assert presets.choose(EngineOptions(context=64), header, 4096).name == "memory"
     install(built)
-    assert presets.choose("auto", header, 64, "f16").name == "latency"
+    assert presets.choose(EngineOptions(context=64), header, 4096).name == "latency"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Server, png, running
+from serving import Server, data_url, png, running
 
 from llava_edge.server.page import Page
 
@@ -216,12 +216,97 @@ def test_stop_and_errors(server: Server, browser: Any) -> None:
     one(browser, "#text").send_keys("Hello\n")
     browser.execute_script("document.getElementById('stop').click()")
     finished(server, browser)
+    assert browser.execute_script("return document.activeElement.id") == "text"
     assert server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 1) < 2
     browser.execute_script("document.getElementById('text').value = 'x '.repeat(5000)")
     one(browser, "#text").send_keys("\n")
     server.wait_until(lambda: every(browser, ".failed"))
     assert "context" in one(browser, ".failed").text
     assert one(browser, ".again").is_enabled()
+
+
+@pytest.mark.slow
+def test_after_an_error_the_talk_goes_on(server: Server, browser: Any) -> None:
+    """What was not answered is not part of it; its photo is asked about all the same."""
+    browser.execute_script("photos = [arguments[0]]; showWaiting()", data_url(png("blue")))
+    browser.execute_script("document.getElementById('text').value = 'x '.repeat(5000)")
+    one(browser, "#text").send_keys("\n")
+    server.wait_until(lambda: every(browser, ".failed"))
+    one(browser, "#text").send_keys("What colour?\n")
+    finished(server, browser, 2)
+    assert len(every(browser, ".failed")) == 1
+    assert browser.execute_script("return turns.at(-1).text") == server.text(
+        "What colour?", (png("blue"),), max_tokens=512
+    )
+
+
+@pytest.mark.slow
+def test_clearing_while_it_answers(server: Server, browser: Any) -> None:
+    """The torn answer does not come back as the beginning of the next conversation."""
+    one(browser, "#text").send_keys("Hello\n")
+    browser.execute_script("document.getElementById('clear').click()")
+    assert server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 1) < 2
+    assert one(browser, "#welcome").is_displayed()
+    one(browser, "#text").send_keys("Hello\n")
+    finished(server, browser)
+    assert browser.execute_script("return turns.map(turn => turn.role)") == ["user", "assistant"]
+    assert every(browser, ".failed") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_a_photo_dropped_or_pasted(way: str, server: Server, browser: Any) -> None:
+    script = """
+        const [way, address] = arguments, data = new DataTransfer();
+        const bytes = Uint8Array.from(atob(address.split(",")[1]), letter => letter.charCodeAt(0));
+        data.items.add(new File([bytes], "photo.png", {type: "image/png"}));
+        document.dispatchEvent(way === "drop"
+            ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
+            : new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true}));
+    """
+    browser.execute_script(script, way, data_url(png("blue")))
+    server.wait_until(lambda: every(browser, ".thumb img"))
+    assert browser.execute_script("return photos") == [data_url(png("blue"))]
+    one(browser, "[aria-label='Remove photo 1']").click()
+    assert every(browser, ".thumb img") == []
+
+
+@pytest.mark.slow
+def test_the_settings_reach_the_model(server: Server, browser: Any) -> None:
+    one(browser, "#open-settings").click()
+    for name, keys in (("temperature", "\ue014" * 4), ("top_p", "\ue012"), ("max_tokens", "\ue012" * 20)):
+        one(browser, f"#{name}").send_keys(keys)  # arrows to the right and to the left
+    one(browser, "dialog .act").click()
+    one(browser, "#text").send_keys("Hello\n")
+    finished(server, browser)
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"]["request"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    body = json.loads(next(request["postData"] for request in sent if request["url"].endswith("/completions")))
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.4, 0.6, 64)
+    assert "cut off after 64 tokens" in one(browser, "details.times summary").text
+
+
+@pytest.mark.slow
+def test_a_vote_without_the_log_is_not_sent(server: Server, browser: Any) -> None:
+    one(browser, "#text").send_keys("Hello\n")
+    finished(server, browser)
+    one(browser, ".act[aria-label='Flag as harmful']").click()
+    assert "the log is off" in one(browser, "#toast").text
+    assert not one(browser, "#notice").is_displayed()
+    assert json.loads(server.request("GET", "/log/state")[2]) == {"on": False, "bytes": 0}
+    assert one(browser, ".act[aria-label='Flag as harmful']").get_attribute("aria-pressed") == "true"
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_is_said(micro_bundle: Path, server: Server, browser: Any, tmp_path: Path) -> None:
+    with running(micro_bundle, tmp_path) as other:
+        browser.get(f"http://127.0.0.1:{other.port}/")
+        server.wait_until(lambda: "ready" in one(browser, "#state").text)
+    one(browser, "#text").send_keys("Hello\n")
+    server.wait_until(lambda: every(browser, ".failed"))
+    assert "cannot be reached" in one(browser, ".failed").text
+    assert one(browser, ".again").text == "Try again"
+    server.wait_until(lambda: "not running" in one(browser, "#state").text)
 
 
 @pytest.mark.slow
@@ -235,10 +320,11 @@ def test_by_keyboard_alone(server: Server, browser: Any) -> None:
     every(browser, ".example")[1].send_keys("\n")
     finished(server, browser)
     assert every(browser, ".photos img")
+    assert browser.execute_script("return document.activeElement.id") == "text"  # for the next question
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [320, 390, 1000])
+@pytest.mark.parametrize("width", [320, 360, 1000])
 def test_nothing_is_wider_than_the_window(width: int, server: Server, browser: Any) -> None:
     size = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

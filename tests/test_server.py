@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from serving import Server, data_url, png, question, running
@@ -132,6 +133,17 @@ def test_json_schema(client: Any) -> None:
         assert isinstance(value["sure"], bool)
 
 
+def test_a_pydantic_model(client: Any) -> None:
+    """As the client turns a class into a schema: with titles, definitions and references."""
+    pydantic = pytest.importorskip("pydantic", reason="the openai client has no pydantic")
+    part = pydantic.create_model("Part", colour=(Literal["red", "blue"], ...))
+    whole = pydantic.create_model("Picture", sure=(bool, ...), parts=(list[part], ...))  # type: ignore[valid-type]
+    made = client.chat.completions.parse(
+        model="micro", messages=[user("?", png())], response_format=whole, temperature=1.0, seed=1, max_tokens=400
+    )
+    assert isinstance(made.choices[0].message.parsed, whole)
+
+
 def test_json_object(server: Server) -> None:
     text = server.text("?", response_format={"type": "json_object"}, temperature=1.0, seed=3, max_tokens=12)
     assert text.startswith("{")
@@ -234,6 +246,37 @@ def test_what_is_wrong_is_named(change: dict[str, Any], status: int, param: str,
     assert server.health()["crashes"] == 0
 
 
+def test_errors_as_the_client_raises_them(client: Any) -> None:
+    def error(kind: Any, **change: Any) -> Any:
+        with pytest.raises(kind) as caught:
+            client.chat.completions.create(**{"model": "micro", "messages": [user("Hello")], **change})
+        return caught.value
+
+    assert error(openai.BadRequestError, messages=[user("x " * 5000)]).code == "context_length_exceeded"
+    assert error(openai.BadRequestError, temperature=-1, stream=True).param == "temperature"
+    assert error(openai.NotFoundError, model="gpt-4o").code == "model_not_found"
+    address = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}]}
+    assert "nothing is downloaded" in error(openai.BadRequestError, messages=[address]).message
+
+
+def test_the_asynchronous_client(server: Server) -> None:
+    """Answers, and cancelling a task leaves the model to the next one."""
+
+    async def run() -> str:
+        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none") as client:
+            task = asyncio.create_task(
+                client.chat.completions.create(model="micro", messages=[user("Hello")], max_tokens=480)
+            )
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            made = await client.chat.completions.create(model="micro", messages=[user("Hello")], max_tokens=8)
+            return str(made.choices[0].message.content)
+
+    assert asyncio.run(run()) == server.text("Hello", max_tokens=8)
+
+
 def test_unknown_fields_are_ignored(server: Server) -> None:
     assert server.text("Hello", user="me", metadata={"a": 1}, n=1, tools=[]) == server.text("Hello")
 
@@ -289,18 +332,20 @@ def run_client(*command: str, **environment: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("llm"), reason="the package llm is not installed")
-def test_llm(server: Server, tmp_path: Path) -> None:
+def test_llm(server: Server, tmp_path: Path, root: Path) -> None:
+    """With the README's configuration, but for model and port."""
     (tmp_path / "red.png").write_bytes(png())
-    (tmp_path / "extra-openai-models.yaml").write_text(
-        f"- model_id: here\n  model_name: micro\n  api_base: http://127.0.0.1:{server.port}/v1\n  vision: true\n"
-    )
+    settings = (root / "README.md").read_text("utf-8").partition("```yaml\n")[2].partition("```")[0]
+    settings = settings.replace("model_name: smol", "model_name: micro").replace(":8080", f":{server.port}")
+    assert "micro" in settings
+    (tmp_path / "extra-openai-models.yaml").write_text(settings)
     wanted = server.text("Colour?", (png(),), max_tokens=16).strip()
     command = [
         "-m",
         "llm",
         "prompt",
         "-m",
-        "here",
+        "smol",
         "Colour?",
         "-a",
         str(tmp_path / "red.png"),

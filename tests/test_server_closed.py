@@ -21,6 +21,7 @@ from serving import ROOT, Server, png, question, running
 from llava_edge.errors import UsageError
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
+from llava_edge.server.problems import Problem
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
@@ -317,6 +318,26 @@ def test_hosts_are_exact() -> None:
     assert "0.0.0.0:80" not in guard.hosts("0.0.0.0", 80, [])
     with pytest.raises(UsageError):
         guard.hosts("127.0.0.1", 80, ["*"])
+
+
+def test_a_page_behind_a_proxy_with_tls() -> None:
+    """Only under a name that was allowed: nothing here speaks TLS under this machine's own names."""
+    names = ("Box.local", "box:9000")
+    checked = guard.Guard(guard.hosts("0.0.0.0", 8080, names), allowed=names)
+
+    def status(host: str, origin: str) -> int:
+        headers = [(b"host", host.encode()), (b"origin", origin.encode()), (b"content-type", b"application/json")]
+        try:
+            checked.check("POST", b"/v1/chat/completions", headers)
+        except Problem as problem:
+            return problem.status
+        return 200
+
+    assert status("box.local", "https://box.local") == 200
+    assert status("box:9000", "https://box:9000") == 200
+    assert status("box.local", "http://box.local:8080") == 200
+    for origin in ("https://127.0.0.1:8080", "https://localhost", "https://box.local.evil.com", "https://evil.com"):
+        assert status("box.local", origin) == 403
 
 
 # Too much, too slow.

@@ -14,7 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PySide6.QtCore import QObject, Qt, Signal
-from PySide6.QtGui import QCloseEvent, QDragEnterEvent, QDropEvent, QPixmap, QResizeEvent
+from PySide6.QtGui import (
+    QCloseEvent,
+    QDragEnterEvent,
+    QDropEvent,
+    QImageReader,
+    QKeySequence,
+    QPixmap,
+    QResizeEvent,
+    QShortcut,
+)
 from PySide6.QtWidgets import (
     QApplication,
     QFileDialog,
@@ -91,7 +100,7 @@ class Photo(QLabel):
     clicked = Signal()
 
     def __init__(self) -> None:
-        super().__init__("Click to open a photo, or drop one here")
+        super().__init__("Click to open a photo (Ctrl+O), or drop one here")
         self.setAlignment(Qt.AlignmentFlag.AlignCenter)
         self.setMinimumSize(320, 240)
         self.setStyleSheet("border: 1px dashed palette(mid); border-radius: 12px;")
@@ -99,7 +108,9 @@ class Photo(QLabel):
 
     def show_file(self, path: Path) -> bool:
         """Show a file; whether it is a picture."""
-        self._original = QPixmap(str(path))
+        reader = QImageReader(str(path))
+        reader.setAutoTransform(True)  # upright, as the model sees it
+        self._original = QPixmap.fromImageReader(reader)
         self._fit()
         return not self._original.isNull()
 
@@ -133,6 +144,7 @@ class Window(QMainWindow):
         self.answer = QPlainTextEdit(readOnly=True, placeholderText="The answer appears here.")
         self._lay_out()
         self.photo.clicked.connect(self._choose)
+        QShortcut(QKeySequence(QKeySequence.StandardKey.Open), self, self._choose)
         self.question.returnPressed.connect(self._ask)
         self.button.clicked.connect(self._ask_or_stop)
         model.loaded.connect(self._loaded)

@@ -23,10 +23,14 @@ _NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 @dataclass(frozen=True)
 class Guard:
-    """hosts: what the Host header may be. key: what clients must know; empty for everyone on this machine."""
+    """hosts: what the Host header may be. key: what clients must know; empty for everyone on this machine.
+
+    allowed: names that were allowed; a proxy with TLS may be in front of them, so that their pages come by https.
+    """
 
     hosts: frozenset[str]
     key: str = ""
+    allowed: tuple[str, ...] = ()
 
     def check(self, method: str, target: bytes, headers: Headers) -> None:
         """Raises `Problem` (400, 401, 403, 415) unless the request may go on."""
@@ -46,7 +50,7 @@ class Guard:
             raise Problem(400, "The request's target must be a path.")
 
     def _check_origin(self, method: str, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        origins = {f"http://{host}" for host in self.hosts}
+        origins = {f"http://{host}" for host in self.hosts} | {f"https://{name.lower()}" for name in self.allowed}
         if any(value.lower() not in origins for value in _all(headers, b"origin")):
             raise Problem(403, "Pages of other origins may not use this server.")
         follows_a_link = method == "GET" and target == b"/" and _all(headers, b"sec-fetch-mode") == ["navigate"]

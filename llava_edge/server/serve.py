@@ -70,7 +70,8 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
     supervisor = Supervisor(bundle, options, limits)
     manifest = bundle.manifest
     votes = Votes(store.home() / "log" / "votes.jsonl", manifest.name, template(manifest.template))
-    app = App(manifest.name, supervisor, votes, limits).asgi(guard.Guard(hosts, settings.key), say)
+    door = guard.Guard(hosts, settings.key, settings.allowed_hosts)
+    app = App(manifest.name, supervisor, votes, limits).asgi(door, say)
     config = uvicorn.Config(
         app,
         http=protocol(limits),
