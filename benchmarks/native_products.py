@@ -64,7 +64,7 @@ def main() -> None:
     language.library()
     ggml, path = Ggml(), native.place() / native.LIBRARY
     library = Library(path)
-    library.use(asked.kernel, many=TYPES, few=TYPES, attention=True)
+    library.use(asked.kernel, many=TYPES, some=TYPES, few=TYPES, attention=True)
     if not ggml.load_backend(path):
         parser.error(f"ggml does not accept {path}")
     for kind in asked.types:

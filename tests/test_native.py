@@ -219,7 +219,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
         "sha256": "0",
         "kernels": list(ROUNDED),
         "problems": {},
-        "types": {kind: {"many": many, "one": {"plain": 3.0}} for kind in TYPES},
+        "types": {kind: {"many": many, "some": many, "one": {"plain": 3.0}} for kind in TYPES},
         "attention": {"plain": 3.0, "ours": 1.0},
     }
     return state | changes
@@ -281,6 +281,19 @@ def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: P
     assert native.status().reason == "Not used: what was found out about them is damaged."
 
 
+def test_a_second_load_knows_what_became_of_the_first(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = install(built)
+    used: list[str] = []
+    first = native._Process(folder, None)  # ggml did not accept it
+    monkeypatch.setattr(native, "_process", first)
+    assert not native.activate().used
+    first.library = type("Loaded", (), {"use": lambda self, kernel, *types: used.append(kernel)})()
+    assert native.activate().used
+    first.path = folder.parent / "another"
+    assert native.activate().reason == "Not used: others were loaded into this process before."
+    assert used == ["avx2", ""]
+
+
 def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(built)
     language.library()
@@ -305,9 +318,10 @@ def test_a_failed_self_test_is_not_used() -> None:
 SELF_TEST = """
 import sys
 from pathlib import Path
+import numpy as np
 from llava_edge.runtimes import language
 from llava_edge.runtimes.native import check
-from llava_edge.runtimes.native.ggml import Ggml, Operation
+from llava_edge.runtimes.native.ggml import Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import Library
 language.library()
 ggml, library = Ggml(), Library(Path(sys.argv[1]))
@@ -315,6 +329,15 @@ library.use("")
 assert ggml.load_backend(Path(sys.argv[1]))
 print([check.product_problem(ggml, library, name) for name in [*library.kernels(), "few"]])
 print([check.attention_problem(ggml, library)])
+weights = Weights("Q4_0", 64, 256, ggml.quantize("Q4_0", np.ones((64, 256))))
+library.use("avx2", many=["Q4_0"])
+taken = []
+for rows in (1, 31, 32, 127, 128, 8193):
+    made = ggml.multiply(weights, np.ones((rows, 256), np.float32), device=ggml.device("LLAVA_EDGE"), threads=1)
+    taken.append(made is not None)
+    if made:
+        made.__exit__()
+print(taken)
 values = Operation.values
 Operation.values = lambda self: values(self) * (1.1 if self._device != ggml.device() else 1)
 print(check.product_problem(ggml, library, "avx2"))
@@ -326,21 +349,26 @@ def test_the_self_test_passes_right_kernels_and_finds_wrong_ones(built: Path) ->
     """In a process of its own; the wrong ones give everything 10 % too large."""
     done = subprocess.run([sys.executable, "-c", SELF_TEST, str(built)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    products, attention, wrong_product, wrong_attention = done.stdout.splitlines()
+    products, attention, taken, wrong_product, wrong_attention = done.stdout.splitlines()
     assert products == str([""] * (len(ROUNDED) + 1))
     assert attention == str([""])
+    assert taken == str([False, False, False, False, True, False])
     assert wrong_product.startswith("avx2 is off by 1.0e-01")
     assert wrong_attention.startswith("The attention is off by 1.0e-01")
 
 
 def test_what_is_not_faster_is_not_used() -> None:
     types = found_out()["types"]
-    types["Q4_0"] = {"many": {**types["Q4_0"]["many"], "repacked": 2.0}, "one": {"plain": 2.0, "repacked": 1.0}}
-    types["Q4_K"] = {"many": {**types["Q4_K"]["many"], "repacked": 2.0}, "one": {"plain": 1.0, "repacked": 1.0}}
-    types["Q8_0"] = {"many": {"plain": 0.9, **dict.fromkeys(ROUNDED, 1.0)}, "one": {"plain": 1.0}}
+    types["Q4_0"] |= {"many": types["Q4_0"]["many"] | {"repacked": 2.0}, "one": {"plain": 2.0, "repacked": 1.0}}
+    types["Q4_K"] |= {"many": types["Q4_K"]["many"] | {"repacked": 2.0}, "one": {"plain": 1.0, "repacked": 1.0}}
+    types["Q4_K"]["some"] = {"plain": 1.0, "avx2": 1.0}
+    types["Q8_0"] |= {"many": {"plain": 0.9, **dict.fromkeys(ROUNDED, 1.0)}, "one": {"plain": 1.0}}
     found = native.choose(found_out(types=types, attention={"plain": 1.0, "ours": 1.0}))
     assert found.kernel == "avx2"  # int8 of the matrix unit would be faster, and has to be asked for
     assert "Q8_0" not in found.many
+    assert "Q4_K" in found.many
+    assert "Q4_K" not in found.some  # unpacking pays from more rows on
+    assert "Q4_0" in found.some
     assert not found.attention
     assert native.choose(found_out(), "amx-int8").kernel == "amx-int8"
     # Decoding Q4_0 would suffer without llama.cpp's own order; other types need no copy.
@@ -349,7 +377,8 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert native.reordering_pays(found, {"F32", "Q4_K", "IQ4_NL"})
     types["Q4_0"]["one"]["few"] = 1.0
     assert not native.reordering_pays(native.choose(found_out(types=types)), {"F32", "Q4_0"})
-    slow = {kind: {"many": dict.fromkeys(("plain", *ROUNDED), 1.0), "one": {"plain": 1.0}} for kind in TYPES}
+    equal = dict.fromkeys(("plain", *ROUNDED), 1.0)
+    slow = {kind: {"many": equal, "some": equal, "one": {"plain": 1.0}} for kind in TYPES}
     nothing = native.choose(found_out(types=slow, attention={"plain": 1.0, "ours": 1.0}))
     assert not nothing.used
     assert nothing.reason == "Not used: llama.cpp's own kernels are as fast here."

@@ -46,7 +46,8 @@ LIBRARY, _STATE = "kernels.so", "state.json"  # in `place()`
 class Status:
     """What is used, or why nothing is. `reason` is a sentence; `fix` the command to run, if one would help.
 
-    kernel: of products of many rows, with weights of the types `many`; few: types whose products of few rows are taken.
+    kernel: of products of 128 rows or more with weights of the types `many`, and of 32 or more with those of `some`.
+    few: types whose products of fewer rows are taken.
     mapped: types that llama.cpp need not re-order, because what is used is as fast without, or because it cannot.
     """
 
@@ -54,6 +55,7 @@ class Status:
     fix: str = ""
     kernel: str = ""
     many: tuple[str, ...] = ()
+    some: tuple[str, ...] = ()
     few: tuple[str, ...] = ()
     attention: bool = False
     mapped: tuple[str, ...] = ()
@@ -67,7 +69,7 @@ class Status:
     @property
     def identity(self) -> list[object]:
         """What results depend on: empty if llama.cpp computes alone."""
-        return [self.library, self.kernel, self.many, self.few, self.attention] if self.used else []
+        return [self.library, self.kernel, self.many, self.some, self.few, self.attention] if self.used else []
 
 
 @dataclass
@@ -105,8 +107,10 @@ def activate() -> Status:
         if found.used:
             _load(place())
         if _process.library is not None:
-            _process.library.use(found.kernel, found.many, found.few, found.attention)
+            _process.library.use(found.kernel, found.many, found.some, found.few, found.attention)
     except (OSError, UnavailableError, ValueError) as error:
+        if _process.library is not None:
+            _process.library.use("")
         return Status(f"Not used: {error}", COMMAND)
     return found
 
@@ -151,6 +155,7 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
         return Status(f"Not used: {' '.join(problems.values()) or 'this processor runs no kernel.'}", COMMAND)
     best = min(right, key=lambda name: sum(types[kind]["many"][name] for kind in types))
     many = tuple(kind for kind in types if _pays(types[kind]["many"], best))
+    some = tuple(kind for kind in many if _pays(types[kind]["some"], best))
     few = tuple(kind for kind in types if _pays(types[kind]["one"], FEW))
     mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best))
     attention = "attention" not in problems and _pays(state["attention"], "ours")
@@ -160,7 +165,7 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
     parts += [f"few rows of {', '.join(few)}"] if few else []
     parts += ["attention"] if attention else []
     reason = " ".join([f"{'; '.join(parts)}.", *problems.values()])
-    return Status(reason, "", best, many, few, attention, mapped, state["sha256"])
+    return Status(reason, "", best, many, some, few, attention, mapped, state["sha256"])
 
 
 def _pays(race: dict[str, float], ours: str) -> bool:
@@ -184,8 +189,8 @@ def wanted() -> str:
 def _load(folder: Path) -> None:
     """Into this process, once. Raises `UnavailableError` or `OSError`."""
     if _process.path is not None:
-        if _process.path != folder:
-            raise UnavailableError("other kernels are loaded in this process already.")
+        if _process.path != folder or _process.library is None:
+            raise UnavailableError("others were loaded into this process before.")
         return
     ggml = Ggml()
     version = (import_module("llama_cpp").__version__, ggml.version())
