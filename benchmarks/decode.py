@@ -31,21 +31,26 @@ def prompt(arguments: argparse.Namespace) -> list[int]:
 
 def ours(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     from llava_edge.options import Options
-    from llava_edge.runtimes.decoding import decode
+    from llava_edge.runtimes.decoding import Answer, decode
     from llava_edge.runtimes.jobs import Job
     from llava_edge.runtimes.language import LanguageModel
     from llava_edge.runtimes.measured import Run
+    from llava_edge.runtimes.speculation import Speculation
     from llava_edge.runtimes.text import TextStream
 
-    model = LanguageModel(arguments.bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads)
-    never = threading.Event()
+    repack = not arguments.mapped
+    model = LanguageModel(arguments.bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads, repack=repack)
+    speculation, never = Speculation(model), threading.Event()
+    clock = time.process_time if arguments.processor_time else time.monotonic
 
     def work() -> dict[str, Any]:
         model.keep([])
         model.evaluate_tokens(prompt(arguments), never)
         run = Run(time.monotonic())
-        decode(model, set(), TextStream(()), Options(), arguments.tokens, run, Job(lambda job: None, never))
-        return _rate(run.tokens - 1, time.monotonic() - run.first_token)
+        answer = Answer(model, set(), TextStream(()), arguments.tokens, run, Job(lambda job: None, never))
+        start = clock()
+        decode(answer, Options(speculate="off"), speculation)
+        return _rate(run.tokens - 1, clock() - start)
 
     return work
 
@@ -56,7 +61,10 @@ def theirs(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     from llama_cpp import llama_cpp as api
 
     api.llama_backend_init()
-    model = api.llama_model_load_from_file(str(arguments.bundle / LANGUAGE).encode(), api.llama_model_default_params())
+    clock = time.process_time if arguments.processor_time else time.monotonic
+    loading = api.llama_model_default_params()
+    loading.use_extra_bufts = not arguments.mapped
+    model = api.llama_model_load_from_file(str(arguments.bundle / LANGUAGE).encode(), loading)
     settings = api.llama_context_default_params()
     settings.n_ctx, settings.n_threads, settings.n_threads_batch = CONTEXT, arguments.threads, arguments.threads
     context = api.llama_init_from_model(model, settings)
@@ -72,11 +80,11 @@ def theirs(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     def work() -> dict[str, Any]:
         api.llama_memory_clear(api.llama_get_memory(context), True)
         token, count = evaluate(prompt(arguments)), 0
-        start = time.monotonic()
+        start = clock()
         while count < arguments.tokens - 1 and not api.llama_vocab_is_eog(vocabulary, token):
             token = evaluate([token])
             count += 1
-        return _rate(count, time.monotonic() - start)
+        return _rate(count, clock() - start)
 
     return work
 
@@ -92,6 +100,8 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=64, help="of the prompt")
     parser.add_argument("--tokens", type=int, default=48, help="of the answer")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--mapped", action="store_true", help="weights as they are, for both")
+    parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread")
     parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,13 @@ def main() -> None:
     parser.add_argument("--fp32-bundle", type=Path, help="the same with --vision fp32, for OpenVINO")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread")
     parser.add_argument("--only", action="append", help="peer; may be repeated")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        serve(WORKERS[arguments.worker](Bundle.open(arguments.bundle), arguments))
+        clock = time.process_time if arguments.processor_time else time.perf_counter
+        serve(WORKERS[arguments.worker](Bundle.open(arguments.bundle), arguments), clock)
         return
     names = [name for name in arguments.only or WORKERS if name != "mtmd" or arguments.mmproj]
     command = [sys.executable, *sys.argv]

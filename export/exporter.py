@@ -25,6 +25,7 @@ from llava_edge.bundle import (
     LANGUAGE,
     PARTS,
     PROJECTOR,
+    VISION,
     Bundle,
     LanguagePart,
     Manifest,
@@ -40,7 +41,7 @@ from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, 
 from llava_edge.export import held_out, importance, parity, publish, report, verify
 from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Normalisation, open_checkpoint
-from llava_edge.export.clip_onnx import ACTIVATION_BITS, Precision
+from llava_edge.export.clip_onnx import ACTIVATION_BITS, Precision, write_clip
 from llava_edge.export.gguf_pair import open_pair
 from llava_edge.export.llm_gguf import float16_bytes, write_language
 from llava_edge.export.mmproj import check_mmproj, write_mmproj
@@ -51,7 +52,7 @@ from llava_edge.export.tokenizer import Vocabulary, after_control, read_tokenize
 from llava_edge.export.tower import write_tower
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
-from llava_edge.runtimes import probe
+from llava_edge.runtimes import mapping, probe
 
 Progress = Callable[[str, float | None], None]
 OnReport = Callable[[report.Report], None]
@@ -175,7 +176,7 @@ def estimate(checkpoint: Checkpoint, options: ExportOptions, *, reported: bool =
         sum(int(np.prod(shape)) for shape in shapes.values())
         for shapes in (language_shapes(config), vision_shapes(config), projector_shapes(config))
     )
-    tower = {"fp32": 4, "fp16": 2, "int8": 6}[options.vision]  # int8 is measured against a float32 copy
+    tower = {"fp32": 4, "fp16": 6, "int8": 6}[options.vision]  # beside a float32 copy that is measured
     kept = checkpoint.language_file
     text = kept.path.stat().st_size if kept else int(language * (2 + BITS[options.quant] / 8))
     total = text + vision * tower + projector * 4 + (16 << 20)
@@ -200,6 +201,7 @@ def _write(
     manifest = _manifest(options, checkpoint, name)
     pictures = list(islice(importance.pictures(options.calibrate), TOWER_PICTURES))
     write_tower(Bundle(temp, manifest), checkpoint, options.fine_blocks, pictures, scratch, progress)
+    mapping.trim()
     progress("projector", None)
     write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
     matrix: importance.Importance | None = None
@@ -228,6 +230,7 @@ def _write(
     else:
         for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
             verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))
+    mapping.trim()
     progress("hashing", None)
     files = {part: file_entry(temp / part) for part in PARTS if (temp / part).exists()}
     manifest = replace(manifest, files=files)
@@ -237,7 +240,7 @@ def _write(
     else:
         if options.low_rank and not isinstance(language, LanguageFile):
             float16 = _float16(checkpoint, language, scratch, name, progress)
-        rows = _parity(options, Bundle(temp, manifest), checkpoint, float16, progress)
+        rows = _parity(options, Bundle(temp, manifest), checkpoint, float16, scratch, progress)
     if on_report and matrix and float16:
         on_report(_report(options, Bundle(temp, manifest), float16, matrix, progress))
     shutil.rmtree(scratch)
@@ -252,6 +255,13 @@ def _float16(checkpoint: Checkpoint, vocabulary: Vocabulary, scratch: Path, name
     stage = f"language model as float16 ({float16_bytes(checkpoint) / 1e9:.2f} GB)"
     write_language(checkpoint, vocabulary, path, name, lambda share: progress(stage, share))
     return path
+
+
+def _float32(checkpoint: Checkpoint, scratch: Path) -> Path:
+    """`scratch`, with the vision tower in float32; the search for an int8 one has left it there."""
+    if not (scratch / VISION).exists():
+        write_clip(checkpoint.config, checkpoint.tensors, scratch, "fp32")
+    return scratch
 
 
 def _importance(
@@ -272,14 +282,21 @@ def _report(
 
 
 def _parity(
-    options: ExportOptions, bundle: Bundle, checkpoint: Checkpoint, float16: Path | None, progress: Progress
+    options: ExportOptions,
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    float16: Path | None,
+    scratch: Path,
+    progress: Progress,
 ) -> list[ParityRow]:
-    progress("measuring parity with PyTorch", None)
     why_not = parity.obstacle()
     if why_not:
         progress(why_not, None)
         return []
-    rows = parity.parity(bundle, checkpoint, float16)
+    float32 = _float32(checkpoint, scratch) if options.vision != "fp32" else None
+    rows = parity.parity(
+        bundle, checkpoint, float16, float32, lambda what, share: progress(f"parity with PyTorch: {what}", share)
+    )
     failed = [row for row in rows if not row.passed]
     if failed and not options.force_publish:
         raise ParityError(

@@ -4,7 +4,8 @@ Each stage gets the reference's own input, so that every row shows one stage's o
 that shows what becomes of CLIP's error behind the projector:
 
     pixels       our preprocessing against the recipe of CLIPImageProcessor, written out in reference.py; equal
-    clip         vision.onnx
+    clip fp32    the tower in float32, before its precision was reduced
+    clip P       vision.onnx
     attention    its other output, by which a token budget chooses
     projector    projector.gguf
     embeddings   vision.onnx, then projector.gguf: what stands at the image's positions when a bundle is run
@@ -21,8 +22,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,13 @@ from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
 from llava_edge.export.verify import relative
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
-from llava_edge.runtimes import after_control, devices
+from llava_edge.runtimes import after_control, devices, mapping
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
 
 Array = np.ndarray[Any, Any]
+Progress = Callable[[str, float | None], None]
 
 CLIP_LIMITS = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3e-2}  # relative
 PROJECTOR_LIMIT = 1e-5  # relative; the tanh form of GELU would give about 2e-4
@@ -82,41 +85,74 @@ def check_fits(bundle: Bundle, checkpoint: Checkpoint) -> None:
         )
 
 
-def parity(bundle: Bundle, checkpoint: Checkpoint, float16: Path | None = None) -> list[ParityRow]:
-    """Measure every stage, worst last. `float16` is the language file before quantization, if it is there.
+def parity(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    float16: Path | None = None,
+    float32: Path | None = None,
+    progress: Progress = lambda what, share: None,
+) -> list[ParityRow]:
+    """Measure every stage, worst last. The bundle's hashes are not looked at.
 
-    The bundle's hashes are not looked at.
+    float16: the language file before quantization, float32: the folder of the tower before that; if they are there.
+    progress: gets what is computed and its share done, None if unknown.
     """
     from llava_edge.models import streamed
 
+    progress("pictures", None)
     config, tensors, manifest = checkpoint.config, checkpoint.tensors, bundle.manifest
     images = samples.pictures()
     sizes = [image.size for image in images]
     pixels = [anyres.crops(image, manifest.preprocessing) for image in images]
     right = replace(manifest.preprocessing, square=config.square, grids=config.grids)
     rows = [_equal_row("pixels", pixels, [reference_pixels(image, right) for image in images])]
-    features = streamed.image_features(config, tensors, pixels)
+    attention: list[Array] = []
+    if manifest.vision.attention:
+        features, attention = streamed.image_attended(config, tensors, pixels)
+    else:
+        features = streamed.image_features(config, tensors, pixels)
     embeds = streamed.project(config, tensors, features)
     shown = streamed.arrange(config, tensors, embeds, sizes)
-    encoder, layers = VisionEncoder(bundle, _threads(), "CPUExecutionProvider"), Projector(bundle)
-    precision = manifest.vision.precision
-    limit = CLIP_LIMITS[precision]
-    ours = [np.stack([encoder.encode(crop) for crop in item]) for item in pixels]
-    rows.append(_relative_row(f"clip {precision}", ours, features, limit))
-    if manifest.vision.attention:
-        looks = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
-        wanted = streamed.image_attention(config, tensors, pixels)
-        rows.append(_relative_row(f"attention {precision}", looks, wanted, AMPLIFICATION * limit))
-    rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
-    rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
+    if float32:
+        whole = _encoded(_encoder(Bundle(float32, manifest)), pixels)
+        rows.append(_relative_row("clip fp32", whole, features, CLIP_LIMITS["fp32"]))
+    rows += _vision_rows(bundle, pixels, features, attention, embeds)
     if config.square == "anyres":
         orders = [anyres.layout(size, manifest.preprocessing, manifest.vision.image_tokens) for size in sizes]
-        placed = [anyres.arrange(item, layers.newline, order) for item, order in zip(embeds, orders, strict=True)]
+        newline = Projector(bundle).newline
+        placed = [anyres.arrange(item, newline, order) for item, order in zip(embeds, orders, strict=True)]
         rows.append(_equal_row("arrangement", placed, shown))
+    mapping.trim()
     files = {"f16": float16} if float16 else {}
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
-    rows += _language_rows(files, checkpoint, bundle, shown[0])
+    rows += _language_rows(files, checkpoint, bundle, shown[0], progress)
     return sorted(rows, key=_strain)
+
+
+def _encoder(bundle: Bundle) -> VisionEncoder:
+    return VisionEncoder(bundle, _threads(), "CPUExecutionProvider")
+
+
+def _encoded(encoder: VisionEncoder, pixels: Sequence[Array]) -> list[Array]:
+    """(crops, 3, S, S) of each picture -> (crops, image_tokens, width) of each."""
+    return [np.stack([encoder.encode(crop) for crop in crops]) for crops in pixels]
+
+
+def _vision_rows(
+    bundle: Bundle, pixels: list[Array], features: list[Array], attention: list[Array], embeds: list[Array]
+) -> list[ParityRow]:
+    """The last three are the reference's; `attention` is empty for a bundle without."""
+    encoder, layers = _encoder(bundle), Projector(bundle)
+    precision = bundle.manifest.vision.precision
+    limit = CLIP_LIMITS[precision]
+    ours = _encoded(encoder, pixels)
+    rows = [_relative_row(f"clip {precision}", ours, features, limit)]
+    if attention:
+        looks = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
+        rows.append(_relative_row(f"attention {precision}", looks, attention, AMPLIFICATION * limit))
+    rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
+    rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
+    return rows
 
 
 def _strain(row: ParityRow) -> float:
@@ -145,7 +181,13 @@ def _max_abs(ours: list[Array], wanted: list[Array]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, wanted, strict=True))
 
 
-def _language_rows(files: Mapping[str, Path], checkpoint: Checkpoint, bundle: Bundle, image: Array) -> list[ParityRow]:
+def _language_rows(
+    files: Mapping[str, Path],
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    image: Array,
+    progress: Progress = lambda what, share: None,
+) -> list[ParityRow]:
     """Every file along the greedy answer of the first; the shipped one with its adapter."""
     manifest = bundle.manifest
     rows: list[ParityRow] = []
@@ -160,21 +202,24 @@ def _language_rows(files: Mapping[str, Path], checkpoint: Checkpoint, bundle: Bu
             pieces = prompt.render(manifest.template, [prompt.Message("user", _QUESTION, 1)], manifest.image_markers)
             behind = after_control.encoder(engine, manifest.after_control)
             ids = prompt.encode(pieces, engine.tokenize, engine.control_id, behind)
-            ours = _follow(engine, ids, image, answer)
+            ours = _follow(engine, ids, image, answer, partial(progress, f"the answer of {name}"))
         finally:
             engine.close()
         if wanted is None:
-            wanted = _reference_logits(checkpoint, ids, image, answer)
+            wanted = _reference_logits(checkpoint, ids, image, answer, partial(progress, "the reference"))
         kept = checkpoint.language_file is not None or name not in QUANT_LIMITS
         limit = KEPT_LIMITS.get(name, KEPT_LIMIT) if kept else QUANT_LIMITS[name]
         rows += [_logits_row(name, limit, ours, wanted), _greedy_row(name, ours, wanted)]
     return rows
 
 
-def _follow(engine: LanguageModel, ids: list[int], image: Array, answer: list[int]) -> Array:
+def _follow(
+    engine: LanguageModel, ids: list[int], image: Array, answer: list[int], progress: Callable[[float], None]
+) -> Array:
     """(STEPS + 1, vocab) logits behind the prompt and behind each token of `answer`, which is filled if it is empty."""
     never = threading.Event()
     at = ids.index(IMAGE_TOKEN_INDEX)
+    progress(0.0)
     engine.evaluate_tokens(ids[:at], never)
     engine.evaluate_embeddings(image, [("reference", row) for row in range(len(image))], never)
     engine.evaluate_tokens(ids[at + 1 :], never)
@@ -184,16 +229,20 @@ def _follow(engine: LanguageModel, ids: list[int], image: Array, answer: list[in
             answer.append(int(found[-1].argmax()))
         engine.evaluate_tokens([answer[step]], never)
         found.append(engine.logits().copy())
+        progress((step + 1) / STEPS)
     return np.stack(found)
 
 
-def _reference_logits(checkpoint: Checkpoint, ids: list[int], image: Array, answer: Sequence[int]) -> Array:
+def _reference_logits(
+    checkpoint: Checkpoint, ids: list[int], image: Array, answer: Sequence[int], progress: Callable[[float], None]
+) -> Array:
     from llava_edge.models import streamed
 
     at = ids.index(IMAGE_TOKEN_INDEX)
     text = streamed.embed_tokens(checkpoint.tensors, [*ids[:at], *ids[at + 1 :], *answer])
     embeds = np.concatenate([text[:at], image, text[at:]])
-    return streamed.logits(checkpoint.config, checkpoint.tensors, embeds, start=len(embeds) - len(answer) - 1)
+    start = len(embeds) - len(answer) - 1
+    return streamed.logits(checkpoint.config, checkpoint.tensors, embeds, start, progress)
 
 
 def _logits_row(name: str, limit: float, ours: Array, wanted: Array) -> ParityRow:

@@ -49,7 +49,7 @@ def check_space(out: Path, estimate: int) -> None:
     needed = int(estimate * HEADROOM)
     if free < needed:
         raise StorageError(
-            f"The export needs about {needed / 1e9:.1f} GB in {out.parent}, but only {free / 1e9:.1f} GB are free."
+            f"The export needs about {needed / 1e9:.2f} GB in {out.parent}, but only {free / 1e9:.2f} GB are free."
         )
 
 

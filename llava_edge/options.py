@@ -17,14 +17,14 @@ FinishReason = Literal["stop", "length", "cancelled"]
 Speculate = Literal["auto", "off", "ngram"]
 TokenMethod = Literal["cls", "pool", "random"]
 Preset = Literal["auto", "latency", "memory"]
-KV = Literal["f16", "q8_0"]
+KV = Literal["auto", "f16", "q8_0"]
 CacheHit = Literal["miss", "embedding", "kv"]
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
 DEVICES: tuple[Device, ...] = ("auto", "cpu", "metal", "cuda")
 PRESETS: tuple[Preset, ...] = ("auto", "latency", "memory")
-KVS: tuple[KV, ...] = ("f16", "q8_0")
+KVS: tuple[KV, ...] = ("auto", "f16", "q8_0")
 SPECULATE: tuple[Speculate, ...] = ("auto", "off", "ngram")
 TOKEN_METHODS: tuple[TokenMethod, ...] = ("cls", "pool", "random")
 MAX_STOPS = 16
@@ -103,9 +103,10 @@ class EngineOptions:
     cache: find what pictures became before, in this process or another, and keep it for the next time, on this disk too
         (`llava_edge.cache`; a path is the folder to keep it in, "memory" keeps it in this process alone). Answers are
         the same without.
-    preset: "latency" lets the engines keep weights re-ordered for this processor, a private copy; with "memory" all are
-        only mapped. "auto" takes the first if that leaves half of the free memory.
-    kv: numbers that the context is kept in; "q8_0" is half as large and rounds a little more.
+    preset: "latency" lets the engines keep weights re-ordered for this processor, a private copy, where that pays; with
+        "memory" all are only mapped, the context has 2048 positions (not for tiles) and "q8_0" unless told otherwise.
+        "auto" is as "latency", but copies nothing that would leave less than half of the free memory.
+    kv: numbers that the context is kept in; "q8_0" is half as large as "f16" and rounds a little more.
     verbose: show the engines' own log on stderr.
     """
 
@@ -113,7 +114,7 @@ class EngineOptions:
     threads: int = 0
     context: int = 0
     preset: Preset = "auto"
-    kv: KV = "f16"
+    kv: KV = "auto"
     verbose: bool = False
     cache: bool | Path | Literal["memory"] = True
 

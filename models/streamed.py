@@ -48,10 +48,12 @@ def image_features(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]
 
 
 @torch.no_grad()
-def image_attention(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> list[Array]:
-    """(crops, 3, S, S) each -> the class token's attention (crops, tokens) each."""
+def image_attended(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> tuple[list[Array], list[Array]]:
+    """The same, and the class token's attention (crops, tokens) each."""
     tower = load_part(lambda: VisionTower(config), tensors, "vision_tower.vision_model.")
-    return [torch.cat([tower.attended(crop[None])[1] for crop in torch.from_numpy(item)]).numpy() for item in pixels]
+    found = [[tower.attended(crop[None]) for crop in torch.from_numpy(item)] for item in pixels]
+    features, attention = ([torch.cat([pair[n] for pair in pairs]).numpy() for pairs in found] for n in (0, 1))
+    return features, attention
 
 
 @torch.no_grad()
@@ -81,13 +83,20 @@ def embed_tokens(tensors: Arrays, ids: Sequence[int]) -> Array:
 
 
 @torch.no_grad()
-def logits(config: LlavaConfig, tensors: Arrays, embeds: Array, start: int = 0) -> Array:
+def logits(
+    config: LlavaConfig,
+    tensors: Arrays,
+    embeds: Array,
+    start: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Array:
     """(T, hidden size) embeddings -> (T - start, vocab) logits of the positions from `start` on."""
     text = config.text
     states: Tensor = torch.from_numpy(embeds)[None]
     cos, sin = rotary(torch.arange(len(embeds))[None], text.head_dim, text.rope_theta)
     for number in range(text.num_hidden_layers):
         states = _through(config, tensors, number, states, Context(cos, sin, None))
+        progress((number + 1) / text.num_hidden_layers)
     norm = load_part(lambda: RMSNorm(text.hidden_size, text.rms_norm_eps), tensors, TEXT + "norm.")
     head = TEXT + "embed_tokens.weight" if text.tie_word_embeddings else "language_model.lm_head.weight"
     weights = _tensor(tensors[head])

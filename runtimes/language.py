@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
-from llava_edge.options import KV
 from llava_edge.runtimes import CancelledError, devices, mapping, native
 
 Array = np.ndarray[Any, Any]
@@ -49,7 +48,7 @@ class LanguageModel:
         threads: int,
         gpu_layers: int = 0,
         repack: bool = True,
-        kv: KV = "f16",
+        kv: Literal["f16", "q8_0"] = "f16",
         verbose: bool = False,
         on_load: Callable[[float], bool] = lambda fraction: True,
     ) -> None:

@@ -1,11 +1,12 @@
-"""Pages of a mapped file that this process no longer needs: taken out of its memory, though not out of the system's.
+"""Memory that this process no longer needs, given back: pages of a mapped file, and what was freed.
 
 llama.cpp copies weights out of the mapping where it repacks them, but both then count as this process's memory (2.4 GB
-for a language model of 1.1 GB). What is read again later is mapped again.
+for a language model of 1.1 GB). What is read again later is mapped again. Files stay in the system's cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from pathlib import Path
@@ -21,6 +22,13 @@ def let_go(path: Path) -> None:
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for start, end in _ranges(str(path.resolve())):
         advise(start, end - start, _DONT_NEED)
+
+
+def trim() -> None:
+    """Give back what was freed: glibc keeps pieces of it after every large piece of work."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _ranges(name: str) -> list[tuple[int, int]]:

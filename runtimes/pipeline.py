@@ -33,8 +33,6 @@ from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.text import TextStream
 from llava_edge.templates import template
 
-DEFAULT_CONTEXT = 4096  # LLaVA-1.5's; a longer one is opt-in because its memory grows with it
-
 
 class Engine:
     """Open it with `Engine.open`; it is safe to call from several threads, which are served in turn."""
@@ -157,10 +155,10 @@ class Engine:
         path = self.bundle.part(LANGUAGE)
         header = gguf.read(path)
         gguf.check_language(header)
-        self.context_size = _context_size(self.options.context, manifest.language.context_length)
-        self.preset = presets.choose(
-            self.options.preset, header, self.context_size, self.options.kv, self.choice.gpu_layers
-        )
+        trained, tiles = manifest.language.context_length, manifest.preprocessing.square == "anyres"
+        _check_context(self.options.context, trained)
+        self.preset = presets.choose(self.options, header, trained, tiles=tiles, gpu_layers=self.choice.gpu_layers)
+        self.context_size = self.preset.context
         threads = self.options.threads or devices.thread_count()[0]
         self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
         embedding = self._embedder.begin(pictures, cancel)
@@ -175,8 +173,8 @@ class Engine:
             context=self.context_size,
             threads=threads,
             gpu_layers=self.choice.gpu_layers,
-            repack=self.preset.copies,
-            kv=self.options.kv,
+            repack=self.preset.repack,
+            kv=self.preset.kv,
             verbose=self.options.verbose,
             on_load=progress,
         )
@@ -280,7 +278,6 @@ def _open_cache(wanted: bool | Path | Literal["memory"]) -> PictureCache:
         return PictureCache(None)
 
 
-def _context_size(asked: int, trained: int) -> int:
+def _check_context(asked: int, trained: int) -> None:
     if asked > trained:
         raise UsageError(f"A context of {asked} was asked for, but the model was trained for at most {trained}.")
-    return asked or min(trained, DEFAULT_CONTEXT)

@@ -5,48 +5,61 @@ Knows a language file's header and this machine's memory; no engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llava_edge.errors import MemoryLimitError
 from llava_edge.gguf import Gguf
-from llava_edge.options import KV, Preset
-from llava_edge.runtimes import devices
+from llava_edge.options import EngineOptions
+from llava_edge.runtimes import devices, native
 
+CONTEXT = 4096  # LLaVA-1.5's; a longer one is opt-in because its memory grows with it
+SMALL_CONTEXT = 2048  # a picture of LLaVA-1.5 and two pages of text; tiles of LLaVA-1.6 need more
 _BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # of a key or value
 _REORDERED = ("Q4", "IQ4")  # beginnings of the types that llama.cpp re-orders for some processor
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """copies: whether both engines may keep re-ordered, private copies of weights, which are faster to multiply."""
+    """A preset and what it means.
+
+    copies: both engines may keep private copies of weights that are faster to multiply. repack: llama.cpp does.
+    context: positions. kv: numbers that they are kept in.
+    """
 
     name: Literal["latency", "memory"]
     reason: str
+    context: int = CONTEXT
+    kv: Literal["f16", "q8_0"] = "f16"
+    repack: bool = False
 
     @property
     def copies(self) -> bool:
         return self.name == "latency"
 
 
-def choose(asked: Preset, header: Gguf, context: int, kv: KV, gpu_layers: int = 0) -> Chosen:
+def choose(options: EngineOptions, header: Gguf, trained: int, *, tiles: bool = False, gpu_layers: int = 0) -> Chosen:
     """Resolve "auto": fast if that takes no more than half of what memory is free.
 
+    trained: positions that the model knows. tiles: whether pictures are cut up and need many of them.
     Raises `MemoryLimitError` if what has to be private does not fit at all.
     """
-    needed, copied, free = memory_bytes(header, context, kv), _copied_bytes(header), devices.available_memory()
+    small = options.preset == "memory"
+    usual = SMALL_CONTEXT if small and not tiles else CONTEXT
+    context = options.context or min(trained, usual)
+    kv = ("q8_0" if small else "f16") if options.kv == "auto" else options.kv
+    needed, free = memory_bytes(header, context, kv), devices.available_memory()
+    copied = 0 if gpu_layers else _copied_bytes(header)
     room = "unknown memory" if free is None else f"{free >> 20} MiB"
-    if asked == "auto" and gpu_layers:
-        chosen = Chosen("memory", "the accelerator has weights of its own")
-    elif asked == "auto":
-        small = free is not None and needed + copied > free // 2
-        about = f"re-ordered weights and context may take {(needed + copied) >> 20} of {room} available"
-        chosen = Chosen("memory" if small else "latency", about)
-    else:
-        chosen = Chosen(asked, "asked for")
-    needed += copied if chosen.copies else 0
+    chosen = Chosen("memory" if small else "latency", "asked for", context, kv, repack=copied > 0 and not small)
+    if options.preset == "auto":
+        tight = free is not None and needed + copied > free // 2
+        about = f"re-ordered weights and context take up to {(needed + copied) >> 20} of {room} available"
+        chosen = replace(chosen, name="memory" if tight else "latency", reason=about, repack=copied > 0 and not tight)
+    needed += copied if chosen.repack else 0
     if free is not None and needed > free:
-        smaller = "--preset memory, a smaller" if chosen.copies and copied else "a smaller"
+        smaller = "--preset memory, a smaller" if chosen.repack else "a smaller"
         raise MemoryLimitError(
             f"{header.path.parent} with a context of {context} needs about {needed >> 20} MiB of memory, "
             f"{room} are available. Use {smaller} --context or model."
@@ -54,7 +67,7 @@ def choose(asked: Preset, header: Gguf, context: int, kv: KV, gpu_layers: int = 
     return chosen
 
 
-def memory_bytes(header: Gguf, context: int, kv: KV) -> int:
+def memory_bytes(header: Gguf, context: int, kv: Literal["f16", "q8_0"]) -> int:
     """Keys and values of `context` positions."""
     heads = header.number("llama.attention.head_count", 1, 1024)
     kv_heads = header.metadata.get("llama.attention.head_count_kv", heads)
@@ -63,4 +76,20 @@ def memory_bytes(header: Gguf, context: int, kv: KV) -> int:
 
 
 def _copied_bytes(header: Gguf) -> int:
-    return sum(tensor.size for tensor in header.tensors.values() if tensor.kind.startswith(_REORDERED))
+    """What llama.cpp copies if it may; 0 where that does not pay, the native kernels being as fast on mapped weights or
+    re-ordered ones no faster.
+
+    With AVX2 alone, re-ordered Q4_K took 17 % more time for a prompt than mapped, 7 % less for a token, and four times
+    the time to load; Q4_0 took 23 % and 14 % less (Zen 4, one thread, 7B sizes; `benchmarks/language.py`).
+    """
+    sizes = Counter[str]()
+    for tensor in header.tensors.values():
+        sizes[tensor.kind] += tensor.size
+    features = devices.processor()[1]
+    if "avx2" in features and "avx512f" not in features and sizes["Q4_K"] > sizes["Q4_0"] + sizes["IQ4_NL"]:
+        return 0
+    if not native.reordering_pays(native.status(), sizes):
+        return 0
+    if "amx_int8" not in features:
+        del sizes["Q4_1"]  # which has an order of its own there alone
+    return sum(size for kind, size in sizes.items() if kind.startswith(_REORDERED))

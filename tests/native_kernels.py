@@ -48,6 +48,10 @@ class Kernels:
     def names(self) -> list[str]:
         return str(self._library.llava_edge_native_kernels().decode()).split()
 
+    def keeps_tiles(self, palette: int) -> bool:
+        """Whether the matrix unit is configured after a product as before; 0: not at all."""
+        return bool(self._library.llava_edge_native_keeps_tiles(palette))
+
     def multiply(self, kernel: str, kind: str, blocks: Array, x: Array, threads: int = 1) -> Array:
         """blocks: (columns, bytes of a row). (rows, columns)."""
         # Copies that end where the data ends, so that a sanitizer sees what is read behind them.

@@ -401,10 +401,35 @@ def test_each_quantization_is_what_it_says(quant: Quant, micro_checkpoint: Path,
     assert stored["output.weight"] == {"q8_0": "Q8_0", "f16": "F16"}.get(quant, "Q6_K")
     assert stored["blk.0.attn_norm.weight"] == stored["output_norm.weight"] == "F32"
     assert len(stored) == 2 * 9 + 3
-    rows = [row.stage for row in manifest.parity]
+    rows = {row.stage: row.value for row in manifest.parity}
     languages = {f"{row} {kind}" for row in ("logits", "greedy") for kind in ("f16", quant)}
-    assert {"pixels", "clip int8", "attention int8", "projector", "embeddings"} | languages == set(rows)
+    assert {"pixels", "clip fp32", "clip int8", "attention int8", "projector", "embeddings"} | languages == set(rows)
+    assert rows["clip fp32"] < rows["clip int8"]
     Bundle.open(tmp_path / "out").verify()
+
+
+@pytest.mark.parametrize(
+    ("layers", "fine"),
+    [
+        (32, {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}),
+        (40, {*range(5), *range(7, 35, 3), *range(35, 40)}),
+    ],
+)
+def test_q4_k_m_keeps_six_bits_in_the_layers_llama_cpp_says(layers: int, fine: set[int], tmp_path: Path) -> None:
+    """Of 7B and 13B: value and down projection of half of the layers, as in their published files."""
+    from gguf import GGUFReader
+
+    text = replace(micro.CONFIG.text, num_hidden_layers=layers, intermediate_size=256, num_key_value_heads=4)
+    folder = micro.write_checkpoint(tmp_path / "checkpoint", config=replace(micro.CONFIG, text=text))
+    checkpoint = open_checkpoint(folder)
+    llm_gguf.write_language(checkpoint, read_tokenizer(folder, checkpoint.config), tmp_path / "f16.gguf", "test")
+    quantize(tmp_path / "f16.gguf", tmp_path / "q.gguf", "q4_k_m")
+    kinds = {item.name: item.tensor_type.name for item in GGUFReader(tmp_path / "q.gguf").tensors}
+    for name in ("attn_v", "ffn_down"):
+        assert {n for n in range(layers) if kinds[f"blk.{n}.{name}.weight"] == "Q6_K"} == fine
+    assert Counter(kinds.values()) == {
+        "Q6_K": 2 * len(fine) + 1, "Q4_K": 7 * layers + 1 - 2 * len(fine), "F32": 2 * layers + 1
+    }  # fmt: skip
 
 
 def test_the_fields_of_the_language_file(micro_checkpoint: Path, micro_bundle: Path) -> None:
@@ -549,7 +574,8 @@ def half_precision(seed: int) -> Tensors:
 
 def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Path) -> None:
     """64 tokens behind a picture, 20 models. llama.cpp rounds activations to float16, so that where a random model's
-    two best tokens are within 0.5 % of the logits' spread either may win; everywhere else float16 gives the same."""
+    two best tokens are within 0.5 % of the logits' spread either may win; everywhere else float16 gives the same. How
+    many such places there are depends on the processor's kernels: 5 of 1,300 with AVX2 alone, fewer with AVX-512."""
     image = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32) * 0.5
     agreements: dict[str, list[float]] = {"f16": [], "q8_0": []}
     for seed in range(20):
@@ -564,7 +590,7 @@ def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Pa
         assert rows["greedy f16"].relative < 0.005
         for kind, values in agreements.items():
             values.append(rows[f"greedy {kind}"].value)
-    assert np.mean(agreements["f16"]) >= 0.997
+    assert np.mean(agreements["f16"]) >= 0.995
     assert np.mean(agreements["q8_0"]) >= 0.95
 
 

@@ -82,6 +82,16 @@ def grey_alpha() -> Image.Image:
 CMYK = np.dstack([SMOOTH, SMOOTH[..., 0] // 4])  # ink, not light
 CMYK_AS_RGB = np.round((255 - CMYK[..., :3].astype(float)) * (255 - CMYK[..., 3:]) / 255)
 
+
+def ycck() -> bytes:
+    """CMYK as Photoshop writes it: C, M, Y as brightness and two colours, which Pillow reads but cannot write."""
+    light = np.asarray(Image.fromarray(np.ascontiguousarray(CMYK[..., :3])).convert("YCbCr"))
+    planes = 255 - np.dstack([light, 255 - CMYK[..., 3]])  # Pillow turns them around again
+    data = bytearray(encode(Image.fromarray(planes, "CMYK"), "JPEG", quality=100, subsampling=0))
+    data[data.index(b"Adobe") + 11] = 2  # from "as they are" to YCCK
+    return bytes(data)
+
+
 # name -> (file, the pixels it means, largest difference that the format or its rounding explains)
 FILES: dict[str, tuple[bytes, Array, int]] = {
     "png rgb": (encode(PICTURE, "PNG"), PICTURE, 0),
@@ -161,6 +171,7 @@ FILES: dict[str, tuple[bytes, Array, int]] = {
     "jpeg progressive": (encode(SMOOTH, "JPEG", quality=100, subsampling=0, progressive=True), SMOOTH, 3),
     "jpeg grey": (encode(SMOOTH[..., 0], "JPEG", quality=100), rgb(SMOOTH[..., 0]), 3),
     "jpeg cmyk, inverted as Adobe does": (encode(Image.fromarray(CMYK, "CMYK"), "JPEG", quality=100), CMYK_AS_RGB, 4),
+    "jpeg ycck": (ycck(), CMYK_AS_RGB, 5),
     "jpeg trailing bytes": (encode(SMOOTH, "JPEG", quality=100, subsampling=0) + bytes(999), SMOOTH, 3),
     "jpeg of several (MPO)": (
         encode(SMOOTH, "MPO", quality=100, subsampling=0, save_all=True, append_images=FRAMES[1:]),

@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native_kernels import Kernels, matrix, random_blocks, worst_error
 
-from llava_edge.runtimes import devices, language, native
+from llava_edge import gguf
+from llava_edge.options import EngineOptions
+from llava_edge.runtimes import devices, language, native, presets
 from llava_edge.runtimes.native import build, check
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -38,7 +40,6 @@ ROUNDED = {
     "amx-bf16": (1 << 20, 2**-8, 2**-8),
     "amx-int8": (256, 0.5 / 127, 0.5 / 127),
 }
-FEW = (32, 0.5 / 127, 0.0)  # products of few rows
 RANDOM_ERROR = {"avx2": 2e-3, "avx512vnni": 2e-3, "amx-bf16": 5e-3, "amx-int8": 2e-2}  # relative, root of mean square
 EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 
@@ -59,6 +60,12 @@ def kernels(built: Path) -> Kernels:
 
 def test_all_kernels_are_there(kernels: Kernels) -> None:
     assert set(kernels.names()) == set(ROUNDED)
+
+
+def test_what_others_told_the_matrix_unit_stays(kernels: Kernels) -> None:
+    """ggml's own kernels configure it once in each thread, and die of an illegal instruction otherwise."""
+    assert kernels.keeps_tiles(1)
+    assert kernels.keeps_tiles(0)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -120,19 +127,20 @@ def test_what_is_not_finite_is_not_hidden(kernels: Kernels, kernel: str, bad: fl
     assert np.isfinite(np.delete(found, 4, 1)).all()
 
 
-def test_products_of_few_rows(kernels: Kernels) -> None:
+@pytest.mark.parametrize(("kind", "rounded", "inner"), [("Q4_0", 32, 32), ("Q4_0", 32, 96), ("Q4_K", 256, 256)])
+def test_products_of_few_rows(kernels: Kernels, kind: str, rounded: int, inner: int) -> None:
     numbers = np.random.default_rng(4)
-    for rows, columns, inner, scales in ((1, 1, 32, EXTREME), (5, 7, 96, EXTREME), (31, 70, 4096, np.array([0.01]))):
-        blocks = random_blocks("Q4_0", columns, inner, numbers, scales)
-        x = numbers.standard_normal((rows, inner), np.float32)
-        w = matrix("Q4_0", blocks)
-        found = kernels.multiply("few", "Q4_0", blocks, x, threads=2)
-        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *FEW)).all()
+    for rows, columns, blocks_in_row, scales in ((1, 1, 1, EXTREME), (5, 7, 3, EXTREME), (31, 70, 16, EXTREME[4:5])):
+        blocks = random_blocks(kind, columns, inner * blocks_in_row, numbers, scales)
+        x = numbers.standard_normal((rows, inner * blocks_in_row), np.float32)
+        w = matrix(kind, blocks)
+        found = kernels.multiply("few", kind, blocks, x, threads=2)
+        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, rounded, 0.5 / 127, 0.0)).all()
         # Guessing tokens relies on the same bits for a row alone and among others.
         for row in range(rows):
-            assert (kernels.multiply("few", "Q4_0", blocks, x[row : row + 1]) == found[row]).all()
+            assert (kernels.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
     x[3, 5] = np.nan
-    found = kernels.multiply("few", "Q4_0", blocks, x)
+    found = kernels.multiply("few", kind, blocks, x)
     assert np.isnan(found[3]).all()
     assert np.isfinite(np.delete(found, 3, 0)).all()
 
@@ -211,7 +219,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
         "sha256": "0",
         "kernels": list(ROUNDED),
         "problems": {},
-        "types": {kind: {"many": many, "one": {"plain": 3.0}} for kind in TYPES},
+        "types": {kind: {"many": many, "some": many, "one": {"plain": 3.0}} for kind in TYPES},
         "attention": {"plain": 3.0, "ours": 1.0},
     }
     return state | changes
@@ -219,7 +227,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
 
 def install(built: Path, **changes: Any) -> Path:
     """What `native.prepare` leaves behind, for the home that is set."""
-    folder = native._folder()
+    folder = native.place()
     folder.mkdir(parents=True)
     shutil.copy(built, folder / "kernels.so")
     (folder / "state.json").write_text(json.dumps(found_out(sha256=native._sha256(built)) | changes), "utf-8")
@@ -273,6 +281,19 @@ def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: P
     assert native.status().reason == "Not used: what was found out about them is damaged."
 
 
+def test_a_second_load_knows_what_became_of_the_first(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = install(built)
+    used: list[str] = []
+    first = native._Process(folder, None)  # ggml did not accept it
+    monkeypatch.setattr(native, "_process", first)
+    assert not native.activate().used
+    first.library = type("Loaded", (), {"use": lambda self, kernel, *types: used.append(kernel)})()
+    assert native.activate().used
+    first.path = folder.parent / "another"
+    assert native.activate().reason == "Not used: others were loaded into this process before."
+    assert used == ["avx2", ""]
+
+
 def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(built)
     language.library()
@@ -297,9 +318,10 @@ def test_a_failed_self_test_is_not_used() -> None:
 SELF_TEST = """
 import sys
 from pathlib import Path
+import numpy as np
 from llava_edge.runtimes import language
 from llava_edge.runtimes.native import check
-from llava_edge.runtimes.native.ggml import Ggml, Operation
+from llava_edge.runtimes.native.ggml import Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import Library
 language.library()
 ggml, library = Ggml(), Library(Path(sys.argv[1]))
@@ -307,6 +329,15 @@ library.use("")
 assert ggml.load_backend(Path(sys.argv[1]))
 print([check.product_problem(ggml, library, name) for name in [*library.kernels(), "few"]])
 print([check.attention_problem(ggml, library)])
+weights = Weights("Q4_0", 64, 256, ggml.quantize("Q4_0", np.ones((64, 256))))
+library.use("avx2", many=["Q4_0"])
+taken = []
+for rows in (1, 31, 32, 127, 128, 8193):
+    made = ggml.multiply(weights, np.ones((rows, 256), np.float32), device=ggml.device("LLAVA_EDGE"), threads=1)
+    taken.append(made is not None)
+    if made:
+        made.__exit__()
+print(taken)
 values = Operation.values
 Operation.values = lambda self: values(self) * (1.1 if self._device != ggml.device() else 1)
 print(check.product_problem(ggml, library, "avx2"))
@@ -318,21 +349,26 @@ def test_the_self_test_passes_right_kernels_and_finds_wrong_ones(built: Path) ->
     """In a process of its own; the wrong ones give everything 10 % too large."""
     done = subprocess.run([sys.executable, "-c", SELF_TEST, str(built)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    products, attention, wrong_product, wrong_attention = done.stdout.splitlines()
+    products, attention, taken, wrong_product, wrong_attention = done.stdout.splitlines()
     assert products == str([""] * (len(ROUNDED) + 1))
     assert attention == str([""])
+    assert taken == str([False, False, False, False, True, False])
     assert wrong_product.startswith("avx2 is off by 1.0e-01")
     assert wrong_attention.startswith("The attention is off by 1.0e-01")
 
 
 def test_what_is_not_faster_is_not_used() -> None:
     types = found_out()["types"]
-    types["Q4_0"] = {"many": {**types["Q4_0"]["many"], "repacked": 2.0}, "one": {"plain": 2.0, "repacked": 1.0}}
-    types["Q4_K"] = {"many": {**types["Q4_K"]["many"], "repacked": 2.0}, "one": {"plain": 1.0, "repacked": 1.0}}
-    types["Q8_0"] = {"many": {"plain": 0.9, **dict.fromkeys(ROUNDED, 1.0)}, "one": {"plain": 1.0}}
+    types["Q4_0"] |= {"many": types["Q4_0"]["many"] | {"repacked": 2.0}, "one": {"plain": 2.0, "repacked": 1.0}}
+    types["Q4_K"] |= {"many": types["Q4_K"]["many"] | {"repacked": 2.0}, "one": {"plain": 1.0, "repacked": 1.0}}
+    types["Q4_K"]["some"] = {"plain": 1.0, "avx2": 1.0}
+    types["Q8_0"] |= {"many": {"plain": 0.9, **dict.fromkeys(ROUNDED, 1.0)}, "one": {"plain": 1.0}}
     found = native.choose(found_out(types=types, attention={"plain": 1.0, "ours": 1.0}))
     assert found.kernel == "avx2"  # int8 of the matrix unit would be faster, and has to be asked for
     assert "Q8_0" not in found.many
+    assert "Q4_K" in found.many
+    assert "Q4_K" not in found.some  # unpacking pays from more rows on
+    assert "Q4_0" in found.some
     assert not found.attention
     assert native.choose(found_out(), "amx-int8").kernel == "amx-int8"
     # Decoding Q4_0 would suffer without llama.cpp's own order; other types need no copy.
@@ -341,7 +377,8 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert native.reordering_pays(found, {"F32", "Q4_K", "IQ4_NL"})
     types["Q4_0"]["one"]["few"] = 1.0
     assert not native.reordering_pays(native.choose(found_out(types=types)), {"F32", "Q4_0"})
-    slow = {kind: {"many": dict.fromkeys(("plain", *ROUNDED), 1.0), "one": {"plain": 1.0}} for kind in TYPES}
+    equal = dict.fromkeys(("plain", *ROUNDED), 1.0)
+    slow = {kind: {"many": equal, "some": equal, "one": {"plain": 1.0}} for kind in TYPES}
     nothing = native.choose(found_out(types=slow, attention={"plain": 1.0, "ours": 1.0}))
     assert not nothing.used
     assert nothing.reason == "Not used: llama.cpp's own kernels are as fast here."
@@ -393,6 +430,18 @@ def test_set_up_builds_tries_and_uses_them(grouped: Path, isolated_home: Path) -
     found = native.prepare(said.append)
     assert len(said) == 2
     assert found == native.status()
-    state = json.loads((native._folder() / "state.json").read_text("utf-8"))
+    state = json.loads((native.place() / "state.json").read_text("utf-8"))
     assert state["problems"] == {}
     assert whole(grouped, isolated_home)["used"] == found.used
+
+
+def test_a_preset_counts_no_copies_that_are_not_made(
+    grouped: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where mapped weights are as fast, little memory is no reason for anything else."""
+    header = gguf.read(grouped)
+    weights = sum(tensor.size for tensor in header.tensors.values())
+    monkeypatch.setattr(devices, "available_memory", lambda: presets.memory_bytes(header, 64, "f16") * 2 + weights // 2)
+    assert presets.choose(EngineOptions(context=64), header, 4096).name == "memory"
+    install(built)
+    assert presets.choose(EngineOptions(context=64), header, 4096).name == "latency"

@@ -47,6 +47,10 @@ def four_bits(folder: Path) -> Path:
 # Which preset, and why.
 
 
+def fake_processor(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
+    monkeypatch.setattr(devices, "processor", lambda: ("a processor", list(features)))
+
+
 def test_auto_is_fast_where_there_is_room_and_small_where_there_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,21 +60,53 @@ def test_auto_is_fast_where_there_is_room_and_small_where_there_is_not(
     )
     for free, name in ((2 * needed, "latency"), (2 * needed - 2, "memory"), (None, "latency")):
         monkeypatch.setattr(devices, "available_memory", lambda free=free: free)
-        chosen = presets.choose("auto", header, 512, "f16")
-        assert (chosen.name, chosen.copies) == (name, name == "latency")
+        chosen = presets.choose(EngineOptions(), header, 512)
+        assert (chosen.name, chosen.copies, chosen.repack) == (name, name == "latency", name == "latency")
+        assert (chosen.context, chosen.kv) == (512, "f16")
         assert f"{needed // MIB} of " in chosen.reason
-        assert presets.choose("memory", header, 512, "f16") == presets.Chosen("memory", "asked for")
+
+
+def test_memory_means_a_small_context_too_unless_told_otherwise(tmp_path: Path) -> None:
+    header = gguf.read(four_bits(tmp_path))
+    small = EngineOptions(preset="memory")
+    usual = presets.choose(small, header, 8192)
+    assert (usual.reason, usual.repack, usual.context, usual.kv) == ("asked for", False, 2048, "q8_0")
+    assert presets.choose(small, header, 8192, tiles=True).context == 4096
+    assert presets.choose(small, header, 1000).context == 1000
+    told = presets.choose(replace(small, context=3000, kv="f16"), header, 8192)
+    assert (told.context, told.kv) == (3000, "f16")
+    fast = presets.choose(EngineOptions(preset="latency"), header, 8192)
+    assert (fast.repack, fast.context, fast.kv) == (True, 4096, "f16")
+    assert not presets.choose(EngineOptions(preset="latency"), header, 8192, gpu_layers=-1).repack
+
+
+def test_weights_are_copied_only_where_that_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = gguf.read(four_bits(tmp_path))
+    k_quants = replace(header, tensors={n: replace(t, kind="Q4_K") for n, t in header.tensors.items()})
+    ones = replace(header, tensors={n: replace(t, kind="Q4_1") for n, t in header.tensors.items()})
+    eights = replace(header, tensors={n: replace(t, kind="Q8_0") for n, t in header.tensors.items()})
+    for features, file, repack in (
+        (("avx2",), header, True),
+        (("avx2",), k_quants, False),
+        (("avx2", "avx512f"), k_quants, True),
+        (("asimd",), k_quants, True),
+        (("avx2", "avx512f"), eights, False),
+        (("avx2", "avx512f"), ones, False),
+        (("avx2", "avx512f", "amx_int8"), ones, True),
+    ):
+        fake_processor(monkeypatch, *features)
+        assert presets.choose(EngineOptions(preset="latency"), file, 512).repack == repack
 
 
 def test_what_cannot_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = gguf.read(four_bits(tmp_path))
     context = presets.memory_bytes(header, 512, "f16")
     monkeypatch.setattr(devices, "available_memory", lambda: context + 1)
-    assert presets.choose("memory", header, 512, "f16").name == "memory"
+    assert presets.choose(EngineOptions(preset="memory", kv="f16"), header, 512).name == "memory"
     with pytest.raises(MemoryLimitError, match="--preset memory"):
-        presets.choose("latency", header, 512, "f16")
+        presets.choose(EngineOptions(preset="latency"), header, 512)
     with pytest.raises(MemoryLimitError, match="Use a smaller --context"):
-        presets.choose("memory", header, 600, "f16")
+        presets.choose(EngineOptions(preset="memory", kv="f16"), header, 600)
 
 
 def test_keys_and_values_of_8_bits_take_little_more_than_half(tmp_path: Path) -> None:
@@ -91,7 +127,7 @@ def test_run_says_which_preset_and_why(micro_bundle: Path) -> None:
     assert asked.exit_code == 0
     assert "preset: memory (asked for)" in asked.stderr
     usual = CliRunner().invoke(cli, arguments).stderr
-    assert re.search(r"preset: (latency|memory) \(re-ordered weights and context may take \d+ of", usual)
+    assert re.search(r"preset: (latency|memory) \(re-ordered weights and context take up to \d+ of", usual)
 
 
 # What the language model then does.
@@ -133,10 +169,10 @@ def test_keys_and_values_of_8_bits_are_used_and_answers_stay_close(micro_bundle:
 
 
 def test_answers_are_the_same_with_both_presets(micro_bundle: Path) -> None:
-    """In 8 bits and more nothing is re-ordered here, and rearranged weights of vision.onnx give the same features."""
+    """The micro model has nothing to re-order; with the same context both presets compute the same."""
     texts = set()
     for preset in ("latency", "memory"):
-        with Llava.load(micro_bundle, replace(CPU, preset=preset)) as llava:
+        with Llava.load(micro_bundle, replace(CPU, preset=preset, kv="f16")) as llava:
             assert llava.preset == f"{preset} (asked for)"
             texts.add(llava.ask("Hi", options=Options(max_tokens=12)).text)
     assert len(texts) == 1

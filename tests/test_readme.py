@@ -10,6 +10,7 @@ import click
 import pytest
 from PIL import Image
 
+from llava_edge.bundle import read_manifest
 from llava_edge.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,3 +132,21 @@ def test_client_examples_run(
         assert here != code
         exec(compile(here, "README.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_parity_table_is_the_manifests() -> None:
+    """Row by row in its order: largest difference, relative difference, and what is judged by."""
+    text = (ROOT / "README.md").read_text("utf-8").split("| stage | largest difference |")[1].split("\n\n")[0]
+    shown = [[cell.strip() for cell in line.split("|")[2:5]] for line in text.splitlines()[2:]]
+    manifest = read_manifest(ROOT / "llava_edge/zoo/smol")
+    measured = [row for row in manifest.parity if not row.stage.startswith("greedy q")]  # one row there
+    assert len(shown) == len(measured)
+    for (largest, relative, judged), row in zip(shown, measured, strict=True):
+        assert float(largest) == pytest.approx(row.max_abs, rel=0.06)
+        assert float(relative) == pytest.approx(row.relative, rel=0.06)
+        if "equal" not in judged:
+            sign = ">=" if row.measure == "cosine" else "<="
+            limit = re.fullmatch(rf"{row.measure} ?([\d.]*) {sign} ([\d.e-]+)", judged)
+            assert limit, judged
+            assert float(limit[2]) == row.limit
+            assert not limit[1] or abs(float(limit[1]) - row.value) < 1e-5

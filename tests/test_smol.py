@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from llava_edge.bundle import read_manifest
 from llava_edge.errors import DataError, UnavailableError
 from llava_edge.models import micro, smol
 from llava_edge.models.llama_gguf import permute, unpermute
@@ -57,6 +58,16 @@ def test_the_shipped_delta_fits_the_model() -> None:
             assert np.isfinite(a).all()
             assert np.isfinite(b).all()
             assert np.abs(b).max() > 0
+
+
+def test_the_shipped_parity_table_keeps_what_is_promised() -> None:
+    rows = {row.stage: row for row in read_manifest(smol.delta_path().parent).parity}
+    assert all(row.passed for row in rows.values())
+    assert rows["pixels"].max_abs == 0
+    assert rows["clip fp32"].relative <= 1e-4
+    assert rows["clip int8"].relative <= 3e-2
+    assert rows["projector"].relative <= 1e-3
+    assert (rows["logits f16"].measure, rows["logits f16"].value >= 0.9999) == ("cosine", True)
 
 
 def test_a_damaged_download_is_refused_and_a_good_one_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

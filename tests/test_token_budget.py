@@ -37,7 +37,7 @@ from llava_edge.models.llava import from_state
 from llava_edge.models.streamed import load_part
 from llava_edge.options import EngineOptions, Options
 from llava_edge.prompt import Message
-from llava_edge.runtimes import devices, pictures
+from llava_edge.runtimes import pictures
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.measured import Run
 from llava_edge.runtimes.pictures import limited, prepare
@@ -173,10 +173,7 @@ def their_attention(tower: CLIPVisionModel, config: LlavaConfig) -> list[Array]:
 
 
 def outputs(folder: Path, *names: str, file: str = VISION) -> list[Array]:
-    settings = onnxruntime.SessionOptions()
-    if devices.int8_saturates():  # as runtimes/vision.py does
-        settings.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(folder / file, settings, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
     return cast("list[Array]", session.run(list(names), {"pixels": some_pixels()}))
 
 

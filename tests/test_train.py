@@ -92,7 +92,7 @@ def test_adapters_in_bfloat16_resume_to_the_same_losses(tmp_path: Path) -> None:
     recipe = brief(bf16=True, trains="lora", lora_rank=4, lora_alpha=8.0)
     whole, parts = folders(tmp_path / "whole"), folders(tmp_path / "parts")
     train_recipe(recipe, whole)
-    for steps in (2, 3, None):  # stops in stage 1, then in stage 2
+    for steps in (4, None):  # stops in stage 2
         train_recipe(recipe, parts, stop_after=steps)
     assert len(losses(whole.run)) == 6
     assert losses(parts.run) == losses(whole.run)

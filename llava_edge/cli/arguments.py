@@ -40,7 +40,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Re-ordered copies of weights for speed, or mapped weights alone.",
         ),
-        click.option("--kv", type=click.Choice(KVS), default="f16", show_default=True, help="Numbers of the context."),
+        click.option("--kv", type=click.Choice(KVS), default="auto", show_default=True, help="Numbers of the context."),
         click.option("--cache/--no-cache", default=True, help="Keep what pictures became for the next time."),
         click.option("--verbose", is_flag=True, help="Show the engines' own log on stderr."),
     ]

@@ -97,7 +97,9 @@ def _measure(
     )
     checkpoint = open_source(options)
     parity.check_fits(opened, checkpoint)
-    with status_line(f"Measuring {opened.folder} against {against}"):
-        rows = parity.parity(opened, checkpoint)
+    with status_line(f"Measuring {opened.folder} against {against}") as status:
+        rows = parity.parity(
+            opened, checkpoint, progress=lambda what, share: status.step(f"Measuring {what} of {opened.folder}", share)
+        )
     show_parity(rows)
     return rows

@@ -39,14 +39,15 @@ GAIN = 1.05  # a kernel is used from here on
 DECODE_KEPT = 0.95  # of llama.cpp's speed on re-ordered weights, or they are re-ordered
 OPT_IN = {"amx-int8"}  # less exact: only if $LLAVA_EDGE_NATIVE names it
 
-_LIBRARY, _STATE = "kernels.so", "state.json"
+LIBRARY, _STATE = "kernels.so", "state.json"  # in `place()`
 
 
 @dataclass(frozen=True)
 class Status:
     """What is used, or why nothing is. `reason` is a sentence; `fix` the command to run, if one would help.
 
-    kernel: of products of many rows, with weights of the types `many`; few: types whose products of few rows are taken.
+    kernel: of products of 128 rows or more with weights of the types `many`, and of 32 or more with those of `some`.
+    few: types whose products of fewer rows are taken.
     mapped: types that llama.cpp need not re-order, because what is used is as fast without, or because it cannot.
     """
 
@@ -54,6 +55,7 @@ class Status:
     fix: str = ""
     kernel: str = ""
     many: tuple[str, ...] = ()
+    some: tuple[str, ...] = ()
     few: tuple[str, ...] = ()
     attention: bool = False
     mapped: tuple[str, ...] = ()
@@ -67,7 +69,7 @@ class Status:
     @property
     def identity(self) -> list[object]:
         """What results depend on: empty if llama.cpp computes alone."""
-        return [self.library, self.kernel, self.many, self.few, self.attention] if self.used else []
+        return [self.library, self.kernel, self.many, self.some, self.few, self.attention] if self.used else []
 
 
 @dataclass
@@ -86,7 +88,7 @@ def status() -> Status:
     if wanted() == "off":
         return Status("Turned off by LLAVA_EDGE_NATIVE.")
     try:
-        folder = _folder()
+        folder = place()
         state = json.loads((folder / _STATE).read_text("utf-8"))
     except UnavailableError as error:
         return Status(str(error))
@@ -103,10 +105,12 @@ def activate() -> Status:
     found = status()
     try:
         if found.used:
-            _load(_folder())
+            _load(place())
         if _process.library is not None:
-            _process.library.use(found.kernel, found.many, found.few, found.attention)
+            _process.library.use(found.kernel, found.many, found.some, found.few, found.attention)
     except (OSError, UnavailableError, ValueError) as error:
+        if _process.library is not None:
+            _process.library.use("")
         return Status(f"Not used: {error}", COMMAND)
     return found
 
@@ -119,14 +123,14 @@ def reordering_pays(found: Status, types: Iterable[str]) -> bool:
 def prepare(say: Callable[[str], None] = lambda line: None) -> Status:
     """Build and try the kernels for this machine, whatever was known before. Raises nothing; the status says it."""
     try:
-        folder = _folder()
+        folder = place()
         say("Compiling the native kernels.")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
             work = Path(name)
-            build.build(work / _LIBRARY)
+            build.build(work / LIBRARY)
             say("Trying them against llama.cpp's own; takes about 20 s.")
-            state = {"sha256": _sha256(work / _LIBRARY), **_check(work / _LIBRARY)}
+            state = {"sha256": _sha256(work / LIBRARY), **_check(work / LIBRARY)}
             (work / _STATE).write_text(json.dumps(state), "utf-8")
             _publish(work, folder)
     except UnavailableError as error:
@@ -151,6 +155,7 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
         return Status(f"Not used: {' '.join(problems.values()) or 'this processor runs no kernel.'}", COMMAND)
     best = min(right, key=lambda name: sum(types[kind]["many"][name] for kind in types))
     many = tuple(kind for kind in types if _pays(types[kind]["many"], best))
+    some = tuple(kind for kind in many if _pays(types[kind]["some"], best))
     few = tuple(kind for kind in types if _pays(types[kind]["one"], FEW))
     mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best))
     attention = "attention" not in problems and _pays(state["attention"], "ours")
@@ -160,7 +165,7 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
     parts += [f"few rows of {', '.join(few)}"] if few else []
     parts += ["attention"] if attention else []
     reason = " ".join([f"{'; '.join(parts)}.", *problems.values()])
-    return Status(reason, "", best, many, few, attention, mapped, state["sha256"])
+    return Status(reason, "", best, many, some, few, attention, mapped, state["sha256"])
 
 
 def _pays(race: dict[str, float], ours: str) -> bool:
@@ -184,8 +189,8 @@ def wanted() -> str:
 def _load(folder: Path) -> None:
     """Into this process, once. Raises `UnavailableError` or `OSError`."""
     if _process.path is not None:
-        if _process.path != folder:
-            raise UnavailableError("other kernels are loaded in this process already.")
+        if _process.path != folder or _process.library is None:
+            raise UnavailableError("others were loaded into this process before.")
         return
     ggml = Ggml()
     version = (import_module("llama_cpp").__version__, ggml.version())
@@ -193,7 +198,7 @@ def _load(folder: Path) -> None:
         raise UnavailableError(f"llama-cpp-python {version[0]} with ggml {version[1]} is not one they were made for.")
     if loaded("libgomp.so.1") is None:
         raise UnavailableError("this llama.cpp computes without OpenMP, whose threads they share.")
-    path = folder / _LIBRARY
+    path = folder / LIBRARY
     if _sha256(path) != json.loads((folder / _STATE).read_text("utf-8"))["sha256"]:
         raise UnavailableError("their file has changed since they were tried.")
     _process.path = folder
@@ -224,7 +229,7 @@ def _check(library: Path) -> dict[str, Any]:
     return found
 
 
-def _folder() -> Path:
+def place() -> Path:
     """Where everything about this machine's kernels is. Raises `UnavailableError` where there can be none."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise UnavailableError("There are native kernels for Linux on x86-64 only.")
@@ -243,7 +248,7 @@ def _folder() -> Path:
 def _publish(work: Path, folder: Path) -> None:
     """Library, then state: with a state everything is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (_LIBRARY, _STATE):
+    for name in (LIBRARY, _STATE):
         shutil.move(work / name, folder / name)
 
 

@@ -24,7 +24,7 @@ INT16_BOUND = 2e-3
 ATTENTION_BOUND = 1e-2
 
 REPEATS = 5
-MANY = (512, 2048, 4096)  # rows, columns, inner
+MANY, SOME = (512, 2048, 4096), (64, 2048, 4096)  # rows, columns, inner
 ONE = (1, 16384, 4096)  # 37 MB at 4 bits
 ATTENTION = (16, 512, 512, 128)  # heads, queries, keys, width
 
@@ -48,6 +48,7 @@ def main(path: str) -> None:
     for kind in TYPES:
         facts["types"][kind] = {
             "many": _race_products(ggml, library, kind, MANY, right, threads),
+            "some": _race_products(ggml, library, kind, SOME, right, threads),
             "one": _race_products(ggml, library, kind, ONE, [] if FEW in facts["problems"] else [FEW], threads),
         }
     facts["attention"] = _race_attention(ggml, library, threads)
@@ -74,9 +75,10 @@ def product_problem(ggml: Ggml, library: Library, kernel: str) -> str:
 
 
 def _use(library: Library, kernel: str) -> None:
-    library.use(
-        "" if kernel == FEW else kernel, many=() if kernel == FEW else TYPES, few=TYPES if kernel == FEW else ()
-    )
+    if kernel == FEW:
+        library.use("", few=TYPES)
+    else:
+        library.use(kernel, many=TYPES, some=TYPES)
 
 
 def attention_problem(ggml: Ggml, library: Library) -> str:

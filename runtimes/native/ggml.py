@@ -81,15 +81,18 @@ class Ggml:
     def multiply(
         self, weights: Weights, x: Array, *, device: int, threads: int, repacked: bool = False
     ) -> Operation | None:
-        """x (rows, inner) float32 times weights: (rows, columns). None if the device does not do that."""
-        buffers = self._repack_buffers() if repacked else 0
-        if repacked and not buffers:
-            return None
-        made = Operation(self, device, threads)
-        shape = (weights.inner, weights.columns)
-        w = made.tensor(TYPES[weights.type], *shape, data=weights.data, buffers=buffers)
-        b = made.tensor(_F32, *x.shape[::-1], data=np.ascontiguousarray(x, np.float32).tobytes())
-        return made.of("ggml_mul_mat", w, b)
+        """x (rows, inner) float32 times weights: (rows, columns). None if the device does not do that.
+
+        repacked: with weights in the first kind of memory that the CPU device re-orders them in, as llama.cpp would.
+        """
+        for buffers in self._extra_buffers() if repacked else [0]:
+            made = Operation(self, device, threads)
+            shape = (weights.inner, weights.columns)
+            w = made.tensor(TYPES[weights.type], *shape, data=weights.data, buffers=buffers)
+            b = made.tensor(_F32, *x.shape[::-1], data=np.ascontiguousarray(x, np.float32).tobytes())
+            if (found := made.of("ggml_mul_mat", w, b)) is not None:
+                return found
+        return None
 
     def rows(self, weights: Weights) -> Array:
         """The matrix in float32, as the CPU device unpacks it."""
@@ -110,19 +113,16 @@ class Ggml:
         numbers = [ctypes.c_float(q.shape[-1] ** -0.5), ctypes.c_float(0), ctypes.c_float(0)]
         return made.of("ggml_flash_attn_ext", *parts, *numbers)
 
-    def _repack_buffers(self) -> int:
-        """The CPU device's type of buffers with re-ordered weights, or 0."""
+    def _extra_buffers(self) -> list[int]:
+        """The CPU device's kinds of memory with re-ordered weights (AMX, CPU_REPACK), preferred ones first."""
         registry = self.pointer("ggml_backend_dev_backend_reg", self.device())
         get = self.pointer("ggml_backend_reg_get_proc_address", registry, b"ggml_backend_dev_get_extra_bufts")
-        if not get:
-            return 0
-        kinds = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(get)(self.device())
-        found = 0
-        while kinds and (kind := kinds[found]):
-            if self.text("ggml_backend_buft_name", kind) == "CPU_REPACK":
-                return int(kind)
-            found += 1
-        return 0
+        found: list[int] = []
+        if get:
+            kinds = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(get)(self.device())
+            while kinds and (kind := kinds[len(found)]):
+                found.append(int(kind))
+        return found
 
     # Whole numbers among the arguments of these three are pointers; others come as ctypes values.
 

@@ -19,16 +19,25 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
         self._functions.llava_edge_native_kernels.restype = ctypes.c_char_p
         self._functions.llava_edge_native_use.argtypes = (
-            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int),
+            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int),
         )
 
     def kernels(self) -> list[str]:
         """Names of those that this processor can run, preferred ones first."""
         return str(self._functions.llava_edge_native_kernels().decode()).split()
 
-    def use(self, kernel: str, many: Iterable[str] = (), few: Iterable[str] = (), attention: bool = False) -> bool:
-        """From now on take products of many rows with weights of these types by `kernel`, of few, and attention."""
-        return bool(self._functions.llava_edge_native_use(kernel.encode(), _bits(many), _bits(few), attention))
+    def use(
+        self,
+        kernel: str,
+        many: Iterable[str] = (),
+        some: Iterable[str] = (),
+        few: Iterable[str] = (),
+        attention: bool = False,
+    ) -> bool:
+        """From now on take products with weights of these types, and attention. many, some: of 128 rows or more, and of
+        32 or more, by `kernel`; few: of fewer."""
+        types = (_bits(kinds) for kinds in (many, some, few))
+        return bool(self._functions.llava_edge_native_use(kernel.encode(), *types, attention))
 
 
 def _bits(types: Iterable[str]) -> int:

@@ -29,11 +29,12 @@ EXPORT const char *llava_edge_native_kernels() {
 }
 
 // What the backend takes from now on: products of many rows with the types whose bits (1 << ggml_type) are set in
-// `many`, by that kernel; of few rows with those in `few`; attention. Returns 0 if there is no such kernel.
-EXPORT int llava_edge_native_use(const char *kernel, uint64_t many, uint64_t few, int attention) {
+// `many`, by that kernel, of some rows with those in `some`; of few rows with those in `few`; attention. Returns 0 if there
+// is no such kernel.
+EXPORT int llava_edge_native_use(const char *kernel, uint64_t many, uint64_t some, uint64_t few, int attention) {
     const Kernel *found = find(kernel);
-    if (!found && many) return 0;
-    use({found, many, few, attention != 0});
+    if (!found && (many | some)) return 0;
+    use({found, many, some, few, attention != 0});
     return 1;
 }
 
@@ -41,7 +42,7 @@ EXPORT int llava_edge_native_use(const char *kernel, uint64_t many, uint64_t few
 EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *w, const float *x, float *y, int rows,
                                       int columns, int inner, size_t w_stride, int threads) {
     const Product p{type, w, w_stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
-    if (!strcmp(kernel, "few")) return rows < MANY && multiplies_few(type) && multiply_few(p, threads, scratch);
+    if (!strcmp(kernel, "few")) return rows < SOME && multiplies_few(type) && multiply_few(p, threads, scratch);
     const Kernel *found = find(kernel);
     return found && unpacks(type) && inner % block_values(type) == 0 && multiply(*found, p, threads, scratch);
 }

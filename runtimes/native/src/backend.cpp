@@ -41,8 +41,8 @@ bool has(uint64_t types, int type) { return type < 64 && types >> type & 1; }
 bool takes_product(const ggml_tensor *op) {
     const ggml_tensor *w = op->src[0], *x = op->src[1];
     const int64_t rows = x->ne[1];
-    if (rows > MAX_ROWS || !has(rows < MANY ? used.few : used.many, w->type)) return false;
-    if (rows < MANY && !multiplies_few(w->type)) return false;
+    if (rows > MAX_ROWS || !has(rows < SOME ? used.few : rows < MANY ? used.some : used.many, w->type)) return false;
+    if (rows < SOME && !multiplies_few(w->type)) return false;
     return on_host(w) && floats(x) && floats(op) && one_matrix(w) && one_matrix(x) && unpacks(w->type) &&
            w->ne[0] % block_values(w->type) == 0 && w->ne[0] <= 1 << 20 && w->ne[1] <= 1 << 24 &&
            w->nb[0] == ggml_type_size(w->type) && w->nb[1] >= ggml_row_size(w->type, w->ne[0]) && x->nb[1] % 4 == 0;
@@ -53,7 +53,7 @@ bool takes_attention(const ggml_tensor *op) {
     float settings[3];  // scale, largest bias (ALiBi), cap of the scores
     memcpy(settings, op->op_params, sizeof settings);
     return used.attention && mask && !op->src[4] && settings[1] == 0 && settings[2] == 0 && floats(q) && floats(op) &&
-           halves(k) && halves(v) && halves(mask) && q->ne[1] >= MANY && q->ne[1] <= MAX_ROWS && q->ne[3] == 1 &&
+           halves(k) && halves(v) && halves(mask) && q->ne[1] >= SOME && q->ne[1] <= MAX_ROWS && q->ne[3] == 1 &&
            k->ne[3] == 1 && v->ne[3] == 1 && one_matrix(mask) && attends(q->ne[0]) && v->ne[0] == q->ne[0] &&
            k->ne[1] <= 1 << 17 && k->ne[1] == v->ne[1] && mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1] &&
            q->ne[2] % k->ne[2] == 0 && k->ne[2] == v->ne[2] && on_host(q) && on_host(k) && on_host(v) && on_host(mask);
@@ -65,7 +65,7 @@ bool product(Context &c, const ggml_tensor *op) {
                     static_cast<const float *>(x->data), x->nb[1] / sizeof(float),
                     static_cast<float *>(op->data), op->nb[1] / sizeof(float),
                     int(x->ne[1]), int(w->ne[1]), int(w->ne[0])};
-    return p.rows < MANY ? multiply_few(p, c.threads, c.scratch) : multiply(*used.kernel, p, c.threads, c.scratch);
+    return p.rows < SOME ? multiply_few(p, c.threads, c.scratch) : multiply(*used.kernel, p, c.threads, c.scratch);
 }
 
 bool attention(Context &c, const ggml_tensor *op) {

@@ -6,8 +6,8 @@
 namespace native {
 
 struct Use {
-    const Kernel *kernel;  // for products of many rows
-    uint64_t many, few;    // 1 << ggml_type: types whose products of many rows, and of few, are taken
+    const Kernel *kernel;  // for products of some and of many rows
+    uint64_t many, some, few;  // 1 << ggml_type: types whose products of so many rows are taken
     bool attention;
 };
 

@@ -56,7 +56,8 @@ struct Attention {
     float scale;
 };
 
-constexpr int MANY = 32;  // rows: fewer do not pay for unpacking
+// Rows: fewer than SOME do not pay for unpacking; from MANY on unpacking is a small part.
+constexpr int SOME = 32, MANY = 128;
 
 // Memory that is kept between calls and grows; all of a backend's calls come from one thread.
 struct Scratch {
@@ -68,7 +69,7 @@ struct Scratch {
 
 // They return false, with nothing computed, if there is no memory.
 bool multiply(const Kernel &, const Product &, int threads, Scratch &);
-bool multiply_few(const Product &, int threads, Scratch &);  // rows < MANY
+bool multiply_few(const Product &, int threads, Scratch &);  // rows < SOME
 bool attend(const Attention &, int threads, Scratch &);
 
 bool unpacks(int type);        // is it a type that kernels read?

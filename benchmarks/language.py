@@ -1,0 +1,110 @@
+"""What each choice costs the language model: weights mapped or re-ordered, keys and values, batches, flash attention.
+
+    python benchmarks/language.py BUNDLE [BUNDLE ...] [--threads N] [--repeats N] [--positions N] [--only CHOICE]
+
+Each choice opens language.gguf in a process of its own, in turns with the others: time to load, to read a prompt of
+embeddings as a picture gives them, and for each token after it; private and file-backed memory at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from interleave import fresh
+
+from llava_edge.bundle import LANGUAGE
+from llava_edge.runtimes import devices, language, mapping
+from llava_edge.runtimes.language import LanguageModel
+
+CONTEXT = 2048
+CHOICES: dict[str, dict[str, Any]] = {
+    "mapped": {"repack": False},
+    "re-ordered": {"repack": True},
+    "re-ordered, held twice": {"repack": True, "twice": True},
+    "mapped, q8_0": {"repack": False, "kv": "q8_0"},
+    "mapped, batches of 1024": {"repack": False, "batch": 1024},
+    "re-ordered, batches of 1024": {"repack": True, "batch": 1024},
+    "mapped, no flash attention": {"repack": False, "flash": 0},
+}
+SHOWN = ("load_ms", "prefill_ms", "token_ms", "private_mb", "file_mb")
+
+
+def work(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    choice = dict(CHOICES[arguments.worker])
+    _change(choice.pop("twice", False), choice.pop("batch", language.BATCH), choice.pop("flash", None))
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+    never, start = threading.Event(), clock()
+    model = LanguageModel(bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads, **choice)
+    loaded = clock()
+    rows = np.random.default_rng(0).standard_normal((arguments.positions, model.hidden_size), np.float32) * 0.02
+    keys: list[language.Key] = [("picture", row) for row in range(len(rows))]
+    model.evaluate_embeddings(rows, keys, never)
+    read = clock()
+    for number in range(arguments.tokens):
+        model.evaluate_tokens([300 + 7 * number], never)
+    done, memory = clock(), devices.memory_use()
+    return {
+        "load_ms": (loaded - start) * 1000,
+        "prefill_ms": (read - loaded) * 1000,
+        "token_ms": (done - read) * 1000 / arguments.tokens,
+        "private_mb": (memory.private_bytes or 0) / 1e6,
+        "file_mb": (memory.file_bytes or 0) / 1e6,
+    }
+
+
+def _change(twice: bool, batch: int, flash: int | None) -> None:
+    """What the product leaves no choice in."""
+    language.BATCH = batch
+    if twice:
+        mapping.let_go = lambda path: None
+    api = language.library()
+    usual = api.llama_init_from_model
+
+    def opened(model: Any, settings: Any) -> Any:
+        if flash is not None:
+            settings.flash_attn_type = flash
+        return usual(model, settings)
+
+    api.llama_init_from_model = opened
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--positions", type=int, default=576, help="of the prompt")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--only", action="append", choices=CHOICES, help="choice; may be repeated")
+    parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread")
+    parser.add_argument("--worker", choices=CHOICES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(work(arguments.bundles[0], arguments)))
+        return
+    settings = [f"--{name}={getattr(arguments, name)}" for name in ("threads", "positions", "tokens")]
+    settings += ["--processor-time"] if arguments.processor_time else []
+    commands = {
+        f"{bundle.name}: {name}": [sys.executable, sys.argv[0], str(bundle), *settings, "--worker", name]
+        for bundle in arguments.bundles
+        for name in arguments.only or CHOICES
+    }
+    found = fresh(commands, arguments.repeats, arguments.warmup)
+    medians = {name: {key: median(item[key] for item in rows) for key in SHOWN} for name, rows in found.items()}
+    print("| choice | " + " | ".join(key.replace("_", " ") for key in SHOWN) + " |", file=sys.stderr)
+    for name, row in medians.items():
+        print(f"| {name} | " + " | ".join(f"{row[key]:.0f}" for key in SHOWN) + " |", file=sys.stderr)
+    print(json.dumps({"medians": medians, "samples": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""One product or attention at a time: llama.cpp's own kernels, on mapped and on re-ordered weights, and ours.
+
+    python benchmarks/native_products.py Q4_0 Q4_K --kernel avx2
+
+With one thread, counted in processor time, so that other work on the machine disturbs little; in turns; medians. Build
+the native kernels before (`python -m llava_edge.runtimes.native`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+
+import numpy as np
+
+from llava_edge.runtimes import language, native
+from llava_edge.runtimes.native import check
+from llava_edge.runtimes.native.ggml import TYPES, Ggml, Operation, Weights
+from llava_edge.runtimes.native.library import DEVICE, Library
+
+MANY = (512, 1024, 4096)  # rows, columns, inner
+ONE, EIGHT = (1, 16384, 4096), (8, 16384, 4096)
+ATTENTION = (8, 8, 512, 512, 128)  # heads, heads of keys, queries, keys, width
+
+
+def milliseconds(runners: dict[str, Operation | None], repeats: int) -> dict[str, float]:
+    """Median processor time of each that there is."""
+    taken: dict[str, list[float]] = {name: [] for name, made in runners.items() if made is not None}
+    for _ in range(repeats):
+        for name, made in runners.items():
+            if made is not None:
+                start = time.thread_time()
+                made.seconds()
+                taken[name].append(1000 * (time.thread_time() - start))
+    for made in runners.values():
+        if made is not None:
+            made.__exit__()
+    return {name: median(values) for name, values in taken.items()}
+
+
+def products(ggml: Ggml, kind: str, shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
+    """Of random values, with weights of one type."""
+    rows, columns, inner = shape
+    numbers = np.random.default_rng(0)
+    some = ggml.quantize(kind, numbers.standard_normal((64, inner), np.float32))
+    weights = Weights(kind, columns, inner, some * (columns // 64))
+    x = numbers.standard_normal((rows, inner), np.float32)
+    runners = {
+        "mapped": ggml.multiply(weights, x, device=ggml.device(), threads=1),
+        "re-ordered": ggml.multiply(weights, x, device=ggml.device(), threads=1, repacked=True),
+        "ours": ggml.multiply(weights, x, device=ggml.device(DEVICE), threads=1),
+    }
+    return milliseconds(runners, repeats)
+
+
+def main() -> None:
+    """A line for each type and shape."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", default=list(TYPES), metavar="TYPE")
+    parser.add_argument("--kernel", default="avx2")
+    parser.add_argument("--repeats", type=int, default=7)
+    asked = parser.parse_args()
+    language.library()
+    ggml, path = Ggml(), native.place() / native.LIBRARY
+    library = Library(path)
+    library.use(asked.kernel, many=TYPES, some=TYPES, few=TYPES, attention=True)
+    if not ggml.load_backend(path):
+        parser.error(f"ggml does not accept {path}")
+    for kind in asked.types:
+        found = products(ggml, kind, MANY, asked.repeats)
+        rates = (f"{name} {2e-6 * np.prod(MANY) / value:.1f}" for name, value in found.items())
+        print(f"{kind}: {MANY[0]} rows, billion operations/s:", ", ".join(rates))
+        for shape in (ONE, EIGHT):
+            found = products(ggml, kind, shape, asked.repeats)
+            print(f"{kind}: rows {shape[0]}, ms:", ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    inputs = check.attention_inputs(*ATTENTION)
+    cpu, ours = (ggml.attend(*inputs, device=ggml.device(name), threads=1) for name in (None, DEVICE))
+    found = milliseconds({"llama.cpp": cpu, "ours": ours}, asked.repeats)
+    print("attention, ms:", ", ".join(f"{name} {value:.1f}" for name, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()
