@@ -214,7 +214,10 @@ def test_limits_are_measured_with_products_that_are_right(monkeypatch: pytest.Mo
     monkeypatch.setattr(limits, "SECONDS", 0.001)
     monkeypatch.setattr(limits, "MAX_BYTES", 1 << 20)
     numbers = np.random.default_rng(0)
-    weights, rows = numbers.integers(-127, 128, (32, 200), np.int8), numbers.integers(0, 256, (6, 32), np.uint8)
+    weights, rows = (
+        numbers.integers(-127, 128, (32, 200), np.int8),
+        numbers.integers(0, limits.LARGEST + 1, (6, 32), np.uint8),
+    )
     session = limits._session("MatMulInteger", limits._UINT8, limits._INT8, limits._INT32, weights, 1)
     assert np.array_equal(session.run(None, {"a": rows})[0], rows.astype(np.int32) @ weights.astype(np.int32))
     found = limits.measure(1)
