@@ -422,6 +422,11 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "passed" in done.stdout
+    short = "k.multiply('avx2', 'Q4_0', random_blocks('Q4_0', 2, 256, n, np.ones(1))[:, :126], np.ones((1, 256)))"
+    script = f"from native_kernels import *; n = np.random.default_rng(0); k = Kernels(Path({str(path)!r})); {short}"
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "heap-buffer-overflow" in found.stderr  # they would find something
 
 
 @pytest.mark.slow
