@@ -30,8 +30,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "re-ordered": {"repack": True},
     "re-ordered, held twice": {"repack": True, "twice": True},
     "mapped, q8_0": {"repack": False, "kv": "q8_0"},
-    "mapped, batches of 1024": {"repack": False, "batch": 1024},
-    "re-ordered, batches of 1024": {"repack": True, "batch": 1024},
+    "mapped, batches of 576": {"repack": False, "batch": 576},
+    "re-ordered, batches of 576": {"repack": True, "batch": 576},
     "mapped, no flash attention": {"repack": False, "flash": 0},
 }
 SHOWN = ("load_ms", "prefill_ms", "token_ms", "private_mb", "file_mb")
@@ -39,7 +39,7 @@ SHOWN = ("load_ms", "prefill_ms", "token_ms", "private_mb", "file_mb")
 
 def work(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     choice = dict(CHOICES[arguments.worker])
-    _change(choice.pop("twice", False), choice.pop("batch", language.BATCH), choice.pop("flash", None))
+    _change(choice.pop("twice", False), choice.pop("flash", None))
     clock = time.process_time if arguments.processor_time else time.perf_counter
     never, start = threading.Event(), clock()
     model = LanguageModel(bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads, **choice)
@@ -60,9 +60,8 @@ def work(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _change(twice: bool, batch: int, flash: int | None) -> None:
+def _change(twice: bool, flash: int | None) -> None:
     """What the product leaves no choice in."""
-    language.BATCH = batch
     if twice:
         mapping.let_go = lambda path: None
     api = language.library()

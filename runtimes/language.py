@@ -26,7 +26,7 @@ from llava_edge.runtimes import CancelledError, devices, mapping, native
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
 
-BATCH = 512  # positions evaluated at once; a cancelled prompt stops within one such chunk
+BATCH = 512  # positions evaluated at once, unless more are asked for; a cancelled prompt stops within one such chunk
 MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a prompt of this size fits no context anyway
 _SEQUENCE = 0
 _ABORTED = 2  # llama_decode
@@ -35,6 +35,7 @@ _ABORTED = 2  # llama_decode
 class LanguageModel:
     """language.gguf, mapped, with a context of `context` positions, and adapter.gguf added to it if there is one.
 
+    batch: positions evaluated at once. All of a picture should fit: each batch reads and unpacks all weights again.
     on_load: called with the loaded fraction; returning False stops loading, which then raises `CancelledError`.
     Raises `BundleError` when the file is refused, `MemoryLimitError` when the context does not fit into memory.
     """
@@ -46,6 +47,7 @@ class LanguageModel:
         adapter: Path | None = None,
         context: int,
         threads: int,
+        batch: int = BATCH,
         gpu_layers: int = 0,
         repack: bool = True,
         kv: Literal["f16", "q8_0"] = "f16",
@@ -65,6 +67,7 @@ class LanguageModel:
         self._thread = ThreadPoolExecutor(1, "llama.cpp")
         self.context_size = context
         self.held: list[Key] = []
+        self.batch = batch
         self._threads = threads
         self._kv = kv
         self._settings = [gpu_layers, repack, kv, *self.native.identity]
@@ -79,8 +82,8 @@ class LanguageModel:
         self._open_context()
         if repack:  # the copies are what is multiplied from now on
             mapping.let_go(path)
-        self._tokens = _Batch(self.library, 0)
-        self._embeddings = _Batch(self.library, self.hidden_size)
+        self._tokens = _Batch(self.library, batch, 0)
+        self._embeddings = _Batch(self.library, batch, self.hidden_size)
 
     def close(self) -> None:
         """Free everything; harmless when repeated."""
@@ -164,20 +167,20 @@ class LanguageModel:
 
     def evaluate_tokens(self, tokens: Sequence[int], cancel: threading.Event) -> None:
         """Append tokens. The logits of the last one can be sampled from afterwards. Raises `CancelledError`."""
-        for start in range(0, len(tokens), BATCH):
-            part = list(tokens[start : start + BATCH])
+        for start in range(0, len(tokens), self.batch):
+            part = list(tokens[start : start + self.batch])
             self._tokens.values[: len(part)] = part
             self._decode(self._tokens, part, cancel)
 
     def evaluate_embeddings(self, rows: Array, keys: Sequence[Key], cancel: threading.Event) -> None:
         """Append image embeddings (n, hidden size) float32, known by `keys`. Raises `CancelledError`."""
-        for start in range(0, len(rows), BATCH):
-            part = list(keys[start : start + BATCH])
-            self._embeddings.values[: len(part)] = rows[start : start + BATCH]
+        for start in range(0, len(rows), self.batch):
+            part = list(keys[start : start + self.batch])
+            self._embeddings.values[: len(part)] = rows[start : start + self.batch]
             self._decode(self._embeddings, part, cancel)
 
     def evaluate_all(self, tokens: Sequence[int], cancel: threading.Event) -> Array:
-        """Append up to `BATCH` tokens; return the logits of each (n, vocab_size). Raises `CancelledError`."""
+        """Append up to `batch` tokens; return the logits of each (n, vocab_size). Raises `CancelledError`."""
         self._tokens.values[: len(tokens)] = tokens
         self._decode(self._tokens, list(tokens), cancel, wanted=len(tokens))
         return np.stack([self.logits(i) for i in range(len(tokens))])
@@ -215,7 +218,7 @@ class LanguageModel:
         """What its results depend on besides files and prompt: this build of llama.cpp, processor and settings."""
         folder = Path(self.library.__file__).parent / "lib"
         build = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
-        return [build, devices.processor(), self.context_size, self._threads, self._settings, BATCH]
+        return [build, devices.processor(), self.context_size, self._threads, self._settings, self.batch]
 
     @property
     def context(self) -> Any:
@@ -253,7 +256,7 @@ class LanguageModel:
         api = self.library
         settings = api.llama_context_default_params()
         settings.n_ctx = self.context_size
-        settings.n_batch = settings.n_ubatch = BATCH
+        settings.n_batch = settings.n_ubatch = self.batch
         settings.n_threads = settings.n_threads_batch = self._threads
         if self._kv == "q8_0":
             settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
@@ -329,21 +332,21 @@ def _bytes(array: Array) -> Any:
 
 
 class _Batch:
-    """A llama_batch of up to `BATCH` positions, its arrays seen through numpy.
+    """A llama_batch of up to `size` positions, its arrays seen through numpy.
 
-    values: int32 token ids (BATCH,), or float32 embeddings (BATCH, width) when width is not 0.
+    values: int32 token ids (size,), or float32 embeddings (size, width) when width is not 0.
     """
 
-    def __init__(self, api: Any, width: int) -> None:
-        self.handle = api.llama_batch_init(BATCH, width, 1)
+    def __init__(self, api: Any, size: int, width: int) -> None:
+        self.handle = api.llama_batch_init(size, width, 1)
         self.values: Array
         if width:
-            self.values = np.ctypeslib.as_array(self.handle.embd, (BATCH, width))
+            self.values = np.ctypeslib.as_array(self.handle.embd, (size, width))
         else:
-            self.values = np.ctypeslib.as_array(self.handle.token, (BATCH,))
-        self._positions = np.ctypeslib.as_array(self.handle.pos, (BATCH,))
-        self._wanted = np.ctypeslib.as_array(self.handle.logits, (BATCH,))
-        for i in range(BATCH):
+            self.values = np.ctypeslib.as_array(self.handle.token, (size,))
+        self._positions = np.ctypeslib.as_array(self.handle.pos, (size,))
+        self._wanted = np.ctypeslib.as_array(self.handle.logits, (size,))
+        for i in range(size):
             self.handle.n_seq_id[i] = 1
             self.handle.seq_id[i][0] = _SEQUENCE
 

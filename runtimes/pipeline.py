@@ -24,7 +24,7 @@ from llava_edge.runtimes import CancelledError, after_control, devices, presets,
 from llava_edge.runtimes.decoding import Answer, decode
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job, Owner, Stream
-from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.language import BATCH, LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
@@ -32,6 +32,8 @@ from llava_edge.runtimes.prefill import Prefill, segments
 from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.text import TextStream
 from llava_edge.templates import template
+
+MAX_BATCH = 1024  # a batch's working memory grows with it: 13 MB for 64 positions of a 7B
 
 
 class Engine:
@@ -172,6 +174,7 @@ class Engine:
             adapter=self.bundle.adapter,
             context=self.context_size,
             threads=threads,
+            batch=min(max(BATCH, manifest.vision.image_tokens), MAX_BATCH),
             gpu_layers=self.choice.gpu_layers,
             repack=self.preset.repack,
             kv=self.preset.kv,

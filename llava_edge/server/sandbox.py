@@ -75,7 +75,11 @@ def _restrict_files(libc: ctypes.CDLL, bundle: Path) -> None:
     origins = [Path(spec.origin) for name in _PACKAGES if (spec := find_spec(name)) and spec.origin]
     # Not the current folder, which can be all of somebody's home.
     readable = [Path(path) for path in sys.path if path and Path(path).resolve() != Path.cwd()]
-    readable += [bundle, home() / "builds", home() / "native", *(origin.resolve().parent.parent for origin in origins)]
+    readable += [
+        bundle,
+        *(home() / name for name in ("builds", "native", "tune")),
+        *(origin.resolve().parent.parent for origin in origins),
+    ]
     for path in (*readable, *map(Path, (sys.prefix, sys.base_prefix, *_READABLE))):
         _allow(libc, ruleset, path, _READ)
     _allow(libc, ruleset, Path("/dev/null"), _READ | _WRITE)
