@@ -6,5 +6,6 @@ import sys
 
 from llava_edge.runtimes import native
 
-found = native.prepare(lambda line: print(line, file=sys.stderr))
-print(f"Native kernels: {found.reason}", file=sys.stderr)
+if __name__ == "__main__":
+    found = native.prepare(lambda line: print(line, file=sys.stderr))
+    print(f"Native kernels: {found.reason}", file=sys.stderr)
