@@ -297,6 +297,7 @@ def test_a_second_load_knows_what_became_of_the_first(built: Path, monkeypatch: 
 def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(built)
     language.library()
+    monkeypatch.setattr(native, "_process", native._Process())  # another test may have loaded them
     monkeypatch.setattr(native, "ACCEPTED", {("0.3.36", "0.25.2")})
     found = native.activate()
     assert not found.used
