@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ settings.register_profile("llava-edge", deadline=None, derandomize=True, databas
 settings.load_profile("llava-edge")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home_of_shared_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is made once for many tests is made before `isolated_home`, and must not write to the user's folder either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAVA_EDGE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(autouse=True)
