@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def home_of_shared_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is made once for many tests is made before `isolated_home`, and must not write to the user's folder either."""
+    """What is made for many tests is made before `isolated_home`, and must not write to the user's folder either."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVA_EDGE_HOME", str(tmp_path_factory.mktemp("home")))
         yield
