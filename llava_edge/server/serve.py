@@ -88,6 +88,8 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
     try:
         await supervisor.start()
         address = f"[{settings.host}]" if ":" in settings.host else settings.host
+        for bound in sockets:
+            bound.listen()  # who reads the next line may connect at once
         say(f"{manifest.name} on http://{address}:{port} (Ctrl-C ends it)")
         await uvicorn.Server(config).serve(sockets=sockets)
     finally:
