@@ -21,7 +21,7 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
-from llava_edge.runtimes import CancelledError, devices, mapping, native
+from llava_edge.runtimes import CancelledError, devices, limit_spinning, mapping, native
 
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
@@ -367,14 +367,11 @@ _verbose = False
 def library(verbose: bool = False) -> Any:
     """llama.cpp's C functions, with its log kept quiet unless `verbose`. Untyped, hence Any.
 
-    The one way to them: libgomp looks only once at what is set here.
+    The one way to them, so that no thread spins whoever loads llama.cpp.
     """
     global _verbose
     _verbose = verbose
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # libgomp reads this when llama.cpp is loaded. Its default, 300,000, lets threads spin for milliseconds at each
-        # of a thousand barriers per token; beside other busy processes an answer then took ten times as long.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    limit_spinning()
     api: Any = import_module("llama_cpp.llama_cpp")
     if not _keep:
         _keep.append(api.llama_log_callback(_log))

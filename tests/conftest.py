@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from llava_edge.runtimes import limit_spinning
+
 # Before numpy, torch or an engine starts its threads: the models here are too small to share.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+limit_spinning()
 
 # The same examples every time, however slow the machine is today.
 settings.register_profile("llava-edge", deadline=None, derandomize=True, database=None)

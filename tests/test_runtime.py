@@ -492,22 +492,24 @@ def test_auto_says_which_device_and_why(micro_bundle: Path) -> None:
         "from llava_edge.runtimes import devices; devices.choose('auto')",
         "from llava_edge.runtimes import probe; probe.child('llama_cpp')",
         "import sys; from llava_edge import Llava; Llava.load(sys.argv[1]).close()",
+        "import sys; from llava_edge.cli import main; main(['verify', sys.argv[1], '--against', sys.argv[2]])",
     ],
 )
-def test_threads_do_not_spin_whoever_loads_llama_cpp(code: str, micro_bundle: Path) -> None:
-    """libgomp reads its settings once, when it is loaded; beside busy processes a prompt took 3 to 22 times as long
-    where they came too late."""
+def test_threads_do_not_spin_whoever_loads_their_library(code: str, micro_bundle: Path, micro_checkpoint: Path) -> None:
+    """libgomp reads its settings once, when it is loaded, by torch or by llama.cpp; beside busy processes a prompt took
+    3 to 22 times as long where they came too late."""
     watch = """
 import os, sys
 for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
     os.environ.pop(name, None)
 class Watch:
     def find_spec(self, name, path=None, target=None):
-        if name == "llama_cpp":
+        if name in ("llama_cpp", "torch"):
             print("spins:", os.environ.get("GOMP_SPINCOUNT"), file=sys.stderr)
 sys.meta_path.insert(0, Watch())
 """
-    done = subprocess.run([sys.executable, "-c", watch + code, str(micro_bundle)], capture_output=True, text=True)
+    command = [sys.executable, "-c", watch + code, str(micro_bundle), str(micro_checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[0] == "spins: 1000"
 

@@ -28,10 +28,9 @@ from llava_edge.prompt import Message, encode, render
 
 
 def short(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe with `steps` batches of stage 2."""
-    align, instruct = recipe.stages
-    packs = recipe.data["pictures"]
-    return replace(recipe, stages=(align, replace(instruct, epochs=steps * instruct.batch / packs)))
+    """The recipe on 24 pictures in batches of 4: six steps of stage 1 and `steps` of stage 2."""
+    align, instruct = (replace(stage, batch=4) for stage in recipe.stages)
+    return replace(recipe, data={"pictures": 24}, stages=(align, replace(instruct, epochs=steps * 4 / 24)))
 
 
 def losses(run: Path) -> list[float]:

@@ -18,6 +18,7 @@ import click
 
 from llava_edge import __version__
 from llava_edge.errors import LlavaEdgeError, MemoryLimitError, StorageError
+from llava_edge.runtimes import limit_spinning
 
 # Name -> one line of help. Static, so that --help imports no subcommand.
 COMMANDS = {
@@ -73,6 +74,7 @@ def cli(context: click.Context) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
+    limit_spinning()
     _prepare_streams()
     code = execute(sys.argv[1:] if arguments is None else arguments)
     if code in (INTERRUPTED, BROKEN_PIPE):
