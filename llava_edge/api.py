@@ -82,16 +82,17 @@ class Llava:
         cancel: threading.Event | None = None,
         started: float | None = None,
     ) -> Iterator[Stream]:
-        """Several questions about the same images: one stream for each, to be read in order, as of `stream`.
+        """Several questions about the same images: one stream for each, as of `stream`. Leaving one early stops all.
 
-        The images are encoded and read once; every answer is the one `ask` would give. Raises `ContextOverflowError`
-        with the number of the question before anything is computed.
+        The images are encoded and read once, and the answers grow together: each pass over the weights gives a token of
+        every answer. A pass for several rounds otherwise than one for a single token, so that where two tokens are as
+        good as equally likely, an answer may go on otherwise than `ask`'s. Raises `ContextOverflowError` with the
+        number of the question before anything is computed.
         """
         pictures = [prepare(image, self._engine.bundle.manifest) for image in _as_list(images)]
         conversations = [[Message("user", text, len(pictures))] for text in prompts]
         self._engine.require_room(conversations, pictures, options)
-        for messages in conversations:
-            yield self._engine.generate(messages, pictures, options, cancel, started=started)
+        yield from self._engine.generate_together(conversations, pictures, options, cancel, started=started)
 
     def answer(
         self,

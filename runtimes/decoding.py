@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llava_edge.options import Chunk, FinishReason, Options
+from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.measured import Run
+from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.sampling import Sampler, chance
 from llava_edge.runtimes.speculation import Guessing, Speculation
 from llava_edge.runtimes.text import TextStream
@@ -26,8 +28,8 @@ class Answer:
     job: Job
     top_logprobs: int | None = None
 
-    def take(self, token: int) -> FinishReason | None:
-        """Add a token; why the answer is complete, or None. Chunks go to `job.output`."""
+    def take(self, token: int, row: int = -1) -> FinishReason | None:
+        """Add a token sampled from a row of logits; why the answer is complete, or None. Chunks go to `job.output`."""
         run = self.run
         run.first_token = run.first_token or time.monotonic()
         if token in self.ends or self.language.ends(token):
@@ -35,7 +37,7 @@ class Answer:
         run.tokens += 1
         run.unseen += 1
         if self.top_logprobs is not None:
-            run.chances.append(chance(self.language, token, self.top_logprobs))
+            run.chances.append(chance(self.language, token, self.top_logprobs, row))
         text = self.stream.feed(self.language.piece(token))
         if text:
             run.text += text
@@ -63,6 +65,47 @@ def decode(answer: Answer, options: Options, speculation: Speculation) -> Finish
             language.evaluate_tokens([token], answer.job.cancel)
     finally:
         sampler.close()
+
+
+def decode_together(
+    answers: Sequence[Answer],
+    tails: Sequence[Sequence[int]],
+    options: Options,
+    done: Callable[[Answer, FinishReason], None],
+) -> None:
+    """Answer prompts that begin with what memory holds and end with `tails`: one token of each answer in a pass.
+
+    `done` is called as soon as an answer is complete. Raises `CancelledError` when the first one's job is cancelled.
+    """
+    language, cancel = answers[0].language, answers[0].job.cancel
+    samplers: list[Sampler] = []
+    last: dict[int, int] = {}  # token of each answer that is not complete
+
+    def sample(number: int, row: int) -> None:
+        language.logits(row)  # refuses what is not finite
+        token = samplers[number].sample(language.context, row)
+        reason = answers[number].take(token, row)
+        last[number] = token
+        if reason:
+            del last[number]
+            done(answers[number], reason)
+
+    try:
+        with Branches(language, len(answers)) as branches:
+            for number, tail in enumerate(tails):
+                samplers.append(Sampler(language, options))
+                start = time.perf_counter()
+                branches.extend(number + 1, tail, cancel)
+                answers[number].run.prefill_ms += since(start)
+                sample(number, -1)
+            while last:
+                open_ones = list(last)
+                branches.step([last[i] for i in open_ones], [i + 1 for i in open_ones], cancel)
+                for row, number in enumerate(open_ones):
+                    sample(number, row)
+    finally:
+        for sampler in samplers:
+            sampler.close()
 
 
 def _guessed(answer: Answer, speculation: Speculation, *, always: bool) -> FinishReason:

@@ -22,12 +22,14 @@ import numpy as np
 from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
 from llava_edge.runtimes import CancelledError, devices, limit_spinning, mapping, native
+from llava_edge.runtimes.batch import Batch
 
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
 
 BATCH = 512  # positions evaluated at once, unless more are asked for; a cancelled prompt stops within one such chunk
 MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a prompt of this size fits no context anyway
+MAX_BRANCHES = 8  # as many rows as `speculation.WIDTH`: more gain little, and their answers wait for each other
 _SEQUENCE = 0
 _ABORTED = 2  # llama_decode
 
@@ -82,15 +84,15 @@ class LanguageModel:
         self._open_context()
         if repack:  # the copies are what is multiplied from now on
             mapping.let_go(path)
-        self._tokens = _Batch(self.library, batch, 0)
-        self._embeddings = _Batch(self.library, batch, self.hidden_size)
+        self._tokens = Batch(self.library, batch, 0)
+        self._embeddings = Batch(self.library, batch, self.hidden_size)
 
     def close(self) -> None:
         """Free everything; harmless when repeated."""
         self._thread.shutdown()
         if self._context is not None:
-            self.library.llama_batch_free(self._tokens.handle)
-            self.library.llama_batch_free(self._embeddings.handle)
+            self._tokens.free()
+            self._embeddings.free()
             self.library.llama_free(self._context)
             self._context = None
         if self._model is not None:
@@ -185,6 +187,26 @@ class LanguageModel:
         self._decode(self._tokens, list(tokens), cancel, wanted=len(tokens))
         return np.stack([self.logits(i) for i in range(len(tokens))])
 
+    def branch(self, count: int) -> None:
+        """Let sequences 1 to `count` hold what memory holds, and the others nothing. For `Branches`."""
+        for sequence in range(1, 1 + MAX_BRANCHES):
+            self.library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+            if sequence <= count:
+                self.library.llama_memory_seq_cp(self._memory, _SEQUENCE, sequence, -1, -1)
+
+    def evaluate_at(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wanted: int,
+        cancel: threading.Event,
+    ) -> None:
+        """Append tokens to sequences that `branch` made; logits are wanted of the last. Raises `CancelledError`."""
+        self._tokens.values[: len(tokens)] = tokens
+        self._tokens.place(positions, wanted, sequences)
+        self._run(self._tokens, cancel, quick=len(tokens) == wanted)
+
     def show_states(self, shown: bool) -> None:
         """Let the next evaluations, of single tokens or all of a batch, keep the hidden states for `state`."""
         self.library.llama_set_embeddings(self._context, shown)
@@ -258,6 +280,7 @@ class LanguageModel:
         settings.n_ctx = self.context_size
         settings.n_batch = settings.n_ubatch = self.batch
         settings.n_threads = settings.n_threads_batch = self._threads
+        settings.n_seq_max, settings.kv_unified = 1 + MAX_BRANCHES, True  # branches share the positions they begin with
         if self._kv == "q8_0":
             settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
             settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED  # nothing else reads values of 8 bits
@@ -299,23 +322,27 @@ class LanguageModel:
             )
         return list(buffer[:count])
 
-    def _decode(self, batch: _Batch, keys: Sequence[Key], cancel: threading.Event, wanted: int = 1) -> None:
+    def _decode(self, batch: Batch, keys: Sequence[Key], cancel: threading.Event, wanted: int = 1) -> None:
+        count, start = len(keys), len(self.held)
+        batch.place(range(start, start + count), wanted, [_SEQUENCE] * count)
+        try:
+            self._run(batch, cancel, quick=count == wanted)
+        except (CancelledError, BundleError):
+            self._truncate(start)
+            raise
+        self.held += keys
+
+    def _run(self, batch: Batch, cancel: threading.Event, *, quick: bool) -> None:
         if cancel.is_set():
             raise CancelledError
-        count, start = len(keys), len(self.held)
-        batch.place(start, count, wanted)
         self._cancel = cancel
         # The callback is asked between graph nodes and is Python, so a few tokens, which are quick, go without.
-        asked = self._abort if count > wanted else self._never
-        self.library.llama_set_abort_callback(self._context, asked, None)
+        self.library.llama_set_abort_callback(self._context, self._never if quick else self._abort, None)
         status = self._thread.submit(self.library.llama_decode, self._context, batch.handle).result()
-        if status == 0:
-            self.held += keys
-            return
-        self._truncate(start)
         if status == _ABORTED:
             raise CancelledError
-        raise BundleError(f"llama.cpp failed with status {status} at position {start}: {last_error()}")
+        if status:
+            raise BundleError(f"llama.cpp failed with status {status} after {len(self.held)} positions: {last_error()}")
 
     def _truncate(self, length: int) -> None:
         """Forget every position from `length` on, whatever llama.cpp holds there after an abort."""
@@ -329,33 +356,6 @@ class LanguageModel:
 
 def _bytes(array: Array) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-class _Batch:
-    """A llama_batch of up to `size` positions, its arrays seen through numpy.
-
-    values: int32 token ids (size,), or float32 embeddings (size, width) when width is not 0.
-    """
-
-    def __init__(self, api: Any, size: int, width: int) -> None:
-        self.handle = api.llama_batch_init(size, width, 1)
-        self.values: Array
-        if width:
-            self.values = np.ctypeslib.as_array(self.handle.embd, (size, width))
-        else:
-            self.values = np.ctypeslib.as_array(self.handle.token, (size,))
-        self._positions = np.ctypeslib.as_array(self.handle.pos, (size,))
-        self._wanted = np.ctypeslib.as_array(self.handle.logits, (size,))
-        for i in range(size):
-            self.handle.n_seq_id[i] = 1
-            self.handle.seq_id[i][0] = _SEQUENCE
-
-    def place(self, start: int, count: int, wanted: int) -> None:
-        """Use the first `count` values at positions from `start` on; logits are wanted of the last `wanted`."""
-        self.handle.n_tokens = count
-        self._positions[:count] = np.arange(start, start + count)
-        self._wanted[:count] = 0
-        self._wanted[count - wanted : count] = 1
 
 
 _errors: deque[str] = deque(maxlen=4)

@@ -19,16 +19,16 @@ from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.cache import user_cache
 from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UsageError
 from llava_edge.image import ImageInput
-from llava_edge.options import Chunk, EngineOptions, Options
+from llava_edge.options import Chunk, EngineOptions, FinishReason, Options
 from llava_edge.runtimes import CancelledError, after_control, devices, presets, probe, tune
-from llava_edge.runtimes.decoding import Answer, decode
+from llava_edge.runtimes.decoding import Answer, decode, decode_together
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job, Owner, Stream
-from llava_edge.runtimes.language import BATCH, LanguageModel
+from llava_edge.runtimes.language import BATCH, MAX_BRANCHES, LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
-from llava_edge.runtimes.prefill import Prefill, segments
+from llava_edge.runtimes.prefill import Prefill, Segment, segments
 from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.text import TextStream
 from llava_edge.templates import template
@@ -96,6 +96,31 @@ class Engine:
         wanted = options or Options()
         event = cancel or threading.Event()
         return self._owner.submit(lambda job: self._answer(job, messages, images, wanted, run, reuse), event)
+
+    def generate_together(
+        self,
+        conversations: Sequence[Sequence[prompt.Message]],
+        pictures: Sequence[Picture],
+        options: Options | None = None,
+        cancel: threading.Event | None = None,
+        *,
+        started: float | None = None,
+    ) -> list[Stream]:
+        """Answer several conversations about the same pictures, as `generate` does; a stream for each.
+
+        What they begin with is read once. Then one token of each answer is computed in a pass, for as many as the
+        context has room for; rounding may differ from that of a single token. Leaving a stream early stops all.
+        """
+        start = time.monotonic() if started is None else started
+        wanted = options or Options()
+
+        def work(jobs: list[Job]) -> None:
+            pairs = zip(jobs, conversations, strict=True)
+            self._answer_all(
+                [self._ready(job, messages, pictures, wanted, Run(start)) for job, messages in pairs], wanted
+            )
+
+        return self._owner.submit_together(work, cancel or threading.Event(), len(conversations))
 
     def require_room(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
@@ -212,6 +237,17 @@ class Engine:
         run: Run,
         reuse: bool,
     ) -> None:
+        self._answer_one(*self._ready(job, messages, images, options, run), options, reuse)
+
+    def _ready(
+        self,
+        job: Job,
+        messages: Sequence[prompt.Message],
+        images: Sequence[ImageInput | Picture],
+        options: Options,
+        run: Run,
+    ) -> tuple[list[Segment], Answer]:
+        """Everything that can be refused is, before any model runs."""
         slots = sum(message.images for message in messages)
         if slots != len(images):
             raise UsageError(f"The messages have room for {slots} images, {len(images)} were given.")
@@ -227,19 +263,66 @@ class Engine:
         stream = TextStream((*options.stop, *self._template.stop_texts))
         limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
         language, _ = self._opened()
+        return segments(ids, pictures), Answer(language, self._ends, stream, limit, run, job, options.top_logprobs)
+
+    def _answer_one(self, parts: list[Segment], answer: Answer, options: Options, reuse: bool = False) -> None:
         try:
-            self._prefill.run(segments(ids, pictures), run, job, reuse=reuse)
-            reason = decode(
-                Answer(language, self._ends, stream, limit, run, job, options.top_logprobs), options, self._speculation
-            )
+            self._prefill.run(parts, answer.run, answer.job, reuse=reuse)
+            reason = decode(answer, options, self._speculation)
         except CancelledError:
             reason = "cancelled"
+        self._finish(answer, reason)
+
+    def _answer_all(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
+        while ready:
+            count = self._fitting(ready)
+            if count == 1:
+                self._answer_one(*ready[0], options)
+            else:
+                self._answer_group(ready[:count], options)
+            ready = ready[count:]
+
+    def _fitting(self, ready: Sequence[tuple[list[Segment], Answer]]) -> int:
+        """How many of the prompts, from the first on, can be answered in the same passes: 1 or more."""
+        shared = ready[0][0][:-1]
+        used, count = sum(len(part.keys) for part in shared), 0
+        for parts, answer in ready[:MAX_BRANCHES]:
+            used += len(parts[-1].keys) + answer.limit
+            if not shared or parts[-1].picture is not None or parts[:-1] != shared or used > self.context_size:
+                break
+            count += 1
+        return max(count, 1)
+
+    def _answer_group(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
+        """Prompts that differ in their last segment, which is text."""
+        answers = [answer for _, answer in ready]
+        tails = [[key for key in parts[-1].keys if isinstance(key, int)] for parts, _ in ready]
+        parts, first = ready[0]
+        waiting = list(answers)
+
+        def done(answer: Answer, reason: FinishReason) -> None:
+            waiting.remove(answer)
+            self._finish(answer, reason)
+
+        try:
+            self._prefill.run(parts, first.run, first.job, count=len(parts) - 1)
+            for answer in answers[1:]:
+                answer.run.known = True
+            decode_together(answers, tails, options, done)
+        except CancelledError:
+            for answer in list(waiting):
+                done(answer, "cancelled")
+
+    def _finish(self, answer: Answer, reason: FinishReason) -> None:
+        """The last chunk."""
+        stream, run = answer.stream, answer.run
         tail = stream.end(cut=reason != "stop")
         if stream.stopped and reason == "length":
             reason = "stop"
         run.text += tail
-        result = run.result(reason, manifest.name, self.choice.name, self.load_ms)
-        job.output.put(Chunk(tail, run.unseen, reason, result, tuple(run.chances)))
+        result = run.result(reason, self.bundle.manifest.name, self.choice.name, self.load_ms)
+        answer.job.output.put(Chunk(tail, run.unseen, reason, result, tuple(run.chances)))
+        answer.job.output.put(None)
 
     def _encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
         language, _ = self._opened()

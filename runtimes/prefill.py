@@ -56,8 +56,10 @@ class Prefill:
         self._identity = [identity(bundle, *files), language.identity]
         self._exact = {0}  # where a segment ended, if all up to there was evaluated segment by segment
 
-    def run(self, parts: Sequence[Segment], run: Run, job: Job, *, reuse: bool) -> None:
-        """Evaluate a prompt, except for a beginning that is known.
+    def run(
+        self, parts: Sequence[Segment], run: Run, job: Job, *, reuse: bool = False, count: int | None = None
+    ) -> None:
+        """Evaluate a prompt, or only its first `count` segments, except for a beginning that is known.
 
         Without `reuse` only whole segments count, evaluated one by one: the answer is, bit for bit, the one that
         follows if everything is computed. With it also what this prompt has in common with the last one and its answer,
@@ -74,7 +76,7 @@ class Prefill:
         run.known = done >= last > 0
         exact = done in self._exact and done in (0, *ends)
         self._exact = {end for end in self._exact if end <= done}
-        for part, end in zip(parts, ends, strict=True):
+        for part, end in list(zip(parts, ends, strict=True))[:count]:
             if end <= done:
                 continue
             self._evaluate(part, max(done - end + len(part.keys), 0), run, job)

@@ -27,9 +27,9 @@ class Sampler:
         for part in [*([grammar] if grammar else []), *self._parts(options)]:
             library.llama_sampler_chain_add(self._chain, part)  # the chain owns and frees it
 
-    def sample(self, context: Any) -> int:
-        """Draw a token from the logits of the last evaluated position, and note it for the next draw."""
-        return int(self._library.llama_sampler_sample(self._chain, context, -1))
+    def sample(self, context: Any, row: int = -1) -> int:
+        """Draw a token from a row of logits, of the last evaluated position if not told, and note it for the next."""
+        return int(self._library.llama_sampler_sample(self._chain, context, row))
 
     def close(self) -> None:
         """Free the chain."""
@@ -60,9 +60,9 @@ class Sampler:
         return [*parts, library.llama_sampler_init_dist(options.seed % library.LLAMA_DEFAULT_SEED)]
 
 
-def chance(language: LanguageModel, token: int, top: int) -> TokenChance:
-    """How likely `token` was after the last evaluated position, and the `top` likeliest there."""
-    logits = language.logits().astype(np.float64)
+def chance(language: LanguageModel, token: int, top: int, row: int = -1) -> TokenChance:
+    """How likely `token` was by a row of logits, of the last position if not told, and the `top` likeliest tokens."""
+    logits = language.logits(row).astype(np.float64)
     highest = logits.max()
     logprobs = logits - highest - np.log(np.exp(logits - highest).sum())
     best = np.argsort(-logprobs, kind="stable")[:top]

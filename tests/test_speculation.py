@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from llava_edge import Llava
 from llava_edge.bundle import LANGUAGE
-from llava_edge.errors import BundleError, ContextOverflowError
+from llava_edge.errors import BundleError
 from llava_edge.options import EngineOptions, Options, Result, Speculate
 from llava_edge.runtimes import speculation
 from llava_edge.runtimes.language import LanguageModel
@@ -261,52 +260,3 @@ def test_one_verdict_for_each_block() -> None:
     bits.note(30, False)
     bits.note(30, True)
     assert not bits.possible(10)
-
-
-# Several questions about the same images.
-
-
-def test_questions_together_have_the_answers_they_have_alone(llava: Llava) -> None:
-    """Bit for bit: the same parts are computed in the same batches."""
-    image = Image.new("RGB", (48, 32), "red")
-    questions = [*prompts(5), "é€😀"]
-    language = llava._engine._speculation.language
-    short = Options(max_tokens=24, speculate="off")  # so that the last logits are those of the last token
-    alone: list[Any] = []
-    for question in questions:
-        alone.append((llava.ask(question, image, short).text, language.logits().copy()))
-    language.forget(0)  # so that the picture is not known from before
-    for number, stream in enumerate(llava.ask_many(questions, image, short)):
-        result = list(stream)[-1].final
-        assert result is not None
-        assert result.text == alone[number][0]
-        assert np.array_equal(language.logits(), alone[number][1])
-        assert (result.timings.encode_ms > 0) == (number == 0)
-
-
-def test_other_work_between_two_questions_changes_nothing(llava: Llava) -> None:
-    red, blue = (Image.new("RGB", (48, 32), colour) for colour in ("red", "blue"))
-    short = Options(max_tokens=24)
-    wanted = [llava.ask(question, red, short).text for question in ("a list:", "the red")]
-    found = []
-    for stream in llava.ask_many(["a list:", "the red"], red, short):
-        found.append("".join(chunk.text for chunk in stream))
-        llava.ask("the red", blue, short)
-    assert found == wanted
-
-
-def test_room_is_counted_before_the_first_question_is_answered(llava: Llava) -> None:
-    image = Image.new("RGB", (48, 32), "red")
-    with pytest.raises(ContextOverflowError, match=r"Question 2: The prompt needs \d+ positions"):
-        next(llava.ask_many(["short", "the " * 600], image))
-
-
-def test_cancelling_ends_all_questions(llava: Llava) -> None:
-    cancel = threading.Event()
-    reasons = []
-    for stream in llava.ask_many(["one,", "two,"], (), Options(max_tokens=300), cancel=cancel):
-        next(stream, None)
-        cancel.set()
-        reasons += [chunk.finish_reason for chunk in stream if chunk.finish_reason]
-    assert reasons[0] == "cancelled"
-    assert len(reasons) <= 2

@@ -1,0 +1,44 @@
+"""A llama_batch, its arrays seen through numpy: what one call of llama_decode evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Batch:
+    """Room for up to `size` positions.
+
+    values: int32 token ids (size,), or float32 embeddings (size, width) when width is not 0.
+    """
+
+    def __init__(self, api: Any, size: int, width: int) -> None:
+        self._api = api
+        self.handle = api.llama_batch_init(size, width, 1)
+        self.values: Array
+        if width:
+            self.values = np.ctypeslib.as_array(self.handle.embd, (size, width))
+        else:
+            self.values = np.ctypeslib.as_array(self.handle.token, (size,))
+        self._positions = np.ctypeslib.as_array(self.handle.pos, (size,))
+        self._wanted = np.ctypeslib.as_array(self.handle.logits, (size,))
+        for i in range(size):
+            self.handle.n_seq_id[i] = 1
+
+    def place(self, positions: Sequence[int], wanted: int, sequences: Sequence[int]) -> None:
+        """Use the first values at `positions` of `sequences`; logits are wanted of the last `wanted`."""
+        count = len(positions)
+        self.handle.n_tokens = count
+        self._positions[:count] = positions
+        self._wanted[:count] = 0
+        self._wanted[count - wanted : count] = 1
+        for i, sequence in enumerate(sequences):
+            self.handle.seq_id[i][0] = sequence
+
+    def free(self) -> None:
+        """Once."""
+        self._api.llama_batch_free(self.handle)

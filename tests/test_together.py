@@ -1,0 +1,200 @@
+"""Several questions about the same images: one reading of them, then one token of each answer in a pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_edge import Llava
+from llava_edge.bundle import LANGUAGE
+from llava_edge.errors import BundleError, ContextOverflowError
+from llava_edge.options import EngineOptions, Options, Result, TokenChance
+from llava_edge.runtimes.branches import Branches
+from llava_edge.runtimes.language import MAX_BRANCHES, LanguageModel
+
+NEVER = threading.Event()
+RED = Image.new("RGB", (48, 32), "red")
+QUESTIONS = ["a list:", "the red", "one, two,", "é€😀", "say the colour of a", "12"]
+SHORT = Options(max_tokens=24, speculate="off")
+
+
+@pytest.fixture(scope="module")
+def llava(micro_bundle: Path) -> Iterator[Llava]:
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, cache=False)) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def passes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions each pass over the weights evaluates."""
+    language = llava._engine._speculation.language
+    language.forget(0)
+    seen: list[int] = []
+    right = language._run
+
+    def run(batch: Any, cancel: threading.Event, *, quick: bool) -> None:
+        seen.append(batch.handle.n_tokens)
+        right(batch, cancel, quick=quick)
+
+    monkeypatch.setattr(language, "_run", run)
+    return seen
+
+
+def together(llava: Llava, questions: list[str], options: Options, images: Any = RED) -> list[Result]:
+    found = []
+    for stream in llava.ask_many(questions, images, options):
+        *_, last = stream
+        assert last.final is not None
+        found.append(last.final)
+    return found
+
+
+def chances(stream: Any) -> list[TokenChance]:
+    return [chance for chunk in stream for chance in chunk.chances]
+
+
+def test_answers_are_those_alone_as_far_as_rounding_goes(llava: Llava) -> None:
+    """Up to the first token that differs, probabilities are equal; there, both tokens are as good as equally likely."""
+    options = Options(max_tokens=24, speculate="off", top_logprobs=2)
+    alone = [chances(llava.stream(question, RED, options)) for question in QUESTIONS]
+    compared = 0
+    for mine, wanted in zip(map(chances, llava.ask_many(QUESTIONS, RED, options)), alone, strict=True):
+        for one, other in zip(mine, wanted, strict=False):
+            assert one.logprob == pytest.approx(other.logprob, abs=0.1)
+            if one.token != other.token:
+                assert other.top[0][1] - other.top[1][1] < 0.1
+                break
+            compared += 1
+    assert compared > 100
+
+
+def test_pictures_are_read_once_and_weights_once_for_a_token_of_each(llava: Llava, passes: list[int]) -> None:
+    results = together(llava, QUESTIONS, SHORT)
+    assert passes[1] == llava.bundle.manifest.vision.image_tokens
+    steps = passes[2 + len(QUESTIONS) :]  # behind the system's text, the picture and the questions
+    assert len(steps) == max(result.completion_tokens for result in results) - 1
+    assert steps[0] == len(QUESTIONS)
+    assert [result.timings.encode_ms > 0 for result in results] == [True] + 5 * [False]
+    assert [result.cache for result in results] == ["miss"] + 5 * ["kv"]
+
+
+def test_memory_is_afterwards_as_before(llava: Llava) -> None:
+    """The next answer has the bits it would have had."""
+    language = llava._engine._speculation.language
+    wanted = []
+    for question in QUESTIONS:
+        text = llava.ask(question, RED, SHORT).text
+        wanted.append((text, language.logits().copy()))
+    together(llava, QUESTIONS, SHORT)
+    for question, (text, logits) in zip(QUESTIONS, wanted, strict=True):
+        assert llava.ask(question, RED, SHORT).text == text
+        assert np.array_equal(language.logits(), logits)
+
+
+def test_each_answer_ends_by_itself(llava: Llava) -> None:
+    stop = llava.ask(QUESTIONS[0], RED, SHORT).text[3:5]
+    results = together(llava, QUESTIONS, Options(max_tokens=24, stop=(stop,)))
+    assert results[0].finish_reason == "stop"
+    assert not any(stop in result.text for result in results)
+
+
+def test_each_answer_is_drawn_by_its_own_seed(llava: Llava) -> None:
+    drawn = Options(max_tokens=12, temperature=0.9, seed=3)
+    first, again = ([result.text for result in together(llava, QUESTIONS, drawn)] for _ in range(2))
+    assert first == again
+    other = [result.text for result in together(llava, QUESTIONS, Options(max_tokens=12, temperature=0.9, seed=4))]
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize(("questions", "tokens"), [(2 * MAX_BRANCHES + 1, 4), (5, 150)])
+def test_as_many_as_there_is_room_for(questions: int, tokens: int, llava: Llava, passes: list[int]) -> None:
+    """The context has 512 positions: three answers of 150 tokens."""
+    asked = [f"{number}, a list:" for number in range(questions)]
+    results = together(llava, asked, Options(max_tokens=tokens, speculate="off"))
+    assert len(results) == questions
+    assert {result.finish_reason for result in results} <= {"length", "stop"}
+    assert max(count for count in passes if count < 9) <= MAX_BRANCHES
+    assert sum(len(result.text) > 0 for result in results) >= questions - 1
+
+
+def test_without_a_picture_there_is_nothing_in_common(llava: Llava) -> None:
+    results = together(llava, ["a list:", "the red"], SHORT, ())
+    assert [r.text for r in results] == [llava.ask(q, (), SHORT).text for q in ("a list:", "the red")]
+
+
+def test_other_work_between_two_questions_changes_nothing(llava: Llava) -> None:
+    blue = Image.new("RGB", (48, 32), "blue")
+    wanted = [result.text for result in together(llava, ["a list:", "the red"], SHORT)]
+    found = []
+    for stream in llava.ask_many(["a list:", "the red"], RED, SHORT):
+        found.append("".join(chunk.text for chunk in stream))
+        llava.ask("the red", blue, SHORT)
+    assert found == wanted
+
+
+def test_room_is_counted_before_the_first_question_is_answered(llava: Llava) -> None:
+    with pytest.raises(ContextOverflowError, match=r"Question 2: The prompt needs \d+ positions"):
+        next(llava.ask_many(["short", "the " * 600], RED))
+
+
+@pytest.mark.parametrize("images", [(), RED])
+def test_cancelling_ends_all_questions(images: Any, llava: Llava) -> None:
+    cancel = threading.Event()
+    reasons = []
+    for stream in llava.ask_many(["one,", "two,"], images, Options(max_tokens=200), cancel=cancel):
+        next(stream, None)
+        cancel.set()
+        reasons += [chunk.finish_reason for chunk in stream if chunk.finish_reason]
+    assert reasons[0] == "cancelled"
+    assert len(reasons) <= 2
+
+
+def test_leaving_one_early_ends_all_questions(llava: Llava, passes: list[int]) -> None:
+    streams = list(llava.ask_many(["one,", "two,"], RED, Options(max_tokens=200)))
+    next(streams[1])
+    streams[1].close()
+    assert list(streams[0])[-1].finish_reason == "cancelled"
+    assert len(passes) < 200
+    assert llava.ask("one,", RED, SHORT).finish_reason == "length"
+
+
+def test_an_error_reaches_every_stream(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise BundleError("not finite")
+
+    monkeypatch.setattr(llava._engine._speculation.language, "evaluate_at", broken)
+    for stream in list(llava.ask_many(["one,", "two,"], RED, SHORT)):
+        with pytest.raises(BundleError, match="not finite"):
+            list(stream)
+    monkeypatch.undo()
+    assert llava.ask("one,", RED, SHORT).finish_reason == "length"
+
+
+def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) -> None:
+    """Of different lengths; and a check that a wrong position would show."""
+    language = LanguageModel(micro_bundle / LANGUAGE, context=128, threads=1)
+    start, ends = [5, 6, 7, 8], [[20, 21, 22], [30], [40, 41]]
+    alone = []
+    for end in ends:
+        language.forget(0)
+        language.evaluate_tokens([*start, *end, 50], NEVER)
+        alone.append(language.logits().copy())
+    language.forget(0)
+    language.evaluate_tokens(start, NEVER)
+    with Branches(language, 3) as branches:
+        for number, end in enumerate(ends, 1):
+            branches.extend(number, end, NEVER)
+        branches.step([50, 50, 50], [1, 2, 3], NEVER)
+        for row, logits in enumerate(alone):
+            np.testing.assert_allclose(language.logits(row), logits, atol=0.05)
+            assert np.abs(language.logits(row) - alone[row - 1]).max() > 0.5
+    assert language.held == start
+    with pytest.raises(ValueError, match="1 to 8 are possible"):
+        Branches(language, MAX_BRANCHES + 1)
+    language.close()
