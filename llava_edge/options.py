@@ -108,6 +108,8 @@ class EngineOptions:
         "auto" is as "latency", but copies nothing that would leave less than half of the free memory.
     kv: numbers that the context is kept in; "q8_0" is half as large as "f16" and rounds a little more.
     verbose: show the engines' own log on stderr.
+    draft: GGUF file of a small language model with the same vocabulary, which guesses tokens of greedy answers; answers
+        stay the same.
     """
 
     device: Device = "auto"
@@ -117,6 +119,7 @@ class EngineOptions:
     kv: KV = "auto"
     verbose: bool = False
     cache: bool | Path | Literal["memory"] = True
+    draft: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

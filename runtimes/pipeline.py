@@ -22,6 +22,7 @@ from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, FinishReason, Options
 from llava_edge.runtimes import CancelledError, after_control, devices, presets, probe, tune
 from llava_edge.runtimes.decoding import Answer, decode, decode_together
+from llava_edge.runtimes.draft import Draft
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job, Owner, Stream
 from llava_edge.runtimes.language import BATCH, MAX_BRANCHES, LanguageModel
@@ -48,6 +49,7 @@ class Engine:
         self.context_size = 0
         self._embedder: Embedder | None = None
         self._language: LanguageModel | None = None
+        self._draft: Draft | None = None
         self._cache = _open_cache(options.cache)
         self._owner = Owner(self._free)
 
@@ -170,8 +172,9 @@ class Engine:
         if self._embedder is not None:
             self._embedder.close()
             self._embedder = None
-        if self._language is not None:
-            self._language.close()
+        for model in (self._language, self._draft):
+            if model is not None:
+                model.close()
         self._cache.close()
 
     def _load(self, cancel: threading.Event, pictures: Sequence[Picture], on_load: Callable[[float], None]) -> None:
@@ -212,7 +215,8 @@ class Engine:
                 f"{path} has hidden size and vocabulary {found}, the manifest says "
                 f"{(manifest.language.hidden_size, manifest.language.vocab_size)}: it is from another bundle."
             )
-        self._speculation = Speculation(self._language)
+        self._draft = Draft(Path(self.options.draft), self._language, threads) if self.options.draft else None
+        self._speculation = Speculation(self._language, self._draft)
         self._prefill = Prefill(self.bundle, self._language, self._embedder, self._cache)
         self._template = template(manifest.template)
         self._ends = {self._language.control_id(name) for name in self._template.stops}

@@ -1,4 +1,5 @@
-"""Several tokens of a greedy answer in one pass: guessed from what was said before, kept where the model agrees.
+"""Several tokens of a greedy answer in one pass: guessed from what was said before, or by a draft model, and kept where
+the model agrees.
 
 An answer is the same, bit for bit, with and without it. A batch may be computed by other kernels than a single token,
 and their last digits can turn a near tie. So batches are used only where they were seen to give the very bits of
@@ -12,6 +13,7 @@ import time
 
 import numpy as np
 
+from llava_edge.runtimes.draft import Draft
 from llava_edge.runtimes.language import Key, LanguageModel
 
 WIDTH = 8  # tokens in a pass: always as many, because kernels are chosen by it
@@ -26,23 +28,23 @@ class Lookup:
     """Guesses what comes next: what followed the last `NGRAM` tokens when they last occurred."""
 
     def __init__(self, keys: list[Key]) -> None:
-        self._keys: list[Key] = []
+        self.keys: list[Key] = []  # all of them
         self._after: dict[tuple[Key, ...], int] = {}  # n-gram -> where what followed it begins
         for key in keys:
             self.add(key)
 
     def add(self, key: Key) -> None:
         """One more position: a token, or a row of an image."""
-        if len(self._keys) >= NGRAM:
-            self._after[tuple(self._keys[-NGRAM:])] = len(self._keys)
-        self._keys.append(key)
+        if len(self.keys) >= NGRAM:
+            self._after[tuple(self.keys[-NGRAM:])] = len(self.keys)
+        self.keys.append(key)
 
     def guess(self, count: int) -> list[int]:
         """`count` tokens, or none. A repetition that has only begun is continued."""
-        start = self._after.get(tuple(self._keys[-NGRAM:]))
+        start = self._after.get(tuple(self.keys[-NGRAM:]))
         if start is None:
             return []
-        period = self._keys[start:]
+        period = self.keys[start:]
         guess = [period[i % len(period)] for i in range(count)]
         return [key for key in guess if isinstance(key, int)] if all(isinstance(key, int) for key in guess) else []
 
@@ -69,13 +71,19 @@ class SameBits:
 
 
 class Speculation:
-    """One for a loaded model: what is known about its batches, and what they cost."""
+    """One for a loaded model: what is known about its batches, and what they cost. `draft` guesses where nothing else
+    does.
 
-    def __init__(self, language: LanguageModel) -> None:
+    ratio, draft_ratio: time of a pass, and of a guess of the draft model, in single tokens, as far as it was measured.
+    """
+
+    def __init__(self, language: LanguageModel, draft: Draft | None = None) -> None:
         self.language = language
+        self.draft = draft
         self.bits = SameBits()
-        self.ratio = 2.0  # time of a pass in single tokens, until it was measured
-        self._single = self._pass = 0.0  # seconds
+        self.ratio = 2.0
+        self.draft_ratio = 0.0
+        self._single = self._pass = self._guess = 0.0  # seconds
 
     def measure(self, seconds: float, tokens: int) -> None:
         """Time of one evaluation, as a moving mean: others use the processor too."""
@@ -83,8 +91,18 @@ class Speculation:
             self._single += (seconds - self._single) * (0.1 if self._single else 1)
         else:
             self._pass += (seconds - self._pass) * (0.1 if self._pass else 1)
+        self._compare()
+
+    def measure_draft(self, seconds: float) -> None:
+        """Time of one guess of the draft model."""
+        self._guess += (seconds - self._guess) * (0.1 if self._guess else 1)
+        self._compare()
+
+    def _compare(self) -> None:
         if self._single and self._pass:
             self.ratio = self._pass / self._single
+        if self._single and self._guess:
+            self.draft_ratio = self._guess / self._single
 
 
 class Guessing:
@@ -100,6 +118,8 @@ class Guessing:
         self._lookup = Lookup(self._language.held)
         self._always = always
         self._balance = FREE_LOSS
+        if shared.draft:  # one try, whatever it costs
+            self._balance = max(FREE_LOSS, shared.ratio + shared.draft_ratio - 1)
         self.drafted = self.accepted = 0
 
     def next(self, token: int, cancel: threading.Event) -> list[int]:
@@ -108,7 +128,7 @@ class Guessing:
         Afterwards memory holds all of them but the last. Raises `CancelledError`.
         """
         self._lookup.add(token)
-        guess = self._guess() if self._worth_it() else []
+        guess = self._guess(cancel) if self._possible() else []
         if not guess:
             self._balance += SHARE_LOSS
             found = [self._single(token, cancel)]
@@ -118,14 +138,26 @@ class Guessing:
             self._lookup.add(key)
         return found
 
-    def _worth_it(self) -> bool:
+    def _possible(self) -> bool:
         start = len(self._language.held)
-        if start + WIDTH > self._language.context_size or not self._shared.bits.possible(start):
-            return False
-        return self._always or self._balance >= self._shared.ratio - 1
+        return start + WIDTH <= self._language.context_size and self._shared.bits.possible(start)
 
-    def _guess(self) -> list[int]:
-        return self._lookup.guess(WIDTH - 1)
+    def _worth(self, cost: float) -> bool:
+        return self._always or self._balance >= cost - 1
+
+    def _guess(self, cancel: threading.Event) -> list[int]:
+        """`WIDTH` - 1 tokens, or none."""
+        shared = self._shared
+        if not self._worth(shared.ratio):
+            return []
+        guess = self._lookup.guess(WIDTH - 1)
+        if guess or not shared.draft or not self._worth(shared.ratio + shared.draft_ratio):
+            return guess
+        start = time.perf_counter()
+        guess = shared.draft.guess(self._lookup.keys, WIDTH - 1, cancel)
+        shared.measure_draft(time.perf_counter() - start)
+        self._balance -= shared.draft_ratio
+        return guess if len(guess) == WIDTH - 1 else []
 
     def _single(self, token: int, cancel: threading.Event) -> int:
         start = time.perf_counter()

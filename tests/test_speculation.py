@@ -74,7 +74,7 @@ def guess_from(monkeypatch: pytest.MonkeyPatch, answer: list[int], wrong: tuple[
     """Guesses are the plain answer, but for those at `wrong` places of each."""
 
     def guess(lookup: Lookup, count: int) -> list[int]:
-        said = len(lookup._keys) - lookup.prompt  # type: ignore[attr-defined]
+        said = len(lookup.keys) - lookup.prompt  # type: ignore[attr-defined]
         right = (answer[said:] + [5] * count)[:count]
         return [t if i not in wrong else 6 - (t == 6) for i, t in enumerate(right)]
 

@@ -23,7 +23,7 @@ _SAMPLING = {
     "seed": "Of the draw.",
     "image_tokens": "Positions a picture may take, for speed; 0 is all.",
 }
-_ENGINE = ("device", "threads", "context", "preset", "kv", "cache", "verbose")
+_ENGINE = ("device", "threads", "context", "preset", "kv", "cache", "verbose", "draft")
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,6 +42,11 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--kv", type=click.Choice(KVS), default="auto", show_default=True, help="Numbers of the context."),
         click.option("--cache/--no-cache", default=True, help="Keep what pictures became for the next time."),
+        click.option(
+            "--draft",
+            metavar="FILE",
+            help="GGUF of a small model of the same vocabulary, which guesses tokens of answers.",
+        ),
         click.option("--verbose", is_flag=True, help="Show the engines' own log on stderr."),
     ]
     for option in reversed(options):

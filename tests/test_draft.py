@@ -1,0 +1,147 @@
+"""A draft model: it may guess what it likes, answers are those of plain decoding."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from llava_edge import Llava
+from llava_edge.bundle import LANGUAGE, Bundle
+from llava_edge.cli import cli
+from llava_edge.errors import BundleError, MissingError, UsageError
+from llava_edge.export.checkpoint import open_checkpoint
+from llava_edge.export.llm_gguf import write_language
+from llava_edge.export.tokenizer import Vocabulary, read_tokenizer
+from llava_edge.models import micro
+from llava_edge.options import EngineOptions, Options
+from llava_edge.runtimes import speculation
+from llava_edge.runtimes.draft import Draft
+from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.speculation import PROOF, WIDTH, Speculation
+
+NEVER = threading.Event()
+RED = Image.new("RGB", (48, 32), "red")
+QUESTIONS = ["a list:", "the red", "one, two,", "é€😀"]
+PLAIN, GUESSED = Options(max_tokens=40, speculate="off"), Options(max_tokens=40, speculate="ngram")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of other weights and the same vocabulary."""
+    folder = tmp_path_factory.mktemp("other")
+    checkpoint = open_checkpoint(micro.write_checkpoint(folder / "checkpoint", tensors=micro.random_tensors(seed=9)))
+    write_language(checkpoint, read_tokenizer(checkpoint.tokenizer, checkpoint.config), folder / "other.gguf", "other")
+    return folder / "other.gguf"
+
+
+@pytest.fixture(scope="module")
+def language(micro_bundle: Path) -> Iterator[LanguageModel]:
+    model = LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1)
+    yield model
+    model.close()
+
+
+def load(bundle: Path, draft: Path) -> Llava:
+    return Llava.load(bundle, EngineOptions(device="cpu", threads=1, cache=False, draft=draft))
+
+
+def prove(llava: Llava) -> Speculation:
+    """Take batches for proven."""
+    for block in range(2):
+        for _ in range(PROOF):
+            llava._engine._speculation.bits.note(block * speculation.BLOCK, True)
+    return llava._engine._speculation
+
+
+def test_it_guesses_what_it_would_say_itself(micro_bundle: Path, language: LanguageModel) -> None:
+    """Pictures left out, and again after other words."""
+    draft = Draft(micro_bundle / LANGUAGE, language, threads=1)
+    for text in ([5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 10, 11]):
+        language.forget(0)
+        language.evaluate_tokens(text, NEVER)
+        wanted = []
+        for _ in range(WIDTH - 1):
+            wanted.append(language.best())
+            language.evaluate_tokens(wanted[-1:], NEVER)
+        assert draft.guess([*text[:2], ("picture", 0), ("picture", 1), *text[2:]], WIDTH - 1, NEVER) == wanted
+    assert draft.guess([5] * 510, WIDTH - 1, NEVER) == []  # no room
+    assert draft.guess([language.vocab_size], WIDTH - 1, NEVER) == []  # unknown to it
+    draft.close()
+
+
+def test_answers_are_those_of_plain_decoding(micro_bundle: Path, other: Path) -> None:
+    """With a draft that is mostly wrong, and with one that is right, but for what only the picture tells."""
+    for path, right in ((other, False), (micro_bundle / LANGUAGE, True)):
+        with load(micro_bundle, path) as llava:
+            prove(llava)
+            for question in QUESTIONS:
+                for images in ((), RED):
+                    plain, guessed = llava.ask(question, images, PLAIN), llava.ask(question, images, GUESSED)
+                    assert (guessed.text, guessed.completion_tokens) == (plain.text, plain.completion_tokens)
+                    assert guessed.drafted_tokens > 30
+                    if not images:
+                        assert (guessed.accepted_tokens > 0.8 * guessed.drafted_tokens) == right
+
+
+def test_a_bad_one_is_soon_left_alone(micro_bundle: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One try in an answer, and one more for each 50 tokens a single token's time allows."""
+    with load(micro_bundle, other) as llava:
+        shared = prove(llava)
+        monkeypatch.setattr(shared, "_compare", lambda: None)
+        shared.ratio, shared.draft_ratio = 2.0, 0.5
+        monkeypatch.setattr(speculation.Lookup, "guess", lambda lookup, count: [])
+        result = llava.ask("a list:", (), Options(max_tokens=100, speculate="auto"))
+        assert result.completion_tokens == 100
+        assert WIDTH - 1 <= result.drafted_tokens <= 4 * (WIDTH - 1)
+
+
+def test_a_draft_that_costs_more_than_it_wins_is_left_alone(
+    micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is always right, but as slow as the model itself."""
+    with load(micro_bundle, micro_bundle / LANGUAGE) as llava:
+        shared = prove(llava)
+        monkeypatch.setattr(shared, "_compare", lambda: None)
+        monkeypatch.setattr(speculation.Lookup, "guess", lambda lookup, count: [])
+        for cost, least, most in ((0.5, 60, 99), (9.0, 1, 3 * (WIDTH - 1))):
+            shared.ratio, shared.draft_ratio = 2.0, cost
+            result = llava.ask("a list:", (), Options(max_tokens=100, speculate="auto"))
+            assert least <= result.drafted_tokens
+            assert cost < 1 or result.drafted_tokens <= most
+
+
+def test_what_cannot_be_a_draft_is_refused(
+    micro_bundle: Path, micro_checkpoint: Path, tmp_path: Path, language: LanguageModel
+) -> None:
+    with pytest.raises(MissingError, match="no draft model"):
+        load(micro_bundle, tmp_path / "missing.gguf")
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(BundleError):
+        load(micro_bundle, tmp_path / "text.gguf")
+    with pytest.raises(BundleError):
+        load(micro_bundle, micro_bundle / "projector.gguf")
+    checkpoint = open_checkpoint(micro_checkpoint)
+    right = read_tokenizer(checkpoint.tokenizer, checkpoint.config)
+    swapped = [*right.tokens[:20], right.tokens[21], right.tokens[20], *right.tokens[22:]]
+    wrong = Vocabulary(**{**right.__dict__, "tokens": swapped})
+    write_language(checkpoint, wrong, tmp_path / "swapped.gguf", "swapped")
+    with pytest.raises(UsageError, match=r"another vocabulary .*token 20 differs"):
+        Draft(tmp_path / "swapped.gguf", language, threads=1)
+
+
+def test_the_command_takes_one(micro_bundle: Path, tmp_path: Path) -> None:
+    RED.save(tmp_path / "red.png")
+    run = ["run", "--model", str(micro_bundle), "--image", str(tmp_path / "red.png"), "--prompt", "a list:", "--json"]
+    plain = json.loads(CliRunner().invoke(cli, [*run, "--speculate", "off"]).stdout)
+    draft = ["--draft", str(Bundle.open(micro_bundle).part(LANGUAGE)), "--speculate", "ngram"]
+    guessed = json.loads(CliRunner().invoke(cli, [*run, *draft]).stdout)
+    assert guessed["text"] == plain["text"]
+    assert guessed["drafted_tokens"] > 0 == plain["drafted_tokens"]
+    missing = CliRunner().invoke(cli, [*run, "--draft", "missing.gguf"])
+    assert isinstance(missing.exception, MissingError)
