@@ -10,18 +10,18 @@ import threading
 from collections.abc import Sequence
 from types import TracebackType
 
-from llava_edge.runtimes.language import MAX_BRANCHES, LanguageModel
+from llava_edge.runtimes.language import LanguageModel
 
 
 class Branches:
-    """Branches 1 to `count`, at most `MAX_BRANCHES`, of the model's memory, which is as before when this is closed.
+    """Branches 1 to `count`, at most `max_branches`, of the model's memory, which is as before when this is closed.
 
     Between, memory must not change. All branches' own positions have to fit behind it into the context.
     """
 
     def __init__(self, language: LanguageModel, count: int) -> None:
-        if not 1 <= count <= MAX_BRANCHES:
-            raise ValueError(f"{count} branches were asked for; 1 to {MAX_BRANCHES} are possible.")
+        if not 1 <= count <= language.max_branches:
+            raise ValueError(f"{count} branches were asked for; 1 to {language.max_branches} are possible.")
         self._language = language
         self._lengths = [len(language.held)] * count
         language.branch(count)

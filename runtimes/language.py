@@ -70,6 +70,7 @@ class LanguageModel:
         self.context_size = context
         self.held: list[Key] = []
         self.batch = batch
+        self.max_branches = min(MAX_BRANCHES, context - 1, batch - 1)  # llama.cpp aborts with more sequences than room
         self._threads = threads
         self._kv = kv
         self._settings = [gpu_layers, repack, kv, *self.native.identity]
@@ -189,7 +190,7 @@ class LanguageModel:
 
     def branch(self, count: int) -> None:
         """Let sequences 1 to `count` hold what memory holds, and the others nothing. For `Branches`."""
-        for sequence in range(1, 1 + MAX_BRANCHES):
+        for sequence in range(1, 1 + self.max_branches):
             self.library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
             if sequence <= count:
                 self.library.llama_memory_seq_cp(self._memory, _SEQUENCE, sequence, -1, -1)
@@ -280,7 +281,7 @@ class LanguageModel:
         settings.n_ctx = self.context_size
         settings.n_batch = settings.n_ubatch = self.batch
         settings.n_threads = settings.n_threads_batch = self._threads
-        settings.n_seq_max, settings.kv_unified = 1 + MAX_BRANCHES, True  # branches share the positions they begin with
+        settings.n_seq_max, settings.kv_unified = 1 + self.max_branches, True  # they share positions they begin with
         if self._kv == "q8_0":
             settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
             settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED  # nothing else reads values of 8 bits

@@ -25,7 +25,7 @@ from llava_edge.runtimes.decoding import Answer, decode, decode_together
 from llava_edge.runtimes.draft import Draft
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job, Owner, Stream
-from llava_edge.runtimes.language import BATCH, MAX_BRANCHES, LanguageModel
+from llava_edge.runtimes.language import BATCH, LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
@@ -288,9 +288,10 @@ class Engine:
 
     def _fitting(self, ready: Sequence[tuple[list[Segment], Answer]]) -> int:
         """How many of the prompts, from the first on, can be answered in the same passes: 1 or more."""
+        language, _ = self._opened()
         shared = ready[0][0][:-1]
         used, count = sum(len(part.keys) for part in shared), 0
-        for parts, answer in ready[:MAX_BRANCHES]:
+        for parts, answer in ready[: language.max_branches]:
             used += len(parts[-1].keys) + answer.limit
             if not shared or parts[-1].picture is not None or parts[:-1] != shared or used > self.context_size:
                 break
