@@ -26,7 +26,7 @@ setup: $(VENV)/dev.done
 
 #: make test     lint, types, then the fast tests
 test: lint types
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 #: make lint     ruff
 lint: setup

@@ -47,6 +47,7 @@ DEV = [
     "sentencepiece>=0.2.1",
     "hypothesis>=6.150",
     "pytest>=9",
+    "pytest-xdist>=3.8",
     "ruff>=0.17,<0.18",  # a new minor release brings new rules
     "mypy>=2.4,<2.5",
     "setuptools>=77",  # tests build the wheel without an isolated environment
