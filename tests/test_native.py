@@ -127,7 +127,9 @@ def test_what_is_not_finite_is_not_hidden(kernels: Kernels, kernel: str, bad: fl
     assert np.isfinite(np.delete(found, 4, 1)).all()
 
 
-@pytest.mark.parametrize(("kind", "rounded", "inner"), [("Q4_0", 32, 32), ("Q4_0", 32, 96), ("Q4_K", 256, 256)])
+@pytest.mark.parametrize(
+    ("kind", "rounded", "inner"), [("Q4_0", 32, 32), ("Q4_0", 32, 96), ("Q4_K", 256, 256), ("Q6_K", 256, 256)]
+)
 def test_products_of_few_rows(kernels: Kernels, kind: str, rounded: int, inner: int) -> None:
     numbers = np.random.default_rng(4)
     for rows, columns, blocks_in_row, scales in ((1, 1, 1, EXTREME), (5, 7, 3, EXTREME), (31, 70, 16, EXTREME[4:5])):
@@ -219,7 +221,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
         "sha256": "0",
         "kernels": list(ROUNDED),
         "problems": {},
-        "types": {kind: {"many": many, "some": many, "one": {"plain": 3.0}} for kind in TYPES},
+        "types": {kind: {"many": many, "some": many, "eight": {"plain": 9.0}, "one": {"plain": 3.0}} for kind in TYPES},
         "attention": {"plain": 3.0, "ours": 1.0},
     }
     return state | changes
@@ -378,8 +380,11 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert native.reordering_pays(found, {"F32", "Q4_K", "IQ4_NL"})
     types["Q4_0"]["one"]["few"] = 1.0
     assert not native.reordering_pays(native.choose(found_out(types=types)), {"F32", "Q4_0"})
+    types["Q6_K"] |= {"one": {"plain": 1.0, "few": 1.0}, "eight": {"plain": 9.0, "few": 3.0}}
+    types["Q5_K"] |= {"one": {"plain": 1.0, "few": 1.2}, "eight": {"plain": 9.0, "few": 3.0}}  # decoding would suffer
+    assert native.choose(found_out(types=types)).few == ("Q4_0", "Q6_K")
     equal = dict.fromkeys(("plain", *ROUNDED), 1.0)
-    slow = {kind: {"many": equal, "some": equal, "one": {"plain": 1.0}} for kind in TYPES}
+    slow = {kind: {"many": equal, "some": equal, "eight": {"plain": 1.0}, "one": {"plain": 1.0}} for kind in TYPES}
     nothing = native.choose(found_out(types=slow, attention={"plain": 1.0, "ours": 1.0}))
     assert not nothing.used
     assert nothing.reason == "Not used: llama.cpp's own kernels are as fast here."

@@ -156,7 +156,7 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
     best = min(right, key=lambda name: sum(types[kind]["many"][name] for kind in types))
     many = tuple(kind for kind in types if _pays(types[kind]["many"], best))
     some = tuple(kind for kind in many if _pays(types[kind]["some"], best))
-    few = tuple(kind for kind in types if _pays(types[kind]["one"], FEW))
+    few = tuple(kind for kind in types if _few_pay(types[kind]["one"], types[kind]["eight"]))
     mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best))
     attention = "attention" not in problems and _pays(state["attention"], "ours")
     if not (many or few or attention):
@@ -170,6 +170,11 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
 
 def _pays(race: dict[str, float], ours: str) -> bool:
     return ours in race and race["plain"] >= GAIN * race[ours]
+
+
+def _few_pay(one: dict[str, float], eight: dict[str, float]) -> bool:
+    """One kernel is for both: it has to win with one row, or with eight and lose nothing to speak of with one."""
+    return _pays(one, FEW) or (_pays(eight, FEW) and one["plain"] >= DECODE_KEPT * one[FEW])
 
 
 def _mapped_suffices(race: dict[str, dict[str, float]], best: str) -> bool:

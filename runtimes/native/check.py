@@ -25,7 +25,7 @@ ATTENTION_BOUND = 1e-2
 
 REPEATS = 5
 MANY, SOME = (512, 2048, 4096), (64, 2048, 4096)  # rows, columns, inner
-ONE = (1, 16384, 4096)  # 37 MB at 4 bits
+ONE, EIGHT = (1, 16384, 4096), (8, 4096, 4096)  # 37 and 9 MB at 4 bits
 ATTENTION = (16, 512, 512, 128)  # heads, queries, keys, width
 
 
@@ -45,11 +45,13 @@ def main(path: str) -> None:
         facts["problems"]["attention"] = problem
     right = [kernel for kernel in library.kernels() if kernel not in facts["problems"]]
     threads = devices.thread_count()[0]
+    few = [] if FEW in facts["problems"] else [FEW]
     for kind in TYPES:
         facts["types"][kind] = {
             "many": _race_products(ggml, library, kind, MANY, right, threads),
             "some": _race_products(ggml, library, kind, SOME, right, threads),
-            "one": _race_products(ggml, library, kind, ONE, [] if FEW in facts["problems"] else [FEW], threads),
+            "eight": _race_products(ggml, library, kind, EIGHT, few, threads),
+            "one": _race_products(ggml, library, kind, ONE, few, threads),
         }
     facts["attention"] = _race_attention(ggml, library, threads)
     sys.stdout.write(json.dumps(facts) + "\n")

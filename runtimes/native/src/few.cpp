@@ -1,13 +1,14 @@
-// Products of one row, or few, with weights in Q4_0 and Q4_K: decoding.
+// Products of one row, or few, with weights in Q4_0, Q4_K and Q6_K: decoding.
 //
 // Each row gets the same bits alone and among others, which guessing tokens relies on (runtimes/speculation.py). Reading the
 // weights once is all there is to a single one, so what matters is to read them in their order (a thread that walked through
 // four rows side by side took twice as long) and with few instructions per byte. Activations are rounded to 8 bits and a scale
-// for 32 (Q4_0) or 256 (Q4_K) of them, as llama.cpp does.
+// for 32 (Q4_0) or 256 (the others) of them, as llama.cpp does.
 //
 // Q4_0: four blocks at a time, two of them in a register, one in each half: their 16 low half-bytes, then their 16 high ones,
 // each times 16 activations. Half-bytes are unsigned; the -8 of the format is added as -8 times the activations' sums.
 // Q4_K: products of each group of 32 times its 6-bit scale add up in int32; minima meet the sums of the groups' activations.
+// Q6_K: the same for groups of 16 and their 8-bit scales; the -32 of the format as the -8 of Q4_0.
 
 #include <omp.h>
 
@@ -32,10 +33,11 @@ struct Part128 {  // 128 activations, for Q4_0
     float scales[4];
 };
 
-struct Part256 {  // 256 activations, for Q4_K
+struct Part256 {  // 256 activations, for Q4_K and Q6_K
     static constexpr int BLOCKS = 8;
     int8_t values[256];
-    int16_t sums[8];  // of each 32
+    int16_t sums[8];     // of each 32
+    int16_t halves[16];  // of each 16
     float scale;
 };
 
@@ -92,17 +94,24 @@ void take(const float *x, int, Part256 &part) {
     for (int j = 0; j < 8; j++) {
         const __m256i q = bytes(x + 32 * j, inverse);
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(part.values + 32 * j), q);
-        int sum = 0;
-        for (int i = 0; i < 32; i++) sum += part.values[32 * j + i];
-        part.sums[j] = int16_t(sum);
+        int sums[2] = {0, 0};
+        for (int i = 0; i < 32; i++) sums[i / 16] += part.values[32 * j + i];
+        for (int i = 0; i < 2; i++) part.halves[2 * j + i] = int16_t(sums[i]);
+        part.sums[j] = int16_t(sums[0] + sums[1]);
     }
 }
 
-inline __m256 add(const void *a, const void *b, const Pair &x, __m256 scales, __m256 sum) {
-    const __m256i q = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(a)), load128(b), 1);
-    const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i p = products(_mm256_and_si256(q, mask), _mm256_and_si256(_mm256_srli_epi16(q, 4), mask), x);
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(p, load256(x.offset))), scales, sum);
+// sums += products of 32 bytes with 32 activations, two by two, times their scales
+template <int R>
+inline void add(__m256i &sums, __m256i q, const int8_t *x, __m256i scales) {
+    if (R == 1) {
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(q, load256(x)), scales));
+    } else {  // here gcc puts the intrinsics' sums off until products no longer fit its registers: half of the speed
+        __m256i t;
+        __asm__("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+                : "+x"(sums), "=&x"(t)
+                : "x"(q), "m"(*reinterpret_cast<const __m256i_u *>(x)), "x"(scales));
+    }
 }
 
 inline int bits(const void *p) {
@@ -117,17 +126,38 @@ inline float total(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
 }
 
-float one(const char *row, const Part128 *x, int blocks) {
+// Each of these computes `R` rows of activations, `next` parts apart, with one row of weights: what is unpacked meets all
+// of them, and each gets what it would get alone, operation by operation.
+
+template <int R>
+void rows(const char *row, const Part128 *x, int next, int blocks, float *out) {
     const __m256i first = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), second = _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3);
-    __m256 left = _mm256_setzero_ps(), right = left;
+    const __m256i mask = _mm256_set1_epi8(15);
+    __m256 left[R], right[R];
+    for (int r = 0; r < R; r++) left[r] = right[r] = _mm256_setzero_ps();
+    const auto two = [&](const char *a, const char *b) {
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(a + 2)), load128(b + 2), 1);
+    };
+    const auto add = [](__m256i low, __m256i high, const Pair &pair, __m256 scales, __m256 sum) {
+        const __m256i whole = _mm256_add_epi32(products(low, high, pair), load256(pair.offset));
+        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scales, sum);
+    };
     const auto four = [&](const char *a, const char *b, const char *c, const char *d) {
         __m128i halves = _mm_cvtsi32_si128(bits(a));
         halves = _mm_insert_epi16(halves, bits(b), 1);
         halves = _mm_insert_epi16(halves, bits(c), 2);
         halves = _mm_insert_epi16(halves, bits(d), 3);
-        const __m256 scales = _mm256_castps128_ps256(_mm_mul_ps(_mm_cvtph_ps(halves), _mm_loadu_ps(x->scales)));
-        left = add(a + 2, b + 2, x->pairs[0], _mm256_permutevar8x32_ps(scales, first), left);
-        right = add(c + 2, d + 2, x->pairs[1], _mm256_permutevar8x32_ps(scales, second), right);
+        const __m128 weights = _mm_cvtph_ps(halves);
+        const __m256i p = two(a, b), q = two(c, d);
+        const __m256i p_low = _mm256_and_si256(p, mask), p_high = _mm256_and_si256(_mm256_srli_epi16(p, 4), mask);
+        const __m256i q_low = _mm256_and_si256(q, mask), q_high = _mm256_and_si256(_mm256_srli_epi16(q, 4), mask);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const Part128 &part = x[r * next];
+            const __m256 scales = _mm256_castps128_ps256(_mm_mul_ps(weights, _mm_loadu_ps(part.scales)));
+            left[r] = add(p_low, p_high, part.pairs[0], _mm256_permutevar8x32_ps(scales, first), left[r]);
+            right[r] = add(q_low, q_high, part.pairs[1], _mm256_permutevar8x32_ps(scales, second), right[r]);
+        }
     };
     for (; blocks >= 4; blocks -= 4, row += 4 * BLOCK, x++) {
         _mm_prefetch(row + AHEAD, _MM_HINT_T0);
@@ -138,13 +168,15 @@ float one(const char *row, const Part128 *x, int blocks) {
         const char *none = reinterpret_cast<const char *>(NO_BLOCK);
         four(row, blocks > 1 ? row + BLOCK : none, blocks > 2 ? row + 2 * BLOCK : none, none);
     }
-    return total(_mm256_add_ps(left, right));
+    for (int r = 0; r < R; r++) out[r] = total(_mm256_add_ps(left[r], right[r]));
 }
 
-float one(const char *row, const Part256 *x, int blocks) {
+template <int R>
+void rows_q4_k(const char *row, const Part256 *x, int next, int blocks, float *out) {
     const __m256i low = _mm256_set1_epi8(15);
-    __m256 sum = _mm256_setzero_ps();
-    __m128 minima = _mm_setzero_ps();
+    __m256 sum[R];
+    __m128 minima[R];
+    for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps(), minima[r] = _mm_setzero_ps();
     for (blocks /= 8; blocks > 0; blocks--, row += 144, x++) {
         for (int i = 0; i < 192; i += 64) _mm_prefetch(row + 2 * AHEAD + i, _MM_HINT_T0);
         uint32_t u[3];  // 8 scales and 8 minima of 6 bits: to 8 + 8 bytes
@@ -153,23 +185,82 @@ float one(const char *row, const Part256 *x, int blocks) {
         const int m0 = u[1] & 0x3f3f3f3f, m1 = (u[2] >> 4 & 0x0f0f0f0f) | (u[1] >> 6 & 0x03030303) << 4;
         const __m256i both = _mm256_cvtepu8_epi16(_mm_setr_epi32(s0, s1, m0, m1));
         const __m256i scales = _mm256_broadcastsi128_si256(_mm256_castsi256_si128(both));
-        const __m128i low_parts = _mm_madd_epi16(_mm256_extracti128_si256(both, 1), load128(x->sums));
-        __m256i whole = _mm256_setzero_si256(), at = _mm256_set1_epi16(0x0100);  // at: picks the scale of a group
+        const __m128i lowest = _mm256_extracti128_si256(both, 1);
+        __m256i whole[R], at = _mm256_set1_epi16(0x0100);  // at: picks the scale of a group
+        for (int r = 0; r < R; r++) whole[r] = _mm256_setzero_si256();
 #pragma GCC unroll 4
         for (int j = 0; j < 8; j += 2) {
             const __m256i q = load256(row + 16 + 16 * j);
-            const __m256i a = _mm256_maddubs_epi16(_mm256_and_si256(q, low), load256(x->values + 32 * j));
-            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(q, 4), low);
-            const __m256i b = _mm256_maddubs_epi16(high, load256(x->values + 32 * j + 32));
-            const __m256i next = _mm256_add_epi8(at, _mm256_set1_epi8(2));
-            whole = _mm256_add_epi32(whole, _mm256_madd_epi16(a, _mm256_shuffle_epi8(scales, at)));
-            whole = _mm256_add_epi32(whole, _mm256_madd_epi16(b, _mm256_shuffle_epi8(scales, next)));
-            at = _mm256_add_epi8(next, _mm256_set1_epi8(2));
+            const __m256i a = _mm256_and_si256(q, low), b = _mm256_and_si256(_mm256_srli_epi16(q, 4), low);
+            const __m256i next_at = _mm256_add_epi8(at, _mm256_set1_epi8(2));
+            const __m256i a_scale = _mm256_shuffle_epi8(scales, at), b_scale = _mm256_shuffle_epi8(scales, next_at);
+            at = _mm256_add_epi8(next_at, _mm256_set1_epi8(2));
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const int8_t *values = x[r * next].values + 32 * j;
+                add<R>(whole[r], a, values, a_scale);
+                add<R>(whole[r], b, values + 32, b_scale);
+            }
         }
-        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(half(row) * x->scale), sum);
-        minima = _mm_fmadd_ps(_mm_cvtepi32_ps(low_parts), _mm_set1_ps(half(row + 2) * x->scale), minima);
+        const float d = half(row), dmin = half(row + 2);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const Part256 &part = x[r * next];
+            const __m128i least = _mm_madd_epi16(lowest, load128(part.sums));
+            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_set1_ps(d * part.scale), sum[r]);
+            minima[r] = _mm_fmadd_ps(_mm_cvtepi32_ps(least), _mm_set1_ps(dmin * part.scale), minima[r]);
+        }
     }
-    return total(_mm256_sub_ps(sum, _mm256_set_m128(_mm_setzero_ps(), minima)));
+    for (int r = 0; r < R; r++) out[r] = total(_mm256_sub_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), minima[r])));
+}
+
+template <int R>
+void rows_q6_k(const char *row, const Part256 *x, int next, int blocks, float *out) {
+    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(3);
+    __m256 sum[R];
+    for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps();
+    for (blocks /= 8; blocks > 0; blocks--, row += 210, x++) {
+        for (int i = 0; i < 256; i += 64) _mm_prefetch(row + 2 * AHEAD + i, _MM_HINT_T0);
+        const __m256i scales = _mm256_cvtepi8_epi16(load128(row + 192));  // of 16 groups of 16
+        const __m256i halves[2] = {_mm256_permute4x64_epi64(scales, 0x44), _mm256_permute4x64_epi64(scales, 0xee)};
+        __m256i whole[R];
+        for (int r = 0; r < R; r++) {  // -32 in each value
+            const __m256i sums = _mm256_slli_epi32(_mm256_madd_epi16(scales, load256(x[r * next].halves)), 5);
+            whole[r] = _mm256_sub_epi32(_mm256_setzero_si256(), sums);
+        }
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            const __m256i high = load256(row + 128 + 32 * h);
+            // at: picks the scale of a group's first 16 values, and in the other half of the register of its last
+            __m256i at = _mm256_setr_epi64x(0x0100010001000100, 0x0100010001000100, 0x0302030203020302, 0x0302030203020302);
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; g++) {
+                __m256i q = load256(row + 64 * h + 32 * (g & 1));
+                if (g & 2) q = _mm256_srli_epi16(q, 4);
+                const __m256i top = _mm256_and_si256(_mm256_srli_epi16(high, 2 * g), two);
+                q = _mm256_or_si256(_mm256_and_si256(q, low), _mm256_slli_epi16(top, 4));
+                const __m256i scale = _mm256_shuffle_epi8(halves[h], at);
+                at = _mm256_add_epi8(at, _mm256_set1_epi8(4));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) add<R>(whole[r], q, x[r * next].values + 128 * h + 32 * g, scale);
+            }
+        }
+        const float d = half(row + 208);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_set1_ps(d * x[r * next].scale), sum[r]);
+    }
+    for (int r = 0; r < R; r++) out[r] = total(sum[r]);
+}
+
+template <int R>
+void rows(int, const char *row, const Part128 *x, int next, int blocks, float *out) {
+    rows<R>(row, x, next, blocks, out);
+}
+
+template <int R>
+void rows(int type, const char *row, const Part256 *x, int next, int blocks, float *out) {
+    type == Q4_K ? rows_q4_k<R>(row, x, next, blocks, out) : rows_q6_k<R>(row, x, next, blocks, out);
 }
 
 template <class Part>
@@ -187,15 +278,24 @@ bool multiply_few(const Product &p, int threads, Scratch &scratch) {
     {
         const int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
         for (int64_t n = p.columns * id / all; n < p.columns * (id + 1) / all; n++)
-            for (int m = 0; m < p.rows; m++)  // from the second on the weights are in the first-level cache
-                p.y[m * p.y_stride + n] = one(p.w + n * p.w_stride, x + m * parts, blocks);
+            for (int m = 0; m < p.rows; m += 4) {  // from the fifth on the weights are in the first-level cache
+                const char *row = p.w + n * p.w_stride;
+                const Part *first = x + size_t(m) * parts;
+                const int count = p.rows - m < 4 ? p.rows - m : 4;
+                float y[4];
+                if (count == 4) rows<4>(p.type, row, first, parts, blocks, y);
+                else if (count == 3) rows<3>(p.type, row, first, parts, blocks, y);
+                else if (count == 2) rows<2>(p.type, row, first, parts, blocks, y);
+                else rows<1>(p.type, row, first, parts, blocks, y);
+                for (int i = 0; i < count; i++) p.y[(m + i) * p.y_stride + n] = y[i];
+            }
     }
     return true;
 }
 
 }  // namespace
 
-bool multiplies_few(int type) { return type == Q4_0 || type == Q4_K; }
+bool multiplies_few(int type) { return type == Q4_0 || type == Q4_K || type == Q6_K; }
 
 bool multiply_few(const Product &p, int threads, Scratch &scratch) {
     return p.type == Q4_0 ? multiply_few<Part128>(p, threads, scratch) : multiply_few<Part256>(p, threads, scratch);
