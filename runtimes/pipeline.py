@@ -113,6 +113,8 @@ class Engine:
         What they begin with is read once. Then one token of each answer is computed in a pass, for as many as the
         context has room for; rounding may differ from that of a single token. Leaving a stream early stops all.
         """
+        if not conversations:
+            return []
         start = time.monotonic() if started is None else started
         wanted = options or Options()
 

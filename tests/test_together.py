@@ -126,6 +126,7 @@ def test_as_many_as_there_is_room_for(questions: int, tokens: int, llava: Llava,
 def test_without_a_picture_there_is_nothing_in_common(llava: Llava) -> None:
     results = together(llava, ["a list:", "the red"], SHORT, ())
     assert [r.text for r in results] == [llava.ask(q, (), SHORT).text for q in ("a list:", "the red")]
+    assert together(llava, [], SHORT) == []
 
 
 def test_other_work_between_two_questions_changes_nothing(llava: Llava) -> None:
