@@ -85,10 +85,11 @@ def decode_together(
         language.logits(row)  # refuses what is not finite
         token = samplers[number].sample(language.context, row)
         reason = answers[number].take(token, row)
-        last[number] = token
         if reason:
-            del last[number]
+            last.pop(number, None)
             done(answers[number], reason)
+        else:
+            last[number] = token
 
     try:
         with Branches(language, len(answers)) as branches:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 from llava_edge import gguf
@@ -19,17 +18,19 @@ from llava_edge.runtimes.language import Key, LanguageModel
 class Draft:
     """The model in a GGUF file of text alone.
 
+    repack: as of `LanguageModel`.
     Raises `MissingError`, `BundleError`, or `UsageError` if its vocabulary is not `target`'s: one of them may have more
     tokens at the end.
     """
 
-    def __init__(self, path: Path, target: LanguageModel, threads: int) -> None:
+    def __init__(self, path: Path, target: LanguageModel, threads: int, *, repack: bool = True) -> None:
         if not path.is_file():
             raise MissingError(f"There is no draft model {path}; a GGUF file was expected.")
         trained = gguf.read(path).number("llama.context_length", 1, 1 << 24)
-        self._language = LanguageModel(path, context=min(target.context_size, trained), threads=threads)
+        context = min(target.context_size, trained)
+        self._language = LanguageModel(path, context=context, threads=threads, repack=repack)
         self._tokens = min(target.vocab_size, self._language.vocab_size)
-        pairs = zip_longest(self._language.token_texts()[: self._tokens], target.token_texts()[: self._tokens])
+        pairs = zip(self._language.token_texts(), target.token_texts(), strict=False)
         different = next((i for i, (mine, other) in enumerate(pairs) if mine != other), None)
         if different is not None:
             self.close()

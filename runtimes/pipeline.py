@@ -97,7 +97,11 @@ class Engine:
         run = Run(time.monotonic() if started is None else started)
         wanted = options or Options()
         event = cancel or threading.Event()
-        return self._owner.submit(lambda job: self._answer(job, messages, images, wanted, run, reuse), event)
+
+        def work(job: Job) -> None:
+            self._answer_one(*self._ready(job, messages, images, wanted, run), wanted, reuse)
+
+        return self._owner.submit(work, event)
 
     def generate_together(
         self,
@@ -120,9 +124,8 @@ class Engine:
 
         def work(jobs: list[Job]) -> None:
             pairs = zip(jobs, conversations, strict=True)
-            self._answer_all(
-                [self._ready(job, messages, pictures, wanted, Run(start)) for job, messages in pairs], wanted
-            )
+            ready = [self._ready(job, messages, pictures, wanted, Run(start)) for job, messages in pairs]
+            self._answer_all(ready, wanted)
 
         return self._owner.submit_together(work, cancel or threading.Event(), len(conversations))
 
@@ -217,7 +220,8 @@ class Engine:
                 f"{path} has hidden size and vocabulary {found}, the manifest says "
                 f"{(manifest.language.hidden_size, manifest.language.vocab_size)}: it is from another bundle."
             )
-        self._draft = Draft(Path(self.options.draft), self._language, threads) if self.options.draft else None
+        if self.options.draft:
+            self._draft = Draft(Path(self.options.draft), self._language, threads, repack=self.preset.repack)
         self._speculation = Speculation(self._language, self._draft)
         self._prefill = Prefill(self.bundle, self._language, self._embedder, self._cache)
         self._template = template(manifest.template)
@@ -233,17 +237,6 @@ class Engine:
         if measured is None:
             return tune.Setting(threads, False)
         return tune.Setting(self.options.threads or measured.threads, measured.prepack)
-
-    def _answer(
-        self,
-        job: Job,
-        messages: Sequence[prompt.Message],
-        images: Sequence[ImageInput | Picture],
-        options: Options,
-        run: Run,
-        reuse: bool,
-    ) -> None:
-        self._answer_one(*self._ready(job, messages, images, options, run), options, reuse)
 
     def _ready(
         self,

@@ -86,23 +86,28 @@ class Speculation:
         self._single = self._pass = self._guess = 0.0  # seconds
 
     def measure(self, seconds: float, tokens: int) -> None:
-        """Time of one evaluation, as a moving mean: others use the processor too."""
+        """Time of one evaluation."""
         if tokens == 1:
-            self._single += (seconds - self._single) * (0.1 if self._single else 1)
+            self._single = _moving(self._single, seconds)
         else:
-            self._pass += (seconds - self._pass) * (0.1 if self._pass else 1)
-        self._compare()
+            self._pass = _moving(self._pass, seconds)
+        self._relate()
 
     def measure_draft(self, seconds: float) -> None:
         """Time of one guess of the draft model."""
-        self._guess += (seconds - self._guess) * (0.1 if self._guess else 1)
-        self._compare()
+        self._guess = _moving(self._guess, seconds)
+        self._relate()
 
-    def _compare(self) -> None:
+    def _relate(self) -> None:
         if self._single and self._pass:
             self.ratio = self._pass / self._single
         if self._single and self._guess:
             self.draft_ratio = self._guess / self._single
+
+
+def _moving(mean: float, value: float) -> float:
+    """A moving mean, from the first value on: others use the processor too."""
+    return mean + (value - mean) * (0.1 if mean else 1)
 
 
 class Guessing:
@@ -129,11 +134,11 @@ class Guessing:
         """
         self._lookup.add(token)
         guess = self._guess(cancel) if self._possible() else []
-        if not guess:
+        if guess:
+            found = self._verify([token, *guess], cancel)
+        else:
             self._balance += SHARE_LOSS
             found = [self._single(token, cancel)]
-        else:
-            found = self._verify([token, *guess], cancel)
         for key in found[:-1]:
             self._lookup.add(key)
         return found

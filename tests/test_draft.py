@@ -93,7 +93,7 @@ def test_a_bad_one_is_soon_left_alone(micro_bundle: Path, other: Path, monkeypat
     """One try in an answer, and one more for each 50 tokens a single token's time allows."""
     with load(micro_bundle, other) as llava:
         shared = prove(llava)
-        monkeypatch.setattr(shared, "_compare", lambda: None)
+        monkeypatch.setattr(shared, "_relate", lambda: None)
         shared.ratio, shared.draft_ratio = 2.0, 0.5
         monkeypatch.setattr(speculation.Lookup, "guess", lambda lookup, count: [])
         result = llava.ask("a list:", (), Options(max_tokens=100, speculate="auto"))
@@ -107,7 +107,7 @@ def test_a_draft_that_costs_more_than_it_wins_is_left_alone(
     """It is always right, but as slow as the model itself."""
     with load(micro_bundle, micro_bundle / LANGUAGE) as llava:
         shared = prove(llava)
-        monkeypatch.setattr(shared, "_compare", lambda: None)
+        monkeypatch.setattr(shared, "_relate", lambda: None)
         monkeypatch.setattr(speculation.Lookup, "guess", lambda lookup, count: [])
         for cost, least, most in ((0.5, 60, 99), (9.0, 1, 3 * (WIDTH - 1))):
             shared.ratio, shared.draft_ratio = 2.0, cost

@@ -255,12 +255,14 @@ def test_settings_that_would_change_answers_are_refused(
 
 
 def measured(layout: str, folder: Path, seed: int) -> dict[str, ParityRow]:
-    """The parity table of an export, as far as every model of that layout has to reach it."""
+    """The parity table of an export, as far as every model of that layout has to reach it. The long prompts of
+    LLaVA-1.6 are rounded more."""
     rows = {row.stage: row for row in export(write.whole(layout, folder, seed)).parity}
     assert rows["pixels"].value == 0
     assert rows["clip fp32"].value <= 1e-4
     assert rows["logits f16"].value >= 0.9999
-    assert rows["greedy f16"].relative < 0.01  # where it differs at all, the two tokens are as good as equal
+    tie = 0.01 if layout == "v1.6" else 0.005
+    assert rows["greedy f16"].relative < tie  # where it differs at all, the two tokens are as good as equal
     return rows
 
 
@@ -276,10 +278,10 @@ def test_twenty_models_of_each_layout_answer_as_pytorch(layout: str, tmp_path: P
     about 300 tokens. 14 to 18 of 20 answers were equal to the last token, fewest with long prompts of LLaVA-1.6, and
     95 to 96 % of the tokens with q8_0. By transformers in float16, 35 of 40 such answers were those of float32."""
     tables = [measured(layout, tmp_path / str(seed), seed) for seed in range(20)]
-    assert sum(rows["greedy f16"].value == 1 for rows in tables) >= 13
-    assert np.mean([rows["greedy f16"].value for rows in tables]) >= 0.993
+    assert sum(rows["greedy f16"].value == 1 for rows in tables) >= 14
+    assert np.mean([rows["greedy f16"].value for rows in tables]) >= (0.994 if layout == "v1.6" else 0.995)
     if layout != "gguf pair":  # its language file stays as it is
-        assert np.mean([rows["greedy q8_0"].value for rows in tables]) >= 0.94
+        assert np.mean([rows["greedy q8_0"].value for rows in tables]) >= (0.94 if layout == "v1.6" else 0.95)
 
 
 class _Code:

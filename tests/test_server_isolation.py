@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -334,6 +335,12 @@ def test_pictures_are_known_again_and_leave_no_file(micro_bundle: Path, tmp_path
         first, second = (server.ask(text, (png(),)) for text in ("What?", "Why?"))
         assert (first["llava_edge"]["cache"], second["llava_edge"]["cache"]) == ("miss", "kv")
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "server.log"] == []
+
+
+def test_a_draft_model_can_be_read_wherever_it_is(micro_bundle: Path, tmp_path: Path) -> None:
+    shutil.copy(micro_bundle / "language.gguf", tmp_path / "draft.gguf")
+    with running(micro_bundle, tmp_path, "--draft", str(tmp_path / "draft.gguf")) as server:
+        assert server.text(images=(png(),), max_tokens=4)
 
 
 @linux

@@ -38,7 +38,7 @@ def main(link: socket.socket, bundle: str, options: EngineOptions, pixels: int) 
         from llava_edge.runtimes import probe
 
         probe.require_working_build()  # starts a program, which nothing behind the next line can
-        sandbox.enter(Path(bundle), options.device)
+        sandbox.enter(Path(bundle), options.device, options.draft)
         # Not on disk: what clients show leaves no trace there, and a child that a picture took over cannot leave a
         # state of llama.cpp behind that the next program of this user would load.
         options = replace(options, cache="memory" if options.cache else False)

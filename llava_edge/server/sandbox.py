@@ -36,9 +36,10 @@ _READABLE = [
 _PACKAGES = ("llava_edge", "numpy", "PIL", "onnxruntime", "llama_cpp")
 
 
-def enter(bundle: Path, device: str) -> None:
+def enter(bundle: Path, device: str, draft: str | Path | None = None) -> None:
     """Give everything up for good. To be called before threads exist, since the kernel binds most of it to a thread.
 
+    bundle, draft: what stays readable besides the program.
     With a graphics device only what its driver does not need is given up.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -50,7 +51,7 @@ def enter(bundle: Path, device: str) -> None:
     libc.prctl(_DEATH_SIGNAL, 9, 0, 0, 0)
     libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     if device in ("auto", "cpu") and not Path("/dev/nvidiactl").exists():
-        _restrict_files(libc, bundle)
+        _restrict_files(libc, [bundle, Path(draft)] if draft else [bundle])
     _refuse_calls(libc)
 
 
@@ -62,8 +63,8 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _restrict_files(libc: ctypes.CDLL, bundle: Path) -> None:
-    """Reading: the bundle, Python and its packages, the system's libraries. Writing: nothing. No programs, no TCP."""
+def _restrict_files(libc: ctypes.CDLL, models: list[Path]) -> None:
+    """Reading: the models, Python and its packages, the system's libraries. Writing: nothing. No programs, no TCP."""
     abi = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if abi < 1:
         return
@@ -76,7 +77,7 @@ def _restrict_files(libc: ctypes.CDLL, bundle: Path) -> None:
     # Not the current folder, which can be all of somebody's home.
     readable = [Path(path) for path in sys.path if path and Path(path).resolve() != Path.cwd()]
     readable += [
-        bundle,
+        *models,
         *(home() / name for name in ("builds", "native", "tune")),
         *(origin.resolve().parent.parent for origin in origins),
     ]
