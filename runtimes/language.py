@@ -73,6 +73,7 @@ class LanguageModel:
         self.max_branches = min(MAX_BRANCHES, context - 1, batch - 1)  # llama.cpp aborts with more sequences than room
         self._threads = threads
         self._kv = kv
+        self._gpu_layers = gpu_layers
         self._settings = [gpu_layers, repack, kv, *self.native.identity]
         self._model: Any = None
         self._context: Any = None
@@ -224,11 +225,14 @@ class LanguageModel:
 
     def logits(self, row: int = -1) -> Array:
         """(vocab_size,) float32 of the last position, or of one that `evaluate_all` appended: a view, valid until the
-        next evaluation. Raises `BundleError` if a value is not finite.
+        next evaluation. Raises `BundleError` if a value is not finite, and forgets everything.
         """
         pointer = self.library.llama_get_logits_ith(self._context, row)
         values: Array = np.ctypeslib.as_array(pointer, (self.vocab_size,))
         if not np.isfinite(values).all():
+            # With its data: a hidden key counts with a weight of zero, which is no help against NaN.
+            self.library.llama_memory_clear(self._memory, True)
+            self.held.clear()
             raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
         return values
 
@@ -284,7 +288,9 @@ class LanguageModel:
         settings.n_seq_max, settings.kv_unified = 1 + self.max_branches, True  # they share positions they begin with
         if self._kv == "q8_0":
             settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
-            settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED  # nothing else reads values of 8 bits
+        # Nothing else reads values of 8 bits. And by itself llama.cpp leaves it off where another device takes it.
+        if self._kv == "q8_0" or (self.native.few_attention and not self._gpu_layers):
+            settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._context = api.llama_init_from_model(self._model, settings)
         if not self._context:
             self._context = None

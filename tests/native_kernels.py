@@ -64,8 +64,9 @@ class Kernels:
         assert done
         return y
 
-    def attend(self, q: Array, k: Array, v: Array, mask: Array, threads: int = 1) -> Array:
-        """Of q (heads, queries, width), k and v (shared heads, keys, width): (queries, heads, width)."""
+    def attend(self, q: Array, k: Array, v: Array, mask: Array, threads: int = 1, *, few: bool = False) -> Array:
+        """Of q (heads, queries, width), k and v (shared heads, keys, width): (queries, heads, width). few: by the one
+        for few queries."""
         q, k, v, mask = (np.ascontiguousarray(values).copy() for values in (q, k, v, mask))
         out = np.full((q.shape[1], q.shape[0], q.shape[2]), 7, np.float32)
         a = Attention(
@@ -83,7 +84,7 @@ class Kernels:
             *(_at(mask), mask.strides[0], _at(out), out.strides[0], out.strides[1]),
             *(q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2], q.shape[2] ** -0.5),
         )
-        assert self._library.llava_edge_native_attend(ctypes.byref(a), threads)
+        assert self._library.llava_edge_native_attend(ctypes.byref(a), few, threads)
         return out
 
 

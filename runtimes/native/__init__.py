@@ -47,7 +47,7 @@ class Status:
     """What is used, or why nothing is. `reason` is a sentence; `fix` the command to run, if one would help.
 
     kernel: of products of 128 rows or more with weights of the types `many`, and of 32 or more with those of `some`.
-    few: types whose products of fewer rows are taken.
+    few: types whose products of fewer rows are taken. attention, few_attention: of 32 queries or more, and of fewer.
     mapped: types that llama.cpp need not re-order, because what is used is as fast without, or because it cannot.
     """
 
@@ -58,18 +58,20 @@ class Status:
     some: tuple[str, ...] = ()
     few: tuple[str, ...] = ()
     attention: bool = False
+    few_attention: bool = False
     mapped: tuple[str, ...] = ()
     library: str = ""  # hash of its file
 
     @property
     def used(self) -> bool:
         """Whether anything is."""
-        return bool(self.many or self.few or self.attention)
+        return bool(self.many or self.few or self.attention or self.few_attention)
 
     @property
     def identity(self) -> list[object]:
         """What results depend on: empty if llama.cpp computes alone."""
-        return [self.library, self.kernel, self.many, self.some, self.few, self.attention] if self.used else []
+        taken = [self.many, self.some, self.few, self.attention, self.few_attention]
+        return [self.library, self.kernel, *taken] if self.used else []
 
 
 @dataclass
@@ -107,7 +109,8 @@ def activate() -> Status:
         if found.used:
             _load(place())
         if _process.library is not None:
-            _process.library.use(found.kernel, found.many, found.some, found.few, found.attention)
+            types = (found.many, found.some, found.few)
+            _process.library.use(found.kernel, *types, found.attention, found.few_attention)
     except (OSError, UnavailableError, ValueError) as error:
         if _process.library is not None:
             _process.library.use("")
@@ -156,25 +159,28 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
     best = min(right, key=lambda name: sum(types[kind]["many"][name] for kind in types))
     many = tuple(kind for kind in types if _pays(types[kind]["many"], best))
     some = tuple(kind for kind in many if _pays(types[kind]["some"], best))
-    few = tuple(kind for kind in types if _few_pay(types[kind]["one"], types[kind]["eight"]))
+    few = tuple(kind for kind in types if _few_pay(types[kind]["one"], types[kind]["eight"], FEW))
     mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best))
-    attention = "attention" not in problems and _pays(state["attention"], "ours")
-    if not (many or few or attention):
+    races = state["attention"]
+    attention = "attention" not in problems and _pays(races["many"], "ours")
+    few_attention = "few attention" not in problems and _few_pay(races["one"], races["eight"], "ours")
+    if not (many or few or attention or few_attention):
         return Status("Not used: llama.cpp's own kernels are as fast here.")
     parts = [f"{best} for {', '.join(many)}"] if many else []
     parts += [f"few rows of {', '.join(few)}"] if few else []
     parts += ["attention"] if attention else []
+    parts += ["attention of few queries"] if few_attention else []
     reason = " ".join([f"{'; '.join(parts)}.", *problems.values()])
-    return Status(reason, "", best, many, some, few, attention, mapped, state["sha256"])
+    return Status(reason, "", best, many, some, few, attention, few_attention, mapped, state["sha256"])
 
 
 def _pays(race: dict[str, float], ours: str) -> bool:
     return ours in race and race["plain"] >= GAIN * race[ours]
 
 
-def _few_pay(one: dict[str, float], eight: dict[str, float]) -> bool:
+def _few_pay(one: dict[str, float], eight: dict[str, float], ours: str) -> bool:
     """One kernel is for both: it has to win with one row, or with eight and lose nothing to speak of with one."""
-    return _pays(one, FEW) or (_pays(eight, FEW) and one["plain"] >= DECODE_KEPT * one[FEW])
+    return _pays(one, ours) or (_pays(eight, ours) and one["plain"] >= DECODE_KEPT * one[ours])
 
 
 def _mapped_suffices(race: dict[str, dict[str, float]], best: str) -> bool:

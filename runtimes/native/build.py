@@ -38,6 +38,7 @@ UNITS = (
     Unit("amx_int8.cpp", kernel="AMX"),
     Unit("attention.cpp"),
     Unit("few.cpp"),
+    Unit("few_attention.cpp"),
     Unit("product.cpp"),
     Unit("backend.cpp"),
     Unit("api.cpp"),

@@ -26,7 +26,8 @@ ATTENTION_BOUND = 1e-2
 REPEATS = 5
 MANY, SOME = (512, 2048, 4096), (64, 2048, 4096)  # rows, columns, inner
 ONE, EIGHT = (1, 16384, 4096), (8, 4096, 4096)  # 37 and 9 MB at 4 bits
-ATTENTION = (16, 512, 512, 128)  # heads, queries, keys, width
+ATTENTION = {"many": (16, 512, 512), "eight": (32, 8, 640), "one": (32, 1, 640)}  # heads, queries, keys
+ATTENTION_WIDTH = 128
 
 
 def main(path: str) -> None:
@@ -41,8 +42,9 @@ def main(path: str) -> None:
     for kernel in [*library.kernels(), FEW]:
         if problem := product_problem(ggml, library, kernel):
             facts["problems"][kernel] = problem
-    if problem := attention_problem(ggml, library):
-        facts["problems"]["attention"] = problem
+    for name, queries in (("attention", 45), ("few attention", 9)):
+        if problem := attention_problem(ggml, library, queries):
+            facts["problems"][name] = problem
     right = [kernel for kernel in library.kernels() if kernel not in facts["problems"]]
     threads = devices.thread_count()[0]
     few = [] if FEW in facts["problems"] else [FEW]
@@ -53,7 +55,7 @@ def main(path: str) -> None:
             "eight": _race_products(ggml, library, kind, EIGHT, few, threads),
             "one": _race_products(ggml, library, kind, ONE, few, threads),
         }
-    facts["attention"] = _race_attention(ggml, library, threads)
+    facts["attention"] = {name: _race_attention(ggml, library, *ATTENTION[name], threads) for name in ATTENTION}
     sys.stdout.write(json.dumps(facts) + "\n")
 
 
@@ -83,16 +85,16 @@ def _use(library: Library, kernel: str) -> None:
         library.use(kernel, many=TYPES, some=TYPES)
 
 
-def attention_problem(ggml: Ggml, library: Library) -> str:
-    """What is wrong with the attention, as a sentence; empty if nothing is."""
-    library.use(library.kernels()[-1], attention=True)
-    inputs = attention_inputs(4, 2, 45, 96, 64)
+def attention_problem(ggml: Ggml, library: Library, queries: int) -> str:
+    """What is wrong with attention of so many queries, as a sentence; empty if nothing is."""
+    library.use(library.kernels()[-1], attention=True, few_attention=True)
+    inputs = attention_inputs(4, 2, queries, 96, 64)
     made = ggml.attend(*inputs, device=ggml.device(DEVICE), threads=2)
     if made is None:
-        return "The attention is not taken."
+        return f"Attention of {queries} queries is not taken."
     with made:
         error = _error(made.values(), exact_attention(*inputs))
-    return "" if error < ATTENTION_BOUND else f"The attention is off by {error:.1e}."
+    return "" if error < ATTENTION_BOUND else f"Attention of {queries} queries is off by {error:.1e}."
 
 
 def attention_inputs(heads: int, shared: int, queries: int, keys: int, width: int) -> tuple[Array, Array, Array, Array]:
@@ -140,10 +142,11 @@ def _race_products(
         return _race(there, lambda name: _use(library, name) if name in kernels else None)
 
 
-def _race_attention(ggml: Ggml, library: Library, threads: int) -> dict[str, float]:
-    heads, queries, keys, width = ATTENTION
-    inputs = attention_inputs(heads, heads, queries, keys, width)
-    library.use(library.kernels()[-1], attention=True)
+def _race_attention(
+    ggml: Ggml, library: Library, heads: int, queries: int, keys: int, threads: int
+) -> dict[str, float]:
+    inputs = attention_inputs(heads, heads, queries, keys, ATTENTION_WIDTH)
+    library.use(library.kernels()[-1], attention=True, few_attention=True)
     with ExitStack() as stack:
         made = {
             "plain": ggml.attend(*inputs, device=ggml.device(), threads=threads),

@@ -105,11 +105,13 @@ class Ggml:
 
     def attend(self, q: Array, k: Array, v: Array, mask: Array, *, device: int, threads: int) -> Operation | None:
         """Attention of q (heads, queries, width) float32 over k, v (shared heads, keys, width) float16, with a mask
-        (queries, keys) float16: (queries, heads, width). None if the device does not do that."""
+        (queries, keys) float16: (queries, heads, width). None if the device does not do that.
+
+        In memory the heads of a position lie side by side, as in llama.cpp.
+        """
         made = Operation(self, device, threads)
-        parts = [made.tensor(_F32, *q.shape[::-1], data=np.ascontiguousarray(q, np.float32).tobytes())]
-        for values in (k, v, mask):
-            parts.append(made.tensor(_F16, *values.shape[::-1], data=np.ascontiguousarray(values).tobytes()))
+        parts = [made.swapped(kind, values) for kind, values in ((_F32, q), (_F16, k), (_F16, v))]
+        parts.append(made.tensor(_F16, *mask.shape[::-1], data=np.ascontiguousarray(mask).tobytes()))
         numbers = [ctypes.c_float(q.shape[-1] ** -0.5), ctypes.c_float(0), ctypes.c_float(0)]
         return made.of("ggml_flash_attn_ext", *parts, *numbers)
 
@@ -177,6 +179,13 @@ class Operation:
         self._allocate(context, buffers)
         self._inputs.append((made, data))
         return made
+
+    def swapped(self, kind: int, values: Array) -> int:
+        """A tensor of (a, b, width) values that lie in memory as (b, a, width)."""
+        lying = np.ascontiguousarray(values.swapaxes(0, 1))
+        made = self.tensor(kind, *lying.shape[::-1], data=lying.tobytes())
+        axes = (ctypes.c_int(axis) for axis in (0, 2, 1, 3))
+        return self._ggml.pointer("ggml_permute", self._context, made, *axes)
 
     def of(self, name: str, *arguments: Any) -> Operation | None:
         """Make it this operation; None, with everything freed, if the device does not do that."""

@@ -19,7 +19,7 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
         self._functions.llava_edge_native_kernels.restype = ctypes.c_char_p
         self._functions.llava_edge_native_use.argtypes = (
-            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int),
+            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
         )
 
     def kernels(self) -> list[str]:
@@ -33,11 +33,12 @@ class Library:
         some: Iterable[str] = (),
         few: Iterable[str] = (),
         attention: bool = False,
+        few_attention: bool = False,
     ) -> bool:
         """From now on take products with weights of these types, and attention. many, some: of 128 rows or more, and of
-        32 or more, by `kernel`; few: of fewer."""
+        32 or more, by `kernel`; few: of fewer. Attention likewise: of 32 queries or more, and of fewer."""
         types = (_bits(kinds) for kinds in (many, some, few))
-        return bool(self._functions.llava_edge_native_use(kernel.encode(), *types, attention))
+        return bool(self._functions.llava_edge_native_use(kernel.encode(), *types, attention, few_attention))
 
 
 def _bits(types: Iterable[str]) -> int:

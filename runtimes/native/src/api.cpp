@@ -29,12 +29,13 @@ EXPORT const char *llava_edge_native_kernels() {
 }
 
 // What the backend takes from now on: products of many rows with the types whose bits (1 << ggml_type) are set in
-// `many`, by that kernel, of some rows with those in `some`; of few rows with those in `few`; attention. Returns 0 if there
-// is no such kernel.
-EXPORT int llava_edge_native_use(const char *kernel, uint64_t many, uint64_t some, uint64_t few, int attention) {
+// `many`, by that kernel, of some rows with those in `some`; of few rows with those in `few`; attention of some queries
+// or more, and of few. Returns 0 if there is no such kernel.
+EXPORT int llava_edge_native_use(const char *kernel, uint64_t many, uint64_t some, uint64_t few, int attention,
+                                 int few_attention) {
     const Kernel *found = find(kernel);
     if (!found && (many | some)) return 0;
-    use({found, many, some, few, attention != 0});
+    use({found, many, some, few, attention != 0, few_attention != 0});
     return 1;
 }
 
@@ -47,5 +48,7 @@ EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *
     return found && unpacks(type) && inner % block_values(type) == 0 && multiply(*found, p, threads, scratch);
 }
 
-EXPORT int llava_edge_native_attend(const Attention *a, int threads) { return attend(*a, threads, scratch); }
+EXPORT int llava_edge_native_attend(const Attention *a, int few, int threads) {
+    return few ? attend_few(*a, threads, scratch) : attend(*a, threads, scratch);
+}
 }

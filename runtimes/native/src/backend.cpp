@@ -52,8 +52,8 @@ bool takes_attention(const ggml_tensor *op) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
     float settings[3];  // scale, largest bias (ALiBi), cap of the scores
     memcpy(settings, op->op_params, sizeof settings);
-    return used.attention && mask && !op->src[4] && settings[1] == 0 && settings[2] == 0 && floats(q) && floats(op) &&
-           halves(k) && halves(v) && halves(mask) && q->ne[1] >= SOME && q->ne[1] <= MAX_ROWS && q->ne[3] == 1 &&
+    return (q->ne[1] < SOME ? used.few_attention : used.attention) && mask && !op->src[4] && settings[1] == 0 && settings[2] == 0 && floats(q) && floats(op) &&
+           halves(k) && halves(v) && halves(mask) && q->ne[1] <= MAX_ROWS && q->ne[3] == 1 &&
            k->ne[3] == 1 && v->ne[3] == 1 && one_matrix(mask) && attends(q->ne[0]) && v->ne[0] == q->ne[0] &&
            k->ne[1] <= 1 << 17 && k->ne[1] == v->ne[1] && mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1] &&
            q->ne[2] % k->ne[2] == 0 && k->ne[2] == v->ne[2] && on_host(q) && on_host(k) && on_host(v) && on_host(mask);
@@ -78,7 +78,7 @@ bool attention(Context &c, const ggml_tensor *op) {
     a.out = static_cast<char *>(op->data), a.out_row = op->nb[2], a.out_head = op->nb[1];
     a.queries = q->ne[1], a.keys = k->ne[1], a.heads = q->ne[2], a.shared_heads = k->ne[2], a.width = q->ne[0];
     memcpy(&a.scale, op->op_params, sizeof a.scale);
-    return attend(a, c.threads, c.scratch);
+    return a.queries < SOME ? attend_few(a, c.threads, c.scratch) : attend(a, c.threads, c.scratch);
 }
 
 // ---- the backend: what computes

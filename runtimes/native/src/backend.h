@@ -8,7 +8,7 @@ namespace native {
 struct Use {
     const Kernel *kernel;  // for products of some and of many rows
     uint64_t many, some, few;  // 1 << ggml_type: types whose products of so many rows are taken
-    bool attention;
+    bool attention, few_attention;
 };
 
 void use(Use);

@@ -71,6 +71,7 @@ struct Scratch {
 bool multiply(const Kernel &, const Product &, int threads, Scratch &);
 bool multiply_few(const Product &, int threads, Scratch &);  // rows < SOME
 bool attend(const Attention &, int threads, Scratch &);
+bool attend_few(const Attention &, int threads, Scratch &);  // as exact, made for queries < SOME
 
 bool unpacks(int type);        // is it a type that kernels read?
 int block_values(int type);    // how many values a block has

@@ -1,0 +1,114 @@
+// One row of weights in Q4_K, Q5_K or Q6_K with R rows of activations, `next` parts apart: what is unpacked meets all of
+// them, and each gets what it would get alone, operation by operation.
+//
+// Q4_K, Q5_K: products of each group of 32 times its 6-bit scale add up in int32; minima meet the sums of the groups'
+// activations. Q6_K: the same for groups of 16 and their 8-bit scales; its -32 meets the sums of 16.
+#pragma once
+
+#include "few.h"
+
+namespace native {
+namespace {
+
+// sums += products of 32 bytes with 32 activations, two by two, times their scales
+template <int R>
+inline void add(__m256i &sums, __m256i q, const int8_t *x, __m256i scales) {
+    if (R == 1) {
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(q, load256(x)), scales));
+    } else {  // here gcc puts the intrinsics' sums off until products no longer fit its registers: half of the speed
+        __m256i t;
+        __asm__("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+                : "+x"(sums), "=&x"(t)
+                : "x"(q), "m"(*reinterpret_cast<const __m256i_u *>(x)), "x"(scales));
+    }
+}
+
+template <int R, bool FIFTH>
+void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *out) {
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256 sum[R];
+    __m128 minima[R];
+    for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps(), minima[r] = _mm_setzero_ps();
+    for (blocks /= 8; blocks > 0; blocks--, row += FIFTH ? 176 : 144, x++) {
+        for (int i = 0; i < 192; i += 64) _mm_prefetch(row + AHEAD + i, _MM_HINT_T0);
+        uint32_t u[3];  // 8 scales and 8 minima of 6 bits: to 8 + 8 bytes
+        memcpy(u, row + 4, 12);
+        const int s0 = u[0] & 0x3f3f3f3f, s1 = (u[2] & 0x0f0f0f0f) | (u[0] >> 6 & 0x03030303) << 4;
+        const int m0 = u[1] & 0x3f3f3f3f, m1 = (u[2] >> 4 & 0x0f0f0f0f) | (u[1] >> 6 & 0x03030303) << 4;
+        const __m256i both = _mm256_cvtepu8_epi16(_mm_setr_epi32(s0, s1, m0, m1));
+        const __m256i scales = _mm256_broadcastsi128_si256(_mm256_castsi256_si128(both));
+        const __m128i lowest = _mm256_extracti128_si256(both, 1);
+        __m256i whole[R], at = _mm256_set1_epi16(0x0100);  // at: picks the scale of a group
+        for (int r = 0; r < R; r++) whole[r] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+        for (int j = 0; j < 8; j += 2) {
+            const __m256i q = load256(row + (FIFTH ? 48 : 16) + 16 * j);
+            __m256i a = _mm256_and_si256(q, low), b = _mm256_and_si256(_mm256_srli_epi16(q, 4), low);
+            if (FIFTH) {
+                const __m256i bits = _mm256_srli_epi16(load256(row + 16), j), sixteen = _mm256_set1_epi8(16);
+                a = _mm256_or_si256(a, _mm256_and_si256(_mm256_slli_epi16(bits, 4), sixteen));
+                b = _mm256_or_si256(b, _mm256_and_si256(_mm256_slli_epi16(bits, 3), sixteen));
+            }
+            const __m256i next_at = _mm256_add_epi8(at, _mm256_set1_epi8(2));
+            const __m256i a_scale = _mm256_shuffle_epi8(scales, at), b_scale = _mm256_shuffle_epi8(scales, next_at);
+            at = _mm256_add_epi8(next_at, _mm256_set1_epi8(2));
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const int8_t *values = x[r * next].values + 32 * j;
+                add<R>(whole[r], a, values, a_scale);
+                add<R>(whole[r], b, values + 32, b_scale);
+            }
+        }
+        const float d = half(row), dmin = half(row + 2);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const Part256 &part = x[r * next];
+            const __m128i least = _mm_madd_epi16(lowest, load128(part.sums));
+            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_set1_ps(d * part.scale), sum[r]);
+            minima[r] = _mm_fmadd_ps(_mm_cvtepi32_ps(least), _mm_set1_ps(dmin * part.scale), minima[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) out[r] = total(_mm256_sub_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), minima[r])));
+}
+
+template <int R>
+void rows_q6_k(const char *row, const Part256 *x, int next, int blocks, float *out) {
+    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(3);
+    __m256 sum[R];
+    for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps();
+    for (blocks /= 8; blocks > 0; blocks--, row += 210, x++) {
+        for (int i = 0; i < 256; i += 64) _mm_prefetch(row + AHEAD + i, _MM_HINT_T0);
+        const __m256i scales = _mm256_cvtepi8_epi16(load128(row + 192));  // of 16 groups of 16
+        const __m256i halves[2] = {_mm256_permute4x64_epi64(scales, 0x44), _mm256_permute4x64_epi64(scales, 0xee)};
+        __m256i whole[R];
+        for (int r = 0; r < R; r++) {  // -32 in each value
+            const __m256i sums = _mm256_slli_epi32(_mm256_madd_epi16(scales, load256(x[r * next].halves)), 5);
+            whole[r] = _mm256_sub_epi32(_mm256_setzero_si256(), sums);
+        }
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            const __m256i high = load256(row + 128 + 32 * h);
+            // at: picks the scale of a group's first 16 values, and in the other half of the register of its last
+            __m256i at = _mm256_setr_epi64x(0x0100010001000100, 0x0100010001000100, 0x0302030203020302, 0x0302030203020302);
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; g++) {
+                __m256i q = load256(row + 64 * h + 32 * (g & 1));
+                if (g & 2) q = _mm256_srli_epi16(q, 4);
+                const __m256i top = _mm256_and_si256(_mm256_srli_epi16(high, 2 * g), two);
+                q = _mm256_or_si256(_mm256_and_si256(q, low), _mm256_slli_epi16(top, 4));
+                const __m256i scale = _mm256_shuffle_epi8(halves[h], at);
+                at = _mm256_add_epi8(at, _mm256_set1_epi8(4));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) add<R>(whole[r], q, x[r * next].values + 128 * h + 32 * g, scale);
+            }
+        }
+        const float d = half(row + 208);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_set1_ps(d * x[r * next].scale), sum[r]);
+    }
+    for (int r = 0; r < R; r++) out[r] = total(sum[r]);
+}
+
+}  // namespace
+}  // namespace native

@@ -1,0 +1,93 @@
+// One row of weights in Q4_0, Q4_1 or Q8_0 with R rows of activations, `next` parts apart: what is unpacked meets all of
+// them, and each gets what it would get alone, operation by operation.
+//
+// Four blocks at a time, two of them in a register, one in each half: their first 16 values, then their last 16, each times
+// 16 activations. Half-bytes are unsigned; the minimum of Q4_1, and the -8 of Q4_0 as a minimum of -8 scales, meets the
+// activations' sums. Bytes are signed, and the instruction wants one factor unsigned: signs go to the activations.
+#pragma once
+
+#include "few.h"
+
+namespace native {
+namespace {
+
+constexpr int block_bytes(int type) { return type == Q4_0 ? 18 : type == Q4_1 ? 20 : 34; }
+constexpr char NO_BLOCK[34] = {};
+
+struct Two {  // blocks
+    __m256i low, high;
+};
+
+template <int TYPE>
+inline Two two(const char *a, const char *b) {
+    const auto at = [&](int i) {
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(a + i)), load128(b + i), 1);
+    };
+    if (TYPE == Q8_0) return {at(2), at(18)};
+    const __m256i bytes = at(TYPE == Q4_1 ? 4 : 2), mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
+}
+
+template <int TYPE>
+inline __m256i products(const Two &w, const Part128::Pair &x) {
+    const __m256i one = _mm256_set1_epi16(1);
+    if (TYPE == Q8_0) {
+        const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.low), _mm256_sign_epi8(load256(x.low), w.low));
+        const __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(w.high), _mm256_sign_epi8(load256(x.high), w.high));
+        return _mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one));
+    }
+    const __m256i a = _mm256_maddubs_epi16(w.low, load256(x.low)), b = _mm256_maddubs_epi16(w.high, load256(x.high));
+    return _mm256_madd_epi16(_mm256_add_epi16(a, b), one);  // in 16 bits at most 15 * 127 * 4
+}
+
+// Scales and minima of four blocks.
+template <int TYPE>
+inline void heads(const char *a, const char *b, const char *c, const char *d, __m128 &scales, __m128 &minima) {
+    const auto word = [](const char *p) {
+        int v = 0;
+        memcpy(&v, p, TYPE == Q4_1 ? 4 : 2);
+        return v;
+    };
+    const __m128i words = _mm_setr_epi32(word(a), word(b), word(c), word(d));  // minima above the scales
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m128i sorted = _mm_shuffle_epi8(words, order);
+    scales = _mm_cvtph_ps(sorted);
+    if (TYPE == Q4_1) minima = _mm_cvtph_ps(_mm_unpackhi_epi64(sorted, sorted));
+    if (TYPE == Q4_0) minima = _mm_mul_ps(scales, _mm_set1_ps(-8));
+}
+
+template <int TYPE, int R>
+void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *out) {
+    constexpr int BYTES = block_bytes(TYPE);
+    const __m256i first = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), second = _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3);
+    __m256 left[R], right[R];
+    __m128 least[R];
+    for (int r = 0; r < R; r++) left[r] = right[r] = _mm256_setzero_ps(), least[r] = _mm_setzero_ps();
+    const auto four = [&](const char *a, const char *b, const char *c, const char *d) {
+        __m128 weights, minima;
+        heads<TYPE>(a, b, c, d, weights, minima);
+        const Two p = two<TYPE>(a, b), q = two<TYPE>(c, d);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const Part128 &part = x[r * next];
+            const __m256 scales = _mm256_castps128_ps256(_mm_mul_ps(weights, _mm_loadu_ps(part.scales)));
+            const __m256 p_sums = _mm256_cvtepi32_ps(products<TYPE>(p, part.pairs[0]));
+            const __m256 q_sums = _mm256_cvtepi32_ps(products<TYPE>(q, part.pairs[1]));
+            left[r] = _mm256_fmadd_ps(p_sums, _mm256_permutevar8x32_ps(scales, first), left[r]);
+            right[r] = _mm256_fmadd_ps(q_sums, _mm256_permutevar8x32_ps(scales, second), right[r]);
+            if (TYPE != Q8_0) least[r] = _mm_fmadd_ps(minima, _mm_loadu_ps(part.sums), least[r]);
+        }
+    };
+    for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x++) {
+        for (int i = 0; i < 4 * BYTES; i += 64) _mm_prefetch(row + AHEAD + i, _MM_HINT_T0);
+        four(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
+    }
+    if (blocks) four(row, blocks > 1 ? row + BYTES : NO_BLOCK, blocks > 2 ? row + 2 * BYTES : NO_BLOCK, NO_BLOCK);
+    for (int r = 0; r < R; r++) {
+        const __m256 both = _mm256_add_ps(left[r], right[r]);
+        out[r] = total(_mm256_add_ps(both, _mm256_set_m128(_mm_setzero_ps(), least[r])));
+    }
+}
+
+}  // namespace
+}  // namespace native
