@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ BOUND = {"amx-bf16": 5e-3, "amx-int8": 2e-2, FEW: 2e-2}  # of the relative error
 INT16_BOUND = 2e-3
 ATTENTION_BOUND = 1e-2
 
-REPEATS = 5
+REPEATS, SECONDS = 5, 0.4  # of a race: both at least, since what takes a millisecond is easily disturbed
 MANY, SOME = (512, 2048, 4096), (64, 2048, 4096)  # rows, columns, inner
 ONE, EIGHT = (1, 16384, 4096), (8, 4096, 4096)  # 37 and 9 MB at 4 bits
 ATTENTION = {"many": (16, 512, 512), "eight": (32, 8, 640), "one": (32, 1, 640)}  # heads, queries, keys
@@ -123,7 +124,7 @@ def _error(found: Array, expected: Array) -> float:
 def _race_products(
     ggml: Ggml, library: Library, kind: str, shape: tuple[int, int, int], kernels: list[str], threads: int
 ) -> dict[str, float]:
-    """Milliseconds of the fastest of `REPEATS`, in turns: by kernel, "plain" and "repacked"."""
+    """Milliseconds of the fastest of `REPEATS` or more, in turns: by kernel, "plain" and "repacked"."""
     rows, columns, inner = shape
     numbers = np.random.default_rng(0)
     some = ggml.quantize(kind, numbers.standard_normal((64, inner), np.float32))
@@ -157,12 +158,10 @@ def _race_attention(
 
 def _race(runners: dict[str, Operation], before: Callable[[str], None]) -> dict[str, float]:
     best = dict.fromkeys(runners, float("inf"))
-    for name in _turns(list(runners)):
-        before(name)
-        best[name] = min(best[name], 1000 * runners[name].seconds())
+    turns, end = 0, time.monotonic() + SECONDS
+    while turns <= REPEATS or time.monotonic() < end:
+        turns += 1
+        for name, runner in runners.items():
+            before(name)
+            best[name] = min(best[name], 1000 * runner.seconds())
     return {name: round(value, 3) for name, value in best.items()}
-
-
-def _turns(names: list[str]) -> Iterator[str]:
-    for _ in range(1 + REPEATS):
-        yield from names
