@@ -3,24 +3,29 @@ the model agrees.
 
 An answer is the same, bit for bit, with and without it. A batch may be computed by other kernels than a single token,
 and their last digits can turn a near tie. So batches are used only where they were seen to give the very bits of
-single tokens (`SameBits`). Knows nothing about text, stop texts or sampling.
+single tokens (`SameBits`), and as wide as pays on this machine (`Costs`). Knows nothing about text, stop texts or
+sampling.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict, deque
+from math import inf
+from statistics import median
 
 import numpy as np
 
 from llava_edge.runtimes.draft import Draft
-from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.language import Array, Key, LanguageModel
 
-WIDTH = 8  # tokens in a pass: always as many, because kernels are chosen by it
-NGRAM = 4  # tokens that have to agree before what followed them is taken for a guess
-PROOF = 16  # rows that have to be equal; of 64 rows that other kernels had computed, no hidden state was
+WIDTHS = (4, 8)  # tokens in a pass: always as many, because kernels are chosen by it
+EXPECTED = {4: 3.44, 8: 5.70}  # tokens that a pass gives if nine of ten guesses hold: 1 + 0.9 + 0.81...
+NGRAM = 3  # tokens that have to agree before what followed them is taken for a guess
+PROOF = 8  # rows that have to be equal; of 64 rows that other kernels had computed, no hidden state was
 BLOCK = 256  # llama.cpp pads its memory to multiples of this, and chooses kernels by the padded size
-FREE_LOSS = 1.0  # in single tokens: what guessing may cost an answer that it does not help,
+FREE_LOSS = 1.5  # in single tokens: what guessing may cost an answer that it does not help,
 SHARE_LOSS = 0.02  # and this for each of its tokens
 
 
@@ -50,64 +55,71 @@ class Lookup:
 
 
 class SameBits:
-    """Where a batch of `WIDTH` tokens was seen to give the bits of single tokens: a verdict for each memory block."""
+    """Where batches were seen to give the bits of single tokens: a verdict for each width and memory block."""
 
     def __init__(self) -> None:
-        self._equal: dict[int, int] = {}  # block -> rows seen equal, -1 after one that was not
+        self._equal: dict[tuple[int, int], int] = {}  # width, block -> rows seen equal, -1 after one that was not
 
-    def possible(self, start: int) -> bool:
+    def possible(self, start: int, width: int) -> bool:
         """Whether a batch at position `start` lies in one block, which has not been seen to differ."""
         block = start // BLOCK
-        return (start + WIDTH - 1) // BLOCK == block and self._equal.get(block, 0) >= 0
+        return (start + width - 1) // BLOCK == block and self._equal.get((width, block), 0) >= 0
 
-    def proven(self, start: int) -> bool:
+    def proven(self, start: int, width: int) -> bool:
         """Whether enough rows were seen equal."""
-        return self._equal.get(start // BLOCK, 0) >= PROOF
+        return self._equal.get((width, start // BLOCK), 0) >= PROOF
 
-    def note(self, start: int, equal: bool) -> None:
+    def note(self, start: int, width: int, equal: bool) -> None:
         """One row of a batch at `start` was compared."""
-        block = start // BLOCK
-        self._equal[block] = self._equal.get(block, 0) + 1 if equal and self.possible(start) else -1
+        at = width, start // BLOCK
+        self._equal[at] = self._equal.get(at, 0) + 1 if equal and self.possible(start, width) else -1
+
+
+class Costs:
+    """What passes cost, in single tokens, as far as it was measured.
+
+    Each is compared with the last single tokens before it, because others use the processor too, for a while.
+    """
+
+    def __init__(self) -> None:
+        self._singles: deque[float] = deque(maxlen=5)  # seconds
+        self._relative: dict[int | str, deque[float]] = defaultdict(lambda: deque(maxlen=9))
+
+    def note(self, what: int | str, seconds: float) -> None:
+        """Time of one pass of so many tokens, or of one guess of the "draft" model."""
+        if what == 1:
+            self._singles.append(seconds)
+        elif self._singles:
+            self._relative[what].append(seconds / median(self._singles))
+
+    def of(self, width: int) -> float:
+        """Of a pass. As long as it was not measured, the others say what a token more costs."""
+        known = {w: median(self._relative[w]) for w in WIDTHS if self._relative[w]}
+        other, cost = next(iter(known.items()), (4, 2.0))
+        return known.get(width, 1 + (cost - 1) * (width - 1) / (other - 1))
+
+    @property
+    def draft(self) -> float:
+        """Of a guess of the draft model."""
+        return median(self._relative["draft"] or [0.0])
 
 
 class Speculation:
     """One for a loaded model: what is known about its batches, and what they cost. `draft` guesses where nothing else
-    does.
-
-    ratio, draft_ratio: time of a pass, and of a guess of the draft model, in single tokens, as far as it was measured.
-    """
+    does."""
 
     def __init__(self, language: LanguageModel, draft: Draft | None = None) -> None:
         self.language = language
         self.draft = draft
         self.bits = SameBits()
-        self.ratio = 2.0
-        self.draft_ratio = 0.0
-        self._single = self._pass = self._guess = 0.0  # seconds
+        self.costs = Costs()
 
-    def measure(self, seconds: float, tokens: int) -> None:
-        """Time of one evaluation."""
-        if tokens == 1:
-            self._single = _moving(self._single, seconds)
-        else:
-            self._pass = _moving(self._pass, seconds)
-        self._relate()
-
-    def measure_draft(self, seconds: float) -> None:
-        """Time of one guess of the draft model."""
-        self._guess = _moving(self._guess, seconds)
-        self._relate()
-
-    def _relate(self) -> None:
-        if self._single and self._pass:
-            self.ratio = self._pass / self._single
-        if self._single and self._guess:
-            self.draft_ratio = self._guess / self._single
-
-
-def _moving(mean: float, value: float) -> float:
-    """A moving mean, from the first value on: others use the processor too."""
-    return mean + (value - mean) * (0.1 if mean else 1)
+    def width(self, start: int, most: float) -> int:
+        """Tokens in the pass at position `start` that promises most, and costs up to `most`; 0 if there is none."""
+        room = self.language.context_size - start
+        widths = [width for width in WIDTHS if width <= room and self.bits.possible(start, width)]
+        widths = [width for width in widths if self.costs.of(width) <= most]
+        return max(widths, key=lambda width: EXPECTED[width] / self.costs.of(width), default=0)
 
 
 class Guessing:
@@ -124,7 +136,7 @@ class Guessing:
         self._always = always
         self._balance = FREE_LOSS
         if shared.draft:  # one try, whatever it costs
-            self._balance = max(FREE_LOSS, shared.ratio + shared.draft_ratio - 1)
+            self._balance = max(FREE_LOSS, shared.costs.of(WIDTHS[0]) + shared.costs.draft - 1)
         self.drafted = self.accepted = 0
 
     def next(self, token: int, cancel: threading.Event) -> list[int]:
@@ -133,7 +145,7 @@ class Guessing:
         Afterwards memory holds all of them but the last. Raises `CancelledError`.
         """
         self._lookup.add(token)
-        guess = self._guess(cancel) if self._possible() else []
+        guess = self._guess(cancel)
         if guess:
             found = self._verify([token, *guess], cancel)
         else:
@@ -143,42 +155,40 @@ class Guessing:
             self._lookup.add(key)
         return found
 
-    def _possible(self) -> bool:
-        start = len(self._language.held)
-        return start + WIDTH <= self._language.context_size and self._shared.bits.possible(start)
-
-    def _worth(self, cost: float) -> bool:
-        return self._always or self._balance >= cost - 1
-
     def _guess(self, cancel: threading.Event) -> list[int]:
-        """`WIDTH` - 1 tokens, or none."""
-        shared = self._shared
-        if not self._worth(shared.ratio):
-            return []
-        guess = self._lookup.guess(WIDTH - 1)
-        if guess or not shared.draft or not self._worth(shared.ratio + shared.draft_ratio):
+        """Tokens that fill a pass with the one before them, or none."""
+        shared, costs = self._shared, self._shared.costs
+        most = inf if self._always else self._balance + 1
+        width = shared.width(len(self._language.held), most)
+        guess = self._lookup.guess(width - 1) if width else []
+        if guess or not width or not shared.draft or costs.of(width) + costs.draft > most:
             return guess
         start = time.perf_counter()
-        guess = shared.draft.guess(self._lookup.keys, WIDTH - 1, cancel)
-        shared.measure_draft(time.perf_counter() - start)
-        self._balance -= shared.draft_ratio
-        return guess if len(guess) == WIDTH - 1 else []
+        guess = shared.draft.guess(self._lookup.keys, width - 1, cancel)
+        costs.note("draft", time.perf_counter() - start)
+        self._balance -= costs.draft
+        return guess if len(guess) == width - 1 else []
 
     def _single(self, token: int, cancel: threading.Event) -> int:
         start = time.perf_counter()
         self._language.evaluate_tokens([token], cancel)
         found = self._language.best()
-        self._shared.measure(time.perf_counter() - start, 1)
+        self._shared.costs.note(1, time.perf_counter() - start)
         return found
+
+    def _batch(self, tokens: list[int], cancel: threading.Event) -> Array:
+        """Logits after each."""
+        start = time.perf_counter()
+        rows = self._language.evaluate_all(tokens, cancel)
+        self._shared.costs.note(len(tokens), time.perf_counter() - start)
+        return rows
 
     def _verify(self, tokens: list[int], cancel: threading.Event) -> list[int]:
         position = len(self._language.held)
-        self.drafted += WIDTH - 1
-        if not self._shared.bits.proven(position):
+        self.drafted += len(tokens) - 1
+        if not self._shared.bits.proven(position, len(tokens)):
             return self._compare(tokens, cancel)
-        start = time.perf_counter()
-        best = self._language.evaluate_all(tokens, cancel).argmax(1).tolist()
-        self._shared.measure(time.perf_counter() - start, WIDTH)
+        best = self._batch(tokens, cancel).argmax(1).tolist()
         right = self._right(tokens, best)
         self.accepted += right
         self._language.forget(position + right + 1)
@@ -187,9 +197,9 @@ class Guessing:
     def _right(self, tokens: list[int], best: list[int]) -> int:
         """How many guesses hold; the balance gets what that wins, or would win if batches were proven."""
         right = 0
-        while right < WIDTH - 1 and best[right] == tokens[right + 1]:
+        while right < len(tokens) - 1 and best[right] == tokens[right + 1]:
             right += 1
-        self._balance = min(self._balance + right + 1 - self._shared.ratio, 2 * WIDTH)
+        self._balance = min(self._balance + right + 1 - self._shared.costs.of(len(tokens)), 2 * WIDTHS[-1])
         return right
 
     def _compare(self, tokens: list[int], cancel: threading.Event) -> list[int]:
@@ -201,15 +211,15 @@ class Guessing:
         language, position = self._language, len(self._language.held)
         language.show_states(True)
         try:
-            rows = language.evaluate_all(tokens, cancel)
-            states = [language.state(i).copy() for i in range(WIDTH)]
+            rows = self._batch(tokens, cancel)
+            states = [language.state(i).copy() for i in range(len(tokens))]
             language.forget(position)
             found: list[int] = []
             for i in range(self._right(tokens, rows.argmax(1).tolist()) + 1):
                 language.evaluate_tokens([tokens[i]], cancel)
                 found.append(language.best())
                 equal = np.array_equal(language.state(), states[i]) and np.array_equal(language.logits(), rows[i])
-                self._shared.bits.note(position, equal)
+                self._shared.bits.note(position, len(tokens), equal)
                 if not equal:
                     break
             return found

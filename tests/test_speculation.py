@@ -18,7 +18,7 @@ from llava_edge.errors import BundleError
 from llava_edge.options import EngineOptions, Options, Result, Speculate
 from llava_edge.runtimes import speculation
 from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.speculation import BLOCK, PROOF, WIDTH, Lookup, SameBits
+from llava_edge.runtimes.speculation import BLOCK, PROOF, WIDTHS, Costs, Lookup, SameBits
 
 CPU = EngineOptions(device="cpu", threads=1, cache=False)
 NEVER = threading.Event()
@@ -68,6 +68,7 @@ def test_200_answers_are_those_of_plain_decoding(unproven: Llava) -> None:
 
 
 PROMPT = "say the list: one, two,"
+ONCE = sum(width - 1 for width in WIDTHS)  # guesses, if each width is tried once
 
 
 def guess_from(monkeypatch: pytest.MonkeyPatch, answer: list[int], wrong: tuple[int, ...] = ()) -> None:
@@ -98,8 +99,8 @@ def tokens_of(llava: Llava, prompt: str, tokens: int) -> list[int]:
 def prove(llava: Llava) -> None:
     """Take batches for proven."""
     for block in range(2):
-        for _ in range(PROOF):
-            llava._engine._speculation.bits.note(block * BLOCK, True)
+        for width in WIDTHS * PROOF:
+            llava._engine._speculation.bits.note(block * BLOCK, width, True)
 
 
 @pytest.mark.parametrize(("wrong", "most", "least"), [((), 80, 50), ((0,), 0, 0), ((3,), 60, 30), ((6,), 75, 45)])
@@ -153,8 +154,8 @@ def test_batches_that_round_differently_are_not_used(unproven: Llava, monkeypatc
     guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
     noisy(monkeypatch, 1e-6)
     guessed = ask(unproven, PROMPT, "ngram", 80)
-    assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, WIDTH - 1)
-    assert not unproven._engine._speculation.bits.possible(0)
+    assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, ONCE)
+    assert not any(unproven._engine._speculation.bits.possible(0, width) for width in WIDTHS)
 
 
 def test_equal_logits_of_other_states_are_no_proof(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +165,7 @@ def test_equal_logits_of_other_states_are_no_proof(unproven: Llava, monkeypatch:
     real = LanguageModel.state
     monkeypatch.setattr(LanguageModel, "state", lambda self, row=-1: real(self, row) * (1 + 1e-6 * (row >= 0)))
     guessed = ask(unproven, PROMPT, "ngram", 80)
-    assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, WIDTH - 1)
+    assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, ONCE)
 
 
 def test_without_the_proof_such_batches_change_answers(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,11 +181,12 @@ def test_without_the_proof_such_batches_change_answers(unproven: Llava, monkeypa
 
 def test_guessing_ends_where_it_does_not_pay(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     guess_from(monkeypatch, tokens_of(unproven, PROMPT, 150), (0,))
-    monkeypatch.setattr(speculation.Speculation, "measure", lambda self, seconds, tokens: None)
+    monkeypatch.setattr(Costs, "note", lambda self, what, seconds: None)
     auto, always = ask(unproven, PROMPT, "auto", 150), ask(unproven, PROMPT, "ngram", 150)
     assert auto.text == always.text
-    passes = auto.drafted_tokens / (WIDTH - 1)
-    assert 1 <= passes <= 1 + 150 * speculation.SHARE_LOSS  # each loses one token's time at the assumed ratio of 2
+    passes = auto.drafted_tokens / (WIDTHS[0] - 1)
+    # Each loses one token's time at the assumed cost of 2.
+    assert 1 <= passes <= speculation.FREE_LOSS + 150 * speculation.SHARE_LOSS
     assert always.drafted_tokens > 20 * auto.drafted_tokens
 
 
@@ -247,16 +249,49 @@ def test_images_are_no_guesses() -> None:
     assert Lookup([*image, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4]).guess(3) == [5, 6, 7]
 
 
-def test_one_verdict_for_each_block() -> None:
+def test_one_verdict_for_each_width_and_block() -> None:
     bits = SameBits()
     for _ in range(PROOF - 1):
-        bits.note(10, True)
-    assert bits.possible(10)
-    assert not bits.proven(10)
-    bits.note(20, True)
-    assert bits.proven(BLOCK - WIDTH)
-    assert not bits.proven(BLOCK)
-    assert not bits.possible(BLOCK - WIDTH + 1)  # it would reach into the next block
-    bits.note(30, False)
-    bits.note(30, True)
-    assert not bits.possible(10)
+        bits.note(10, 8, True)
+    assert bits.possible(10, 8)
+    assert not bits.proven(10, 8)
+    bits.note(20, 8, True)
+    assert bits.proven(BLOCK - 8, 8)
+    assert not bits.proven(BLOCK, 8)
+    assert not bits.proven(20, 4)
+    assert not bits.possible(BLOCK - 7, 8)  # it would reach into the next block
+    assert bits.possible(BLOCK - 7, 4)
+    bits.note(30, 8, False)
+    bits.note(30, 8, True)
+    assert not bits.possible(10, 8)
+    assert bits.possible(10, 4)
+
+
+@pytest.mark.parametrize(("four", "eight", "wanted"), [(2.0, 3.9, 4), (1.3, 1.8, 8), (1.3, 3.0, 4), (2.0, 2.2, 8)])
+def test_the_width_that_promises_most(
+    four: float, eight: float, wanted: int, unproven: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = unproven._engine._speculation
+    shared.costs.note(4, 1.0)  # before any single token: unknown
+    assert shared.costs.of(4) == 2.0
+    for _ in range(5):
+        shared.costs.note(1, 0.01)
+    for width, cost in ((4, four), (8, eight)):
+        shared.costs.note(width, 9.0)  # others used the processor
+        for _ in range(4):
+            shared.costs.note(width, cost / 100)
+    assert shared.width(0, 99) == wanted
+    assert shared.width(0, min(four, eight) - 0.1) == 0  # more than it may cost
+    shared.bits.note(0, wanted, False)
+    assert shared.width(0, 99) == 12 - wanted
+    assert shared.width(shared.language.context_size - 3, 99) == 0
+
+
+def test_what_was_not_measured_costs_as_much_for_each_token() -> None:
+    costs = Costs()
+    costs.note(1, 1.0)
+    costs.note(4, 1.6)
+    assert costs.of(8) == pytest.approx(2.4)
+    assert costs.draft == 0
+    costs.note("draft", 0.5)
+    assert costs.draft == 0.5

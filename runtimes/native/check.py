@@ -27,6 +27,7 @@ ATTENTION_BOUND = 1e-2
 REPEATS, SECONDS = 5, 0.4  # of a race: both at least, since what takes a millisecond is easily disturbed
 MANY, SOME = (512, 2048, 4096), (64, 2048, 4096)  # rows, columns, inner
 ONE, EIGHT = (1, 16384, 4096), (8, 4096, 4096)  # 37 and 9 MB at 4 bits
+ADAPTER = (4096, 64)  # columns, inner: for few rows float16 means adapters
 ATTENTION = {"many": (16, 512, 512), "eight": (32, 8, 640), "one": (32, 1, 640)}  # heads, queries, keys
 ATTENTION_WIDTH = 128
 
@@ -50,11 +51,12 @@ def main(path: str) -> None:
     threads = devices.thread_count()[0]
     few = [] if FEW in facts["problems"] else [FEW]
     for kind in TYPES:
+        one, eight = ((1, *ADAPTER), (8, *ADAPTER)) if kind == "F16" else (ONE, EIGHT)
         facts["types"][kind] = {
             "many": _race_products(ggml, library, kind, MANY, right, threads),
             "some": _race_products(ggml, library, kind, SOME, right, threads),
-            "eight": _race_products(ggml, library, kind, EIGHT, few, threads),
-            "one": _race_products(ggml, library, kind, ONE, few, threads),
+            "eight": _race_products(ggml, library, kind, eight, few, threads),
+            "one": _race_products(ggml, library, kind, one, few, threads),
         }
     facts["attention"] = {name: _race_attention(ggml, library, *ATTENTION[name], threads) for name in ATTENTION}
     sys.stdout.write(json.dumps(facts) + "\n")
@@ -69,8 +71,6 @@ def product_problem(ggml: Ggml, library: Library, kernel: str) -> str:
         x = numbers.standard_normal((9 if kernel == FEW else 45, 768), np.float32)
         made = ggml.multiply(weights, x, device=ggml.device(DEVICE), threads=2)
         if made is None:
-            if kernel == FEW:
-                continue  # there is one for few types
             return f"{kernel} does not take {kind}."
         with made:
             error = _error(made.values(), x.astype(np.float64) @ ggml.rows(weights).astype(np.float64).T)

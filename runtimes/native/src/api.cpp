@@ -43,7 +43,7 @@ EXPORT int llava_edge_native_use(const char *kernel, uint64_t many, uint64_t som
 EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *w, const float *x, float *y, int rows,
                                       int columns, int inner, size_t w_stride, int threads) {
     const Product p{type, w, w_stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
-    if (!strcmp(kernel, "few")) return rows < SOME && multiplies_few(type) && multiply_few(p, threads, scratch);
+    if (!strcmp(kernel, "few")) return rows < SOME && takes_few(type, columns, inner) && multiply_few(p, threads, scratch);
     const Kernel *found = find(kernel);
     return found && unpacks(type) && inner % block_values(type) == 0 && multiply(*found, p, threads, scratch);
 }

@@ -42,9 +42,8 @@ bool takes_product(const ggml_tensor *op) {
     const ggml_tensor *w = op->src[0], *x = op->src[1];
     const int64_t rows = x->ne[1];
     if (rows > MAX_ROWS || !has(rows < SOME ? used.few : rows < MANY ? used.some : used.many, w->type)) return false;
-    if (rows < SOME && !multiplies_few(w->type)) return false;
     return on_host(w) && floats(x) && floats(op) && one_matrix(w) && one_matrix(x) && unpacks(w->type) &&
-           w->ne[0] % block_values(w->type) == 0 && w->ne[0] <= 1 << 20 && w->ne[1] <= 1 << 24 &&
+           (rows < SOME ? takes_few(w->type, w->ne[1], w->ne[0]) : w->ne[0] % block_values(w->type) == 0) && w->ne[0] <= 1 << 20 && w->ne[1] <= 1 << 24 &&
            w->nb[0] == ggml_type_size(w->type) && w->nb[1] >= ggml_row_size(w->type, w->ne[0]) && x->nb[1] % 4 == 0;
 }
 

@@ -1,4 +1,4 @@
-// Products of one row, or few, with weights of 4 to 8 bits: decoding.
+// Products of one row, or few: decoding.
 //
 // Each row gets the same bits alone and among others, which guessing tokens relies on (runtimes/speculation.py). Reading the
 // weights once is all there is to a single one, so what matters is to read them in their order (a thread that walked through
@@ -6,12 +6,16 @@
 
 #include <omp.h>
 
+#include "few_16.h"
 #include "few_256.h"
 #include "few_32.h"
 #include "kernels.h"
 
 namespace native {
 namespace {
+
+// Adapters' matrices have fewer. With larger ones, which are whole models, llama.cpp is faster.
+constexpr int64_t MOST_HALVES = 1 << 20;
 
 template <int R>
 void rows(int type, const char *row, const Part128 *x, int next, int blocks, float *out) {
@@ -27,8 +31,20 @@ void rows(int type, const char *row, const Part256 *x, int next, int blocks, flo
     else rows_q6_k<R>(row, x, next, blocks, out);
 }
 
+// with(from, to) for all columns. An adapter has hundreds of products too small for more than one thread.
+template <class F>
+void in_columns(const Product &p, int threads, F with) {
+    const int64_t columns = p.columns;
+    if (columns * p.inner * p.rows < 1 << 15) return with(0, p.columns);
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
+        with(int(columns * id / all), int(columns * (id + 1) / all));
+    }
+}
+
 template <class Part>
-bool multiply_few(const Product &p, int threads, Scratch &scratch) {
+bool multiply_rounded(const Product &p, int threads, Scratch &scratch) {
     constexpr int BLOCKS = Part::BLOCKS;
     const int blocks = p.inner / 32, parts = (blocks + BLOCKS - 1) / BLOCKS;
     Part *x = reinterpret_cast<Part *>(scratch.need(size_t(p.rows) * parts * sizeof(Part)));
@@ -38,12 +54,10 @@ bool multiply_few(const Product &p, int threads, Scratch &scratch) {
             const int there = blocks - BLOCKS * b < BLOCKS ? blocks - BLOCKS * b : BLOCKS;
             take(p.x + m * p.x_stride + b * BLOCKS * 32, there, x[m * parts + b]);
         }
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
-        for (int64_t n = p.columns * id / all; n < p.columns * (id + 1) / all; n++)
+    in_columns(p, threads, [&](int from, int to) {
+        for (int n = from; n < to; n++)
             for (int m = 0; m < p.rows; m += 4) {  // from the fifth on the weights are in the first-level cache
-                const char *row = p.w + n * p.w_stride;
+                const char *row = p.w + size_t(n) * p.w_stride;
                 const Part *first = x + size_t(m) * parts;
                 const int count = p.rows - m < 4 ? p.rows - m : 4;
                 float y[4];
@@ -53,16 +67,24 @@ bool multiply_few(const Product &p, int threads, Scratch &scratch) {
                 else rows<1>(p.type, row, first, parts, blocks, y);
                 for (int i = 0; i < count; i++) p.y[(m + i) * p.y_stride + n] = y[i];
             }
-    }
+    });
     return true;
 }
 
 }  // namespace
 
-bool multiplies_few(int type) { return unpacks(type) && type != F16; }
+bool takes_few(int type, int64_t columns, int64_t inner) {
+    if (type == F16) return inner % 8 == 0 && columns * inner <= MOST_HALVES;
+    return unpacks(type) && inner % block_values(type) == 0;
+}
 
 bool multiply_few(const Product &p, int threads, Scratch &scratch) {
-    return block_values(p.type) == 32 ? multiply_few<Part128>(p, threads, scratch) : multiply_few<Part256>(p, threads, scratch);
+    if (p.type == F16) {
+        in_columns(p, threads, [&](int from, int to) { multiply_halves(p, from, to); });
+        return true;
+    }
+    return block_values(p.type) == 32 ? multiply_rounded<Part128>(p, threads, scratch)
+                                      : multiply_rounded<Part256>(p, threads, scratch);
 }
 
 }  // namespace native

@@ -60,9 +60,9 @@ template <int TYPE, int R>
 void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *out) {
     constexpr int BYTES = block_bytes(TYPE);
     const __m256i first = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), second = _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3);
-    __m256 left[R], right[R];
+    __m256 sum[R];
     __m128 least[R];
-    for (int r = 0; r < R; r++) left[r] = right[r] = _mm256_setzero_ps(), least[r] = _mm_setzero_ps();
+    for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps(), least[r] = _mm_setzero_ps();
     const auto four = [&](const char *a, const char *b, const char *c, const char *d) {
         __m128 weights, minima;
         heads<TYPE>(a, b, c, d, weights, minima);
@@ -73,8 +73,8 @@ void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *
             const __m256 scales = _mm256_castps128_ps256(_mm_mul_ps(weights, _mm_loadu_ps(part.scales)));
             const __m256 p_sums = _mm256_cvtepi32_ps(products<TYPE>(p, part.pairs[0]));
             const __m256 q_sums = _mm256_cvtepi32_ps(products<TYPE>(q, part.pairs[1]));
-            left[r] = _mm256_fmadd_ps(p_sums, _mm256_permutevar8x32_ps(scales, first), left[r]);
-            right[r] = _mm256_fmadd_ps(q_sums, _mm256_permutevar8x32_ps(scales, second), right[r]);
+            sum[r] = _mm256_fmadd_ps(p_sums, _mm256_permutevar8x32_ps(scales, first), sum[r]);
+            sum[r] = _mm256_fmadd_ps(q_sums, _mm256_permutevar8x32_ps(scales, second), sum[r]);
             if (TYPE != Q8_0) least[r] = _mm_fmadd_ps(minima, _mm_loadu_ps(part.sums), least[r]);
         }
     };
@@ -83,10 +83,7 @@ void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *
         four(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }
     if (blocks) four(row, blocks > 1 ? row + BYTES : NO_BLOCK, blocks > 2 ? row + 2 * BYTES : NO_BLOCK, NO_BLOCK);
-    for (int r = 0; r < R; r++) {
-        const __m256 both = _mm256_add_ps(left[r], right[r]);
-        out[r] = total(_mm256_add_ps(both, _mm256_set_m128(_mm_setzero_ps(), least[r])));
-    }
+    for (int r = 0; r < R; r++) out[r] = total(_mm256_add_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), least[r])));
 }
 
 }  // namespace

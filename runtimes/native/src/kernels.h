@@ -75,7 +75,7 @@ bool attend_few(const Attention &, int threads, Scratch &);  // as exact, made f
 
 bool unpacks(int type);        // is it a type that kernels read?
 int block_values(int type);    // how many values a block has
-bool multiplies_few(int type);
+bool takes_few(int type, int64_t columns, int64_t inner);  // can few rows be multiplied with weights like these?
 bool attends(int width);
 
 }  // namespace native
