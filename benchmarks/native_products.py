@@ -64,7 +64,8 @@ def main() -> None:
     language.library()
     ggml, path = Ggml(), native.place() / native.LIBRARY
     library = Library(path)
-    library.use(asked.kernel, many=TYPES, some=TYPES, few=TYPES, attention=True)
+    taken = {kind: asked.kernel for kind in TYPES if library.takes(asked.kernel, kind)}
+    library.use(taken, few=TYPES, attention=True)
     if not ggml.load_backend(path):
         parser.error(f"ggml does not accept {path}")
     for kind in asked.types:

@@ -35,12 +35,15 @@ if build.compiler() is None:
 # What is rounded how: inner values with one scale, and the largest error relative to the largest of them.
 INT16 = (256, 0.5 / 8191, 0.5 / 1023)
 ROUNDED = {
-    "avx2": INT16,
-    "avx512vnni": INT16,
     "amx-bf16": (1 << 20, 2**-8, 2**-8),
     "amx-int8": (256, 0.5 / 127, 0.5 / 127),
+    "avx512vnni-int8": (256, 0.5 / 127, 0.0),
+    "avx512vnni": INT16,
+    "avx2-int8": (256, 0.5 / 127, 0.0),
+    "avx2": INT16,
 }
-RANDOM_ERROR = {"avx2": 2e-3, "avx512vnni": 2e-3, "amx-bf16": 5e-3, "amx-int8": 2e-2}  # relative, root of mean square
+RANDOM_ERROR = {"int8": 2e-2, "bf16": 5e-3, "avx2": 2e-3, "avx512vnni": 2e-3}  # relative, root of mean square
+TAKEN = {"avx2-int8": {"Q4_0", "Q4_1", "Q4_K", "Q5_K"}, "avx512vnni-int8": set(TYPES) - {"F16"}}  # others: all types
 EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 
 
@@ -58,8 +61,19 @@ def kernels(built: Path) -> Kernels:
     return Kernels(built)
 
 
+def takes(kernel: str, kind: str) -> bool:
+    return kind in TAKEN.get(kernel, TYPES)
+
+
+def rounded(kernel: str, kind: str) -> tuple[int, float, float]:
+    """Like llama.cpp's, bytes have a scale for each block of 32 where the format has."""
+    chunk, of_x, of_w = ROUNDED[kernel]
+    own = kernel in TAKEN and kind in ("Q4_0", "Q4_1", "Q8_0")
+    return (32 if own else chunk), of_x, of_w
+
+
 def test_all_kernels_are_there(kernels: Kernels) -> None:
-    assert set(kernels.names()) == set(ROUNDED)
+    assert kernels.names() == list(ROUNDED)
 
 
 def test_what_others_told_the_matrix_unit_stays(kernels: Kernels) -> None:
@@ -71,6 +85,10 @@ def test_what_others_told_the_matrix_unit_stays(kernels: Kernels) -> None:
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("kernel", ROUNDED)
 def test_products_of_every_type_and_shape(kernels: Kernels, kernel: str, kind: str) -> None:
+    if not takes(kernel, kind):
+        with pytest.raises(AssertionError):
+            kernels.multiply(kernel, kind, np.zeros((1, 1024), np.uint8), np.zeros((1, 256), np.float32))
+        return
     numbers = np.random.default_rng(1)
     # one of everything; tails of tiles, panels and blocks; more than one block of columns
     for rows, columns, inner in ((1, 1, 256), (33, 1, 512), (6, 17, 768), (45, 70, 1280)):
@@ -79,21 +97,22 @@ def test_products_of_every_type_and_shape(kernels: Kernels, kernel: str, kind: s
         w = matrix(kind, blocks)
         expected = x.astype(np.float64) @ w.T
         found = kernels.multiply(kernel, kind, blocks, x, threads=2)
-        assert (np.abs(found - expected) <= worst_error(x, w, *ROUNDED[kernel])).all()
+        assert (np.abs(found - expected) <= worst_error(x, w, *rounded(kernel, kind))).all()
         if rows * columns > 100:
             error = np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean())
-            assert 0 < error < RANDOM_ERROR[kernel]
+            assert 0 < error < RANDOM_ERROR[kernel.rpartition("-")[2]]
 
 
 @pytest.mark.parametrize("kernel", ROUNDED)
 def test_inner_dimensions_of_a_multiple_of_32(kernels: Kernels, kernel: str) -> None:
     numbers = np.random.default_rng(2)
+    kind = "Q8_0" if takes(kernel, "Q8_0") else "Q4_1"
     for inner in (32, 96, 288, 576, 1056):
-        blocks = random_blocks("Q8_0", 5, inner, numbers, np.array([0.01]))
+        blocks = random_blocks(kind, 5, inner, numbers, np.array([0.01]))
         x = numbers.standard_normal((34, inner), np.float32)
-        w = matrix("Q8_0", blocks)
-        found = kernels.multiply(kernel, "Q8_0", blocks, x)
-        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *ROUNDED[kernel])).all()
+        w = matrix(kind, blocks)
+        found = kernels.multiply(kernel, kind, blocks, x)
+        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *rounded(kernel, kind))).all()
 
 
 @given(seed=st.integers(0, 1 << 32), kind=st.sampled_from(sorted(TYPES)), power=st.integers(-12, 12))
@@ -105,9 +124,10 @@ def test_any_block_and_any_activation(kernels: Kernels, seed: int, kind: str, po
     x[:, numbers.integers(0, 512, 4)] *= 1000
     w = matrix(kind, blocks)
     expected = x.astype(np.float64) @ w.T
-    for kernel, rounded in ROUNDED.items():
-        found = kernels.multiply(kernel, kind, blocks, x)
-        assert (np.abs(found - expected) <= worst_error(x, w, *rounded)).all(), kernel
+    for kernel in ROUNDED:
+        if takes(kernel, kind):
+            found = kernels.multiply(kernel, kind, blocks, x)
+            assert (np.abs(found - expected) <= worst_error(x, w, *rounded(kernel, kind))).all(), kernel
 
 
 @pytest.mark.parametrize("kernel", ROUNDED)
@@ -128,21 +148,21 @@ def test_what_is_not_finite_is_not_hidden(kernels: Kernels, kernel: str, bad: fl
 
 
 @pytest.mark.parametrize(
-    ("kind", "rounded", "inner"),
+    ("kind", "chunk", "inner"),
     [
         *(("F16", 1 << 20, inner) for inner in (8, 16, 576)),
         *((kind, 32, inner) for kind in ("Q4_0", "Q4_1", "Q8_0") for inner in (32, 96)),
         *((kind, 256, 256) for kind in ("Q4_K", "Q5_K", "Q6_K")),
     ],
 )
-def test_products_of_few_rows(kernels: Kernels, kind: str, rounded: int, inner: int) -> None:
+def test_products_of_few_rows(kernels: Kernels, kind: str, chunk: int, inner: int) -> None:
     numbers, of_x = np.random.default_rng(4), 0.0 if kind == "F16" else 0.5 / 127
     for rows, columns, blocks_in_row, scales in ((1, 1, 1, EXTREME), (5, 7, 3, EXTREME), (31, 70, 16, EXTREME[4:5])):
         blocks = random_blocks(kind, columns, inner * blocks_in_row, numbers, scales)
         x = numbers.standard_normal((rows, inner * blocks_in_row), np.float32)
         w = matrix(kind, blocks)
         found = kernels.multiply("few", kind, blocks, x, threads=2)
-        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, rounded, of_x, 0.0)).all()
+        assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, chunk, of_x, 0.0)).all()
         # Guessing tokens relies on the same bits for a row alone and among others.
         for row in range(rows):
             assert (kernels.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
@@ -277,11 +297,16 @@ def whole(model: Path, home: Path, setting: str = "") -> dict[str, Any]:
 def found_out(**changes: Any) -> dict[str, Any]:
     """As if `check` had found that every kernel is right and pays."""
     many = {"plain": 3.0, "avx2": 1.0, "avx512vnni": 2.0, "amx-bf16": 2.0, "amx-int8": 0.5}
+    bytes_too = many | {"avx2-int8": 1.5}
     state = {
         "sha256": "0",
         "kernels": list(ROUNDED),
         "problems": {},
-        "types": {kind: {"many": many, "some": many, "eight": {"plain": 9.0}, "one": {"plain": 3.0}} for kind in TYPES},
+        "types": {
+            kind: {"many": race, "some": race, "eight": {"plain": 9.0}, "one": {"plain": 3.0}}
+            for kind in TYPES
+            for race in [bytes_too if takes("avx2-int8", kind) else many]
+        },
         "attention": {race: {"plain": 3.0, "ours": 1.0} for race in ("many", "eight", "one")},
     }
     return state | changes
@@ -316,20 +341,24 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
     assert "Not built" in stock["reason"]
     races = {kind: race | {"one": {"plain": 3.0, "few": 1.0}} for kind, race in found_out()["types"].items()}
     install(built, types=races)
-    for kernel, bound in (("avx2", 1.5e-2), ("amx-bf16", 1.5e-2)):
+    for kernel, bound in (("avx2", 1.5e-2), ("amx-bf16", 1.5e-2), ("avx2-int8", 5e-3)):
         ours = whole(grouped, isolated_home, kernel)
         assert kernel in ours["reason"]
         assert "few rows of" in ours["reason"]
         assert ours["used"]
         for found, expected in zip(ours["logits"], stock["logits"], strict=True):
-            assert 0 < relative(found, expected) < bound  # llama.cpp rounds activations to 8 bits, we do not
+            assert (
+                0 < relative(found, expected) < bound
+            )  # llama.cpp rounds activations to 8 bits, as only the last does
         assert ours["stopped"]
         assert ours["again"]
         assert ours["held"] == 70
         assert ours["refused"]
         assert ours["same"]  # guesses need that
         assert ours["recovered"]  # no NaN that was left in memory counts
-        assert native.choose(found_out(), kernel).identity[1] == kernel  # kept pictures are not another kernel's
+        assert ("Q4_0", kernel) in native.choose(found_out(), kernel).many
+    # Kept pictures are not another kernel's.
+    assert native.choose(found_out(), "avx2").identity != native.choose(found_out(), "amx-bf16").identity
     off = whole(grouped, isolated_home, "off")
     assert off["logits"] == stock["logits"]
     assert "Turned off" in off["reason"]
@@ -354,11 +383,11 @@ def test_a_second_load_knows_what_became_of_the_first(built: Path, monkeypatch: 
     first = native._Process(folder, None)  # ggml did not accept it
     monkeypatch.setattr(native, "_process", first)
     assert not native.activate().used
-    first.library = type("Loaded", (), {"use": lambda self, kernel, *types: used.append(kernel)})()
+    first.library = type("Loaded", (), {"use": lambda self, *taken: used.append(taken[:1])})()
     assert native.activate().used
     first.path = folder.parent / "another"
     assert native.activate().reason == "Not used: others were loaded into this process before."
-    assert used == ["avx2", ""]
+    assert [bool(taken) for taken in used] == [True, False]
 
 
 def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,9 +402,9 @@ def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_failed_self_test_is_not_used() -> None:
     one = native.choose(found_out(problems={"avx2": "avx2 is off by 3.0e-01 on Q4_K."}))
-    assert one.kernel in ("amx-bf16", "avx512vnni")
+    assert dict(one.many) == {kind: "avx2-int8" if takes("avx2-int8", kind) else "avx512vnni" for kind in TYPES}
     assert "avx2 is off by 3.0e-01 on Q4_K." in one.reason
-    problems = {name: f"{name} is off." for name in ("avx2", "avx512vnni", "amx-bf16", "attention", "few attention")}
+    problems = {name: f"{name} is off." for name in ("avx2", *ROUNDED, "attention", "few attention")}
     every = native.choose(found_out(problems=problems))
     assert not every.used
     assert every.reason.startswith("Not used: avx2 is off.")
@@ -393,12 +422,12 @@ from llava_edge.runtimes.native.ggml import Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import Library
 language.library()
 ggml, library = Ggml(), Library(Path(sys.argv[1]))
-library.use("")
+library.use()
 assert ggml.load_backend(Path(sys.argv[1]))
 print([check.product_problem(ggml, library, name) for name in [*library.kernels(), "few"]])
 print([check.attention_problem(ggml, library, queries) for queries in (9, 45)])
 weights = Weights("Q4_0", 64, 256, ggml.quantize("Q4_0", np.ones((64, 256))))
-library.use("avx2", many=["Q4_0"])
+library.use({"Q4_0": "avx2"})
 taken = []
 for rows in (1, 31, 32, 127, 128, 8193):
     made = ggml.multiply(weights, np.ones((rows, 256), np.float32), device=ggml.device("LLAVA_EDGE"), threads=1)
@@ -433,16 +462,15 @@ def test_what_is_not_faster_is_not_used() -> None:
     types["Q8_0"] |= {"many": {"plain": 0.9, **dict.fromkeys(ROUNDED, 1.0)}, "one": {"plain": 1.0}}
     slow_attention = {race: {"plain": 1.0, "ours": 1.0} for race in ("many", "eight", "one")}
     found = native.choose(found_out(types=types, attention=slow_attention))
-    assert found.kernel == "avx2"  # int8 of the matrix unit would be faster, and has to be asked for
-    assert "Q8_0" not in found.many
-    assert "Q4_K" in found.many
+    # int8 of the matrix unit would be faster, and has to be asked for
+    assert dict(found.many) == dict.fromkeys([kind for kind in TYPES if kind != "Q8_0"], "avx2")
     assert "Q4_K" not in found.some  # unpacking pays from more rows on
     assert "Q4_0" in found.some
     assert not found.attention
     assert not found.few_attention
     more = slow_attention | {"eight": {"plain": 2.0, "ours": 1.0}}
     assert native.choose(found_out(attention=more)).few_attention
-    assert native.choose(found_out(), "amx-int8").kernel == "amx-int8"
+    assert dict(native.choose(found_out(), "amx-int8").many) == dict.fromkeys(TYPES, "amx-int8")
     # Decoding Q4_0 would suffer without llama.cpp's own order; other types need no copy.
     assert native.reordering_pays(found, {"F32", "Q4_0"})
     assert not native.reordering_pays(found, {"F32", "Q4_K", "Q6_K"})

@@ -47,15 +47,14 @@ LIBRARY, _STATE = "kernels.so", "state.json"  # in `place()`
 class Status:
     """What is used, or why nothing is. `reason` is a sentence; `fix` the command to run, if one would help.
 
-    kernel: of products of 128 rows or more with weights of the types `many`, and of 32 or more with those of `some`.
-    few: types whose products of fewer rows are taken. attention, few_attention: of 32 queries or more, and of fewer.
+    many: types of weights whose products of 128 rows or more are taken, each with its kernel; some: types whose
+    products of 32 or more are; few: of fewer. attention, few_attention: of 32 queries or more, and of fewer.
     mapped: types that llama.cpp need not re-order, because what is used is as fast without, or because it cannot.
     """
 
     reason: str
     fix: str = ""
-    kernel: str = ""
-    many: tuple[str, ...] = ()
+    many: tuple[tuple[str, str], ...] = ()
     some: tuple[str, ...] = ()
     few: tuple[str, ...] = ()
     attention: bool = False
@@ -72,7 +71,7 @@ class Status:
     def identity(self) -> list[object]:
         """What results depend on: empty if llama.cpp computes alone."""
         taken = [self.many, self.some, self.few, self.attention, self.few_attention]
-        return [self.library, self.kernel, *taken] if self.used else []
+        return [self.library, *taken] if self.used else []
 
 
 @dataclass
@@ -110,11 +109,10 @@ def activate() -> Status:
         if found.used:
             _load(place())
         if _process.library is not None:
-            types = (found.many, found.some, found.few)
-            _process.library.use(found.kernel, *types, found.attention, found.few_attention)
+            _process.library.use(dict(found.many), found.some, found.few, found.attention, found.few_attention)
     except (OSError, UnavailableError, ValueError) as error:
         if _process.library is not None:
-            _process.library.use("")
+            _process.library.use()
         return Status(f"Not used: {error}", COMMAND)
     return found
 
@@ -157,22 +155,26 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
         right = [kernel]
     if not right:
         return Status(f"Not used: {' '.join(problems.values()) or 'this processor runs no kernel.'}", COMMAND)
-    best = min(right, key=lambda name: sum(types[kind]["many"][name] for kind in types))
-    many = tuple(kind for kind in types if _pays(types[kind]["many"], best))
-    some = tuple(kind for kind in many if _pays(types[kind]["some"], best))
+    best = {
+        kind: min((name for name in race["many"] if name in right), key=race["many"].__getitem__, default="")
+        for kind, race in types.items()
+    }
+    many = tuple((kind, best[kind]) for kind in types if _pays(types[kind]["many"], best[kind]))
+    some = tuple(kind for kind, name in many if _pays(types[kind]["some"], name))
     few = tuple(kind for kind in types if _few_pay(types[kind]["one"], types[kind]["eight"], FEW))
-    mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best))
+    mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best[kind]))
     races = state["attention"]
     attention = "attention" not in problems and _pays(races["many"], "ours")
     few_attention = "few attention" not in problems and _few_pay(races["one"], races["eight"], "ours")
     if not (many or few or attention or few_attention):
         return Status("Not used: llama.cpp's own kernels are as fast here.")
-    parts = [f"{best} for {', '.join(many)}"] if many else []
+    used = sorted({name for _, name in many})
+    parts = [f"{name} for {', '.join(kind for kind, its in many if its == name)}" for name in used]
     parts += [f"few rows of {', '.join(few)}"] if few else []
     parts += ["attention"] if attention else []
     parts += ["attention of few queries"] if few_attention else []
     reason = " ".join([f"{'; '.join(parts)}.", *problems.values()])
-    return Status(reason, "", best, many, some, few, attention, few_attention, mapped, state["sha256"])
+    return Status(reason, "", many, some, few, attention, few_attention, mapped, state["sha256"])
 
 
 def _pays(race: dict[str, float], ours: str) -> bool:
@@ -215,7 +217,7 @@ def _load(folder: Path) -> None:
         raise UnavailableError("their file has changed since they were tried.")
     _process.path = folder
     library = Library(path)
-    library.use("")
+    library.use()
     if not ggml.load_backend(path) or not ggml.device(DEVICE):
         raise UnavailableError("ggml does not accept them.")
     _process.library = library

@@ -31,9 +31,15 @@ class Unit:
 
 
 UNITS = (
-    Unit("int16.cpp"),
-    Unit("int16.cpp", (*_AVX2, "-mavxvnni"), "AVXVNNI"),
-    Unit("int16.cpp", (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE"), "AVX512VNNI"),
+    *(
+        unit
+        for source in ("int8.cpp", "int16.cpp")
+        for unit in (
+            Unit(source),
+            Unit(source, (*_AVX2, "-mavxvnni"), "AVXVNNI"),
+            Unit(source, (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE"), "AVX512VNNI"),
+        )
+    ),
     Unit("amx_bf16.cpp", kernel="AMX"),
     Unit("amx_int8.cpp", kernel="AMX"),
     Unit("attention.cpp"),
@@ -46,11 +52,14 @@ UNITS = (
 # Instructions that this processor lacks, in plain C++ instead: for tests.
 _EMULATED = (*_AVX2, "-DNATIVE_EMULATE")
 EMULATED_UNITS = (
-    Unit("int16.cpp"),
-    Unit("int16.cpp", (*_EMULATED, "-DNATIVE_WIDE"), "AVX512VNNI"),
+    *(
+        unit
+        for source in ("int8.cpp", "int16.cpp")
+        for unit in (Unit(source), Unit(source, (*_EMULATED, "-DNATIVE_WIDE"), "AVX512VNNI"))
+    ),
     Unit("amx_bf16.cpp", _EMULATED, "AMX"),
     Unit("amx_int8.cpp", _EMULATED, "AMX"),
-    *(unit for unit in UNITS[3:] if not unit.kernel),
+    *(unit for unit in UNITS if unit.source not in ("int8.cpp", "int16.cpp") and not unit.kernel),
 )
 
 

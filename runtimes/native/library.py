@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -19,7 +20,7 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
         self._functions.llava_edge_native_kernels.restype = ctypes.c_char_p
         self._functions.llava_edge_native_use.argtypes = (
-            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
+            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
         )
 
     def kernels(self) -> list[str]:
@@ -28,18 +29,32 @@ class Library:
 
     def use(
         self,
-        kernel: str,
-        many: Iterable[str] = (),
+        many: Mapping[str, str] = MappingProxyType({}),
         some: Iterable[str] = (),
         few: Iterable[str] = (),
         attention: bool = False,
         few_attention: bool = False,
-    ) -> bool:
-        """From now on take products with weights of these types, and attention. many, some: of 128 rows or more, and of
-        32 or more, by `kernel`; few: of fewer. Attention likewise: of 32 queries or more, and of fewer."""
-        types = (_bits(kinds) for kinds in (many, some, few))
-        return bool(self._functions.llava_edge_native_use(kernel.encode(), *types, attention, few_attention))
+    ) -> None:
+        """From now on take products with weights of these types, and attention. many: of 128 rows or more, type ->
+        kernel; some: also of 32 or more; few: of fewer. Attention likewise: of 32 queries or more, and of fewer.
 
+        Raises `ValueError` if a kernel is not there or does not take a type; then nothing has changed.
+        """
+        numbers = {name: number for number, name in enumerate(self.kernels())}
+        kernel_of = bytearray(b"\xff" * 64)
+        for kind, name in many.items():
+            if name not in numbers:
+                raise ValueError(f"there is no kernel {name}")
+            kernel_of[TYPES[kind]] = numbers[name]
+        masks = (sum(1 << TYPES[kind] for kind in kinds) for kinds in (some, few))
+        if not self._functions.llava_edge_native_use(bytes(kernel_of), *masks, attention, few_attention):
+            raise ValueError(f"a kernel does not take one of {', '.join(many)}")
 
-def _bits(types: Iterable[str]) -> int:
-    return sum(1 << TYPES[kind] for kind in types)
+    def takes(self, kernel: str, kind: str) -> bool:
+        """Whether a kernel takes weights of a type. Afterwards nothing is used."""
+        try:
+            self.use({kind: kernel})
+        except ValueError:
+            return False
+        self.use()
+        return True

@@ -85,7 +85,7 @@ void unpack_row_bf16(int type, const char *row, int k, int inner, uint16_t *out)
     }
 }
 
-void pack(const float *x, size_t stride, int rows, int inner, void *out) {
+void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
     Step *steps = static_cast<Step *>(out);
     alignas(32) uint16_t values[16][STEP];
     for (int k = 0; k < inner; k += STEP, steps++)
@@ -116,7 +116,7 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
 }
 
 // sums: [weights' tile][activations' tile][16 columns][16 rows]
-void multiply(const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
+void multiply(int, const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
     const Step *x = static_cast<const Step *>(tile_memory), *w = static_cast<const Step *>(panel_memory);
     if (first) {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
@@ -156,7 +156,7 @@ void store_tiles(const float *sums, float *y, size_t stride, int rows, int colum
 
 extern const Kernel amx_bf16;
 const Kernel amx_bf16 = {
-    "amx-bf16", works, ROWS, COLUMNS, INNER, 8, STEPS * sizeof(Step), STEPS * sizeof(Step),
+    "amx-bf16", works, unpacks, ROWS, COLUMNS, INNER, 8, STEPS * sizeof(Step), STEPS * sizeof(Step),
     pack, unpack, multiply, store_tiles, enter_tiles, leave_tiles,
 };
 

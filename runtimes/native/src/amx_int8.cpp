@@ -19,7 +19,6 @@ namespace {
 constexpr int INNER = 1024, STEP = 64, SCALED = 256;  // SCALED: values with one scale
 constexpr int CHUNKS = INNER / SCALED, STEPS = SCALED / STEP;
 constexpr int ROWS = 32, COLUMNS = 32;
-constexpr float LIMIT = 127;
 
 struct Step {
     int8_t tile[2][16][STEP];
@@ -30,23 +29,16 @@ struct Block {  // of activations or of weights
     Step steps[CHUNKS][STEPS];
 };
 
-// Up to 256 values, a multiple of 32 -> int8, the rest of the last step zero
-float quantize8(const float *v, int count, int8_t *out) {
-    alignas(32) int16_t wide[SCALED];
-    const float scale = quantize(v, count, LIMIT, wide);
-    for (int i = count; i < (count + STEP - 1) / STEP * STEP; i++) wide[i] = 0;
-    for (int i = 0; i < count; i += 32) {
-        const __m256i a = load256(wide + i), b = load256(wide + i + 16);
-        _mm256_store_si256(reinterpret_cast<__m256i *>(out + i), _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8));
-    }
+// Up to 256 values, a multiple of 32; the rest of the last step zero
+float take(const float *v, int count, int8_t *out) {
     for (int i = count; i < (count + STEP - 1) / STEP * STEP; i++) out[i] = 0;
-    return scale;
+    return quantize8(v, count, out);
 }
 
 inline int steps_of(int values) { return (values + STEP - 1) / STEP; }
 inline int values_of(int inner, int chunk) { return inner - chunk * SCALED < SCALED ? inner - chunk * SCALED : SCALED; }
 
-void pack(const float *x, size_t stride, int rows, int inner, void *out) {
+void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
     Block &block = *static_cast<Block *>(out);
     alignas(32) int8_t values[16][SCALED];
     for (int c = 0; c * SCALED < inner; c++)
@@ -55,7 +47,7 @@ void pack(const float *x, size_t stride, int rows, int inner, void *out) {
             for (int i = 0; i < 16; i++) {
                 const int row = 16 * t + i;
                 block.scales[c][row] = 0;
-                if (row < rows) block.scales[c][row] = quantize8(x + row * stride + c * SCALED, count, values[i]);
+                if (row < rows) block.scales[c][row] = take(x + row * stride + c * SCALED, count, values[i]);
                 else memset(values[i], 0, SCALED);
             }
             for (int s = 0; s < steps_of(count); s++)
@@ -75,7 +67,7 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
         for (int c = 0; c * SCALED < inner; c++) {
             const int count = values_of(inner, c);
             block.scales[c][n] = 0;
-            if (n < columns) block.scales[c][n] = quantize8(values + c * SCALED, count, small);
+            if (n < columns) block.scales[c][n] = take(values + c * SCALED, count, small);
             else memset(small, 0, SCALED);
             for (int s = 0; s < steps_of(count); s++)
                 memcpy(block.steps[c][s].tile[n / 16][n % 16], small + s * STEP, STEP);
@@ -84,7 +76,7 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
 }
 
 // sums: [weights' tile][activations' tile][16 columns][16 rows]
-void multiply(const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
+void multiply(int, const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
     const Block &x = *static_cast<const Block *>(tile_memory), &w = *static_cast<const Block *>(panel_memory);
     alignas(64) int32_t whole[4][16][16];
     for (int c = 0; c * SCALED < inner; c++, first = false) {
@@ -120,7 +112,7 @@ bool works() { return tiles_work(INT8_BIT); }
 
 extern const Kernel amx_int8;
 const Kernel amx_int8 = {
-    "amx-int8", works, ROWS, COLUMNS, INNER, 8, sizeof(Block), sizeof(Block),
+    "amx-int8", works, unpacks, ROWS, COLUMNS, INNER, 8, sizeof(Block), sizeof(Block),
     pack, unpack, multiply, store_tiles, enter_tiles, leave_tiles,
 };
 

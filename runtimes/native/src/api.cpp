@@ -28,14 +28,20 @@ EXPORT const char *llava_edge_native_kernels() {
     return names.c_str();
 }
 
-// What the backend takes from now on: products of many rows with the types whose bits (1 << ggml_type) are set in
-// `many`, by that kernel, of some rows with those in `some`; of few rows with those in `few`; attention of some queries
-// or more, and of few. Returns 0 if there is no such kernel.
-EXPORT int llava_edge_native_use(const char *kernel, uint64_t many, uint64_t some, uint64_t few, int attention,
-                                 int few_attention) {
-    const Kernel *found = find(kernel);
-    if (!found && (many | some)) return 0;
-    use({found, many, some, few, attention != 0, few_attention != 0});
+// What the backend takes from now on: of each type products of many rows by the kernel with that number in the list of names
+// above (negative: none), of some rows if its bit (1 << ggml_type) is set in `some`; of few rows with those in `few`;
+// attention of some queries or more, and of few. Returns 0, with nothing changed, if a kernel does not take a type.
+EXPORT int llava_edge_native_use(const int8_t *many, uint64_t some, uint64_t few, int attention, int few_attention) {
+    Use wanted{{}, some, few, attention != 0, few_attention != 0};
+    for (int type = 0; type < TYPES; type++) {
+        if (many[type] < 0) continue;
+        int number = many[type];
+        const Kernel *const *k = kernels;
+        while (*k && (!(*k)->works() || number-- > 0)) k++;
+        if (!*k || !(*k)->takes(type)) return 0;
+        wanted.kernel[type] = *k;
+    }
+    use(wanted);
     return 1;
 }
 
@@ -45,7 +51,7 @@ EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *
     const Product p{type, w, w_stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
     if (!strcmp(kernel, "few")) return rows < SOME && takes_few(type, columns, inner) && multiply_few(p, threads, scratch);
     const Kernel *found = find(kernel);
-    return found && unpacks(type) && inner % block_values(type) == 0 && multiply(*found, p, threads, scratch);
+    return found && found->takes(type) && inner % block_values(type) == 0 && multiply(*found, p, threads, scratch);
 }
 
 EXPORT int llava_edge_native_attend(const Attention *a, int few, int threads) {

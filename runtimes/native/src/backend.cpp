@@ -36,12 +36,14 @@ bool on_host(const ggml_tensor *t) {
 bool one_matrix(const ggml_tensor *t) { return t->ne[2] == 1 && t->ne[3] == 1; }
 bool floats(const ggml_tensor *t) { return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float); }
 bool halves(const ggml_tensor *t) { return t->type == GGML_TYPE_F16 && t->nb[0] == 2; }
-bool has(uint64_t types, int type) { return type < 64 && types >> type & 1; }
+bool has(uint64_t types, int type) { return types >> type & 1; }
 
 bool takes_product(const ggml_tensor *op) {
     const ggml_tensor *w = op->src[0], *x = op->src[1];
     const int64_t rows = x->ne[1];
-    if (rows > MAX_ROWS || !has(rows < SOME ? used.few : rows < MANY ? used.some : used.many, w->type)) return false;
+    if (rows > MAX_ROWS || w->type >= TYPES) return false;
+    if (rows < SOME ? !has(used.few, w->type) : !used.kernel[w->type]) return false;
+    if (rows >= SOME && rows < MANY && !has(used.some, w->type)) return false;
     return on_host(w) && floats(x) && floats(op) && one_matrix(w) && one_matrix(x) && unpacks(w->type) &&
            (rows < SOME ? takes_few(w->type, w->ne[1], w->ne[0]) : w->ne[0] % block_values(w->type) == 0) && w->ne[0] <= 1 << 20 && w->ne[1] <= 1 << 24 &&
            w->nb[0] == ggml_type_size(w->type) && w->nb[1] >= ggml_row_size(w->type, w->ne[0]) && x->nb[1] % 4 == 0;
@@ -64,7 +66,7 @@ bool product(Context &c, const ggml_tensor *op) {
                     static_cast<const float *>(x->data), x->nb[1] / sizeof(float),
                     static_cast<float *>(op->data), op->nb[1] / sizeof(float),
                     int(x->ne[1]), int(w->ne[1]), int(w->ne[0])};
-    return p.rows < SOME ? multiply_few(p, c.threads, c.scratch) : multiply(*used.kernel, p, c.threads, c.scratch);
+    return p.rows < SOME ? multiply_few(p, c.threads, c.scratch) : multiply(*used.kernel[w->type], p, c.threads, c.scratch);
 }
 
 bool attention(Context &c, const ggml_tensor *op) {
@@ -111,7 +113,7 @@ void set_abort(ggml_backend_t backend, ggml_abort_callback abort, void *data) {
 // ---- its device: what llama.cpp asks
 
 const char *device_name(ggml_backend_dev_t) { return NAME; }
-const char *device_description(ggml_backend_dev_t) { return used.kernel ? used.kernel->name : "no kernel"; }
+const char *device_description(ggml_backend_dev_t) { return "kernels of llava-edge"; }
 void device_memory(ggml_backend_dev_t, size_t *free, size_t *total) { *free = *total = 0; }
 enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
 ggml_backend_buffer_type_t device_buffers(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
@@ -186,7 +188,7 @@ void *registry_function(ggml_backend_reg_t, const char *name) {
 
 }  // namespace
 
-void use(Use wanted) { used = wanted; }
+void use(const Use &wanted) { used = wanted; }
 
 }  // namespace native
 

@@ -5,12 +5,14 @@
 
 namespace native {
 
+constexpr int TYPES = 64;  // more than ggml has
+
 struct Use {
-    const Kernel *kernel;  // for products of some and of many rows
-    uint64_t many, some, few;  // 1 << ggml_type: types whose products of so many rows are taken
+    const Kernel *kernel[TYPES];  // of each type, for products of some rows or of many; null: not taken
+    uint64_t some, few;           // 1 << ggml_type: types whose products of so many rows are taken, too
     bool attention, few_attention;
 };
 
-void use(Use);
+void use(const Use &);
 
 }  // namespace native

@@ -14,6 +14,7 @@
 
 #include "kernels.h"
 #include "lanes.h"
+#include "processor.h"
 #include "rounding.h"
 #include "unpack.h"
 
@@ -36,7 +37,7 @@ struct Panel {
     int32_t pairs[PAIRS][COLUMNS];
 };
 
-void pack(const float *x, size_t stride, int rows, int inner, void *out) {
+void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
     Tile &tile = *static_cast<Tile *>(out);
     alignas(64) int16_t row[INNER];
     for (int i = 0; i < ROWS; i++) {
@@ -66,7 +67,7 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
     }
 }
 
-void multiply(const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
+void multiply(int, const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
     const Tile &tile = *static_cast<const Tile *>(tile_memory);
     const Panel &panel = *static_cast<const Panel *>(panel_memory);
     Lanes left[ROWS], right[ROWS];
@@ -92,20 +93,6 @@ void store(const float *sums, float *y, size_t stride, int rows, int columns) {
     for (int i = 0; i < rows; i++) memcpy(y + i * stride, sums + i * COLUMNS, columns * sizeof(float));
 }
 
-bool works() {
-    __builtin_cpu_init();
-#if defined(NATIVE_WIDE) && defined(__AVX512VNNI__)
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#elif defined(NATIVE_WIDE)
-    return true;
-#elif defined(__AVXVNNI__)
-    return __builtin_cpu_supports("avxvnni");
-#else
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#endif
-}
-
 }  // namespace
 
 #if defined(NATIVE_WIDE)
@@ -121,7 +108,7 @@ extern const Kernel int16_avx2;
 const Kernel int16_avx2 = {
     "avx2",
 #endif
-    works, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
+    works, unpacks, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
     pack, unpack, multiply, store, nullptr, nullptr,
 };
 

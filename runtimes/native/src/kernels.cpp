@@ -3,7 +3,9 @@
 
 namespace native {
 
-extern const Kernel int16_avx2, int16_avxvnni, int16_avx512vnni, amx_bf16, amx_int8;
+extern const Kernel amx_bf16, amx_int8;
+extern const Kernel int8_avx2, int8_avxvnni, int8_avx512vnni;
+extern const Kernel int16_avx2, int16_avxvnni, int16_avx512vnni;
 
 const Kernel *const kernels[] = {
 #ifdef NATIVE_HAS_AMX
@@ -11,11 +13,14 @@ const Kernel *const kernels[] = {
     &amx_int8,
 #endif
 #ifdef NATIVE_HAS_AVX512VNNI
+    &int8_avx512vnni,
     &int16_avx512vnni,
 #endif
 #ifdef NATIVE_HAS_AVXVNNI
+    &int8_avxvnni,
     &int16_avxvnni,
 #endif
+    &int8_avx2,
     &int16_avx2,
     nullptr,
 };

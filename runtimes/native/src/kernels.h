@@ -26,6 +26,7 @@ struct Product {
 struct Kernel {
     const char *name;
     bool (*works)();        // on this processor
+    bool (*takes)(int type);
     int tile_rows;          // activations in a tile
     int panel_columns;      // weights in a panel
     int inner_block;        // inner values of both
@@ -33,10 +34,10 @@ struct Kernel {
     size_t tile_bytes;      // of a packed tile, with its scales; a multiple of 64
     size_t panel_bytes;     // likewise
     // rows <= tile_rows and inner <= inner_block are there to be read, the rest is taken for zero.
-    void (*pack)(const float *x, size_t stride, int rows, int inner, void *tile);
+    void (*pack)(int type, const float *x, size_t stride, int rows, int inner, void *tile);
     void (*unpack)(const Product &, int column, int columns, int k, int inner, void *panel);
     // sums[tile_rows * panel_columns] = (first ? 0 : sums) + tile * panel, in the kernel's own order
-    void (*multiply)(const void *tile, const void *panel, int inner, bool first, float *sums);
+    void (*multiply)(int type, const void *tile, const void *panel, int inner, bool first, float *sums);
     void (*store)(const float *sums, float *y, size_t stride, int rows, int columns);
     void (*enter)(void *), (*leave)(void *);  // around a thread's work, with 64 bytes to keep something; may be null
 };

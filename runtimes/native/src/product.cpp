@@ -50,7 +50,7 @@ struct Plan {
     void pack(int t) const {
         const int row = t * kernel.tile_rows, rows = std::min(kernel.tile_rows, p.rows - row);
         for (int k = 0; k < p.inner; k += kernel.inner_block)
-            kernel.pack(p.x + row * p.x_stride + k, p.x_stride, rows, inner(k), tile(k, t));
+            kernel.pack(p.type, p.x + row * p.x_stride + k, p.x_stride, rows, inner(k), tile(k, t));
     }
 
     // sums: [panel of the block][tile]
@@ -60,7 +60,7 @@ struct Plan {
             float *s = all;
             for (int n = first; n < end; n += kernel.panel_columns) {
                 kernel.unpack(p, n, std::min(kernel.panel_columns, end - n), k, inner(k), panel);
-                for (int t = 0; t < tiles; t++, s += sums()) kernel.multiply(tile(k, t), panel, inner(k), k == 0, s);
+                for (int t = 0; t < tiles; t++, s += sums()) kernel.multiply(p.type, tile(k, t), panel, inner(k), k == 0, s);
             }
         }
         const float *s = all;

@@ -34,6 +34,17 @@ inline float quantize(const float *v, int count, float limit, int16_t *out) {
     return magnitude / limit;
 }
 
+// The same to 7 bits and a sign. count: a multiple of 32, up to 256.
+inline float quantize8(const float *v, int count, int8_t *out) {
+    alignas(32) int16_t wide[256];
+    const float scale = quantize(v, count, 127, wide);
+    for (int i = 0; i < count; i += 32) {
+        const __m256i packed = _mm256_packs_epi16(load256(wide + i), load256(wide + i + 16));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + i), _mm256_permute4x64_epi64(packed, 0xd8));
+    }
+    return scale;
+}
+
 // 8 rows of 8 int32, `from` apart -> 8 columns, `to` apart
 inline void transpose(const int32_t *in, size_t from, int32_t *out, size_t to) {
     __m256i r[8], t[8];
