@@ -19,13 +19,13 @@ import numpy as np
 
 from llava_edge import anyres, token_budget
 from llava_edge.bundle import PROJECTOR, VISION, VISION_DATA, Bundle
-from llava_edge.runtimes import CancelledError, devices
+from llava_edge.runtimes import CancelledError, devices, native
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache, digest, identity
 from llava_edge.runtimes.pictures import Budget, Picture
 from llava_edge.runtimes.projector import Projector
-from llava_edge.runtimes.tune import Setting
+from llava_edge.runtimes.tune import Setting, opened
 from llava_edge.runtimes.vision import VisionEncoder
 
 Array = np.ndarray[Any, Any]
@@ -108,7 +108,7 @@ class Embedder:
         return self._parts
 
     def _encoder(self) -> VisionEncoder:
-        return VisionEncoder(self._bundle, self._setting.threads, self._provider, prepack=self._setting.prepack)
+        return opened(self._bundle, self._setting, self._provider)
 
     def _compute(self, picture: Picture, vision_run: Any, cancel: threading.Event) -> Embedding:
         """Crops go one by one: five at once take five times the working memory."""
@@ -150,4 +150,6 @@ def _identity(bundle: Bundle, setting: Setting, provider: str) -> list[object]:
     libraries = sorted(Path(spec.origin).parent.glob("capi/*.so*")) if spec and spec.origin else []
     engine = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in libraries]
     parts = [asdict(manifest.preprocessing), asdict(manifest.vision), asdict(manifest.projector)]
-    return [identity(bundle, *files), parts, engine, devices.processor(), setting.threads, setting.prepack, provider]
+    operator = str(native.operator_library()) if setting.native else ""  # its folder is named by all it depends on
+    settings = [setting.threads, setting.prepack, operator, provider]
+    return [identity(bundle, *files), parts, engine, devices.processor(), *settings]

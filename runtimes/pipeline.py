@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,10 +234,12 @@ class Engine:
 
     def _vision(self, threads: int) -> tune.Setting:
         """The measured setting for this machine, or the plain one; threads that were asked for stay."""
-        measured = tune.choose(tune.known(self.bundle), self.preset.copies) if self.choice.name == "cpu" else None
-        if measured is None:
+        if self.choice.name != "cpu":
             return tune.Setting(threads, False)
-        return tune.Setting(self.options.threads or measured.threads, measured.prepack)
+        measured = tune.choose(tune.known(self.bundle), self.preset.copies)
+        if measured is None:
+            return tune.untuned(self.bundle, threads)
+        return replace(measured, threads=self.options.threads or measured.threads)
 
     def _ready(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError, UnavailableError
 from llava_edge.runtimes import CancelledError, devices
+from llava_edge.runtimes import native as native_kernels
+from llava_edge.runtimes.native import operator
 
 Array = np.ndarray[Any, Any]
 
@@ -20,9 +23,12 @@ class VisionEncoder:
     Raises `BundleError` if the file does not do what the manifest says, `UnavailableError` if ONNX Runtime would
     silently use another provider than the one asked for.
     prepack: let it keep weights rearranged for this processor: a private copy of all of them, made now.
+    native: compute int8 linear layers by our operator, where that was built, tried and right (`native.operator`).
     """
 
-    def __init__(self, bundle: Bundle, threads: int, provider: str, *, prepack: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int, provider: str, *, prepack: bool = False, native: bool = False
+    ) -> None:
         self._part = bundle.manifest.vision
         self._size = bundle.manifest.preprocessing.image_size
         self._path = bundle.part(VISION)
@@ -38,14 +44,33 @@ class VisionEncoder:
             settings.add_session_config_entry("session.x64quantprecision", "1")  # slower, but right
         # The language model computes next: threads that spin for more work would take its cores.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
+        graph = self._with_operator(settings, threads) if native else None
         try:
             # enable_fallback=0: otherwise a failure prints to stdout and goes on with another provider.
-            self._session = ort.InferenceSession(self._path, settings, providers=[provider], enable_fallback=0)
+            self._session = ort.InferenceSession(graph or self._path, settings, providers=[provider], enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises a dozen kinds, UnicodeDecodeError among them
             raise BundleError(f"ONNX Runtime cannot load {self._path}: {_first_line(error)}") from error
         if self._session.get_providers()[0] != provider:
             raise UnavailableError(f"ONNX Runtime did not start {provider}; use --device cpu.")
         self._check_interface()
+
+    def _with_operator(self, settings: Any, threads: int) -> bytes | None:
+        """The graph with our operator, which `settings` then know; None where there is none, or no use for it."""
+        library = native_kernels.operator_library()
+        if library is None or self._part.precision != "int8":
+            return None
+        try:
+            graph = operator.with_linear(Path(self._path).read_bytes(), threads)
+            if graph is not None:
+                settings.register_custom_ops_library(str(library))
+        except Exception:  # noqa: BLE001 - ONNX Runtime says what is wrong with a damaged file
+            return None
+        if graph is not None:
+            folder = str(Path(self._path).parent)
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+            # The operator has threads of its own: others that spin for work would take their cores.
+            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return graph
 
     def encode(self, pixels: Array, run: Any = None) -> Array:
         """(3, S, S) float32 -> (image_tokens, width) float32.

@@ -227,9 +227,9 @@ def test_other_features_are_left_out(
 
 
 def _remember(usual: Any) -> Any:
-    def opened(self: Any, *args: Any, prepack: bool = False) -> None:
+    def opened(self: Any, *args: Any, prepack: bool = False, **more: Any) -> None:
         self.copied = prepack
-        usual(self, *args, prepack=prepack)
+        usual(self, *args, prepack=prepack, **more)
 
     return opened
 

@@ -4,9 +4,10 @@
 out lies in the cache folder, below a key of everything it depends on: llama.cpp's library, our sources, the processor.
 Loading a model then asks `activate`. What is not as it was tried is not used: llama.cpp computes as it does without us.
 
-src/         the shared library: a backend for ggml, one file for each kernel
-build.py     sources -> library               check.py     is it right, does it pay: in a process of its own
+src/         the shared libraries: a backend for ggml and an operator for ONNX Runtime, one file for each kernel
+build.py     sources -> libraries             check.py     is it right, does it pay: in a process of its own
 ggml.py      one operation of ggml at a time  library.py   the library's own functions
+operator.py  vision.onnx with the operator
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ONE_KEPT = 0.9  # of llama.cpp's speed with one row, where a kernel wins with ei
 DECODE_KEPT = 0.95  # of llama.cpp's speed on re-ordered weights, or they are re-ordered
 OPT_IN = {"amx-int8"}  # less exact: only if $LLAVA_EDGE_NATIVE names it
 
-LIBRARY, _STATE = "kernels.so", "state.json"  # in `place()`
+LIBRARY, OPERATOR, _STATE = "kernels.so", "vision.so", "state.json"  # in `place()`
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,17 @@ def activate() -> Status:
     return found
 
 
+def operator_library() -> Path | None:
+    """The operator for ONNX Runtime, if it was tried here and was right. Opens nothing."""
+    try:
+        folder = place()
+        state = json.loads((folder / _STATE).read_text("utf-8"))
+        good = wanted() != "off" and "failed" not in state and OPERATOR not in state["problems"]
+        return folder / OPERATOR if good and _sha256(folder / OPERATOR) == state["operator"] else None
+    except (LlavaEdgeError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def reordering_pays(found: Status, types: Iterable[str]) -> bool:
     """Whether llama.cpp should copy weights of these types into an order of its own, when `found` is used."""
     return not found.many or any(kind not in found.mapped and kind != "F32" for kind in types)
@@ -130,9 +142,10 @@ def prepare(say: Callable[[str], None] = lambda line: None) -> Status:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
             work = Path(name)
-            build.build(work / LIBRARY)
+            build.build(work / LIBRARY, work / OPERATOR)
             say("Trying them against llama.cpp's own; takes about 25 s.")
-            state = {"sha256": _sha256(work / LIBRARY), **_check(work / LIBRARY)}
+            hashes = {"sha256": _sha256(work / LIBRARY), "operator": _sha256(work / OPERATOR)}
+            state = {**hashes, **_check(work / LIBRARY)}
             (work / _STATE).write_text(json.dumps(state), "utf-8")
             _publish(work, folder)
     except UnavailableError as error:
@@ -260,9 +273,9 @@ def place() -> Path:
 
 
 def _publish(work: Path, folder: Path) -> None:
-    """Library, then state: with a state everything is there."""
+    """Libraries, then state: with a state everything is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (LIBRARY, _STATE):
+    for name in (LIBRARY, OPERATOR, _STATE):
         shutil.move(work / name, folder / name)
 
 

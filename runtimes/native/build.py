@@ -46,6 +46,7 @@ UNITS = (
     Unit("few.cpp"),
     Unit("few_attention.cpp"),
     Unit("product.cpp"),
+    Unit("linear.cpp"),
     Unit("backend.cpp"),
     Unit("api.cpp"),
 )
@@ -76,8 +77,10 @@ def package() -> Path:
     return Path(spec.origin).parent
 
 
-def build(target: Path, *, units: Sequence[Unit] = UNITS, flags: Sequence[str] = ()) -> None:
-    """Compile `units` and link them into `target`, whose folder also gets the objects.
+def build(
+    target: Path, operator: Path | None = None, *, units: Sequence[Unit] = UNITS, flags: Sequence[str] = ()
+) -> None:
+    """Compile `units` and link them into `target`, whose folder also gets the objects, and ONNX Runtime's operator.
 
     flags: in addition to `FLAGS`. Raises `UnavailableError` with what the compiler said first.
     """
@@ -101,13 +104,19 @@ def build(target: Path, *, units: Sequence[Unit] = UNITS, flags: Sequence[str] =
     for unit, _, problem in done:
         if problem and not unit.kernel:
             raise UnavailableError(f"{unit.source} does not compile: {problem}")
-    objects = [str(out) for unit, out, _ in done if unit.kernel not in lacking]
     defined = [f"-DNATIVE_HAS_{name}" for name in {unit.kernel for unit in units} - lacking if name]
-    listed = str(SOURCES / "kernels.cpp")
+
+    def link(path: Path, without: Sequence[str], *libraries: str) -> None:
+        objects = [str(out) for unit, out, _ in done if unit.kernel not in lacking and unit.source not in without]
+        listed = str(SOURCES / "kernels.cpp")
+        problem = _run([*common, *_AVX2, *defined, "-shared", *objects, listed, *libraries, "-o", str(path)])
+        if problem:
+            raise UnavailableError(f"The native kernels cannot be linked: {problem}")
+
     # By its path: the loader then finds the copy that llama.cpp has loaded, by the name inside.
-    problem = _run([*common, *_AVX2, *defined, "-shared", *objects, listed, str(base), "-o", str(target)])
-    if problem:
-        raise UnavailableError(f"The native kernels cannot be linked: {problem}")
+    link(target, ["linear.cpp"], str(base))
+    if operator is not None:
+        link(operator, ["backend.cpp", "api.cpp"])
 
 
 def _run(command: Sequence[str]) -> str:

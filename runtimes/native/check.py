@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.runtimes import devices, language
+from llava_edge.runtimes.native import OPERATOR, operator
 from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
@@ -51,6 +52,8 @@ def main(path: str) -> None:
     for name, queries in (("attention", 45), ("few attention", 9)):
         if problem := attention_problem(ggml, library, queries):
             facts["problems"][name] = problem
+    if problem := operator_problem(Path(path).with_name(OPERATOR)):
+        facts["problems"][OPERATOR] = problem
     right = [kernel for kernel in library.kernels() if kernel not in facts["problems"]]
     threads = devices.thread_count()[0]
     few = [] if FEW in facts["problems"] else [FEW]
@@ -105,6 +108,19 @@ def attention_problem(ggml: Ggml, library: Library, queries: int) -> str:
     with made:
         error = _error(made.values(), exact_attention(*inputs))
     return "" if error < ATTENTION_BOUND else f"Attention of {queries} queries is off by {error:.1e}."
+
+
+def operator_problem(library: Path) -> str:
+    """What is wrong with ONNX Runtime's operator, as a sentence; empty if nothing is."""
+    numbers = np.random.default_rng(0)
+    x, scale, bias = (numbers.standard_normal(shape, np.float32) for shape in ((45, 768), 70, 70))
+    weight = numbers.integers(-127, 128, (768, 70), np.int8)
+    try:
+        found = operator.linear(library, x, weight, scale, bias, 2)
+    except OSError as problem:
+        return f"The operator for ONNX Runtime does not work: {problem}."
+    error = _error(found, x.astype(np.float64) @ weight * scale + bias)
+    return "" if error < OTHERS_BOUND else f"The operator for ONNX Runtime is off by {error:.1e}."
 
 
 def attention_inputs(heads: int, shared: int, queries: int, keys: int, width: int) -> tuple[Array, Array, Array, Array]:

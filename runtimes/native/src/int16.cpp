@@ -48,8 +48,34 @@ void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
     }
 }
 
+bool takes(int type) { return type == BYTES_ACROSS || unpacks(type); }
+
+// Two rows of bytes, of two inner values -> pairs of int16
+void unpack_across(const Product &product, int column, int columns, int k, int inner, Panel &panel) {
+    for (int n = 0; n < COLUMNS; n++) panel.scales[n] = 1;
+    for (int n = 0; n < COLUMNS; n += 16) {
+        const char *w = product.w + k * product.w_stride + column + n;
+        for (int p = 0; p < inner / 2; p++, w += 2 * product.w_stride) {
+            alignas(16) char padded[2][16] = {};
+            const char *first = w, *second = w + product.w_stride;
+            if (n + 16 > columns) {
+                const int there = columns > n ? columns - n : 0;
+                memcpy(padded[0], first, there);
+                memcpy(padded[1], second, there);
+                first = padded[0], second = padded[1];
+            }
+            const __m256i a = _mm256_cvtepi8_epi16(load128(first)), b = _mm256_cvtepi8_epi16(load128(second));
+            const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+            __m256i *out = reinterpret_cast<__m256i *>(&panel.pairs[p][n]);
+            _mm256_store_si256(out, _mm256_permute2x128_si256(low, high, 0x20));
+            _mm256_store_si256(out + 1, _mm256_permute2x128_si256(low, high, 0x31));
+        }
+    }
+}
+
 void unpack(const Product &product, int column, int columns, int k, int inner, void *out) {
     Panel &panel = *static_cast<Panel *>(out);
+    if (product.type == BYTES_ACROSS) return unpack_across(product, column, columns, k, inner, panel);
     alignas(64) float values[INNER];
     alignas(64) int16_t rows[8][INNER];
     for (int n = 0; n < COLUMNS; n += 8) {
@@ -108,7 +134,7 @@ extern const Kernel int16_avx2;
 const Kernel int16_avx2 = {
     "avx2",
 #endif
-    works, unpacks, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
+    works, takes, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
     pack, unpack, multiply, store, nullptr, nullptr,
 };
 

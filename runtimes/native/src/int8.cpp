@@ -30,7 +30,9 @@ constexpr int COLUMNS = 2 * Bytes::count;
 constexpr int ROWS = Bytes::count == 8 ? 6 : 12;
 constexpr int PLACES = 16;  // room for ROWS floats that keeps 64 bytes' alignment
 
-bool takes(int type) { return type == Q4_0 || type == Q4_1 || type == Q4_K || type == Q5_K || (VNNI && type != F16); }
+bool takes(int type) {
+    return type == Q4_0 || type == Q4_1 || type == Q4_K || type == Q5_K || (VNNI && (type == Q6_K || type == Q8_0));
+}
 int group_values(int type) { return type == Q6_K || (type == Q5_K && !VNNI) ? 16 : 32; }
 bool own_scales(int type) { return block_values(type) == 32; }  // one for each group of activations
 

@@ -20,6 +20,7 @@
 namespace native {
 namespace {
 
+constexpr int BYTES_ACROSS = 100;  // int8, a row for each inner value and no scales: vision.onnx's; no ggml_type
 enum Type { F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };  // ggml_type
 
 inline float half(const void *p) {

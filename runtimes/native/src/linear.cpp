@@ -1,0 +1,123 @@
+// An operator for ONNX Runtime: y = (x @ W) * scale + bias, with W in int8 as vision.onnx stores it.
+//
+// x: (batch, positions, inner) float32, W: (inner, columns) int8, scale and bias: (columns,) float32. In place of the two
+// integer products and the dozen of steps around them that say the same in standard operators, for processors on which these
+// are slow. The kernel is that of int16.cpp: activations keep 13 bits, which CLIP needs.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <new>
+
+#include "kernels.h"
+#include "onnxruntime_interface.h"
+#include "unpack.h"
+
+namespace native {
+namespace {
+
+struct Operator {
+    const OrtApi *api;
+    int threads;
+};
+
+Scratch &scratch() {  // one for all layers of a session, which are computed one after another in one thread
+    thread_local Scratch own;
+    return own;
+}
+
+const Kernel *kernel() {
+    for (const Kernel *const *k = kernels; *k; k++)
+        if ((*k)->works() && (*k)->takes(BYTES_ACROSS)) return *k;
+    return nullptr;
+}
+
+bool linear(const Product &p, const float *scale, const float *bias, int threads) {
+    const Kernel *const best = kernel();
+    if (!best || !multiply(*best, p, threads, scratch())) return false;
+#pragma omp parallel for num_threads(threads)
+    for (int m = 0; m < p.rows; m++) {
+        float *y = p.y + m * p.y_stride;
+        for (int n = 0; n < p.columns; n++) y[n] = y[n] * scale[n] + bias[n];
+    }
+    return true;
+}
+
+// Without a status ONNX Runtime takes a version 15 operator for done: what cannot be computed becomes NaN, which is refused.
+void compute(void *made, void *context) {
+    const Operator &own = *static_cast<const Operator *>(made);
+    void *inputs[4], *data[4], *shape, *out, *y;
+    int64_t x[3], w[2];
+    for (size_t i = 0; i < 4; i++) {
+        call<INPUT>(own.api, const_cast<const void *>(context), i, &inputs[i]);
+        call<TENSOR_DATA>(own.api, inputs[i], &data[i]);
+    }
+    call<SHAPE>(own.api, const_cast<const void *>(inputs[0]), &shape);
+    call<DIMENSIONS>(own.api, const_cast<const void *>(shape), static_cast<int64_t *>(x), size_t(3));
+    call<RELEASE_SHAPE>(own.api, shape);
+    call<SHAPE>(own.api, const_cast<const void *>(inputs[1]), &shape);
+    call<DIMENSIONS>(own.api, const_cast<const void *>(shape), static_cast<int64_t *>(w), size_t(2));
+    call<RELEASE_SHAPE>(own.api, shape);
+    const int64_t sizes[3] = {x[0], x[1], w[1]};
+    call<OUTPUT>(own.api, context, size_t(0), static_cast<const int64_t *>(sizes), size_t(3), &out);
+    call<TENSOR_DATA>(own.api, out, &y);
+    const Product p{BYTES_ACROSS, static_cast<const char *>(data[1]), size_t(w[1]),
+                    static_cast<const float *>(data[0]), size_t(x[2]), static_cast<float *>(y), size_t(w[1]),
+                    int(x[0] * x[1]), int(w[1]), int(x[2])};
+    if (!linear(p, static_cast<const float *>(data[2]), static_cast<const float *>(data[3]), own.threads))
+        std::fill(p.y, p.y + sizes[0] * sizes[1] * sizes[2], __builtin_nanf(""));
+}
+
+void *create(const OrtCustomOp *, const OrtApi *api, const void *info) {
+    int64_t threads = 1;
+    call<ATTRIBUTE_INT>(api, info, "threads", &threads);
+    return new Operator{api, int(std::clamp<int64_t>(threads, 1, 512))};
+}
+
+int zero(const OrtCustomOp *, size_t) { return 0; }
+int none(const OrtCustomOp *) { return 0; }
+
+const OrtCustomOp LINEAR = {
+    ORT_INTERFACE,
+    create,
+    [](const OrtCustomOp *) { return "Linear"; },
+    [](const OrtCustomOp *) -> const char * { return nullptr; },
+    [](const OrtCustomOp *, size_t i) { return i == 1 ? INT8 : FLOAT; },
+    [](const OrtCustomOp *) -> size_t { return 4; },
+    [](const OrtCustomOp *, size_t) { return FLOAT; },
+    [](const OrtCustomOp *) -> size_t { return 1; },
+    compute,
+    [](void *made) { delete static_cast<Operator *>(made); },
+    zero, zero, zero,
+    {none, none, none, none},
+    {},
+};
+
+}  // namespace
+}  // namespace native
+
+extern "C" {
+
+#define EXPORT __attribute__((visibility("default")))
+
+// What ONNX Runtime calls; the domain is never freed, since sessions use it to their end.
+EXPORT void *RegisterCustomOps(void *options, const native::OrtApiBase *base) {
+    using namespace native;
+    static const OrtApi *const api = base->get(ORT_INTERFACE);
+    static void *domain = nullptr;
+    if (!api) return nullptr;
+    if (!domain) {
+        if (void *status = call<CREATE_DOMAIN>(api, "llava_edge", &domain)) return status;
+        if (void *status = call<ADD_OPERATOR>(api, domain, &LINEAR)) return status;
+    }
+    return call<ADD_DOMAIN>(api, options, const_cast<const void *>(domain));
+}
+
+// The same alone, for tests and for the check.
+EXPORT int llava_edge_native_linear(const float *x, const char *w, const float *scale, const float *bias, float *y, int rows,
+                                    int columns, int inner, int threads) {
+    using namespace native;
+    const Product p{BYTES_ACROSS, w, size_t(columns), x, size_t(inner), y, size_t(columns), rows, columns, inner};
+    return linear(p, scale, bias, threads);
+}
+}

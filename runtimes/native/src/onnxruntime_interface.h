@@ -1,0 +1,51 @@
+// The part of ONNX Runtime's C interface that linear.cpp uses (onnxruntime_c_api.h). Its table only grows, so places in it
+// stay; `Api::get` gives none if this ONNX Runtime knows no interface of that version.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace native {
+
+constexpr uint32_t ORT_INTERFACE = 15;  // ONNX Runtime 1.15 and later
+
+struct OrtApi {
+    void *functions[102];
+};
+
+struct OrtApiBase {
+    const OrtApi *(*get)(uint32_t version);
+    const char *(*version)();
+};
+
+// Places in the table.
+constexpr int CREATE_DOMAIN = 26, ADD_OPERATOR = 27, ADD_DOMAIN = 28;
+constexpr int TENSOR_DATA = 51, DIMENSIONS = 62, SHAPE = 65, ATTRIBUTE_INT = 86, INPUT = 90, OUTPUT = 91;
+constexpr int RELEASE_SHAPE = 99;
+
+constexpr int FLOAT = 1, INT8 = 3;  // ONNXTensorElementDataType
+
+// Calls a function of the table: they return a status, null if all is well, or nothing.
+template <int PLACE, class... A>
+void *call(const OrtApi *api, A... arguments) {
+    return reinterpret_cast<void *(*)(A...)>(api->functions[PLACE])(arguments...);
+}
+
+struct OrtCustomOp {
+    uint32_t version;
+    void *(*create)(const OrtCustomOp *, const OrtApi *, const void *info);
+    const char *(*name)(const OrtCustomOp *);
+    const char *(*provider)(const OrtCustomOp *);  // null: the CPU
+    int (*input_type)(const OrtCustomOp *, size_t);
+    size_t (*inputs)(const OrtCustomOp *);
+    int (*output_type)(const OrtCustomOp *, size_t);
+    size_t (*outputs)(const OrtCustomOp *);
+    void (*compute)(void *kernel, void *context);
+    void (*destroy)(void *kernel);
+    int (*input_kind)(const OrtCustomOp *, size_t), (*output_kind)(const OrtCustomOp *, size_t);  // 0: required
+    int (*input_memory)(const OrtCustomOp *, size_t);                                             // 0: the processor's
+    int (*unused[4])(const OrtCustomOp *);  // of variadic ones
+    void *later[16];                        // not asked for at this version
+};
+
+}  // namespace native

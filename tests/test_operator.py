@@ -1,0 +1,170 @@
+"""Our operator for ONNX Runtime: the features that standard operators give, and nothing where it cannot be trusted."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from llava_edge.bundle import VISION, Bundle
+from llava_edge.errors import BundleError
+from llava_edge.runtimes import devices, embedder, native, tune
+from llava_edge.runtimes.native import build, check, operator
+from llava_edge.runtimes.vision import VisionEncoder
+
+if sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1]:
+    pytest.skip("there are native kernels for Linux on x86-64 with AVX2 only", allow_module_level=True)
+if build.compiler() is None:
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+
+CPU = "CPUExecutionProvider"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("operator")
+    build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=build.EMULATED_UNITS, flags=("-O1", "-Werror"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(micro_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The micro model with its vision tower in int8."""
+    from llava_edge.export.exporter import ExportOptions, export
+
+    out = tmp_path_factory.mktemp("quantized") / "bundle"
+    export(ExportOptions(checkpoint=micro_checkpoint, out=out, quant="f16", vision="int8", name="micro"))
+    return Bundle.open(out)
+
+
+@pytest.fixture
+def installed(built: Path, isolated_home: Path) -> Iterator[Path]:
+    """What `native.prepare` leaves behind, but for races; the folder."""
+    folder = native.place()
+    shutil.copytree(built, folder)
+    state = {"problems": {}, "operator": native._sha256(folder / native.OPERATOR)}
+    (folder / "state.json").write_text(json.dumps(state), "utf-8")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def pixels(bundle: Bundle, seed: int = 0) -> np.ndarray:
+    side = bundle.manifest.preprocessing.image_size
+    return np.random.default_rng(seed).standard_normal((3, side, side), np.float32)
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 16, 1), (7, 48, 35), (50, 768, 64), (13, 272, 130)])
+def test_products_of_every_shape(built: Path, rows: int, inner: int, columns: int) -> None:
+    numbers = np.random.default_rng(0)
+    x = numbers.standard_normal((rows, inner), np.float32)
+    weight = numbers.integers(-127, 128, (inner, columns), np.int8)
+    scale, bias = numbers.random(columns, np.float32), numbers.standard_normal(columns, np.float32)
+    found = operator.linear(built / native.OPERATOR, x, weight, scale, bias, threads=2)
+    assert relative(found, x.astype(np.float64) @ weight * scale + bias) < 3e-4
+    x[0, 3] = np.nan
+    found = operator.linear(built / native.OPERATOR, x, weight, scale, bias)
+    assert np.isnan(found[0]).all()
+    assert np.isfinite(found[1:]).all()
+
+
+def test_features_are_those_of_the_standard_operators(quantized: Bundle, installed: Path) -> None:
+    for seed in range(3):
+        image = pixels(quantized, seed)
+        usual, ours = (VisionEncoder(quantized, 2, CPU, native=choice) for choice in (False, True))
+        found, expected = ours.encode_attended(image), usual.encode_attended(image)
+        for one, other in zip(found, expected, strict=True):
+            assert 0 < relative(one, other) < 2e-2  # they round differently
+
+
+def test_every_linear_layer_is_one_node(quantized: Bundle) -> None:
+    raw = Path(quantized.part(VISION)).read_bytes()
+    before = onnx.load_from_string(raw).graph
+    changed = operator.with_linear(raw, 3)
+    assert changed is not None
+    after = onnx.load_from_string(changed).graph
+    linear = [node for node in after.node if node.op_type == "Linear"]
+    products = [node for node in before.node if node.op_type == "MatMulInteger"]
+    assert 2 * len(linear) == len(products) > 0
+    assert all(node.domain == "llava_edge" and node.attribute[0].i == 3 for node in linear)
+    assert not [node for node in after.node if "Integer" in node.op_type or "Quantize" in node.op_type]
+    read = {name for node in after.node for name in node.input}
+    assert {item.name for item in after.initializer} <= read
+    assert [item.name for item in after.output] == [item.name for item in before.output]
+
+
+def test_what_is_no_such_layer_stays(quantized: Bundle, micro_bundle: Path) -> None:
+    """Another precision, and a layer whose second term belongs to another input."""
+    assert operator.with_linear((micro_bundle / VISION).read_bytes(), 1) is None
+    model = onnx.load_from_string(Path(quantized.part(VISION)).read_bytes())
+    rests = [node for node in model.graph.node if node.op_type == "Sub"]
+    rests[1].input[0] = rests[0].input[0]
+    changed = operator.with_linear(model.SerializeToString(), 1)
+    assert changed is not None
+    kinds = [node.op_type for node in onnx.load_from_string(changed).graph.node]
+    assert kinds.count("Linear") == len(rests) - 1
+    assert kinds.count("MatMulInteger") == 2
+
+
+def test_a_damaged_file_is_one_sentence(quantized: Bundle, installed: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(quantized.folder, copy)
+    raw = (copy / VISION).read_bytes()
+    for damaged in (raw[: len(raw) // 2], b"\xff" * len(raw), b"\x08" * 40):
+        (copy / VISION).write_bytes(damaged)
+        with pytest.raises(BundleError, match=r"ONNX Runtime (cannot load|failed)"):
+            VisionEncoder(Bundle(copy, quantized.manifest), 1, CPU, native=True).encode(pixels(quantized))
+
+
+def test_only_what_was_tried_and_right_is_used(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.operator_library() == installed / native.OPERATOR
+    monkeypatch.setenv("LLAVA_EDGE_NATIVE", "off")
+    assert native.operator_library() is None
+    monkeypatch.delenv("LLAVA_EDGE_NATIVE")
+    state = json.loads((installed / "state.json").read_text("utf-8"))
+    for change in ({"problems": {native.OPERATOR: "It is off."}}, {"operator": "0"}, {"failed": "killed"}):
+        (installed / "state.json").write_text(json.dumps(state | change), "utf-8")
+        assert native.operator_library() is None
+
+
+def test_without_it_the_standard_operators_compute(quantized: Bundle, isolated_home: Path) -> None:
+    image = pixels(quantized)
+    found = VisionEncoder(quantized, 1, CPU, native=True).encode(image)
+    assert (found == VisionEncoder(quantized, 1, CPU).encode(image)).all()
+
+
+def test_the_self_test_finds_a_wrong_one(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check.operator_problem(built / native.OPERATOR) == ""
+    real = operator.linear
+    monkeypatch.setattr(operator, "linear", lambda *inputs: real(*inputs) * 1.1)
+    assert check.operator_problem(built / native.OPERATOR).startswith("The operator for ONNX Runtime is off by 1.0e-01")
+
+
+def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
+    monkeypatch.setattr(devices, "int8_saturates", lambda: True)
+    assert tune.untuned(quantized, 1).native
+    found = tune.measure(quantized)
+    assert found[0].native
+    assert {item.native for item in found} == {True, False}
+    assert tune.known(quantized) == found
+    assert "our operator" in str(found[0])
+    monkeypatch.setattr(devices, "int8_saturates", lambda: False)  # ONNX Runtime has fast products there
+    assert not tune.untuned(quantized, 1).native
+
+
+def test_kept_pictures_are_not_those_of_the_other(quantized: Bundle, installed: Path) -> None:
+    ours, usual = (
+        embedder._identity(quantized, tune.Setting(1, False, native=choice), CPU) for choice in (True, False)
+    )
+    assert ours != usual
