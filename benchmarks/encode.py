@@ -27,10 +27,11 @@ Work = Callable[[], dict[str, Any]]
 
 
 def ours(bundle: Bundle, arguments: argparse.Namespace) -> Work:
+    from llava_edge.runtimes import tune
     from llava_edge.runtimes.projector import Projector
-    from llava_edge.runtimes.vision import VisionEncoder
 
-    vision, projector = VisionEncoder(bundle, arguments.threads, "CPUExecutionProvider"), Projector(bundle)
+    vision = tune.opened(bundle, tune.untuned(bundle, arguments.threads), "CPUExecutionProvider")
+    projector = Projector(bundle)
     shown = pixels(bundle)
     return lambda: {"shape": projector.project(vision.encode(shown)).shape}
 

@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 
 class VisionEncoder:
-    """An open session of vision.onnx: CLIP up to the chosen layer, pooled.
+    """An open session of vision.onnx: CLIP up to the chosen layer, pooled; `native` if our operator is in it.
 
     Raises `BundleError` if the file does not do what the manifest says, `UnavailableError` if ONNX Runtime would
     silently use another provider than the one asked for.
@@ -45,6 +45,7 @@ class VisionEncoder:
         # The language model computes next: threads that spin for more work would take its cores.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         graph = self._with_operator(settings, threads) if native else None
+        self.native = graph is not None
         try:
             # enable_fallback=0: otherwise a failure prints to stdout and goes on with another provider.
             self._session = ort.InferenceSession(graph or self._path, settings, providers=[provider], enable_fallback=0)
@@ -68,8 +69,6 @@ class VisionEncoder:
         if graph is not None:
             folder = str(Path(self._path).parent)
             settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-            # The operator has threads of its own: others that spin for work would take their cores.
-            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return graph
 
     def encode(self, pixels: Array, run: Any = None) -> Array:

@@ -163,6 +163,20 @@ def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: p
     assert not tune.untuned(quantized, 1).native
 
 
+def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
+    monkeypatch.setattr(devices, "int8_saturates", lambda: True)
+    real = VisionEncoder.encode
+
+    def encode(self: VisionEncoder, image: np.ndarray, run: object = None) -> np.ndarray:
+        return real(self, image, run) * (1.1 if self.native else 1)
+
+    monkeypatch.setattr(VisionEncoder, "encode", encode)
+    found = tune.measure(quantized)
+    assert found
+    assert not any(item.native for item in found)
+
+
 def test_kept_pictures_are_not_those_of_the_other(quantized: Bundle, installed: Path) -> None:
     ours, usual = (
         embedder._identity(quantized, tune.Setting(1, False, native=choice), CPU) for choice in (True, False)

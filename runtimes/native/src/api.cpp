@@ -51,7 +51,8 @@ EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *
     const Product p{type, w, w_stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
     if (!strcmp(kernel, "few")) return rows < SOME && takes_few(type, columns, inner) && multiply_few(p, threads, scratch);
     const Kernel *found = find(kernel);
-    return found && found->takes(type) && inner % block_values(type) == 0 && multiply(*found, p, threads, scratch);
+    OpenMp team(threads);
+    return found && found->takes(type) && inner % block_values(type) == 0 && multiply(*found, p, team, scratch);
 }
 
 EXPORT int llava_edge_native_attend(const Attention *a, int few, int threads) {

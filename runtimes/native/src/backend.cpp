@@ -66,7 +66,9 @@ bool product(Context &c, const ggml_tensor *op) {
                     static_cast<const float *>(x->data), x->nb[1] / sizeof(float),
                     static_cast<float *>(op->data), op->nb[1] / sizeof(float),
                     int(x->ne[1]), int(w->ne[1]), int(w->ne[0])};
-    return p.rows < SOME ? multiply_few(p, c.threads, c.scratch) : multiply(*used.kernel[w->type], p, c.threads, c.scratch);
+    if (p.rows < SOME) return multiply_few(p, c.threads, c.scratch);
+    OpenMp team(c.threads);
+    return multiply(*used.kernel[w->type], p, team, c.scratch);
 }
 
 bool attention(Context &c, const ggml_tensor *op) {

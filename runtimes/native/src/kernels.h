@@ -68,8 +68,27 @@ struct Scratch {
     ~Scratch();
 };
 
+// Those who compute side by side: threads of OpenMP, as in llama.cpp, or of ONNX Runtime.
+struct Team {
+    const int size;
+    virtual void run(void (*task)(void *, size_t), void *data) = 0;  // task(data, 0) to task(data, size - 1), then returns
+    template <class F>
+    void each(F with) {
+        run([](void *data, size_t i) { (*static_cast<F *>(data))(int(i)); }, &with);
+    }
+
+protected:
+    explicit Team(int members) : size(members) {}
+    ~Team() = default;
+};
+
+struct OpenMp final : Team {
+    explicit OpenMp(int threads) : Team(threads) {}
+    void run(void (*task)(void *, size_t), void *data) override;
+};
+
 // They return false, with nothing computed, if there is no memory.
-bool multiply(const Kernel &, const Product &, int threads, Scratch &);
+bool multiply(const Kernel &, const Product &, Team &, Scratch &);
 bool multiply_few(const Product &, int threads, Scratch &);  // rows < SOME
 bool attend(const Attention &, int threads, Scratch &);
 bool attend_few(const Attention &, int threads, Scratch &);  // as exact, made for queries < SOME

@@ -4,8 +4,6 @@
 // integer products and the dozen of steps around them that say the same in standard operators, for processors on which these
 // are slow. The kernel is that of int16.cpp: activations keep 13 bits, which CLIP needs.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <new>
 
@@ -32,18 +30,30 @@ const Kernel *kernel() {
     return nullptr;
 }
 
-bool linear(const Product &p, const float *scale, const float *bias, int threads) {
-    const Kernel *const best = kernel();
-    if (!best || !multiply(*best, p, threads, scratch())) return false;
-#pragma omp parallel for num_threads(threads)
-    for (int m = 0; m < p.rows; m++) {
-        float *y = p.y + m * p.y_stride;
-        for (int n = 0; n < p.columns; n++) y[n] = y[n] * scale[n] + bias[n];
+// ONNX Runtime's own threads, which would otherwise spin for work on the processors that others need.
+struct Threads final : Team {
+    const OrtApi *const api;
+    const void *const context;
+
+    Threads(int count, const OrtApi *table, const void *of) : Team(count), api(table), context(of) {}
+    void run(void (*task)(void *, size_t), void *data) override {
+        call<PARALLEL_FOR>(api, context, task, size_t(size), size_t(size), data);
     }
+};
+
+bool linear(const Product &p, const float *scale, const float *bias, Team &team) {
+    const Kernel *const best = kernel();
+    if (!best || !multiply(*best, p, team, scratch())) return false;
+    team.each([&](int member) {
+        for (int m = member * p.rows / team.size; m < (member + 1) * p.rows / team.size; m++) {
+            float *y = p.y + m * p.y_stride;
+            for (int n = 0; n < p.columns; n++) y[n] = y[n] * scale[n] + bias[n];
+        }
+    });
     return true;
 }
 
-// Without a status ONNX Runtime takes a version 15 operator for done: what cannot be computed becomes NaN, which is refused.
+// It returns no status: what cannot be computed becomes NaN, which is refused (runtimes/vision.py).
 void compute(void *made, void *context) {
     const Operator &own = *static_cast<const Operator *>(made);
     void *inputs[4], *data[4], *shape, *out, *y;
@@ -64,7 +74,8 @@ void compute(void *made, void *context) {
     const Product p{BYTES_ACROSS, static_cast<const char *>(data[1]), size_t(w[1]),
                     static_cast<const float *>(data[0]), size_t(x[2]), static_cast<float *>(y), size_t(w[1]),
                     int(x[0] * x[1]), int(w[1]), int(x[2])};
-    if (!linear(p, static_cast<const float *>(data[2]), static_cast<const float *>(data[3]), own.threads))
+    Threads team(own.threads, own.api, context);
+    if (!linear(p, static_cast<const float *>(data[2]), static_cast<const float *>(data[3]), team))
         std::fill(p.y, p.y + sizes[0] * sizes[1] * sizes[2], __builtin_nanf(""));
 }
 
@@ -118,6 +129,7 @@ EXPORT int llava_edge_native_linear(const float *x, const char *w, const float *
                                     int columns, int inner, int threads) {
     using namespace native;
     const Product p{BYTES_ACROSS, w, size_t(columns), x, size_t(inner), y, size_t(columns), rows, columns, inner};
-    return linear(p, scale, bias, threads);
+    OpenMp team(threads);
+    return linear(p, scale, bias, team);
 }
 }

@@ -7,10 +7,10 @@
 
 namespace native {
 
-constexpr uint32_t ORT_INTERFACE = 15;  // ONNX Runtime 1.15 and later
+constexpr uint32_t ORT_INTERFACE = 17;  // ONNX Runtime 1.17 and later
 
 struct OrtApi {
-    void *functions[102];
+    void *functions[275];
 };
 
 struct OrtApiBase {
@@ -21,7 +21,7 @@ struct OrtApiBase {
 // Places in the table.
 constexpr int CREATE_DOMAIN = 26, ADD_OPERATOR = 27, ADD_DOMAIN = 28;
 constexpr int TENSOR_DATA = 51, DIMENSIONS = 62, SHAPE = 65, ATTRIBUTE_INT = 86, INPUT = 90, OUTPUT = 91;
-constexpr int RELEASE_SHAPE = 99;
+constexpr int RELEASE_SHAPE = 99, PARALLEL_FOR = 274;
 
 constexpr int FLOAT = 1, INT8 = 3;  // ONNXTensorElementDataType
 
@@ -45,7 +45,7 @@ struct OrtCustomOp {
     int (*input_kind)(const OrtCustomOp *, size_t), (*output_kind)(const OrtCustomOp *, size_t);  // 0: required
     int (*input_memory)(const OrtCustomOp *, size_t);                                             // 0: the processor's
     int (*unused[4])(const OrtCustomOp *);  // of variadic ones
-    void *later[16];                        // not asked for at this version
+    void *others[16];                       // null: optional ones, or later than this version
 };
 
 }  // namespace native

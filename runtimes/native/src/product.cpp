@@ -1,10 +1,9 @@
 // Products of many rows: who computes what, for any kernel.
 //
-// All threads pack the activations; then each takes blocks of columns until there are none. Within a block the inner
+// All of a team pack the activations; then each takes blocks of columns until there are none. Within a block the inner
 // dimension is the outer loop, so that the packed activations of one inner block are read from the second-level cache for
 // all panels but the first.
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -75,29 +74,34 @@ struct Plan {
 
 }  // namespace
 
-bool multiply(const Kernel &kernel, const Product &p, int threads, Scratch &scratch) {
-    // Narrower blocks where there would be too few for the threads to end together.
+void OpenMp::run(void (*task)(void *, size_t), void *data) {
+#pragma omp parallel for num_threads(size) schedule(static, 1)
+    for (int i = 0; i < size; i++) task(data, i);
+}
+
+bool multiply(const Kernel &kernel, const Product &p, Team &team, Scratch &scratch) {
+    // Narrower blocks where there would be too few for the team to end together.
     int panels = kernel.block_panels;
-    while (panels > 1 && up(p.columns, panels * kernel.panel_columns) < 4 * threads) panels /= 2;
+    while (panels > 1 && up(p.columns, panels * kernel.panel_columns) < 4 * team.size) panels /= 2;
     const int columns = panels * kernel.panel_columns, tiles = up(p.rows, kernel.tile_rows);
     const size_t packed = size_t(up(p.inner, kernel.inner_block)) * tiles * kernel.tile_bytes;
     const size_t sums = up64(size_t(columns) * tiles * kernel.tile_rows * sizeof(float));
     const size_t own = up64(kernel.panel_bytes) + sums;
-    char *memory = scratch.need(packed + threads * own);
+    char *memory = scratch.need(packed + team.size * own);
     if (!memory) return false;
     const Plan plan{kernel, p, tiles, up(p.columns, columns), columns, memory};
     std::atomic<int> next_tile{0}, next_block{0};
-#pragma omp parallel num_threads(threads)
-    {
+    team.each([&](int) {
+        for (int t; (t = next_tile.fetch_add(1)) < plan.tiles;) plan.pack(t);
+    });
+    team.each([&](int member) {
         alignas(64) char kept[64];
         if (kernel.enter) kernel.enter(kept);
-        char *panel = memory + packed + omp_get_thread_num() * own;
-        for (int t; (t = next_tile.fetch_add(1)) < plan.tiles;) plan.pack(t);
-#pragma omp barrier
+        char *panel = memory + packed + member * own;
         for (int b; (b = next_block.fetch_add(1)) < plan.blocks;)
             plan.block(b, panel, reinterpret_cast<float *>(panel + up64(kernel.panel_bytes)));
         if (kernel.leave) kernel.leave(kept);
-    }
+    });
     return true;
 }
 
