@@ -15,6 +15,7 @@ Array = np.ndarray[Any, Any]
 ARCHITECTURE = "llava-projector"
 MAX_LAYERS = 16
 NEWLINE = "image_newline"
+BLOCK = 1024  # outputs computed together: 16 MB of float32 weights for LLaVA-1.5-7B
 
 
 class Projector:
@@ -53,12 +54,21 @@ class Projector:
         values = features
         for number, (weight, bias) in enumerate(self._layers):
             if number:
-                values = gelu(values)
-            # Converted at use, so that float16 weights stay mapped and are not copied for good.
-            values = values @ weight.T.astype(np.float32) + bias.astype(np.float32)
+                for row in values:  # one at a time: what is computed on the way stays in the processor's cache
+                    row[:] = gelu(row)
+            values = _linear(values, weight, bias)
         if not np.isfinite(values).all():
             raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
         return np.ascontiguousarray(values, np.float32)
+
+
+def _linear(values: Array, weight: Array, bias: Array) -> Array:
+    """values @ weight.T + bias. Float16 weights stay mapped: they are converted at use, never all of them at once."""
+    result = np.empty((*values.shape[:-1], len(weight)), np.float32)
+    for first in range(0, len(weight), BLOCK):
+        part = slice(first, first + BLOCK)
+        result[..., part] = values @ weight[part].astype(np.float32).T + bias[part]
+    return result
 
 
 def gelu(values: Array) -> Array:
