@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -512,6 +513,30 @@ sys.meta_path.insert(0, Watch())
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[0] == "spins: 1000"
+
+
+def test_numpys_threads_do_not_spin_after_a_product() -> None:
+    """They would take the cores that llama.cpp needs next."""
+    code = """
+import time
+import llava_edge
+import numpy as np
+a = np.ones((1000, 1000), np.float32)
+for _ in range(3):
+    a @ a
+begun = time.process_time()
+time.sleep(0.2)
+print(time.process_time() - begun)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS")}
+
+    def spun(source: str) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", source], capture_output=True, text=True, env=environment, check=True
+        )
+        return float(done.stdout)
+
+    assert spun(code) < 0.02
 
 
 def test_a_context_beyond_the_training_is_refused(micro_bundle: Path) -> None:
