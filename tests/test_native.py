@@ -213,6 +213,13 @@ def test_a_query_gets_the_same_bits_alone_and_among_others(
         )
         hidden = np.pad(mask[[query], :seen], ((0, 0), (0, 60)), constant_values=-np.inf)
         assert (kernels.attend(q[:, [query]], longer_k, longer_v, hidden, few=True)[0] == alone[0]).all()
+        # And between what it sees: tokens of other answers.
+        places = np.arange(seen) * 4 // 3
+        wide_k, wide_v = (np.full((shared, places[-1] + 1, width), 50, np.float16) for _ in "kv")
+        wide_k[:, places], wide_v[:, places] = k[:, :seen], v[:, :seen]
+        between = np.full((1, places[-1] + 1), -np.inf, np.float16)
+        between[:, places] = mask[[query], :seen]
+        assert (kernels.attend(q[:, [query]], wide_k, wide_v, between, few=True)[0] == alone[0]).all()
 
 
 @pytest.mark.parametrize("few", [False, True])
@@ -237,6 +244,7 @@ from pathlib import Path
 import numpy as np
 from llava_edge.errors import BundleError
 from llava_edge.runtimes import CancelledError, native
+from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.language import LanguageModel
 
 model = LanguageModel(Path(sys.argv[1]), context=512, threads=2, repack=False)
@@ -278,8 +286,21 @@ for token in tokens[:8]:
 model.forget(300)
 rows = model.evaluate_all(tokens[:8], never)
 same = all((rows[i] == alone[i][0]).all() and (model.state(i) == alone[i][1]).all() for i in range(8))
+model.show_states(False)
+model.forget(40)
+apart, tails = [], [tokens[3:9], tokens[20:31]]
+for tail in tails:
+    for part in (tail, [7]):
+        model.evaluate_tokens(part, never)
+    apart.append(model.logits().copy())
+    model.forget(40)
+with Branches(model, 2) as branches:
+    for number, tail in enumerate(tails):
+        branches.extend(number + 1, tail, never)
+    branches.step([7, 7], [1, 2], never)
+    together = [bool((model.logits(row) == apart[row]).all()) for row in range(2)]
 print(json.dumps({"reason": model.native.reason, "used": model.native.used, "stopped": stopped, "again": again,
-                  "held": held, "refused": refused, "recovered": recovered, "same": bool(same),
+                  "held": held, "refused": refused, "recovered": recovered, "same": bool(same), "together": together,
                   "logits": [first.tolist(), second.tolist()]}))
 """
 
@@ -355,6 +376,7 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ours["held"] == 70
         assert ours["refused"]
         assert ours["same"]  # guesses need that
+        assert ours["together"] == [True, True]  # an answer among others
         assert ours["recovered"]  # no NaN that was left in memory counts
         assert ("Q4_0", kernel) in native.choose(found_out(), kernel).many
     # Kept pictures are not another kernel's.

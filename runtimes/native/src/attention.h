@@ -56,6 +56,9 @@ inline int visible(const Attention &a, int first, int queries) {
 }
 
 // Scores -> e^(score + mask - maximum), in place; returns one over their sum. `all` of the `keys` scores are of keys.
+// Wherever: the sum is the same wherever the keys lie, with hidden ones between them or not. It is one of whole numbers,
+// multiples of 2^-30 of the largest.
+template <bool Wherever>
 inline float soften(const uint16_t *mask, float *row, int keys, int all) {
     __m256 most = _mm256_set1_ps(-INFINITY), lost = _mm256_setzero_ps();  // lost: NaN, which maxima do not show
     for (int j = 0; j < keys; j += 8) {
@@ -79,12 +82,22 @@ inline float soften(const uint16_t *mask, float *row, int keys, int all) {
         return nan ? NAN : 0;
     }
     __m256 total = _mm256_setzero_ps();
+    __m256i whole = _mm256_setzero_si256();
     for (int j = 0; j < keys; j += 8) {
         const __m256 e = exponential(_mm256_sub_ps(_mm256_loadu_ps(row + j), _mm256_set1_ps(maximum)));
         _mm256_storeu_ps(row + j, e);
-        total = _mm256_add_ps(total, e);
+        if (!Wherever) {
+            total = _mm256_add_ps(total, e);
+            continue;
+        }
+        const __m256i steps = _mm256_cvtps_epi32(_mm256_mul_ps(e, _mm256_set1_ps(1 << 30)));
+        whole = _mm256_add_epi64(whole, _mm256_cvtepu32_epi64(_mm256_castsi256_si128(steps)));
+        whole = _mm256_add_epi64(whole, _mm256_cvtepu32_epi64(_mm256_extracti128_si256(steps, 1)));
     }
-    return 1 / sum(total);
+    if (!Wherever) return 1 / sum(total);
+    alignas(32) int64_t parts[4];
+    _mm256_store_si256(reinterpret_cast<__m256i *>(parts), whole);
+    return float(double(1 << 30) / double(parts[0] + parts[1] + parts[2] + parts[3]));
 }
 
 }  // namespace

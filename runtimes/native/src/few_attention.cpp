@@ -1,7 +1,7 @@
 // Attention of one query, or few, in float32 with AVX2: decoding.
 //
 // Each query gets the same bits alone and among others, which guessing tokens relies on (runtimes/speculation.py): its sums
-// are its own, in the order of the keys, and a key behind the last visible one adds nothing. A thread takes a head. Eight keys
+// are its own, in the order of the keys, and a hidden key, wherever it lies, adds nothing (runtimes/branches.py). A thread takes a head. Eight keys
 // at a time meet a query, a sum in a register for each; then sixteen to sixty-four columns of the values, key after key.
 // Several queries share what was widened to float32.
 
@@ -116,7 +116,7 @@ struct Head {
         take_queries();
         score(shared);
         for (int i = 0; i < queries; i++)
-            inverse[i] = soften(mask_of(a, first + i), scores + size_t(i) * stride, (keys + 7) / 8 * 8, keys);
+            inverse[i] = soften<true>(mask_of(a, first + i), scores + size_t(i) * stride, (keys + 7) / 8 * 8, keys);
         weigh_all(shared);
         for (int i = 0; i < queries; i++) {
             float *row = reinterpret_cast<float *>(a.out + size_t(first + i) * a.out_row + head * a.out_head);
