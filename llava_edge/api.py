@@ -85,9 +85,9 @@ class Llava:
         """Several questions about the same images: one stream for each, as of `stream`. Leaving one early stops all.
 
         The images are encoded and read once, and the answers grow together: each pass over the weights gives a token of
-        every answer. A pass for several rounds otherwise than one for a single token, so that where two tokens are as
-        good as equally likely, an answer may go on otherwise than `ask`'s. Raises `ContextOverflowError` with the
-        number of the question before anything is computed.
+        every answer, which with the native kernels is the one that `ask` gives. Without them a pass for several rounds
+        otherwise than one for a single token, so that where two tokens are as good as equally likely, an answer may go
+        on otherwise. Raises `ContextOverflowError` with the number of the question before anything is computed.
         """
         pictures = [prepare(image, self._engine.bundle.manifest) for image in _as_list(images)]
         conversations = [[Message("user", text, len(pictures))] for text in prompts]

@@ -1,7 +1,7 @@
 """Several continuations of what a language model holds, evaluated together: its weights are read once for all.
 
-Rows of a batch may be computed by other kernels than a single one, so that a continuation may differ in the last digits
-from what it is alone. Knows nothing about prompts or sampling.
+With the native kernels a continuation has the bits that it has alone. llama.cpp's own may compute a row of a batch
+otherwise than a single one, so that the last digits differ. Knows nothing about prompts or sampling.
 """
 
 from __future__ import annotations
