@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -29,6 +30,8 @@ CPU = "CPUExecutionProvider"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
+        return Path(ready).parent
     folder = tmp_path_factory.mktemp("operator")
     build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=build.EMULATED_UNITS, flags=("-O1", "-Werror"))
     return folder
