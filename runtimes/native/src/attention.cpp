@@ -107,7 +107,7 @@ struct Run {
         take_queries(head, first, queries, padded);
         score(shared, keys, padded);
         for (int i = 0; i < padded; i++)
-            inverse[i] = soften<false>(mask_of(a, first + std::min(i, queries - 1)), scores + size_t(i) * stride, keys, a.keys);
+            inverse[i] = soften(mask_of(a, first + std::min(i, queries - 1)), scores + size_t(i) * stride, keys, a.keys);
         if (keys) weigh(shared, keys, padded);
         for (int i = 0; i < queries; i++) {
             float *row = reinterpret_cast<float *>(a.out + size_t(first + i) * a.out_row + head * a.out_head);

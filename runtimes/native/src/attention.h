@@ -30,12 +30,6 @@ inline float largest(__m256 v) {
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 
-inline float sum(__m256 v) {
-    __m128 m = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    m = _mm_add_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
-}
-
 inline const uint16_t *halves(const char *p) { return reinterpret_cast<const uint16_t *>(p); }
 
 inline __m256 half8(const uint16_t *p, int there) {
@@ -56,9 +50,8 @@ inline int visible(const Attention &a, int first, int queries) {
 }
 
 // Scores -> e^(score + mask - maximum), in place; returns one over their sum. `all` of the `keys` scores are of keys.
-// Wherever: the sum is the same wherever the keys lie, with hidden ones between them or not. It is one of whole numbers,
+// The sum is the same wherever the keys lie, with hidden ones between them or not, because it is one of whole numbers:
 // multiples of 2^-30 of the largest.
-template <bool Wherever>
 inline float soften(const uint16_t *mask, float *row, int keys, int all) {
     __m256 most = _mm256_set1_ps(-INFINITY), lost = _mm256_setzero_ps();  // lost: NaN, which maxima do not show
     for (int j = 0; j < keys; j += 8) {
@@ -81,20 +74,14 @@ inline float soften(const uint16_t *mask, float *row, int keys, int all) {
         std::fill(row, row + keys, 0.0f);
         return nan ? NAN : 0;
     }
-    __m256 total = _mm256_setzero_ps();
     __m256i whole = _mm256_setzero_si256();
     for (int j = 0; j < keys; j += 8) {
         const __m256 e = exponential(_mm256_sub_ps(_mm256_loadu_ps(row + j), _mm256_set1_ps(maximum)));
         _mm256_storeu_ps(row + j, e);
-        if (!Wherever) {
-            total = _mm256_add_ps(total, e);
-            continue;
-        }
         const __m256i steps = _mm256_cvtps_epi32(_mm256_mul_ps(e, _mm256_set1_ps(1 << 30)));
         whole = _mm256_add_epi64(whole, _mm256_cvtepu32_epi64(_mm256_castsi256_si128(steps)));
         whole = _mm256_add_epi64(whole, _mm256_cvtepu32_epi64(_mm256_extracti128_si256(steps, 1)));
     }
-    if (!Wherever) return 1 / sum(total);
     alignas(32) int64_t parts[4];
     _mm256_store_si256(reinterpret_cast<__m256i *>(parts), whole);
     return float(double(1 << 30) / double(parts[0] + parts[1] + parts[2] + parts[3]));

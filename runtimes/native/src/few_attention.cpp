@@ -116,7 +116,7 @@ struct Head {
         take_queries();
         score(shared);
         for (int i = 0; i < queries; i++)
-            inverse[i] = soften<true>(mask_of(a, first + i), scores + size_t(i) * stride, (keys + 7) / 8 * 8, keys);
+            inverse[i] = soften(mask_of(a, first + i), scores + size_t(i) * stride, (keys + 7) / 8 * 8, keys);
         weigh_all(shared);
         for (int i = 0; i < queries; i++) {
             float *row = reinterpret_cast<float *>(a.out + size_t(first + i) * a.out_row + head * a.out_head);
