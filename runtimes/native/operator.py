@@ -176,6 +176,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
+    if message[at] < 128:  # most are
+        return message[at], at + 1
     value = shift = 0
     while True:
         byte = message[at]
