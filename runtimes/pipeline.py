@@ -116,7 +116,8 @@ class Engine:
         """Answer several conversations about the same pictures, as `generate` does; a stream for each.
 
         What they begin with is read once. Then one token of each answer is computed in a pass, for as many as the
-        context has room for; rounding may differ from that of a single token. Leaving a stream early stops all.
+        context has room for; `branches` says when their bits are those of answers alone. Leaving a stream early stops
+        all.
         """
         if not conversations:
             return []

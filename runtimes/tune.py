@@ -55,7 +55,7 @@ class Setting:
 
 
 def untuned(bundle: Bundle, threads: int) -> Setting:
-    """What is taken where nothing was measured. Our operator was 1.7 times as fast on AVX2 without VNNI."""
+    """What is taken where nothing was measured. Our operator was 1.5 to 1.7 times as fast on AVX2 without VNNI."""
     vision = bundle.manifest.vision
     pays = vision.precision == "int8" and devices.int8_saturates()
     return Setting(threads, False, native=pays and native.operator_library() is not None)

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -263,13 +264,19 @@ def place() -> Path:
     name, features = devices.processor()
     if not {"avx2", "fma", "f16c"} <= set(features):
         raise UnavailableError("This processor lacks AVX2, FMA or F16C.")
-    digest = hashlib.sha256(f"{name} {features}".encode())
     base = next(iter(sorted((build.package() / "lib").glob("libggml-base.so*"))), None)
     if base is None:
         raise UnavailableError("This llama-cpp-python has no libggml-base.")
+    return store.home() / "native" / _key(base, f"{name} {features}")
+
+
+@cache
+def _key(base: Path, processor: str) -> str:
+    """Of all that the kernels depend on; once in a process, which asks several times."""
+    digest = hashlib.sha256(processor.encode())
     for path in (base, *sorted(build.SOURCES.iterdir()), *sorted(Path(__file__).parent.glob("*.py"))):
         digest.update(path.read_bytes())
-    return store.home() / "native" / digest.hexdigest()[:32]
+    return digest.hexdigest()[:32]
 
 
 def _publish(work: Path, folder: Path) -> None:

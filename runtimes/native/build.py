@@ -30,10 +30,12 @@ class Unit:
     kernel: str = ""
 
 
+_VECTORS = ("int8.cpp", "int16.cpp")  # each compiled for every set of instructions
+
 UNITS = (
     *(
         unit
-        for source in ("int8.cpp", "int16.cpp")
+        for source in _VECTORS
         for unit in (
             Unit(source),
             Unit(source, (*_AVX2, "-mavxvnni"), "AVXVNNI"),
@@ -55,12 +57,12 @@ _EMULATED = (*_AVX2, "-DNATIVE_EMULATE")
 EMULATED_UNITS = (
     *(
         unit
-        for source in ("int8.cpp", "int16.cpp")
+        for source in _VECTORS
         for unit in (Unit(source), Unit(source, (*_EMULATED, "-DNATIVE_WIDE"), "AVX512VNNI"))
     ),
     Unit("amx_bf16.cpp", _EMULATED, "AMX"),
     Unit("amx_int8.cpp", _EMULATED, "AMX"),
-    *(unit for unit in UNITS if unit.source not in ("int8.cpp", "int16.cpp") and not unit.kernel),
+    *(unit for unit in UNITS if unit.source not in _VECTORS and not unit.kernel),
 )
 
 

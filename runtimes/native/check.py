@@ -21,12 +21,8 @@ from llava_edge.runtimes.native import OPERATOR, operator
 from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
-BOUND = {
-    "int8": 2e-2,
-    "bf16": 5e-3,
-    FEW: 2e-2,
-}  # of the relative error of a product, by how a kernel's name ends; others':
-OTHERS_BOUND = 2e-3
+# Of the relative error of a product, by how a kernel's name ends.
+BOUND, OTHERS_BOUND = {"int8": 2e-2, "bf16": 5e-3, FEW: 2e-2}, 2e-3
 ATTENTION_BOUND = 1e-2
 
 REPEATS, SECONDS = 5, 0.4  # of a race: both at least, since what takes a millisecond is easily disturbed

@@ -17,8 +17,7 @@ namespace native {
 namespace {
 
 constexpr int ROWS = 6, COLUMNS = 16;
-constexpr int KEYS = 256;                // of a panel of values
-constexpr int SCORES = 96 << 10;         // floats: 384 KB
+constexpr int KEYS = 256;  // of a panel of values
 constexpr int MAX_QUERIES = 16 * ROWS, MAX_WIDTH = 256;
 
 // c[6][16] (+)= a[6][count] * b[count][16]; rows of a and c are `a_row` and `c_row` floats apart

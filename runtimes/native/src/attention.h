@@ -10,6 +10,8 @@
 namespace native {
 namespace {
 
+constexpr int SCORES = 96 << 10;  // floats at once, of a thread: 384 KB, which stay in the second-level cache
+
 // e^x for x <= 0, relative error below 2e-7; 0 below -87. Cephes' polynomial.
 inline __m256 exponential(__m256 x) {
     const __m256 none = _mm256_cmp_ps(x, _mm256_set1_ps(-87), _CMP_LT_OQ);

@@ -55,18 +55,12 @@ bool multiply_rounded(const Product &p, int threads, Scratch &scratch) {
             take(p.x + m * p.x_stride + b * BLOCKS * 32, there, x[m * parts + b]);
         }
     in_columns(p, threads, [&](int from, int to) {
-        for (int n = from; n < to; n++)
-            for (int m = 0; m < p.rows; m += 4) {  // from the fifth on the weights are in the first-level cache
-                const char *row = p.w + size_t(n) * p.w_stride;
-                const Part *first = x + size_t(m) * parts;
-                const int count = p.rows - m < 4 ? p.rows - m : 4;
-                float y[4];
-                if (count == 4) rows<4>(p.type, row, first, parts, blocks, y);
-                else if (count == 3) rows<3>(p.type, row, first, parts, blocks, y);
-                else if (count == 2) rows<2>(p.type, row, first, parts, blocks, y);
-                else rows<1>(p.type, row, first, parts, blocks, y);
-                for (int i = 0; i < count; i++) p.y[(m + i) * p.y_stride + n] = y[i];
-            }
+        for (int n = from; n < to; n++) {
+            const char *row = p.w + size_t(n) * p.w_stride;
+            column(p, n, [&](auto count, int m, float *y) {
+                rows<count()>(p.type, row, x + size_t(m) * parts, parts, blocks, y);
+            });
+        }
     });
     return true;
 }

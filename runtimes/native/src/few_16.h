@@ -3,7 +3,6 @@
 #pragma once
 
 #include "few.h"
-#include "kernels.h"
 
 namespace native {
 namespace {
@@ -24,18 +23,12 @@ inline void rows_of_halves(const uint16_t *w, const float *x, size_t next, int i
 }
 
 void multiply_halves(const Product &p, int from, int to) {  // columns
-    for (int n = from; n < to; n++)
-        for (int m = 0; m < p.rows; m += 4) {
-            const uint16_t *w = reinterpret_cast<const uint16_t *>(p.w + size_t(n) * p.w_stride);
-            const float *x = p.x + m * p.x_stride;
-            const int count = p.rows - m < 4 ? p.rows - m : 4;
-            float y[4];
-            if (count == 4) rows_of_halves<4>(w, x, p.x_stride, p.inner, y);
-            else if (count == 3) rows_of_halves<3>(w, x, p.x_stride, p.inner, y);
-            else if (count == 2) rows_of_halves<2>(w, x, p.x_stride, p.inner, y);
-            else rows_of_halves<1>(w, x, p.x_stride, p.inner, y);
-            for (int i = 0; i < count; i++) p.y[(m + i) * p.y_stride + n] = y[i];
-        }
+    for (int n = from; n < to; n++) {
+        const uint16_t *w = reinterpret_cast<const uint16_t *>(p.w + size_t(n) * p.w_stride);
+        column(p, n, [&](auto rows, int m, float *y) {
+            rows_of_halves<rows()>(w, p.x + m * p.x_stride, p.x_stride, p.inner, y);
+        });
+    }
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // Attention of one query, or few, in float32 with AVX2: decoding.
 //
 // Each query gets the same bits alone and among others, which guessing tokens relies on (runtimes/speculation.py): its sums
-// are its own, in the order of the keys, and a hidden key, wherever it lies, adds nothing (runtimes/branches.py). A thread takes a head. Eight keys
-// at a time meet a query, a sum in a register for each; then sixteen to sixty-four columns of the values, key after key.
-// Several queries share what was widened to float32.
+// are its own, in the order of the keys, and a hidden key, wherever it lies, adds nothing (runtimes/branches.py). A thread
+// takes a head. Eight keys at a time meet a query, a sum in a register for each; then sixteen to sixty-four columns of the
+// values, key after key. Several queries share what was widened to float32.
 
 #include <omp.h>
 
@@ -14,8 +14,7 @@
 namespace native {
 namespace {
 
-constexpr int GROUP = 32;         // keys widened together
-constexpr int SCORES = 96 << 10;  // floats: 384 KB
+constexpr int GROUP = 32;  // keys widened together
 
 inline __m256 wide(const float *p) { return _mm256_load_ps(p); }
 inline __m256 wide(const uint16_t *p) { return _mm256_cvtph_ps(load128(p)); }

@@ -121,19 +121,9 @@ void store(const float *sums, float *y, size_t stride, int rows, int columns) {
 
 }  // namespace
 
-#if defined(NATIVE_WIDE)
-extern const Kernel int16_avx512vnni;
-const Kernel int16_avx512vnni = {
-    "avx512vnni",
-#elif defined(__AVXVNNI__)
-extern const Kernel int16_avxvnni;
-const Kernel int16_avxvnni = {
-    "avxvnni",
-#else
-extern const Kernel int16_avx2;
-const Kernel int16_avx2 = {
-    "avx2",
-#endif
+extern const Kernel KERNEL(int16);
+const Kernel KERNEL(int16) = {
+    INSTRUCTIONS,
     works, takes, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
     pack, unpack, multiply, store, nullptr, nullptr,
 };

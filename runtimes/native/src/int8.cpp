@@ -195,19 +195,9 @@ void store(const float *sums, float *y, size_t stride, int rows, int columns) {
 
 }  // namespace
 
-#if defined(NATIVE_WIDE)
-extern const Kernel int8_avx512vnni;
-const Kernel int8_avx512vnni = {
-    "avx512vnni-int8",
-#elif defined(__AVXVNNI__)
-extern const Kernel int8_avxvnni;
-const Kernel int8_avxvnni = {
-    "avxvnni-int8",
-#else
-extern const Kernel int8_avx2;
-const Kernel int8_avx2 = {
-    "avx2-int8",
-#endif
+extern const Kernel KERNEL(int8);
+const Kernel KERNEL(int8) = {
+    INSTRUCTIONS "-int8",
     works, takes, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
     pack, unpack, multiply, store, nullptr, nullptr,
 };

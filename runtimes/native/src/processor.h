@@ -1,5 +1,17 @@
 // Whether this processor has the instructions that the compiler's flags allow a file.
+// And how its kernel is called: INSTRUCTIONS in its name, KERNEL(x) in C++.
 #pragma once
+
+#if defined(NATIVE_WIDE)
+#define INSTRUCTIONS "avx512vnni"
+#define KERNEL(kind) kind##_avx512vnni
+#elif defined(__AVXVNNI__)
+#define INSTRUCTIONS "avxvnni"
+#define KERNEL(kind) kind##_avxvnni
+#else
+#define INSTRUCTIONS "avx2"
+#define KERNEL(kind) kind##_avx2
+#endif
 
 namespace native {
 namespace {
