@@ -31,11 +31,9 @@ void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *
     for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps(), minima[r] = _mm_setzero_ps();
     for (blocks /= 8; blocks > 0; blocks--, row += FIFTH ? 176 : 144, x++) {
         for (int i = 0; i < 192; i += 64) _mm_prefetch(row + AHEAD + i, _MM_HINT_T0);
-        uint32_t u[3];  // 8 scales and 8 minima of 6 bits: to 8 + 8 bytes
-        memcpy(u, row + 4, 12);
-        const int s0 = u[0] & 0x3f3f3f3f, s1 = (u[2] & 0x0f0f0f0f) | (u[0] >> 6 & 0x03030303) << 4;
-        const int m0 = u[1] & 0x3f3f3f3f, m1 = (u[2] >> 4 & 0x0f0f0f0f) | (u[1] >> 6 & 0x03030303) << 4;
-        const __m256i both = _mm256_cvtepu8_epi16(_mm_setr_epi32(s0, s1, m0, m1));
+        uint64_t groups, least;
+        group_scales(reinterpret_cast<const uint8_t *>(row) + 4, groups, least);
+        const __m256i both = _mm256_cvtepu8_epi16(_mm_set_epi64x(least, groups));
         const __m256i scales = _mm256_broadcastsi128_si256(_mm256_castsi256_si128(both));
         const __m128i lowest = _mm256_extracti128_si256(both, 1);
         __m256i whole[R], at = _mm256_set1_epi16(0x0100);  // at: picks the scale of a group

@@ -11,7 +11,6 @@
 namespace native {
 namespace {
 
-constexpr int block_bytes(int type) { return type == Q4_0 ? 18 : type == Q4_1 ? 20 : 34; }
 constexpr char NO_BLOCK[34] = {};
 
 struct Two {  // blocks

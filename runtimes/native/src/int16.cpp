@@ -104,14 +104,15 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
             const Lanes x = Lanes::same(tile.pairs[p][i]);
-            left[i].add(a, x);
-            right[i].add(b, x);
+            left[i].add_pairs(a, x);
+            right[i].add_pairs(b, x);
         }
     }
+    const Floats a = Floats::load(panel.scales), b = Floats::load(panel.scales + Lanes::count);
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++, sums += COLUMNS) {
-        left[i].scale(panel.scales, tile.scales[i], first, sums);
-        right[i].scale(panel.scales + Lanes::count, tile.scales[i], first, sums + Lanes::count);
+        add_scaled(left[i].floats(), a, tile.scales[i], first, sums);
+        add_scaled(right[i].floats(), b, tile.scales[i], first, sums + Lanes::count);
     }
 }
 

@@ -1,18 +1,21 @@
 // Products in int8, as exact as llama.cpp's: weights stay the whole numbers that their format stores, and activations are
 // rounded to 7 bits and a sign with a scale for 32 of them (Q4_0, Q4_1, Q8_0) or for 256 (the others), as llama.cpp does.
 //
-// Weights are taken as unsigned bytes, what a format subtracts is a minimum: y = sum over groups of (scale * sum of bytes *
-// activations + minimum * sum of activations). A panel has, for each four inner values, the four bytes of each of its columns
-// next to each other: one lane of 32 bits for each column, so that sums need no shuffling. A tile has, for each four, the
-// bytes of each of its rows, to be broadcast.
+// Weights are taken as unsigned bytes w. A group of them is added up in whole numbers, as many as lanes.h holds, and
 //
-// AVX2 adds up pairs of products in int16, which hold four bits times 8 * 2 activations and five bits times 4 * 2: groups of
-// 32 or 16, then they are widened. Six bits would have to be widened after 8 values, which costs what it wins: Q6_K is left to
-// int16.cpp there, and Q8_0. VNNI adds up four products in int32. AVX2: 6 rows x 16 columns are 12 sums; two registers of
-// weights, one broadcast and one product make 16. AVX-512: 12 x 32.
+//   Q4_0, Q8_0           y = sum over groups of d * x_scale * (sum of w * x - zero * sum of x), zero = 8 or 128
+//   Q4_1                 y = sum over groups of d * x_scale * (sum of w * x) + m * x_scale * (sum of x)
+//   Q4_K, Q5_K, Q6_K     y = x_scale * (d * sum over groups of scale * (sum of w * x) - dmin * sum over groups of min * (sum of x))
+//
+// of which the last has sums over 256 values in whole numbers, too; Q6_K has min = 32 * scale and dmin = d.
+//
+// A panel has, for each four inner values, the four bytes of each of its columns next to each other: one lane of 32 bits for
+// each column, so that sums need no shuffling. A tile has, for each four, the bytes of each of its rows, to be broadcast.
+// AVX2: 6 rows x 16 columns are 12 sums; two registers of weights, one broadcast and one product make 16. AVX-512: 12 x 32.
+// Q8_0 is left to int16.cpp where there is no VNNI: two products of eight bits do not fit int16.
 
-#include "bytes.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "processor.h"
 #include "rounding.h"
 #include "unpack.h"
@@ -20,173 +23,238 @@
 namespace native {
 namespace {
 
-#if defined(NATIVE_WIDE) || defined(__AVXVNNI__)
-constexpr bool VNNI = true;
-#else
-constexpr bool VNNI = false;
-#endif
-constexpr int INNER = 256, STEPS = INNER / 4, MOST_GROUPS = INNER / 16;
-constexpr int COLUMNS = 2 * Bytes::count;
-constexpr int ROWS = Bytes::count == 8 ? 6 : 12;
-constexpr int PLACES = 16;  // room for ROWS floats that keeps 64 bytes' alignment
+constexpr int INNER = 256, STEPS = INNER / 4, BLOCKS = INNER / 32;
+constexpr int COLUMNS = 2 * Lanes::count;
+constexpr int ROWS = Lanes::count == 8 ? 6 : 12;
 
 bool takes(int type) {
-    return type == Q4_0 || type == Q4_1 || type == Q4_K || type == Q5_K || (VNNI && (type == Q6_K || type == Q8_0));
+    return type == Q4_0 || type == Q4_1 || type == Q4_K || type == Q5_K || type == Q6_K || (VNNI && type == Q8_0);
 }
-int group_values(int type) { return type == Q6_K || (type == Q5_K && !VNNI) ? 16 : 32; }
-bool own_scales(int type) { return block_values(type) == 32; }  // one for each group of activations
+bool by_blocks(int type) { return block_values(type) == 32; }     // with a scale of activations for each 32
+int scale_values(int type) { return type == Q6_K ? 16 : 32; }     // of weights, with one scale
+int zero_point(int type) { return type == Q4_0 ? 8 : type == Q8_0 ? 128 : 0; }
 
 struct Tile {
-    float scales[8][PLACES];           // of activations; the first ones alone if they are not each group's own
-    float sums[MOST_GROUPS][PLACES];   // of each group; times its scale if that is its own
+    float scales[BLOCKS][ROWS];    // of activations; the first ones alone if there is one for 256
+    float shares[BLOCKS][ROWS];    // Q4_1: scale * sum
+    int32_t sums[BLOCKS][ROWS];    // by blocks: where its sum starts, -zero * sum; else: sums of two scales' values, a pair of int16
     int32_t bytes[STEPS][ROWS];
 };
 
 struct Panel {
-    float scales[MOST_GROUPS][COLUMNS], minima[MOST_GROUPS][COLUMNS];
+    float scales[BLOCKS][COLUMNS];    // by blocks: d; else: d and -dmin, once
+    float minima[BLOCKS][COLUMNS];    // Q4_1: m
+    int32_t factors[2 * BLOCKS][COLUMNS];  // scale of each group, as Totals wants it
+    int32_t pairs[BLOCKS][COLUMNS];   // min of two groups, int16
     int32_t bytes[STEPS][COLUMNS];
 };
 
+int32_t pair(int low, int high) { return int32_t(uint32_t(high) << 16 | (uint32_t(low) & 0xffff)); }
+
+// Sums of 16 values: of the first two of each four, and of the others
+__m128i lane_sums(const int8_t *x) {
+    __m128i sums = _mm_maddubs_epi16(_mm_set1_epi8(1), load128(x));
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4e));
+    return _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xb1));
+}
+int sum_of(__m128i lanes) { return int16_t(_mm_extract_epi16(lanes, 0)) + int16_t(_mm_extract_epi16(lanes, 1)); }
+
+void pack_block(int type, const int8_t *row, int b, int i, Tile &tile) {
+    const __m128i first = lane_sums(row + 32 * b), second = lane_sums(row + 32 * b + 16), both = _mm_add_epi16(first, second);
+    if (type == Q6_K) {
+        tile.sums[b][i] = pair(sum_of(first), sum_of(second));
+    } else if (!by_blocks(type)) {
+        int16_t *to = reinterpret_cast<int16_t *>(&tile.sums[b / 2][i]);
+        to[b % 2] = sum_of(both);
+    } else {
+        tile.shares[b][i] = tile.scales[b][i] * sum_of(both);
+        const __m128i starts = _mm_mullo_epi16(both, _mm_set1_epi16(-zero_point(type)));
+        tile.sums[b][i] = VNNI ? -zero_point(type) * sum_of(both) : _mm_cvtsi128_si32(starts);
+    }
+}
+
 void pack(int type, const float *x, size_t stride, int rows, int inner, void *out) {
     Tile &tile = *static_cast<Tile *>(out);
-    const int group = group_values(type), scaled = own_scales(type) ? 32 : inner;
+    const int scaled = by_blocks(type) ? 32 : inner;
     alignas(32) int8_t row[INNER];
     for (int i = 0; i < ROWS; i++) {
         for (int k = 0; k < inner; k += scaled)
             tile.scales[k / 32][i] = i < rows ? quantize8(x + i * stride + k, scaled, row + k) : 0;
         if (i >= rows) memset(row, 0, sizeof row);
-        for (int g = 0; g * group < inner; g++) {
-            int sum = 0;
-            for (int k = 0; k < group; k++) sum += row[g * group + k];
-            tile.sums[g][i] = own_scales(type) ? sum * tile.scales[g][i] : float(sum);
-        }
+        for (int b = 0; b < inner / 32; b++) pack_block(type, row, b, i, tile);
         for (int s = 0; s < inner / 4; s++) memcpy(&tile.bytes[s][i], row + 4 * s, 4);
     }
 }
 
-// One column: bytes, and a scale and a minimum for each group.
-void unpack_column(int type, const char *row, int k, int inner, uint8_t *bytes, float *scales, float *minima) {
-    const uint8_t *b = reinterpret_cast<const uint8_t *>(row);
-    const auto put = [&](__m256i v) {
-        _mm256_store_si256(reinterpret_cast<__m256i *>(bytes), v);
-        bytes += 32;
-    };
-    if (type == Q4_0 || type == Q4_1 || type == Q8_0) {
-        const int size = type == Q4_0 ? 18 : type == Q4_1 ? 20 : 34;
-        b += k / 32 * size;
-        for (int g = 0; g < inner / 32; g++, b += size) {
-            scales[g] = half(b);
-            minima[g] = type == Q4_1 ? half(b + 2) : scales[g] * (type == Q4_0 ? -8 : -128);
-            put(type == Q8_0 ? _mm256_xor_si256(load256(b + 2), _mm256_set1_epi8(-128)) : nibbles(b + (type == Q4_1 ? 4 : 2)));
-        }
-        return;
+// Columns as they are unpacked, to be transposed.
+struct Eight {
+    uint8_t bytes[8][INNER];
+    int32_t factors[8][2 * BLOCKS], pairs[8][BLOCKS];
+};
+
+void put(__m256i v, void *to) { _mm256_store_si256(static_cast<__m256i *>(to), v); }
+
+void unpack_by_blocks(int type, const uint8_t *b, int blocks, int i, Eight &eight, Panel &panel, int n) {
+    const int size = block_bytes(type);
+    for (int g = 0; g < blocks; g++, b += size) {
+        panel.scales[g][n] = half(b);
+        panel.minima[g][n] = type == Q4_1 ? half(b + 2) : 0;
+        const __m256i v = type == Q8_0 ? _mm256_xor_si256(load256(b + 2), _mm256_set1_epi8(-128)) : nibbles(b + size - 16);
+        put(v, eight.bytes[i] + 32 * g);
     }
-    const __m256i low = _mm256_set1_epi8(15);
-    if (type == Q6_K) {
-        b += k / 256 * 210;
-        const float d = half(b + 208);
-        for (int g = 0; g < 16; g++) {
-            scales[g] = d * int8_t(b[192 + g]);
-            minima[g] = -32 * scales[g];
-        }
-        for (int g = 0; g < 8; g++) {
-            const __m256i x = load256(b + g / 4 * 64 + g % 2 * 32), high = load256(b + 128 + g / 4 * 32);
-            const __m256i four = _mm256_and_si256(g & 2 ? _mm256_srli_epi16(x, 4) : x, low);
-            const __m256i two = _mm256_srl_epi16(high, _mm_cvtsi32_si128(g % 4 * 2));
-            put(_mm256_or_si256(four, _mm256_slli_epi16(_mm256_and_si256(two, _mm256_set1_epi8(3)), 4)));
-        }
-        return;
+}
+
+void unpack_six(const uint8_t *b, int i, Eight &eight, Panel &panel, int n) {
+    panel.scales[0][n] = panel.scales[1][n] = half(b + 208);
+    const __m128i scales = load128(b + 192);
+    put(Totals::factors(_mm256_cvtepi8_epi32(scales)), eight.factors[i]);
+    put(Totals::factors(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(scales, scales))), eight.factors[i] + 8);
+    put(_mm256_mullo_epi16(_mm256_cvtepi8_epi16(scales), _mm256_set1_epi16(-32)), eight.pairs[i]);
+    for (int g = 0; g < 8; g++) {
+        const __m256i x = load256(b + g / 4 * 64 + g % 2 * 32), high = load256(b + 128 + g / 4 * 32);
+        const __m256i four = _mm256_and_si256(g & 2 ? _mm256_srli_epi16(x, 4) : x, _mm256_set1_epi8(15));
+        const __m256i two = _mm256_and_si256(_mm256_srl_epi16(high, _mm_cvtsi32_si128(g % 4 * 2)), _mm256_set1_epi8(3));
+        put(_mm256_or_si256(four, _mm256_slli_epi16(two, 4)), eight.bytes[i] + 32 * g);
     }
-    b += k / 256 * (type == Q4_K ? 144 : 176);
-    const float d = half(b), dmin = half(b + 2);
-    const int each = 32 / group_values(type);  // groups with one scale
-    for (int j = 0; j < 8; j++) {
-        int scale, minimum;
-        group_scale(b + 4, j, scale, minimum);
-        for (int i = 0; i < each; i++) scales[j * each + i] = d * scale, minima[j * each + i] = -(dmin * minimum);
-        const __m256i x = load256(b + (type == Q4_K ? 16 : 48) + j / 2 * 32);
-        const __m256i four = _mm256_and_si256(j & 1 ? _mm256_srli_epi16(x, 4) : x, low);
-        if (type == Q4_K) {
-            put(four);
-            continue;
+}
+
+void unpack_four_or_five(int type, const uint8_t *b, int i, Eight &eight, Panel &panel, int n) {
+    panel.scales[0][n] = half(b);
+    panel.scales[1][n] = -half(b + 2);
+    uint64_t scales, minima;  // eight bytes each
+    group_scales(b + 4, scales, minima);
+    put(Totals::factors(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(scales))), eight.factors[i]);
+    put(_mm256_castsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(minima))), eight.pairs[i]);
+    for (int g = 0; g < 8; g++) {
+        const __m256i x = load256(b + (type == Q4_K ? 16 : 48) + g / 2 * 32);
+        __m256i v = _mm256_and_si256(g & 1 ? _mm256_srli_epi16(x, 4) : x, _mm256_set1_epi8(15));
+        if (type == Q5_K) {
+            const __m256i bit = _mm256_and_si256(_mm256_srl_epi16(load256(b + 16), _mm_cvtsi32_si128(g)), _mm256_set1_epi8(1));
+            v = _mm256_or_si256(v, _mm256_slli_epi16(bit, 4));
         }
-        const __m256i bit = _mm256_and_si256(_mm256_srl_epi16(load256(b + 16), _mm_cvtsi32_si128(j)), _mm256_set1_epi8(1));
-        put(_mm256_or_si256(four, _mm256_slli_epi16(bit, 4)));
+        put(v, eight.bytes[i] + 32 * g);
     }
 }
 
 void unpack(const Product &product, int column, int columns, int k, int inner, void *out) {
     Panel &panel = *static_cast<Panel *>(out);
-    alignas(32) uint8_t rows[8][INNER];
+    const int type = product.type;
+    alignas(32) Eight eight;
+    if (columns < COLUMNS) memset(&panel, 0, sizeof panel), memset(&eight, 0, sizeof eight);
     for (int n = 0; n < COLUMNS; n += 8) {
-        for (int i = 0; i < 8; i++) {
-            float scales[MOST_GROUPS] = {}, minima[MOST_GROUPS] = {};
-            if (n + i < columns)
-                unpack_column(product.type, product.w + (column + n + i) * product.w_stride, k, inner, rows[i], scales, minima);
-            else
-                memset(rows[i], 0, sizeof rows[i]);
-            for (int g = 0; g < inner / group_values(product.type); g++) {
-                panel.scales[g][n + i] = scales[g];
-                panel.minima[g][n + i] = minima[g];
-            }
+        for (int i = 0; i < 8 && n + i < columns; i++) {
+            const char *row = product.w + (column + n + i) * product.w_stride;
+            const uint8_t *b = reinterpret_cast<const uint8_t *>(row) + k / block_values(type) * block_bytes(type);
+            if (by_blocks(type)) unpack_by_blocks(type, b, inner / 32, i, eight, panel, n + i);
+            else if (type == Q6_K) unpack_six(b, i, eight, panel, n + i);
+            else unpack_four_or_five(type, b, i, eight, panel, n + i);
         }
-        for (int s = 0; s < inner / 4; s += 8)
-            transpose(reinterpret_cast<const int32_t *>(rows[0]) + s, INNER / 4, &panel.bytes[s][n], COLUMNS);
+        const int32_t *bytes = reinterpret_cast<const int32_t *>(eight.bytes[0]);
+        for (int s = 0; s < inner / 4; s += 8) transpose(bytes + s, INNER / 4, &panel.bytes[s][n], COLUMNS);
+        if (by_blocks(type)) continue;
+        for (int g = 0; g < INNER / scale_values(type); g += 8)
+            transpose(eight.factors[0] + g, 2 * BLOCKS, &panel.factors[g][n], COLUMNS);
+        transpose(eight.pairs[0], BLOCKS, &panel.pairs[0][n], COLUMNS);
     }
 }
 
-template <int GROUP, bool OWN>
-void multiply_groups(const Tile &tile, const Panel &panel, int groups, bool first, float *sums) {
-    alignas(64) float own[ROWS][COLUMNS];
-    Floats left[ROWS], right[ROWS];
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) left[i] = right[i] = Floats::zero();
-    for (int g = 0; g < groups; g++) {
-        const Floats a = Floats::load(panel.minima[g]), b = Floats::load(panel.minima[g] + Bytes::count);
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++) left[i].add(a, tile.sums[g][i]), right[i].add(b, tile.sums[g][i]);
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) left[i].store(own[i]), right[i].store(own[i] + Bytes::count);
-    for (int g = 0; g < groups; g++) {
-        Bytes low[ROWS], high[ROWS];
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++) low[i] = high[i] = Bytes::zero();
-#pragma GCC unroll 2
-        for (int s = g * GROUP / 4; s < (g + 1) * GROUP / 4; s++) {
-            const Bytes a = Bytes::load(panel.bytes[s]), b = Bytes::load(panel.bytes[s] + Bytes::count);
-#pragma GCC unroll 12
-            for (int i = 0; i < ROWS; i++) {
-                const Bytes x = Bytes::same(tile.bytes[s][i]);
-                low[i].add(a, x);
-                high[i].add(b, x);
-            }
-        }
-        const Floats a = Floats::load(panel.scales[g]), b = Floats::load(panel.scales[g] + Bytes::count);
+// low, high = (starts ? themselves : 0) + products of COUNT steps from s on
+template <int COUNT, bool STARTS>
+inline __attribute__((always_inline)) void add_steps(const Tile &tile, const Panel &panel, int s, Lanes *low, Lanes *high) {
+#pragma GCC unroll 8
+    for (int j = 0; j < COUNT; j++) {
+        const Lanes a = Lanes::load(panel.bytes[s + j]), b = Lanes::load(panel.bytes[s + j] + Lanes::count);
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
-            Floats p = low[i].whole(), q = high[i].whole();
-            if (OWN) p.scale(tile.scales[g][i]), q.scale(tile.scales[g][i]);
-            Floats s = Floats::load(own[i]), t = Floats::load(own[i] + Bytes::count);
-            s.add(p, a), t.add(q, b);
-            s.store(own[i]), t.store(own[i] + Bytes::count);
+            const Lanes x = Lanes::same(tile.bytes[s + j][i]);
+            if (j || STARTS) low[i].add_bytes(a, x), high[i].add_bytes(b, x);
+            else low[i] = Lanes::bytes(a, x), high[i] = Lanes::bytes(b, x);
         }
     }
+}
+
+// sums = (first ? 0 : sums) + minima * shares
+void start_with_minima(const Tile &tile, const Panel &panel, int blocks, bool first, float *sums) {
+    for (int n = 0; n < COLUMNS; n += Lanes::count) {
+        Floats s[ROWS];
 #pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++, sums += COLUMNS)
-        for (int n = 0; n < COLUMNS; n += Bytes::count) {
-            Floats s = first ? Floats::zero() : Floats::load(sums + n);
-            s.add(Floats::load(own[i] + n), OWN ? 1 : tile.scales[0][i]);
-            s.store(sums + n);
+        for (int i = 0; i < ROWS; i++) s[i] = first ? Floats::zero() : Floats::load(sums + i * COLUMNS + n);
+        for (int g = 0; g < blocks; g++) {
+            const Floats a = Floats::load(panel.minima[g] + n);
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; i++) s[i].add(a, tile.shares[g][i]);
         }
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) s[i].store(sums + i * COLUMNS + n);
+    }
+}
+
+template <bool MINIMA>
+void multiply_by_blocks(const Tile &tile, const Panel &panel, int blocks, bool first, float *sums) {
+    if (MINIMA) start_with_minima(tile, panel, blocks, first, sums);
+    else if (first) memset(sums, 0, ROWS * COLUMNS * sizeof(float));
+    for (int g = 0; g < blocks; g++) {
+        Lanes low[ROWS], high[ROWS];
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS && !MINIMA; i++) low[i] = high[i] = Lanes::same(tile.sums[g][i]);
+        add_steps<8, !MINIMA>(tile, panel, 8 * g, low, high);
+        const Floats a = Floats::load(panel.scales[g]), b = Floats::load(panel.scales[g] + Lanes::count);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            add_scaled(whole(low[i]), a, tile.scales[g][i], false, sums + i * COLUMNS);
+            add_scaled(whole(high[i]), b, tile.scales[g][i], false, sums + i * COLUMNS + Lanes::count);
+        }
+    }
+}
+
+// SCALED: values with one scale. GROUP: of these, as many as add up before they are multiplied by it
+template <int SCALED, int GROUP>
+void multiply_by_256(const Tile &tile, const Panel &panel, int, bool first, float *sums) {
+    alignas(64) int32_t totals[ROWS][COLUMNS];
+    Lanes low[ROWS], high[ROWS];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) low[i] = high[i] = Lanes::zero();
+    for (int g = 0; g < INNER / SCALED / 2; g++) {
+        const Lanes a = Lanes::load(panel.pairs[g]), b = Lanes::load(panel.pairs[g] + Lanes::count);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            const Lanes x = Lanes::same(tile.sums[g][i]);
+            low[i].add_pairs(a, x), high[i].add_pairs(b, x);
+        }
+    }
+    const Floats c = Floats::load(panel.scales[1]), d = Floats::load(panel.scales[1] + Lanes::count);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+        add_scaled(low[i].floats(), c, tile.scales[0][i], first, sums + i * COLUMNS);
+        add_scaled(high[i].floats(), d, tile.scales[0][i], first, sums + i * COLUMNS + Lanes::count);
+    }
+    memset(totals, 0, sizeof totals);
+    for (int g = 0; g < INNER / GROUP; g++) {
+        add_steps<GROUP / 4, false>(tile, panel, g * GROUP / 4, low, high);
+        const int32_t *factors = panel.factors[g * GROUP / SCALED];
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            Totals p = Totals::load(totals[i]), q = Totals::load(totals[i] + Lanes::count);
+            p.add(low[i], factors), q.add(high[i], factors + Lanes::count);
+            p.store(totals[i]), q.store(totals[i] + Lanes::count);
+        }
+    }
+    const Floats a = Floats::load(panel.scales[0]), b = Floats::load(panel.scales[0] + Lanes::count);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+        add_scaled(Totals::load(totals[i]).floats(), a, tile.scales[0][i], false, sums + i * COLUMNS);
+        add_scaled(Totals::load(totals[i] + Lanes::count).floats(), b, tile.scales[0][i], false, sums + i * COLUMNS + Lanes::count);
+    }
 }
 
 void multiply(int type, const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
     const Tile &tile = *static_cast<const Tile *>(tile_memory);
     const Panel &panel = *static_cast<const Panel *>(panel_memory);
-    if (own_scales(type)) multiply_groups<32, true>(tile, panel, inner / 32, first, sums);
-    else if (group_values(type) == 32) multiply_groups<32, false>(tile, panel, inner / 32, first, sums);
-    else multiply_groups<16, false>(tile, panel, inner / 16, first, sums);
+    if (type == Q4_1) multiply_by_blocks<true>(tile, panel, inner / 32, first, sums);
+    else if (by_blocks(type)) multiply_by_blocks<false>(tile, panel, inner / 32, first, sums);
+    else if (type == Q4_K) multiply_by_256<32, 32>(tile, panel, inner, first, sums);
+    else if (type == Q5_K) multiply_by_256<32, VNNI ? 32 : 16>(tile, panel, inner, first, sums);
+    else multiply_by_256<16, VNNI ? 16 : 8>(tile, panel, inner, first, sums);
 }
 
 void store(const float *sums, float *y, size_t stride, int rows, int columns) {

@@ -1,15 +1,36 @@
-// One register of int32 lanes, for int16.cpp: AVX2, AVX-VNNI or AVX-512 VNNI, as the compiler's flags say; and plain C++
-// in place of the last two where NATIVE_EMULATE asks for it, so that their order of work is tested on every machine.
+// One register of lanes of 32 bits, for int8.cpp and int16.cpp: AVX2, AVX-VNNI or AVX-512 VNNI, as the compiler's flags say;
+// and plain C++ in place of the last where NATIVE_EMULATE asks for it, so that its order of work is tested on every machine.
+//
+// Products of bytes add up in int32 with VNNI, four in a lane. With AVX2 alone they add up in int16, two sums in a lane,
+// which hold 16 products of 4 bits and 7, 8 of 5 bits, 4 of 6: then they have to be taken together. Its product of pairs
+// does that and can multiply by a whole number on the way.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace native {
 namespace {
 
+#if defined(NATIVE_WIDE) || defined(__AVXVNNI__)
+constexpr bool VNNI = true;
+#else
+constexpr bool VNNI = false;
+#endif
+
 #if defined(NATIVE_WIDE) && defined(__AVX512VNNI__)
+
+struct Floats {
+    __m512 v;
+    static Floats zero() { return {_mm512_setzero_ps()}; }
+    static Floats load(const float *p) { return {_mm512_load_ps(p)}; }
+    void store(float *p) const { _mm512_store_ps(p, v); }
+    void add(Floats a, float b) { v = _mm512_fmadd_ps(a.v, _mm512_set1_ps(b), v); }
+    void add(Floats a, Floats b) { v = _mm512_fmadd_ps(a.v, b.v, v); }
+    void scale(float b) { v = _mm512_mul_ps(v, _mm512_set1_ps(b)); }
+};
 
 struct Lanes {
     static constexpr int count = 16;
@@ -17,16 +38,33 @@ struct Lanes {
     static Lanes zero() { return {_mm512_setzero_si512()}; }
     static Lanes load(const int32_t *p) { return {_mm512_load_si512(p)}; }
     static Lanes same(int32_t x) { return {_mm512_set1_epi32(x)}; }
-    // + the sum of the two products of int16 in each lane
-    void add(Lanes a, Lanes b) { v = _mm512_dpwssd_epi32(v, a.v, b.v); }
-    // sums[i] = (first ? 0 : sums[i]) + v[i] * scales[i] * scale
-    void scale(const float *scales, float scale, bool first, float *sums) const {
-        const __m512 s = _mm512_mul_ps(_mm512_load_ps(scales), _mm512_set1_ps(scale));
-        _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(v), s, first ? _mm512_setzero_ps() : _mm512_load_ps(sums)));
-    }
+    void add_pairs(Lanes a, Lanes b) { v = _mm512_dpwssd_epi32(v, a.v, b.v); }
+    void add_bytes(Lanes w, Lanes x) { v = _mm512_dpbusd_epi32(v, w.v, x.v); }
+    static Lanes bytes(Lanes w, Lanes x) { return {_mm512_dpbusd_epi32(_mm512_setzero_si512(), w.v, x.v)}; }
+    Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
 };
 
 #elif defined(NATIVE_WIDE)
+
+struct Floats {
+    float v[16];
+    static Floats zero() { return {{0}}; }
+    static Floats load(const float *p) {
+        Floats x;
+        memcpy(x.v, p, sizeof x.v);
+        return x;
+    }
+    void store(float *p) const { memcpy(p, v, sizeof v); }
+    void add(Floats a, float b) {
+        for (int i = 0; i < 16; i++) v[i] += a.v[i] * b;
+    }
+    void add(Floats a, Floats b) {
+        for (int i = 0; i < 16; i++) v[i] += a.v[i] * b.v[i];
+    }
+    void scale(float b) {
+        for (int i = 0; i < 16; i++) v[i] *= b;
+    }
+};
 
 struct Lanes {
     static constexpr int count = 16;
@@ -34,7 +72,7 @@ struct Lanes {
     static Lanes zero() { return {{0}}; }
     static Lanes load(const int32_t *p) {
         Lanes x;
-        for (int i = 0; i < 16; i++) x.v[i] = p[i];
+        memcpy(x.v, p, sizeof x.v);
         return x;
     }
     static Lanes same(int32_t x) {
@@ -42,16 +80,37 @@ struct Lanes {
         for (int i = 0; i < 16; i++) y.v[i] = x;
         return y;
     }
-    void add(Lanes a, Lanes b) {
+    void add_pairs(Lanes a, Lanes b) {
         for (int i = 0; i < 16; i++)
             v[i] += int16_t(a.v[i]) * int16_t(b.v[i]) + (a.v[i] >> 16) * (b.v[i] >> 16);
     }
-    void scale(const float *scales, float scale, bool first, float *sums) const {
-        for (int i = 0; i < 16; i++) sums[i] = (first ? 0 : sums[i]) + float(v[i]) * (scales[i] * scale);
+    void add_bytes(Lanes w, Lanes x) {
+        for (int i = 0; i < 16; i++)
+            for (int b = 0; b < 32; b += 8) v[i] += uint8_t(w.v[i] >> b) * int8_t(x.v[i] >> b);
+    }
+    static Lanes bytes(Lanes w, Lanes x) {
+        Lanes y = zero();
+        y.add_bytes(w, x);
+        return y;
+    }
+    Floats floats() const {
+        Floats x;
+        for (int i = 0; i < 16; i++) x.v[i] = float(v[i]);
+        return x;
     }
 };
 
 #else
+
+struct Floats {
+    __m256 v;
+    static Floats zero() { return {_mm256_setzero_ps()}; }
+    static Floats load(const float *p) { return {_mm256_load_ps(p)}; }
+    void store(float *p) const { _mm256_store_ps(p, v); }
+    void add(Floats a, float b) { v = _mm256_fmadd_ps(a.v, _mm256_set1_ps(b), v); }
+    void add(Floats a, Floats b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
+    void scale(float b) { v = _mm256_mul_ps(v, _mm256_set1_ps(b)); }
+};
 
 struct Lanes {
     static constexpr int count = 8;
@@ -59,21 +118,69 @@ struct Lanes {
     static Lanes zero() { return {_mm256_setzero_si256()}; }
     static Lanes load(const int32_t *p) { return {_mm256_load_si256(reinterpret_cast<const __m256i *>(p))}; }
     static Lanes same(int32_t x) { return {_mm256_set1_epi32(x)}; }
-    void add(Lanes a, Lanes b) {
-        // gcc reorders the intrinsics until twelve sums no longer fit its sixteen registers: a third of the speed.
+    void store(int32_t *p) const { _mm256_store_si256(reinterpret_cast<__m256i *>(p), v); }
+    Floats floats() const { return {_mm256_cvtepi32_ps(v)}; }
+    // gcc reorders the intrinsics until twelve sums no longer fit its sixteen registers: a third of the speed.
 #if defined(__AVXVNNI__)
-        __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(v) : "x"(a.v), "x"(b.v));
+    void add_pairs(Lanes a, Lanes b) { __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(v) : "x"(a.v), "x"(b.v)); }
+    void add_bytes(Lanes w, Lanes x) { __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(v) : "x"(w.v), "x"(x.v)); }
+    static Lanes bytes(Lanes w, Lanes x) {
+        Lanes y = zero();
+        y.add_bytes(w, x);
+        return y;
+    }
 #else
+    void add_pairs(Lanes a, Lanes b) {
         __m256i t;
         __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(v), "=&x"(t) : "x"(a.v), "x"(b.v));
+    }
+    void add_bytes(Lanes w, Lanes x) {
+        __m256i t;
+        __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(v), "=&x"(t) : "x"(w.v), "x"(x.v));
+    }
+    static Lanes bytes(Lanes w, Lanes x) {
+        Lanes y;
+        __asm__("vpmaddubsw %2, %1, %0" : "=x"(y.v) : "x"(w.v), "x"(x.v));
+        return y;
+    }
 #endif
-    }
-    void scale(const float *scales, float scale, bool first, float *sums) const {
-        const __m256 s = _mm256_mul_ps(_mm256_load_ps(scales), _mm256_set1_ps(scale));
-        _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), s, first ? _mm256_setzero_ps() : _mm256_load_ps(sums)));
-    }
 };
 
+#endif
+
+// sums = (first ? 0 : sums) + v * scales * scale
+inline void add_scaled(Floats v, Floats scales, float scale, bool first, float *sums) {
+    scales.scale(scale);
+    Floats s = first ? Floats::zero() : Floats::load(sums);
+    s.add(v, scales);
+    s.store(sums);
+}
+
+// Sums of groups, each times a whole number (`factors`: as they are kept). With AVX2 that costs nothing, with VNNI float32 is as fast.
+#if defined(NATIVE_WIDE) || defined(__AVXVNNI__)
+struct Totals {
+    Floats v;
+    static __m256i factors(__m256i x) { return _mm256_castps_si256(_mm256_cvtepi32_ps(x)); }
+    static Totals load(const int32_t *p) { return {Floats::load(reinterpret_cast<const float *>(p))}; }
+    void store(int32_t *p) const { v.store(reinterpret_cast<float *>(p)); }
+    void add(Lanes group, const int32_t *factors) { v.add(group.floats(), Floats::load(reinterpret_cast<const float *>(factors))); }
+    Floats floats() const { return v; }
+};
+inline Floats whole(Lanes group) { return group.floats(); }
+#else
+struct Totals {
+    Lanes v;
+    static __m256i factors(__m256i x) { return _mm256_blend_epi16(x, _mm256_slli_epi32(x, 16), 0xaa); }
+    static Totals load(const int32_t *p) { return {Lanes::load(p)}; }
+    void store(int32_t *p) const { v.store(p); }
+    void add(Lanes group, const int32_t *factors) { v.add_pairs(group, Lanes::load(factors)); }
+    Floats floats() const { return v.floats(); }
+};
+inline Floats whole(Lanes group) {
+    Lanes sums = Lanes::zero();
+    sums.v = _mm256_madd_epi16(group.v, _mm256_set1_epi16(1));
+    return sums.floats();
+}
 #endif
 
 }  // namespace
