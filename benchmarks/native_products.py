@@ -64,7 +64,7 @@ def main() -> None:
     language.library()
     ggml, path = Ggml(), native.place() / native.LIBRARY
     library = Library(path)
-    taken = {kind: asked.kernel for kind in TYPES if library.takes(asked.kernel, kind)}
+    taken = [(kind, asked.kernel, 32) for kind in TYPES if library.takes(asked.kernel, kind)]
     library.use(taken, few=TYPES, attention=True)
     if not ggml.load_backend(path):
         parser.error(f"ggml does not accept {path}")

@@ -346,7 +346,11 @@ def found_out(**changes: Any) -> dict[str, Any]:
         "kernels": list(ROUNDED),
         "problems": {},
         "types": {
-            kind: {"many": race, "some": race, "eight": {"plain": 9.0}, "one": {"plain": 3.0}}
+            kind: {
+                **dict.fromkeys(("many", "some", "sixteen"), race),
+                "eight": {"plain": 9.0},
+                "one": {"plain": 3.0},
+            }
             for kind in TYPES
             for race in [bytes_too if takes("avx2-int8", kind) else many]
         },
@@ -362,6 +366,10 @@ def install(built: Path, **changes: Any) -> Path:
     shutil.copy(built, folder / "kernels.so")
     (folder / "state.json").write_text(json.dumps(found_out(sha256=native._sha256(built)) | changes), "utf-8")
     return folder
+
+
+def names(found: native.Status) -> dict[str, str]:
+    return {kind: kernel for kind, kernel, _ in found.many}
 
 
 def relative(a: list[float], b: list[float]) -> float:
@@ -400,7 +408,7 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ours["same"]  # guesses need that
         assert ours["together"] == [True] * 3  # an answer among others
         assert ours["recovered"]  # no NaN that was left in memory counts
-        assert ("Q4_0", kernel) in native.choose(found_out(), kernel).many
+        assert ("Q4_0", kernel, 16) in native.choose(found_out(), kernel).many
     # Kept pictures are not another kernel's.
     assert native.choose(found_out(), "avx2").identity != native.choose(found_out(), "amx-bf16").identity
     off = whole(grouped, isolated_home, "off")
@@ -446,7 +454,7 @@ def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_failed_self_test_is_not_used() -> None:
     one = native.choose(found_out(problems={"avx2": "avx2 is off by 3.0e-01 on Q4_K."}))
-    assert dict(one.many) == {kind: "avx2-int8" if takes("avx2-int8", kind) else "avx512vnni" for kind in TYPES}
+    assert names(one) == {kind: "avx2-int8" if takes("avx2-int8", kind) else "avx512vnni" for kind in TYPES}
     assert "avx2 is off by 3.0e-01 on Q4_K." in one.reason
     problems = {name: f"{name} is off." for name in ("avx2", *ROUNDED, "attention", "few attention")}
     every = native.choose(found_out(problems=problems))
@@ -471,7 +479,7 @@ assert ggml.load_backend(Path(sys.argv[1]))
 print([check.product_problem(ggml, library, name) for name in [*library.kernels(), "few"]])
 print([check.attention_problem(ggml, library, queries) for queries in (9, 45)])
 weights = Weights("Q4_0", 64, 256, ggml.quantize("Q4_0", np.ones((64, 256))))
-library.use({"Q4_0": "avx2"})
+library.use([("Q4_0", "avx2", 128)])
 taken = []
 for rows in (1, 31, 32, 127, 128, 8193):
     made = ggml.multiply(weights, np.ones((rows, 256), np.float32), device=ggml.device("LLAVA_EDGE"), threads=1)
@@ -503,18 +511,19 @@ def test_what_is_not_faster_is_not_used() -> None:
     types["Q4_0"] |= {"many": types["Q4_0"]["many"] | {"repacked": 2.0}, "one": {"plain": 2.0, "repacked": 1.0}}
     types["Q4_K"] |= {"many": types["Q4_K"]["many"] | {"repacked": 2.0}, "one": {"plain": 1.0, "repacked": 1.0}}
     types["Q4_K"]["some"] = {"plain": 1.0, "avx2": 1.0}
+    types["Q5_K"]["sixteen"] = {"plain": 2.0, "avx2": 1.0, "few": 0.9}
     types["Q8_0"] |= {"many": {"plain": 0.9, **dict.fromkeys(ROUNDED, 1.0)}, "one": {"plain": 1.0}}
     slow_attention = {race: {"plain": 1.0, "ours": 1.0} for race in ("many", "eight", "one")}
     found = native.choose(found_out(types=types, attention=slow_attention))
     # int8 of the matrix unit would be faster, and has to be asked for
-    assert dict(found.many) == dict.fromkeys([kind for kind in TYPES if kind != "Q8_0"], "avx2")
-    assert "Q4_K" not in found.some  # unpacking pays from more rows on
-    assert "Q4_0" in found.some
+    assert names(found) == dict.fromkeys([kind for kind in TYPES if kind != "Q8_0"], "avx2")
+    rows = {kind: least for kind, _, least in found.many}
+    assert (rows["Q4_0"], rows["Q5_K"], rows["Q4_K"]) == (16, 32, 128)  # from where unpacking pays
     assert not found.attention
     assert not found.few_attention
     more = slow_attention | {"eight": {"plain": 2.0, "ours": 1.0}}
     assert native.choose(found_out(attention=more)).few_attention
-    assert dict(native.choose(found_out(), "amx-int8").many) == dict.fromkeys(TYPES, "amx-int8")
+    assert names(native.choose(found_out(), "amx-int8")) == dict.fromkeys(TYPES, "amx-int8")
     # Decoding Q4_0 would suffer without llama.cpp's own order; other types need no copy.
     assert native.reordering_pays(found, {"F32", "Q4_0"})
     assert not native.reordering_pays(found, {"F32", "Q4_K", "Q6_K"})
@@ -525,7 +534,10 @@ def test_what_is_not_faster_is_not_used() -> None:
     types["Q5_K"] |= {"one": {"plain": 1.0, "few": 1.2}, "eight": {"plain": 9.0, "few": 3.0}}  # decoding would suffer
     assert native.choose(found_out(types=types)).few == ("Q4_0", "Q6_K")
     equal = dict.fromkeys(("plain", *ROUNDED), 1.0)
-    slow = {kind: {"many": equal, "some": equal, "eight": {"plain": 1.0}, "one": {"plain": 1.0}} for kind in TYPES}
+    slow = {
+        kind: {"many": equal, "some": equal, "sixteen": equal, "eight": {"plain": 1.0}, "one": {"plain": 1.0}}
+        for kind in TYPES
+    }
     nothing = native.choose(found_out(types=slow, attention=slow_attention))
     assert not nothing.used
     assert nothing.reason == "Not used: llama.cpp's own kernels are as fast here."

@@ -49,15 +49,14 @@ LIBRARY, OPERATOR, _STATE = "kernels.so", "vision.so", "state.json"  # in `place
 class Status:
     """What is used, or why nothing is. `reason` is a sentence; `fix` the command to run, if one would help.
 
-    many: types of weights whose products of 128 rows or more are taken, each with its kernel; some: types whose
-    products of 32 or more are; few: of fewer. attention, few_attention: of 32 queries or more, and of fewer.
+    many: types of weights, each with the kernel that takes its products and from how many rows on; few: types whose
+    products of fewer rows, 31 at most, are taken. attention, few_attention: of 32 queries or more, and of fewer.
     mapped: types that llama.cpp need not re-order, because what is used is as fast without, or because it cannot.
     """
 
     reason: str
     fix: str = ""
-    many: tuple[tuple[str, str], ...] = ()
-    some: tuple[str, ...] = ()
+    many: tuple[tuple[str, str, int], ...] = ()
     few: tuple[str, ...] = ()
     attention: bool = False
     few_attention: bool = False
@@ -72,7 +71,7 @@ class Status:
     @property
     def identity(self) -> list[object]:
         """What results depend on: empty if llama.cpp computes alone."""
-        taken = [self.many, self.some, self.few, self.attention, self.few_attention]
+        taken = [self.many, self.few, self.attention, self.few_attention]
         return [self.library, *taken] if self.used else []
 
 
@@ -111,7 +110,7 @@ def activate() -> Status:
         if found.used:
             _load(place())
         if _process.library is not None:
-            _process.library.use(dict(found.many), found.some, found.few, found.attention, found.few_attention)
+            _process.library.use(found.many, found.few, found.attention, found.few_attention)
     except (OSError, UnavailableError, ValueError) as error:
         if _process.library is not None:
             _process.library.use()
@@ -173,8 +172,11 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
         kind: min((name for name in race["many"] if name in right), key=race["many"].__getitem__, default="")
         for kind, race in types.items()
     }
-    many = tuple((kind, best[kind]) for kind in types if _pays(types[kind]["many"], best[kind]))
-    some = tuple(kind for kind, name in many if _pays(types[kind]["some"], name))
+    many = tuple(
+        (kind, best[kind], _least_rows(types[kind], best[kind]))
+        for kind in types
+        if _pays(types[kind]["many"], best[kind])
+    )
     few = tuple(kind for kind in types if _few_pay(types[kind]["one"], types[kind]["eight"], FEW))
     mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best[kind]))
     races = state["attention"]
@@ -182,17 +184,28 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
     few_attention = "few attention" not in problems and _few_pay(races["one"], races["eight"], "ours")
     if not (many or few or attention or few_attention):
         return Status("Not used: llama.cpp's own kernels are as fast here.")
-    used = sorted({name for _, name in many})
-    parts = [f"{name} for {', '.join(kind for kind, its in many if its == name)}" for name in used]
+    used = sorted({name for _, name, _ in many})
+    parts = [f"{name} for {', '.join(kind for kind, its, _ in many if its == name)}" for name in used]
     parts += [f"few rows of {', '.join(few)}"] if few else []
     parts += ["attention"] if attention else []
     parts += ["attention of few queries"] if few_attention else []
     reason = " ".join([f"{'; '.join(parts)}.", *problems.values()])
-    return Status(reason, "", many, some, few, attention, few_attention, mapped, state["sha256"])
+    return Status(reason, "", many, few, attention, few_attention, mapped, state["sha256"])
 
 
 def _pays(race: dict[str, float], ours: str) -> bool:
     return ours in race and race["plain"] >= GAIN * race[ours]
+
+
+def _least_rows(races: dict[str, dict[str, float]], ours: str) -> int:
+    """From how many rows on unpacking pays: beside llama.cpp, and from 16 on beside our own kernel for few rows, too.
+
+    Guesses and answers given together are fewer, and have to get the bits of a single row (runtimes/speculation.py).
+    """
+    if not _pays(races["some"], ours):
+        return 128
+    sixteen = races["sixteen"]
+    return 16 if _pays(sixteen, ours) and sixteen.get(FEW, float("inf")) >= GAIN * sixteen[ours] else 32
 
 
 def _few_pay(one: dict[str, float], eight: dict[str, float], ours: str) -> bool:

@@ -26,7 +26,7 @@ BOUND, OTHERS_BOUND = {"int8": 2e-2, "bf16": 5e-3, FEW: 2e-2}, 2e-3
 ATTENTION_BOUND = 1e-2
 
 REPEATS, SECONDS = 5, 0.4  # of a race: both at least, since what takes a millisecond is easily disturbed
-MANY, SOME = (512, 2048, 4096), (64, 2048, 4096)  # rows, columns, inner
+MANY, SOME, SIXTEEN = (512, 2048, 4096), (64, 2048, 4096), (16, 2048, 4096)  # rows, columns, inner
 ONE, EIGHT = (1, 16384, 4096), (8, 4096, 4096)  # 37 and 9 MB at 4 bits
 ADAPTER = (4096, 64)  # columns, inner: for few rows float16 means adapters
 ATTENTION = {"many": (16, 512, 512), "eight": (32, 8, 640), "one": (32, 1, 640)}  # heads, queries, keys
@@ -58,6 +58,7 @@ def main(path: str) -> None:
         facts["types"][kind] = {
             "many": _race_products(ggml, library, kind, MANY, right, threads),
             "some": _race_products(ggml, library, kind, SOME, right, threads),
+            "sixteen": _race_products(ggml, library, kind, SIXTEEN, [*right, *few], threads),
             "eight": _race_products(ggml, library, kind, eight, few, threads),
             "one": _race_products(ggml, library, kind, one, few, threads),
         }
@@ -90,7 +91,7 @@ def _use(library: Library, kernel: str, kind: str) -> bool:
         return True
     if not library.takes(kernel, kind):
         return False
-    library.use({kind: kernel}, some=[kind])
+    library.use([(kind, kernel, 1)])
     return True
 
 

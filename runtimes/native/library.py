@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
 
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -20,7 +19,7 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
         self._functions.llava_edge_native_kernels.restype = ctypes.c_char_p
         self._functions.llava_edge_native_use.argtypes = (
-            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
+            *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
         )
 
     def kernels(self) -> list[str]:
@@ -29,31 +28,30 @@ class Library:
 
     def use(
         self,
-        many: Mapping[str, str] = MappingProxyType({}),
-        some: Iterable[str] = (),
+        many: Iterable[tuple[str, str, int]] = (),
         few: Iterable[str] = (),
         attention: bool = False,
         few_attention: bool = False,
     ) -> None:
-        """From now on take products with weights of these types, and attention. many: of 128 rows or more, type ->
-        kernel; some: also of 32 or more; few: of fewer. Attention likewise: of 32 queries or more, and of fewer.
+        """From now on take products with weights of these types, and attention. many: type, kernel, and from how many
+        rows on (1 to 255); few: of fewer, 31 at most. Attention: of 32 queries or more, and of fewer.
 
         Raises `ValueError` if a kernel is not there or does not take a type; then nothing has changed.
         """
         numbers = {name: number for number, name in enumerate(self.kernels())}
-        kernel_of = bytearray(b"\xff" * 64)
-        for kind, name in many.items():
+        kernel_of, least = bytearray(b"\xff" * 64), bytearray(64)
+        for kind, name, rows in many:
             if name not in numbers:
                 raise ValueError(f"there is no kernel {name}")
-            kernel_of[TYPES[kind]] = numbers[name]
-        masks = (sum(1 << TYPES[kind] for kind in kinds) for kinds in (some, few))
-        if not self._functions.llava_edge_native_use(bytes(kernel_of), *masks, attention, few_attention):
-            raise ValueError(f"a kernel does not take one of {', '.join(many)}")
+            kernel_of[TYPES[kind]], least[TYPES[kind]] = numbers[name], rows
+        mask = sum(1 << TYPES[kind] for kind in few)
+        if not self._functions.llava_edge_native_use(bytes(kernel_of), bytes(least), mask, attention, few_attention):
+            raise ValueError(f"a kernel does not take one of {', '.join(sorted({kind for kind, _, _ in many}))}")
 
     def takes(self, kernel: str, kind: str) -> bool:
         """Whether a kernel takes weights of a type. Afterwards nothing is used."""
         try:
-            self.use({kind: kernel})
+            self.use([(kind, kernel, 1)])
         except ValueError:
             return False
         self.use()

@@ -28,14 +28,15 @@ EXPORT const char *llava_edge_native_kernels() {
     return names.c_str();
 }
 
-// What the backend takes from now on: of each type products of many rows by the kernel with that number in the list of names
-// above (negative: none), of some rows if its bit (1 << ggml_type) is set in `some`; of few rows with those in `few`;
-// attention of some queries or more, and of few. Returns 0, with nothing changed, if a kernel does not take a type.
-EXPORT int llava_edge_native_use(const int8_t *many, uint64_t some, uint64_t few, int attention, int few_attention) {
-    Use wanted{{}, some, few, attention != 0, few_attention != 0};
+// What the backend takes from now on: of each type products of `least` rows or more by the kernel with that number in the list
+// of names above (negative: none), and of fewer, up to FEW, if its bit (1 << ggml_type) is set in `few`; attention of more
+// queries than FEW, and of fewer. Returns 0, with nothing changed, if a kernel does not take a type.
+EXPORT int llava_edge_native_use(const int8_t *many, const uint8_t *least, uint64_t few, int attention, int few_attention) {
+    Use wanted{{}, {}, few, attention != 0, few_attention != 0};
     for (int type = 0; type < TYPES; type++) {
         if (many[type] < 0) continue;
         int number = many[type];
+        wanted.least[type] = least[type];
         const Kernel *const *k = kernels;
         while (*k && (!(*k)->works() || number-- > 0)) k++;
         if (!*k || !(*k)->takes(type)) return 0;
@@ -49,7 +50,7 @@ EXPORT int llava_edge_native_use(const int8_t *many, uint64_t some, uint64_t few
 EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *w, const float *x, float *y, int rows,
                                       int columns, int inner, size_t w_stride, int threads) {
     const Product p{type, w, w_stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
-    if (!strcmp(kernel, "few")) return rows < SOME && takes_few(type, columns, inner) && multiply_few(p, threads, scratch);
+    if (!strcmp(kernel, "few")) return rows <= FEW && takes_few(type, columns, inner) && multiply_few(p, threads, scratch);
     const Kernel *found = find(kernel);
     OpenMp team(threads);
     return found && found->takes(type) && inner % block_values(type) == 0 && multiply(*found, p, team, scratch);

@@ -38,14 +38,19 @@ bool floats(const ggml_tensor *t) { return t->type == GGML_TYPE_F32 && t->nb[0] 
 bool halves(const ggml_tensor *t) { return t->type == GGML_TYPE_F16 && t->nb[0] == 2; }
 bool has(uint64_t types, int type) { return types >> type & 1; }
 
+// The kernel for so many rows; null: multiply_few, or nothing
+const Kernel *kernel(int type, int64_t rows) { return rows >= used.least[type] ? used.kernel[type] : nullptr; }
+
+bool takes_rows(const ggml_tensor *w, int64_t rows) {
+    if (rows > MAX_ROWS || w->type >= TYPES || !unpacks(w->type)) return false;
+    if (kernel(w->type, rows)) return w->ne[0] % block_values(w->type) == 0;
+    return rows <= FEW && has(used.few, w->type) && takes_few(w->type, w->ne[1], w->ne[0]);
+}
+
 bool takes_product(const ggml_tensor *op) {
     const ggml_tensor *w = op->src[0], *x = op->src[1];
-    const int64_t rows = x->ne[1];
-    if (rows > MAX_ROWS || w->type >= TYPES) return false;
-    if (rows < SOME ? !has(used.few, w->type) : !used.kernel[w->type]) return false;
-    if (rows >= SOME && rows < MANY && !has(used.some, w->type)) return false;
-    return on_host(w) && floats(x) && floats(op) && one_matrix(w) && one_matrix(x) && unpacks(w->type) &&
-           (rows < SOME ? takes_few(w->type, w->ne[1], w->ne[0]) : w->ne[0] % block_values(w->type) == 0) && w->ne[0] <= 1 << 20 && w->ne[1] <= 1 << 24 &&
+    return takes_rows(w, x->ne[1]) && on_host(w) && floats(x) && floats(op) && one_matrix(w) && one_matrix(x) &&
+           w->ne[0] <= 1 << 20 && w->ne[1] <= 1 << 24 &&
            w->nb[0] == ggml_type_size(w->type) && w->nb[1] >= ggml_row_size(w->type, w->ne[0]) && x->nb[1] % 4 == 0;
 }
 
@@ -53,8 +58,8 @@ bool takes_attention(const ggml_tensor *op) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
     float settings[3];  // scale, largest bias (ALiBi), cap of the scores
     memcpy(settings, op->op_params, sizeof settings);
-    return (q->ne[1] < SOME ? used.few_attention : used.attention) && mask && !op->src[4] && settings[1] == 0 && settings[2] == 0 && floats(q) && floats(op) &&
-           halves(k) && halves(v) && halves(mask) && q->ne[1] <= MAX_ROWS && q->ne[3] == 1 &&
+    return (q->ne[1] <= FEW ? used.few_attention : used.attention) && mask && !op->src[4] && settings[1] == 0 &&
+           settings[2] == 0 && floats(q) && floats(op) && halves(k) && halves(v) && halves(mask) && q->ne[1] <= MAX_ROWS && q->ne[3] == 1 &&
            k->ne[3] == 1 && v->ne[3] == 1 && one_matrix(mask) && attends(q->ne[0]) && v->ne[0] == q->ne[0] &&
            k->ne[1] <= 1 << 17 && k->ne[1] == v->ne[1] && mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1] &&
            q->ne[2] % k->ne[2] == 0 && k->ne[2] == v->ne[2] && on_host(q) && on_host(k) && on_host(v) && on_host(mask);
@@ -66,9 +71,10 @@ bool product(Context &c, const ggml_tensor *op) {
                     static_cast<const float *>(x->data), x->nb[1] / sizeof(float),
                     static_cast<float *>(op->data), op->nb[1] / sizeof(float),
                     int(x->ne[1]), int(w->ne[1]), int(w->ne[0])};
-    if (p.rows < SOME) return multiply_few(p, c.threads, c.scratch);
+    const Kernel *of_many = kernel(w->type, p.rows);
+    if (!of_many) return multiply_few(p, c.threads, c.scratch);
     OpenMp team(c.threads);
-    return multiply(*used.kernel[w->type], p, team, c.scratch);
+    return multiply(*of_many, p, team, c.scratch);
 }
 
 bool attention(Context &c, const ggml_tensor *op) {
@@ -81,7 +87,7 @@ bool attention(Context &c, const ggml_tensor *op) {
     a.out = static_cast<char *>(op->data), a.out_row = op->nb[2], a.out_head = op->nb[1];
     a.queries = q->ne[1], a.keys = k->ne[1], a.heads = q->ne[2], a.shared_heads = k->ne[2], a.width = q->ne[0];
     memcpy(&a.scale, op->op_params, sizeof a.scale);
-    return a.queries < SOME ? attend_few(a, c.threads, c.scratch) : attend(a, c.threads, c.scratch);
+    return a.queries <= FEW ? attend_few(a, c.threads, c.scratch) : attend(a, c.threads, c.scratch);
 }
 
 // ---- the backend: what computes

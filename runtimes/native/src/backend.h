@@ -8,8 +8,9 @@ namespace native {
 constexpr int TYPES = 64;  // more than ggml has
 
 struct Use {
-    const Kernel *kernel[TYPES];  // of each type, for products of some rows or of many; null: not taken
-    uint64_t some, few;           // 1 << ggml_type: types whose products of so many rows are taken, too
+    const Kernel *kernel[TYPES];  // of each type; null: not taken
+    int least[TYPES];             // rows from which on it is
+    uint64_t few;                 // 1 << ggml_type: types whose products of fewer rows are taken by multiply_few
     bool attention, few_attention;
 };
 

@@ -111,7 +111,7 @@ struct Head {
 
     void compute() const {
         const int shared = head / (a.heads / a.shared_heads);
-        float inverse[SOME];
+        float inverse[FEW];
         take_queries();
         score(shared);
         for (int i = 0; i < queries; i++)
@@ -128,7 +128,7 @@ struct Head {
 
 bool attend_few(const Attention &a, int threads, Scratch &scratch) {
     const int stride = (a.keys + 7) / 8 * 8;
-    const int run = std::min(std::max(SCORES / stride, 1), std::min(a.queries, SOME - 1));
+    const int run = std::min(std::max(SCORES / stride, 1), std::min(a.queries, FEW));
     const size_t q = size_t(run) * a.width, panel = size_t(GROUP) * a.width, scores = size_t(run) * stride;
     const size_t own = ((2 * q + panel + scores) * sizeof(float) + 63) / 64 * 64;
     char *memory = scratch.need(threads * own);

@@ -57,8 +57,7 @@ struct Attention {
     float scale;
 };
 
-// Rows: fewer than SOME do not pay for unpacking; from MANY on unpacking is a small part.
-constexpr int SOME = 32, MANY = 128;
+constexpr int FEW = 31;  // rows or queries: at most so many for multiply_few and attend_few
 
 // Memory that is kept between calls and grows; all of a backend's calls come from one thread.
 struct Scratch {
@@ -89,9 +88,9 @@ struct OpenMp final : Team {
 
 // They return false, with nothing computed, if there is no memory.
 bool multiply(const Kernel &, const Product &, Team &, Scratch &);
-bool multiply_few(const Product &, int threads, Scratch &);  // rows < SOME
+bool multiply_few(const Product &, int threads, Scratch &);  // rows <= FEW
 bool attend(const Attention &, int threads, Scratch &);
-bool attend_few(const Attention &, int threads, Scratch &);  // as exact, made for queries < SOME
+bool attend_few(const Attention &, int threads, Scratch &);  // as exact, made for queries <= FEW
 
 bool unpacks(int type);        // is it a type that kernels read?
 int block_values(int type);    // how many values a block has
