@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
-from llava_edge.runtimes import CancelledError, devices, limit_spinning, mapping, native
+from llava_edge.runtimes import CancelledError, bindings, devices, limit_spinning, mapping, native
 from llava_edge.runtimes.batch import Batch
 
 Array = np.ndarray[Any, Any]
@@ -379,7 +378,7 @@ def library(verbose: bool = False) -> Any:
     global _verbose
     _verbose = verbose
     limit_spinning()
-    api: Any = import_module("llama_cpp.llama_cpp")
+    api = bindings.functions()
     if not _keep:
         _keep.append(api.llama_log_callback(_log))
         api.llama_log_set(_keep[0], None)

@@ -18,7 +18,6 @@ import tempfile
 import threading
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 
 from llava_edge import store
 from llava_edge.errors import StorageError, UnavailableError
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import bindings, devices
 
 REBUILD = (
     'CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir '
@@ -92,7 +91,7 @@ def require_working_build() -> None:
         if note.exists():
             return
         report = check("llama_cpp")
-    except OSError:
+    except (ImportError, OSError):
         return
     if report.problem:
         raise UnavailableError(f"{report.problem} Its build is broken; run: {report.fix}")
@@ -114,7 +113,7 @@ def _llama_facts() -> dict[str, Any]:
 
     api = language.library()
     facts = {
-        "version": import_module("llama_cpp").__version__,
+        "version": bindings.version(),
         "build": api.llama_print_system_info().decode("utf-8", "replace").strip(),
         "cuda": devices.lacking("cuda") or "works",
         "metal": devices.lacking("metal") or "works",
@@ -200,11 +199,8 @@ def _signal_name(number: int) -> str:
 
 
 def _build_id() -> str:
-    """Hash over llama.cpp's CPU kernels and the processor's name. Raises `OSError` if the library is not there."""
-    spec = find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("llama_cpp")
+    """Hash over llama.cpp's CPU kernels and the processor's name. Raises `ImportError` or `OSError`."""
     digest = hashlib.sha256(devices.processor()[0].encode())
-    for path in sorted((Path(spec.origin).parent / "lib").glob("*ggml-cpu*")):
+    for path in sorted((bindings.package() / "lib").glob("*ggml-cpu*")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

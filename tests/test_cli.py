@@ -377,7 +377,8 @@ def test_doctor_survives_a_build_that_dies(tmp_path: Path) -> None:
     """A llama_cpp that ends its process with an illegal instruction, as one miscompiled for this processor does."""
     package = tmp_path / "llama_cpp"
     package.mkdir()
-    (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    (package / "__init__.py").touch()
+    (package / "_ctypes_extensions.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     process = start("doctor", env=environment)
     out, err = process.communicate(timeout=120)

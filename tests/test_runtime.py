@@ -515,6 +515,28 @@ sys.meta_path.insert(0, Watch())
     assert done.stderr.splitlines()[0] == "spins: 1000"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("first", ["import llama_cpp", "pass"])
+def test_llama_cpp_is_not_imported_for_its_functions(first: str, micro_bundle: Path) -> None:
+    """Its classes cost 0.1 s. Who wants them gets them, before or afterwards, and the one library."""
+    code = f"""
+import sys
+{first}
+from llava_edge import Llava, Options
+with Llava.load(sys.argv[1]) as model:
+    print("jinja2" in sys.modules, "llama_cpp" in sys.modules)
+    import llama_cpp
+    from llama_cpp import Llama
+    from llama_cpp.llama_chat_format import Llava15ChatHandler
+    print(llama_cpp.llama_cpp.llama_n_ctx.__name__, len(model.ask("What?", options=Options(max_tokens=3)).text) > 0)
+print(len({{line.split()[-1] for line in open("/proc/self/maps") if "libllama." in line}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(micro_bundle)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    there = first != "pass"
+    assert done.stdout == f"{there} {there}\nllama_n_ctx True\n1\n"
+
+
 def test_numpys_threads_do_not_spin_after_a_product() -> None:
     """They would take the cores that llama.cpp needs next."""
     code = """
@@ -566,7 +588,11 @@ def test_on_amx_the_build_is_checked_once_before_it_is_used(
 ) -> None:
     """A child tries it; only a good result is remembered. The bad build is one that dies of an illegal instruction."""
     monkeypatch.setattr(devices, "processor", lambda: ("a processor", ["amx_int8"]))
-    (tmp_path / "llama_cpp.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp/__init__.py").touch()
+    (tmp_path / "llama_cpp/_ctypes_extensions.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
+    )
     with monkeypatch.context() as bad:
         bad.syspath_prepend(str(tmp_path))
         with pytest.raises(UnavailableError, match=r"SIGILL.*-fno-tree-dse"):

@@ -23,13 +23,12 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from llava_edge import store
 from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import bindings, devices
 from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.ggml import Ggml, loaded
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
@@ -234,7 +233,7 @@ def _load(folder: Path) -> None:
             raise UnavailableError("others were loaded into this process before.")
         return
     ggml = Ggml()
-    version = (import_module("llama_cpp").__version__, ggml.version())
+    version = (bindings.version(), ggml.version())
     if version not in ACCEPTED:
         raise UnavailableError(f"llama-cpp-python {version[0]} with ggml {version[1]} is not one they were made for.")
     if loaded("libgomp.so.1") is None:

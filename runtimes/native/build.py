@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from llava_edge.errors import UnavailableError
+from llava_edge.runtimes import bindings
 
 SOURCES = Path(__file__).parent / "src"
 
@@ -73,10 +73,10 @@ def compiler() -> str | None:
 
 def package() -> Path:
     """Folder of the installed llama_cpp. Raises `UnavailableError`."""
-    spec = find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise UnavailableError("llama-cpp-python is not installed.")
-    return Path(spec.origin).parent
+    try:
+        return bindings.package()
+    except ImportError as error:
+        raise UnavailableError("llama-cpp-python is not installed.") from error
 
 
 def build(

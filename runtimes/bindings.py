@@ -1,0 +1,53 @@
+"""llama-cpp-python's bindings of C functions, without the rest of that package.
+
+Importing `llama_cpp` imports its classes too, and with them jinja2, diskcache and sqlite3: 0.1 s of each start for what
+nobody here uses. So its file of bindings is executed alone, under a name of ours. A program that imports `llama_cpp`,
+before or afterwards, gets all of it as ever; the shared library is one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+_NEEDED = "llama_cpp._ctypes_extensions"  # the one module of the package that the bindings import
+
+
+@cache
+def functions() -> Any:
+    """The module with `llama_decode` and the rest. Raises `ImportError`."""
+    folder = package()
+    if _NEEDED in sys.modules:
+        return _execute("llava_edge.runtimes._llama_cpp", folder / "llama_cpp.py")
+    try:
+        sys.modules[_NEEDED] = _execute(_NEEDED, folder / "_ctypes_extensions.py")
+        return _execute("llava_edge.runtimes._llama_cpp", folder / "llama_cpp.py")
+    finally:
+        sys.modules.pop(_NEEDED, None)
+
+
+def version() -> str:
+    """Of llama-cpp-python. Raises `ImportError`."""
+    found = re.search(r'__version__ = "([^"]+)"', (package() / "__init__.py").read_text("utf-8"))
+    return found[1] if found else "unknown"
+
+
+def package() -> Path:
+    """Folder of the installed `llama_cpp`. Raises `ImportError`."""
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'llama_cpp'", name="llama_cpp")
+    return Path(spec.origin).parent
+
+
+def _execute(name: str, path: Path) -> Any:
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"llama-cpp-python has no {path}")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
