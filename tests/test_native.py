@@ -416,6 +416,64 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
     assert "Turned off" in off["reason"]
 
 
+CLEARED = """
+import ctypes, sys
+from pathlib import Path
+from llava_edge.runtimes import language
+from llava_edge.runtimes.native.ggml import Ggml
+language.library()
+ggml = Ggml()
+assert ggml.load_backend(Path(sys.argv[1]))
+for size in (1000, 65536, 1000001, 5 << 20):
+    kind = ggml.pointer("ggml_backend_cpu_buffer_type")
+    buffer = ggml.pointer("ggml_backend_buft_alloc_buffer", kind, ctypes.c_size_t(size))
+    memory = (ctypes.c_char * size).from_address(ggml.pointer("ggml_backend_buffer_get_base", buffer))
+    for value in (0, 7, 0):
+        memory[:] = bytes([9]) * size
+        ggml.number("ggml_backend_buffer_clear", buffer, ctypes.c_uint8(value))
+        assert memory[:] == bytes([value]) * size, (size, value)
+    ggml.number("ggml_backend_buffer_free", buffer)
+"""
+
+TAKEN_BY_A_CONTEXT = """
+import sys, threading
+from pathlib import Path
+from llava_edge import gguf
+from llava_edge.runtimes import presets
+from llava_edge.runtimes.language import LanguageModel
+def private():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
+room = presets.memory_bytes(gguf.read(Path(sys.argv[1])), 65536, "f16")
+LanguageModel(Path(sys.argv[1]), context=512, threads=1).close()
+before = private()
+model = LanguageModel(Path(sys.argv[1]), context=65536, threads=1)
+loaded = private() - before
+model.evaluate_tokens([5] * 1000, threading.Event())
+print(loaded / room, (private() - before) / room)
+"""
+
+
+def test_memory_is_cleared(built: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CLEARED, str(built)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_context_takes_memory_as_it_is_filled(built: Path, grouped: Path, isolated_home: Path) -> None:
+    """Of 65,536 positions, after 1,000; llama.cpp alone takes all of it at once."""
+    install(built)
+
+    def taken(setting: str) -> list[float]:
+        environment = {**os.environ, "LLAVA_EDGE_HOME": str(isolated_home), "LLAVA_EDGE_NATIVE": setting}
+        command = [sys.executable, "-c", TAKEN_BY_A_CONTEXT, str(grouped)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return [float(share) for share in done.stdout.split()]
+
+    assert min(taken("off")) > 0.9
+    assert max(taken("")) < 0.5
+
+
 def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: Path, isolated_home: Path) -> None:
     folder = install(built, sha256="0" * 64)
     found = whole(grouped, isolated_home)

@@ -50,6 +50,7 @@ UNITS = (
     Unit("product.cpp"),
     Unit("linear.cpp"),
     Unit("backend.cpp"),
+    Unit("memory.cpp"),
     Unit("api.cpp"),
 )
 # Instructions that this processor lacks, in plain C++ instead: for tests.
@@ -118,7 +119,7 @@ def build(
     # By its path: the loader then finds the copy that llama.cpp has loaded, by the name inside.
     link(target, ["linear.cpp"], str(base))
     if operator is not None:
-        link(operator, ["backend.cpp", "api.cpp"])
+        link(operator, ["backend.cpp", "memory.cpp", "api.cpp"])
 
 
 def _run(command: Sequence[str]) -> str:

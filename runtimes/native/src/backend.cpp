@@ -201,6 +201,7 @@ void use(const Use &wanted) { used = wanted; }
 }  // namespace native
 
 extern "C" __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
+    native::clear_by_giving_back();
     static ggml_backend_reg registry{};
     registry.api_version = GGML_BACKEND_API_VERSION;
     registry.iface.get_name = native::registry_name;

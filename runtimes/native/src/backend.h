@@ -15,5 +15,6 @@ struct Use {
 };
 
 void use(const Use &);
+void clear_by_giving_back();  // what ggml allocates from now on
 
 }  // namespace native

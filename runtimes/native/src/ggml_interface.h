@@ -28,6 +28,33 @@ struct ggml_backend {
     void *context;
 };
 
+struct ggml_backend_buffer_i {
+    ggml_unused free_buffer, get_base, init_tensor, memset_tensor, set_tensor, get_tensor, set_tensor_2d, get_tensor_2d;
+    ggml_unused cpy_tensor;
+    void (*clear)(ggml_backend_buffer_t, uint8_t value);
+    ggml_unused reset;
+};
+
+struct ggml_backend_buffer {
+    struct ggml_backend_buffer_i iface;
+    ggml_backend_buffer_type_t type;
+    void *context;
+    size_t size;
+    enum ggml_backend_buffer_usage usage;
+};
+
+struct ggml_backend_buffer_type_i {
+    const char *(*get_name)(ggml_backend_buffer_type_t);
+    ggml_backend_buffer_t (*alloc_buffer)(ggml_backend_buffer_type_t, size_t size);
+    ggml_unused get_alignment, get_max_size, get_alloc_size, is_host;
+};
+
+struct ggml_backend_buffer_type {
+    struct ggml_backend_buffer_type_i iface;
+    ggml_backend_dev_t device;
+    void *context;
+};
+
 struct ggml_backend_device_i {
     const char *(*get_name)(ggml_backend_dev_t);
     const char *(*get_description)(ggml_backend_dev_t);
