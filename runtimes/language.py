@@ -30,6 +30,7 @@ BATCH = 512  # positions evaluated at once, unless more are asked for; a cancell
 MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a prompt of this size fits no context anyway
 MAX_BRANCHES = 8  # as many rows as `speculation.WIDTH`: more gain little, and their answers wait for each other
 _SEQUENCE = 0
+_SAVED = 1  # what is saved of it, meanwhile; otherwise a branch's
 _ABORTED = 2  # llama_decode
 
 
@@ -143,10 +144,13 @@ class LanguageModel:
         self._truncate(same)
         return same
 
-    def save(self) -> memoryview:
-        """All that memory holds, in llama.cpp's own form."""
-        state = np.empty(self.library.llama_state_seq_get_size(self._context, _SEQUENCE), np.uint8)
-        written = self.library.llama_state_seq_get_data(self._context, _bytes(state), len(state), _SEQUENCE)
+    def save(self, count: int) -> memoryview:
+        """The first `count` positions that memory holds, in llama.cpp's own form. Not while there are branches."""
+        api = self.library
+        api.llama_memory_seq_cp(self._memory, _SEQUENCE, _SAVED, 0, count)
+        state = np.empty(api.llama_state_seq_get_size(self._context, _SAVED), np.uint8)
+        written = api.llama_state_seq_get_data(self._context, _bytes(state), len(state), _SAVED)
+        api.llama_memory_seq_rm(self._memory, _SAVED, -1, -1)
         return state[:written].data
 
     def restore(self, state: bytes | memoryview, keys: Sequence[Key]) -> bool:

@@ -275,6 +275,7 @@ class Engine:
         except CancelledError:
             reason = "cancelled"
         self._finish(answer, reason)
+        self._prefill.keep()
 
     def _answer_all(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
         while ready:
@@ -316,6 +317,7 @@ class Engine:
         except CancelledError:
             for answer in list(waiting):
                 done(answer, "cancelled")
+        self._prefill.keep()
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         """The last chunk."""

@@ -1,7 +1,8 @@
 """A prompt into the language model's memory: text as tokens, pictures as embeddings.
 
 Nothing is computed twice that was computed for the same beginning before: by the last prompt, or by one that ended in
-the same picture, in another process too. Knows nothing about templates, files of images or answers.
+the same picture, or in the same text before another one, in another process too. Knows nothing about templates, files
+of images or answers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache, digest, identity
 from llava_edge.runtimes.pictures import Picture
+
+LEAST_TEXT = 16  # positions before a picture that are worth a file
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Prefill:
         files = [name for name in (LANGUAGE, ADAPTER) if name in bundle.manifest.files]
         self._identity = [identity(bundle, *files), language.identity]
         self._exact = {0}  # where a segment ended, if all up to there was evaluated segment by segment
+        self._new: list[list[Key]] = []  # beginnings that `keep` saves
 
     def run(
         self, parts: Sequence[Segment], run: Run, job: Job, *, reuse: bool = False, count: int | None = None
@@ -70,28 +74,38 @@ class Prefill:
         ends = list(accumulate(len(part.keys) for part in parts))
         pictures = [end for part, end in zip(parts[:-1], ends, strict=False) if part.picture is not None]
         last = max(pictures, default=0)
+        text = ends[0] if pictures and parts[0].picture is None and ends[0] >= LEAST_TEXT else 0
         start = time.perf_counter()
-        done = self._recall(keys, ends, pictures, reuse=reuse)
+        done = self._recall(keys, ends, [text, *pictures], reuse=reuse)
         run.prefill_ms += since(start)
         run.known = done >= last > 0
         exact = done in self._exact and done in (0, *ends)
         self._exact = {end for end in self._exact if end <= done}
+        self._new.clear()
         for part, end in list(zip(parts, ends, strict=True))[:count]:
             if end <= done:
                 continue
             self._evaluate(part, max(done - end + len(part.keys), 0), run, job)
             if exact:
                 self._exact.add(end)
-            if exact and end == last:
-                self._keep(keys[:end])
+            if exact and end in (text, last):
+                self._new.append(keys[:end])
 
-    def _recall(self, keys: list[Key], ends: list[int], pictures: list[int], *, reuse: bool) -> int:
+    def keep(self) -> None:
+        """Save what the last prompt computed, for others. Behind its answer, which then does not wait for that."""
+        for keys in self._new:
+            if self._language.held[: len(keys)] == keys:
+                about = {"model": self._name, "kind": "state", "positions": str(len(keys))}
+                self._cache.put(self._key(keys), about, self._language.save(len(keys)))
+        self._new.clear()
+
+    def _recall(self, keys: list[Key], ends: list[int], kept: list[int], *, reuse: bool) -> int:
         """Have memory hold a known beginning of `keys` and nothing else; its length, always below `len(keys)`."""
         language = self._language
         same = language.common(keys)
         if not reuse:
             same = max(end for end in (0, *ends) if end <= same and end in self._exact)
-        for end in reversed(pictures):
+        for end in reversed(kept):
             state = self._cache.get(self._key(keys[:end])) if end > same else None
             if state is None:
                 continue
@@ -113,10 +127,6 @@ class Prefill:
             start = time.perf_counter()
             self._language.evaluate_embeddings(rows[done:], keys, job.cancel)
         run.prefill_ms += since(start)
-
-    def _keep(self, keys: list[Key]) -> None:
-        about = {"model": self._name, "kind": "state", "positions": str(len(keys))}
-        self._cache.put(self._key(keys), about, self._language.save())
 
     def _key(self, keys: list[Key]) -> str:
         """What decides about the language model's memory of a prompt that begins with `keys`."""

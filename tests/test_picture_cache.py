@@ -177,6 +177,49 @@ def test_the_text_before_a_picture_is_kept_for_the_next_picture(
     assert same(again, computed(plain, messages, [picture("blue")], replace(SHORT, max_tokens=1)))
 
 
+def test_the_text_before_a_picture_is_kept_for_another_process(
+    micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [Message("system", "A long text. " * 5), *ASK]
+    evaluated: list[int] = []
+    right = LanguageModel.evaluate_tokens
+
+    def watched(self: LanguageModel, tokens: list[int], cancel: threading.Event) -> None:
+        evaluated.append(len(tokens))
+        right(self, tokens, cancel)
+
+    with opened(micro_bundle) as llava:
+        found(llava, messages, [picture("red")])
+    assert len(entries("state")) == 2
+    with opened(micro_bundle) as llava, monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "evaluate_tokens", watched)
+        again = found(llava, messages, [picture("blue")], replace(SHORT, max_tokens=1))
+    assert again[2] == "miss"
+    assert len(evaluated) == 1  # the text behind the picture
+    assert same(again, computed(plain, messages, [picture("blue")], replace(SHORT, max_tokens=1)))
+
+
+@pytest.mark.parametrize("questions", [1, 2])
+def test_an_answer_does_not_wait_for_what_is_kept(
+    questions: int, micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, told = LanguageModel.save, threading.Event()
+
+    def late(self: LanguageModel, count: int) -> memoryview:
+        assert told.wait(60)
+        return right(self, count)
+
+    monkeypatch.setattr(LanguageModel, "save", late)
+    with opened(micro_bundle) as llava:
+        prompts = ["What?", "And?"][:questions]
+        answers = [last_of(stream).text for stream in llava.ask_many(prompts, [picture("red")], SHORT)]
+        told.set()
+    conversations = [[Message("user", prompt, 1)] for prompt in prompts]
+    with opened(micro_bundle) as llava:
+        assert [found(llava, messages, [picture("red")])[2] for messages in conversations] == ["kv"] * questions
+    assert answers == [computed(plain, messages, [picture("red")])[0] for messages in conversations]
+
+
 def test_a_budget_is_part_of_the_key(micro_bundle: Path, plain: Llava) -> None:
     for tokens in (0, 8, 4):
         options = replace(SHORT, image_tokens=tokens)
@@ -255,8 +298,10 @@ def test_bytes_that_llama_cpp_refuses_leave_a_context_as_new(micro_bundle: Path)
         return model.logits().copy()
 
     fill()
-    state = bytes(model.save())
+    state = bytes(model.save(len(keys)))
     wanted = logits()
+    assert bytes(model.save(len(keys))) == state  # what came behind is not in it
+    assert len(model.save(len(keys) + 1)) > len(state)
     assert model.restore(state, keys)
     assert np.array_equal(logits(), wanted)
     for wrong in (b"", state[:40], state[:-1], state[: len(state) // 2], bytes(len(state)), state + b"\0"):
@@ -368,7 +413,11 @@ def sequence(seed: int, bundle: Path, folder: Path, wanted: dict[tuple[str, int]
     return seen
 
 
-QUESTIONS = [[Message("user", text, 1)] for text in ("What?", "Which colour is it?")]
+QUESTIONS = [
+    [Message("user", "What?", 1)],
+    [Message("user", "Which colour is it?", 1)],
+    [Message("system", "Answer in one word."), Message("user", "What?", 1)],
+]
 
 
 @pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
