@@ -19,7 +19,7 @@ struct Part128 {  // 128 activations, for formats of 32 values
     float scales[4], sums[4];  // sums: of each 32, as rounded
 };
 
-struct Part256 {  // 256 activations, for formats of 256 values
+struct alignas(64) Part256 {  // 256 activations, for formats of 256 values
     static constexpr int BLOCKS = 8;
     int8_t values[256];
     int16_t sums[8];     // of each 32

@@ -33,23 +33,21 @@ void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *
         for (int i = 0; i < 192; i += 64) _mm_prefetch(row + AHEAD + i, _MM_HINT_T0);
         uint64_t groups, least;
         group_scales(reinterpret_cast<const uint8_t *>(row) + 4, groups, least);
-        const __m256i both = _mm256_cvtepu8_epi16(_mm_set_epi64x(least, groups));
-        const __m256i scales = _mm256_broadcastsi128_si256(_mm256_castsi256_si128(both));
-        const __m128i lowest = _mm256_extracti128_si256(both, 1);
-        __m256i whole[R], at = _mm256_set1_epi16(0x0100);  // at: picks the scale of a group
+        alignas(32) int32_t scales[8];  // each twice, in int16
+        _mm256_store_si256(reinterpret_cast<__m256i *>(scales), twice(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(groups))));
+        const __m128i lowest = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(least));
+        __m256i whole[R];
         for (int r = 0; r < R; r++) whole[r] = _mm256_setzero_si256();
 #pragma GCC unroll 4
         for (int j = 0; j < 8; j += 2) {
             const __m256i q = load256(row + (FIFTH ? 48 : 16) + 16 * j);
             __m256i a = _mm256_and_si256(q, low), b = _mm256_and_si256(_mm256_srli_epi16(q, 4), low);
             if (FIFTH) {
-                const __m256i bits = _mm256_srli_epi16(load256(row + 16), j), sixteen = _mm256_set1_epi8(16);
-                a = _mm256_or_si256(a, _mm256_and_si256(_mm256_slli_epi16(bits, 4), sixteen));
-                b = _mm256_or_si256(b, _mm256_and_si256(_mm256_slli_epi16(bits, 3), sixteen));
+                const __m256i bits = load256(row + 16), sixteen = _mm256_set1_epi8(16);
+                a = _mm256_or_si256(a, _mm256_and_si256(moved(bits, 4 - j), sixteen));
+                b = _mm256_or_si256(b, _mm256_and_si256(moved(bits, 3 - j), sixteen));
             }
-            const __m256i next_at = _mm256_add_epi8(at, _mm256_set1_epi8(2));
-            const __m256i a_scale = _mm256_shuffle_epi8(scales, at), b_scale = _mm256_shuffle_epi8(scales, next_at);
-            at = _mm256_add_epi8(next_at, _mm256_set1_epi8(2));
+            const __m256i a_scale = _mm256_set1_epi32(scales[j]), b_scale = _mm256_set1_epi32(scales[j + 1]);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const int8_t *values = x[r * next].values + 32 * j;
@@ -57,13 +55,14 @@ void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *
                 add<R>(whole[r], b, values + 32, b_scale);
             }
         }
-        const float d = half(row), dmin = half(row + 2);
+        const __m128 d_and_dmin = _mm_cvtph_ps(_mm_loadu_si32(row));
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const Part256 &part = x[r * next];
             const __m128i least = _mm_madd_epi16(lowest, load128(part.sums));
-            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_set1_ps(d * part.scale), sum[r]);
-            minima[r] = _mm_fmadd_ps(_mm_cvtepi32_ps(least), _mm_set1_ps(dmin * part.scale), minima[r]);
+            const __m128 both = _mm_mul_ps(d_and_dmin, _mm_set1_ps(part.scale));
+            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_broadcastss_ps(both), sum[r]);
+            minima[r] = _mm_fmadd_ps(_mm_cvtepi32_ps(least), _mm_permute_ps(both, 0x55), minima[r]);
         }
     }
     for (int r = 0; r < R; r++) out[r] = total(_mm256_sub_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), minima[r])));
@@ -71,7 +70,7 @@ void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *
 
 template <int R>
 void rows_q6_k(const char *row, const Part256 *x, int next, int blocks, float *out) {
-    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(3);
+    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(0x30);
     __m256 sum[R];
     for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps();
     for (blocks /= 8; blocks > 0; blocks--, row += 210, x++) {
@@ -92,8 +91,7 @@ void rows_q6_k(const char *row, const Part256 *x, int next, int blocks, float *o
             for (int g = 0; g < 4; g++) {
                 __m256i q = load256(row + 64 * h + 32 * (g & 1));
                 if (g & 2) q = _mm256_srli_epi16(q, 4);
-                const __m256i top = _mm256_and_si256(_mm256_srli_epi16(high, 2 * g), two);
-                q = _mm256_or_si256(_mm256_and_si256(q, low), _mm256_slli_epi16(top, 4));
+                q = _mm256_or_si256(_mm256_and_si256(q, low), _mm256_and_si256(moved(high, 4 - 2 * g), two));
                 const __m256i scale = _mm256_shuffle_epi8(halves[h], at);
                 at = _mm256_add_epi8(at, _mm256_set1_epi8(4));
 #pragma GCC unroll 4

@@ -145,6 +145,8 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
         for (int i = 0; i < 8 && n + i < columns; i++) {
             const char *row = product.w + (column + n + i) * product.w_stride;
             const uint8_t *b = reinterpret_cast<const uint8_t *>(row) + k / block_values(type) * block_bytes(type);
+            const int bytes = inner / block_values(type) * block_bytes(type);  // the next ones are read after this block's columns
+            for (int at = 0; at < bytes; at += 64) _mm_prefetch(b + bytes + at, _MM_HINT_T1);
             if (by_blocks(type)) unpack_by_blocks(type, b, inner / 32, i, eight, panel, n + i);
             else if (type == Q6_K) unpack_six(b, i, eight, panel, n + i);
             else unpack_four_or_five(type, b, i, eight, panel, n + i);

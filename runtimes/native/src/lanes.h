@@ -6,7 +6,7 @@
 // does that and can multiply by a whole number on the way.
 #pragma once
 
-#include <immintrin.h>
+#include "unpack.h"
 
 #include <cstdint>
 #include <cstring>
@@ -170,7 +170,7 @@ inline Floats whole(Lanes group) { return group.floats(); }
 #else
 struct Totals {
     Lanes v;
-    static __m256i factors(__m256i x) { return _mm256_blend_epi16(x, _mm256_slli_epi32(x, 16), 0xaa); }
+    static __m256i factors(__m256i x) { return twice(x); }
     static Totals load(const int32_t *p) { return {Lanes::load(p)}; }
     void store(int32_t *p) const { v.store(p); }
     void add(Lanes group, const int32_t *factors) { v.add_pairs(group, Lanes::load(factors)); }

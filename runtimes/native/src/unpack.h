@@ -74,6 +74,12 @@ inline void group_scale(const uint8_t *s, int j, int &scale, int &minimum) {
     }
 }
 
+// Bits to the left, or to the right if that is negative; what crosses bytes is to be masked.
+inline __m256i moved(__m256i x, int left) { return left < 0 ? _mm256_srli_epi16(x, -left) : _mm256_slli_epi16(x, left); }
+
+// int32 -> the same as int16, twice
+inline __m256i twice(__m256i x) { return _mm256_blend_epi16(x, _mm256_slli_epi32(x, 16), 0xaa); }
+
 // 16 bytes of half-bytes -> 32 bytes, low ones first
 inline __m256i nibbles(const void *p) {
     const __m128i x = load128(p);
