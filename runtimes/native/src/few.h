@@ -9,8 +9,6 @@
 namespace native {
 namespace {
 
-constexpr int AHEAD = 2048;  // bytes prefetched
-
 struct Part128 {  // 128 activations, for formats of 32 values
     static constexpr int BLOCKS = 4;  // of 32 values
     struct Pair {  // 64 of them: halves of a register belong to the first 32 and to the others

@@ -78,7 +78,6 @@ void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *
         }
     };
     for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x++) {
-        for (int i = 0; i < 4 * BYTES; i += 64) _mm_prefetch(row + AHEAD + i, _MM_HINT_T0);
         four(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }
     if (blocks) four(row, blocks > 1 ? row + BYTES : NO_BLOCK, blocks > 2 ? row + 2 * BYTES : NO_BLOCK, NO_BLOCK);
