@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from llava_edge import gguf
 from llava_edge.errors import MemoryLimitError
 from llava_edge.gguf import Gguf
 from llava_edge.options import EngineOptions
@@ -42,7 +44,8 @@ class Chosen:
 def choose(options: EngineOptions, header: Gguf, trained: int, *, tiles: bool = False, gpu_layers: int = 0) -> Chosen:
     """Resolve "auto": fast if that takes no more than half of what memory is free.
 
-    trained: positions that the model knows. tiles: whether pictures are cut up and need many of them.
+    trained: positions that the model knows. tiles: whether pictures are cut up and need many of them. A draft counts
+    too.
     Raises `MemoryLimitError` if what has to be private does not fit at all.
     """
     small = options.preset == "memory"
@@ -51,6 +54,10 @@ def choose(options: EngineOptions, header: Gguf, trained: int, *, tiles: bool = 
     kv = ("q8_0" if small else "f16") if options.kv == "auto" else options.kv
     needed, free = memory_bytes(header, context, kv), devices.available_memory()
     copied = 0 if gpu_layers else _copied_bytes(header)
+    if options.draft and Path(options.draft).is_file():
+        draft = gguf.read(Path(options.draft))
+        needed += memory_bytes(draft, min(context, draft.number("llama.context_length", 1, 1 << 24)), "f16")
+        copied += _copied_bytes(draft) if copied else 0
     room = "unknown memory" if free is None else f"{free >> 20} MiB"
     chosen = Chosen("memory" if small else "latency", "asked for", context, kv, repack=copied > 0 and not small)
     if options.preset == "auto":

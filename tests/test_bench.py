@@ -119,6 +119,16 @@ def test_a_picture_in_fewer_positions_is_measured(micro_bundle: Path, report: Re
     assert "4 image tokens" in run.configuration.label
 
 
+def test_presets_are_compared(micro_bundle: Path) -> None:
+    presets: Any = ("latency", "memory", "none")
+    plan = Plan([micro_bundle], (1,), presets=presets, device="cpu", prompt="hi", max_tokens=2, repeats=1, warmup=0)
+    found = measure(replace(plan, limits=False))
+    assert [run.configuration.label.rpartition(", ")[2] for run in found.runs] == [f"preset {name}" for name in presets]
+    assert [bool(run.error) for run in found.runs] == [False, False, True]  # it reaches the process that measures
+    assert "preset is 'none'" in found.runs[2].error
+    assert {row["preset"] for row in csv.DictReader(to_csv(found).splitlines())} == {"latency", "memory"}
+
+
 def test_a_broken_configuration_is_reported_and_the_others_go_on(report: Report) -> None:
     good, bad = report.runs
     assert not good.error

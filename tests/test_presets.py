@@ -109,6 +109,26 @@ def test_what_cannot_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.M
         presets.choose(EngineOptions(preset="memory", kv="f16"), header, 600)
 
 
+def test_a_draft_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = gguf.read(four_bits(tmp_path))
+    memory = EngineOptions(preset="memory", kv="f16")
+    with_draft = replace(memory, draft=header.path)
+    one = presets.memory_bytes(header, 128, "f16")
+    trained = header.number("llama.context_length", 1, 1 << 24)
+    two = one + presets.memory_bytes(header, min(128, trained), "f16")
+    monkeypatch.setattr(devices, "available_memory", lambda: two - 1)
+    assert presets.choose(memory, header, 128).name == "memory"
+    with pytest.raises(MemoryLimitError, match="Use a smaller --context"):
+        presets.choose(with_draft, header, 128)
+    monkeypatch.setattr(devices, "available_memory", lambda: two)
+    assert presets.choose(with_draft, header, 128).name == "memory"
+    copied = sum(tensor.size for tensor in header.tensors.values() if tensor.kind == "Q4_0")
+    monkeypatch.setattr(devices, "available_memory", lambda: 2 * (two + 2 * copied))
+    assert presets.choose(replace(with_draft, preset="auto"), header, 128).name == "latency"
+    monkeypatch.setattr(devices, "available_memory", lambda: 2 * (two + 2 * copied) - 2)
+    assert presets.choose(replace(with_draft, preset="auto"), header, 128).name == "memory"
+
+
 def test_keys_and_values_of_8_bits_take_little_more_than_half(tmp_path: Path) -> None:
     header = gguf.read(four_bits(tmp_path))
     assert presets.memory_bytes(header, 512, "f16") == 2 * 512 * 256 * 2

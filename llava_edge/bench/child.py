@@ -24,12 +24,13 @@ from llava_edge.runtimes.pipeline import Engine
 def answer(task: dict[str, Any]) -> dict[str, Any]:
     """Open a bundle and ask about pictures.
 
-    task: bundle, cache (folder), threads, context, device, prompt, max_tokens, image_tokens, and pictures: the path of
-    one for each name of a question.
+    task: bundle, cache (folder), threads, context, device, prompt, max_tokens, image_tokens, preset, and pictures: the
+    path of one for each name of a question.
     """
     born = devices.process_start()
     bundle = Bundle.open(Path(task["bundle"]))
-    options = EngineOptions(task["device"], task["threads"], task["context"], cache=Path(task["cache"]))
+    device, threads, context, preset = (task[name] for name in ("device", "threads", "context", "preset"))
+    options = EngineOptions(device, threads, context, preset, cache=Path(task["cache"]))
     wanted = Options(max_tokens=task["max_tokens"], image_tokens=task["image_tokens"])
     begun = time.monotonic()
     # As `llava-edge run` does: the first picture is encoded while the language model loads.

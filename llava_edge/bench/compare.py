@@ -59,7 +59,7 @@ def stages(run: Measured) -> Iterator[tuple[tuple[str, str], Stage]]:
 
 def _key(configuration: Configuration) -> tuple[object, ...]:
     c = configuration
-    return (c.model, c.quantization, c.vision, c.device, c.threads, c.context, c.image_tokens)
+    return (c.model, c.quantization, c.vision, c.device, c.threads, c.context, c.image_tokens, c.preset)
 
 
 def _ratio(label: str, question: str, name: str, old: Stage, new: Stage) -> Ratio:

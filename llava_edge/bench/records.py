@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from llava_edge.errors import DataError, MissingError
+from llava_edge.options import Preset
 
 SCHEMA = 2
 
@@ -60,7 +61,7 @@ class Question:
 class Configuration:
     """What is measured. identity: hash over the bundle's parts. context: positions, 0 is the model's default.
 
-    image_tokens: positions a picture may take, 0 is all.
+    image_tokens: positions a picture may take, 0 is all. preset: as of `EngineOptions`.
     """
 
     model: str
@@ -71,12 +72,14 @@ class Configuration:
     threads: int
     context: int
     image_tokens: int = 0
+    preset: Preset = "auto"
 
     @property
     def label(self) -> str:
         """For people; differs between the configurations of one sweep."""
         context = f", context {self.context}" if self.context else ""
         context += f", {self.image_tokens} image tokens" if self.image_tokens else ""
+        context += f", preset {self.preset}" if self.preset != "auto" else ""
         threads = f"{self.threads} thread" + "s" * (self.threads != 1)
         return f"{self.model} {self.quantization} + {self.vision}, {threads}{context}"
 

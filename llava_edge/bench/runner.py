@@ -37,7 +37,7 @@ from llava_edge.bench.records import (
 )
 from llava_edge.bench.work import Work, work
 from llava_edge.bundle import Bundle
-from llava_edge.options import Device
+from llava_edge.options import Device, Preset
 from llava_edge.runtimes import devices, native
 from llava_edge.store import resolve
 
@@ -46,8 +46,8 @@ Sample = dict[str, Any]  # what child.py prints
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: every bundle with every number of threads (0: all cores), context (0: the model's) and positions
-    for a picture (0: all)."""
+    """What to measure: every bundle with every number of threads (0: all cores), context (0: the model's), positions
+    for a picture (0: all) and preset."""
 
     models: Sequence[str | Path]
     threads: Sequence[int] = (0,)
@@ -60,6 +60,7 @@ class Plan:
     repeats: int = 5
     warmup: int = 1
     limits: bool = True
+    presets: Sequence[Preset] = ("auto",)
 
 
 def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fraction: None) -> Report:
@@ -72,11 +73,12 @@ def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fr
     threads = list(dict.fromkeys(count or devices.thread_count()[0] for count in plan.threads))
     bundles = [Bundle.open(resolve(model)) for model in plan.models]
     cases = [
-        _Case(_configuration(bundle, plan.device, count, context, budget), bundle)
+        _Case(_configuration(bundle, plan.device, count, context, budget, preset), bundle)
         for bundle in bundles
         for count in threads
         for context in plan.contexts
         for budget in plan.budgets
+        for preset in plan.presets
     ]
     peaks: dict[str, dict[str, float]] = {}
     rounds = range(-plan.warmup, plan.repeats)
@@ -185,10 +187,12 @@ def _stage(times: list[float], amount: float, limit: str, found: dict[str, float
     return stage(times, amount / (median(times) / 1000) / found[limit], limit)
 
 
-def _configuration(bundle: Bundle, device: Device, threads: int, context: int, budget: int) -> Configuration:
+def _configuration(
+    bundle: Bundle, device: Device, threads: int, context: int, budget: int, preset: Preset
+) -> Configuration:
     manifest = bundle.manifest
     return Configuration(manifest.name, manifest.identity, manifest.language.quantization, manifest.vision.precision,
-                         device, threads, context, budget)  # fmt: skip
+                         device, threads, context, budget, preset)  # fmt: skip
 
 
 def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) -> Sample:
@@ -202,6 +206,7 @@ def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) 
         "prompt": plan.prompt,
         "max_tokens": plan.max_tokens,
         "image_tokens": configuration.image_tokens,
+        "preset": configuration.preset,
     }
 
 

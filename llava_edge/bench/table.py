@@ -10,7 +10,7 @@ from llava_edge.bench.compare import Ratio, stages
 from llava_edge.bench.records import QUESTIONS, WARM, Measured, Report, Stage
 
 COLUMNS = (
-    "model", "quantization", "vision", "device", "threads", "context", "question", "cache", "image_tokens",
+    "model", "quantization", "vision", "device", "threads", "context", "preset", "question", "cache", "image_tokens",
     "prompt_tokens", "completion_tokens", "stage", "median_ms", "low_ms", "high_ms", "samples", "share", "limit",
 )  # fmt: skip
 
@@ -61,7 +61,19 @@ def to_csv(report: Report) -> str:
             counts = (asked.image_tokens, asked.prompt_tokens, asked.completion_tokens) if asked else ("",) * 3
             cache = "|".join(dict.fromkeys(asked.cache)) if asked else ""
             share = "" if stage.share is None else stage.share
-            row = [c.model, c.quantization, c.vision, c.device, c.threads, c.context, question, cache, *counts, name]
+            row = [
+                c.model,
+                c.quantization,
+                c.vision,
+                c.device,
+                c.threads,
+                c.context,
+                c.preset,
+                question,
+                cache,
+                *counts,
+                name,
+            ]
             writer.writerow([*row, stage.median, stage.low, stage.high, len(stage.samples), share, stage.limit])
     return text.getvalue()
 

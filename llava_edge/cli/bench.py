@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
-from llava_edge.options import DEFAULT_PROMPT, DEVICES, Device, EngineOptions, Options
+from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS, Device, EngineOptions, Options, Preset
 from llava_edge.store import DEFAULT_MODEL
 
 
@@ -31,6 +31,8 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
 @click.option(
     "--image-tokens", "budgets", callback=_numbers, default="0", metavar="N,N", help="Each in turn; 0 is all."
 )
+@click.option("--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=["auto"], show_default=True,
+              help="Each in turn; may be repeated.")  # fmt: skip
 @click.option(
     "--image", type=click.Path(path_type=Path), metavar="FILE", help="Picture to show; a drawn one unless given."
 )
@@ -51,8 +53,8 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
               help="Earlier output to compare with; may be repeated.")  # fmt: skip
 def bench(
     models: tuple[str, ...], device: Device, threads: tuple[int, ...], contexts: tuple[int, ...],
-    budgets: tuple[int, ...], image: Path | None, prompt: str, max_tokens: int, repeats: int, warmup: int,
-    limits: bool, csv_file: Path | None, html_file: Path | None, older: tuple[Path, ...],
+    budgets: tuple[int, ...], presets: tuple[Preset, ...], image: Path | None, prompt: str, max_tokens: int,
+    repeats: int, warmup: int, limits: bool, csv_file: Path | None, html_file: Path | None, older: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Measure every stage of an answer, and what share of the machine's limits it reaches.
 
@@ -76,7 +78,7 @@ def bench(
 
     earlier = {path.name: read_report(path) for path in older}
     plan = Plan(models or (DEFAULT_MODEL,), threads, contexts, budgets, device, prompt, max_tokens, image, repeats,
-                warmup, limits)  # fmt: skip
+                warmup, limits, presets)  # fmt: skip
     with status_line("Measuring") as status:
         report = measure(plan, status.step)
     click.echo(table(report), err=True)
