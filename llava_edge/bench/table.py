@@ -61,19 +61,8 @@ def to_csv(report: Report) -> str:
             counts = (asked.image_tokens, asked.prompt_tokens, asked.completion_tokens) if asked else ("",) * 3
             cache = "|".join(dict.fromkeys(asked.cache)) if asked else ""
             share = "" if stage.share is None else stage.share
-            row = [
-                c.model,
-                c.quantization,
-                c.vision,
-                c.device,
-                c.threads,
-                c.context,
-                c.preset,
-                question,
-                cache,
-                *counts,
-                name,
-            ]
+            settings = (c.model, c.quantization, c.vision, c.device, c.threads, c.context, c.preset)
+            row = [*settings, question, cache, *counts, name]
             writer.writerow([*row, stage.median, stage.low, stage.high, len(stage.samples), share, stage.limit])
     return text.getvalue()
 
