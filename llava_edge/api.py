@@ -235,7 +235,11 @@ def _last(chunks: Iterable[Chunk]) -> Result:
 
 
 async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = False) -> AsyncGenerator[Chunk, None]:
-    """A stream, read in a thread of its own. `settle`: who leaves early waits until it has really ended."""
+    """A stream, read in a thread of its own. `settle`: who leaves early waits until it has really ended.
+
+    The last chunk arrives when the stream has ended, so that who leaves with it (Python closes such a generator later)
+    finds a turn kept.
+    """
     import asyncio  # 20 ms that the command line does without
 
     loop = asyncio.get_running_loop()
@@ -247,11 +251,17 @@ async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = Fa
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
     def pump() -> None:
+        last: Chunk | None = None
         try:
             for chunk in start(cancel):
-                put(chunk)
+                if chunk.final is None:
+                    put(chunk)
+                else:
+                    last = chunk
         except Exception as error:  # noqa: BLE001 - raised where it is awaited
             put(error)
+        if last is not None:
+            put(last)
         put(None)
 
     threading.Thread(target=pump, name="llava-edge stream", daemon=True).start()

@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from llava_edge import store
 from llava_edge.bundle import VISION, VISION_DATA, Bundle
 from llava_edge.errors import BundleError, LlavaEdgeError, UnavailableError
-from llava_edge.runtimes import devices, native
+from llava_edge.runtimes import bindings, devices, native
 from llava_edge.runtimes.vision import VisionEncoder
 
 ROUNDS = 2  # each candidate is opened and measured in turns with the others
@@ -105,7 +104,7 @@ def known(bundle: Bundle) -> list[Setting]:
         types = {(type(item.threads), type(item.prepack), type(item.native), type(item.encode_ms)) for item in found}
         good = types == {(int, bool, bool, float)} and all(1 <= item.threads <= 512 for item in found)
         return found if good else []
-    except (OSError, ValueError, TypeError, AttributeError, LlavaEdgeError, metadata.PackageNotFoundError):
+    except (OSError, ValueError, TypeError, AttributeError, LlavaEdgeError, ImportError):
         return []
 
 
@@ -163,6 +162,6 @@ def _path(bundle: Bundle) -> Path:
     files = [bundle.manifest.files[name].sha256 for name in (VISION, VISION_DATA) if name in bundle.manifest.files]
     if not files:
         raise BundleError(f"{bundle.folder} has no vision.onnx in its manifest.")
-    about = [files, devices.processor(), devices.thread_count()[0], metadata.version("onnxruntime")]
+    about = [files, devices.processor(), devices.thread_count()[0], bindings.version("onnxruntime")]
     about += [str(native.operator_library())]  # its folder is named by all it depends on
     return store.home() / "tune" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"

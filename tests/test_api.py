@@ -9,8 +9,10 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +170,24 @@ def test_an_awaited_conversation_is_the_conversation(llava: Llava) -> None:
         return chat.messages
 
     assert asyncio.run(run()) == plain.messages
+
+
+def test_the_last_chunk_of_an_awaited_turn_comes_when_it_is_kept(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = llava.chat(options=Options(max_tokens=2))
+    generate = chat._engine.generate
+
+    def slow(*arguments: Any, **named: Any) -> Iterator[Chunk]:
+        yield from generate(*arguments, **named)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(chat._engine, "generate", slow)
+
+    async def run() -> None:
+        async for chunk in chat.asay("What is it?"):
+            if chunk.final:
+                assert len(chat.messages) == 2
+
+    asyncio.run(run())
 
 
 def test_an_awaited_turn_that_is_left_is_kept_as_far_as_it_came(llava: Llava) -> None:

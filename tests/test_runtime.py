@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, 
 from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UnavailableError, UsageError
 from llava_edge.options import Chunk, EngineOptions, Options
 from llava_edge.prompt import Message, Piece
-from llava_edge.runtimes import CancelledError, devices, probe
+from llava_edge.runtimes import CancelledError, bindings, devices, probe
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.projector import gelu
@@ -513,6 +514,13 @@ sys.meta_path.insert(0, Watch())
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[0] == "spins: 1000"
+
+
+def test_versions_are_those_that_pip_knows() -> None:
+    for name, project in (("llama_cpp", "llama-cpp-python"), ("onnxruntime", "onnxruntime")):
+        assert bindings.version(name).split("+")[0] == metadata.version(project).split("+")[0]
+    with pytest.raises(ImportError, match="no_such_package"):
+        bindings.version("no_such_package")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
