@@ -9,6 +9,15 @@
 namespace native {
 namespace {
 
+// Weights of a row that is computed with R rows of activations, before they are needed. One or two rows of activations read
+// weights as fast as memory gives them, and then this is in the way; with more the processor looks less far ahead by itself.
+template <int R>
+inline void fetch(const char *weights, int bytes) {
+    constexpr int AHEAD = 4096;
+    if (R > 2)
+        for (int i = 0; i < bytes; i += 64) _mm_prefetch(weights + AHEAD + i, _MM_HINT_T0);
+}
+
 struct Part128 {  // 128 activations, for formats of 32 values
     static constexpr int BLOCKS = 4;  // of 32 values
     struct Pair {  // 64 of them: halves of a register belong to the first 32 and to the others

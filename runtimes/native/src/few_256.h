@@ -30,6 +30,7 @@ void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *
     __m128 minima[R];
     for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps(), minima[r] = _mm_setzero_ps();
     for (blocks /= 8; blocks > 0; blocks--, row += FIFTH ? 176 : 144, x++) {
+        fetch<R>(row, FIFTH ? 176 : 144);
         uint64_t groups, least;
         group_scales(reinterpret_cast<const uint8_t *>(row) + 4, groups, least);
         alignas(32) int32_t scales[8];  // each twice, in int16
@@ -73,6 +74,7 @@ void rows_q6_k(const char *row, const Part256 *x, int next, int blocks, float *o
     __m256 sum[R];
     for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps();
     for (blocks /= 8; blocks > 0; blocks--, row += 210, x++) {
+        fetch<R>(row, 210);
         const __m256i scales = _mm256_cvtepi8_epi16(load128(row + 192));  // of 16 groups of 16
         const __m256i halves[2] = {_mm256_permute4x64_epi64(scales, 0x44), _mm256_permute4x64_epi64(scales, 0xee)};
         __m256i whole[R];

@@ -78,6 +78,7 @@ void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *
         }
     };
     for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x++) {
+        fetch<R>(row, 4 * BYTES);
         four(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }
     if (blocks) four(row, blocks > 1 ? row + BYTES : NO_BLOCK, blocks > 2 ? row + 2 * BYTES : NO_BLOCK, NO_BLOCK);
