@@ -30,7 +30,6 @@ BATCH = 512  # positions evaluated at once, unless more are asked for; a cancell
 MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a prompt of this size fits no context anyway
 MAX_BRANCHES = 8  # as many rows as `speculation.WIDTH`: more gain little, and their answers wait for each other
 _SEQUENCE = 0
-_SAVED = 1  # what is saved of it, meanwhile; otherwise a branch's
 _ABORTED = 2  # llama_decode
 
 
@@ -70,7 +69,8 @@ class LanguageModel:
         self.context_size = context
         self.held: list[Key] = []
         self.batch = batch
-        self.max_branches = min(MAX_BRANCHES, context - 1, batch - 1)  # llama.cpp aborts with more sequences than room
+        # One more sequence is memory itself, and one what `save` saves of it. llama.cpp aborts with more than room.
+        self.max_branches = max(0, min(MAX_BRANCHES, context - 2, batch - 2))
         self._threads = threads
         self._kv = kv
         self._gpu_layers = gpu_layers
@@ -145,12 +145,12 @@ class LanguageModel:
         return same
 
     def save(self, count: int) -> memoryview:
-        """The first `count` positions that memory holds, in llama.cpp's own form. Not while there are branches."""
-        api = self.library
-        api.llama_memory_seq_cp(self._memory, _SEQUENCE, _SAVED, 0, count)
-        state = np.empty(api.llama_state_seq_get_size(self._context, _SAVED), np.uint8)
-        written = api.llama_state_seq_get_data(self._context, _bytes(state), len(state), _SAVED)
-        api.llama_memory_seq_rm(self._memory, _SAVED, -1, -1)
+        """The first `count` positions that memory holds, in llama.cpp's own form."""
+        api, saved = self.library, 1 + self.max_branches
+        api.llama_memory_seq_cp(self._memory, _SEQUENCE, saved, 0, count)
+        state = np.empty(api.llama_state_seq_get_size(self._context, saved), np.uint8)
+        written = api.llama_state_seq_get_data(self._context, _bytes(state), len(state), saved)
+        api.llama_memory_seq_rm(self._memory, saved, -1, -1)
         return state[:written].data
 
     def restore(self, state: bytes | memoryview, keys: Sequence[Key]) -> bool:
@@ -288,7 +288,10 @@ class LanguageModel:
         settings.n_ctx = self.context_size
         settings.n_batch = settings.n_ubatch = self.batch
         settings.n_threads = settings.n_threads_batch = self._threads
-        settings.n_seq_max, settings.kv_unified = 1 + self.max_branches, True  # they share positions they begin with
+        settings.n_seq_max, settings.kv_unified = (
+            min(2 + self.max_branches, self.context_size),
+            True,
+        )  # they share positions they begin with
         if self._kv == "q8_0":
             settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
         # Nothing else reads values of 8 bits. And by itself llama.cpp leaves it off where another device takes it.

@@ -272,10 +272,10 @@ class Engine:
         try:
             self._prefill.run(parts, answer.run, answer.job, reuse=reuse)
             reason = decode(answer, options, self._speculation)
+            self._prefill.keep()
         except CancelledError:
             reason = "cancelled"
         self._finish(answer, reason)
-        self._prefill.keep()
 
     def _answer_all(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
         while ready:
@@ -307,6 +307,8 @@ class Engine:
 
         def done(answer: Answer, reason: FinishReason) -> None:
             waiting.remove(answer)
+            if not waiting and reason != "cancelled":
+                self._prefill.keep()
             self._finish(answer, reason)
 
         try:
@@ -317,7 +319,6 @@ class Engine:
         except CancelledError:
             for answer in list(waiting):
                 done(answer, "cancelled")
-        self._prefill.keep()
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         """The last chunk."""

@@ -92,7 +92,7 @@ class Prefill:
                 self._new.append(keys[:end])
 
     def keep(self) -> None:
-        """Save what the last prompt computed, for others. Behind its answer, which then does not wait for that."""
+        """Save what the last prompt computed, for others. Behind its answer's text, which does not wait for that."""
         for keys in self._new:
             if self._language.held[: len(keys)] == keys:
                 about = {"model": self._name, "kind": "state", "positions": str(len(keys))}

@@ -205,6 +205,6 @@ def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) 
 def test_a_small_context_has_fewer_branches(context: int, micro_bundle: Path) -> None:
     """llama.cpp aborts the process when it is asked for more sequences than positions."""
     language = LanguageModel(micro_bundle / LANGUAGE, context=context, threads=1)
-    assert language.max_branches == min(context - 1, MAX_BRANCHES)
+    assert language.max_branches == max(0, min(context - 2, MAX_BRANCHES))
     language.evaluate_tokens([5], NEVER)
     language.close()
