@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -377,6 +377,14 @@ def test_what_is_still_being_written_is_found(tmp_path: Path, monkeypatch: pytes
 # Anything in any order.
 
 
+def damage(path: Path, choose: random.Random) -> None:
+    """One bit."""
+    whole = bytearray(path.read_bytes())
+    if whole:
+        whole[choose.randrange(len(whole))] ^= 1 << choose.randrange(8)
+        path.write_bytes(whole)
+
+
 def sequence(seed: int, bundle: Path, folder: Path, wanted: dict[tuple[str, int], tuple[str, Array]]) -> list[str]:
     """A random life of one user's cache; what each question found."""
     choose = random.Random(seed)
@@ -403,12 +411,10 @@ def sequence(seed: int, bundle: Path, folder: Path, wanted: dict[tuple[str, int]
                 llava.close()
                 llava = Llava.load(bundle, CPU)
             elif act == "corrupt" and kept:
-                path = choose.choice(kept)
-                whole = bytearray(path.read_bytes())
-                whole[choose.randrange(len(whole))] ^= 1 << choose.randrange(8)
-                path.write_bytes(whole)
+                with suppress(FileNotFoundError):  # one that was still being written, under another name
+                    damage(choose.choice(kept), choose)
             elif act == "delete" and kept:
-                choose.choice(kept).unlink()
+                choose.choice(kept).unlink(missing_ok=True)
             elif act == "clear":
                 user_cache().clear()
     finally:
