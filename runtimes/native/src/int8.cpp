@@ -30,22 +30,23 @@ constexpr int ROWS = Lanes::count == 8 ? 6 : 12;
 bool takes(int type) {
     return type == Q4_0 || type == Q4_1 || type == Q4_K || type == Q5_K || type == Q6_K || (VNNI && type == Q8_0);
 }
-bool by_blocks(int type) { return block_values(type) == 32; }     // with a scale of activations for each 32
-int scale_values(int type) { return type == Q6_K ? 16 : 32; }     // of weights, with one scale
+bool by_blocks(int type) { return block_values(type) == 32; }  // with a scale of activations for each 32
+int scale_values(int type) { return type == Q6_K ? 16 : 32; }  // weights with one scale
 int zero_point(int type) { return type == Q4_0 ? 8 : type == Q8_0 ? 128 : 0; }
 
 struct Tile {
-    float scales[BLOCKS][ROWS];    // of activations; the first ones alone if there is one for 256
-    float shares[BLOCKS][ROWS];    // Q4_1: scale * sum
-    int32_t sums[BLOCKS][ROWS];    // by blocks: where its sum starts, -zero * sum; else: sums of two scales' values, a pair of int16
+    float scales[BLOCKS][ROWS];  // of activations; the first ones alone if there is one for 256
+    float shares[BLOCKS][ROWS];  // Q4_1: scale * sum
+    // By blocks: where the sum of products starts, -zero * sum. Else: sums of the values with two scales, a pair of int16.
+    int32_t sums[BLOCKS][ROWS];
     int32_t bytes[STEPS][ROWS];
 };
 
 struct Panel {
-    float scales[BLOCKS][COLUMNS];    // by blocks: d; else: d and -dmin, once
-    float minima[BLOCKS][COLUMNS];    // Q4_1: m
+    float scales[BLOCKS][COLUMNS];         // by blocks: d; else: d and -dmin, once
+    float minima[BLOCKS][COLUMNS];         // Q4_1: m
     int32_t factors[2 * BLOCKS][COLUMNS];  // scale of each group, as Totals wants it
-    int32_t pairs[BLOCKS][COLUMNS];   // min of two groups, int16
+    int32_t pairs[BLOCKS][COLUMNS];        // min of two groups, int16
     int32_t bytes[STEPS][COLUMNS];
 };
 
@@ -64,8 +65,8 @@ void pack_block(int type, const int8_t *row, int b, int i, Tile &tile) {
     if (type == Q6_K) {
         tile.sums[b][i] = pair(sum_of(first), sum_of(second));
     } else if (!by_blocks(type)) {
-        int16_t *to = reinterpret_cast<int16_t *>(&tile.sums[b / 2][i]);
-        to[b % 2] = sum_of(both);
+        const int16_t sum = sum_of(both);
+        memcpy(reinterpret_cast<char *>(&tile.sums[b / 2][i]) + b % 2 * sizeof sum, &sum, sizeof sum);
     } else {
         tile.shares[b][i] = tile.scales[b][i] * sum_of(both);
         const __m128i starts = _mm_mullo_epi16(both, _mm_set1_epi16(-zero_point(type)));
@@ -211,7 +212,7 @@ void multiply_by_blocks(const Tile &tile, const Panel &panel, int blocks, bool f
 
 // SCALED: values with one scale. GROUP: of these, as many as add up before they are multiplied by it
 template <int SCALED, int GROUP>
-void multiply_by_256(const Tile &tile, const Panel &panel, int, bool first, float *sums) {
+void multiply_by_256(const Tile &tile, const Panel &panel, bool first, float *sums) {
     alignas(64) int32_t totals[ROWS][COLUMNS];
     Lanes low[ROWS], high[ROWS];
 #pragma GCC unroll 12
@@ -254,9 +255,9 @@ void multiply(int type, const void *tile_memory, const void *panel_memory, int i
     const Panel &panel = *static_cast<const Panel *>(panel_memory);
     if (type == Q4_1) multiply_by_blocks<true>(tile, panel, inner / 32, first, sums);
     else if (by_blocks(type)) multiply_by_blocks<false>(tile, panel, inner / 32, first, sums);
-    else if (type == Q4_K) multiply_by_256<32, 32>(tile, panel, inner, first, sums);
-    else if (type == Q5_K) multiply_by_256<32, VNNI ? 32 : 16>(tile, panel, inner, first, sums);
-    else multiply_by_256<16, VNNI ? 16 : 8>(tile, panel, inner, first, sums);
+    else if (type == Q4_K) multiply_by_256<32, 32>(tile, panel, first, sums);
+    else if (type == Q5_K) multiply_by_256<32, VNNI ? 32 : 16>(tile, panel, first, sums);
+    else multiply_by_256<16, VNNI ? 16 : 8>(tile, panel, first, sums);
 }
 
 void store(const float *sums, float *y, size_t stride, int rows, int columns) {
