@@ -11,6 +11,7 @@ weights that is about sizes and arithmetic, not about what a trained model loses
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,13 @@ import click
 import numpy as np
 
 from llava_edge import Llava
+from llava_edge.bundle import Bundle
 from llava_edge.export.samples import pictures
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.pictures import check_budget, limited, prepare
-from llava_edge.store import DEFAULT_MODEL
+from llava_edge.store import DEFAULT_MODEL, resolve
 
 Array = np.ndarray[Any, Any]
 
@@ -39,9 +41,12 @@ WHOLE = Options(speculate="off")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Drawn ones unless given.")
 @click.option("--tokens", default=16, show_default=True, help="Places of an answer, at most.")
-@click.option("--image-tokens", "budgets", multiple=True, type=int, default=(256, 144, 64), show_default=True)
+@click.option("--image-tokens", "budgets", multiple=True, type=int, help="Two thirds, half and a third of each side.")
 def main(model: str, images: Sequence[Path], tokens: int, budgets: Sequence[int]) -> None:
     """Print a line for each budget and method."""
+    if not budgets:  # squares, which can be pooled
+        side = math.isqrt(Bundle.open(resolve(model)).manifest.vision.image_tokens)
+        budgets = [round(side * share) ** 2 for share in (2 / 3, 1 / 2, 1 / 3)]
     ways = {
         f"{method} {count}": replace(WHOLE, image_tokens=count, image_token_method=method)
         for count in budgets

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -17,17 +18,25 @@ from typing import Any
 _NEEDED = "llama_cpp._ctypes_extensions"  # the one module of the package that the bindings import
 
 
-@cache
+_executing = threading.Lock()  # two copies of the bindings would not know each other's types
+
+
 def functions() -> Any:
-    """The module with `llama_decode` and the rest. Raises `ImportError`."""
-    folder = package()
-    if _NEEDED in sys.modules:
-        return _execute("llava_edge.runtimes._llama_cpp", folder / "llama_cpp.py")
+    """The module with `llama_decode` and the rest, once in a process. Raises `ImportError`."""
+    with _executing:
+        return _bindings()
+
+
+@cache
+def _bindings() -> Any:
+    folder, there = package(), _NEEDED in sys.modules
     try:
-        sys.modules[_NEEDED] = _execute(_NEEDED, folder / "_ctypes_extensions.py")
+        if not there:
+            sys.modules[_NEEDED] = _execute(_NEEDED, folder / "_ctypes_extensions.py")
         return _execute("llava_edge.runtimes._llama_cpp", folder / "llama_cpp.py")
     finally:
-        sys.modules.pop(_NEEDED, None)
+        if not there:
+            sys.modules.pop(_NEEDED, None)
 
 
 def version(name: str = "llama_cpp") -> str:

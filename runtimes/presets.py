@@ -56,6 +56,7 @@ def choose(options: EngineOptions, header: Gguf, trained: int, *, tiles: bool = 
     copied = 0 if gpu_layers else _copied_bytes(header)
     if options.draft and Path(options.draft).is_file():
         draft = gguf.read(Path(options.draft))
+        gguf.check_language(draft)
         needed += memory_bytes(draft, min(context, draft.number("llama.context_length", 1, 1 << 24)), "f16")
         copied += _copied_bytes(draft) if copied else 0
     room = "unknown memory" if free is None else f"{free >> 20} MiB"

@@ -156,21 +156,27 @@ def test_a_conversations_rounding_does_not_leak(micro_bundle: Path, plain: Llava
     assert same(after, computed(plain, talk, [picture("red"), picture("blue")]))
 
 
+def watched(patch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of all texts that are evaluated from now on."""
+    evaluated: list[int] = []
+    right = LanguageModel.evaluate_tokens
+
+    def evaluate(self: LanguageModel, tokens: list[int], cancel: threading.Event) -> None:
+        evaluated.append(len(tokens))
+        right(self, tokens, cancel)
+
+    patch.setattr(LanguageModel, "evaluate_tokens", evaluate)
+    return evaluated
+
+
 def test_the_text_before_a_picture_is_kept_for_the_next_picture(
     micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages = [Message("system", "A long text. " * 5), *ASK]
-    evaluated: list[int] = []
-    right = LanguageModel.evaluate_tokens
-
-    def watched(self: LanguageModel, tokens: list[int], cancel: threading.Event) -> None:
-        evaluated.append(len(tokens))
-        right(self, tokens, cancel)
-
     with opened(micro_bundle) as llava:
         found(llava, messages, [picture("red")])
         with monkeypatch.context() as patch:
-            patch.setattr(LanguageModel, "evaluate_tokens", watched)
+            evaluated = watched(patch)
             again = found(llava, messages, [picture("blue")], replace(SHORT, max_tokens=1))
     assert again[2] == "miss"
     assert len(evaluated) == 1  # the text behind the picture
@@ -181,18 +187,11 @@ def test_the_text_before_a_picture_is_kept_for_another_process(
     micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages = [Message("system", "A long text. " * 5), *ASK]
-    evaluated: list[int] = []
-    right = LanguageModel.evaluate_tokens
-
-    def watched(self: LanguageModel, tokens: list[int], cancel: threading.Event) -> None:
-        evaluated.append(len(tokens))
-        right(self, tokens, cancel)
-
     with opened(micro_bundle) as llava:
         found(llava, messages, [picture("red")])
     assert len(entries("state")) == 2
     with opened(micro_bundle) as llava, monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "evaluate_tokens", watched)
+        evaluated = watched(patch)
         again = found(llava, messages, [picture("blue")], replace(SHORT, max_tokens=1))
     assert again[2] == "miss"
     assert len(evaluated) == 1  # the text behind the picture

@@ -523,6 +523,22 @@ def test_versions_are_those_that_pip_knows() -> None:
         bindings.version("no_such_package")
 
 
+def test_threads_that_need_the_bindings_first_get_the_same() -> None:
+    code = """
+import threading
+from llava_edge.runtimes import bindings
+found, together = [], threading.Barrier(4)
+def need():
+    together.wait()
+    found.append(bindings.functions())
+threads = [threading.Thread(target=need) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(found), len(set(map(id, found))))
+"""
+    assert in_child(code) == "4 1\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 @pytest.mark.parametrize("first", ["import llama_cpp", "pass"])
 def test_llama_cpp_is_not_imported_for_its_functions(first: str, micro_bundle: Path) -> None:
