@@ -10,9 +10,30 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from llava_edge.runtimes import language
+from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.ggml import TYPES
 
 Array = np.ndarray[Any, Any]
+
+# Every kernel on every machine: AMX and AVX-VNNI with instructions that something else computes where the processor
+# refuses them, AVX-512 in plain C++.
+UNITS = (
+    *(
+        build.Unit(source, flags, kernel)
+        for source in build.VECTORS
+        for flags, kernel in (
+            (build.AVX2, ""),
+            ((*build.AVX2, "-mavxvnni", "-DNATIVE_REFUSED_COMPUTED"), "AVXVNNI"),
+            ((*build.AVX2, "-DNATIVE_WIDE"), "AVX512VNNI"),
+        )
+    ),
+    *(
+        build.Unit(source, (*build.AVX2, "-DNATIVE_REFUSED_COMPUTED"), "AMX")
+        for source in ("amx_bf16.cpp", "amx_int8.cpp")
+    ),
+    *(unit for unit in build.UNITS if unit.source not in build.VECTORS and not unit.kernel),
+    build.Unit(str(Path(__file__).with_name("missing_instructions.cpp"))),
+)
 
 SCALES = {
     "Q4_0": (0,),
@@ -48,9 +69,13 @@ class Kernels:
     def names(self) -> list[str]:
         return str(self._library.llava_edge_native_kernels().decode()).split()
 
-    def keeps_tiles(self, palette: int) -> bool:
-        """Whether the matrix unit is configured after a product as before; 0: not at all."""
-        return bool(self._library.llava_edge_native_keeps_tiles(palette))
+    def configure_tiles(self, palette: int) -> None:
+        """Tell the matrix unit something; 0: nothing."""
+        self._library.test_configure_tiles(palette)
+
+    def tiles_are_configured(self, palette: int) -> bool:
+        """Whether it still holds what `configure_tiles` told it in this thread."""
+        return bool(self._library.test_tiles_are_configured(palette))
 
     def multiply(self, kernel: str, kind: str, blocks: Array, x: Array, threads: int = 1) -> Array:
         """blocks: (columns, bytes of a row). (rows, columns)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from native_kernels import UNITS
 
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError
@@ -33,7 +34,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
         return Path(ready).parent
     folder = tmp_path_factory.mktemp("operator")
-    build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=build.EMULATED_UNITS, flags=("-O1", "-Werror"))
+    build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=UNITS, flags=("-O1", "-Werror"))
     return folder
 
 

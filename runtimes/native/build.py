@@ -15,8 +15,8 @@ from llava_edge.runtimes import bindings
 
 SOURCES = Path(__file__).parent / "src"
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # No fast-math: NaN has to stay NaN.
 FLAGS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra")
 
@@ -26,19 +26,19 @@ class Unit:
     """A source file as it is compiled. `kernel`: left out with it where the compiler does not know the flags."""
 
     source: str
-    flags: tuple[str, ...] = _AVX2
+    flags: tuple[str, ...] = AVX2
     kernel: str = ""
 
 
-_VECTORS = ("int8.cpp", "int16.cpp")  # each compiled for every set of instructions
+VECTORS = ("int8.cpp", "int16.cpp")  # each compiled for every set of instructions
 
 UNITS = (
     *(
         unit
-        for source in _VECTORS
+        for source in VECTORS
         for unit in (
             Unit(source),
-            Unit(source, (*_AVX2, "-mavxvnni"), "AVXVNNI"),
+            Unit(source, (*AVX2, "-mavxvnni"), "AVXVNNI"),
             Unit(source, (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE"), "AVX512VNNI"),
         )
     ),
@@ -52,18 +52,6 @@ UNITS = (
     Unit("backend.cpp"),
     Unit("memory.cpp"),
     Unit("api.cpp"),
-)
-# Instructions that this processor lacks, in plain C++ instead: for tests.
-_EMULATED = (*_AVX2, "-DNATIVE_EMULATE")
-EMULATED_UNITS = (
-    *(
-        unit
-        for source in _VECTORS
-        for unit in (Unit(source), Unit(source, (*_EMULATED, "-DNATIVE_WIDE"), "AVX512VNNI"))
-    ),
-    Unit("amx_bf16.cpp", _EMULATED, "AMX"),
-    Unit("amx_int8.cpp", _EMULATED, "AMX"),
-    *(unit for unit in UNITS if unit.source not in _VECTORS and not unit.kernel),
 )
 
 
@@ -112,7 +100,7 @@ def build(
     def link(path: Path, without: Sequence[str], *libraries: str) -> None:
         objects = [str(out) for unit, out, _ in done if unit.kernel not in lacking and unit.source not in without]
         listed = str(SOURCES / "kernels.cpp")
-        problem = _run([*common, *_AVX2, *defined, "-shared", *objects, listed, *libraries, "-o", str(path)])
+        problem = _run([*common, *AVX2, *defined, "-shared", *objects, listed, *libraries, "-o", str(path)])
         if problem:
             raise UnavailableError(f"The native kernels cannot be linked: {problem}")
 

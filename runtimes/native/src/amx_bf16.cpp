@@ -161,21 +161,3 @@ const Kernel amx_bf16 = {
 };
 
 }  // namespace native
-
-#ifdef NATIVE_EMULATE
-// For tests: a thread's configuration, 0 for none, is the same after a product as before.
-extern "C" __attribute__((visibility("default"))) int llava_edge_native_keeps_tiles(int palette) {
-    using namespace native;
-    TileConfiguration before{}, after;
-    before.palette = palette;
-    before.rows[0] = 3 * palette;
-    tile_configure(&before);
-    alignas(64) char kept[64];
-    enter_tiles(kept);
-    tile_read_configuration(&after);
-    const bool changed = after.rows[0] == 16;
-    leave_tiles(kept);
-    tile_read_configuration(&after);
-    return changed && !memcmp(&before, &after, sizeof before);
-}
-#endif
