@@ -13,6 +13,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 from native_kernels import SCALES, UNITS, Kernels, matrix, random_blocks, worst_error
 
 from llava_edge import gguf
+from llava_edge.errors import UnavailableError
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import devices, language, native, presets
 from llava_edge.runtimes.native import build, check
@@ -502,21 +505,54 @@ def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: P
     folder = install(built)
     (folder / "kernels.so").unlink()
     assert not whole(grouped, isolated_home)["used"]
-    (folder / "state.json").write_text('{"problems": 1}', "utf-8")
-    assert native.status().reason == "Not used: what was found out about them is damaged."
+    for damaged in (
+        '{"problems": 1}',
+        '{"problems": []}',
+        "[]",
+        json.dumps(found_out(types=[])),
+        json.dumps(found_out(types={})),
+    ):
+        (folder / "state.json").write_text(damaged, "utf-8")
+        assert native.status().reason == "Not used: what was found out about them is damaged."
 
 
-def test_a_second_load_knows_what_became_of_the_first(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = install(built)
-    used: list[str] = []
-    first = native._Process(folder, None)  # ggml did not accept it
-    monkeypatch.setattr(native, "_process", first)
-    assert not native.activate().used
-    first.library = type("Loaded", (), {"use": lambda self, *taken: used.append(taken[:1])})()
-    assert native.activate().used
-    first.path = folder.parent / "another"
-    assert native.activate().reason == "Not used: others were loaded into this process before."
-    assert [bool(taken) for taken in used] == [True, False]
+def test_what_was_loaded_first_is_used_to_the_end(
+    built: Path, monkeypatch: pytest.MonkeyPatch, isolated_home: Path
+) -> None:
+    """By two models that are loaded at the same time, and by later ones, since the backend is the process's."""
+    install(built)
+    monkeypatch.setattr(native, "_process", native._Process())
+    times: list[float] = []
+
+    def load(folder: Path, found: native.Status) -> None:
+        native._process.decided = found
+        time.sleep(0.05)
+        times.append(time.monotonic())
+
+    monkeypatch.setattr(native, "_load", load)
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(lambda _: native.activate(), range(4))
+    assert len(times) == 1
+    assert first.used
+    assert others == [first] * 3
+    monkeypatch.setenv("LLAVA_EDGE_NATIVE", "off")
+    assert native.activate() == first
+
+
+def test_what_is_refused_half_loaded_is_not_tried_again(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(built)
+    monkeypatch.setattr(native, "_process", native._Process())
+    tried: list[Path] = []
+
+    def load(folder: Path, found: native.Status) -> None:
+        tried.append(folder)
+        native._process.decided = found
+        raise UnavailableError("ggml does not accept them.")
+
+    monkeypatch.setattr(native, "_load", load)
+    for _ in range(2):
+        assert native.activate() == native.Status("Not used: ggml does not accept them.", native.COMMAND)
+    assert len(tried) == 1
 
 
 def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,11 +658,16 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert native.reordering_pays(nothing, {"Q4_K"})
 
 
-def test_no_compiler_and_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_and_unusable_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native.prepare().reason.startswith("There is no C++ compiler")
     monkeypatch.setenv("CXX", "false")
     assert "does not compile" in native.prepare().reason
+    clang = tmp_path / "clang"
+    clang.write_text("#!/bin/sh\necho clang version 16", "utf-8")
+    clang.chmod(0o755)
+    monkeypatch.setenv("CXX", str(clang))
+    assert "set CXX=g++" in native.prepare().reason
     assert not native.status().used
 
 

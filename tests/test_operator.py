@@ -7,11 +7,13 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from native_kernels import UNITS
 
@@ -107,17 +109,112 @@ def test_every_linear_layer_is_one_node(quantized: Bundle) -> None:
     assert [item.name for item in after.output] == [item.name for item in before.output]
 
 
-def test_what_is_no_such_layer_stays(quantized: Bundle, micro_bundle: Path) -> None:
-    """Another precision, and a layer whose second term belongs to another input."""
-    assert operator.with_linear((micro_bundle / VISION).read_bytes(), 1) is None
-    model = onnx.load_from_string(Path(quantized.part(VISION)).read_bytes())
-    rests = [node for node in model.graph.node if node.op_type == "Sub"]
+def other_input(graph: Any) -> None:
+    rests = [node for node in graph.node if node.op_type == "Sub"]
     rests[1].input[0] = rests[0].input[0]
+
+
+def weights_have_a_zero_point(graph: Any) -> None:
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(5, np.int8), "five"))
+    product(graph).input.append("five")
+
+
+def other_zero_point(graph: Any) -> None:
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(5, np.uint8), "five"))
+    product(graph).input[2] = "five"
+
+
+def one_scale_for_all_columns(graph: Any) -> None:
+    replace(graph, ".scale", np.ones(1, np.float32))
+
+
+def one_bias_for_all_columns(graph: Any) -> None:
+    replace(graph, ".bias", np.ones(1, np.float32))
+
+
+def unsigned_weights(graph: Any) -> None:
+    weight = next(item for item in graph.initializer if item.name == product(graph).input[1])
+    weight.data_type = onnx.TensorProto.UINT8
+
+
+def product(graph: Any) -> Any:
+    return next(node for node in graph.node if node.op_type == "MatMulInteger")
+
+
+def replace(graph: Any, ending: str, values: np.ndarray) -> None:
+    name = product(graph).input[1].removesuffix(".weight") + ending
+    (found,) = [item for item in graph.initializer if item.name == name]
+    found.CopyFrom(onnx.numpy_helper.from_array(values, name))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_input,
+        weights_have_a_zero_point,
+        other_zero_point,
+        one_scale_for_all_columns,
+        one_bias_for_all_columns,
+        unsigned_weights,
+    ],
+)
+def test_what_is_no_such_layer_stays(quantized: Bundle, change: Callable[[Any], None]) -> None:
+    model = onnx.load_from_string(Path(quantized.part(VISION)).read_bytes())
+    layers = sum(node.op_type == "MatMulInteger" for node in model.graph.node) // 2
+    change(model.graph)
     changed = operator.with_linear(model.SerializeToString(), 1)
     assert changed is not None
     kinds = [node.op_type for node in onnx.load_from_string(changed).graph.node]
-    assert kinds.count("Linear") == len(rests) - 1
+    assert kinds.count("Linear") == layers - 1
     assert kinds.count("MatMulInteger") == 2
+
+
+def test_what_is_no_such_model_stays(quantized: Bundle, micro_bundle: Path) -> None:
+    """Another precision, and a graph within the graph, whose nodes may read what seems to be unused."""
+    assert operator.with_linear((micro_bundle / VISION).read_bytes(), 1) is None
+    model = onnx.load_from_string(Path(quantized.part(VISION)).read_bytes())
+    model.graph.node.append(onnx.helper.make_node("If", ["condition"], ["value"]))
+    assert operator.with_linear(model.SerializeToString(), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("x", "inner", "scale", "problem"),
+    [
+        ((1, 3, 32), 32, 8, ""),
+        ((2, 3, 32), 32, 8, ""),
+        ((1, 3, 4096), 32, 8, "do not fit"),
+        ((1, 3, 32), 32, 1, "do not fit"),
+        ((3, 32), 32, 8, "another rank"),
+        ((1, 1, 3, 32), 32, 8, "another rank"),
+    ],
+)
+def test_the_operator_refuses_what_does_not_fit(
+    built: Path, x: tuple[int, ...], inner: int, scale: int, problem: str
+) -> None:
+    """Whoever made the graph: nothing is read that is not there."""
+    numbers = np.random.default_rng(0)
+    weight = numbers.integers(-127, 128, (inner, 8), np.int8)
+    constants = {"w": weight, "s": numbers.random(scale, np.float32), "b": numbers.random(8, np.float32)}
+    values, float32 = numbers.standard_normal(x, np.float32), onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Linear", ["x", "w", "s", "b"], ["y"], domain="llava_edge", threads=1)],
+        "one",
+        [onnx.helper.make_tensor_value_info("x", float32, x)],
+        [onnx.helper.make_tensor_value_info("y", float32, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    versions = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("llava_edge", 1)]
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.register_custom_ops_library(str(built / native.OPERATOR))
+    raw = onnx.helper.make_model(graph, opset_imports=versions, ir_version=8).SerializeToString()
+    session = onnxruntime.InferenceSession(raw, settings, providers=[CPU])
+    if problem:
+        with pytest.raises(Exception, match=problem):
+            session.run(None, {"x": values})
+        return
+    (found,) = session.run(None, {"x": values})
+    assert relative(found, values.astype(np.float64) @ weight * constants["s"] + constants["b"]) < 3e-4
 
 
 def test_a_damaged_file_is_one_sentence(quantized: Bundle, installed: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +31,7 @@ from llava_edge import store
 from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.runtimes import bindings, devices
 from llava_edge.runtimes.native import build
-from llava_edge.runtimes.native.ggml import Ggml, loaded
+from llava_edge.runtimes.native.ggml import TYPES, Ggml, loaded
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
 COMMAND = "python -m llava_edge.runtimes.native"
@@ -76,13 +77,13 @@ class Status:
 
 @dataclass
 class _Process:
-    """What this process has loaded: a backend stays until its end."""
+    """What this process has loaded, and uses: a backend stays until its end, for all models."""
 
-    path: Path | None = None
-    library: Library | None = None
+    decided: Status | None = None
 
 
 _process = _Process()
+_lock = threading.Lock()
 
 
 def status() -> Status:
@@ -98,23 +99,27 @@ def status() -> Status:
         return Status("Not built for this machine.", COMMAND)
     try:
         return choose(state, wanted())
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return Status("Not used: what was found out about them is damaged.", COMMAND)
 
 
 def activate() -> Status:
-    """Before a model is loaded: let llama.cpp use what `status` says. Whatever goes wrong, nothing is used."""
-    found = status()
-    try:
-        if found.used:
-            _load(place())
-        if _process.library is not None:
-            _process.library.use(found.many, found.few, found.attention, found.few_attention)
-    except (OSError, UnavailableError, ValueError) as error:
-        if _process.library is not None:
-            _process.library.use()
-        return Status(f"Not used: {error}", COMMAND)
-    return found
+    """Before a model is loaded: let llama.cpp use what `status` says. Whatever goes wrong, nothing is used.
+
+    Once something is, the same is for each later model: those that are open already would be computed by it, too.
+    """
+    with _lock:
+        if _process.decided is not None:
+            return _process.decided
+        found = status()
+        try:
+            if found.used:
+                _load(place(), found)
+        except (OSError, UnavailableError, ValueError, KeyError) as error:
+            found = Status(f"Not used: {error}", COMMAND)
+            if _process.decided is not None:  # half of it is loaded
+                _process.decided = found
+        return found
 
 
 def operator_library() -> Path | None:
@@ -124,7 +129,7 @@ def operator_library() -> Path | None:
         state = json.loads((folder / _STATE).read_text("utf-8"))
         good = wanted() != "off" and "failed" not in state and OPERATOR not in state["problems"]
         return folder / OPERATOR if good and _sha256(folder / OPERATOR) == state["operator"] else None
-    except (LlavaEdgeError, OSError, ValueError, KeyError, TypeError):
+    except (LlavaEdgeError, OSError, AttributeError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -157,11 +162,11 @@ def prepare(say: Callable[[str], None] = lambda line: None) -> Status:
 def choose(state: dict[str, Any], kernel: str = "") -> Status:
     """From what `check` found out to what is used; `kernel` names the one to take, if it may be taken.
 
-    Raises `KeyError`, `TypeError` or `ValueError` if the state is not what `check` writes.
+    Raises `AttributeError`, `KeyError`, `TypeError` or `ValueError` if the state is not what `check` writes.
     """
     if "failed" in state:
         return Status(f"Not used: {state['failed']}.", COMMAND)
-    problems, types = state["problems"], state["types"]
+    problems, types = state["problems"], {kind: state["types"][kind] for kind in TYPES}
     right = [name for name in state["kernels"] if name not in problems and (name not in OPT_IN or name == kernel)]
     if kernel in right:
         right = [kernel]
@@ -226,12 +231,8 @@ def wanted() -> str:
     return os.environ.get("LLAVA_EDGE_NATIVE", "").strip().lower()
 
 
-def _load(folder: Path) -> None:
-    """Into this process, once. Raises `UnavailableError` or `OSError`."""
-    if _process.path is not None:
-        if _process.path != folder or _process.library is None:
-            raise UnavailableError("others were loaded into this process before.")
-        return
+def _load(folder: Path, found: Status) -> None:
+    """Into this process, to stay. Raises `UnavailableError`, `OSError`, `ValueError` or `KeyError`."""
     ggml = Ggml()
     version = (bindings.version(), ggml.version())
     if version not in ACCEPTED:
@@ -239,14 +240,14 @@ def _load(folder: Path) -> None:
     if loaded("libgomp.so.1") is None:
         raise UnavailableError("this llama.cpp computes without OpenMP, whose threads they share.")
     path = folder / LIBRARY
-    if _sha256(path) != json.loads((folder / _STATE).read_text("utf-8"))["sha256"]:
+    if _sha256(path) != found.library:
         raise UnavailableError("their file has changed since they were tried.")
-    _process.path = folder
+    _process.decided = found
     library = Library(path)
     library.use()
     if not ggml.load_backend(path) or not ggml.device(DEVICE):
         raise UnavailableError("ggml does not accept them.")
-    _process.library = library
+    library.use(found.many, found.few, found.attention, found.few_attention)
 
 
 def _check(library: Path) -> dict[str, Any]:

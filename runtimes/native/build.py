@@ -79,6 +79,8 @@ def build(
     headers = llama.parent / "include"
     if tool is None:
         raise UnavailableError("There is no C++ compiler; install one (Debian: sudo apt-get install build-essential).")
+    if _is_clang(tool):
+        raise UnavailableError(f"{tool} is clang, whose OpenMP has threads of its own; install gcc and set CXX=g++.")
     if not (headers / "ggml-backend.h").is_file():
         raise UnavailableError(f"This llama-cpp-python has no headers in {headers}.")
     (base,) = sorted((llama / "lib").glob("libggml-base.so.0")) or [llama / "lib/libggml-base.so"]
@@ -108,6 +110,11 @@ def build(
     link(target, ["linear.cpp"], str(base))
     if operator is not None:
         link(operator, ["backend.cpp", "memory.cpp", "api.cpp"])
+
+
+def _is_clang(tool: str) -> bool:
+    said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return "clang" in said.stdout
 
 
 def _run(command: Sequence[str]) -> str:

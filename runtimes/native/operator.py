@@ -22,7 +22,9 @@ MULTIPLE = 16  # of the inner dimension, for src/int16.cpp
 
 _GRAPH, _OPSETS = 7, 8  # of ModelProto
 _NODE, _INITIALIZER, _OUTPUT = 1, 5, 12  # of GraphProto
+_FLOAT, _INT8 = 1, 3  # of TensorProto
 _BYTES = 2  # wire type
+_WITH_GRAPHS = {"If", "Loop", "Scan", "SequenceMap"}  # of their own, which may use values of the whole one
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def with_linear(model: bytes, threads: int) -> bytes | None:
     graph = next(value for number, value in fields if number == _GRAPH and isinstance(value, bytes))
     parts = list(_fields(graph))
     nodes = [_node(value) for number, value in parts if number == _NODE and isinstance(value, bytes)]
-    layers = _layers(nodes, _inner_dimensions(parts))
-    if not layers:
+    layers = _layers(nodes, _shapes(parts))
+    if not layers or any(node.kind in _WITH_GRAPHS for node in nodes):
         return None
     changed = [
         _linear(layers[node.outputs[0]], node.outputs[0], threads) if node.outputs[0] in layers else node
@@ -82,7 +84,7 @@ def linear(
     return out
 
 
-def _layers(nodes: list[_Node], inner: dict[str, int]) -> dict[str, tuple[str, ...]]:
+def _layers(nodes: list[_Node], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
     """Output of each linear layer -> x, weight, scale, bias."""
     made_by = {output: node for node in nodes for output in node.outputs}
 
@@ -106,16 +108,28 @@ def _layers(nodes: list[_Node], inner: dict[str, int]) -> dict[str, tuple[str, .
         second = trace(node.inputs[1], "Mul", "Cast", "MatMulInteger", "QuantizeLinear", "Sub")
         if len(first) < 5 or len(second) < 5:
             continue
-        x, weight, rest = first[4].inputs[0], first[3].inputs[1], second[4]
-        scales = made_by.get(first[1].inputs[1])
+        x, weight, bias, rest = first[4].inputs[0], first[3].inputs[1], first[0].inputs[1], second[4]
+        scales = [made_by.get(multiplied.inputs[1]) for multiplied in (first[1], second[0])]
         # Of the second: what rounding x left over, times the same weights.
         again = made_by.get(rest.inputs[1])
-        known = again is not None and again.kind == "DequantizeLinear" and again.inputs[0] == first[4].outputs[0]
-        if scales is None or not known or rest.inputs[0] != x or second[2].inputs[1] != weight:
+        if again is None or again.kind != "DequantizeLinear" or rest.inputs[0] != x:
             continue
-        if inner.get(weight, 1) % MULTIPLE == 0:
-            layers[node.outputs[0]] = (x, weight, scales.inputs[1], first[0].inputs[1])
+        steps = [_step(*parts) for parts in ((first[4], first[3], scales[0]), (second[3], second[2], scales[1]))]
+        if again.inputs != (first[4].outputs[0], *first[4].inputs[1:]) or None in steps or steps[0] != steps[1]:
+            continue
+        scale = str(steps[0])
+        inner, columns = (shapes.get(weight) or (0, 0))[:2]
+        fits = shapes.get(weight) == (inner, columns, _INT8) and inner % MULTIPLE == 0 and inner > 0
+        if fits and shapes.get(scale) == shapes.get(bias) == (columns, _FLOAT):
+            layers[node.outputs[0]] = (x, weight, scale, bias)
     return layers
+
+
+def _step(rounded: _Node, product: _Node, scales: _Node | None) -> str | None:
+    """The weights' scale of one term, if it is (q - zero) @ weight * (step * scale), as q was rounded."""
+    if scales is None or scales.kind != "Mul" or (scales.inputs[0], *product.inputs[2:]) != rounded.inputs[1:]:
+        return None
+    return scales.inputs[1]
 
 
 def _linear(inputs: tuple[str, ...], output: str, threads: int) -> _Node:
@@ -125,14 +139,20 @@ def _linear(inputs: tuple[str, ...], output: str, threads: int) -> _Node:
     return _Node(raw + _field(5, attribute) + _field(7, DOMAIN.encode()), inputs, (output,), NAME)
 
 
-def _inner_dimensions(parts: list[tuple[int, bytes | int]]) -> dict[str, int]:
-    """First dimension of each initializer that has one."""
+def _shapes(parts: list[tuple[int, bytes | int]]) -> dict[str, tuple[int, ...]]:
+    """Dimensions of each initializer, and the number of its type behind them."""
     found = {}
     for number, value in parts:
-        if number == _INITIALIZER and isinstance(value, bytes):
-            dimensions = [item for field, item in _fields(value) if field == 1]
-            first = dimensions[0] if dimensions else 1
-            found[_text(value, 8)] = first if isinstance(first, int) else _varint(first, 0)[0]  # packed, or one by one
+        if number != _INITIALIZER or not isinstance(value, bytes):
+            continue
+        dimensions: list[int] = []
+        kind = 0
+        for field, item in _fields(value):
+            if field == 1:
+                dimensions += [item] if isinstance(item, int) else _varints(item)  # one by one, or packed
+            elif field == 2 and isinstance(item, int):
+                kind = item
+        found[_text(value, 8)] = (*dimensions, kind)
     return found
 
 
@@ -173,6 +193,14 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
             at += size
         else:
             raise ValueError(f"wire type {wire} is not one that graphs have")
+
+
+def _varints(message: bytes) -> list[int]:
+    found, at = [], 0
+    while at < len(message):
+        value, at = _varint(message, at)
+        found.append(value)
+    return found
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

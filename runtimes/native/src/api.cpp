@@ -21,10 +21,12 @@ extern "C" {
 
 // Names of the kernels that work on this processor, preferred ones first, with spaces between them.
 EXPORT const char *llava_edge_native_kernels() {
-    static std::string names;
-    names.clear();
-    for (const Kernel *const *k = kernels; *k; k++)
-        if ((*k)->works()) names += (names.empty() ? "" : " ") + std::string((*k)->name);
+    static const std::string names = [] {
+        std::string all;
+        for (const Kernel *const *k = kernels; *k; k++)
+            if ((*k)->works()) all += (all.empty() ? "" : " ") + std::string((*k)->name);
+        return all;
+    }();
     return names.c_str();
 }
 

@@ -55,7 +55,9 @@ void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *
                 add<R>(whole[r], b, values + 32, b_scale);
             }
         }
-        const __m128 d_and_dmin = _mm_cvtph_ps(_mm_loadu_si32(row));
+        int head;
+        memcpy(&head, row, 4);
+        const __m128 d_and_dmin = _mm_cvtph_ps(_mm_cvtsi32_si128(head));
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const Part256 &part = x[r * next];

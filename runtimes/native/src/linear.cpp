@@ -53,30 +53,43 @@ bool linear(const Product &p, const float *scale, const float *bias, Team &team)
     return true;
 }
 
-// It returns no status: what cannot be computed becomes NaN, which is refused (runtimes/vision.py).
-void compute(void *made, void *context) {
+// The rank of an input, and its sizes if there are no more than three.
+size_t sizes(const OrtApi *api, void *input, int64_t *out) {
+    void *shape;
+    size_t rank = 0;
+    call<SHAPE>(api, const_cast<const void *>(input), &shape);
+    call<RANK>(api, const_cast<const void *>(shape), &rank);
+    if (rank <= 3) call<DIMENSIONS>(api, const_cast<const void *>(shape), out, rank);
+    call<RELEASE_SHAPE>(api, shape);
+    return rank;
+}
+
+void *compute(void *made, void *context) {
     const Operator &own = *static_cast<const Operator *>(made);
-    void *inputs[4], *data[4], *shape, *out, *y;
-    int64_t x[3], w[2];
+    const auto failed = [&](const char *why) { return call<CREATE_STATUS>(own.api, FAIL, why); };
+    void *data[4], *out, *y;
+    int64_t shapes[4][3];
     for (size_t i = 0; i < 4; i++) {
-        call<INPUT>(own.api, const_cast<const void *>(context), i, &inputs[i]);
-        call<TENSOR_DATA>(own.api, inputs[i], &data[i]);
+        constexpr size_t RANKS[4] = {3, 2, 1, 1};
+        void *input;
+        call<INPUT>(own.api, const_cast<const void *>(context), i, &input);
+        call<TENSOR_DATA>(own.api, input, &data[i]);
+        if (sizes(own.api, input, shapes[i]) != RANKS[i]) return failed("llava_edge.Linear: an input has another rank.");
     }
-    call<SHAPE>(own.api, const_cast<const void *>(inputs[0]), &shape);
-    call<DIMENSIONS>(own.api, const_cast<const void *>(shape), static_cast<int64_t *>(x), size_t(3));
-    call<RELEASE_SHAPE>(own.api, shape);
-    call<SHAPE>(own.api, const_cast<const void *>(inputs[1]), &shape);
-    call<DIMENSIONS>(own.api, const_cast<const void *>(shape), static_cast<int64_t *>(w), size_t(2));
-    call<RELEASE_SHAPE>(own.api, shape);
-    const int64_t sizes[3] = {x[0], x[1], w[1]};
-    call<OUTPUT>(own.api, context, size_t(0), static_cast<const int64_t *>(sizes), size_t(3), &out);
+    const int64_t batch = shapes[0][0], rows = shapes[0][1], inner = shapes[1][0], columns = shapes[1][1];
+    if (shapes[0][2] != inner || shapes[2][0] != columns || shapes[3][0] != columns)
+        return failed("llava_edge.Linear: its inputs do not fit each other.");
+    const int64_t result[3] = {batch, rows, columns};
+    if (void *status = call<OUTPUT>(own.api, context, size_t(0), static_cast<const int64_t *>(result), size_t(3), &out))
+        return status;
     call<TENSOR_DATA>(own.api, out, &y);
-    const Product p{BYTES_ACROSS, static_cast<const char *>(data[1]), size_t(w[1]),
-                    static_cast<const float *>(data[0]), size_t(x[2]), static_cast<float *>(y), size_t(w[1]),
-                    int(x[0] * x[1]), int(w[1]), int(x[2])};
+    const Product p{BYTES_ACROSS, static_cast<const char *>(data[1]), size_t(columns),
+                    static_cast<const float *>(data[0]), size_t(inner), static_cast<float *>(y), size_t(columns),
+                    int(batch * rows), int(columns), int(inner)};
     Threads team(own.threads, own.api, context);
     if (!linear(p, static_cast<const float *>(data[2]), static_cast<const float *>(data[3]), team))
-        std::fill(p.y, p.y + sizes[0] * sizes[1] * sizes[2], __builtin_nanf(""));
+        return failed("llava_edge.Linear: out of memory.");
+    return nullptr;
 }
 
 void *create(const OrtCustomOp *, const OrtApi *api, const void *info) {
@@ -97,10 +110,12 @@ const OrtCustomOp LINEAR = {
     [](const OrtCustomOp *) -> size_t { return 4; },
     [](const OrtCustomOp *, size_t) { return FLOAT; },
     [](const OrtCustomOp *) -> size_t { return 1; },
-    compute,
+    nullptr,
     [](void *made) { delete static_cast<Operator *>(made); },
     zero, zero, zero,
     {none, none, none, none},
+    nullptr,
+    compute,
     {},
 };
 

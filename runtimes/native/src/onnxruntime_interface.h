@@ -19,11 +19,12 @@ struct OrtApiBase {
 };
 
 // Places in the table.
-constexpr int CREATE_DOMAIN = 26, ADD_OPERATOR = 27, ADD_DOMAIN = 28;
-constexpr int TENSOR_DATA = 51, DIMENSIONS = 62, SHAPE = 65, ATTRIBUTE_INT = 86, INPUT = 90, OUTPUT = 91;
+constexpr int CREATE_STATUS = 0, CREATE_DOMAIN = 26, ADD_OPERATOR = 27, ADD_DOMAIN = 28;
+constexpr int TENSOR_DATA = 51, RANK = 61, DIMENSIONS = 62, SHAPE = 65, ATTRIBUTE_INT = 86, INPUT = 90, OUTPUT = 91;
 constexpr int RELEASE_SHAPE = 99, PARALLEL_FOR = 274;
 
 constexpr int FLOAT = 1, INT8 = 3;  // ONNXTensorElementDataType
+constexpr int FAIL = 1;             // OrtErrorCode
 
 // Calls a function of the table: they return a status, null if all is well, or nothing.
 template <int PLACE, class... A>
@@ -40,12 +41,14 @@ struct OrtCustomOp {
     size_t (*inputs)(const OrtCustomOp *);
     int (*output_type)(const OrtCustomOp *, size_t);
     size_t (*outputs)(const OrtCustomOp *);
-    void (*compute)(void *kernel, void *context);
+    void (*compute_silently)(void *kernel, void *context);
     void (*destroy)(void *kernel);
     int (*input_kind)(const OrtCustomOp *, size_t), (*output_kind)(const OrtCustomOp *, size_t);  // 0: required
     int (*input_memory)(const OrtCustomOp *, size_t);                                             // 0: the processor's
     int (*unused[4])(const OrtCustomOp *);  // of variadic ones
-    void *others[16];                       // null: optional ones, or later than this version
+    void *(*create_or_fail)(const OrtCustomOp *, const OrtApi *, const void *info, void **kernel);
+    void *(*compute)(void *kernel, void *context);  // in place of the silent one: returns a status
+    void *others[14];                               // null: optional ones, or later than this version
 };
 
 }  // namespace native
