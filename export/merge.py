@@ -24,6 +24,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = "non_lora_trainables.bin"  # llava/train/train.py
 
+_BASE_UNCHANGED = ("gaussian", "eva", "orthogonal")  # values of init_lora_weights beside true and false
+
 _LORA = re.compile(r"^(.*)\.lora_(A|B)(?:\.default)?\.weight$")
 
 
@@ -74,6 +76,12 @@ def _scale(path: Path) -> float:
     if kind != "LORA" or unsupported:
         what = f"{kind} adapters" if kind != "LORA" else f"adapters with {unsupported[0]}"
         raise CheckpointError(f"{path}: {what} are not supported, plain LoRA is. Merge it with peft and export that.")
+    initial = raw.get("init_lora_weights", True)
+    if not isinstance(initial, bool) and initial not in _BASE_UNCHANGED:
+        raise CheckpointError(
+            f"{path}: adapters that begin as {initial!r} change the base's weights, which are not here. "
+            "Convert it with peft's path_initial_model_for_weight_conversion, or merge it with peft and export that."
+        )
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{path} should give r and lora_alpha as numbers, has {rank!r} and {alpha!r}.")

@@ -92,7 +92,13 @@ class Llava:
         pictures = [prepare(image, self._engine.bundle.manifest) for image in _as_list(images)]
         conversations = [[Message("user", text, len(pictures))] for text in prompts]
         self._engine.require_room(conversations, pictures, options)
-        yield from self._engine.generate_together(conversations, pictures, options, cancel, started=started)
+        streams = self._engine.generate_together(conversations, pictures, options, cancel, started=started)
+        try:
+            yield from streams
+        except GeneratorExit:
+            for stream in streams:
+                stream.close()
+            raise
 
     def answer(
         self,

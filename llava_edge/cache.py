@@ -127,6 +127,8 @@ class Cache:
         files = sorted(self._files(), key=lambda file: file[1].st_mtime)
         kept = sum(info.st_size for _, info in files)
         free = shutil.disk_usage(self.folder).free
+        if size > self.limit or free + kept - size < self._floor:
+            return False  # not even without all others
         now = time.time()
         for path, info in files:
             unfinished = path.suffix == ".tmp"

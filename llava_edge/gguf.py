@@ -146,6 +146,7 @@ def check_language(file: Gguf) -> None:
     file.number("llama.feed_forward_length", 1, 1 << 20)
     if width % heads or heads % kv_heads:
         raise BundleError(f"{file.path} has {heads} heads and {kv_heads} key/value heads in a width of {width}.")
+    _check_settings(file)
     for tensor in file.tensors.values():
         known = _LANGUAGE_TENSOR.fullmatch(tensor.name)
         if not known or (known[2] is not None and int(known[2]) >= blocks):
@@ -171,6 +172,19 @@ def check_adapter(file: Gguf, base: Gguf) -> None:
 
 def _has(file: Gguf, key: str) -> bool:
     return f"llama.attention.{key}" in file.metadata
+
+
+def _check_settings(file: Gguf) -> None:
+    """What llama.cpp aborts at, or reads as another kind of model."""
+    experts = [key for key, value in file.metadata.items() if key.startswith("llama.expert") and value]
+    if experts:
+        raise BundleError(f"{file.path} has {experts[0]}: models of experts are not supported.")
+    scaling = file.metadata.get("llama.rope.scaling.type", "none")
+    if scaling not in ("none", "linear", "yarn", "longrope"):
+        raise BundleError(f"{file.path} has the rope scaling {scaling!r}, which llama.cpp does not know.")
+    kind = file.metadata.get("tokenizer.ggml.model", "none")
+    if kind not in ("llama", "gpt2", "none"):
+        raise BundleError(f"{file.path} has a tokenizer of the kind {kind!r}; 'llama' or 'gpt2' was expected.")
 
 
 def _check_vocabulary(file: Gguf, width: int) -> None:

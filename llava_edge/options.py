@@ -37,7 +37,7 @@ class Options:
     """How an answer is sampled, and from how much of a picture. The default is greedy: always the most likely token.
 
     max_tokens: longest answer in tokens; the end of the context may end it earlier.
-    temperature: 0 is greedy; otherwise logits are divided by it before drawing.
+    temperature: 0, or less than 1e-6, is greedy; otherwise logits are divided by it before drawing.
     top_p, top_k, min_p: keep the smallest set of tokens with this total probability / this many tokens (0 = all) /
         tokens at least this likely relative to the best one. They matter only when temperature > 0.
     seed: of the random draw; the same seed gives the same answer on the same machine.

@@ -6,6 +6,7 @@ stdout gets the answers only, so that a session can be piped; prompts and remark
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -64,6 +65,8 @@ class Repl:
         """Until /quit or end of input. Ctrl-C while an answer is written stops it; at the prompt it leaves (130)."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - line editing and history for input()
+        if isinstance(sys.stdin, io.TextIOWrapper):  # a line in another encoding ends nothing
+            sys.stdin.reconfigure(errors="surrogateescape")
         while (line := _read_line()) is not None:
             name, _, rest = line.strip().partition(" ")
             if name in ("/quit", "/exit"):
@@ -122,7 +125,7 @@ class Repl:
         turns = [{"role": turn.role, "text": turn.text, "images": turn.images} for turn in self._chat.messages]
         content = json.dumps({"images": self._names, "messages": turns}, indent=2, ensure_ascii=False) + "\n"
         try:
-            Path(name).write_text(content, "utf-8")
+            Path(name).write_bytes(content.encode("utf-8", "replace"))
         except OSError as error:
             _remark(f"{name} cannot be written: {error.strerror}.")
             return

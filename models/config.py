@@ -141,8 +141,7 @@ def from_hf(raw: dict[str, Any]) -> LlavaConfig:
     rope = text.get("rope_parameters") or {}
     if "rope_theta" in rope:  # transformers 5
         text["rope_theta"] = rope["rope_theta"]
-    if text.get("rope_scaling"):
-        raise CheckpointError("rope_scaling is set in text_config; scaled rotary embeddings are not supported.")
+    _refuse_other_rotations(text, rope)
     strategy = raw.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
         raise CheckpointError(f"vision_feature_select_strategy {strategy!r} is not known; expected default or full.")
@@ -164,6 +163,16 @@ def from_hf(raw: dict[str, Any]) -> LlavaConfig:
         image_markers=tuple(extra.get("image_markers", ())),
         after_control=extra.get("after_control", ""),
     )
+
+
+def _refuse_other_rotations(text: dict[str, Any], parameters: dict[str, Any]) -> None:
+    """Rotary embeddings that are scaled or partial. `parameters`: where transformers 5 says it, for the rest 4."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if text.get("rope_scaling") or kind != "default":
+        name = "rope_scaling" if text.get("rope_scaling") else f"rope_type {kind!r}"
+        raise CheckpointError(f"{name} is set in text_config; scaled rotary embeddings are not supported.")
+    if parameters.get("partial_rotary_factor", text.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise CheckpointError("partial_rotary_factor is set in text_config; only whole rotations are supported.")
 
 
 def _template(text: dict[str, Any]) -> str:

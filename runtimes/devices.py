@@ -144,7 +144,12 @@ def available_memory() -> int | None:
             limits.append(int(line.split()[1]) * 1024)
     limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
     if limit.isdigit() and used.isdigit():
-        limits.append(max(0, int(limit) - int(used)))
+        # Files that were read or written count as used until something else needs the memory.
+        fields = dict(
+            line.split(maxsplit=1) for line in _read("/sys/fs/cgroup/memory.stat").splitlines() if " " in line
+        )
+        files = sum(int(fields.get(name, 0)) for name in ("active_file", "inactive_file"))
+        limits.append(max(0, int(limit) - int(used) + files))
     return min(limits, default=None)
 
 

@@ -15,19 +15,55 @@ from llava_edge.errors import UsageError
 from llava_edge.options import Chunk
 
 Stream = Generator[Chunk, None, None]
+Last = Callable[[], Chunk]
 
 POLL_SECONDS = 0.05  # how often a waiting caller looks whether it was cancelled
+
+
+class _Cancel(threading.Event):
+    """Set by whoever leaves a stream, and as soon as the caller's own event is, which is only read."""
+
+    def __init__(self, callers: threading.Event) -> None:
+        super().__init__()
+        self._callers = callers
+
+    def is_set(self) -> bool:
+        return super().is_set() or self._callers.is_set()
+
+
+class _Turn:
+    """Whether the owner has begun with a job, or with several that are done together. Only one side can be first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken_by = ""
+
+    def begin(self) -> bool:
+        """By the owner; False if it was dropped."""
+        return self._take("owner")
+
+    def drop(self) -> bool:
+        """By whoever waits; False if it has begun."""
+        return self._take("caller")
+
+    def _take(self, side: str) -> bool:
+        with self._lock:
+            self._taken_by = self._taken_by or side
+            return self._taken_by == side
 
 
 @dataclass
 class Job:
     """One request: what the owner thread runs, and where it puts what comes out. None ends the stream.
 
+    dropped: makes the only chunk of a job that is cancelled while it waits for its turn; None: it waits all the same.
     others: jobs that this one does too; whatever ends it ends them.
     """
 
     run: Callable[[Job], None]
     cancel: threading.Event
+    dropped: Last | None = None
+    turn: _Turn = field(default_factory=_Turn)
     output: queue.SimpleQueue[Chunk | BaseException | None] = field(default_factory=queue.SimpleQueue)
     others: list[Job] = field(default_factory=list)
     vision_run: Any = None  # of VisionEncoder.new_run, while pictures are encoded
@@ -38,6 +74,60 @@ class Job:
         if self.vision_run is not None:
             self.vision_run.terminate = True
 
+    def next(self) -> Chunk | BaseException | None:
+        """Wait for what comes out."""
+        while True:
+            try:
+                return self.output.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if not self.cancel.is_set():
+                    continue
+                if self.dropped is not None and self.turn.drop():
+                    self.output.put(None)
+                    return self.dropped()
+                self.stop()
+
+
+class _Reader(Stream):
+    """The stream of a job, which `start` queues. Left before its last chunk, even unread, it cancels the job."""
+
+    def __init__(self, job: Job, start: Callable[[], None] | None = None) -> None:
+        self._job = job
+        self._start = start
+        self._ended = self._whole = False
+
+    def send(self, value: None) -> Chunk:
+        if self._ended:
+            raise StopIteration
+        try:
+            if self._start is not None:
+                start, self._start = self._start, None
+                start()
+            item = self._job.next()
+            if isinstance(item, BaseException):
+                raise item
+        except BaseException:
+            self.close()
+            raise
+        if item is None:
+            self.close()
+            raise StopIteration
+        self._whole = item.final is not None
+        return item
+
+    def throw(self, *error: Any) -> Chunk:
+        self.close()
+        return super().throw(*error)  # raises it
+
+    def close(self) -> None:
+        self._ended = True
+        if not self._whole:
+            self._job.turn.drop()
+            self._job.stop()
+
+    def __del__(self) -> None:
+        self.close()
+
 
 class Owner:
     """The thread. `last` runs in it when it ends."""
@@ -45,55 +135,48 @@ class Owner:
     def __init__(self, last: Callable[[], None]) -> None:
         self._last = last
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._serve, name="llava-edge engine", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Callable[[Job], None], cancel: threading.Event) -> Stream:
-        """Queue a job and yield its chunks; raises what it raised. Leaving early, by Ctrl-C too, cancels it."""
-        job = Job(run, cancel)
-        self._queue(job)
-        yield from self._read(job)
+    def submit(self, run: Callable[[Job], None], cancel: threading.Event, dropped: Last | None = None) -> Stream:
+        """A job's chunks; it is queued with the first one that is asked for. Raises what the job raises.
 
-    def submit_together(self, run: Callable[[list[Job]], None], cancel: threading.Event, count: int) -> list[Stream]:
+        Leaving early, by Ctrl-C too, cancels it.
+        """
+        job = Job(run, _Cancel(cancel), dropped)
+        return _Reader(job, lambda: self._queue(job))
+
+    def submit_together(
+        self, run: Callable[[list[Job]], None], cancel: threading.Event, count: int, dropped: Last
+    ) -> list[Stream]:
         """Queue one job that fills `count` streams. Leaving one before its last chunk cancels all."""
-        jobs = [Job(lambda job: run([job, *job.others]), cancel) for _ in range(count)]
+        own, turn = _Cancel(cancel), _Turn()
+        jobs = [Job(lambda job: run([job, *job.others]), own, dropped, turn) for _ in range(count)]
         jobs[0].others += jobs[1:]
         self._queue(jobs[0])
-        return [self._read(job) for job in jobs]
-
-    def _queue(self, job: Job) -> None:
-        if not self._thread.is_alive():
-            raise UsageError("The engine is closed.")
-        self._jobs.put(job)
-
-    def _read(self, job: Job) -> Stream:
-        whole = False
-        try:
-            while (item := self._next(job)) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                whole = item.final is not None
-                yield item
-        finally:
-            if not whole:
-                job.stop()
+        return [_Reader(job) for job in jobs]
 
     def close(self, *, wait: bool = True) -> None:
-        """End the thread after the job in work. Harmless when repeated."""
-        self._jobs.put(None)
+        """End the thread after the jobs that wait. Harmless when repeated."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
         if wait and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _next(self, job: Job) -> Chunk | BaseException | None:
-        while True:
-            try:
-                return job.output.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if job.cancel.is_set():
-                    job.stop()
+    def _queue(self, job: Job) -> None:
+        with self._lock:
+            if self._closed:
+                raise UsageError("The engine is closed.")
+            self._jobs.put(job)
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
+            if not job.turn.begin():
+                continue
             end: BaseException | None = None
             try:
                 job.run(job)

@@ -324,6 +324,8 @@ class LanguageModel:
         return loaded
 
     def _tokenize(self, text: bytes, special: bool) -> list[int]:
+        if self.library.llama_vocab_type(self._vocabulary) == self.library.LLAMA_VOCAB_TYPE_NONE:
+            raise BundleError(f"{self._path} has no tokenizer.")
         if len(text) > MAX_TEXT_BYTES:
             raise ContextOverflowError(f"The prompt has {len(text)} bytes; at most {MAX_TEXT_BYTES} are accepted.")
         room = len(text) + 2  # a token has at least one byte; one more for SentencePiece's dummy prefix

@@ -12,6 +12,9 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
+from llava_edge import __version__
 from llava_edge.bundle import Bundle
 from llava_edge.cache import Cache
 
@@ -22,8 +25,8 @@ Payload = bytes | memoryview
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 (hex) of values that JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    """SHA-256 (hex) of values that JSON can hold, and of what computes beside the engines: this program and numpy."""
+    return hashlib.sha256(json.dumps([__version__, np.__version__, *parts], sort_keys=True).encode()).hexdigest()
 
 
 def identity(bundle: Bundle, *names: str) -> list[object]:

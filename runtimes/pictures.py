@@ -21,7 +21,7 @@ from llava_edge.options import Options, TokenMethod
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Budget:
     """What a picture's positions are made from.
 
@@ -34,7 +34,7 @@ class Budget:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """An image ready for the vision encoder.
 

@@ -89,8 +89,9 @@ class Engine:
     ) -> Stream:
         """Answer the last message. Images belong to the messages' slots in order.
 
-        The stream ends with a chunk that carries the `Result`. Setting `cancel`, or closing the iterator, stops the
-        work within one prefill chunk. `started` (time.monotonic) is what time to first token counts from.
+        The stream ends with a chunk that carries the `Result`. Setting `cancel`, which is only read, or closing the
+        iterator stops the work within one prefill chunk, or at once if it has not begun. `started` (time.monotonic) is
+        what time to first token counts from.
         `reuse` also keeps what the last prompt and its answer have in common with this one: faster, but rounded
         differently in the last digits, see `Prefill.run`.
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
@@ -102,7 +103,7 @@ class Engine:
         def work(job: Job) -> None:
             self._answer_one(*self._ready(job, messages, images, wanted, run), wanted, reuse)
 
-        return self._owner.submit(work, event)
+        return self._owner.submit(work, event, lambda: self._last_chunk("", "cancelled", run))
 
     def generate_together(
         self,
@@ -129,7 +130,10 @@ class Engine:
             ready = [self._ready(job, messages, pictures, wanted, Run(start)) for job, messages in pairs]
             self._answer_all(ready, wanted)
 
-        return self._owner.submit_together(work, cancel or threading.Event(), len(conversations))
+        def dropped() -> Chunk:
+            return self._last_chunk("", "cancelled", Run(start))
+
+        return self._owner.submit_together(work, cancel or threading.Event(), len(conversations), dropped)
 
     def require_room(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
@@ -327,9 +331,12 @@ class Engine:
         if stream.stopped and reason == "length":
             reason = "stop"
         run.text += tail
-        result = run.result(reason, self.bundle.manifest.name, self.choice.name, self.load_ms)
-        answer.job.output.put(Chunk(tail, run.unseen, reason, result, tuple(run.chances)))
+        answer.job.output.put(self._last_chunk(tail, reason, run))
         answer.job.output.put(None)
+
+    def _last_chunk(self, text: str, reason: FinishReason, run: Run) -> Chunk:
+        result = run.result(reason, self.bundle.manifest.name, self.choice.name, self.load_ms)
+        return Chunk(text, run.unseen, reason, result, tuple(run.chances))
 
     def _encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
         language, _ = self._opened()

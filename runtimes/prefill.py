@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from llava_edge.bundle import ADAPTER, LANGUAGE, Bundle
@@ -26,9 +26,12 @@ LEAST_TEXT = 16  # positions before a picture that are worth a file
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring positions of one kind. `keys` are what `LanguageModel` remembers of them; picture None is text."""
+    """Neighbouring positions of one kind. `keys` are what `LanguageModel` remembers of them; picture None is text.
 
-    picture: Picture | None
+    Segments with the same keys are equal.
+    """
+
+    picture: Picture | None = field(compare=False)
     keys: list[Key]
 
 

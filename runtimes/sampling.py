@@ -10,6 +10,8 @@ from llava_edge.errors import UsageError
 from llava_edge.options import Options, TokenChance
 from llava_edge.runtimes.language import LanguageModel
 
+LEAST_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, and logits over it leave float32 at last
+
 
 class Sampler:
     """A chain for one answer, in the order of Hugging Face's `generate`, which LLaVA's reference uses:
@@ -47,7 +49,7 @@ class Sampler:
 
     def _parts(self, options: Options) -> list[Any]:
         library = self._library
-        if options.temperature == 0:
+        if options.temperature < LEAST_TEMPERATURE:
             return [library.llama_sampler_init_greedy()]
         parts = [library.llama_sampler_init_temp(options.temperature)]
         if options.top_k:

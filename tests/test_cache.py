@@ -135,7 +135,9 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert kept.get(keys[0]) is not None  # used just now
     assert kept.put(keys[3], {}, bytes(2000))
     assert [kept.get(key) is not None for key in keys] == [True, False, True, True]
-    assert not kept.put(keys[1], {}, bytes(5000))
+    before = sorted(tmp_path.iterdir())
+    assert not kept.put(keys[1], {}, bytes(5000))  # more than all of it: nothing goes in vain
+    assert sorted(tmp_path.iterdir()) == before
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= kept.limit
 
 
@@ -148,6 +150,9 @@ def test_the_disk_is_never_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert kept.get(KEY) is None
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 9_000))
     assert not kept.put(KEY, {}, bytes(1000))
+    assert kept.get(OTHER) is not None  # its place would not be enough
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 10_500))
+    assert kept.put(KEY, {}, bytes(1000))
 
 
 def test_files_that_were_never_finished_go(kept: Cache) -> None:

@@ -33,6 +33,8 @@ def write_reference(path: Path, **change: Any) -> Path:
     writer.add_array("tokenizer.ggml.scores", change.pop("scores", [0.0, 1.0, 2.0]))
     writer.add_tensor("token_embd.weight", WEIGHT)
     writer.add_tensor(change.pop("tensor", "blk.0.attn_norm.weight"), np.ones(4, np.float16))
+    for key, value in change.pop("others", {}).items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
     assert not change
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -147,6 +149,10 @@ def test_missing_and_folder(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"architecture": "plamo2"}, "plamo2"),
+        ({"others": {"llama.expert_count": 8}}, "expert"),
+        ({"others": {"llama.expert_used_count": 1}}, "expert"),
+        ({"others": {"llama.rope.scaling.type": "foo"}}, "foo"),
+        ({"others": {"tokenizer.ggml.model": "rwkv"}}, "rwkv"),
         ({"numbers": {"block_count": 0}}, "block_count"),
         ({"numbers": {"block_count": 513}}, "block_count"),
         ({"numbers": {"attention.head_count": 0}}, "head_count"),

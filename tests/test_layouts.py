@@ -225,12 +225,23 @@ def test_a_base_of_another_size_is_refused(parts: Callable[[str], Path], tmp_pat
         open_checkpoint(parts("lora"), base=base)
 
 
-@pytest.mark.parametrize("setting", ["use_dora", "rank_pattern", "fan_in_fan_out"])
-def test_adapters_of_another_formula_are_refused(setting: str, parts: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        *((setting, {"x": 1}, setting) for setting in ("use_dora", "rank_pattern", "fan_in_fan_out")),
+        *(
+            ("init_lora_weights", value, f"begin as '{value}'")
+            for value in ("pissa", "pissa_niter_4", "olora", "loftq")
+        ),
+    ],
+)
+def test_adapters_of_another_formula_are_refused(
+    setting: str, value: object, says: str, parts: Callable[[str], Path]
+) -> None:
     folder = parts("lora")
     settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, setting: {"x": 1}}))
-    with pytest.raises(CheckpointError, match=setting):
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, setting: value}))
+    with pytest.raises(CheckpointError, match=says):
         open_checkpoint(folder, base=parts("language model"))
 
 
@@ -243,6 +254,7 @@ def test_adapters_of_another_formula_are_refused(setting: str, parts: Callable[[
         ({"mm_projector_type": "ldp"}, "ldp"),
         ({"image_aspect_ratio": "stretch"}, "stretch"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1e4}}, "'yarn'"),
     ],
 )
 def test_settings_that_would_change_answers_are_refused(

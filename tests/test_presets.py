@@ -66,6 +66,19 @@ def test_auto_is_fast_where_there_is_room_and_small_where_there_is_not(
         assert f"{needed // MIB} of " in chosen.reason
 
 
+def test_what_a_container_holds_of_files_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n",
+        "/sys/fs/cgroup/memory.max": "4000000000",
+        "/sys/fs/cgroup/memory.current": "3990000000",
+        "/sys/fs/cgroup/memory.stat": "anon 90000000\nactive_file 1000000000\ninactive_file 2500000000\nshmem 7\n",
+    }
+    monkeypatch.setattr(devices, "_read", lambda path: files.get(str(path), ""))
+    assert devices.available_memory() == 3_510_000_000
+    files["/sys/fs/cgroup/memory.max"] = "max"
+    assert devices.available_memory() == 8_192_000_000
+
+
 def test_memory_means_a_small_context_too_unless_told_otherwise(tmp_path: Path) -> None:
     header = gguf.read(four_bits(tmp_path))
     small = EngineOptions(preset="memory")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +97,18 @@ def test_reset_and_save(llava: Llava, tmp_path: Path, monkeypatch: pytest.Monkey
         ("user", "second é"),
         ("assistant", chat.messages[1].text),
     ]
+
+
+def test_text_in_another_encoding_is_asked_and_saved(llava: Llava, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    command = [sys.executable, "-m", "llava_edge", "chat", "--model", str(llava.bundle.folder), "--max-tokens", "2"]
+    for encoding in ("utf-8:strict", "ascii:surrogateescape"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        lines = b"caf\xe9\n/save %s\n" % os.fsencode(path)
+        done = subprocess.run(command, input=lines, capture_output=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(path.read_text("utf-8"))["messages"][-2]["text"].startswith("caf")
+        path.unlink()
 
 
 def test_quit_and_the_end_of_input(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:

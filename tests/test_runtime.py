@@ -186,6 +186,21 @@ def test_the_seed_decides(llava: Llava) -> None:
     assert len({answer(seed) for seed in range(5)}) > 1
 
 
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """llama.cpp aborts."""
+    probe.write_model(tmp_path / "probe.gguf", "Q8_0")
+    language = LanguageModel(tmp_path / "probe.gguf", context=64, threads=1)
+    with pytest.raises(BundleError, match="no tokenizer"):
+        language.tokenize("hello")
+    language.close()
+
+
+def test_hardly_any_temperature_is_greedy(llava: Llava) -> None:
+    greedy = llava.ask("hello", options=Options(max_tokens=16)).text
+    for temperature in (1e-5, 1e-7, 1e-38, 5e-324):
+        assert llava.ask("hello", options=Options(max_tokens=16, temperature=temperature)).text == greedy
+
+
 # Answers.
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def together(llava: Llava, questions: list[str], options: Options, images: Any =
         assert last.final is not None
         found.append(last.final)
     return found
+
+
+def test_a_token_budget_is_shared(llava: Llava, passes: list[int]) -> None:
+    options = replace(SHORT, image_tokens=3, max_tokens=2)
+    found = together(llava, QUESTIONS[:2], options)
+    assert [result.image_tokens for result in found] == [3, 3]
+    assert passes.count(3) == 1  # the picture, once
+    alone = [llava.ask(question, RED, options).text for question in QUESTIONS[:2]]
+    assert [result.text for result in found] == alone
 
 
 def chances(stream: Any) -> list[TokenChance]:

@@ -69,6 +69,9 @@ def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
                 final = chunk.final
                 if not quiet:
                     show(chunk.text)
+    except BaseException:
+        stream.close()  # nobody reads on: the model need not go on either
+        raise
     finally:
         if not quiet:
             click.echo()

@@ -1,0 +1,150 @@
+"""Who waits for the engine, who leaves it, and who closes it; without an engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import pytest
+
+from llava_edge.errors import ImageError, UsageError
+from llava_edge.options import Chunk, Result
+from llava_edge.runtimes.jobs import Job, Owner
+
+SOON = 5.0  # seconds in which everything here happens
+LAST = Chunk("", 0, "stop", cast(Result, object()), ())
+DROPPED = Chunk("", 0, "cancelled", cast(Result, object()), ())
+
+
+@pytest.fixture
+def owner() -> Iterator[Owner]:
+    made = Owner(lambda: None)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def busy(owner: Owner) -> Iterator[Callable[[], None]]:
+    """The owner is at work until this is called."""
+    begun, free = threading.Event(), threading.Event()
+
+    def work(job: Job) -> None:
+        begun.set()
+        free.wait(SOON)
+
+    threading.Thread(target=lambda: list(owner.submit(work, threading.Event())), daemon=True).start()
+    assert begun.wait(SOON)
+    yield free.set
+    free.set()
+
+
+def finish(job: Job) -> None:
+    job.output.put(LAST)
+
+
+def test_who_asks_while_it_closes_is_told(owner: Owner, busy: Callable[[], None]) -> None:
+    closing = threading.Thread(target=owner.close)
+    waiting = owner.submit(finish, threading.Event())
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(list, waiting)
+        while owner._jobs.empty():
+            pass
+        closing.start()
+        while not owner._closed:
+            pass
+        with pytest.raises(UsageError, match="closed"):
+            next(owner.submit(finish, threading.Event()))
+        busy()
+        assert asked.result(SOON) == [LAST]  # it waited before
+    closing.join(SOON)
+    assert not closing.is_alive()
+
+
+def test_the_callers_event_is_only_read(owner: Owner) -> None:
+    """One for a whole app: what goes wrong or is left elsewhere is no reason to stop."""
+    stop = threading.Event()
+
+    def fail(job: Job) -> None:
+        raise ImageError("no picture")
+
+    with pytest.raises(ImageError):
+        next(owner.submit(fail, stop))
+    left: list[bool] = []
+    ended = threading.Event()
+
+    def endless(job: Job) -> None:
+        job.output.put(Chunk("a", 1, None, None, ()))
+        left.append(ended.wait(0) or wait_for(job.cancel))
+        ended.set()
+
+    stream = owner.submit(endless, stop)
+    next(stream)
+    stream.close()
+    assert ended.wait(SOON)
+    assert left == [True]
+    assert not stop.is_set()
+    seen: list[bool] = []
+    list(owner.submit(lambda job: seen.append(job.cancel.is_set()), stop))
+    assert seen == [False]
+
+
+def wait_for(event: threading.Event) -> bool:
+    timer = threading.Event()
+    for _ in range(int(SOON / 0.01)):
+        if event.is_set():
+            return True
+        timer.wait(0.01)
+    return False
+
+
+def test_who_is_cancelled_while_waiting_waits_no_longer(owner: Owner, busy: Callable[[], None]) -> None:
+    stop = threading.Event()
+    ran: list[Job] = []
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(list, owner.submit(ran.append, stop, lambda: DROPPED))
+        stop.set()
+        assert asked.result(SOON) == [DROPPED]
+    both = owner.submit_together(ran.extend, stop, 2, lambda: DROPPED)
+    assert [list(stream) for stream in both] == [[DROPPED]] * 2
+    busy()
+    assert list(owner.submit(finish, threading.Event())) == [LAST]
+    assert ran == []
+
+
+def test_streams_that_nobody_reads_stop_the_job(owner: Owner) -> None:
+    begun, stopped = threading.Event(), threading.Event()
+
+    def work(jobs: list[Job]) -> None:
+        begun.set()
+        if wait_for(jobs[0].cancel):
+            stopped.set()
+
+    streams = owner.submit_together(work, threading.Event(), 2, lambda: DROPPED)
+    assert begun.wait(SOON)
+    del streams
+    assert stopped.wait(SOON)
+
+
+def test_a_stream_that_was_read_to_its_last_chunk_stops_nothing(owner: Owner) -> None:
+    """The turn of a chat is kept behind it."""
+    kept: list[bool] = []
+
+    def work(job: Job) -> None:
+        finish(job)
+        kept.append(job.cancel.is_set())
+
+    stream = owner.submit(work, threading.Event())
+    assert next(stream) == LAST
+    stream.close()
+    assert list(stream) == []
+    list(owner.submit(finish, threading.Event()))
+    assert kept == [False]
+
+
+def test_an_unread_stream_does_nothing(owner: Owner) -> None:
+    ran: list[Job] = []
+    owner.submit(ran.append, threading.Event()).close()
+    list(owner.submit(finish, threading.Event()))
+    assert ran == []
