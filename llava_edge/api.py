@@ -168,7 +168,7 @@ class Llava:
         return self._engine.load_ms
 
     def close(self) -> None:
-        """Free the engines. Harmless when repeated."""
+        """Free the engines. An answer in work ends as cancelled, calls that wait raise. Harmless when repeated."""
         self._engine.close()
 
     def __enter__(self) -> Llava:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 import click
 
@@ -89,15 +91,16 @@ class Repl:
     def _say(self, text: str) -> None:
         pictures, self._pending = self._pending, []
         doing = "Looking at the image" if pictures else "Reading"
+        shown = False
         try:
             with (
-                _newline_after(),
                 self._waiting(doing) as begun,
                 contextlib.closing(self._chat.say(text, pictures)) as answer,
             ):
                 for chunk in answer:
                     begun()
                     self._show(chunk.text)
+                    shown = True
                     if chunk.finish_reason == "length":
                         _remark("\n(cut off: the longest answer or the end of the context is reached)")
         except KeyboardInterrupt:
@@ -105,12 +108,15 @@ class Repl:
         except LlavaEdgeError:
             self._pending = pictures  # the question can be asked again
             raise
+        finally:
+            if shown:
+                click.echo()
 
     def _image(self, name: str) -> None:
         if not name:
             _remark("/image needs a file name.")
             return
-        self.add([self._chat.prepare(name.strip("'\""))], [name])
+        self.add([self._chat.prepare(_path(name))], [name])
         _remark(f"{name} will be shown with your next question.")
 
     def _reset(self, _: str) -> None:
@@ -122,6 +128,9 @@ class Repl:
         if not name:
             _remark("/save needs a file name.")
             return
+        if not _may_be_replaced(Path(name)):
+            _remark(f"{name} exists and is no saved conversation; choose another name.")
+            return
         turns = [{"role": turn.role, "text": turn.text, "images": turn.images} for turn in self._chat.messages]
         content = json.dumps({"images": self._names, "messages": turns}, indent=2, ensure_ascii=False) + "\n"
         try:
@@ -130,6 +139,26 @@ class Repl:
             _remark(f"{name} cannot be written: {error.strerror}.")
             return
         _remark(f"Saved {len(turns)} messages to {name}.")
+
+
+def _path(name: str) -> str:
+    """A file as people name it: in quotes, from the home folder, as a terminal or a browser writes what is dropped."""
+    if name.startswith("file://"):
+        return unquote(urlsplit(name).path)
+    plain = name.strip("'\"")
+    if os.sep == "/" and not Path(plain).exists():
+        plain = plain.replace("\\ ", " ")
+    with contextlib.suppress(RuntimeError):  # there is no such home
+        return str(Path(plain).expanduser())
+    return plain
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Nothing, or what `/save` wrote before."""
+    try:
+        return not path.exists() or {"images", "messages"} == set(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _read_line() -> str | None:
@@ -143,14 +172,6 @@ def _read_line() -> str | None:
             click.echo(err=True)
             return None
     return sys.stdin.readline() or None
-
-
-@contextmanager
-def _newline_after() -> Iterator[None]:
-    try:
-        yield
-    finally:
-        click.echo()
 
 
 def _remark(text: str) -> None:

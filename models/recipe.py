@@ -57,7 +57,9 @@ def load_recipe(name_or_path: str) -> Recipe:
         stages = tuple(_strict(Stage, stage, path) for stage in raw.pop("stage"))
         recipe: Recipe = _strict(Recipe, {**raw, "stages": stages}, path)
         return recipe
-    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise DataError(f"{path} is not a training recipe: it has no {error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
         raise DataError(f"{path} is not a training recipe: {error}.") from error
 
 

@@ -137,6 +137,7 @@ class Owner:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
+        self._at_work: Job | None = None
         self._thread = threading.Thread(target=self._serve, name="llava-edge engine", daemon=True)
         self._thread.start()
 
@@ -159,11 +160,13 @@ class Owner:
         return [_Reader(job) for job in jobs]
 
     def close(self, *, wait: bool = True) -> None:
-        """End the thread after the jobs that wait. Harmless when repeated."""
+        """Cancel the job in work, refuse those that wait, and end the thread. Harmless when repeated."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._jobs.put(None)
+            if self._at_work is not None:
+                self._at_work.stop()
         if wait and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -178,8 +181,13 @@ class Owner:
             if not job.turn.begin():
                 continue
             end: BaseException | None = None
+            with self._lock:
+                self._at_work = job
+                if self._closed:
+                    end = UsageError("The engine is closed.")
             try:
-                job.run(job)
+                if end is None:
+                    job.run(job)
             except BaseException as error:  # noqa: BLE001 - the caller gets it
                 end = error
             for one in (job, *job.others):

@@ -170,7 +170,7 @@ class Engine:
         return found[0]
 
     def close(self) -> None:
-        """Stop after the request in work, and free the engines. Harmless when repeated."""
+        """Cancel the request in work, refuse those that wait, and free the engines. Harmless when repeated."""
         self._owner.close()
 
     def __enter__(self) -> Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_several_questions_are_answered_in_their_order(micro_bundle: Path, photo
 
 
 def test_auto_names_the_device_on_stderr(micro_bundle: Path, run: Run) -> None:
-    code, _, err = run("run", "--model", micro_bundle, "--threads", "1", "--max-tokens", "1")
+    code, _, err = run("run", "--model", micro_bundle, "--prompt", "hi", "--threads", "1", "--max-tokens", "1")
     assert code == 0
     assert err.startswith("device: ")
 
@@ -151,6 +152,9 @@ def test_dash_is_stdin(micro_bundle: Path, photo: Path, run: Run, monkeypatch: p
 BAD: list[tuple[list[str], int, str]] = [
     (["nonsense"], 2, "nonsense"),
     (["run", "--nonsense"], 2, "--nonsense"),
+    (["run", "--model", "{}"], 2, "--image"),
+    (["train", "{}/vision.onnx"], 65, "is not a training recipe"),
+    (["serve", "--model", "{}", "--timeout", "nan"], 2, "--timeout"),
     (["run", "--max-tokens", "many"], 2, "many"),
     (["run", "--model", "{}", "--max-tokens", "0"], 2, "max_tokens"),
     (["run", "--model", "{}", "--max-tokens", "-1"], 2, "max_tokens"),
@@ -162,14 +166,14 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "{}", "--seed", "-1"], 2, "seed"),
     (["run", "--model", "{}", "--stop", ""], 2, "stop"),
     (["run", "--model", "{}", "--threads", "-1"], 2, "threads"),
-    (["run", "--model", "{}", "--context", "99999"], 2, "trained for at most"),
+    (["run", "--model", "{}", "--prompt", "hi", "--context", "99999"], 2, "trained for at most"),
     (["run", "--model", "{}", "--device", "tpu"], 2, "tpu"),
     (["run", "--model", "{}", "--prompt", ""], 2, "empty"),
     (["run", "--model", "{}", "--prompt", "  \n"], 2, "empty"),
     (["run", "--model", "{}", "--image", "-", "--prompt", "-"], 2, "more than once"),
     (["run", "--model", "{}", "--image", "none.png"], 66, "none.png"),
     (["run", "--model", "{}", "--image", "{}/language.gguf"], 65, "language.gguf"),
-    (["run", "--model", "{}", "--context", "20", *LIGHT], 65, "positions"),
+    (["run", "--model", "{}", "--prompt", "hi", "--context", "20", *LIGHT], 65, "positions"),
     (["run", "--model", "no-such"], 66, "known models"),
     (["run", "--model", "/"], 65, "not a bundle"),
     (["run"], 66, "llava-edge models pull smol"),
@@ -259,9 +263,27 @@ def test_a_reader_that_leaves(micro_bundle: Path) -> None:
     assert err == b""
 
 
+def test_a_recipe_without_stages(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "empty.toml").write_text("", "utf-8")
+    code, _, err = run("train", str(tmp_path / "empty.toml"))
+    assert code == 65
+    assert "it has no 'stage'" in err
+
+
+def test_a_failed_answer_leaves_stdout_empty(micro_bundle: Path, photo: Path, tmp_path: Path, run: Run) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(micro_bundle, broken)
+    data = (broken / "vision.onnx").read_bytes()
+    (broken / "vision.onnx").write_bytes(bytes(len(data)))
+    code, out, _ = run("run", "--model", broken, "--image", photo, *LIGHT, "--no-cache")
+    assert (code, out) == (65, "")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes the stream")
 def test_closed_streams_and_a_plain_locale(micro_bundle: Path) -> None:
-    command = f'"{sys.executable}" -m llava_edge run --model "{micro_bundle}" {" ".join(LIGHT)} --max-tokens 4'
+    command = (
+        f'"{sys.executable}" -m llava_edge run --model "{micro_bundle}" {" ".join(LIGHT)} --max-tokens 4 --prompt hi'
+    )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     for redirect in ("", ">&-", "<&-", ">&- 2>&- <&-"):
         done = subprocess.run(f"{command} {redirect}", shell=True, cwd=ROOT, env=environment, capture_output=True)

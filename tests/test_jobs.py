@@ -44,11 +44,10 @@ def finish(job: Job) -> None:
     job.output.put(LAST)
 
 
-def test_who_asks_while_it_closes_is_told(owner: Owner, busy: Callable[[], None]) -> None:
+def test_who_waits_or_asks_while_it_closes_is_told(owner: Owner, busy: Callable[[], None]) -> None:
     closing = threading.Thread(target=owner.close)
-    waiting = owner.submit(finish, threading.Event())
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(list, waiting)
+        waiting = pool.submit(list, owner.submit(finish, threading.Event()))
         while owner._jobs.empty():
             pass
         closing.start()
@@ -57,9 +56,25 @@ def test_who_asks_while_it_closes_is_told(owner: Owner, busy: Callable[[], None]
         with pytest.raises(UsageError, match="closed"):
             next(owner.submit(finish, threading.Event()))
         busy()
-        assert asked.result(SOON) == [LAST]  # it waited before
+        with pytest.raises(UsageError, match="closed"):
+            waiting.result(SOON)
     closing.join(SOON)
     assert not closing.is_alive()
+
+
+def test_closing_cancels_what_is_at_work(owner: Owner) -> None:
+    begun = threading.Event()
+
+    def work(job: Job) -> None:
+        begun.set()
+        assert wait_for(job.cancel)
+        job.output.put(DROPPED)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(list, owner.submit(work, threading.Event()))
+        assert begun.wait(SOON)
+        owner.close()
+        assert asked.result(SOON) == [DROPPED]
 
 
 def test_the_callers_event_is_only_read(owner: Owner) -> None:

@@ -573,6 +573,9 @@ def test_a_failed_self_test_is_not_used() -> None:
     every = native.choose(found_out(problems=problems))
     assert not every.used
     assert every.reason.startswith("Not used: avx2 is off.")
+    misspelt = native.choose(found_out(), "avx3")
+    assert not misspelt.used
+    assert misspelt.reason.startswith("Not used: LLAVA_EDGE_NATIVE is 'avx3'; one of off, amx-bf16, ")
     killed = native.choose({"failed": "their check was killed by signal 4"})
     assert killed.reason == "Not used: their check was killed by signal 4."
 

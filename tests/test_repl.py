@@ -61,6 +61,27 @@ def test_an_image_goes_with_the_next_question(llava: Llava, tmp_path: Path, monk
     assert [message.images for message in chat.messages] == [2, 0, 0, 0]
 
 
+def test_files_are_found_as_people_name_them(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "a red é.png"
+    Image.new("RGB", (9, 9), "red").save(path)
+    names = ["~/a red é.png", str(path).replace(" ", "\\ "), path.as_uri(), f'"{path}"']
+    chat, _ = talk(llava, [*(f"/image {name}" for name in names), "what?"], monkeypatch)
+    assert chat.messages[0].images == len(names)
+
+
+def test_only_conversations_are_replaced(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, talked = tmp_path / "photo.jpg", tmp_path / "talk.json"
+    Image.new("RGB", (9, 9), "red").save(photo)
+    before = photo.read_bytes()
+    talk(llava, ["first", f"/save {talked}", "second", f"/save {talked}", f"/save {photo}"], monkeypatch)
+    assert photo.read_bytes() == before
+    assert len(json.loads(talked.read_text("utf-8"))["messages"]) == 4
+    assert "choose another name" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_sentence_and_the_chat_goes_on(
     llava: Llava, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ import pytest
 from serving import Server, data_url, png, question, running
 
 from llava_edge import Llava, Options
+from llava_edge.server.serve import _bound
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
@@ -372,3 +375,9 @@ print("".join(part.choices[0].delta.content or "" for part in parts).encode("utf
 """
     said = run_client("-c", code, LITELLM_LOCAL_MODEL_COST_MAP="True").split()
     assert said == [server.text("Colour?", (png(),), max_tokens=16).encode().hex()] * 2
+
+
+def test_what_is_sent_does_not_wait_for_more() -> None:
+    """asyncio turns TCP_NODELAY on only for sockets that are named TCP."""
+    with closing(_bound("127.0.0.1", 0)) as bound:
+        assert bound.proto == socket.IPPROTO_TCP

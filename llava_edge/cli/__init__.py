@@ -94,6 +94,9 @@ def execute(arguments: Sequence[str]) -> int:
         return 0
     except click.exceptions.Exit as request:
         return request.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except LlavaEdgeError as error:

@@ -47,6 +47,8 @@ def run(images: tuple[str, ...], prompts: tuple[str, ...], as_json: bool, model:
     # Images are read before the model is loaded: a wrong file name should not cost a wait.
     manifest = Bundle.open(resolve(model)).manifest
     check_budget(options, manifest)
+    if not images and prompts == (DEFAULT_PROMPT,):
+        raise UsageError("There is no image to describe: name one with --image, or ask something else with --prompt.")
     pictures = [limited(prepare(_image_source(image), manifest), options, manifest) for image in images]
     with status_line("Loading the model") as status:
         llava = Llava.load(model, engine, pictures=pictures, on_load=status)
@@ -60,7 +62,7 @@ def run(images: tuple[str, ...], prompts: tuple[str, ...], as_json: bool, model:
 
 
 def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
-    final = None
+    final, shown = None, False
     try:
         with status_line(doing) as status:
             status(None)
@@ -69,11 +71,12 @@ def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
                 final = chunk.final
                 if not quiet:
                     show(chunk.text)
+                    shown = True
     except BaseException:
         stream.close()  # nobody reads on: the model need not go on either
         raise
     finally:
-        if not quiet:
+        if shown:
             click.echo()
     if final is None:
         raise RuntimeError("the stream ended without a result")

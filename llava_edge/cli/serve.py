@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import click
 
 from llava_edge.cli.arguments import engine_options, engine_options_from
 from llava_edge.cli.terminal import status_line
+from llava_edge.errors import UsageError
 
 
 @click.command()
@@ -42,6 +44,8 @@ def serve(
     llava-edge serve
     LLAVA_EDGE_API_KEY=... llava-edge serve --host 0.0.0.0 --allow-host box.local
     """
+    if not math.isfinite(timeout):
+        raise UsageError(f"--timeout is {timeout}; a number of seconds was expected.")
     engine = engine_options_from(shared)
     from llava_edge.bundle import Bundle
     from llava_edge.server.limits import Limits

@@ -168,6 +168,9 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
         return Status(f"Not used: {state['failed']}.", COMMAND)
     problems, types = state["problems"], {kind: state["types"][kind] for kind in TYPES}
     right = [name for name in state["kernels"] if name not in problems and (name not in OPT_IN or name == kernel)]
+    if kernel and kernel not in state["kernels"]:
+        known = ", ".join(["off", *state["kernels"]])
+        return Status(f"Not used: LLAVA_EDGE_NATIVE is {kernel!r}; one of {known} was expected.")
     if kernel in right:
         right = [kernel]
     if not right:
