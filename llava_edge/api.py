@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bundle import Bundle
+from llava_edge.errors import UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result
 from llava_edge.prompt import Message
@@ -89,6 +90,8 @@ class Llava:
         otherwise than one for a single token, so that where two tokens are as good as equally likely, an answer may go
         on otherwise. Raises `ContextOverflowError` with the number of the question before anything is computed.
         """
+        if isinstance(prompts, str):
+            raise UsageError("ask_many wants a list of questions; for one there is ask.")
         pictures = [prepare(image, self._engine.bundle.manifest) for image in _as_list(images)]
         conversations = [[Message("user", text, len(pictures))] for text in prompts]
         self._engine.require_room(conversations, pictures, options)

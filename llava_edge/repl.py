@@ -99,8 +99,8 @@ class Repl:
             ):
                 for chunk in answer:
                     begun()
-                    self._show(chunk.text)
                     shown = True
+                    self._show(chunk.text)
                     if chunk.finish_reason == "length":
                         _remark("\n(cut off: the longest answer or the end of the context is reached)")
         except KeyboardInterrupt:

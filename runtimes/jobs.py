@@ -56,12 +56,14 @@ class _Turn:
 class Job:
     """One request: what the owner thread runs, and where it puts what comes out. None ends the stream.
 
+    served: whether the owner's thread lives, which it does not in a process that was forked.
     dropped: makes the only chunk of a job that is cancelled while it waits for its turn; None: it waits all the same.
     others: jobs that this one does too; whatever ends it ends them.
     """
 
     run: Callable[[Job], None]
     cancel: threading.Event
+    served: Callable[[], bool]
     dropped: Last | None = None
     turn: _Turn = field(default_factory=_Turn)
     output: queue.SimpleQueue[Chunk | BaseException | None] = field(default_factory=queue.SimpleQueue)
@@ -80,6 +82,8 @@ class Job:
             try:
                 return self.output.get(timeout=POLL_SECONDS)
             except queue.Empty:
+                if not self.served() and self.output.empty():
+                    raise UsageError("The engine is closed.") from None
                 if not self.cancel.is_set():
                     continue
                 if self.dropped is not None and self.turn.drop():
@@ -146,7 +150,7 @@ class Owner:
 
         Leaving early, by Ctrl-C too, cancels it.
         """
-        job = Job(run, _Cancel(cancel), dropped)
+        job = Job(run, _Cancel(cancel), self._thread.is_alive, dropped)
         return _Reader(job, lambda: self._queue(job))
 
     def submit_together(
@@ -154,7 +158,8 @@ class Owner:
     ) -> list[Stream]:
         """Queue one job that fills `count` streams. Leaving one before its last chunk cancels all."""
         own, turn = _Cancel(cancel), _Turn()
-        jobs = [Job(lambda job: run([job, *job.others]), own, dropped, turn) for _ in range(count)]
+        alive = self._thread.is_alive
+        jobs = [Job(lambda job: run([job, *job.others]), own, alive, dropped, turn) for _ in range(count)]
         jobs[0].others += jobs[1:]
         self._queue(jobs[0])
         return [_Reader(job) for job in jobs]
@@ -172,7 +177,7 @@ class Owner:
 
     def _queue(self, job: Job) -> None:
         with self._lock:
-            if self._closed:
+            if self._closed or not self._thread.is_alive():
                 raise UsageError("The engine is closed.")
             self._jobs.put(job)
 

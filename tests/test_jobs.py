@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +129,38 @@ def test_who_is_cancelled_while_waiting_waits_no_longer(owner: Owner, busy: Call
     busy()
     assert list(owner.submit(finish, threading.Event())) == [LAST]
     assert ran == []
+
+
+FORKED = """
+import os, threading, warnings
+from llava_edge.errors import UsageError
+from llava_edge.runtimes.jobs import Owner
+warnings.simplefilter("ignore")
+owner, free, begun = Owner(lambda: None), threading.Event(), threading.Event()
+def work(job):
+    begun.set()
+    free.wait(30)
+stream = owner.submit(work, threading.Event())
+threading.Thread(target=lambda: list(stream), daemon=True).start()
+begun.wait(30)
+waiting = owner.submit_together(lambda jobs: None, threading.Event(), 1, lambda: None)[0]
+if os.fork() == 0:
+    refused = 0
+    for asked in (waiting, owner.submit(work, threading.Event())):
+        try:
+            next(asked)
+        except UsageError as error:
+            refused += str(error) == "The engine is closed."
+    os._exit(refused)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only POSIX forks")
+def test_a_forked_process_has_no_engine() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "2\n", done.stderr
 
 
 def test_streams_that_nobody_reads_stop_the_job(owner: Owner) -> None:

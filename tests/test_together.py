@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava_edge import Llava
 from llava_edge.bundle import LANGUAGE
-from llava_edge.errors import BundleError, ContextOverflowError
+from llava_edge.errors import BundleError, ContextOverflowError, UsageError
 from llava_edge.options import EngineOptions, Options, Result, TokenChance
 from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.language import MAX_BRANCHES, LanguageModel
@@ -218,3 +218,8 @@ def test_a_small_context_has_fewer_branches(context: int, micro_bundle: Path) ->
     assert language.max_branches == max(0, min(context - 2, MAX_BRANCHES))
     language.evaluate_tokens([5], NEVER)
     language.close()
+
+
+def test_one_question_is_not_many(llava: Llava) -> None:
+    with pytest.raises(UsageError, match="ask_many wants a list"):
+        next(llava.ask_many("ab", RED))

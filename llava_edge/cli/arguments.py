@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from llava_edge.errors import UsageError
+from llava_edge.errors import DataError, UsageError
 from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.store import DEFAULT_MODEL
 
@@ -88,10 +88,10 @@ def engine_options_from(values: dict[str, Any]) -> EngineOptions:
 
 
 def read_stdin() -> bytes:
-    """All of standard input, for `-`. Raises `UsageError` when there is none."""
+    """All of standard input, for `-`. Raises `UsageError` when there is none, `DataError` when it is too long."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("'-' reads standard input, but nothing is piped into it.")
     data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
     if len(data) > MAX_STDIN_BYTES:
-        raise UsageError(f"Standard input has more than {MAX_STDIN_BYTES} bytes.")
+        raise DataError(f"Standard input has more than {MAX_STDIN_BYTES} bytes.")
     return data

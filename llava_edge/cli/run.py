@@ -70,8 +70,8 @@ def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
                 status.clear()
                 final = chunk.final
                 if not quiet:
-                    show(chunk.text)
                     shown = True
+                    show(chunk.text)
     except BaseException:
         stream.close()  # nobody reads on: the model need not go on either
         raise
