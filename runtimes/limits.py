@@ -1,7 +1,8 @@
 """What this machine can do at most: matrix products and reads from memory, measured with the engines installed here.
 
 They are what a stage is compared with. A peak is what the fastest product available to us reaches on a large, friendly
-shape, not what the processor's manual promises: ONNX Runtime's u8 x s8 product for 8 bits and its sgemm for float32.
+shape, not what the processor's manual promises: for 8 bits ONNX Runtime's u8 x s8 product or, where it is faster, a
+kernel of ours for quantized weights; for float32 ONNX Runtime's sgemm.
 There is none for bfloat16, because neither engine has one on a CPU that is faster than its float32.
 Knows nothing about models.
 """
@@ -18,7 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import devices, language, native
+from llava_edge.runtimes.native import check
+from llava_edge.runtimes.native.ggml import Ggml, Weights
+from llava_edge.runtimes.native.library import DEVICE
 
 SHAPE = (1024, 2048, 2048)  # rows, inner, columns: of several shapes tried, the fastest with AMX
 LARGEST = 127  # of 8 bits on the left, as in vision.onnx: sums of two products then fit into 16 bits on every processor
@@ -38,7 +42,7 @@ class Limits:
 
 
 def measure(threads: int) -> Limits:
-    """Best of what fits into `SECONDS` each; takes about two seconds and up to 1 GiB, so use a process of its own."""
+    """Best of what fits into `SECONDS` each; takes a few seconds and up to 1 GiB, so use a process of its own."""
     rows, inner, columns = SHAPE
     numbers = np.random.default_rng(0)
     weights = numbers.integers(-127, 128, (inner, columns), np.int8)
@@ -49,10 +53,28 @@ def measure(threads: int) -> Limits:
     work = 2.0 * rows * inner * columns
     return Limits(
         threads,
-        work / _best(lambda: int8.run(None, {"a": bytes_in})),
+        max(work / _best(lambda: int8.run(None, {"a": bytes_in})), _kernels_rate(threads)),
         work / _best(lambda: fp32.run(None, {"a": floats_in})),
         _read_rate(threads),
     )
+
+
+def _kernels_rate(threads: int) -> float:
+    """Operations per second of the fastest of our own kernels in 8 bits; 0 if none is used here."""
+    language.library()
+    kinds = [kind for kind, kernel, _ in native.activate().many if kernel.endswith("-int8")]
+    if not kinds:
+        return 0.0
+    rows, columns, inner = check.MANY
+    ggml, x = Ggml(), np.ones((rows, inner), np.float32)
+    rates = []
+    for kind in kinds:
+        weights = Weights(kind, columns, inner, ggml.quantize(kind, np.ones((columns, inner), np.float32)))
+        operation = ggml.multiply(weights, x, device=ggml.device(DEVICE), threads=threads)
+        if operation is not None:
+            with operation:
+                rates.append(2.0 * rows * columns * inner / _best(operation.seconds))
+    return max(rates, default=0.0)
 
 
 def _read_rate(threads: int) -> float:
