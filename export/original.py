@@ -22,15 +22,8 @@ MARKERS = ("<im_start>", "<im_end>")  # llava/constants.py
 _TEXT = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act"),
-    *(
-        "max_position_embeddings",
-        "partial_rotary_factor",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "attention_bias",
-        "mlp_bias",
-    ),
+    *("max_position_embeddings", "partial_rotary_factor", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+    *("bos_token_id", "eos_token_id"),
 )
 _FEATURES = {"patch": "default", "cls_patch": "full"}
 _HEAD_WIDTH = 64  # of every CLIP that OpenAI published

@@ -288,10 +288,8 @@ class LanguageModel:
         settings.n_ctx = self.context_size
         settings.n_batch = settings.n_ubatch = self.batch
         settings.n_threads = settings.n_threads_batch = self._threads
-        settings.n_seq_max, settings.kv_unified = (
-            min(2 + self.max_branches, self.context_size),
-            True,
-        )  # they share positions they begin with
+        settings.n_seq_max = min(2 + self.max_branches, self.context_size)
+        settings.kv_unified = True  # sequences share positions they begin with
         if self._kv == "q8_0":
             settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
         # Nothing else reads values of 8 bits. And by itself llama.cpp leaves it off where another device takes it.

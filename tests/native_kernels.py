@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,16 @@ from llava_edge.runtimes.native.ggml import TYPES
 
 Array = np.ndarray[Any, Any]
 
-# Every kernel on every machine: AMX and AVX-VNNI with instructions that something else computes where the processor
-# refuses them, AVX-512 in plain C++.
-UNITS = (
-    *(
-        build.Unit(source, flags, kernel)
-        for source in build.VECTORS
-        for flags, kernel in (
-            (build.AVX2, ""),
-            ((*build.AVX2, "-mavxvnni", "-DNATIVE_REFUSED_COMPUTED"), "AVXVNNI"),
-            ((*build.AVX2, "-DNATIVE_WIDE"), "AVX512VNNI"),
-        )
-    ),
-    *(
-        build.Unit(source, (*build.AVX2, "-DNATIVE_REFUSED_COMPUTED"), "AMX")
-        for source in ("amx_bf16.cpp", "amx_int8.cpp")
-    ),
-    *(unit for unit in build.UNITS if unit.source not in build.VECTORS and not unit.kernel),
-    build.Unit(str(Path(__file__).with_name("missing_instructions.cpp"))),
-)
+
+def _testable(unit: build.Unit) -> build.Unit:
+    """Every kernel on every machine: AVX-512 in plain C++, AMX and AVX-VNNI with instructions that something else
+    computes where the processor refuses them."""
+    if unit.kernel == "AVX512VNNI":
+        return replace(unit, flags=(*build.AVX2, "-DNATIVE_WIDE"))
+    return replace(unit, flags=(*unit.flags, "-DNATIVE_REFUSED_COMPUTED"))
+
+
+UNITS = (*map(_testable, build.UNITS), build.Unit(str(Path(__file__).with_name("missing_instructions.cpp"))))
 
 SCALES = {
     "Q4_0": (0,),

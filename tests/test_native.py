@@ -521,11 +521,11 @@ def test_what_was_loaded_first_is_used_to_the_end(
 ) -> None:
     """By two models that are loaded at the same time, and by later ones, since the backend is the process's."""
     install(built)
+    language.library()
     monkeypatch.setattr(native, "_process", native._Process())
     times: list[float] = []
 
-    def load(folder: Path, found: native.Status) -> None:
-        native._process.decided = found
+    def load(*_: object) -> None:
         time.sleep(0.05)
         times.append(time.monotonic())
 
@@ -541,12 +541,12 @@ def test_what_was_loaded_first_is_used_to_the_end(
 
 def test_what_is_refused_half_loaded_is_not_tried_again(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(built)
+    language.library()
     monkeypatch.setattr(native, "_process", native._Process())
     tried: list[Path] = []
 
-    def load(folder: Path, found: native.Status) -> None:
-        tried.append(folder)
-        native._process.decided = found
+    def load(path: Path, *_: object) -> None:
+        tried.append(path)
         raise UnavailableError("ggml does not accept them.")
 
     monkeypatch.setattr(native, "_load", load)

@@ -114,6 +114,12 @@ def other_input(graph: Any) -> None:
     rests[1].input[0] = rests[0].input[0]
 
 
+def other_weights(graph: Any) -> None:
+    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.ones((16, 16), np.int8), "others"))
+    products[1].input[1] = "others"
+
+
 def weights_have_a_zero_point(graph: Any) -> None:
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(5, np.int8), "five"))
     product(graph).input.append("five")
@@ -151,6 +157,7 @@ def replace(graph: Any, ending: str, values: np.ndarray) -> None:
     "change",
     [
         other_input,
+        other_weights,
         weights_have_a_zero_point,
         other_zero_point,
         one_scale_for_all_columns,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,8 @@ def run(images: tuple[str, ...], prompts: tuple[str, ...], as_json: bool, model:
 def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
     final, shown = None, False
     try:
-        with status_line(doing) as status:
+        # Whoever does not read on, because nobody reads the output, does not let the model go on either.
+        with closing(stream), status_line(doing) as status:
             status(None)
             for chunk in stream:
                 status.clear()
@@ -72,9 +74,6 @@ def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
                 if not quiet:
                     shown = True
                     show(chunk.text)
-    except BaseException:
-        stream.close()  # nobody reads on: the model need not go on either
-        raise
     finally:
         if shown:
             click.echo()

@@ -77,7 +77,7 @@ class Status:
 
 @dataclass
 class _Process:
-    """What this process has loaded, and uses: a backend stays until its end, for all models."""
+    """What became of loading: a backend stays until the process ends, for all of its models."""
 
     decided: Status | None = None
 
@@ -112,13 +112,18 @@ def activate() -> Status:
         if _process.decided is not None:
             return _process.decided
         found = status()
+        if not found.used:
+            return found
         try:
-            if found.used:
-                _load(place(), found)
-        except (OSError, UnavailableError, ValueError, KeyError) as error:
+            path = place() / LIBRARY
+            ggml = _fitting(path, found)
+        except (OSError, UnavailableError) as error:
+            return Status(f"Not used: {error}", COMMAND)
+        try:
+            _load(path, ggml, found)
+        except (OSError, UnavailableError, ValueError) as error:  # half of it may be loaded: it is not tried again
             found = Status(f"Not used: {error}", COMMAND)
-            if _process.decided is not None:  # half of it is loaded
-                _process.decided = found
+        _process.decided = found
         return found
 
 
@@ -234,18 +239,21 @@ def wanted() -> str:
     return os.environ.get("LLAVA_EDGE_NATIVE", "").strip().lower()
 
 
-def _load(folder: Path, found: Status) -> None:
-    """Into this process, to stay. Raises `UnavailableError`, `OSError`, `ValueError` or `KeyError`."""
+def _fitting(path: Path, found: Status) -> Ggml:
+    """The loaded ggml, if it is one that the library was made for. Raises `UnavailableError` or `OSError`."""
     ggml = Ggml()
     version = (bindings.version(), ggml.version())
     if version not in ACCEPTED:
         raise UnavailableError(f"llama-cpp-python {version[0]} with ggml {version[1]} is not one they were made for.")
     if loaded("libgomp.so.1") is None:
         raise UnavailableError("this llama.cpp computes without OpenMP, whose threads they share.")
-    path = folder / LIBRARY
     if _sha256(path) != found.library:
         raise UnavailableError("their file has changed since they were tried.")
-    _process.decided = found
+    return ggml
+
+
+def _load(path: Path, ggml: Ggml, found: Status) -> None:
+    """Into this process, to stay. Raises `UnavailableError`, `OSError` or `ValueError`."""
     library = Library(path)
     library.use()
     if not ggml.load_backend(path) or not ggml.device(DEVICE):

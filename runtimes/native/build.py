@@ -30,12 +30,12 @@ class Unit:
     kernel: str = ""
 
 
-VECTORS = ("int8.cpp", "int16.cpp")  # each compiled for every set of instructions
+_VECTORS = ("int8.cpp", "int16.cpp")  # each compiled for every set of instructions
 
 UNITS = (
     *(
         unit
-        for source in VECTORS
+        for source in _VECTORS
         for unit in (
             Unit(source),
             Unit(source, (*AVX2, "-mavxvnni"), "AVXVNNI"),

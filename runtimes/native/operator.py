@@ -109,15 +109,15 @@ def _layers(nodes: list[_Node], shapes: dict[str, tuple[int, ...]]) -> dict[str,
         if len(first) < 5 or len(second) < 5:
             continue
         x, weight, bias, rest = first[4].inputs[0], first[3].inputs[1], first[0].inputs[1], second[4]
-        scales = [made_by.get(multiplied.inputs[1]) for multiplied in (first[1], second[0])]
         # Of the second: what rounding x left over, times the same weights.
         again = made_by.get(rest.inputs[1])
-        if again is None or again.kind != "DequantizeLinear" or rest.inputs[0] != x:
+        if again is None or again.kind != "DequantizeLinear" or rest.inputs[0] != x or second[2].inputs[1] != weight:
             continue
-        steps = [_step(*parts) for parts in ((first[4], first[3], scales[0]), (second[3], second[2], scales[1]))]
-        if again.inputs != (first[4].outputs[0], *first[4].inputs[1:]) or None in steps or steps[0] != steps[1]:
+        if again.inputs != (first[4].outputs[0], *first[4].inputs[1:]):
             continue
-        scale = str(steps[0])
+        scale = _scale(first[4], first[3], made_by.get(first[1].inputs[1]))
+        if not scale or scale != _scale(second[3], second[2], made_by.get(second[0].inputs[1])):
+            continue
         inner, columns = (shapes.get(weight) or (0, 0))[:2]
         fits = shapes.get(weight) == (inner, columns, _INT8) and inner % MULTIPLE == 0 and inner > 0
         if fits and shapes.get(scale) == shapes.get(bias) == (columns, _FLOAT):
@@ -125,10 +125,10 @@ def _layers(nodes: list[_Node], shapes: dict[str, tuple[int, ...]]) -> dict[str,
     return layers
 
 
-def _step(rounded: _Node, product: _Node, scales: _Node | None) -> str | None:
-    """The weights' scale of one term, if it is (q - zero) @ weight * (step * scale), as q was rounded."""
+def _scale(rounded: _Node, product: _Node, scales: _Node | None) -> str:
+    """The weights' scale of one term, if it is (q - zero) @ weight * (step * scale), as q was rounded; or empty."""
     if scales is None or scales.kind != "Mul" or (scales.inputs[0], *product.inputs[2:]) != rounded.inputs[1:]:
-        return None
+        return ""
     return scales.inputs[1]
 
 
