@@ -22,6 +22,7 @@ from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
 from llava_edge.runtimes import CancelledError, bindings, devices, limit_spinning, mapping, native
 from llava_edge.runtimes.batch import Batch
+from llava_edge.runtimes.threads import Threads
 
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
@@ -72,6 +73,7 @@ class LanguageModel:
         # One more sequence is memory itself, and one what `save` saves of it. llama.cpp aborts with more than room.
         self.max_branches = max(0, min(MAX_BRANCHES, context - 2, batch - 2))
         self._threads = threads
+        self._for_tokens = Threads(threads)
         self._kv = kv
         self._gpu_layers = gpu_layers
         self._settings = [gpu_layers, repack, kv, *self.native.identity]
@@ -351,6 +353,10 @@ class LanguageModel:
         self._cancel = cancel
         # The callback is asked between graph nodes and is Python, so a few tokens, which are quick, go without.
         self.library.llama_set_abort_callback(self._context, self._never if quick else self._abort, None)
+        # With llama.cpp's own attention, another number of threads has other bits.
+        if self.native.few_attention and not self._gpu_layers:
+            threads = self._for_tokens.next() if quick else self._threads
+            self.library.llama_set_n_threads(self._context, threads, threads)
         status = self._thread.submit(self.library.llama_decode, self._context, batch.handle).result()
         if status == _ABORTED:
             raise CancelledError

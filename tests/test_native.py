@@ -328,6 +328,13 @@ alone = []
 for token in tokens[:8]:
     alone.append([model.evaluate_all([token], never)[0], model.state().copy()])
 model.forget(300)
+numbers = []
+for i, token in enumerate(tokens[:8]):
+    model._for_tokens._seen, model._for_tokens.count = None, 1 + i % 2
+    model.evaluate_tokens([token], never)
+    numbers.append(bool((model.logits() == alone[i][0]).all()))
+model._for_tokens.count = 2
+model.forget(300)
 rows = model.evaluate_all(tokens[:8], never)
 same = all((rows[i] == alone[i][0]).all() and (model.state(i) == alone[i][1]).all() for i in range(8))
 model.show_states(False)
@@ -345,7 +352,7 @@ with Branches(model, 3) as branches:
     together = [bool((model.logits(row) == apart[row]).all()) for row in range(3)]
 print(json.dumps({"reason": model.native.reason, "used": model.native.used, "stopped": stopped, "again": again,
                   "held": held, "refused": refused, "recovered": recovered, "same": bool(same), "together": together,
-                  "logits": [first.tolist(), second.tolist()]}))
+                  "numbers": numbers, "logits": [first.tolist(), second.tolist()]}))
 """
 
 
@@ -429,6 +436,7 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ours["refused"]
         assert ours["same"]  # guesses need that
         assert ours["together"] == [True] * 3  # an answer among others
+        assert ours["numbers"] == [True] * 8  # threads come and go with other programs
         assert ours["recovered"]  # no NaN that was left in memory counts
         assert ("Q4_0", kernel, 16) in native.choose(found_out(), kernel).many
     # Kept pictures are not another kernel's.

@@ -1,0 +1,89 @@
+"""runtimes/threads.py: fewer threads beside busy programs, all of them in a quiet machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+
+from llava_edge.runtimes.threads import LONGEST, Threads
+
+QUIET, BUSY = (0.0, 1.5), (0.6, 0.0)  # processors' worth of waiting, and of idleness, during a window
+
+
+def decided(most: int, windows: Sequence[tuple[float, float]]) -> list[int]:
+    """The number of threads after each of these windows."""
+    threads, seen = Threads(most), []
+    for waited, idle in windows:
+        threads._decide(waited, idle)
+        seen.append(threads.count)
+    return seen
+
+
+def test_each_crowded_window_takes_a_thread_away_but_the_last() -> None:
+    assert decided(4, [BUSY] * 5) == [3, 2, 1, 1, 1]
+
+
+def test_all_threads_compute_while_nobody_waits() -> None:
+    assert decided(4, [QUIET, (0.1, 0.0), QUIET]) == [4, 4, 4]
+
+
+def test_a_thread_comes_back_when_a_processor_is_idle() -> None:
+    assert decided(2, [BUSY, QUIET, QUIET])[-1] == 2
+
+
+def test_no_thread_comes_back_while_no_processor_is_idle() -> None:
+    assert decided(2, [BUSY, *[(0.0, 0.1)] * 200])[-1] == 1
+
+
+def test_a_thread_that_never_works_out_is_tried_ever_more_seldom() -> None:
+    threads, tried = Threads(2), []
+    for window in range(400):
+        before = threads.count
+        threads._decide(*(BUSY if threads.count == 2 else QUIET))  # idle again as soon as one computes alone
+        if threads.count > before:
+            tried.append(window)
+    gaps = [after - before for before, after in pairwise(tried)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == LONGEST + 1
+
+
+def test_after_calm_times_a_thread_comes_back_soon() -> None:
+    windows = [*[BUSY, *[QUIET] * LONGEST] * 8, *[QUIET] * 3 * LONGEST, BUSY, QUIET, QUIET]
+    assert decided(2, windows)[-1] == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long threads waited")
+def test_waiting_and_idleness_are_linuxs_numbers() -> None:
+    own = os.sched_getaffinity(0)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        one = {min(own)}
+        os.sched_setaffinity(busy.pid, one)
+        os.sched_setaffinity(0, one)  # this thread alone, beside the busy program
+        threads = Threads(2)
+        before, end = threads._seen, time.monotonic() + 1
+        while time.monotonic() < end:
+            pass
+        after = threads._look()
+    finally:
+        os.sched_setaffinity(0, own)
+        busy.kill()
+        busy.wait()
+    if before is None or after is None:
+        pytest.skip("this kernel does not count how long threads waited")
+    passed, waited, idle = (b - a for a, b in zip(before, after, strict=True))
+    assert passed == pytest.approx(1, abs=0.5)
+    assert waited > 0.15
+    assert idle < 0.3
+
+
+def test_where_nothing_is_told_the_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Threads, "_look", lambda self: None)
+    threads = Threads(3)
+    assert [threads.next() for _ in range(3)] == [3, 3, 3]
