@@ -1,26 +1,30 @@
 """A finished folder appears under its name in one step, or not at all.
 
-Everything is written into `NAME.tmp-PID` beside the target, flushed to disk, and put in place by rename. An
+Everything is written into `NAME.tmp-.../bundle` beside the target, flushed to disk, and put in place by rename. An
 older bundle is exchanged with the new one (renameat2 on Linux, renamex_np on macOS), so that the name always
-leads to a whole bundle; a process that is killed leaves at most its temporary folder, which the next one removes.
-Only folders that are bundles are ever replaced or removed.
+leads to a whole bundle. A process that is killed leaves at most its temporary folder, which the next one removes: it
+knows it by a file in it that nobody holds a lock on. Only such folders, and bundles, are ever removed or replaced.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
-import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llava_edge.bundle import MANIFEST, MAX_MANIFEST_BYTES, PARTS
 from llava_edge.errors import CannotCreateError, StorageError
+
+_MARK = ".llava-edge-export"  # locked by the export whose temporary folder it is in
+_OLD = "old"  # in there: what stood at the target, while a swap is under way
 
 HEADROOM = 1.1  # free space asked for, relative to the estimate
 
@@ -59,19 +63,21 @@ def staging(out: Path) -> Iterator[Path]:
 
     Raises `CannotCreateError` if nothing can be created there.
     """
-    temp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(out)
-        if temp.exists():  # of an earlier process with this number
-            shutil.rmtree(temp)
-        temp.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
+        lock = _mark(folder)
+        (folder / "bundle").mkdir()
     except OSError as error:
-        raise CannotCreateError(f"{temp} cannot be created: {error.strerror or error}.") from error
+        raise CannotCreateError(
+            f"A temporary folder for {out} cannot be created: {error.strerror or error}."
+        ) from error
     try:
-        yield temp
+        yield folder / "bundle"
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def publish(temp: Path, out: Path) -> None:
@@ -98,27 +104,30 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(raw, dict) and "format_version" in raw
 
 
+def _mark(folder: Path) -> int:
+    """Put the mark there, locked from its first moment; the open file that holds the lock."""
+    waiting = folder / f"{_MARK}.new"
+    lock = os.open(waiting, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    waiting.rename(folder / _MARK)
+    return lock
+
+
 def _remove_dead(out: Path) -> None:
     """Remove what killed exports left; bring back a bundle that a plain swap was interrupted over."""
-    pattern = re.compile(rf"{re.escape(out.name)}\.(tmp|old)-(\d+)")
     for path in sorted(out.parent.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if match is None or _alive(int(match[2])) or path.is_symlink() or not path.is_dir():
+        if not path.name.startswith(f"{out.name}.tmp-") or path.is_symlink() or not (path / _MARK).is_file():
             continue
-        if match[1] == "old" and not out.exists():
-            path.rename(out)
-        else:
+        lock = os.open(path / _MARK, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (path / _OLD).is_dir() and not os.path.lexists(out):
+                (path / _OLD).rename(out)
             shutil.rmtree(path)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        pass  # somebody else's process
-    return True
+        except BlockingIOError:
+            pass  # its export is at work
+        finally:
+            os.close(lock)
 
 
 def _sync(path: Path) -> None:
@@ -133,7 +142,7 @@ def _exchange(temp: Path, out: Path) -> None:
     """Swap two folders at once; where the system cannot, by two renames."""
     if _exchange_at_once(temp, out):
         return
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    old = temp.with_name(_OLD)
     out.rename(old)
     try:
         temp.rename(out)

@@ -279,24 +279,52 @@ def test_an_empty_folder_and_new_parents_are_fine(micro_checkpoint: Path, tmp_pa
         Bundle.open(out).verify()
 
 
-def test_left_folders_of_dead_exports_go_and_those_of_live_ones_stay(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    dead, live, alike = (tmp_path / f"out.tmp-{end}" for end in (ended.pid, os.getppid(), "notes"))
-    for folder in (dead, live, alike):
+KILLED = """
+import os, sys
+from pathlib import Path
+from llava_edge.export import publish
+publish._exchange_at_once = lambda temp, out: False
+rename = Path.rename
+def cut(self, target):
+    if ".tmp-" in str(self):  # the second of two renames
+        os._exit(1)
+    return rename(self, target)
+with publish.staging(Path(sys.argv[1])) as temp:
+    (temp / "file").write_text("new")
+    if sys.argv[2:]:
+        Path.rename = cut
+        publish.publish(temp, Path(sys.argv[1]))
+    os._exit(1)
+"""
+
+
+def killed_export(out: Path, *when: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out), *when], check=False, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_left_folders_of_dead_exports_go_and_everything_else_stays(tmp_path: Path) -> None:
+    """Names tell nothing: those here are like the ones of our folders, and dates are like numbers of processes."""
+    mine = [tmp_path / name for name in ("out.tmp-notes", "out.tmp-4194999", "out.old-20240101", "out.tmp-")]
+    for folder in mine:
         folder.mkdir()
-        (folder / "file").write_bytes(b"x")
-    with publish.staging(tmp_path / "out") as temp:
-        assert temp.is_dir()
-        assert not dead.exists()
-    assert sorted(tmp_path.iterdir()) == sorted([live, alike])
+        (folder / "thesis.txt").write_bytes(b"x")
+    killed_export(tmp_path / "out")
+    assert len(list(tmp_path.iterdir())) == len(mine) + 1
+    with publish.staging(tmp_path / "out") as live:
+        assert len(list(tmp_path.iterdir())) == len(mine) + 1
+        with publish.staging(tmp_path / "out") as temp:
+            assert live.is_dir()
+            assert temp.is_dir()
+        assert live.is_dir()
+    assert sorted(tmp_path.iterdir()) == sorted(mine)
+    assert all((folder / "thesis.txt").is_file() for folder in mine)
 
 
 def test_a_swap_that_was_cut_between_two_renames_is_undone(bundle_copy: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
     before = Bundle.open(bundle_copy).manifest
-    bundle_copy.rename(bundle_copy.with_name(f"{bundle_copy.name}.old-{ended.pid}"))
+    killed_export(bundle_copy, "between two renames")
+    assert not bundle_copy.exists()
     with publish.staging(bundle_copy):
         assert Bundle.open(bundle_copy).manifest == before
 
