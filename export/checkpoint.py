@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
+from llava_edge import gguf, templates
 from llava_edge.bundle import Merge, Square, tiling_fault
 from llava_edge.errors import CheckpointError
-from llava_edge.export import layouts
-from llava_edge.export.layouts import Layout
+from llava_edge.export import chat_template, layouts, normalisation
+from llava_edge.export.layouts import Layout, Source
 from llava_edge.export.names import EMBEDDINGS, HEAD, VISION_PREFIX
+from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
 from llava_edge.models.config import LlavaConfig, from_hf
 from llava_edge.models.shapes import tensor_shapes
 from llava_edge.prompt import AfterControl
+from llava_edge.runtimes.projector import MAX_LAYERS
 from llava_edge.templates import TEMPLATES
 
 _LISTED = 12  # how many tensor names a message spells out
@@ -51,9 +54,6 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._stored[name].shape
 
 
-Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and deviation of a picture
-
-
 @dataclass(frozen=True)
 class LanguageFile:
     """A GGUF that goes into the bundle as it is, and what its quantization is called."""
@@ -68,7 +68,7 @@ class Checkpoint:
 
     tokenizer: the folder that has one. notes: what was assumed because the source does not say it, as sentences.
     language_file: set when the language model is a finished GGUF; it is then copied instead of written and quantized.
-    normalisation: set when the source itself says it; otherwise preprocessor_config.json, or CLIP's.
+    normalisation: mean and deviation of pixels.
     """
 
     folder: Path
@@ -76,9 +76,9 @@ class Checkpoint:
     tensors: Tensors
     layout: Layout
     tokenizer: Path
+    normalisation: Normalisation
     notes: tuple[str, ...] = ()
     language_file: LanguageFile | None = None
-    normalisation: Normalisation | None = None
 
 
 def open_checkpoint(
@@ -90,18 +90,32 @@ def open_checkpoint(
     without CLIP. template: prompt layout, instead of the one the checkpoint suggests.
     Raises `MissingError`, `UsageError` or `CheckpointError`.
     """
-    source = layouts.read(folder, base, vision_tower)
-    raw = dict(source.raw)
     if template:
-        raw["llava_edge"] = {**raw.get("llava_edge", {}), "template": template}
+        templates.template(template)
     try:
-        config = from_hf(raw)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{source.config_path} holds a value of the wrong kind: {error}.") from error
-    _check_supported(source.config_path, raw, config)
+        source = layouts.read(folder, base, vision_tower)
+        config = _config(source, template)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        wrong = f"A value of the wrong kind is in config.json of {folder}, or of what goes with it: {error}."
+        raise CheckpointError(wrong) from error
     tensors = _fitting(folder, config, dict(source.stored))
     notes = () if template else source.notes
-    return Checkpoint(folder, config, tensors, source.layout, source.tokenizer, notes)
+    if source.guessed and not template:
+        named = chat_template.checked(chat_template.of_folder(source.tokenizer), config.template, source.tokenizer)
+        if named != config.template:
+            config = replace(config, template=named)
+            notes = (f"Prompt template {named}: the chat template of {source.tokenizer} shows it.",)
+    pixels = normalisation.of_folders(source.processors)
+    return Checkpoint(folder, config, tensors, source.layout, source.tokenizer, pixels, notes)
+
+
+def _config(source: Source, template: str | None) -> LlavaConfig:
+    raw = dict(source.raw)
+    if template:
+        raw["llava_edge"] = {**(raw.get("llava_edge") or {}), "template": template}
+    config = from_hf(raw)
+    _check_supported(source.config_path, raw, config)
+    return config
 
 
 def _fitting(folder: Path, config: LlavaConfig, found: dict[str, StoredTensor]) -> Tensors:
@@ -121,6 +135,8 @@ def _fitting(folder: Path, config: LlavaConfig, found: dict[str, StoredTensor]) 
         ],
     }
     said = "; ".join(_list(title, names) for title, names in faults.items() if names)
+    if faults["missing"] == [HEAD]:
+        said += "; if the output head is tied to the embeddings, set text_config.tie_word_embeddings to true"
     if said:
         raise CheckpointError(f"{folder} does not fit its config.json: {said}.")
     return Tensors({name: found[name] for name in needed})
@@ -176,6 +192,22 @@ def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> No
         raise CheckpointError(f"{path} cannot be right: {fault}.")
 
 
+# As many as llama.cpp takes (`gguf.check_language`); what is not here has no more than a vocabulary.
+_MOST = {
+    "num_hidden_layers": gguf.MAX_BLOCKS,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "image_size": 1 << 13,
+    "max_position_embeddings": 1 << 24,
+    "rope_theta": 1e12,
+    "rms_norm_eps": 1.0,
+    "layer_norm_eps": 1.0,
+}
+_ZERO = ("bos_token_id", "eos_token_id")  # can be it
+
+
 def _check_numbers(path: Path, config: LlavaConfig) -> None:
     v, t = config.vision, config.text
     for part, values in (("vision_config", v), ("text_config", t)):
@@ -183,15 +215,19 @@ def _check_numbers(path: Path, config: LlavaConfig) -> None:
             value = getattr(values, item.name)
             if item.type in ("int", "float"):
                 number = isinstance(value, int | (float if item.type == "float" else int)) and value is not True
-                if not number or value < 0 or (value == 0 and item.name not in ("bos_token_id", "eos_token_id")):
+                # NaN is not in any range.
+                if not number or not (0 if item.name in _ZERO else 1e-12) <= value <= _MOST.get(item.name, 1 << 22):
                     raise CheckpointError(f"{path} sets {part}.{item.name} to {value!r}, which cannot be right.")
     width, heads = t.hidden_size, t.num_attention_heads
+    layer = config.vision_feature_layer
     rules = {
         "vision_config.hidden_size must be a multiple of its heads": v.hidden_size % v.num_attention_heads == 0,
         "text_config.hidden_size must be an even multiple of its heads": width % (2 * heads) == 0,
         "text_config's heads must be a multiple of its kv heads": heads % t.num_key_value_heads == 0,
         "image_size must hold at least one patch": v.grid >= 1,
-        f"vision_feature_layer {config.vision_feature_layer} is outside the tower's {v.num_hidden_layers} blocks": (
+        f"vision_feature_layer {layer!r} is no whole number": type(layer) is int,
+        f"the projector can have {MAX_LAYERS} layers at most": config.projector_layers <= MAX_LAYERS,
+        f"vision_feature_layer {layer} is outside the tower's {v.num_hidden_layers} blocks": (
             0 <= config.blocks_run <= v.num_hidden_layers
         ),
         f"image_pool {config.image_pool} must divide the patch grid of {v.grid}": (

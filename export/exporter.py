@@ -40,17 +40,15 @@ from llava_edge.bundle import (
 from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, UsageError
 from llava_edge.export import held_out, importance, parity, publish, report, verify
 from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
-from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Normalisation, open_checkpoint
+from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
 from llava_edge.export.clip_onnx import ACTIVATION_BITS, Precision, write_clip
 from llava_edge.export.gguf_pair import open_pair
 from llava_edge.export.llm_gguf import float16_bytes, write_language
 from llava_edge.export.mmproj import check_mmproj, write_mmproj
 from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
-from llava_edge.export.tensors import read_json
 from llava_edge.export.tokenizer import Vocabulary, after_control, read_tokenizer
 from llava_edge.export.tower import write_tower
-from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
 from llava_edge.runtimes import mapping, probe
 
@@ -106,6 +104,10 @@ class ExportOptions:
                 raise UsageError(f"{value!r} is not a precision; expected one of {', '.join(allowed)}.")
         if self.imatrix and self.quant in ("f16", "q8_0"):
             raise UsageError(f"{self.quant} takes no notice of an importance matrix; choose 4 or 5 bits for it.")
+        if not self.name.isprintable():
+            raise UsageError(f"{self.name!r} cannot be a model's name; expected characters that can be printed.")
+        if self.mmproj and (self.base or self.vision_tower):
+            raise UsageError("A pair of GGUF files is whole; leave out --base and --vision-tower.")
 
 
 def export(
@@ -123,6 +125,8 @@ def export(
     out = Path(os.path.realpath(options.out.parent)) / options.out.name
     if out.name in ("", "..", "."):
         raise CannotCreateError(f"{options.out} is not a name for a bundle folder.")
+    if not _is_utf8(out):
+        raise CannotCreateError(f"{os.fsencode(out)!r} is no UTF-8, which ONNX Runtime needs of a path.")
     progress("reading the checkpoint", None)
     checkpoint = open_source(options)
     for note in checkpoint.notes:
@@ -131,6 +135,7 @@ def export(
     publish.check_target(out, options.force)
     if options.emit_mmproj:
         check_mmproj(checkpoint.config, options.emit_mmproj, options.force)
+        _check_apart(options, out)
     probe.require_working_build()
     if options.imatrix or on_report:
         importance.check(options.calibrate)
@@ -185,6 +190,30 @@ def estimate(checkpoint: Checkpoint, options: ExportOptions, *, reported: bool =
     return total
 
 
+def _check_apart(options: ExportOptions, out: Path) -> None:
+    """Raises `CannotCreateError` for an --emit-mmproj inside the bundle, or in the place of a file that is read."""
+    assert options.emit_mmproj is not None
+    path = Path(os.path.realpath(options.emit_mmproj))
+    if out in (path, *path.parents):
+        raise CannotCreateError(f"{options.emit_mmproj} would be in the bundle {out}; choose a place outside of it.")
+    read = [given for given in (options.checkpoint, options.mmproj) if given and given.is_file()]
+    if any(path == Path(os.path.realpath(given)) for given in read):
+        raise CannotCreateError(f"{options.emit_mmproj} is one of the files to read; choose another name.")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(text: str) -> str:
+    """What can stand in a manifest: names of folders may hold anything."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def _write(
     options: ExportOptions,
     checkpoint: Checkpoint,
@@ -197,7 +226,7 @@ def _write(
     """`language` is what the language file comes from: a finished one, or the words to write one with."""
     scratch = temp / "scratch"
     scratch.mkdir()
-    name = options.name or name
+    name = options.name or _printable(name)
     manifest = _manifest(options, checkpoint, name)
     pictures = list(islice(importance.pictures(options.calibrate), TOWER_PICTURES))
     write_tower(Bundle(temp, manifest), checkpoint, options.fine_blocks, pictures, scratch, progress)
@@ -353,26 +382,13 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
 
 
 def _sources(options: ExportOptions) -> tuple[Provenance, ...]:
-    terms, name = "as the checkpoint's", options.checkpoint.resolve().name
+    terms, name = "as the checkpoint's", _printable(options.checkpoint.resolve().name)
     if options.mmproj is None:
         return (Provenance("all parts", name, terms),)
-    return Provenance("language", name, terms), Provenance("vision and projector", options.mmproj.resolve().name, terms)
+    encoder = _printable(options.mmproj.resolve().name)
+    return Provenance("language", name, terms), Provenance("vision and projector", encoder, terms)
 
 
 def _preprocessing(checkpoint: Checkpoint) -> Preprocessing:
-    """Mean and deviation from the source itself, or preprocessor_config.json where there is one; CLIP's otherwise."""
-    config = checkpoint.config
-    mean, std = checkpoint.normalisation or _normalisation(checkpoint.folder / "preprocessor_config.json")
+    config, (mean, std) = checkpoint.config, checkpoint.normalisation
     return Preprocessing(config.vision.image_size, mean, std, config.square, config.grids, config.merge)
-
-
-def _normalisation(path: Path) -> Normalisation:
-    raw = read_json(path) if path.is_file() else {}
-    try:
-        mean, std = (
-            (float(values[0]), float(values[1]), float(values[2]))
-            for values in (raw.get("image_mean", CLIP_MEAN), raw.get("image_std", CLIP_STD))
-        )
-    except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path} should give image_mean and image_std as three numbers each.") from error
-    return mean, std

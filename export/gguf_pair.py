@@ -9,6 +9,7 @@ What is not LLaVA is refused.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -18,8 +19,10 @@ import numpy as np
 from llava_edge import gguf, templates
 from llava_edge.bundle import Square, tiling_fault
 from llava_edge.errors import CheckpointError
-from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Normalisation, Tensors
+from llava_edge.export import chat_template
+from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors
 from llava_edge.export.mmproj import ARCHITECTURE, tensor_names
+from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
 from llava_edge.export.tokenizer import CONTROL
 from llava_edge.gguf import Gguf
@@ -29,6 +32,7 @@ from llava_edge.models.shapes import tensor_shapes
 
 V1_IMAGE_SIZE = 224  # the tower of LLaVA v1, whose pictures were cropped; v1.5 has 336 and pads
 MISTRAL = (14336, 8)  # feed-forward width and kv heads of Mistral-7B
+WINDOW = 4096  # positions that the first Mistral-7B looks back
 
 Grids = tuple[tuple[int, int], ...]
 
@@ -43,10 +47,16 @@ def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
     """
     text_file, vision_file = _open(language, mmproj)
     text = _text_config(text_file)
+    if _has_window(text):
+        text = replace(text, max_position_embeddings=min(text.max_position_embeddings, WINDOW))
     vision, layer, notes = _vision_config(vision_file)
     projector, grids = _projector_type(vision_file, text), _grids(vision_file)
     square, seen = _square(vision, projector, grids)
-    template = template or _template(text)
+    if template:
+        templates.template(template)
+    else:
+        written = str(text_file.metadata.get("tokenizer.chat_template", ""))
+        template = chat_template.checked(written, _template(text, grids), language)
     config = LlavaConfig(
         vision=vision,
         text=text,
@@ -66,7 +76,7 @@ def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
         raise CheckpointError(f"{mmproj} cannot be right: {fault}.")
     _check_tokens(text_file, template)
     tensors = _vision_tensors(vision_file, config) | _language_tensors(text_file, text)
-    notes += [f"Neither file names the prompt layout; {template} is used. --template names another.", seen]
+    notes += [f"The prompt layout follows from the files; {template} is used. --template names another.", seen]
     if projector == "linear":
         notes.append(f"{mmproj} has one projector layer; it is taken as LLaVA v1's, without an activation behind it.")
     return Checkpoint(
@@ -91,10 +101,15 @@ def _square(vision: VisionConfig, projector: str, grids: Grids) -> tuple[Square,
     return "crop" if cropped else "pad", said
 
 
-def _template(text: TextConfig) -> str:
+def _has_window(text: TextConfig) -> bool:
+    """Whether it is Mistral's first 7B, whose sliding window no GGUF tells. Its later ones rotate with another base."""
+    return (text.intermediate_size, text.num_key_value_heads) == MISTRAL and text.rope_theta == 10000
+
+
+def _template(text: TextConfig, grids: Grids) -> str:
     """What published LLaVAs with a language model of these sizes were trained with."""
     if (text.intermediate_size, text.num_key_value_heads) == MISTRAL:
-        return "mistral_instruct"
+        return "mistral_instruct" if grids or not _has_window(text) else "vicuna_v1"  # the second: BakLLaVA
     return "chatml_direct" if text.hidden_size == 7168 else "vicuna_v1"  # 7168: Yi-34B
 
 

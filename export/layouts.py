@@ -20,7 +20,7 @@ import numpy as np
 
 from llava_edge.errors import CheckpointError, MissingError, UsageError
 from llava_edge.export import merge, original
-from llava_edge.export.names import FINAL_NORM, VISION_PREFIX
+from llava_edge.export.names import FINAL_NORM, NEWLINE, VISION_PREFIX
 from llava_edge.export.tensors import StoredTensor, has_weights, open_file, open_folder, read_json
 
 Layout = Literal["huggingface", "original", "lora", "projector", "delta", "language model", "gguf pair"]
@@ -42,7 +42,9 @@ class Source:
     raw: dict[str, Any]
     stored: Stored  # under classic names
     tokenizer: Path  # the folder that has it
+    processors: tuple[Path, ...]  # folders that may say how pixels are normalised, the first one first
     notes: tuple[str, ...] = ()  # what was decided without being asked, one sentence each
+    guessed: bool = False  # whether the prompt layout is
 
 
 def recognise(folder: Path) -> Layout:
@@ -88,7 +90,9 @@ def read(folder: Path, base: Path | None = None, vision_tower: Path | None = Non
     if layout == "huggingface":
         return _huggingface(folder, vision_tower)
     if layout == "original":
-        return _original(folder, merge.classic(folder, open_folder(folder)), "original", folder, vision_tower)
+        return _original(
+            folder, merge.classic(folder, open_folder(folder)), "original", folder, (folder,), vision_tower
+        )
     assert base is not None
     return _on_base(folder, layout, base, vision_tower)
 
@@ -110,10 +114,10 @@ def _huggingface(folder: Path, vision_tower: Path | None) -> Source:
         raise UsageError(f"{folder} is a Hugging Face LLaVA with CLIP inside; leave --vision-tower out.")
     path = folder / "config.json"
     raw = read_json(path)
-    notes: tuple[str, ...] = ()
-    if "template" not in raw.get("llava_edge", {}):
-        notes = ("The prompt template follows from the language model, no file names it. --template overrides it.",)
-    return Source("huggingface", path, raw, merge.classic(folder, open_folder(folder)), folder, notes)
+    guessed = not original.names_template(raw)
+    notes = ("The prompt template follows from the language model; --template overrides it.",) if guessed else ()
+    stored = merge.classic(folder, open_folder(folder))
+    return Source("huggingface", path, raw, stored, folder, (folder,), notes, guessed)
 
 
 def _on_base(folder: Path, layout: Layout, base: Path, vision_tower: Path | None) -> Source:
@@ -131,11 +135,21 @@ def _on_base(folder: Path, layout: Layout, base: Path, vision_tower: Path | None
     tokenizer = folder if _has_tokenizer(folder) else base
     raw = read_json(config_folder / "config.json")
     if "text_config" in raw:
-        return Source(layout, config_folder / "config.json", raw, stored, tokenizer)
-    return _original(config_folder, stored, layout, tokenizer, vision_tower)
+        if vision_tower:
+            raise UsageError(f"{base} is a Hugging Face LLaVA with CLIP inside; leave --vision-tower out.")
+        guessed, path = not original.names_template(raw), config_folder / "config.json"
+        return Source(layout, path, raw, stored, tokenizer, (folder, base), guessed=guessed)
+    return _original(config_folder, stored, layout, tokenizer, (folder, base), vision_tower)
 
 
-def _original(folder: Path, stored: Stored, layout: Layout, tokenizer: Path, vision_tower: Path | None) -> Source:
+def _original(
+    folder: Path,
+    stored: Stored,
+    layout: Layout,
+    tokenizer: Path,
+    processors: tuple[Path, ...],
+    vision_tower: Path | None,
+) -> Source:
     path = folder / "config.json"
     raw = read_json(path)
     if not original.is_original(raw):
@@ -143,15 +157,24 @@ def _original(folder: Path, stored: Stored, layout: Layout, tokenizer: Path, vis
     name, reason = original.template(raw)
     notes = [f"Prompt template {name}: {reason}. --template overrides it."]
     if any(key.startswith(VISION_PREFIX) for key in stored):
-        vision = original.vision_from_shapes(path, stored)
-        notes.append("CLIP is inside the checkpoint; its sizes are read off its tensors.")
+        if vision_tower:
+            vision, seen = original.vision_from_folder(vision_tower), f"what its tensors mean is read in {vision_tower}"
+            processors = (*processors, vision_tower)
+        else:
+            vision, seen = original.vision_from_shapes(path, raw, stored), "its sizes are read off its tensors"
+        notes.append(f"CLIP is inside the checkpoint; {seen}.")
     else:
         tower = vision_tower or _named_tower(path, raw)
         vision = original.vision_from_folder(tower)
+        _check_tower(path, raw, tower, vision)
+        processors = (*processors, tower)
         inside = merge.classic(tower, open_folder(tower))
         stored = stored | {key: value for key, value in inside.items() if key.startswith(VISION_PREFIX)}
         notes.append(f"CLIP is taken from {tower}.")
-    return Source(layout, path, original.to_huggingface(path, raw, vision), stored, tokenizer, tuple(notes))
+    raw = original.to_huggingface(path, raw, vision)
+    if raw["llava_edge"]["square"] != "anyres":  # of the base of a fine-tune without tiles; LLaVA does not read it
+        stored = {key: value for key, value in stored.items() if key != NEWLINE}
+    return Source(layout, path, raw, stored, tokenizer, processors, tuple(notes), guessed=True)
 
 
 def _named_tower(path: Path, raw: Mapping[str, Any]) -> Path:
@@ -162,6 +185,20 @@ def _named_tower(path: Path, raw: Mapping[str, Any]) -> Path:
         f"{path.parent} has no CLIP weights; it was trained with {named}. Download that folder and pass it with "
         "--vision-tower FOLDER."
     )
+
+
+def _check_tower(path: Path, raw: Mapping[str, Any], tower: Path, vision: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for OpenAI's CLIP of another size than the one named: their tensors may fit each other."""
+    named = str(raw.get("mm_vision_tower", "")).rstrip("/")
+    size = next((size for end, size in _SIZES.items() if named.endswith(end)), None)
+    if size and vision.get("image_size", size) != size:
+        raise UsageError(
+            f"{path} was trained with {named}, for pictures of {size} pixels; "
+            f"{tower} is a CLIP for {vision['image_size']}. Pass the one it was trained with as --vision-tower."
+        )
+
+
+_SIZES = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224, "clip-vit-base-patch16": 224}
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -82,7 +82,7 @@ def write_mmproj(
     """Write the file beside `path`, then give it its name. Raises `StorageError` when the disk fails."""
     import gguf
 
-    temp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temp = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
         writer = gguf.GGUFWriter(temp, ARCHITECTURE)
         try:

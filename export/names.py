@@ -20,6 +20,7 @@ TEXT_PREFIX = "language_model.model."
 HEAD = "language_model.lm_head.weight"
 EMBEDDINGS = TEXT_PREFIX + "embed_tokens.weight"
 FINAL_NORM = TEXT_PREFIX + "norm.weight"
+NEWLINE = "image_newline"  # ends a row of tiles in LLaVA-1.6
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")  # older transformers saved them
 _RENAMED = (
@@ -33,7 +34,7 @@ _RENAMED = (
         re.compile(r"^(?=embeddings\.(class|patch|position)_|encoder\.layers\.|(pre_layrnorm|post_layernorm)\.)"),
         VISION_PREFIX,
     ),
-    (re.compile(r"^model\.image_newline$"), "image_newline"),
+    (re.compile(r"^model\.image_newline$"), NEWLINE),
 )
 _PROJECTOR = re.compile(r"^(?:model\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)$")
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_edge.errors import CheckpointError
+from llava_edge.errors import CheckpointError, UsageError
 from llava_edge.export.names import VISION_PREFIX
 from llava_edge.export.tensors import StoredTensor, read_json
 from llava_edge.models.config import VisionConfig
@@ -37,16 +37,23 @@ def is_original(raw: Mapping[str, Any]) -> bool:
     return "text_config" not in raw and ("mm_vision_tower" in raw or "mm_hidden_size" in raw)
 
 
+def names_template(raw: Mapping[str, Any]) -> bool:
+    """Whether a Hugging Face config.json says the prompt layout, as our trainer's does."""
+    own = raw.get("llava_edge")
+    return isinstance(own, Mapping) and "template" in own
+
+
 def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
     """The Hugging Face dictionary. `vision` is CLIP's vision_config. Raises `CheckpointError` naming the setting."""
-    architecture = (raw.get("architectures") or ["LlavaLlamaForCausalLM"])[0]
-    if architecture not in _LANGUAGE_MODELS:
+    given = raw.get("architectures") or "LlavaLlamaForCausalLM"
+    architecture = given if isinstance(given, str) else given[0]
+    if not isinstance(architecture, str) or architecture not in _LANGUAGE_MODELS:
         known = ", ".join(_LANGUAGE_MODELS)
         raise CheckpointError(f"{path} is for {architecture!r}, which is not supported; expected one of {known}.")
     if "mm_vision_select_layer" not in raw:
         raise CheckpointError(f"{path} does not say which CLIP layer to read; set mm_vision_select_layer (LLaVA: -2).")
     feature = raw.get("mm_vision_select_feature", "patch")
-    if feature not in _FEATURES:
+    if not isinstance(feature, str) or feature not in _FEATURES:
         raise CheckpointError(f"{path} sets mm_vision_select_feature to {feature!r}; expected patch or cls_patch.")
     text = {key: raw[key] for key in _TEXT if raw.get(key) is not None}
     if "sliding_window" in raw:  # null means none; only a missing one is Mistral's default
@@ -68,7 +75,7 @@ def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]
         "llava_edge": {
             "projector_type": raw.get("mm_projector_type") or "linear",
             "square": {"pad": "pad", "square": "crop"}.get(square, square),
-            "merge": raw.get("mm_patch_merge_type") or "flat",
+            "merge": (raw.get("mm_patch_merge_type") if square == "anyres" else None) or "flat",
             "template": template(raw)[0],
             "image_markers": list(MARKERS) if raw.get("mm_use_im_start_end") else [],
         },
@@ -108,8 +115,17 @@ def vision_from_folder(folder: Path) -> dict[str, Any]:
     return {**vision, "model_type": "clip_vision_model"}
 
 
-def vision_from_shapes(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """vision_config of a tower inside a checkpoint, whose config.json only names it."""
+def vision_from_shapes(path: Path, raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """vision_config of a tower inside a checkpoint, whose config.json only names it; one of OpenAI's, as far as told.
+
+    Raises `CheckpointError` if it is not whole, `UsageError` if it is known to be another's.
+    """
+    named = str(raw.get("mm_vision_tower", ""))
+    if any(other in named.lower() for other in ("laion", "openclip", "open_clip")):
+        raise UsageError(
+            f"{path} has the tower {named} inside, whose heads and activation no tensor tells. "
+            "Pass a folder with its config.json as --vision-tower FOLDER."
+        )
     shapes = {name.removeprefix(VISION_PREFIX): tensor.shape for name, tensor in stored.items()}
     try:
         width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]

@@ -53,7 +53,7 @@ def resolve(model: str | Path) -> Path:
     name = str(model)
     if not isinstance(model, Path) and _is_name(name) and _is_installed(name):
         return models_folder() / name
-    if Path(name).exists():
+    if os.access(Path(name), os.F_OK):  # unlike Path.exists, it takes names that are too long for any file
         return Path(name)
     if name in KNOWN_MODELS:
         raise MissingError(f"Model {name!r} is not installed. Run 'llava-edge models pull {name}'.")

@@ -110,7 +110,7 @@ class LlavaConfig:
         if self.projector_type == "linear":
             return 1
         digits = self.projector_type.removeprefix("mlp").removesuffix("x_gelu")
-        if not digits.isdigit() or int(digits) < 1:
+        if not digits.isdecimal() or int(digits) < 1:
             raise CheckpointError(
                 f"Projector type {self.projector_type!r} is not supported; expected linear or mlpNx_gelu."
             )
@@ -136,33 +136,49 @@ def from_hf(raw: dict[str, Any]) -> LlavaConfig:
             "config.json has no text_config and vision_config, so it is not a Hugging Face LLaVA; "
             "expected the layout of llava-hf/llava-1.5-7b-hf."
         )
-    text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
-    text = _language_defaults(text) | text
+    if raw.get("model_type", "llava") not in ("llava", "llava_next"):
+        raise CheckpointError(f"model_type {raw['model_type']!r} is not supported; expected llava or llava_next.")
+    text, vision = ({key: value for key, value in raw[part].items() if value is not None} for part in _PARTS)
+    text = _language_defaults(raw["text_config"]) | text
+    if isinstance(text.get("eos_token_id"), list):  # of several, the tokenizer's own is first
+        text["eos_token_id"] = text["eos_token_id"][0]
     rope = text.get("rope_parameters") or {}
     if "rope_theta" in rope:  # transformers 5
         text["rope_theta"] = rope["rope_theta"]
     _refuse_other_rotations(text, rope)
+    window = _window(raw["text_config"])
+    if window is not None:  # as far as this, everything is in sight of everything
+        text["max_position_embeddings"] = min(text["max_position_embeddings"], window)
     strategy = raw.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
         raise CheckpointError(f"vision_feature_select_strategy {strategy!r} is not known; expected default or full.")
-    extra = raw.get("llava_edge", {})
+    extra = raw.get("llava_edge") or {}
     tiled = raw.get("model_type") == "llava_next"
     grids = (raw.get("image_grid_pinpoints") or _GRIDS) if tiled else ()
     return LlavaConfig(
         vision=_pick(VisionConfig, {**_CLIP_DEFAULTS, **vision}),
         text=_pick(TextConfig, text),
-        vision_feature_layer=int(raw.get("vision_feature_layer", -2)),
+        vision_feature_layer=_layer(raw.get("vision_feature_layer", -2)),
         feature="patch" if strategy == "default" else "cls_patch",
         projector_type=extra.get("projector_type", "mlp2x_gelu"),
         square=extra.get("square", "anyres" if tiled else "pad"),
         grids=tuple((int(width), int(height)) for height, width in grids),
         merge=extra.get("merge", "spatial_unpad" if tiled else "flat"),
         image_pool=extra.get("image_pool", 1),
-        template=extra.get("template", _template(text)),
+        template=extra.get("template", _template(text, window)),
         image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
         image_markers=tuple(extra.get("image_markers", ())),
         after_control=extra.get("after_control", ""),
     )
+
+
+def _layer(value: Any) -> int:
+    """Newer files may list several layers, whose features are joined; LLaVA has one."""
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if type(value) is not int:
+        raise CheckpointError(f"vision_feature_layer is {value!r}; one whole number was expected.")
+    return value
 
 
 def _refuse_other_rotations(text: dict[str, Any], parameters: dict[str, Any]) -> None:
@@ -175,26 +191,28 @@ def _refuse_other_rotations(text: dict[str, Any], parameters: dict[str, Any]) ->
         raise CheckpointError("partial_rotary_factor is set in text_config; only whole rotations are supported.")
 
 
-def _template(text: dict[str, Any]) -> str:
+def _window(text: dict[str, Any]) -> int | None:
+    """How many positions a Mistral looks back; None without a limit."""
+    if text.get("model_type") != "mistral":
+        return None
+    window = text.get("sliding_window", 4096)  # MistralConfig's default; newer files say null
+    return None if window is None else int(window)
+
+
+def _template(text: dict[str, Any], window: int | None) -> str:
     """The prompt layout of the published conversions, which no config.json names."""
-    if text.get("model_type") == "mistral":
+    if text.get("model_type") == "mistral" and window is None:  # with one, of 2023: BakLLaVA
         return "mistral_instruct"
     return "chatml_direct" if text.get("hidden_size") == 7168 else "vicuna_v1"  # 7168: Yi-34B
 
 
 def _language_defaults(text: dict[str, Any]) -> dict[str, Any]:
-    """What an omitted size of a text_config means. A Mistral without sliding window is a LLaMA with other defaults."""
+    """What an omitted size of a text_config means. A Mistral is a LLaMA with other defaults, up to its window."""
     kind = text.get("model_type", "llama")
     if kind == "mistral":
-        window = text.get("sliding_window", 4096)  # MistralConfig's default; newer files say null
-        if window is not None:
-            raise CheckpointError(
-                f"text_config is a Mistral with a sliding window of {window}, which is not supported; "
-                'expected "sliding_window": null, as Mistral-7B-Instruct-v0.2 has it.'
-            )
         return _MISTRAL_DEFAULTS
     if kind != "llama":
-        raise CheckpointError(f"Language model {kind!r} is not supported; expected llama, or mistral without window.")
+        raise CheckpointError(f"Language model {kind!r} is not supported; expected llama or mistral.")
     return {**_LLAMA_DEFAULTS, "num_key_value_heads": text.get("num_attention_heads", TextConfig.num_attention_heads)}
 
 
@@ -237,6 +255,7 @@ _MISTRAL_DEFAULTS = {
     "num_key_value_heads": 8,
     "intermediate_size": 14336,
 }
+_PARTS = ("text_config", "vision_config")
 _GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _CLIP_DEFAULTS = {
     "image_size": 224,

@@ -51,7 +51,7 @@ def original_config(config: LlavaConfig = micro.CONFIG, **extra: Any) -> dict[st
         "mm_projector_type": config.projector_type,
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_select_feature": "patch",
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_vision_tower": "somebody/clip-vit-micro",
         "mm_use_im_start_end": False,
         **extra,
     }

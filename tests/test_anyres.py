@@ -17,7 +17,7 @@ import torch
 from hugging_face import image_features, pillow, rope_theta
 from images import picture
 from PIL import Image
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig, MistralForCausalLM
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from llava_edge import Llava, anyres
@@ -480,16 +480,29 @@ def test_an_original_on_mistral_is_the_same_model(as_text: bool, tmp_path: Path)
         assert np.array_equal(opened.tensors[name], tensors[name]), name
     manifest = export(ExportOptions(folder, tmp_path / "out", quant="f16", vision="fp32", template="chatml"))
     assert all(row.passed for row in manifest.parity)
-    (folder / "config.json").write_text(json.dumps({**raw, "sliding_window": 4096}), "utf-8")
-    with pytest.raises(CheckpointError, match="sliding window of 4096"):
-        open_checkpoint(folder)
+    (folder / "config.json").write_text(json.dumps({**raw, "sliding_window": 100}), "utf-8")
+    assert open_checkpoint(folder).config.text.max_position_embeddings == 100
+
+
+def test_up_to_its_window_a_mistral_sees_everything() -> None:
+    """So that a context as long as that makes a LLaMA of it."""
+    ids = torch.tensor([[1, 5, 7, 9, 11, 13, 15, 17, 19, 21]])
+    text = dict(to_hf(TINY)["text_config"])
+    del text["model_type"], text["architectures"]
+    logits = []
+    for window in (6, None):
+        torch.manual_seed(0)
+        model = MistralForCausalLM(MistralConfig(**text, sliding_window=window, head_dim=None)).eval()
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits[0])
+    different = (logits[0] - logits[1]).abs().amax(1) > 1e-4
+    assert different.tolist() == [False] * 6 + [True] * 4
 
 
 def test_what_a_mistral_leaves_out() -> None:
     raw = {"model_type": "llava_next", "vision_config": {}, "text_config": {"model_type": "mistral"}}
     wanted = MistralConfig()
-    with pytest.raises(CheckpointError, match="sliding window of 4096"):
-        from_hf(raw)
+    assert from_hf(raw).text.max_position_embeddings == wanted.sliding_window == 4096
     text = from_hf({**raw, "text_config": {"model_type": "mistral", "sliding_window": None}}).text
     for name in vars(text):
         expected = rope_theta(wanted) if name == "rope_theta" else getattr(wanted, name)

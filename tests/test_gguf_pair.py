@@ -209,11 +209,16 @@ def test_a_pair_of_llava_1_6_tiles_as_its_checkpoint_does(newline: str, tmp_path
 def test_the_language_model_suggests_the_prompt_layout() -> None:
     text = CONFIG.text
     cases = {
-        "mistral_instruct": replace(text, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8),
+        "mistral_instruct": replace(
+            text, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, rope_theta=1e6
+        ),
         "chatml_direct": replace(text, hidden_size=7168, intermediate_size=20480, num_key_value_heads=8),
         "vicuna_v1": replace(text, hidden_size=4096, intermediate_size=11008, num_key_value_heads=32),
     }
-    assert [gguf_pair._template(sizes) for sizes in cases.values()] == list(cases)
+    assert [gguf_pair._template(sizes, ()) for sizes in cases.values()] == list(cases)
+    bakllava = replace(cases["mistral_instruct"], rope_theta=10000.0)  # the first Mistral, with a window
+    assert gguf_pair._template(bakllava, ()) == "vicuna_v1"
+    assert gguf_pair._template(bakllava, ((672, 336),)) == "mistral_instruct"  # LLaVA-1.6
 
 
 # --- negative controls -----------------------------------------------------------------------------------------

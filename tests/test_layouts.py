@@ -195,7 +195,7 @@ def test_a_part_asks_for_its_base(layout: str, parts: Callable[[str], Path]) -> 
 
 
 def test_an_original_asks_for_its_tower(parts: Callable[[str], Path]) -> None:
-    with pytest.raises(UsageError, match=r"openai/clip-vit-large-patch14-336.*--vision-tower"):
+    with pytest.raises(UsageError, match=r"somebody/clip-vit-micro.*--vision-tower"):
         open_checkpoint(parts("original"))
 
 

@@ -1,0 +1,228 @@
+"""What a checkpoint's small files say, in all their spellings, and what is refused because it would be passed over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import layouts
+import pytest
+from transformers import LlamaConfig
+
+from llava_edge.errors import CannotCreateError, CheckpointError, UsageError
+from llava_edge.export import chat_template
+from llava_edge.export.checkpoint import open_checkpoint
+from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.models import micro
+from llava_edge.models.config import CLIP_MEAN, CLIP_STD, from_hf, to_hf
+
+
+@pytest.fixture
+def checkpoint(micro_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(micro_checkpoint, tmp_path / "checkpoint"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Set keys; `text_config__name` reaches into a part."""
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    for key, value in changes.items():
+        part, _, name = key.rpartition("__")
+        (raw[part] if part else raw)[name] = value
+    (folder / "config.json").write_text(json.dumps(raw), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same"),
+    [
+        ("vision_feature_layer", [-2], -2),
+        ("text_config__eos_token_id", [2, 7], 2),
+    ],
+)
+def test_the_same_in_other_words(name: str, value: Any, same: Any, checkpoint: Path) -> None:
+    edit_config(checkpoint, **{name: same})
+    expected = open_checkpoint(checkpoint).config
+    edit_config(checkpoint, **{name: value})
+    assert open_checkpoint(checkpoint).config == expected
+
+
+def test_null_is_what_transformers_takes_for_left_out() -> None:
+    raw = to_hf(micro.CONFIG)
+    raw["text_config"] |= {"num_key_value_heads": None, "rms_norm_eps": None}
+    assert from_hf(raw).text.num_key_value_heads == LlamaConfig(**raw["text_config"]).num_key_value_heads
+    assert from_hf(raw).text.rms_norm_eps == LlamaConfig().rms_norm_eps
+
+
+# --- how pixels are normalised ---------------------------------------------------------------------------------
+
+OTHER = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1.0]}
+SEEN = (0.5, 0.5, 0.5), (0.25, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("preprocessor_config.json", {**OTHER, "do_rescale": True, "rescale_factor": 1 / 255, "resample": 3}),
+        ("processor_config.json", {"image_processor": OTHER, "processor_class": "LlavaProcessor"}),
+    ],
+)
+def test_mean_and_deviation_are_the_processors(file: str, content: dict[str, Any], checkpoint: Path) -> None:
+    assert open_checkpoint(checkpoint).normalisation == (CLIP_MEAN, CLIP_STD)
+    (checkpoint / file).write_text(json.dumps(content))
+    assert open_checkpoint(checkpoint).normalisation == SEEN
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"do_rescale": False}, "do_rescale to False"),
+        ({"do_normalize": False}, "do_normalize"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"resample": 2}, "resample to 2"),
+        ({"image_mean": [123.675, 116.28, 103.53]}, "image_mean"),
+        ({"image_std": [0, 1, 1]}, "image_std"),
+        ({"image_std": [float("nan"), 1, 1]}, "image_std"),
+        ({"image_mean": 0.5}, "three numbers"),
+        ({"image_mean": [0.5, 0.5]}, "three numbers"),
+    ],
+)
+def test_other_pixels_than_llavas_are_refused(change: dict[str, Any], said: str, checkpoint: Path) -> None:
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps({**OTHER, **change}))
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(checkpoint)
+
+
+# --- what a chat template says about the prompt layout ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{{ message['role'].upper() + ': ' }}", "vicuna_v1"),
+        ("{% for m in messages %}USER: {{ m }} ASSISTANT:{% endfor %}", "vicuna_v1"),
+        ("{{ '<|user|>\n' + message['content'] + '<|end|>' }}", None),
+        ("{{ '[INST] ' + message['content'] + ' [/INST]' }}", None),
+        ("{{ '<|im_start|>' + message['role'] }}", None),
+        ("{{ messages }}", "vicuna_v1"),
+    ],
+)
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_a_chat_template_of_another_layout_is_not_passed_over(
+    text: str, found: str | None, file: str, checkpoint: Path
+) -> None:
+    raw = json.loads((checkpoint / "config.json").read_text())
+    del raw["llava_edge"]["template"]
+    (checkpoint / "config.json").write_text(json.dumps(raw))
+    whole = [{"name": "default", "template": text}] if file == "tokenizer_config.json" else text
+    (checkpoint / file).write_text(text if file.endswith("jinja") else json.dumps({"chat_template": whole}))
+    if found:
+        assert open_checkpoint(checkpoint).config.template == found
+        return
+    with pytest.raises(CheckpointError, match="chat template"):
+        open_checkpoint(checkpoint)
+    assert open_checkpoint(checkpoint, template="chatml").config.template == "chatml"
+
+
+def test_a_chat_template_shows_what_was_guessed_wrong(checkpoint: Path) -> None:
+    """As BakLLaVA's or a LLaVA with other sizes."""
+    assert chat_template.checked("USER: x ASSISTANT:", "mistral_instruct", checkpoint) == "vicuna_v1"
+    assert chat_template.checked("[INST] x", "mistral_instruct", checkpoint) == "mistral_instruct"
+
+
+def test_a_template_that_is_not_ours_is_the_options_fault(checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="'llama3' is not known"):
+        open_checkpoint(checkpoint, template="llama3")
+
+
+# --- originals -------------------------------------------------------------------------------------------------
+
+
+def original(tmp_path: Path, *, inside: bool, **extra: Any) -> tuple[Path, Path]:
+    """An original checkpoint, and its CLIP in a folder of its own. Heads of 64, as OpenAI's towers have."""
+    config = micro.CONFIG
+    tensors = micro.random_tensors(config, seed=2)
+    kept = {name: value for name, value in tensors.items() if inside or not layouts.is_vision(name)}
+    stored = {layouts.original_name(name): value for name, value in kept.items()}
+    folder = layouts.write(tmp_path / "original", layouts.original_config(config, **extra), stored)
+    return folder, layouts.write_clip(tmp_path / "clip", tensors)
+
+
+def test_an_original_has_the_processor_of_its_clip(tmp_path: Path) -> None:
+    folder, clip = original(tmp_path, inside=False)
+    (clip / "preprocessor_config.json").write_text(json.dumps(OTHER))
+    assert open_checkpoint(folder, vision_tower=clip).normalisation == SEEN
+
+
+@pytest.mark.parametrize("size", [336, 224])
+def test_a_clip_of_another_size_than_the_named_one_is_refused(size: int, tmp_path: Path) -> None:
+    named = "openai/clip-vit-large-patch14" + ("-336" if size == 336 else "")
+    folder, clip = original(tmp_path, inside=False, mm_vision_tower=named)
+    with pytest.raises(UsageError, match=f"{named}, for pictures of {size} pixels"):
+        open_checkpoint(folder, vision_tower=clip)
+
+
+def test_a_tower_inside_is_described_by_the_folder_that_is_given(tmp_path: Path) -> None:
+    folder, clip = original(tmp_path, inside=True, mm_vision_tower="laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+    with pytest.raises(UsageError, match=r"laion.*--vision-tower FOLDER"):
+        open_checkpoint(folder)
+    assert open_checkpoint(folder, vision_tower=clip).config.vision == micro.CONFIG.vision
+    raw = json.loads((clip / "config.json").read_text())
+    raw["vision_config"]["hidden_act"] = "gelu"
+    (clip / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="hidden_act to 'gelu'"):
+        open_checkpoint(folder, vision_tower=clip)
+
+
+def test_what_tiles_need_is_not_read_without_tiles(tmp_path: Path) -> None:
+    """A fine-tune of LLaVA-1.6 with whole pictures: LLaVA looks at the merge and the newline only for tiles."""
+    folder, clip = original(tmp_path, inside=False, mm_patch_merge_type="spatial_unpad")
+    config = open_checkpoint(folder, vision_tower=clip).config
+    assert (config.square, config.merge) == ("pad", "flat")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mm_projector_type": 5},
+        {"mm_vision_select_feature": ["patch"]},
+        {"tokenizer_model_max_length": "2048"},
+        {"image_aspect_ratio": ["pad"]},
+        {"vocab_size": "32003", "mm_use_im_start_end": True},
+        {"architectures": {"0": "x"}},
+        {"architectures": [["x"]]},
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_are_one_sentence(change: dict[str, Any], tmp_path: Path) -> None:
+    folder, clip = original(tmp_path, inside=False, **change)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder, vision_tower=clip)
+
+
+# --- names -----------------------------------------------------------------------------------------------------
+
+
+def test_folders_may_have_any_name(micro_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(micro_checkpoint, tmp_path / "my\u00a0model"))
+    manifest = export(ExportOptions(checkpoint, tmp_path / "o\tut", quant="f16", vision="fp32"))
+    assert (manifest.name, manifest.provenance[0].source) == ("o?ut", "my?model")
+
+
+def test_names_that_nothing_could_show(micro_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="printed"):
+        ExportOptions(micro_checkpoint, tmp_path / "out", name="a\tb")
+    with pytest.raises(CannotCreateError, match="UTF-8"):
+        export(ExportOptions(micro_checkpoint, tmp_path / "b\udcfcndel"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_mmproj_is_not_put_into_the_bundle(micro_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(ExportOptions(micro_checkpoint, out, quant="f16", vision="fp32"))
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    for inside in (out, out / "mmproj.gguf", out / "projector.gguf"):
+        with pytest.raises(CannotCreateError):
+            export(ExportOptions(micro_checkpoint, out, force=True, emit_mmproj=inside))
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
