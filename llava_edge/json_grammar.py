@@ -65,6 +65,8 @@ class _Converter:
     def __init__(self, root: object) -> None:
         self._root = root
         self._refs: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # of expressions that have a rule already
+        self._open: set[str] = set()  # references that are being followed, with nothing of an answer between them
         self.rules: dict[str, str] = {}
 
     def convert(self, schema: object, path: str, depth: int) -> str:
@@ -76,10 +78,12 @@ class _Converter:
         if depth > MAX_DEPTH:
             raise _refused(path, f"is nested deeper than {MAX_DEPTH} levels")
         words = set(schema) - _DESCRIBING
+        if not words:
+            return "value"
         for word, method in (("$ref", self._ref), ("const", self._const), ("enum", self._enum)):
             if word in words:
                 _only(words - {word, "type"}, path)
-                return method(schema[word], path, depth)
+                return method(_of_type(schema, word, path), path, depth)
         for word in ("anyOf", "oneOf"):
             if word in words:
                 _only(words - {word}, path)
@@ -100,15 +104,28 @@ class _Converter:
         return self._either(methods[kind](schema, path, depth) if kind in methods else kind for kind in kinds)
 
     def _either(self, options: Iterator[str]) -> str:
-        return self._rule(" | ".join(options))
+        """One of several. Equal ones are one: each would be followed for itself, twice as many with every level."""
+        return self._rule(" | ".join(dict.fromkeys(options)))
+
+    def _inner(self, schema: object, path: str, depth: int) -> str:
+        """An expression for a part, before which there is a bracket."""
+        outer, self._open = self._open, set()
+        try:
+            return self.convert(schema, path, depth)
+        finally:
+            self._open = outer
 
     def _ref(self, target: object, path: str, depth: int) -> str:
-        if not isinstance(target, str) or not target.startswith("#"):
+        if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
             raise _refused(path, f"refers to {_short(target)}; only places inside the schema can be referred to")
+        if target in self._open or target == "#" == path:
+            raise _refused(path, f"refers to {_short(target)}, which is itself, with nothing between")
         if target not in self._refs:
             self._refs[target] = name = f"ref{len(self._refs)}"
             self.rules[name] = ""  # it may refer to itself
+            self._open.add(target)
             self.rules[name] = self.convert(self._find(target, path), target, depth + 1)
+            self._open.discard(target)
         return self._refs[target]
 
     def _find(self, target: str, path: str) -> object:
@@ -139,7 +156,7 @@ class _Converter:
         return self._either(f'"{value}"' for value in range(low, high + 1))
 
     def _array(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        item = self._rule(self.convert(schema.get("items", True), f"{path}/items", depth + 1))
+        item = self._rule(self._inner(schema.get("items", True), f"{path}/items", depth + 1))
         low, high = _range(schema, "minItems", "maxItems", path)
         if high == 0:
             return '"[" "]"'
@@ -151,14 +168,16 @@ class _Converter:
         extra = schema.get("additionalProperties", True)
         if not isinstance(properties, dict) or not isinstance(required, list):
             raise _refused(path, "has properties that are no object, or a list of required ones that is none")
+        if not all(isinstance(name, str) for name in required):
+            raise _refused(path, "requires something that is no name")
         if missing := [name for name in required if name not in properties]:
             raise _refused(path, f"requires {_short(missing[0])}, which is not among its properties")
         if not properties and extra is not False:
-            value = self._rule(self.convert(extra, f"{path}/additionalProperties", depth + 1))
+            value = self._rule(self._inner(extra, f"{path}/additionalProperties", depth + 1))
             return f'"{{" (string colon {value} (comma string colon {value})*)? "}}"'
         rest, begin = '""', '""'
         for name, value in reversed(properties.items()):
-            member = f"{_literal(name, path)} colon " + self.convert(value, f"{path}/properties/{name}", depth + 1)
+            member = f"{_literal(name, path)} colon " + self._inner(value, f"{path}/properties/{name}", depth + 1)
             member, after = self._rule(member), self._rule(rest)
             needed = name in required
             begin = f"{member} {after}" if needed else f"{member} {after} | {self._rule(begin)}"
@@ -166,21 +185,49 @@ class _Converter:
         return f'"{{" {self._rule(begin)} "}}"'
 
     def _rule(self, expression: str) -> str:
-        """The name of a rule with this expression; a single name or literal stays what it is."""
+        """The name of the rule with this expression; a single name or literal stays what it is."""
+        if expression in self._names:
+            return self._names[expression]
         if expression == '""' or expression.isidentifier():
             return expression
         if len(self.rules) >= MAX_RULES:
             raise UsageError(f"The JSON schema is too large: it needs more than {MAX_RULES} rules.")
-        name = f"r{len(self.rules)}"
+        name = self._names[expression] = f"r{len(self.rules)}"
         self.rules[name] = expression
         return name
 
 
 def _literal(value: object, path: str) -> str:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise _refused(path, "names a number that JSON does not have") from error
     if any(0xD800 <= ord(mark) < 0xE000 for mark in text):
         raise _refused(path, "names a text with half a surrogate pair")
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _of_type(schema: dict[str, Any], word: str, path: str) -> object:
+    """The schema's `const`, `enum` or `$ref`. Raises `UsageError` if its `type` says something else beside."""
+    kinds = schema.get("type")
+    if kinds is None or (word == "$ref" and kinds is None):
+        return schema[word]
+    if word == "$ref":
+        raise _refused(path, "has a type beside a reference")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    values = [schema[word]] if word == "const" else _list(schema[word], path)
+    if wrong := [value for value in values if not any(_is(value, kind) for kind in kinds)]:
+        raise _refused(path, f"allows {_short(wrong[0])}, which is not of its type")
+    return schema[word]
+
+
+def _is(value: object, kind: object) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if isinstance(value, int | float) and kind in ("number", "integer"):
+        return kind == "number" or value == int(value)
+    kinds = {"object": dict, "array": list, "string": str}
+    return (kind == "null" and value is None) or isinstance(value, kinds.get(str(kind), ()))
 
 
 def _list(value: object, path: str) -> list[Any]:

@@ -82,6 +82,8 @@ def _split_system(layout: Template, messages: Sequence[Message]) -> tuple[str, l
     for i, turn in enumerate(turns):
         if turn.role != ("user" if i % 2 == 0 else "assistant"):
             raise UsageError("Messages must alternate user, assistant, user, ... after an optional system message.")
+        if turn.images and turn.role != "user":
+            raise UsageError("Only messages of the user can have images.")
     return system, turns
 
 

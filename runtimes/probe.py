@@ -21,8 +21,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llava_edge import store
 from llava_edge.errors import StorageError, UnavailableError
 from llava_edge.runtimes import bindings, devices
@@ -139,6 +137,8 @@ def _onnxruntime_facts() -> dict[str, Any]:
 
 def write_model(path: Path, kind: str, kv_heads: int = HEADS) -> None:
     """A random LLaMA of one block in Q4_0 or Q8_0, as GGUF: no tokenizer, 256 wide, about half a megabyte."""
+    import numpy as np  # here: it starts threads, which a process that asks for a working build may not want yet
+
     numbers = np.random.default_rng(0)
     type_id, payload = {"Q4_0": (2, 16), "Q8_0": (8, 32)}[kind]
     matrices = ["token_embd", "output", "blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v", "blk.0.attn_output"]

@@ -179,8 +179,55 @@ def test_depth_is_limited() -> None:
         from_schema(schema)
 
 
-@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"anyOf": [{"$ref": "#"}, {"type": "null"}]}])
-def test_a_schema_that_is_only_itself_is_refused_by_the_engine(schema: Any, llava: Llava) -> None:
+LOOP = {"anyOf": [{"$ref": "#/$defs/b"}, {"type": "null"}]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        {"$ref": "#/$defs/b", "$defs": {"b": LOOP}},
+        {"type": "array", "items": {"$ref": "#/$defs/b"}, "$defs": {"b": LOOP}},
+    ],
+)
+def test_a_schema_that_is_only_itself_is_refused(schema: Any) -> None:
+    with pytest.raises(UsageError, match="itself, with nothing between"):
+        from_schema(schema)
+
+
+def test_a_grammar_that_is_only_itself_is_refused_by_the_engine(llava: Llava) -> None:
     with pytest.raises(UsageError, match="grammar"):
-        llava.ask("?", options=Options(grammar=from_schema(schema), max_tokens=4))
+        llava.ask("?", options=Options(grammar='root ::= root | "x"', max_tokens=4))
     assert llava.ask("?", options=Options(max_tokens=2)).text
+
+
+def test_equal_choices_are_one() -> None:
+    """Each would be followed by itself: with thirty brackets, a thousand million ways."""
+    inner = {"type": "array", "minItems": 1, "items": {"$ref": "#"}}
+    assert " | " not in from_schema({"anyOf": [inner, inner]}).partition("comma ::=")[0]
+    assert " | " in from_schema({"anyOf": [inner, {**inner, "minItems": 2}]}).partition("comma ::=")[0]
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"$defs": {"x": {"$anchor": "item", "type": "integer"}}, "$ref": "#item"}, "inside the schema"),
+        ({"type": "string", "enum": [17]}, "not of its type"),
+        ({"type": "string", "const": None}, "not of its type"),
+        ({"type": "integer", "enum": [1, 2.5]}, "not of its type"),
+        ({"const": float("inf")}, "number that JSON does not have"),
+        ({"type": "object", "properties": {}, "required": [["a"]]}, "no name"),
+    ],
+    ids=str,
+)
+def test_what_would_break_the_schema_is_refused(schema: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        from_schema(schema)
+
+
+def test_a_schema_that_only_describes_allows_everything() -> None:
+    """As pydantic writes `Any`."""
+    assert from_schema({"title": "Extra", "default": None}) == from_schema({})
+    assert from_schema({"type": ["integer", "null"], "enum": [1, None]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import socket
@@ -201,7 +202,8 @@ def test_metrics_count(server: Server) -> None:
         ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages[0].content[0]"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
-        ({"messages": [user("a"), user("b")]}, 400, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages"),
+        ({"messages": [{"role": "assistant", "content": "x"}, user("a")]}, 400, "messages"),
         ({"messages": [user("a", *[png()] * 9)]}, 400, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": -1}, 400, "max_tokens"),
@@ -214,7 +216,6 @@ def test_metrics_count(server: Server) -> None:
         ({"top_p": 0}, 400, "top_p"),
         ({"top_p": 2}, 400, "top_p"),
         ({"seed": 1.5}, 400, "seed"),
-        ({"stop": [""]}, 400, "stop"),
         ({"stop": ["x"] * 17}, 400, "stop"),
         ({"stop": 3}, 400, "stop"),
         ({"n": 2}, 400, "n"),
@@ -319,6 +320,83 @@ def test_the_bytes_decide_not_their_label(server: Server) -> None:
 
     assert status(data_url(png(), "jpeg")) == 200
     assert status("data:image/jpeg;base64,AAAA") == 400
+    content = data_url(png()).partition(",")[2]
+    lines = base64.encodebytes(png()).decode()
+    for label in ("image/png;charset=utf-8;base64", "image/png; base64", "image/*;base64", "image/pjpeg;base64"):
+        assert status(f"data:{label},{content}") == 200, label
+    assert status(f"data:application/octet-stream;name=a.png;base64,{lines}") == 200
+    assert status(f"data:;base64,{base64.urlsafe_b64encode(png()).decode().rstrip('=')}") == 200
+
+
+def test_messages_are_brought_into_turns(server: Server) -> None:
+    """Clients keep questions whose answers failed, set rules later, and send what called a tool with no content."""
+
+    def answered(*turns: tuple[str, Any]) -> str:
+        body = question(max_tokens=12) | {"messages": [{"role": role, "content": text} for role, text in turns]}
+        status, _, answer = server.request("POST", "/v1/chat/completions", body)
+        assert status == 200, answer
+        text = json.loads(answer)["choices"][0]["message"]["content"]
+        assert isinstance(text, str)
+        return text
+
+    one = [("system", "Be brief.\nBe kind."), ("user", "Hello\nYou?"), ("assistant", ""), ("user", "Go on")]
+    assert one[0][1] != "Be brief."
+    expected = answered(*one)
+    refusal = [{"type": "refusal", "refusal": ""}]
+    for nothing in (None, [], refusal):
+        parts = [("user", "Hello"), ("user", "You?"), ("assistant", nothing), ("user", "Go on")]
+        assert answered(("system", "Be brief."), *parts, ("developer", "Be kind.")) == expected
+    assert answered(*one[:2]) != answered(*one[1:2])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tool_choice": "auto"},
+        {"tool_choice": "auto", "tools": []},
+        {"stop": ""},
+        {"stop": [""]},
+        {"logprobs": False, "top_logprobs": 0},
+        {"response_format": {"type": "text"}},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_taken(more: dict[str, Any], server: Server) -> None:
+    assert server.text("Hello", max_tokens=4, **more) == server.text("Hello", max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "kind", ['application/json; charset="utf-8"', "application/json;charset=utf8", "Application/JSON;"]
+)
+def test_json_by_its_other_names(kind: str, server: Server) -> None:
+    body = json.dumps(question(max_tokens=1)).encode()
+    head = server.post.replace(b"application/json", kind.encode()) + b"Connection: close\r\n"
+    assert server.raw(head + b"Content-Length: %d\r\n\r\n" % len(body) + body).startswith(b"HTTP/1.1 200 ")
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3, "maximum": 5}}, "required": ["n"]}
+
+
+def test_llama_cpps_form_of_a_schema(server: Server) -> None:
+    text = server.text("Hello", max_tokens=40, response_format={"type": "json_object", "schema": SCHEMA})
+    assert json.loads(text)["n"] in (3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ({"type": "json_schema"}, "must be an object with a schema"),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "must be an object with a schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}, "itself"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "object", "required": [{}]}}}, "no name"),
+    ],
+    ids=str,
+)
+def test_a_response_format_is_refused_for_what_it_is(wanted: Any, says: str, server: Server) -> None:
+    status, _, answer = server.request("POST", "/v1/chat/completions", question(response_format=wanted))
+    error = json.loads(answer)["error"]
+    assert (status, error["param"]) == (400, "response_format")
+    assert says in error["message"]
 
 
 # Other clients, by configuration alone.

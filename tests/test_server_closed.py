@@ -189,11 +189,11 @@ ADDRESSES = [
     *("/dev/zero", "/dev/stdin", "ftp://127.0.0.1/x.png", "gopher://127.0.0.1:9/_x", "dict://127.0.0.1:9/x"),
     *("jar:file:///x.jar!/x.png", "blob:http://127.0.0.1/x", "javascript:alert(1)", "about:blank", "ws://127.0.0.1/"),
     *("//evil.com/x.png", "http:/evil.com/x.png", " http://evil.com/x.png", "http\u3002//evil.com", "unix:/tmp/x.sock"),
-    *("data:image/svg+xml;base64," + PICTURE, "data:text/html;base64," + PICTURE, "data:;base64," + PICTURE),
+    *("data:image/svg+xml;base64," + PICTURE, "data:text/html;base64," + PICTURE, "data:text/plain," + PICTURE),
     *("data:image/png," + PICTURE, "data:image/png;base64;x," + PICTURE, "data:image/png;charset=utf-8;base64,x"),
-    *("data:image/png;base64," + PICTURE + "!!!", "data:image/png;base64, " + PICTURE, "data:image/png;base64,"),
+    *("data:image/png;base64," + PICTURE + "!!!", "data:image/png;base64,, " + PICTURE, "data:image/png;base64,"),
     *("data:image/tiff;base64," + PICTURE, "data:image/png;base64,%2fetc%2fpasswd", "data:image/png;base64"),
-    *("data://image/png;base64," + PICTURE, "data:application/octet-stream;base64," + PICTURE, ""),
+    *("data://image/png;base64," + PICTURE, "data:application/pdf;base64," + PICTURE, ""),
 ]
 
 
@@ -594,3 +594,39 @@ def test_bytes_that_are_no_http(server: Server) -> None:
     for thread in threads:
         thread.join()
     assert server.text("Hello")
+
+
+def test_a_text_without_end_is_refused_at_once(server: Server) -> None:
+    """Escaped quotes, and the body cut off within them: sought from each of them anew, its end took minutes."""
+    head = b'{"model": "micro", "messages": [{"role": "user", "content": "'
+    for body in (head + b'\\"' * 500_000, head + b'"' * 100_001):
+        sent = server.post + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        assert server.raw(sent, timeout=15).startswith(b"HTTP/1.1 400 ")
+
+
+def test_who_may_not_be_here_takes_nobodys_place(server: Server) -> None:
+    """As many as there is room for, each with a body that does not come."""
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: evil.example:{server.port}\r\nContent-Type: application/json\r\n"
+    )
+    strangers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(70)]
+    try:
+        for stranger in strangers:
+            stranger.sendall(head.encode() + b"Content-Length: 1000000\r\n\r\n")
+        time.sleep(0.2)
+        assert server.request("GET", "/v1/models")[0] == 200
+        strangers[0].settimeout(10)
+        assert strangers[0].recv(100).startswith(b"HTTP/1.1 403 ")
+    finally:
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_a_vote_that_cannot_be_written_is_said(micro_bundle: Path, tmp_path: Path) -> None:
+    with running(micro_bundle, tmp_path) as server:
+        (tmp_path / "home").mkdir(exist_ok=True)
+        (tmp_path / "home" / "log").write_text("a file in the place of the folder")
+        assert server.request("PUT", "/log/state", {"on": True})[0] == 200
+        vote = {"type": "upvote", "messages": [["user", "Hello"], ["assistant", "Yes"]]}
+        status, _, answer = server.request("POST", "/log", vote)
+        assert (status, "cannot be written" in json.loads(answer)["error"]["message"]) == (507, True)

@@ -348,9 +348,10 @@ def test_the_child_can_do_little(micro_bundle: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("x")
     code = f"""
-import os, socket, subprocess, sys
+import ctypes, os, socket, subprocess, sys
 from pathlib import Path
 from llava_edge.server import sandbox
+libc = ctypes.CDLL(None, use_errno=True)
 def tries():
     yield "read", lambda: open({str(secret)!r}).read()
     yield "list", lambda: os.listdir({str(tmp_path)!r})
@@ -359,7 +360,13 @@ def tries():
     yield "socket", lambda: socket.create_connection(("127.0.0.1", 9), 1)
     yield "udp", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     yield "program", lambda: subprocess.run(["/bin/true"])
+    yield "pair", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    yield "signal", lambda: os.kill({os.getpid()}, 0)
+    yield "io_uring", lambda: ring()
     yield "own", lambda: open({str(micro_bundle / "manifest.json")!r}).read()
+def ring():
+    got = libc.syscall(425, 4, ctypes.create_string_buffer(120))  # io_uring_setup
+    if got < 0: raise OSError(ctypes.get_errno(), "")
 def outcome(do):
     try:
         do()
@@ -373,10 +380,51 @@ print(before, {{name: outcome(do) for name, do in tries()}}, sep="\\n")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     before, after = map(eval, done.stdout.splitlines())
-    assert before == dict.fromkeys(before, "works") | {"socket": "ConnectionRefusedError"}
+    rings = {"io_uring": before["io_uring"]}  # some systems have it turned off
+    assert before == dict.fromkeys(before, "works") | {"socket": "ConnectionRefusedError"} | rings
     if after["read"] != "denied":
         pytest.skip("this kernel has no Landlock")
     assert after == dict.fromkeys(after, "denied") | {"own": "works"}
+
+
+@linux
+def test_no_thread_of_the_child_can_do_more(server: Server) -> None:
+    """What a thread gives up, those that were there before it do not: numpy starts some when it is imported."""
+    server.text("Hello", (png(),))
+    threads = list(Path(f"/proc/{server.child()}/task").iterdir())
+    assert len(threads) > 2
+    for thread in threads:
+        status = (thread / "status").read_text()
+        assert "NoNewPrivs:\t1\nSeccomp:\t2\n" in status, status
+
+
+@linux
+def test_a_process_with_threads_is_not_confined() -> None:
+    code = """
+import threading, time
+from pathlib import Path
+from llava_edge.server import sandbox
+threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+sandbox.enter(Path("/nowhere"), "cpu")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "UnavailableError: The model's process has 2 threads" in done.stderr
+
+
+@linux
+def test_the_key_is_not_the_childs(micro_bundle: Path, tmp_path: Path) -> None:
+    with running(micro_bundle, tmp_path, environment={"LLAVA_EDGE_API_KEY": "k" * 20}) as server:
+        assert b"k" * 20 not in Path(f"/proc/{server.child()}/environ").read_bytes()
+        assert server.request("GET", "/v1/models")[0] == 401
+
+
+@linux
+def test_a_signal_to_the_whole_group_ends_the_server_alone(micro_bundle: Path, tmp_path: Path) -> None:
+    with running(micro_bundle, tmp_path) as server:
+        os.kill(server.child(), signal.SIGTERM)
+        time.sleep(0.3)
+        assert server.text("Hello", max_tokens=2)
+        assert server.health()["crashes"] == 0
 
 
 @linux

@@ -53,7 +53,8 @@ def serve(
     from llava_edge.server.serve import serve as run
     from llava_edge.store import resolve
 
-    key = read_key(api_key_file, os.environ.get("LLAVA_EDGE_API_KEY", ""))
+    # Taken out: the model's process need not know it.
+    key = read_key(api_key_file, os.environ.pop("LLAVA_EDGE_API_KEY", ""))
     limits = Limits(queue=queue, requests=max(64, 2 * queue), answer_seconds=timeout)
     settings = Settings(host, port, key, insecure_no_key, allow_host, limits)
     bundle = Bundle.open(resolve(model))

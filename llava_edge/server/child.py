@@ -30,15 +30,17 @@ from llava_edge.server import sandbox
 
 def main(link: socket.socket, bundle: str, options: EngineOptions, pixels: int) -> None:
     """What the spawned process runs, until the parent closes the link."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # which may reach the whole group; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     lines = link.makefile("rb")
     out = _Out(link)
     try:
-        from llava_edge.api import Llava
         from llava_edge.runtimes import probe
 
         probe.require_working_build()  # starts a program, which nothing behind the next line can
         sandbox.enter(Path(bundle), options.device, options.draft)
+        from llava_edge.api import Llava  # only now: numpy starts threads, and a thread keeps what it had before
+
         # Not on disk: what clients show leaves no trace there, and a child that a picture took over cannot leave a
         # state of llama.cpp behind that the next program of this user would load.
         options = replace(options, cache="memory" if options.cache else False)

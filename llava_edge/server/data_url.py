@@ -1,25 +1,32 @@
-"""data: URLs -> bytes. The only way a picture comes in: no other address is ever followed, and no file opened."""
+"""data: URLs -> bytes. The only way a picture comes in: no other address is ever followed, and no file opened.
+
+What a picture is, its bytes tell; the type and parameters of the URL are not taken for more than a label.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import re
 
 from llava_edge.server.problems import bad
 
 KINDS = ("png", "jpeg", "webp", "gif", "bmp")
+_LABEL = re.compile(rf"data:(image/(x-|p)?({'|'.join(KINDS)}|jpg|\*)|application/octet-stream|)")
 
 
 def decode(url: object, param: str) -> bytes:
-    """Bytes of `data:image/KIND;base64,...`. Raises `Problem` (400)."""
+    """Bytes of `data:image/KIND;base64,...`, however base64 is written (RFC 4648). Raises `Problem` (400)."""
     if not isinstance(url, str):
         raise bad("The address of an image must be a text.", param)
     head, comma, data = url.partition(",")
-    if not comma or head.lower() not in {f"data:image/{kind};base64" for kind in (*KINDS, "jpg")}:
+    kind, *parameters = (part.strip().lower() for part in head.split(";"))
+    if not comma or parameters[-1:] != ["base64"] or not _LABEL.fullmatch(kind):
         names = ", ".join(f"data:image/{kind}" for kind in KINDS)
         raise bad(f"Images are accepted only as base64 data: URLs ({names}); nothing is downloaded.", param)
     try:
-        content = base64.b64decode(data, validate=True)
+        plain = "".join(data.split()).rstrip("=").replace("-", "+").replace("_", "/")
+        content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise bad("The image is not valid base64.", param) from error
     if not content:

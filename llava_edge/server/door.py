@@ -57,24 +57,35 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visit = _Visit(receive, send, self._limits)
         started = time.monotonic()
-        self._in_work += 1
-        scope["in_work"] = self._in_work
         try:
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.head:
-                raise Problem(431, f"The headers have more than {self._limits.head} bytes.")
-            self._guard.check(scope["method"], scope["raw_path"], scope["headers"])
-            if self._in_work > self._limits.requests:
-                raise busy("Too many requests at once. Try again soon.", 2)
-            await self._inner(scope, visit.receive, visit.send)
-        except Problem as problem:
+            self._let_in(scope)
+            await self._work(scope, visit)
+        except Problem as problem:  # nobody's who may be here: it is not waited for, and counts for none
+            visit.patience = self._limits.refused_seconds
             await problem_response(problem)(scope, visit.receive, visit.send)
         finally:
-            self._in_work -= 1
             route = scope["path"] if scope["path"] in self._paths else "(other)"
             method = scope["method"] if scope["method"] in _METHODS else "(other)"
             self._metrics.request(route, visit.status)
             if (route, visit.status) not in _UNLOGGED:
                 self._log(f"{method} {route} {visit.status} {(time.monotonic() - started) * 1000:.0f} ms")
+
+    def _let_in(self, scope: Scope) -> None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.head:
+            raise Problem(431, f"The headers have more than {self._limits.head} bytes.")
+        self._guard.check(scope["method"], scope["raw_path"], scope["headers"])
+        if self._in_work >= self._limits.requests:
+            raise busy("Too many requests at once. Try again soon.", 2)
+
+    async def _work(self, scope: Scope, visit: _Visit) -> None:
+        self._in_work += 1
+        scope["in_work"] = self._in_work
+        try:
+            await self._inner(scope, visit.receive, visit.send)
+        except Problem as problem:
+            await problem_response(problem)(scope, visit.receive, visit.send)
+        finally:
+            self._in_work -= 1
 
 
 class _Visit:
@@ -83,7 +94,7 @@ class _Visit:
     def __init__(self, receive: Receive, send: Send, limits: Limits) -> None:
         self._receive = receive
         self._send = send
-        self._limits = limits
+        self.patience = limits.body_seconds
         self._read = False  # the whole body
         self.status = 0
 
@@ -102,7 +113,7 @@ class _Visit:
     async def _closing(self) -> list[tuple[bytes, Any]]:
         """Take in what is left of the body: a client that still sends would lose the answer in a reset."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.body_seconds):
+            async with asyncio.timeout(self.patience):
                 while not self._read:
                     await self.receive()
         return [] if self._read else [(b"connection", b"close")]

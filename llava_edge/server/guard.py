@@ -91,8 +91,8 @@ def is_loopback(address: str) -> bool:
 
 
 def _check_content(headers: list[tuple[bytes, bytes]]) -> None:
-    kinds = [value.lower().replace(" ", "") for value in _all(headers, b"content-type")]
-    if kinds not in (["application/json"], ["application/json;charset=utf-8"]):
+    kinds = [value.partition(";")[0].strip().lower() for value in _all(headers, b"content-type")]
+    if kinds != ["application/json"]:
         raise Problem(415, "The content type must be application/json.")
     if any(value.lower() != "identity" for value in _all(headers, b"content-encoding")):
         raise Problem(415, "The body must not be compressed.")

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem, bad
 
-_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# The last one may have no end, which the parser refuses. Sought from each quote in it anew, it took minutes.
+_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
 
 def parse(body: bytes, limits: Limits) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from llava_edge.errors import UsageError
@@ -60,12 +61,11 @@ def chat(body: Mapping[str, Any], model: str, limits: Limits) -> Ask:
     if not isinstance(turns, list) or not 1 <= len(turns) <= limits.messages:
         raise bad(f"messages must be a list of 1 to {limits.messages} messages.", "messages")
     images: list[bytes] = []
-    messages = [_message(turn, f"messages[{i}]", images) for i, turn in enumerate(turns)]
-    _check_order(messages)
+    messages = _in_turns([_message(turn, f"messages[{i}]", images) for i, turn in enumerate(turns)])
     top = body.get("top_logprobs")
-    if top is not None and not body.get("logprobs"):
+    if top and not body.get("logprobs"):
         raise bad("top_logprobs needs logprobs to be true.", "top_logprobs")
-    chances = (top or 0) if _flag(body, "logprobs") else None
+    chances = (0 if top is None else top) if _flag(body, "logprobs") else None
     return _ask(body, messages, images, chances, limits)
 
 
@@ -85,6 +85,8 @@ def _ask(
 ) -> Ask:
     for name, neutral in _NEUTRAL.items():
         value = body.get(name)
+        if name == "tool_choice" and value == "auto":  # of no tools
+            continue
         if value is not None and (value != neutral or isinstance(value, bool) != isinstance(neutral, bool)):
             raise bad(f"{name} is not supported by this server.", name)
     if len(images) > limits.images:
@@ -132,6 +134,8 @@ def _message(turn: object, param: str, images: list[bytes]) -> Message:
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or role not in _ROLES:
         raise bad(f"The role of a message must be one of {', '.join(_ROLES)}.", f"{param}.role")
+    if role == "assistant" and not content:  # null, of one that called tools
+        content = ""
     if isinstance(content, str):
         return Message(_ROLES[role], content)  # type: ignore[arg-type]
     if not isinstance(content, list) or not content:
@@ -147,8 +151,8 @@ def _message(turn: object, param: str, images: list[bytes]) -> Message:
 
 def _part(part: object, param: str, texts: list[str], images: list[bytes]) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
-        texts.append(part["text"])
+    if isinstance(part, dict) and kind in ("text", "refusal") and isinstance(part.get(kind), str):
+        texts.append(part[kind])
     elif isinstance(part, dict) and kind == "image_url":
         source = part.get("image_url")
         url = source.get("url") if isinstance(source, dict) else source
@@ -157,15 +161,22 @@ def _part(part: object, param: str, texts: list[str], images: list[bytes]) -> No
         raise bad("A part of a message must be of type text or image_url, with that field.", param)
 
 
-def _check_order(messages: Sequence[Message]) -> None:
-    """System messages first, then user and assistant in turn, a user's last."""
-    roles = [message.role for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise bad(
-            "After at most one system message, user and assistant must take turns, and the last message be a user's.",
-            "messages",
-        )
+def _in_turns(messages: Sequence[Message]) -> list[Message]:
+    """As prompt layouts have it: system messages first, as one, and neighbours of one role as one message.
+
+    Raises `Problem` unless a user's message is then the first of the others, and the last.
+    """
+    system = [message for message in messages if message.role == "system"]
+    others = [message for message in messages if message.role != "system"]
+    found = [_joined(list(turn)) for _, turn in groupby(others, lambda message: message.role)]
+    if not found or {found[0].role, found[-1].role} != {"user"}:
+        raise bad("The first message after the system's, and the last one, must be a user's.", "messages")
+    return [*([_joined(system)] if system else []), *found]
+
+
+def _joined(messages: list[Message]) -> Message:
+    text, images = "\n".join(message.text for message in messages), sum(message.images for message in messages)
+    return Message(messages[0].role, text, images)
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:
@@ -192,7 +203,7 @@ def _stop(stop: object) -> tuple[str, ...] | None:
     texts = [stop] if isinstance(stop, str) else stop
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise bad("stop must be a text or a list of texts.", "stop")
-    return tuple(texts)
+    return tuple(filter(None, texts))  # an empty one is meant for none
 
 
 def _grammar(wanted: object) -> str | None:
@@ -201,11 +212,14 @@ def _grammar(wanted: object) -> str | None:
     kind = wanted.get("type") if isinstance(wanted, dict) else None
     if kind == "text":
         return None
-    if kind == "json_object":
-        return any_object()
-    if not isinstance(wanted, dict) or kind != "json_schema" or not isinstance(wanted.get("json_schema"), dict):
+    if not isinstance(wanted, dict) or kind not in ("json_object", "json_schema"):
         raise bad("response_format must have the type text, json_object or json_schema.", "response_format")
+    if kind == "json_object" and wanted.get("schema") is None:
+        return any_object()
+    given = wanted if kind == "json_object" else wanted.get("json_schema")  # the first: llama.cpp's server has it so
+    if not isinstance(given, dict) or "schema" not in given:
+        raise bad("response_format.json_schema must be an object with a schema in it.", "response_format")
     try:
-        return from_schema(wanted["json_schema"].get("schema"))
+        return from_schema(given["schema"])
     except UsageError as error:
         raise bad(str(error), "response_format") from error

@@ -17,6 +17,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from llava_edge.errors import UnavailableError
 from llava_edge.store import home
 
 ROOM = 4 << 30  # bytes of address space that requests may take beyond what the loaded model has
@@ -27,8 +28,26 @@ _EXECUTE, _WRITE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _READ = _READ_FILE | _READ_DIR
 _ALL_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # rights a kernel knows; more since
 _TCP = 0b11
-# AUDIT_ARCH, and the numbers of socket, connect, execve, execveat, ptrace.
-_ARCHITECTURES = {"x86_64": (0xC000003E, (41, 42, 59, 322, 101)), "aarch64": (0xC00000B7, (198, 203, 221, 281, 117))}
+_SCOPED = 0b11  # of Landlock: abstract sockets of others, and signals to them
+_REFUSED = (
+    "socket",
+    "socketpair",
+    "connect",
+    "execve",
+    "execveat",
+    "ptrace",
+    "kill",
+    "process_vm_readv",
+    "process_vm_writev",
+    "pidfd_send_signal",
+    "io_uring_setup",
+    "pidfd_getfd",
+)
+# AUDIT_ARCH, and the numbers of these.
+_ARCHITECTURES = {
+    "x86_64": (0xC000003E, (41, 53, 42, 59, 322, 101, 62, 310, 311, 424, 425, 438)),
+    "aarch64": (0xC00000B7, (198, 199, 203, 221, 281, 117, 129, 270, 271, 424, 425, 438)),
+}
 _READABLE = [
     *("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom"),
     *("/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/proc/stat", "/sys/devices", "/sys/bus", "/sys/fs/cgroup"),
@@ -41,12 +60,16 @@ def enter(bundle: Path, device: str, draft: str | Path | None = None) -> None:
 
     bundle, draft: what stays readable besides the program.
     With a graphics device only what its driver does not need is given up.
+    Raises `UnavailableError` if there are threads already: each could do all that this one gives up.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, most) if most != resource.RLIM_INFINITY else 256,) * 2)
     if sys.platform != "linux":
         return
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads > 1:
+        raise UnavailableError(f"The model's process has {threads} threads before it is confined; one was expected.")
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_DEATH_SIGNAL, 9, 0, 0, 0)
     libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -69,7 +92,8 @@ def _restrict_files(libc: ctypes.CDLL, models: list[Path]) -> None:
     if abi < 1:
         return
     rights = _ALL_BY_ABI[min(abi, 3)]
-    attributes = struct.pack("QQ", rights, _TCP) if abi >= 4 else struct.pack("Q", rights)
+    known = (rights, *([_TCP] if abi >= 4 else []), *([_SCOPED] if abi >= 6 else []))
+    attributes = struct.pack(f"{len(known)}Q", *known)
     ruleset = libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
         return
@@ -99,7 +123,11 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: Path, rights: int) -> None:
 
 
 def _refuse_calls(libc: ctypes.CDLL) -> None:
-    """socket, connect, execve, execveat and ptrace fail with EPERM: a classic BPF program over the call's number."""
+    """Those of `_REFUSED` fail with EPERM: a classic BPF program over the call's number.
+
+    io_uring among them, because it makes sockets without the others; signals and memory of other processes; socket
+    pairs, from which datagrams can be sent to any socket with a name.
+    """
     if platform.machine() not in _ARCHITECTURES:
         return
     architecture, numbers = _ARCHITECTURES[platform.machine()]

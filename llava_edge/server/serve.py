@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
     from llava_edge.server.app import App
     from llava_edge.server.protocol import protocol
 
-    sockets = _bind(settings.host, settings.port)
+    sockets = _bind(settings.host, settings.port, say)
     port = sockets[0].getsockname()[1]
     hosts = guard.hosts(settings.host, port, settings.allowed_hosts)
     limits = settings.limits
@@ -88,8 +89,6 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
     try:
         await supervisor.start()
         address = f"[{settings.host}]" if ":" in settings.host else settings.host
-        for bound in sockets:
-            bound.listen()  # who reads the next line may connect at once
         say(f"{manifest.name} on http://{address}:{port} (Ctrl-C ends it)")
         await uvicorn.Server(config).serve(sockets=sockets)
     finally:
@@ -102,7 +101,7 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
             raise
 
 
-def _bind(host: str, port: int) -> list[socket.socket]:
+def _bind(host: str, port: int, say: Callable[[str], None]) -> list[socket.socket]:
     """Sockets for the address; for 127.0.0.1 one for ::1 too, where it exists, since `localhost` may mean either."""
     try:
         first = _bound(host, port)
@@ -113,7 +112,10 @@ def _bind(host: str, port: int) -> list[socket.socket]:
         return [first]
     try:
         return [first, _bound("::1", first.getsockname()[1])]
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            port = first.getsockname()[1]
+            say(f"[::1] port {port} is another program's, which gets what is sent to `localhost` where that is ::1.")
         return [first]
 
 
@@ -124,6 +126,7 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen()  # two can be bound to one address. Who connects now waits for the model
     except BaseException:
         bound.close()
         raise

@@ -53,9 +53,12 @@ class Votes:
         with self._lock:
             if self.size() + len(line) > MAX_BYTES:
                 raise Problem(507, "The log is full. Export and delete it.")
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(line)
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with self.path.open("ab") as file:
+                    file.write(line)
+            except OSError as error:
+                raise Problem(507, f"The log cannot be written: {error.strerror}.") from error
 
     def read(self) -> bytes:
         """All lines."""
