@@ -1,4 +1,4 @@
-"""The native kernel for ARM against float64, compiled for it and run in an emulator: what it computes, not its speed.
+"""The native kernels for ARM against float64, compiled for it and run in an emulator: what they compute, not how fast.
 
 And a library without kernels for few rows and attention, as it is there, built for the machine that runs the tests.
 """
@@ -29,9 +29,9 @@ emulated = pytest.mark.skipif(
     not (COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64-static to run code for ARM"
 )
 
-KERNEL = "i8mm-int8"
 TAKEN = sorted(set(TYPES) - {"F16"})
-WITH, WITHOUT = "max", "cortex-a72"  # processors, with FEAT_I8MM and without
+KERNELS = {"i8mm-int8": "max", "dotprod-int8": "cortex-a76"}  # each with a processor that has no more than it needs
+WITHOUT = "cortex-a72"  # either
 EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 SANITIZED = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all")
 
@@ -76,13 +76,12 @@ def compiled(folder: Path, *flags: str) -> Path:
     headers = build.package().parent / "include"
     common = [COMPILER, *build.FLAGS, "-Werror", *flags, f"-I{headers}", f"-I{build.SOURCES}"]
     objects = []
-    for unit in build.AARCH64:
-        objects.append(str(folder / f"{unit.source}.o"))
+    for number, unit in enumerate(build.AARCH64):
+        objects.append(str(folder / f"{number}.o"))
         subprocess.run([*common, *unit.flags, "-c", str(build.SOURCES / unit.source), "-o", objects[-1]], check=True)
     listed, library, program = str(build.SOURCES / "kernels.cpp"), str(folder / "kernels.so"), folder / "program"
-    subprocess.run(
-        [*common, "-DNATIVE_HAS_I8MM", "-shared", "-Wl,-z,lazy", *objects, listed, "-o", library], check=True
-    )
+    defined = [f"-DNATIVE_HAS_{unit.kernel}" for unit in build.AARCH64 if unit.kernel]
+    subprocess.run([*common, *defined, "-shared", "-Wl,-z,lazy", *objects, listed, "-o", library], check=True)
     source = str(Path(__file__).with_name("native_arm.cpp"))
     lazily = ("-Wl,-z,lazy", "-Wl,--unresolved-symbols=ignore-all", f"-Wl,-rpath,{folder}")
     subprocess.run([*common, "-fvisibility=default", source, library, *lazily, "-o", str(program)], check=True)
@@ -94,23 +93,21 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(tmp_path_factory.mktemp("arm"))
 
 
-def run(program: Path, *arguments: str, processor: str = WITH, given: bytes = b"") -> bytes:
+def run(program: Path, *arguments: str, processor: str = "max", given: bytes = b"") -> bytes:
     command = [str(EMULATOR), "-L", LIBRARIES, "-cpu", processor, str(program), *arguments]
     done = subprocess.run(command, input=given, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
 
 
-def multiplied(
-    program: Path, products: Sequence[Product], kernel: str = KERNEL, processor: str = WITH
-) -> list[Array | None]:
-    """(rows, columns) of each, in one process; None: not taken."""
+def multiplied(program: Path, products: Sequence[Product], kernel: str, processor: str = "") -> list[Array | None]:
+    """(rows, columns) of each, in one process; None: not taken. processor: another one than the kernel's."""
     given = b""
     for product in products:
         (rows, inner), (columns, size) = product.x.shape, product.blocks.shape
         head = np.array([TYPES[product.kind], rows, columns, inner, size, product.threads], np.int32)
         given += head.tobytes() + product.blocks.tobytes() + product.x.astype(np.float32).tobytes()
-    said, found, at = run(program, kernel, processor=processor, given=given), list[Array | None](), 0
+    said, found, at = run(program, kernel, processor=processor or KERNELS[kernel], given=given), list[Array | None](), 0
     for product in products:
         shape = (len(product.x), len(product.blocks))
         taken = np.frombuffer(said, np.int32, 1, at)[0]
@@ -165,10 +162,11 @@ def are_right(products: Sequence[Product], found: Sequence[Array | None]) -> lis
 
 
 @emulated
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("some", [every_shape, any_block, extreme_bytes])
-def test_products_are_within_what_rounding_explains(program: Path, some: Callable[[], list[Product]]) -> None:
+def test_products_are_what_rounding_explains(program: Path, some: Callable[[], list[Product]], kernel: str) -> None:
     products = some()
-    found = multiplied(program, products)
+    found = multiplied(program, products, kernel)
     assert are_right(products, found) == [True] * len(products)
     for product, values in zip(products, found, strict=True):
         assert values is not None
@@ -180,19 +178,22 @@ def test_products_are_within_what_rounding_explains(program: Path, some: Callabl
 
 
 @emulated
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_wrong_product_is_seen(program: Path, axis: int) -> None:
+def test_a_wrong_product_is_seen(program: Path, axis: int, kernel: str) -> None:
     """Rows or columns that have changed places, or inner values that meet the next group's."""
     products = [product for product in every_shape() if product.x.shape == (45, 1280)]
     asked = [replace(product, x=np.roll(product.x, 32, 1)) if axis == 2 else product for product in products]
     found = [
-        values if values is None or axis == 2 else np.roll(values, 1, axis) for values in multiplied(program, asked)
+        values if values is None or axis == 2 else np.roll(values, 1, axis)
+        for values in multiplied(program, asked, kernel)
     ]
     assert are_right(products, found) == [False] * len(products)
 
 
 @emulated
-def test_what_is_not_finite_is_not_hidden(program: Path) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_not_finite_is_not_hidden(program: Path, kernel: str) -> None:
     numbers = np.random.default_rng(3)
     for kind in TAKEN:
         good = Product(
@@ -206,7 +207,7 @@ def test_what_is_not_finite_is_not_hidden(program: Path) -> None:
             x[2, 100] = bad
             blocks[4, SCALES[kind][0] :][:2] = np.array([bad], np.float16).view(np.uint8)
             products += [Product(kind, good.blocks, x), Product(kind, blocks, good.x)]
-        for number, found in enumerate(multiplied(program, products)):
+        for number, found in enumerate(multiplied(program, products, kernel)):
             assert found is not None
             at, axis = ((2, 0), (4, 1))[number % 2]
             assert not np.isfinite(found.take(at, axis)).any()
@@ -218,24 +219,28 @@ def test_what_there_is_not_is_not_taken(program: Path) -> None:
     """float16, and few rows: left to llama.cpp. Without the instructions nothing works, and nothing crashes."""
     x = np.ones((2, 256), np.float32)
     halves, bytes_ = Product("F16", np.zeros((3, 512), np.uint8), x), Product("Q8_0", np.zeros((3, 272), np.uint8), x)
-    assert multiplied(program, [halves]) == [None]
-    assert multiplied(program, [bytes_], kernel="few") == [None]
-    assert run(program).split() == [KERNEL.encode()]
+    assert multiplied(program, [bytes_], "few", "max") == [None]
+    for kernel, processor in KERNELS.items():
+        assert multiplied(program, [halves], kernel) == [None]
+        assert multiplied(program, [bytes_], kernel, WITHOUT) == [None]
+        assert run(program, processor=processor).decode().split()[0] == kernel
+    assert run(program).decode().split() == list(KERNELS)
     assert run(program, processor=WITHOUT).split() == []
-    assert multiplied(program, [bytes_], processor=WITHOUT) == [None]
 
 
 @emulated
 def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
     products = [*every_shape(), *any_block(), *extreme_bytes()]
-    assert all(are_right(products, multiplied(compiled(tmp_path, *SANITIZED), products)))
+    program = compiled(tmp_path, *SANITIZED)
+    for kernel in KERNELS:
+        assert all(are_right(products, multiplied(program, products, kernel)))
 
 
 @pytest.mark.parametrize(
     ("machine", "features", "reason"),
     [
-        ("aarch64", ["asimd", "asimddp", "i8mm"], "Not built for this machine."),
-        ("aarch64", ["asimd", "asimddp"], "This processor lacks the instructions of FEAT_I8MM."),
+        ("aarch64", ["asimd", "asimddp"], "Not built for this machine."),
+        ("aarch64", ["asimd"], "This processor lacks the instructions of FEAT_DotProd."),
         ("riscv64", [], "There are native kernels for Linux on x86-64 and aarch64 only."),
     ],
 )

@@ -45,7 +45,7 @@ OPT_IN = {"amx-int8"}  # less exact: only if $LLAVA_EDGE_NATIVE names it
 # Features of the processor, by machine, and how a sentence calls them.
 _NEEDED = {
     "x86_64": ({"avx2", "fma", "f16c"}, "AVX2, FMA or F16C"),
-    "aarch64": ({"i8mm"}, "the instructions of FEAT_I8MM"),
+    "aarch64": ({"asimddp"}, "the instructions of FEAT_DotProd"),
 }
 
 LIBRARY, OPERATOR, _STATE = "kernels.so", "vision.so", "state.json"  # in `place()`

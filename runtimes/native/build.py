@@ -56,7 +56,8 @@ X86_64 = (
 )
 
 AARCH64 = (
-    Unit("i8mm.cpp", ("-march=armv8.2-a+i8mm",), "I8MM"),
+    Unit("arm_int8.cpp", ("-march=armv8.2-a+i8mm",), "I8MM"),
+    Unit("arm_int8.cpp", ("-march=armv8.2-a+dotprod",), "DOTPROD"),
     *(Unit(source, ()) for source in ("absent.cpp", "product.cpp", "backend.cpp", "memory.cpp", "api.cpp")),
 )
 

@@ -1,9 +1,9 @@
-// Products in int8 on ARM processors with FEAT_I8MM, as exact as llama.cpp's: weights stay the whole numbers that their format
-// stores, and activations are rounded to 7 bits and a sign with a scale for 32 of them (Q4_0, Q4_1, Q8_0) or for 256 (the
-// others), as llama.cpp does.
+// Products in int8 on ARM processors, as exact as llama.cpp's: weights stay the whole numbers that their format stores, and
+// activations are rounded to 7 bits and a sign with a scale for 32 of them (Q4_0, Q4_1, Q8_0) or for 256 (the others), as
+// llama.cpp does.
 //
-// smmla multiplies 2 rows x 8 signed bytes by 2 columns x 8 and adds 2 x 2 sums in int32. All formats fit: 4 and 5 bits are
-// positive, Q4_0 and Q6_K have their 8 and 32 subtracted, so that only what a format calls a minimum is left:
+// The instructions (arm.h) multiply signed bytes and add up in int32. All formats fit: 4 and 5 bits are positive, Q4_0 and Q6_K
+// have their 8 and 32 subtracted, so that only what a format calls a minimum is left:
 //
 //   Q4_0, Q8_0     y = sum over groups of d * x_scale * (sum of w * x)
 //   Q4_1           y = sum over groups of d * x_scale * (sum of w * x) + m * x_scale * (sum of x)
@@ -15,11 +15,9 @@
 // ones in one byte and the low six in another.
 //
 // 8 rows x 4 columns are 8 registers of sums, 8 of totals and 6 of operands, of 32. A tile has, for each eight inner values, the
-// bytes of each of its rows, a panel those of each of four columns: every load is an operand.
+// bytes of each of its rows, a panel those of each of four columns.
 
-#include <arm_neon.h>
-#include <sys/auxv.h>
-
+#include "arm.h"
 #include "formats.h"
 #include "kernels.h"
 
@@ -27,19 +25,14 @@ namespace native {
 namespace {
 
 constexpr int INNER = 256, STEPS = INNER / 8, BLOCKS = INNER / 32;
-constexpr int ROWS = 8, COLUMNS = 16, QUADS = COLUMNS / 4;
+constexpr int COLUMNS = 16, QUADS = COLUMNS / 4;
 constexpr float LEAST = 1e-30f;  // below it the inverse scale would not be finite: taken for zero
-
-bool works() {
-    constexpr unsigned long I8MM = 1 << 13;  // HWCAP2_I8MM, which older headers lack
-    return getauxval(AT_HWCAP2) & I8MM;
-}
 
 bool takes(int type) { return unpacks(type) && type != F16; }
 bool by_blocks(int type) { return block_values(type) == 32; }  // with a scale of activations for each 32
 
 struct alignas(64) Tile {
-    float scales[BLOCKS][ROWS][2];  // of activations, twice, as 2 x 2 sums want it; the first ones alone if there is one for 256
+    float scales[BLOCKS][ROWS][2];  // of activations, twice, as arm.h wants it; the first ones alone if there is one for 256
     float shares[BLOCKS][ROWS][2];  // Q4_1: scale * sum
     int8_t high[ROWS][BLOCKS], low[ROWS][BLOCKS];  // sum of each 32 = 64 * high + low
     int8_t bytes[STEPS][ROWS][8];
@@ -150,27 +143,6 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
     }
 }
 
-// Of 8 rows x 4 columns: two registers for each two rows, with two columns each; row 0 with both columns, then row 1.
-constexpr int SUMS = 8;
-using Whole = int32x4_t[SUMS];
-using Floats = float32x4_t[SUMS];
-
-// Of the two columns of register i, for both rows
-float32x4_t columns_of(int i, const float *p) { return vcombine_f32(vld1_f32(p + i % 2 * 2), vld1_f32(p + i % 2 * 2)); }
-int32x4_t columns_of(int i, const int32_t *p) { return vcombine_s32(vld1_s32(p + i % 2 * 2), vld1_s32(p + i % 2 * 2)); }
-float32x4_t rows_of(int i, const float (*p)[2]) { return vld1q_f32(p[i / 2 * 2]); }
-
-// sums += products of COUNT steps
-template <int COUNT>
-inline __attribute__((always_inline)) void add(const int8_t (*x)[ROWS][8], const int8_t (*w)[4][8], Whole &sums) {
-#pragma GCC unroll 4
-    for (int s = 0; s < COUNT; s++) {
-        const int8x16_t columns[2] = {vld1q_s8(w[s][0]), vld1q_s8(w[s][2])};
-#pragma GCC unroll 8
-        for (int i = 0; i < SUMS; i++) sums[i] = vmmlaq_s32(sums[i], vld1q_s8(x[s][i / 2 * 2]), columns[i % 2]);
-    }
-}
-
 // sums += v * what rows and columns say
 inline __attribute__((always_inline)) void add_scaled(const Whole &v, const float (*rows)[2], const float *columns, Floats &sums) {
 #pragma GCC unroll 8
@@ -228,8 +200,8 @@ void multiply(int type, const void *tile_memory, const void *panel_memory, int i
 void store(const float *sums, float *y, size_t stride, int rows, int columns) {
     for (int n = 0; n < columns; n += 4)
         for (int i = 0; i < rows; i++) {
-            const float *pair = sums + n * ROWS + i / 2 * 8 + i % 2 * 2;  // of the row's first two columns
-            const float row[4] = {pair[0], pair[1], pair[4], pair[5]};
+            const float *pair = sums + n * ROWS + first_pair(i);
+            const float row[4] = {pair[0], pair[1], pair[NEXT_PAIR], pair[NEXT_PAIR + 1]};
             if (n + 4 <= columns) memcpy(y + i * stride + n, row, sizeof row);  // known to the compiler, which makes it one move
             else memcpy(y + i * stride + n, row, (columns - n) * sizeof(float));
         }
@@ -237,9 +209,9 @@ void store(const float *sums, float *y, size_t stride, int rows, int columns) {
 
 }  // namespace
 
-extern const Kernel i8mm_int8;
-const Kernel i8mm_int8 = {
-    "i8mm-int8",
+extern const Kernel KERNEL(int8);
+const Kernel KERNEL(int8) = {
+    INSTRUCTIONS "-int8",
     works, takes, ROWS, COLUMNS, INNER, 64 / COLUMNS, sizeof(Tile), sizeof(Panel),
     pack, unpack, multiply, store, nullptr, nullptr,
 };
