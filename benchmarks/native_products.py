@@ -17,7 +17,7 @@ import numpy as np
 from llava_edge.runtimes import language, native
 from llava_edge.runtimes.native import check
 from llava_edge.runtimes.native.ggml import TYPES, Ggml, Operation, Weights
-from llava_edge.runtimes.native.library import DEVICE, Library
+from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
 MANY = (512, 1024, 4096)  # rows, columns, inner
 ONE, EIGHT = (1, 16384, 4096), (8, 16384, 4096)
@@ -65,7 +65,8 @@ def main() -> None:
     ggml, path = Ggml(), native.place() / native.LIBRARY
     library = Library(path)
     taken = [(kind, asked.kernel, 32) for kind in TYPES if library.takes(asked.kernel, kind)]
-    library.use(taken, few=TYPES, attention=True)
+    few, attention = [kind for kind in TYPES if library.takes(FEW, kind)], library.attends()
+    library.use(taken, few, attention)
     if not ggml.load_backend(path):
         parser.error(f"ggml does not accept {path}")
     for kind in asked.types:

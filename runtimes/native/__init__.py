@@ -42,6 +42,12 @@ ONE_KEPT = 0.9  # of llama.cpp's speed with one row, where a kernel wins with ei
 DECODE_KEPT = 0.95  # of llama.cpp's speed on re-ordered weights, or they are re-ordered
 OPT_IN = {"amx-int8"}  # less exact: only if $LLAVA_EDGE_NATIVE names it
 
+# Features of the processor, by machine, and how a sentence calls them.
+_NEEDED = {
+    "x86_64": ({"avx2", "fma", "f16c"}, "AVX2, FMA or F16C"),
+    "aarch64": ({"asimddp"}, "the instructions of FEAT_DotProd"),
+}
+
 LIBRARY, OPERATOR, _STATE = "kernels.so", "vision.so", "state.json"  # in `place()`
 
 
@@ -153,7 +159,9 @@ def prepare(say: Callable[[str], None] = lambda line: None) -> Status:
             work = Path(name)
             build.build(work / LIBRARY, work / OPERATOR)
             say("Trying them against llama.cpp's own; takes about 25 s.")
-            hashes = {"sha256": _sha256(work / LIBRARY), "operator": _sha256(work / OPERATOR)}
+            hashes = {"sha256": _sha256(work / LIBRARY)}
+            if (work / OPERATOR).exists():  # not on aarch64
+                hashes["operator"] = _sha256(work / OPERATOR)
             state = {**hashes, **_check(work / LIBRARY)}
             (work / _STATE).write_text(json.dumps(state), "utf-8")
             _publish(work, folder)
@@ -283,11 +291,13 @@ def _check(library: Path) -> dict[str, Any]:
 
 def place() -> Path:
     """Where everything about this machine's kernels is. Raises `UnavailableError` where there can be none."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise UnavailableError("There are native kernels for Linux on x86-64 only.")
+    machine = platform.machine() if sys.platform == "linux" else ""
+    if machine not in _NEEDED:
+        raise UnavailableError("There are native kernels for Linux on x86-64 and aarch64 only.")
     name, features = devices.processor()
-    if not {"avx2", "fma", "f16c"} <= set(features):
-        raise UnavailableError("This processor lacks AVX2, FMA or F16C.")
+    needed, said = _NEEDED[machine]
+    if not needed <= set(features):
+        raise UnavailableError(f"This processor lacks {said}.")
     base = next(iter(sorted((build.package() / "lib").glob("libggml-base.so*"))), None)
     if base is None:
         raise UnavailableError("This llama-cpp-python has no libggml-base.")
@@ -307,7 +317,8 @@ def _publish(work: Path, folder: Path) -> None:
     """Libraries, then state: with a state everything is there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LIBRARY, OPERATOR, _STATE):
-        shutil.move(work / name, folder / name)
+        if (work / name).exists():
+            shutil.move(work / name, folder / name)
 
 
 def _sha256(path: Path) -> str:

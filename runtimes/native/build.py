@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ class Unit:
 
 _VECTORS = ("int8.cpp", "int16.cpp")  # each compiled for every set of instructions
 
-UNITS = (
+X86_64 = (
     *(
         unit
         for source in _VECTORS
@@ -54,6 +55,14 @@ UNITS = (
     Unit("api.cpp"),
 )
 
+AARCH64 = (
+    Unit("arm_int8.cpp", ("-march=armv8.2-a+i8mm",), "I8MM"),
+    Unit("arm_int8.cpp", ("-march=armv8.2-a+dotprod",), "DOTPROD"),
+    *(Unit(source, ()) for source in ("absent.cpp", "product.cpp", "backend.cpp", "memory.cpp", "api.cpp")),
+)
+
+UNITS = AARCH64 if platform.machine() == "aarch64" else X86_64
+
 
 def compiler() -> str | None:
     """The C++ compiler: $CXX or c++; None if there is none."""
@@ -71,7 +80,8 @@ def package() -> Path:
 def build(
     target: Path, operator: Path | None = None, *, units: Sequence[Unit] = UNITS, flags: Sequence[str] = ()
 ) -> None:
-    """Compile `units` and link them into `target`, whose folder also gets the objects, and ONNX Runtime's operator.
+    """Compile `units` and link them into `target`, whose folder also gets the objects, and ONNX Runtime's operator, if
+    they have it.
 
     flags: in addition to `FLAGS`. Raises `UnavailableError` with what the compiler said first.
     """
@@ -102,13 +112,13 @@ def build(
     def link(path: Path, without: Sequence[str], *libraries: str) -> None:
         objects = [str(out) for unit, out, _ in done if unit.kernel not in lacking and unit.source not in without]
         listed = str(SOURCES / "kernels.cpp")
-        problem = _run([*common, *AVX2, *defined, "-shared", *objects, listed, *libraries, "-o", str(path)])
+        problem = _run([*common, *defined, "-shared", *objects, listed, *libraries, "-o", str(path)])
         if problem:
             raise UnavailableError(f"The native kernels cannot be linked: {problem}")
 
     # By its path: the loader then finds the copy that llama.cpp has loaded, by the name inside.
     link(target, ["linear.cpp"], str(base))
-    if operator is not None:
+    if operator is not None and any(unit.source == "linear.cpp" for unit in units):
         link(operator, ["backend.cpp", "memory.cpp", "api.cpp"])
 
 

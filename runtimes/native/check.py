@@ -45,10 +45,12 @@ def main(path: str) -> None:
     for kernel in [*library.kernels(), FEW]:
         if problem := product_problem(ggml, library, kernel):
             facts["problems"][kernel] = problem
-    for name, queries in (("attention", 45), ("few attention", 9)):
+    attends = library.attends()
+    for name, queries in (("attention", 45), ("few attention", 9)) if attends else ():
         if problem := attention_problem(ggml, library, queries):
             facts["problems"][name] = problem
-    if problem := operator_problem(Path(path).with_name(OPERATOR)):
+    its_operator = Path(path).with_name(OPERATOR)
+    if its_operator.exists() and (problem := operator_problem(its_operator)):
         facts["problems"][OPERATOR] = problem
     right = [kernel for kernel in library.kernels() if kernel not in facts["problems"]]
     threads = devices.thread_count()[0]
@@ -62,7 +64,9 @@ def main(path: str) -> None:
             "eight": _race_products(ggml, library, kind, eight, few, threads),
             "one": _race_products(ggml, library, kind, one, few, threads),
         }
-    facts["attention"] = {name: _race_attention(ggml, library, *ATTENTION[name], threads) for name in ATTENTION}
+    facts["attention"] = {
+        name: _race_attention(ggml, library, *ATTENTION[name], threads) if attends else {} for name in ATTENTION
+    }
     sys.stdout.write(json.dumps(facts) + "\n")
 
 
@@ -86,12 +90,12 @@ def product_problem(ggml: Ggml, library: Library, kernel: str) -> str:
 
 def _use(library: Library, kernel: str, kind: str) -> bool:
     """Take products with weights of that type by that kernel; False if it does not."""
-    if kernel == FEW:
-        library.use(few=[kind])
-        return True
     if not library.takes(kernel, kind):
         return False
-    library.use([(kind, kernel, 1)])
+    if kernel == FEW:
+        library.use(few=[kind])
+    else:
+        library.use([(kind, kernel, 1)])
     return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -36,7 +37,7 @@ class Library:
         """From now on take products with weights of these types, and attention. many: type, kernel, and from how many
         rows on (1 to 255); few: of fewer, 31 at most. Attention: of 32 queries or more, and of fewer.
 
-        Raises `ValueError` if a kernel is not there or does not take a type; then nothing has changed.
+        Raises `ValueError` if one is not there or does not take a type; then nothing has changed.
         """
         numbers = {name: number for number, name in enumerate(self.kernels())}
         kernel_of, least = bytearray(b"\xff" * 64), bytearray(64)
@@ -46,12 +47,20 @@ class Library:
             kernel_of[TYPES[kind]], least[TYPES[kind]] = numbers[name], rows
         mask = sum(1 << TYPES[kind] for kind in few)
         if not self._functions.llava_edge_native_use(bytes(kernel_of), bytes(least), mask, attention, few_attention):
-            raise ValueError(f"a kernel does not take one of {', '.join(sorted({kind for kind, _, _ in many}))}")
+            asked = sorted({kind for kind, _, _ in many} | set(few)) + ["attention"] * (attention or few_attention)
+            raise ValueError(f"there is no kernel for one of {', '.join(asked)}")
 
     def takes(self, kernel: str, kind: str) -> bool:
         """Whether a kernel takes weights of a type. Afterwards nothing is used."""
+        return self._can(few=[kind]) if kernel == FEW else self._can([(kind, kernel, 1)])
+
+    def attends(self) -> bool:
+        """Whether there is attention. Afterwards nothing is used."""
+        return self._can(attention=True, few_attention=True)
+
+    def _can(self, *arguments: Any, **named: Any) -> bool:
         try:
-            self.use([(kind, kernel, 1)])
+            self.use(*arguments, **named)
         except ValueError:
             return False
         self.use()

@@ -32,10 +32,12 @@ EXPORT const char *llava_edge_native_kernels() {
 
 // What the backend takes from now on: of each type products of `least` rows or more by the kernel with that number in the list
 // of names above (negative: none), and of fewer, up to FEW, if its bit (1 << ggml_type) is set in `few`; attention of more
-// queries than FEW, and of fewer. Returns 0, with nothing changed, if a kernel does not take a type.
+// queries than FEW, and of fewer. Returns 0, with nothing changed, if a kernel does not take a type or there is no attention.
 EXPORT int llava_edge_native_use(const int8_t *many, const uint8_t *least, uint64_t few, int attention, int few_attention) {
     Use wanted{{}, {}, few, attention != 0, few_attention != 0};
+    if ((attention || few_attention) && !attends(64)) return 0;
     for (int type = 0; type < TYPES; type++) {
+        if (few >> type & 1 && !takes_few(type, 1, block_values(type))) return 0;
         if (many[type] < 0) continue;
         int number = many[type];
         wanted.least[type] = least[type];

@@ -6,6 +6,7 @@ namespace native {
 extern const Kernel amx_bf16, amx_int8;
 extern const Kernel int8_avx2, int8_avxvnni, int8_avx512vnni;
 extern const Kernel int16_avx2, int16_avxvnni, int16_avx512vnni;
+extern const Kernel int8_i8mm, int8_dotprod;
 
 const Kernel *const kernels[] = {
 #ifdef NATIVE_HAS_AMX
@@ -20,8 +21,16 @@ const Kernel *const kernels[] = {
     &int8_avxvnni,
     &int16_avxvnni,
 #endif
+#ifdef __x86_64__
     &int8_avx2,
     &int16_avx2,
+#endif
+#ifdef NATIVE_HAS_I8MM
+    &int8_i8mm,
+#endif
+#ifdef NATIVE_HAS_DOTPROD
+    &int8_dotprod,
+#endif
     nullptr,
 };
 

@@ -6,6 +6,7 @@
 // are cleared here. They lie where ggml has allocated them, which is private memory of this process.
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstring>
@@ -16,7 +17,7 @@
 namespace native {
 namespace {
 
-constexpr uintptr_t PAGE = 4096;  // larger ones are refused by madvise, and then memset clears
+const uintptr_t PAGE = uintptr_t(sysconf(_SC_PAGESIZE));  // 4 KB on x86-64, up to 64 KB on aarch64
 constexpr size_t LEAST = 1 << 16;
 
 ggml_backend_buffer_t (*allocate)(ggml_backend_buffer_type_t, size_t) = nullptr;
@@ -25,7 +26,7 @@ void clear(ggml_backend_buffer_t buffer, uint8_t value) {
     char *const base = static_cast<char *>(ggml_backend_buffer_get_base(buffer)), *const end = base + buffer->size;
     char *const first = base + (PAGE - reinterpret_cast<uintptr_t>(base) % PAGE) % PAGE;
     char *const last = end - reinterpret_cast<uintptr_t>(end) % PAGE;
-    if (value || madvise(first, last - first, MADV_DONTNEED)) {
+    if (value || first >= last || madvise(first, last - first, MADV_DONTNEED)) {
         memset(base, value, buffer->size);
         return;
     }

@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "formats.h"
 #include "kernels.h"
-#include "unpack.h"
 
 namespace native {
 

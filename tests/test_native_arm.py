@@ -1,0 +1,298 @@
+"""The native kernels for ARM against float64, compiled for it and run in an emulator: what they compute, not how fast.
+
+And a library without kernels for few rows and attention, as it is there, built for the machine that runs the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from native_kernels import SCALES, Array, matrix, random_blocks, worst_error
+
+from llava_edge.runtimes import devices, native
+from llava_edge.runtimes.native import build
+from llava_edge.runtimes.native.ggml import TYPES
+
+COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+LIBRARIES = "/usr/aarch64-linux-gnu"
+emulated = pytest.mark.skipif(
+    not (COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64-static to run code for ARM"
+)
+
+TAKEN = sorted(set(TYPES) - {"F16"})
+KERNELS = {"i8mm-int8": "max", "dotprod-int8": "cortex-a76"}  # each with a processor that has no more than it needs
+WITHOUT = "cortex-a72"  # either
+EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
+SANITIZED = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+
+
+@dataclass(frozen=True)
+class Product:
+    """x (rows, inner) times weights of a type: blocks (columns, bytes of a row)."""
+
+    kind: str
+    blocks: Array
+    x: Array
+    threads: int = 1
+
+    def exact(self) -> Array:
+        expected: Array = self.x.astype(np.float64) @ matrix(self.kind, self.blocks).T
+        return expected
+
+    def is_right(self, found: Array | None) -> bool:
+        """No further off than rounding explains, and rounded to the nearest: what is left is float32's."""
+        chunk, w = 32 if self.kind in ("Q4_0", "Q4_1", "Q8_0") else 256, matrix(self.kind, self.blocks)
+        rounded = nearest(self.x, chunk)
+        return (
+            found is not None
+            and bool((np.abs(found - self.exact()) <= worst_error(self.x, w, chunk, 0.5 / 127, 0.0)).all())
+            and bool((np.abs(found - rounded @ w.T) <= worst_error(rounded, w, chunk, 0.0, 0.0)).all())
+        )
+
+
+def nearest(x: Array, chunk: int) -> Array:
+    """Multiples of a 127th of the largest magnitude in each chunk of inner values, ties to even, in float32."""
+    parts = x.reshape(len(x), -1, chunk)
+    most = np.abs(parts).max(2, keepdims=True)
+    whole = np.rint(parts * (np.float32(127) / most)).astype(np.float64)
+    found: Array = (whole * (most / np.float32(127))).reshape(x.shape)
+    return found
+
+
+def compiled(folder: Path, *flags: str) -> Path:
+    """All units for aarch64 as one library, as `build.build` links them but for ggml, which nothing here calls; and
+    the program that computes with it."""
+    assert COMPILER
+    headers = build.package().parent / "include"
+    common = [COMPILER, *build.FLAGS, "-Werror", *flags, f"-I{headers}", f"-I{build.SOURCES}"]
+    objects = []
+    for number, unit in enumerate(build.AARCH64):
+        objects.append(str(folder / f"{number}.o"))
+        subprocess.run([*common, *unit.flags, "-c", str(build.SOURCES / unit.source), "-o", objects[-1]], check=True)
+    listed, library, program = str(build.SOURCES / "kernels.cpp"), str(folder / "kernels.so"), folder / "program"
+    defined = [f"-DNATIVE_HAS_{unit.kernel}" for unit in build.AARCH64 if unit.kernel]
+    subprocess.run([*common, *defined, "-shared", "-Wl,-z,lazy", *objects, listed, "-o", library], check=True)
+    source = str(Path(__file__).with_name("native_arm.cpp"))
+    lazily = ("-Wl,-z,lazy", "-Wl,--unresolved-symbols=ignore-all", f"-Wl,-rpath,{folder}")
+    subprocess.run([*common, "-fvisibility=default", source, library, *lazily, "-o", str(program)], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("arm"))
+
+
+def run(program: Path, *arguments: str, processor: str = "max", given: bytes = b"") -> bytes:
+    command = [str(EMULATOR), "-L", LIBRARIES, "-cpu", processor, str(program), *arguments]
+    done = subprocess.run(command, input=given, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def multiplied(program: Path, products: Sequence[Product], kernel: str, processor: str = "") -> list[Array | None]:
+    """(rows, columns) of each, in one process; None: not taken. processor: another one than the kernel's."""
+    given = b""
+    for product in products:
+        (rows, inner), (columns, size) = product.x.shape, product.blocks.shape
+        head = np.array([TYPES[product.kind], rows, columns, inner, size, product.threads], np.int32)
+        given += head.tobytes() + product.blocks.tobytes() + product.x.astype(np.float32).tobytes()
+    said, found, at = run(program, kernel, processor=processor or KERNELS[kernel], given=given), list[Array | None](), 0
+    for product in products:
+        shape = (len(product.x), len(product.blocks))
+        taken = np.frombuffer(said, np.int32, 1, at)[0]
+        values = np.frombuffer(said, np.float32, shape[0] * shape[1], at + 4).reshape(shape)
+        found.append(values if taken else None)
+        at += 4 + values.nbytes
+    assert at == len(said)
+    return found
+
+
+def every_shape() -> list[Product]:
+    """One of everything; tails of tiles, panels and blocks; more than one block of columns."""
+    numbers, products = np.random.default_rng(1), []
+    for kind in TAKEN:
+        inners = (32, 96, 288) if GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 32 else ()
+        shapes = ((1, 1, 256), (33, 1, 512), (7, 17, 768), (45, 70, 1280), *((34, 5, inner) for inner in inners))
+        for rows, columns, inner in shapes:
+            blocks = random_blocks(kind, columns, inner, numbers, np.array([0.01, -0.02, 0.005]))
+            products.append(Product(kind, blocks, numbers.standard_normal((rows, inner), np.float32), threads=2))
+    return products
+
+
+def any_block() -> list[Product]:
+    """Random bytes, scales from nothing to the largest, activations of any size with outliers."""
+    numbers, products = np.random.default_rng(2), []
+    for kind in TAKEN:
+        for power in range(-12, 13, 2):
+            x = numbers.standard_normal((9, 512), np.float32) * np.float32(10.0**power)
+            x[:, numbers.integers(0, 512, 4)] *= 1000
+            products.append(Product(kind, random_blocks(kind, 19, 512, numbers, EXTREME), x))
+    return products
+
+
+def extreme_bytes() -> list[Product]:
+    """All the largest in magnitude: whole numbers times +-127 are exact."""
+    numbers, products = np.random.default_rng(3), []
+    x = np.where(numbers.random((3, 512)) < 0.5, -1, 1).astype(np.float32)
+    x[0], x[1] = 1, -1
+    for kind in TAKEN:
+        blocks = random_blocks(kind, 4, 512, numbers, np.array([1]))
+        parts = blocks.reshape(4, -1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1])
+        kept = {at: parts[:, :, at : at + 2].copy() for at in SCALES[kind]}
+        parts[:] = np.array([0xFF, 0x80, 0x7F, 0x01], np.uint8)[:, None, None]
+        for at, scale in kept.items():
+            parts[:, :, at : at + 2] = scale
+        products.append(Product(kind, blocks, x))
+    return products
+
+
+def are_right(products: Sequence[Product], found: Sequence[Array | None]) -> list[bool]:
+    return [product.is_right(values) for product, values in zip(products, found, strict=True)]
+
+
+@emulated
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("some", [every_shape, any_block, extreme_bytes])
+def test_products_are_what_rounding_explains(program: Path, some: Callable[[], list[Product]], kernel: str) -> None:
+    products = some()
+    found = multiplied(program, products, kernel)
+    assert are_right(products, found) == [True] * len(products)
+    for product, values in zip(products, found, strict=True):
+        assert values is not None
+        if some is every_shape and values.size > 100:
+            error = np.sqrt(((values - product.exact()) ** 2).mean() / (product.exact() ** 2).mean())
+            assert 0 < error < 2e-2
+        if some is extreme_bytes:
+            np.testing.assert_allclose(values, product.exact(), rtol=1e-5, atol=1e-2)
+
+
+@emulated
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_wrong_product_is_seen(program: Path, axis: int, kernel: str) -> None:
+    """Rows or columns that have changed places, or inner values that meet the next group's."""
+    products = [product for product in every_shape() if product.x.shape == (45, 1280)]
+    asked = [replace(product, x=np.roll(product.x, 32, 1)) if axis == 2 else product for product in products]
+    found = [
+        values if values is None or axis == 2 else np.roll(values, 1, axis)
+        for values in multiplied(program, asked, kernel)
+    ]
+    assert are_right(products, found) == [False] * len(products)
+
+
+@emulated
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_not_finite_is_not_hidden(program: Path, kernel: str) -> None:
+    numbers = np.random.default_rng(3)
+    for kind in TAKEN:
+        good = Product(
+            kind,
+            random_blocks(kind, 20, 256, numbers, np.array([0.01])),
+            numbers.standard_normal((11, 256), np.float32),
+        )
+        products = []
+        for bad in (np.nan, np.inf, -np.inf):
+            x, blocks = good.x.copy(), good.blocks.copy()
+            x[2, 100] = bad
+            blocks[4, SCALES[kind][0] :][:2] = np.array([bad], np.float16).view(np.uint8)
+            products += [Product(kind, good.blocks, x), Product(kind, blocks, good.x)]
+        for number, found in enumerate(multiplied(program, products, kernel)):
+            assert found is not None
+            at, axis = ((2, 0), (4, 1))[number % 2]
+            assert not np.isfinite(found.take(at, axis)).any()
+            assert np.isfinite(np.delete(found, at, axis)).all()
+
+
+@emulated
+def test_what_there_is_not_is_not_taken(program: Path) -> None:
+    """float16, and few rows: left to llama.cpp. Without the instructions nothing works, and nothing crashes."""
+    x = np.ones((2, 256), np.float32)
+    halves, bytes_ = Product("F16", np.zeros((3, 512), np.uint8), x), Product("Q8_0", np.zeros((3, 272), np.uint8), x)
+    assert multiplied(program, [bytes_], "few", "max") == [None]
+    for kernel, processor in KERNELS.items():
+        assert multiplied(program, [halves], kernel) == [None]
+        assert multiplied(program, [bytes_], kernel, WITHOUT) == [None]
+        assert run(program, processor=processor).decode().split()[0] == kernel
+    assert run(program).decode().split() == list(KERNELS)
+    assert run(program, processor=WITHOUT).split() == []
+
+
+@emulated
+def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
+    products = [*every_shape(), *any_block(), *extreme_bytes()]
+    program = compiled(tmp_path, *SANITIZED)
+    for kernel in KERNELS:
+        assert all(are_right(products, multiplied(program, products, kernel)))
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "reason"),
+    [
+        ("aarch64", ["asimd", "asimddp"], "Not built for this machine."),
+        ("aarch64", ["asimd"], "This processor lacks the instructions of FEAT_DotProd."),
+        ("riscv64", [], "There are native kernels for Linux on x86-64 and aarch64 only."),
+    ],
+)
+def test_machines_that_have_kernels(
+    monkeypatch: pytest.MonkeyPatch, machine: str, features: list[str], reason: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(devices, "processor", lambda: ("processor", features))
+    assert native.status().reason == reason
+
+
+CHECK = """
+import sys
+from llava_edge.runtimes.native import check
+check.REPEATS = check.SECONDS = 0
+check.MANY = check.SOME = check.SIXTEEN = check.ONE = check.EIGHT = (8, 64, 256)
+check.ADAPTER = (64, 64)
+check.main(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1],
+    reason="the other kernels are for Linux on x86-64 with AVX2 only",
+)
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+def test_what_a_library_lacks_is_neither_asked_for_nor_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated_home: Path
+) -> None:
+    common = [unit for unit in build.AARCH64 if not unit.kernel]
+    build.build(
+        tmp_path / native.LIBRARY,
+        tmp_path / native.OPERATOR,
+        units=[build.Unit("int8.cpp"), build.Unit("int16.cpp"), *common],
+        flags=("-O1", "-Werror"),
+    )
+    assert not (tmp_path / native.OPERATOR).exists()
+    command = [sys.executable, "-c", CHECK, str(tmp_path / native.LIBRARY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["problems"] == {}
+    assert facts["attention"] == {"many": {}, "eight": {}, "one": {}}
+    for races in facts["types"].values():
+        assert {"plain", "avx2"} <= set(races["many"])
+        assert not any("few" in race for race in races.values())
+        races["many"]["plain"] = 1e9
+    monkeypatch.setattr(build, "build", lambda target, operator: shutil.copy(tmp_path / native.LIBRARY, target))
+    monkeypatch.setattr(native, "_check", lambda library: facts)
+    found = native.prepare()
+    assert {kind for kind, _, _ in found.many} == set(TYPES)
+    assert (found.few, found.attention, found.few_attention) == ((), False, False)
+    assert "few" not in found.reason
+    assert native.operator_library() is None
