@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--system", default="You are a helpful assistant.", help="for llama-cpp-python")
     parser.add_argument(
-        "--ours", action="append", default=[], help="further option of `llava-edge run`, e.g. --ours=-v"
+        "--ours", action="append", default=[], help="further option of `llava-edge run`, e.g. --ours=--verbose"
     )
     parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -24,7 +24,7 @@ from llava_edge.runtimes.pictures import Picture, prepare
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.store import DEFAULT_MODEL, resolve
 
-Images = ImageInput | bytearray | memoryview | Picture | Sequence[ImageInput | Picture]
+Images = ImageInput | bytearray | memoryview | Picture | Sequence[ImageInput | Picture] | None
 
 
 class Llava:
@@ -72,6 +72,7 @@ class Llava:
         cancel: set it from another thread to stop. started: the instant (time.monotonic) that times count from.
         """
         shown = _as_list(images)
+        _check_question(prompt, shown)
         return self._engine.generate([Message("user", prompt, len(shown))], shown, options, cancel, started=started)
 
     def ask_many(
@@ -93,6 +94,8 @@ class Llava:
         if isinstance(prompts, str):
             raise UsageError("ask_many wants a list of questions; for one there is ask.")
         pictures = [prepare(image, self._engine.bundle.manifest) for image in _as_list(images)]
+        for text in prompts:
+            _check_question(text, pictures)
         conversations = [[Message("user", text, len(pictures))] for text in prompts]
         self._engine.require_room(conversations, pictures, options)
         streams = self._engine.generate_together(conversations, pictures, options, cancel, started=started)
@@ -174,6 +177,9 @@ class Llava:
         """Free the engines. An answer in work ends as cancelled, calls that wait raise. Harmless when repeated."""
         self._engine.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("A Llava cannot be sent to another process; load one there, which shares the mapped weights.")
+
     def __enter__(self) -> Llava:
         return self
 
@@ -203,6 +209,7 @@ class Chat:
         The turn is kept once the stream ends or is closed, with what was answered until then; after an error it is not.
         """
         new = [self.prepare(image) for image in _as_list(images)]
+        _check_question(text, new)
         turn = Message("user", text, len(new))
         shown = [*self._pictures, *new]
         answer = ""
@@ -230,17 +237,30 @@ class Chat:
         return prepare(image, self._engine.bundle.manifest)
 
 
+def _check_question(text: str, images: Sequence[object]) -> None:
+    """Raises `UsageError` for one that a model would only make something up for."""
+    if not isinstance(text, str):
+        raise UsageError(f"A text was expected as a question, not {text!r:.60}.")
+    if not text.strip():
+        raise UsageError("The question is empty.")
+    if text == DEFAULT_PROMPT and not images:
+        raise UsageError("There is no image to describe; pass one, or a question.")
+
+
 def _as_list(images: Images) -> list[ImageInput | Picture]:
+    if images is None:
+        return []
     if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
         return list(images)
     return [bytes(images) if isinstance(images, bytearray | memoryview) else images]
 
 
 def _last(chunks: Iterable[Chunk]) -> Result:
-    for chunk in chunks:
-        if chunk.final is not None:
-            return chunk.final
-    raise RuntimeError("the stream ended without a result")
+    """Read to the end: what is kept of a picture is kept by then, also where the program ends next."""
+    result = next((chunk.final for chunk in list(chunks) if chunk.final is not None), None)
+    if result is None:
+        raise RuntimeError("the stream ended without a result")
+    return result
 
 
 async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = False) -> AsyncGenerator[Chunk, None]:

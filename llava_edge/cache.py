@@ -14,6 +14,7 @@ Knows nothing about pictures or engines.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
@@ -70,7 +71,8 @@ class Cache:
             if payload is None:
                 path.unlink()
             else:
-                os.utime(path)
+                with contextlib.suppress(OSError):  # on a file system that can only be read
+                    os.utime(path)
         except OSError:
             return None
         return payload

@@ -40,6 +40,8 @@ class CheckpointError(DataError):
 class ContextOverflowError(DataError):
     """Prompt plus answer do not fit the context; the sentence carries the numbers."""
 
+    exit_code = UsageError.exit_code
+
 
 class MissingError(LlavaEdgeError):
     """A named file, folder or model does not exist."""

@@ -57,6 +57,8 @@ def load_image(source: ImageInput, name: str = "") -> Image.Image:
 
     Raises `MissingError` if there are no bytes to read, `ImageError` if they are not an acceptable picture.
     """
+    if isinstance(source, os.PathLike) and not isinstance(source, Path):
+        source = Path(os.fsdecode(source))
     if isinstance(source, str | Path):
         name = name or _printable(source)
         source = _read(source, name)
@@ -75,6 +77,8 @@ def load_image(source: ImageInput, name: str = "") -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has more than {MAX_PIXELS:,} pixels, the limit; make it smaller first.") from error
     except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, KeyError, ... on bad data
+        if isinstance(source, Image.Image) and "closed" in str(error):
+            raise ImageError(f"{name} is a Pillow image that was closed; ask before that, or open it again.") from error
         raise ImageError(f"{name} is damaged or cut off and cannot be decoded; get the file again.") from error
 
 
@@ -186,7 +190,9 @@ def _open(source: ImageInput, name: str) -> Image.Image:
         _check_size((source.shape[1], source.shape[0]), name)
         return Image.fromarray(np.ascontiguousarray(source))
     if not isinstance(source, bytes):
-        raise ImageError(f"{name} is a Python {type(source).__name__}; a path, bytes, image or array was expected.")
+        read = "; pass what its read() gives" if hasattr(source, "read") else ""
+        what = type(source).__name__
+        raise ImageError(f"{name} is a Python {what}; a path, bytes, image or array was expected{read}.")
     _check_bytes(len(source), name)
     kind = format_of(source)
     if kind is None:

@@ -129,6 +129,10 @@ class EngineOptions:
                 raise UsageError(f"{name} is {_shown(value)}; one of {', '.join(allowed)} was expected.")
         _whole("threads", self.threads, 0, 512)
         _whole("context", self.context, 0, 1 << 20)
+        if not isinstance(self.cache, bool | Path) and self.cache != "memory":
+            raise UsageError(f'cache is {_shown(self.cache)}; True, False, "memory" or a Path was expected.')
+        if self.draft is not None and not isinstance(self.draft, str | Path):
+            raise UsageError(f"draft is {_shown(self.draft)}; the path of a GGUF file was expected.")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_edge.errors import UnavailableError
@@ -142,15 +142,33 @@ def available_memory() -> int | None:
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             limits.append(int(line.split()[1]) * 1024)
-    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
-    if limit.isdigit() and used.isdigit():
-        # Files that were read or written count as used until something else needs the memory.
-        fields = dict(
-            line.split(maxsplit=1) for line in _read("/sys/fs/cgroup/memory.stat").splitlines() if " " in line
-        )
-        files = sum(int(fields.get(name, 0)) for name in ("active_file", "inactive_file"))
-        limits.append(max(0, int(limit) - int(used) + files))
+    for folder, names in _memory_groups():
+        limit, used = (_read(f"{folder}/{name}") for name in names)
+        if limit.isdigit() and used.isdigit():
+            # Files that were read or written count as used until something else needs the memory.
+            fields = dict(line.split(maxsplit=1) for line in _read(f"{folder}/memory.stat").splitlines() if " " in line)
+            files = sum(int(fields.get(name, 0)) for name in ("active_file", "inactive_file"))
+            limits.append(max(0, int(limit) - int(used) + files))
     return min(limits, default=None)
+
+
+def _memory_groups() -> list[tuple[str, tuple[str, str]]]:
+    """Folders of this process's cgroups, each with its parents, and the names of limit and use in them (v2, then v1).
+
+    In a container the path may be the one outside, which is not there; the topmost folder is then its own.
+    """
+    found = []
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = "/sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top, names = "/sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = PurePosixPath(path)
+        found += [(f"{top}{part}".rstrip("/"), names) for part in map(str, (own, *own.parents))]
+    return found
 
 
 def memory_use() -> Memory:

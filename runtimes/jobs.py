@@ -17,6 +17,8 @@ from llava_edge.options import Chunk
 Stream = Generator[Chunk, None, None]
 Last = Callable[[], Chunk]
 
+CLOSED = "The engine is closed; load another one."
+FORKED = "The engine is not in this process, which was forked from its own; load one here."
 POLL_SECONDS = 0.05  # how often a waiting caller looks whether it was cancelled
 
 
@@ -83,7 +85,7 @@ class Job:
                 return self.output.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 if not self.served() and self.output.empty():
-                    raise UsageError("The engine is closed.") from None
+                    raise UsageError(FORKED) from None
                 if not self.cancel.is_set():
                     continue
                 if self.dropped is not None and self.turn.drop():
@@ -178,7 +180,7 @@ class Owner:
     def _queue(self, job: Job) -> None:
         with self._lock:
             if self._closed or not self._thread.is_alive():
-                raise UsageError("The engine is closed.")
+                raise UsageError(CLOSED if self._closed else FORKED)
             self._jobs.put(job)
 
     def _serve(self) -> None:
@@ -189,7 +191,7 @@ class Owner:
             with self._lock:
                 self._at_work = job
                 if self._closed:
-                    end = UsageError("The engine is closed.")
+                    end = UsageError(CLOSED)
             try:
                 if end is None:
                     job.run(job)

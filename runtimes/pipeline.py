@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llava_edge import gguf, prompt
-from llava_edge.bundle import LANGUAGE, Bundle
+from llava_edge.bundle import LANGUAGE, VISION, VISION_DATA, Bundle
 from llava_edge.cache import user_cache
 from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UsageError
 from llava_edge.image import ImageInput
@@ -25,7 +25,7 @@ from llava_edge.runtimes import CancelledError, after_control, devices, presets,
 from llava_edge.runtimes.decoding import Answer, decode, decode_together
 from llava_edge.runtimes.draft import Draft
 from llava_edge.runtimes.embedder import Embedder
-from llava_edge.runtimes.jobs import Job, Owner, Stream
+from llava_edge.runtimes.jobs import CLOSED, Job, Owner, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache
@@ -68,6 +68,8 @@ class Engine:
             already, CLIP is not loaded before it is needed.
         Raises `BundleError`, `UnavailableError`, `MemoryLimitError` or `UsageError`.
         """
+        if options is not None and not isinstance(options, EngineOptions):
+            raise UsageError(f"EngineOptions were expected, not {options!r:.60}.")
         engine = Engine(bundle, options or EngineOptions())
         try:
             for _ in engine._owner.submit(lambda job: engine._load(job.cancel, pictures, on_load), threading.Event()):
@@ -96,6 +98,7 @@ class Engine:
         differently in the last digits, see `Prefill.run`.
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
         """
+        _check_request([messages], options, cancel)
         run = Run(time.monotonic() if started is None else started)
         wanted = options or Options()
         event = cancel or threading.Event()
@@ -120,6 +123,7 @@ class Engine:
         context has room for; `branches` says when their bits are those of answers alone. Leaving a stream early stops
         all.
         """
+        _check_request(conversations, options, cancel)
         if not conversations:
             return []
         start = time.monotonic() if started is None else started
@@ -198,7 +202,8 @@ class Engine:
         gguf.check_language(header)
         trained, tiles = manifest.language.context_length, manifest.preprocessing.square == "anyres"
         _check_context(self.options.context, trained)
-        self.preset = presets.choose(self.options, header, trained, tiles=tiles, gpu_layers=self.choice.gpu_layers)
+        layers, tower = self.choice.gpu_layers, self._copied_tower()
+        self.preset = presets.choose(self.options, header, trained, tiles=tiles, gpu_layers=layers, tower=tower)
         self.context_size = self.preset.context
         threads = self.options.threads or devices.thread_count()[0]
         self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
@@ -236,6 +241,14 @@ class Engine:
         if not pictures:
             embedding.result()
         self.load_ms = since(start)
+
+    def _copied_tower(self) -> int:
+        """Bytes of CLIP's weights, if its fastest setting here holds them a second time."""
+        measured = tune.choose(tune.known(self.bundle), copies=True) if self.choice.name == "cpu" else None
+        if measured is None or not measured.prepack:
+            return 0
+        files = self.bundle.manifest.files
+        return sum(files[name].size for name in (VISION, VISION_DATA) if name in files)
 
     def _vision(self, threads: int) -> tune.Setting:
         """The measured setting for this machine, or the plain one; threads that were asked for stay."""
@@ -276,10 +289,11 @@ class Engine:
         try:
             self._prefill.run(parts, answer.run, answer.job, reuse=reuse)
             reason = decode(answer, options, self._speculation)
-            self._prefill.keep()
         except CancelledError:
             reason = "cancelled"
         self._finish(answer, reason)
+        if reason != "cancelled":
+            self._prefill.keep()
 
     def _answer_all(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
         while ready:
@@ -311,9 +325,11 @@ class Engine:
 
         def done(answer: Answer, reason: FinishReason) -> None:
             waiting.remove(answer)
-            if not waiting and reason != "cancelled":
-                self._prefill.keep()
             self._finish(answer, reason)
+            if waiting:
+                answer.job.output.put(None)
+            elif reason != "cancelled":
+                self._prefill.keep()
 
         try:
             self._prefill.run(parts, first.run, first.job, count=len(parts) - 1)
@@ -325,14 +341,13 @@ class Engine:
                 done(answer, "cancelled")
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        """The last chunk."""
+        """The last chunk. The stream ends when what is to be kept is kept."""
         stream, run = answer.stream, answer.run
         tail = stream.end(cut=reason != "stop")
         if stream.stopped and reason == "length":
             reason = "stop"
         run.text += tail
         answer.job.output.put(self._last_chunk(tail, reason, run))
-        answer.job.output.put(None)
 
     def _last_chunk(self, text: str, reason: FinishReason, run: Run) -> Chunk:
         result = run.result(reason, self.bundle.manifest.name, self.choice.name, self.load_ms)
@@ -355,16 +370,36 @@ class Engine:
         run.prompt_tokens = len(ids) - len(rows) + run.image_tokens
         if run.prompt_tokens < self.context_size:
             return
+        remedies = ["fewer images"] if run.image_tokens > run.prompt_tokens // 2 else ["a shorter text"]
+        if self.context_size < (trained := self.bundle.manifest.language.context_length):
+            remedies.append(f"a larger context (--context, EngineOptions.context; at most {trained})")
         raise ContextOverflowError(
             f"The prompt needs {run.prompt_tokens} positions ({len(rows)} images: {run.image_tokens}, text: "
             f"{run.prompt_tokens - run.image_tokens}) and the answer at least 1, but the context has "
-            f"{self.context_size}. Use fewer images, a shorter text or a larger --context."
+            f"{self.context_size}. Use {' or '.join(remedies)}."
         )
 
     def _opened(self) -> tuple[LanguageModel, Embedder]:
         if self._language is None or self._embedder is None:
-            raise UsageError("The engine is closed.")
+            raise UsageError(CLOSED)
         return self._language, self._embedder
+
+
+def _check_request(
+    conversations: Sequence[Sequence[prompt.Message]], options: Options | None, cancel: threading.Event | None
+) -> None:
+    """Raises `UsageError` for what is of another type: it would fail somewhere within, as a bug of ours."""
+    for value, kind in ((options, Options), (cancel, threading.Event)):
+        if value is not None and not isinstance(value, kind):
+            raise UsageError(f"A {kind.__name__} was expected, not {value!r:.60}.")
+    for messages in conversations:
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise UsageError(f"A list of Message was expected, not {messages!r:.60}.")
+        for message in messages:
+            if not isinstance(message, prompt.Message):
+                raise UsageError(f"A Message was expected, not {message!r:.60}.")
+            if not isinstance(message.text, str):
+                raise UsageError(f"A text was expected for a message, not {message.text!r:.60}.")
 
 
 def _open_cache(wanted: bool | Path | Literal["memory"]) -> PictureCache:

@@ -41,11 +41,13 @@ class Chosen:
         return self.name == "latency"
 
 
-def choose(options: EngineOptions, header: Gguf, trained: int, *, tiles: bool = False, gpu_layers: int = 0) -> Chosen:
+def choose(
+    options: EngineOptions, header: Gguf, trained: int, *, tiles: bool = False, gpu_layers: int = 0, tower: int = 0
+) -> Chosen:
     """Resolve "auto": fast if that takes no more than half of what memory is free.
 
-    trained: positions that the model knows. tiles: whether pictures are cut up and need many of them. A draft counts
-    too.
+    trained: positions that the model knows. tiles: whether pictures are cut up and need many of them. tower: bytes that
+    CLIP's weights take once more if they may. A draft counts too.
     Raises `MemoryLimitError` if what has to be private does not fit at all.
     """
     small = options.preset == "memory"
@@ -62,12 +64,13 @@ def choose(options: EngineOptions, header: Gguf, trained: int, *, tiles: bool = 
     room = "unknown memory" if free is None else f"{free >> 20} MiB"
     chosen = Chosen("memory" if small else "latency", "asked for", context, kv, repack=copied > 0 and not small)
     if options.preset == "auto":
-        tight = free is not None and needed + copied > free // 2
-        about = f"re-ordered weights and context take up to {(needed + copied) >> 20} of {room} available"
+        most = needed + copied + tower
+        tight = free is not None and most > free // 2
+        about = f"re-ordered weights and context take up to {most >> 20} of {room} available"
         chosen = replace(chosen, name="memory" if tight else "latency", reason=about, repack=copied > 0 and not tight)
-    needed += copied if chosen.repack else 0
+    needed += (copied if chosen.repack else 0) + (tower if chosen.copies else 0)
     if free is not None and needed > free:
-        smaller = "--preset memory, a smaller" if chosen.repack else "a smaller"
+        smaller = "--preset memory, a smaller" if chosen.repack or (tower and chosen.copies) else "a smaller"
         raise MemoryLimitError(
             f"{header.path.parent} with a context of {context} needs about {needed >> 20} MiB of memory, "
             f"{room} are available. Use {smaller} --context or model."

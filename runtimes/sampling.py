@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ from llava_edge.errors import UsageError
 from llava_edge.options import Options, TokenChance
 from llava_edge.runtimes.language import LanguageModel
 
+MOST_NESTED = 200  # parentheses of a grammar; llama.cpp's stack ends at some ten thousand
 LEAST_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, and logits over it leave float32 at last
 
 
@@ -23,24 +27,50 @@ class Sampler:
 
     def __init__(self, language: LanguageModel, options: Options) -> None:
         self._library = library = language.library
+        self._language = language
         self._chain: Any = None
-        grammar = self._grammar(language, options.grammar) if options.grammar else None
+        self._grammar = self._read_grammar(options.grammar) if options.grammar else None
         self._chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
-        for part in [*([grammar] if grammar else []), *self._parts(options)]:
+        for part in self._parts(options):
             library.llama_sampler_chain_add(self._chain, part)  # the chain owns and frees it
 
     def sample(self, context: Any, row: int = -1) -> int:
-        """Draw a token from a row of logits, of the last evaluated position if not told, and note it for the next."""
-        return int(self._library.llama_sampler_sample(self._chain, context, row))
+        """Draw a token from a row of logits, of the last evaluated position if not told, and note it for the next.
+
+        Raises `UsageError` if the vocabulary has no token that the grammar allows next.
+        """
+        if not self._grammar:
+            return int(self._library.llama_sampler_sample(self._chain, context, row))
+        token = self._allowed(row)
+        for part in (self._grammar, self._chain):
+            self._library.llama_sampler_accept(part, token)
+        return token
 
     def close(self) -> None:
         """Free the chain."""
-        if self._chain is not None:
-            self._library.llama_sampler_free(self._chain)
-            self._chain = None
+        for part in (self._chain, self._grammar):
+            if part is not None:
+                self._library.llama_sampler_free(part)
+        self._chain = self._grammar = None
 
-    def _grammar(self, language: LanguageModel, text: str) -> Any:
-        part = self._library.llama_sampler_init_grammar(language.vocabulary, text.encode("utf-8", "replace"), b"root")
+    def _allowed(self, row: int) -> int:
+        """The grammar before the chain, and a look at what it left: with nothing left, llama.cpp ends the process."""
+        logits = self._language.logits(row)
+        tokens = np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])  # llama_token_data
+        tokens["id"], tokens["logit"] = np.arange(len(logits)), logits
+        pointer = tokens.ctypes.data_as(ctypes.POINTER(self._library.llama_token_data))
+        choice = self._library.llama_token_data_array(pointer, len(tokens), -1, False)
+        self._library.llama_sampler_apply(self._grammar, ctypes.byref(choice))
+        if not np.isfinite(tokens["logit"]).any():
+            raise UsageError("The model has no token that continues what the grammar, or JSON schema, allows here.")
+        self._library.llama_sampler_apply(self._chain, ctypes.byref(choice))
+        return int(choice.data[choice.selected].id)
+
+    def _read_grammar(self, text: str) -> Any:
+        if _depth(text) > MOST_NESTED:
+            raise UsageError(f"The grammar has more than {MOST_NESTED} parentheses in each other.")
+        source = text.encode("utf-8", "replace")
+        part = self._library.llama_sampler_init_grammar(self._language.vocabulary, source, b"root")
         if not part:
             raise UsageError(
                 "The grammar is not one that llama.cpp understands; its GBNF with a rule 'root' was expected."
@@ -60,6 +90,13 @@ class Sampler:
             parts.append(library.llama_sampler_init_min_p(options.min_p, 1))
         # The largest 32-bit number is no seed there: LLAMA_DEFAULT_SEED, a new one each time.
         return [*parts, library.llama_sampler_init_dist(options.seed % library.LLAMA_DEFAULT_SEED)]
+
+
+def _depth(grammar: str) -> int:
+    """Of its parentheses, but for those in quotes and between brackets: llama.cpp reads them one in another."""
+    plain = re.sub(r'"(\\.|[^"\\])*"|\[(\\.|[^\]\\])*\]', "", grammar)
+    steps = [(mark == "(") - (mark == ")") for mark in plain]
+    return max(accumulate(steps), default=0)
 
 
 def chance(language: LanguageModel, token: int, top: int, row: int = -1) -> TokenChance:

@@ -13,8 +13,8 @@ class TextStream:
     """Turns the byte pieces of an answer into text as early as can be, and cuts it at the earliest stop text.
 
     Characters split over tokens are joined; U+FFFD stands only for bytes that are no UTF-8.
-    Joined, the outputs of `feed` and `end` are what cutting the whole answer at once would give:
-    `text[:min(text.find(s) for s in stops that occur)]`, without white space at its start.
+    Joined, the outputs of `feed` and `end` are what cutting the whole answer at once would give, after white space at
+    its start was dropped (SentencePiece's first token has some): `text[:min(text.find(s) for s in stops that occur)]`.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:

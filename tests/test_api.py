@@ -6,9 +6,11 @@ import asyncio
 import io
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +56,72 @@ def test_embeddings_are_what_the_checkpoint_computes(micro_bundle: Path, micro_c
     assert found.shape == (llava.bundle.manifest.vision.image_tokens, llava.bundle.manifest.language.hidden_size)
     assert np.allclose(found, wanted[0].numpy(), atol=1e-4)
     assert not np.allclose(found, llava.embed_image(Image.new("RGB", (40, 30), "blue")), atol=1e-2)
+
+
+HI = [Message("user", "hi")]
+WRONG: dict[str, Any] = {
+    "no text": lambda llava: llava.ask(None),
+    "bytes": lambda llava: llava.ask(b"hi"),
+    "many": lambda llava: list(next(llava.ask_many(["hi", None]))),
+    "chat": lambda llava: list(llava.chat().say(None)),
+    "dict": lambda llava: llava.ask("hi", (), {"max_tokens": 5}),
+    "engine options": lambda llava: llava.ask("hi", (), EngineOptions()),
+    "cancel": lambda llava: list(llava.stream("hi", cancel=5)),
+    "messages": lambda llava: list(llava.answer(["hi"])),
+    "no messages": lambda llava: list(llava.answer(None)),
+    "raw message": lambda llava: list(llava.answer([{"role": "user", "content": "hi"}])),
+    "picture in an answer": lambda llava: list(llava.answer([*HI, Message("assistant", "x", 1), *HI], [RED])),
+    "load": lambda llava: Llava.load(llava.bundle.folder, Options()),  # type: ignore[arg-type]
+    "draft": lambda llava: EngineOptions(draft=5),  # type: ignore[arg-type]
+    "cache": lambda llava: EngineOptions(cache="no"),  # type: ignore[arg-type]
+    "nothing": lambda llava: llava.ask("  ", RED),
+    "nothing of many": lambda llava: list(llava.ask_many(["hi", ""], RED)),
+    "nothing to describe": lambda llava: llava.ask(),
+}
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_what_makes_no_sense_is_a_usage_error(call: Any, llava: Llava) -> None:
+    """Which `except LlavaEdgeError` catches, and which says what was expected."""
+    with pytest.raises(UsageError):
+        call(llava)
+    assert llava.ask("hi", None, Options(max_tokens=1)).completion_tokens == 1
+
+
+def test_what_cannot_leave_its_process_says_so(llava: Llava) -> None:
+    with pytest.raises(TypeError, match="load one there"):
+        pickle.dumps(llava)
+
+
+def test_objects_that_are_nearly_pictures(llava: Llava, tmp_path: Path) -> None:
+    RED.save(tmp_path / "red.png")
+
+    class Named:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "red.png")
+
+    few: Any = Options(max_tokens=4)
+    assert llava.ask("hi", Named(), few).text == llava.ask("hi", RED, few).text  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"BytesIO.*read\(\)"):
+        llava.ask("hi", io.BytesIO(b""), few)  # type: ignore[arg-type]
+
+
+def test_the_answer_does_not_wait_for_what_is_kept(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does its rate count it. The stream ends when it is kept, and `ask` returns then."""
+    read, kept = threading.Event(), list[bool]()
+    keep = llava._engine._prefill.keep
+
+    def late() -> None:
+        kept.append(read.wait(10))
+        keep()
+
+    monkeypatch.setattr(llava._engine._prefill, "keep", late)
+    for chunk in llava.stream("hi", Image.new("RGB", (9, 9), "green"), Options(max_tokens=2)):
+        if chunk.final is not None:
+            read.set()
+    assert kept == [True]
+    llava.ask("hi", RED, Options(max_tokens=2))
+    assert kept == [True, True]
 
 
 def test_embedding_refuses_what_asking_refuses(llava: Llava) -> None:

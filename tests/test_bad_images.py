@@ -282,7 +282,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     "pillow without pixels": (lambda: Image.new("RGB", (0, 9)), "0 x 9"),
     "pillow 32-bit": (lambda: Image.new("I", (9, 9)), "mode I"),
     "pillow float": (lambda: Image.new("F", (9, 9)), "mode F"),
-    "pillow closed": (closed, "damaged"),
+    "pillow closed": (closed, "was closed"),
     "pillow of a cut file": (cut, "damaged"),
 }
 

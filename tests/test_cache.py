@@ -114,6 +114,16 @@ def test_a_folder_that_cannot_be_written(kept: Cache) -> None:
     assert kept.get(KEY) == PAYLOAD
 
 
+def test_an_entry_whose_time_cannot_be_set_is_found(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that became read-only."""
+
+    def refused(path: Path) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr("llava_edge.cache.os.utime", refused)
+    assert kept.get(KEY) == PAYLOAD
+
+
 def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     nowhere = Cache(tmp_path / "file" / "cache")

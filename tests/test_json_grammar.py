@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llava_edge import Llava, Options
 from llava_edge.errors import UsageError
 from llava_edge.json_grammar import any_object, from_schema
+from llava_edge.runtimes.sampling import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +203,29 @@ def test_a_grammar_that_is_only_itself_is_refused_by_the_engine(llava: Llava) ->
     with pytest.raises(UsageError, match="grammar"):
         llava.ask("?", options=Options(grammar='root ::= root | "x"', max_tokens=4))
     assert llava.ask("?", options=Options(max_tokens=2)).text
+
+
+@pytest.mark.parametrize("grammar", ['root ::= "\\x04"', from_schema({"enum": ["\U00050000"]})], ids=["byte", "schema"])
+def test_a_grammar_that_no_token_continues_is_refused(grammar: str, llava: Llava, monkeypatch: Any) -> None:
+    """llama.cpp would end the process. The vocabulary here can say all; so its words are taken away."""
+    real = Sampler._allowed
+
+    def poorer(self: Sampler, row: int) -> int:
+        monkeypatch.setattr(self._language, "logits", lambda row: np.full(self._language.vocab_size, -np.inf, "f4"))
+        return real(self, row)
+
+    monkeypatch.setattr(Sampler, "_allowed", poorer)
+    with pytest.raises(UsageError, match="no token that continues"):
+        llava.ask("?", options=Options(grammar=grammar, max_tokens=4))
+    monkeypatch.undo()
+    assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
+
+
+def test_deep_parentheses_are_refused_before_llama_cpp_reads_them(llava: Llava) -> None:
+    with pytest.raises(UsageError, match="more than 200 parentheses"):
+        llava.ask("?", options=Options(grammar=f'root ::= {"(" * 30_000}"x"{")" * 30_000}'))
+    quoted = f'root ::= "{"(" * 300}" | [({"(" * 300}]'
+    assert llava.ask("?", options=Options(grammar=quoted, max_tokens=400)).text.strip("(") == ""
 
 
 def test_equal_choices_are_one() -> None:

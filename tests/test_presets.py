@@ -68,6 +68,7 @@ def test_auto_is_fast_where_there_is_room_and_small_where_there_is_not(
 
 def test_what_a_container_holds_of_files_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
+        "/proc/self/cgroup": "0::/",
         "/proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n",
         "/sys/fs/cgroup/memory.max": "4000000000",
         "/sys/fs/cgroup/memory.current": "3990000000",
@@ -77,6 +78,37 @@ def test_what_a_container_holds_of_files_is_free(monkeypatch: pytest.MonkeyPatch
     assert devices.available_memory() == 3_510_000_000
     files["/sys/fs/cgroup/memory.max"] = "max"
     assert devices.available_memory() == 8_192_000_000
+
+
+def test_the_tightest_of_all_groups_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd's MemoryMax limits a group within others; the first version has folders and names of its own."""
+    files = {
+        "/proc/self/cgroup": "0::/user.slice/app.scope/inner",
+        "/proc/meminfo": "MemAvailable: 8000000 kB\n",
+        "/sys/fs/cgroup/memory.max": "max",
+        "/sys/fs/cgroup/user.slice/app.scope/memory.max": "500000000",
+        "/sys/fs/cgroup/user.slice/app.scope/memory.current": "100000000",
+        "/sys/fs/cgroup/user.slice/app.scope/inner/memory.max": "max",
+    }
+    monkeypatch.setattr(devices, "_read", lambda path: files.get(str(path), ""))
+    assert devices.available_memory() == 400_000_000
+    files = {
+        "/proc/self/cgroup": "3:cpu,cpuacct:/\n7:memory:/docker/abc\n0::/",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes": "700000000",  # a container's own, whose path is the one outside
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes": "300000000",
+        "/sys/fs/cgroup/memory/memory.stat": "cache 90000000\nactive_file 50000000\ninactive_file 20000000\n",
+    }
+    assert devices.available_memory() == 470_000_000
+
+
+def test_clips_second_copy_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = gguf.read(four_bits(tmp_path))
+    monkeypatch.setattr(devices, "available_memory", lambda: 1 << 30)
+    assert presets.choose(EngineOptions(), header, 512).name == "latency"
+    assert presets.choose(EngineOptions(), header, 512, tower=1 << 29).name == "memory"
+    assert presets.choose(EngineOptions(preset="memory"), header, 512, tower=1 << 31).name == "memory"
+    with pytest.raises(MemoryLimitError, match="--preset memory"):
+        presets.choose(EngineOptions(preset="latency"), header, 512, tower=1 << 31)
 
 
 def test_memory_means_a_small_context_too_unless_told_otherwise(tmp_path: Path) -> None:

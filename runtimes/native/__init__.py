@@ -168,7 +168,7 @@ def prepare(say: Callable[[str], None] = lambda line: None) -> Status:
     except UnavailableError as error:
         return Status(str(error))
     except (OSError, LlavaEdgeError) as error:
-        return Status(f"The native kernels could not be built: {error}")
+        return Status(f"The native kernels could not be built: {error}", COMMAND)
     return status()
 
 
