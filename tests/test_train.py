@@ -133,7 +133,7 @@ def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
     for limit in (0.5, 1e9):
         stage = replace(recipe.stages[0], clip_norm=limit)
         data = load_stage(stage, out.data, tokenizer, micro.CONFIG.image_tokens, recipe.seed)
-        trainer = Trainer(model, recipe, [data], FeatureCache(out.features, micro.CONFIG), out.data, tmp_path / "other")
+        trainer = Trainer(model, recipe, [data], FeatureCache(out.features, model), out.data, tmp_path / "other")
         (group,) = prepare_stage(model, recipe, stage)
         before = torch.cat([parameter.detach().flatten() for parameter in group["params"]])
         _, norm = trainer._optimise(data, next(data.step_packs()), torch.optim.SGD([group]))
