@@ -112,6 +112,54 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
                 train_recipe(other, out)
 
 
+def test_a_changed_recipe_is_another_one(tmp_path: Path) -> None:
+    """Of the same shapes: the old result, or the old learning rate, would be taken for the new one."""
+    recipe = brief(bf16=False)
+    (align, _) = recipe.stages
+    recipe = replace(recipe, stages=(align,))
+    out = folders(tmp_path)
+    train_recipe(recipe, out, stop_after=2)
+    log = (out.run / "log.jsonl").read_text()
+    for changes in (
+        {"projector_learning_rate": 1.0},
+        {"epochs": 2.0},
+        {"records": "questions.json"},
+    ):
+        with pytest.raises(DataError, match="another recipe"):
+            train_recipe(replace(recipe, stages=(replace(align, **changes),)), out)
+    with pytest.raises(DataError, match="another recipe"):
+        train_recipe(replace(recipe, seed=1), out)
+    assert (out.run / "log.jsonl").read_text() == log
+    train_recipe(replace(recipe, name="same", checkpoint_every=1), out)
+    assert len(losses(out.run)) == 3
+
+
+def test_changed_data_and_runs_that_do_not_say_what_they_trained_are_not_gone_on_with(tmp_path: Path) -> None:
+    recipe = brief(bf16=False)
+    recipe = replace(recipe, stages=recipe.stages[:1])
+    out = folders(tmp_path)
+    train_recipe(recipe, out, stop_after=2)
+    trainer = trainer_of(recipe, out)
+    captions = json.loads((out.data / "captions.json").read_text())
+    captions[0]["conversations"][1]["value"] = "It is green."
+    (out.data / "captions.json").write_text(json.dumps(captions))
+    with pytest.raises(DataError, match="other data"):
+        trainer_of(recipe, out).train()
+    saved = torch.load(out.run / "checkpoint.pt", weights_only=True)
+    del saved["recipe"]
+    torch.save(saved, out.run / "checkpoint.pt")
+    with pytest.raises(DataError, match="another recipe"):
+        trainer.train()
+
+
+def trainer_of(recipe: Recipe, out: Folders) -> Trainer:
+    """On the data that lies there, as `train_recipe` would write it anew."""
+    model = from_state(micro.CONFIG, micro.random_tensors(seed=recipe.seed))
+    tokenizer = load_tokenizer(out.run / "base" / "tokenizer.json")
+    stages = [load_stage(stage, out.data, tokenizer, micro.CONFIG.image_tokens, recipe.seed) for stage in recipe.stages]
+    return Trainer(model, recipe, stages, FeatureCache(out.features, model), out.data, out.run)
+
+
 def test_weights_that_are_trained_whole_stay_in_float32(tmp_path: Path) -> None:
     """bfloat16 has steps of 1 in 128 to 256: what an update at LLaVA's rates adds would be rounded away."""
     recipe = brief(bf16=True, learning_rate=2e-5)
