@@ -260,7 +260,7 @@ class Trainer:
         """Drop lines behind the checkpoint, so that a resumed run logs each step once."""
         path = self.run_folder / "log.jsonl"
         order = [data.stage.name for data in self.stages]
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows = _read_log(path)
         kept = [row for row in rows if (order.index(row["stage"]), row["step"]) <= (order.index(stage), step)]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
 
@@ -275,14 +275,22 @@ def _identity(recipe: Recipe, stages: Sequence[StageData]) -> str:
     return digest.hexdigest()
 
 
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Its whole lines; none if it is gone. A run that was killed, or had no room, may have left part of a last one."""
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
 def plot_losses(log: Path, picture: Path) -> None:
-    """log.jsonl -> loss.png, one panel a stage, raw and smoothed."""
+    """log.jsonl -> loss.png, one panel a stage, raw and smoothed; no picture of an empty log."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    rows = _read_log(log)
+    if not rows:
+        return
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.4), squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):

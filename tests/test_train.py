@@ -21,7 +21,7 @@ from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llama import Llama
 from llava_edge.models.llava import from_state
 from llava_edge.models.lora import add_lora, lora_modules, merge_lora
-from llava_edge.models.recipe import Recipe, load_recipe
+from llava_edge.models.recipe import FOLDER, Recipe, load_recipe
 from llava_edge.models.run import Folders, train_recipe
 from llava_edge.models.train import Trainer, cosine_rate, load_stage, prepare_stage
 from llava_edge.prompt import Message, encode, render
@@ -152,6 +152,19 @@ def test_changed_data_and_runs_that_do_not_say_what_they_trained_are_not_gone_on
         trainer.train()
 
 
+def test_a_log_that_was_cut_off_or_is_gone_does_not_end_a_run(tmp_path: Path) -> None:
+    recipe = brief(bf16=False)
+    recipe = replace(recipe, stages=recipe.stages[:1])
+    out, log = folders(tmp_path), tmp_path / "run" / "log.jsonl"
+    train_recipe(recipe, out, stop_after=2)
+    log.write_bytes(log.read_bytes()[:-20])
+    train_recipe(recipe, out)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 3]
+    log.unlink()
+    assert (train_recipe(recipe, out) / "model.safetensors").is_file()
+    assert log.read_text() == ""
+
+
 def trainer_of(recipe: Recipe, out: Folders) -> Trainer:
     """On the data that lies there, as `train_recipe` would write it anew."""
     model = from_state(micro.CONFIG, micro.random_tensors(seed=recipe.seed))
@@ -242,3 +255,22 @@ def test_recipes_are_strict(tmp_path: Path) -> None:
     bad.write_text('name = "x"\nspeed = 3\n[[stage]]\n')
     with pytest.raises(DataError, match=r"bad\.toml"):
         load_recipe(str(bad))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('parts = "smol"', 'parts = "mikro"', "parts = 'mikro'; it is one of 'micro', 'smol'"),
+        ('trains = "lora"', 'trains = "LoRA"', "trains = 'LoRA'; it is one of 'projector', 'lora', 'full'"),
+        ("lora_rank = 16\n", "", "stage 'instruct': trains = 'lora' needs a lora_rank"),
+        ("lora_rank = 16", "lora_rank = -1", "needs a lora_rank of 1 or more, not -1"),
+        ("lora_rank = 16", "lora_rank = 1.5", "needs a lora_rank of 1 or more, not 1.5"),
+        ('trains = "lora"', 'trains = "full"', "stage 'instruct': trains = 'full' would be lost"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
+    text = (FOLDER / "smol.toml").read_text("utf-8")
+    assert old in text
+    (tmp_path / "x.toml").write_text(text.replace(old, new), "utf-8")
+    with pytest.raises(DataError, match=said):
+        load_recipe(str(tmp_path / "x.toml"))
