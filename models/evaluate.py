@@ -104,7 +104,7 @@ class TorchJudge:
             for i, q in enumerate(ordered)
         ]
         packs = pack(samples, 512)
-        self.features.ensure(self.model, [self.data / q.image for q in ordered], bf16=False)
+        self.features.ensure([self.data / q.image for q in ordered])
         right = 0
         for start in range(0, len(packs), 4):
             batch = collate(packs[start : start + 4], self.model.config.image_tokens)
@@ -155,7 +155,7 @@ def judge_checkpoint(
     config = load_config(checkpoint)
     model = from_state(config, load_file(checkpoint / "model.safetensors"))
     tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-    judge = TorchJudge(model, tokenizer, FeatureCache(data / "features-fp32", config), data)
+    judge = TorchJudge(model, tokenizer, FeatureCache(data / "features-fp32", model, bf16=False), data)
     blank = "blank.png"
     Image.new("RGB", (224, 224), (128, 128, 128)).save(data / blank)
     scores = []

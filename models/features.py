@@ -1,12 +1,14 @@
 """Cached CLIP features: CLIP is frozen, so each training picture is encoded once and never again.
 
-A folder with `features.f16` (rows of (image_tokens, width) float16, appended) and `index.jsonl` (one key a row).
-The key is the SHA-256 of the picture file and of the tower's configuration, so changed pictures are encoded anew.
+A folder for each tower, named by the SHA-256 of its weights and settings, with `features.f16` (rows of (image_tokens,
+width) float16, appended) and `index.jsonl` (one key a row, the SHA-256 of the picture file). So changed pictures are
+encoded anew, and no tower is given what another one saw.
 """
 
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +21,7 @@ import torch
 from llava_edge.bundle import Preprocessing
 from llava_edge.errors import CheckpointError
 from llava_edge.image import load_image, preprocess
+from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 from llava_edge.models.llava import Llava
 
@@ -29,72 +32,100 @@ def preprocessing(config: LlavaConfig) -> Preprocessing:
 
 
 class FeatureCache:
-    """Features by picture path. `ensure` fills it, `get` reads it. Raises `CheckpointError` for "anyres"."""
+    """Features of a model's tower by picture path. `ensure` fills it, `get` reads it; processes may share a folder.
 
-    def __init__(self, folder: Path, config: LlavaConfig) -> None:
+    bf16: with a copy of the tower in bfloat16, 4 times as fast where the processor multiplies it (AMX, AVX-512)
+        and 3 % (l2) off on CLIP ViT-B/16; cast whole, because autocast casts the weights anew for every batch.
+    Raises `CheckpointError` for "anyres".
+    """
+
+    def __init__(self, folder: Path, model: Llava, *, bf16: bool = True) -> None:
+        config = model.config
         if config.square == "anyres":
             raise CheckpointError(
                 "Training and eval take one crop of each picture, but this model looks at several (LLaVA-1.6); "
                 "export it, and use `run` or `chat`."
             )
-        self.folder, self.config = folder, config
+        self.config, self.bf16 = config, bf16
         self.shape = (config.image_tokens, config.vision.hidden_size)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._index_path, self._data_path = folder / "index.jsonl", folder / "features.f16"
-        self._rows: dict[str, int] = {}
+        self._tower = model.vision_tower.vision_model
+        self.folder = folder / _identity(self._tower, config, bf16)[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._index_path, self._data_path = self.folder / "index.jsonl", self.folder / "features.f16"
         self._keys: dict[Path, str] = {}
-        if self._index_path.is_file():
-            for row, line in enumerate(self._index_path.read_text("utf-8").splitlines()):
-                self._rows[json.loads(line)] = row
         self._data: np.ndarray | None = None
+        self._rows = self._known()
 
     def key(self, path: Path) -> str:
         """Content key of a picture file."""
         if path not in self._keys:
-            settings = json.dumps([asdict(self.config.vision), self.config.vision_feature_layer, self.config.feature,
-                                   self.config.square, self.config.image_pool])  # fmt: skip
-            self._keys[path] = hashlib.sha256(path.read_bytes() + settings.encode()).hexdigest()
+            self._keys[path] = hashlib.sha256(path.read_bytes()).hexdigest()
         return self._keys[path]
 
     def get(self, paths: Sequence[Path]) -> torch.Tensor:
         """(n, image_tokens, width) float16 for pictures that `ensure` has seen."""
-        if self._data is None:
-            self._data = np.memmap(self._data_path, np.float16, "r").reshape(-1, *self.shape)
+        if self._data is None:  # of known rows only: another process may be half way through the next one
+            self._data = np.memmap(self._data_path, np.float16, "r", shape=(len(self._rows), *self.shape))
         return torch.from_numpy(self._data[[self._rows[self.key(path)] for path in paths]])
 
     def ensure(
-        self,
-        model: Llava,
-        paths: Iterable[Path],
-        progress: Callable[[int, int], None] | None = None,
-        *,
-        batch: int = 16,
-        bf16: bool = True,
+        self, paths: Iterable[Path], progress: Callable[[int, int], None] | None = None, *, batch: int = 16
     ) -> None:
         """Encode the pictures that are not cached yet. `progress(done, total)` after each batch.
 
-        bf16: with a copy of the tower in bfloat16, 4 times as fast where the processor multiplies it (AMX, AVX-512)
-        and 3 % (l2) off on CLIP ViT-B/16; cast whole, because autocast casts the weights anew for every batch.
+        Waits while another process does so in the same folder.
         """
         unique = {self.key(path): path for path in paths}
-        todo = [path for key, path in unique.items() if key not in self._rows]
-        spec = preprocessing(self.config)
-        tower = model.vision_tower.vision_model
-        if bf16 and todo:
-            tower = copy.deepcopy(tower).to(torch.bfloat16)
-        with self._data_path.open("ab") as data, self._index_path.open("a", encoding="utf-8") as index:
-            data.truncate(len(self._rows) * int(np.prod(self.shape)) * 2)  # a row without its index line is dropped
+        with (
+            (self.folder / "lock").open("w") as lock,
+            self._data_path.open("ab") as data,
+            self._index_path.open("a", encoding="utf-8") as index,
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._rows = self._known()  # with what others added meanwhile
+            # What a killed process left of a row or of its line is dropped.
+            data.truncate(len(self._rows) * self._row_bytes())
+            index.truncate(sum(len(_line(key)) for key in self._rows))
+            todo = [path for key, path in unique.items() if key not in self._rows]
+            tower = copy.deepcopy(self._tower).to(torch.bfloat16) if self.bf16 and todo else self._tower
+            spec = preprocessing(self.config)
             for start in range(0, len(todo), batch):
                 part = todo[start : start + batch]
                 pixels = torch.from_numpy(np.stack([preprocess(load_image(path), spec) for path in part]))
                 with torch.inference_mode():
-                    features = tower(pixels.to(torch.bfloat16) if bf16 else pixels)
+                    features = tower(pixels.to(torch.bfloat16) if self.bf16 else pixels)
                 data.write(features.to(torch.float16).numpy().tobytes())
                 data.flush()
                 for path in part:
                     self._rows[self.key(path)] = len(self._rows)
-                    index.write(json.dumps(self.key(path)) + "\n")
+                    index.write(_line(self.key(path)))
                 index.flush()
                 if progress:
                     progress(min(start + batch, len(todo)), len(todo))
         self._data = None
+
+    def _known(self) -> dict[str, int]:
+        """Row by key, of the rows that are there with their whole line."""
+        if not (self._index_path.is_file() and self._data_path.is_file()):
+            return {}
+        lines = self._index_path.read_text("utf-8").split("\n")[:-1]
+        rows = self._data_path.stat().st_size // self._row_bytes()
+        return {json.loads(line): row for row, line in enumerate(lines[:rows])}
+
+    def _row_bytes(self) -> int:
+        return int(np.prod(self.shape)) * 2
+
+
+def _line(key: str) -> str:
+    return json.dumps(key) + "\n"
+
+
+def _identity(tower: VisionTower, config: LlavaConfig, bf16: bool) -> str:
+    """Hash of everything but the picture that features depend on."""
+    settings = [asdict(config.vision), config.vision_feature_layer, config.feature, config.square, config.image_pool,
+                bf16]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llava_edge.errors import DataError, MissingError
 
@@ -37,7 +37,7 @@ class Recipe:
     """Which parts are trained, on what, how."""
 
     name: str
-    parts: Literal["micro", "smol"]
+    parts: Literal["micro", "smol"]  # "full" is for "micro": what is written of "smol" is a delta
     seed: int
     bf16: bool  # autocast; weights that are not trained are kept in bfloat16
     checkpoint_every: int  # steps
@@ -56,15 +56,27 @@ def load_recipe(name_or_path: str) -> Recipe:
         raw = tomllib.loads(path.read_text("utf-8"))
         stages = tuple(_strict(Stage, stage, path) for stage in raw.pop("stage"))
         recipe: Recipe = _strict(Recipe, {**raw, "stages": stages}, path)
-        return recipe
     except KeyError as error:
         raise DataError(f"{path} is not a training recipe: it has no {error}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
         raise DataError(f"{path} is not a training recipe: {error}.") from error
+    for stage in recipe.stages:
+        where = f"{path}, stage {stage.name!r}"
+        if stage.trains == "lora" and not (isinstance(stage.lora_rank, int) and stage.lora_rank > 0):
+            raise DataError(f"{where}: trains = 'lora' needs a lora_rank of 1 or more, not {stage.lora_rank!r}.")
+        if stage.trains == "full" and recipe.parts == "smol":
+            raise DataError(
+                f"{where}: trains = 'full' would be lost, as only projector and adapters of 'smol' are written; "
+                "use 'lora'."
+            )
+    return recipe
 
 
 def _strict(kind: Any, raw: dict[str, Any], path: Path) -> Any:
     unknown = set(raw) - {field.name for field in fields(kind)}
     if unknown:
         raise DataError(f"{path} has unknown settings {sorted(unknown)}.")
+    for name, hint in get_type_hints(kind).items():
+        if get_origin(hint) is Literal and name in raw and raw[name] not in get_args(hint):
+            raise DataError(f"{path} has {name} = {raw[name]!r}; it is one of {', '.join(map(repr, get_args(hint)))}.")
     return kind(**raw)

@@ -58,10 +58,10 @@ def train_recipe(
     _write_records(recipe, folders)
     tokenizer = load_tokenizer(folders.run / "base" / "tokenizer.json")
     stages = [load_stage(stage, folders.data, tokenizer, config.image_tokens, recipe.seed) for stage in recipe.stages]
-    features = FeatureCache(folders.features, config)
+    features = FeatureCache(folders.features, model)
     talk("encoding pictures (each once; kept for later runs)")
     pictures = {folders.data / item.image for data in stages for item in data.packs if item.image}
-    features.ensure(model, sorted(pictures), progress=encoding)
+    features.ensure(sorted(pictures), progress=encoding)
     Trainer(model, recipe, stages, features, folders.data, folders.run).train(report, stop_after)
     if stop_after is None:
         _write_results(recipe, folders, model)

@@ -9,12 +9,13 @@ the end, model/ (a Hugging Face LLaVA folder) and delta.safetensors. CLIP is fro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Step:
 
 
 Report = Callable[[Step], None]
+
+_CHANGEABLE = ("name", "checkpoint_every", "compile")  # settings with which a run can be gone on with all the same
 
 
 def cosine_rate(step: int, steps: int, warmup_ratio: float) -> float:
@@ -143,11 +146,13 @@ class Trainer:
         self.model, self.recipe, self.stages = model, recipe, stages
         self.features, self.data, self.run_folder = features, data, run
         run.mkdir(parents=True, exist_ok=True)
+        self._identity = _identity(recipe, stages)
 
     def train(self, report: Report = lambda step: None, stop_after: int | None = None) -> None:
         """Train from the last checkpoint, or from the start. `stop_after` ends after so many steps (for tests).
 
-        Raises `DataError` if the checkpoint is of a recipe that trains something else.
+        Raises `DataError` if the checkpoint is of another recipe or of other data: more epochs are another recipe, too,
+        as the learning rate falls over all of them.
         """
         saved = self._load()
         budget = stop_after if stop_after is not None else 1 << 60
@@ -160,7 +165,7 @@ class Trainer:
             optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
             done = 0
             if saved and number == saved["stage"]:
-                self._restore_optimizer(optimizer, saved["optimizer"])
+                optimizer.load_state_dict(saved["optimizer"])
                 done = saved["step"]
             budget -= self._stage(number, data, optimizer, done, budget, report)
             if budget <= 0:
@@ -219,27 +224,14 @@ class Trainer:
 
     def _restore_trained(self, trained: dict[str, Tensor]) -> None:
         state = self.model.state_dict()
-        if any(name not in state or state[name].shape != tensor.shape for name, tensor in trained.items()):
-            raise self._another_recipe()
         for name, tensor in trained.items():
             state[name].copy_(tensor)
-
-    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-        try:
-            optimizer.load_state_dict(saved)
-        except ValueError as error:  # other parameters are trained
-            raise self._another_recipe() from error
-
-    def _another_recipe(self) -> DataError:
-        return DataError(
-            f"{self.run_folder} holds a run of another recipe, which cannot be gone on with; choose another --out or "
-            "remove it."
-        )
 
     def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         path = self.run_folder / "checkpoint.pt"
         partial = path.with_suffix(".partial")
-        saved = {"stage": stage, "step": step, "trained": self._trained(), "optimizer": optimizer.state_dict()}
+        saved = {"recipe": self._identity, "stage": stage, "step": step, "trained": self._trained(),
+                 "optimizer": optimizer.state_dict()}  # fmt: skip
         torch.save(saved, partial)
         partial.replace(path)
 
@@ -249,8 +241,11 @@ class Trainer:
             (self.run_folder / "log.jsonl").unlink(missing_ok=True)
             return None
         saved: dict[str, Any] = torch.load(path, weights_only=True)
-        if saved["stage"] >= len(self.stages):
-            raise self._another_recipe()
+        if saved.get("recipe") != self._identity:
+            raise DataError(
+                f"{self.run_folder} holds a run of another recipe or of other data, which cannot be gone on with; "
+                "choose another --out or remove it."
+            )
         self._trim_log(self.stages[saved["stage"]].stage.name, saved["step"])
         return saved
 
@@ -265,19 +260,37 @@ class Trainer:
         """Drop lines behind the checkpoint, so that a resumed run logs each step once."""
         path = self.run_folder / "log.jsonl"
         order = [data.stage.name for data in self.stages]
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows = _read_log(path)
         kept = [row for row in rows if (order.index(row["stage"]), row["step"]) <= (order.index(stage), step)]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
 
 
+def _identity(recipe: Recipe, stages: Sequence[StageData]) -> str:
+    """Hash of what decides about the steps: the recipe, but for what it is called and how it runs, and all packs."""
+    settings = {name: value for name, value in asdict(recipe).items() if name not in _CHANGEABLE}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for data in stages:
+        for item in data.packs:
+            digest.update(json.dumps([item.image, item.prefix, item.branches]).encode())
+    return digest.hexdigest()
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Its whole lines; none if it is gone. A run that was killed, or had no room, may have left part of a last one."""
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
 def plot_losses(log: Path, picture: Path) -> None:
-    """log.jsonl -> loss.png, one panel a stage, raw and smoothed."""
+    """log.jsonl -> loss.png, one panel a stage, raw and smoothed; no picture of an empty log."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    rows = _read_log(log)
+    if not rows:
+        return
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.4), squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):

@@ -21,6 +21,7 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, Mis
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from llava_edge import Llava, anyres
+from llava_edge.bench import child
 from llava_edge.bundle import LANGUAGE, Bundle, Preprocessing, read_manifest, write_manifest
 from llava_edge.errors import BundleError, CheckpointError, ContextOverflowError
 from llava_edge.export import parity
@@ -35,6 +36,7 @@ from llava_edge.options import EngineOptions, FinishReason, Options
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message, encode, render
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.pictures import prepare
+from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
 
 Size = tuple[int, int]
@@ -533,5 +535,27 @@ def test_a_tiling_that_would_give_wrong_answers_is_refused(
 
 
 def test_training_on_tiles_is_refused(tmp_path: Path) -> None:
+    model = from_state(TINY, micro.random_tensors(TINY))
     with pytest.raises(CheckpointError, match="one crop of each picture"):
-        FeatureCache(tmp_path, TINY)
+        FeatureCache(tmp_path, model)
+
+
+@pytest.mark.parametrize("budget", [0, 20])
+def test_bench_counts_the_rows_that_are_projected(
+    budget: int, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding is cut off behind the projector, and a budget's means are made before it."""
+    projected: list[int] = []
+
+    def project(self: Projector, rows: Any, real: Any = Projector.project) -> Any:
+        projected.append(len(rows))
+        return real(self, rows)
+
+    monkeypatch.setattr(Projector, "project", project)
+    image((90, 40)).save(tmp_path / "wide.png")
+    task = {"bundle": str(bundle), "cache": str(tmp_path / "cache"), "threads": 1, "context": 0, "device": "cpu",
+            "prompt": "hi", "max_tokens": 1, "image_tokens": budget, "preset": "auto",
+            "pictures": {"first": str(tmp_path / "wide.png")}}  # fmt: skip
+    found = child.answer(task)
+    assert found["projected"] == sum(projected) != 0
+    assert (found["projected"] == found["questions"]["first"]["image_tokens"]) == bool(budget)

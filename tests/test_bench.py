@@ -21,12 +21,13 @@ import pytest
 from PIL import Image
 
 from llava_edge import cli
-from llava_edge.bench import records, runner
+from llava_edge.bench import child, records, runner
 from llava_edge.bench.compare import compare, stages
 from llava_edge.bench.page import page
 from llava_edge.bench.picture import variant
 from llava_edge.bench.records import (
     ENCODE,
+    FIRST,
     PARTS,
     PROJECT,
     QUESTIONS,
@@ -41,10 +42,13 @@ from llava_edge.bench.records import (
 from llava_edge.bench.runner import Plan, measure, summary
 from llava_edge.bench.table import comparison, table, to_csv
 from llava_edge.bench.work import Work, initializers, work
-from llava_edge.bundle import LANGUAGE, VISION, Bundle
+from llava_edge.bundle import LANGUAGE, VISION, Bundle, Preprocessing
 from llava_edge.errors import DataError, LlavaEdgeError, MissingError
+from llava_edge.image import load_image, preprocess
+from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.micro import CONFIG
 from llava_edge.runtimes import limits
+from llava_edge.runtimes.language import LanguageModel
 
 ROOT = Path(__file__).parent.parent
 TOO_LONG = 100_000  # positions; the micro model was trained for 512
@@ -69,6 +73,7 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
     timings |= {"preprocess_ms": 2 * milliseconds, "encode_ms": 2 * milliseconds, "ttft_ms": 6 * milliseconds}
     timings |= {"total_ms": 9 * milliseconds, "decode_tokens_per_s": 1000 / milliseconds}
     asked = {"timings": timings, "cache": cache, "image_tokens": 10, "prompt_tokens": 20, "completion_tokens": 4}
+    asked |= {"text_known": 3}
     memory = {"peak_rss_bytes": 300, "private_bytes": 200, "file_bytes": 100}
     times = {
         "start_ms": milliseconds,
@@ -76,6 +81,8 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
         "cold_ms": 8 * milliseconds,
         "device": "cpu",
         "crops": 1,
+        "projected": 40,
+        "kv": "f16",
     }
     return {**times, "questions": dict.fromkeys(QUESTIONS, asked), "memory": memory}
 
@@ -153,6 +160,13 @@ def test_pictures_of_two_numbers_differ_in_pixels_only(tmp_path: Path) -> None:
         assert first.format == suffix
         assert first.size == other.size == (90, 60)
         assert first.tobytes() == again.tobytes() != other.tobytes()
+    image_size = CONFIG.vision.image_size
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (300, 60), "red").save(wide)
+    for square in ("crop", "pad"):
+        spec = Preprocessing(image_size, CLIP_MEAN, CLIP_STD, square)
+        shown = [preprocess(load_image(variant(wide, number)), spec).tobytes() for number in range(3)]
+        assert len(set(shown)) == 3
     drawn = [np.asarray(Image.open(io.BytesIO(variant(None, number)))) for number in range(3)]
     assert len({picture.tobytes() for picture in drawn}) == 3
 
@@ -190,6 +204,39 @@ def test_operations_are_those_that_pytorch_counts(micro_checkpoint: Path, micro_
     language = model.language_model
     theirs = counted(lambda: language.logits(language.hidden(embeddings)[0][0]))
     assert needed.prefill_ops(positions) == pytest.approx(theirs - attention - logits, rel=1e-6)
+    _, memory = language.hidden(embeddings[:, 1:])
+    theirs = counted(lambda: language.logits(language.hidden(embeddings[:, :1], memory)[0][0]))
+    itself = 2 * width * CONFIG.text.num_hidden_layers  # half of a product, where our n n / 2 cuts the diagonal
+    assert needed.prefill_ops(positions, positions - 1) == pytest.approx(theirs - itself, rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["latency", "memory"])
+def test_what_is_counted_as_known_is_not_evaluated(
+    preset: str, micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[int] = []
+
+    def counting(real: Any) -> Any:
+        def evaluate(self: LanguageModel, rows: Any, *rest: Any) -> None:
+            evaluated.append(len(rows))
+            real(self, rows, *rest)
+
+        return evaluate
+
+    for name in ("evaluate_tokens", "evaluate_embeddings"):
+        monkeypatch.setattr(LanguageModel, name, counting(getattr(LanguageModel, name)))
+    pictures = {}
+    for number, question in enumerate((FIRST, WARM)):
+        path = tmp_path / f"{question}.jpg"
+        path.write_bytes(variant(None, number))
+        pictures[question] = str(path)
+    task = {"bundle": str(micro_bundle), "cache": str(tmp_path / "cache"), "threads": 1, "context": 0, "device": "cpu",
+            "prompt": "hi", "max_tokens": 1, "image_tokens": 0, "preset": preset, "pictures": pictures}  # fmt: skip
+    found = child.answer(task)
+    first, warm = (found["questions"][name] for name in (FIRST, WARM))
+    assert first["text_known"] == 0 < warm["text_known"]
+    assert sum(evaluated) == 2 * warm["prompt_tokens"] - warm["text_known"]
+    assert found["kv"] == ("q8_0" if preset == "memory" else "f16")
 
 
 def test_bytes_of_a_token_are_those_of_the_file(micro_bundle: Path) -> None:
@@ -241,10 +288,13 @@ def test_a_share_is_work_by_time_and_limit() -> None:
     asked = made(1000, 3000, 2000, peaks=PEAKS).runs[0].questions[WARM].stages
     assert asked["encode"].median == 2000
     assert asked["encode"].share == pytest.approx(4e9 / 2 / 8e9)
-    assert asked["project"].share == pytest.approx(2e7 * 10 / 2 / 4e9)
-    assert asked["prefill"].share == pytest.approx(NEEDED.prefill_ops(20) / 2 / 8e9)
+    assert asked["project"].share == pytest.approx(2e7 * 40 / 2 / 4e9)
+    assert asked["prefill"].share == pytest.approx(NEEDED.prefill_ops(20, 3) / 2 / 8e9)
     assert asked["decode"].share == pytest.approx(NEEDED.token_bytes(22) / 2 / 1e9)
     assert asked["image"].share is None
+    small = summary(SETTINGS, NEEDED, [{**sample(2000), "kv": "q8_0"}], PEAKS).questions[WARM].stages["decode"]
+    keys = NEEDED.token_bytes(22) - NEEDED.token_bytes(0)
+    assert small.share == pytest.approx((NEEDED.token_bytes(0) + keys * 34 / 64) / 2 / 1e9)
 
 
 def test_float_parts_are_compared_with_the_float_limit() -> None:

@@ -41,7 +41,7 @@ def decoded(model: Llava, tokenizer: Tokenizer, cache: FeatureCache, picture: Pa
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         tokenizer.token_to_id,
     )
-    cache.ensure(model, [picture], bf16=False)
+    cache.ensure([picture])
     features = cache.get([picture]).float()
     text: str = tokenizer.decode(model.generate_greedy(ids, features, 40, [tokenizer.token_to_id("<|im_end|>")]))
     return text
@@ -52,7 +52,7 @@ def test_one_pass_agrees_with_greedy_decoding(
 ) -> None:
     """Right where real decoding gives the answer, wrong where it gives another one."""
     model = from_state(micro.CONFIG, load_file(trained_micro / "model.safetensors"))
-    cache = FeatureCache(tmp_path / "judge", micro.CONFIG)
+    cache = FeatureCache(tmp_path / "judge", model, bf16=False)
     asked = [(name, question) for name in ("red", "green", "blue") for question in (micro.QUESTION, "Is it red?")]
     answers = [decoded(model, tokenizer, cache, pictures / f"{name}.png", question) for name, question in asked]
     judge = TorchJudge(model, tokenizer, cache, pictures)

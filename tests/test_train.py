@@ -21,7 +21,7 @@ from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llama import Llama
 from llava_edge.models.llava import from_state
 from llava_edge.models.lora import add_lora, lora_modules, merge_lora
-from llava_edge.models.recipe import Recipe, load_recipe
+from llava_edge.models.recipe import FOLDER, Recipe, load_recipe
 from llava_edge.models.run import Folders, train_recipe
 from llava_edge.models.train import Trainer, cosine_rate, load_stage, prepare_stage
 from llava_edge.prompt import Message, encode, render
@@ -112,6 +112,67 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
                 train_recipe(other, out)
 
 
+def test_a_changed_recipe_is_another_one(tmp_path: Path) -> None:
+    """Of the same shapes: the old result, or the old learning rate, would be taken for the new one."""
+    recipe = brief(bf16=False)
+    (align, _) = recipe.stages
+    recipe = replace(recipe, stages=(align,))
+    out = folders(tmp_path)
+    train_recipe(recipe, out, stop_after=2)
+    log = (out.run / "log.jsonl").read_text()
+    for changes in (
+        {"projector_learning_rate": 1.0},
+        {"epochs": 2.0},
+        {"records": "questions.json"},
+    ):
+        with pytest.raises(DataError, match="another recipe"):
+            train_recipe(replace(recipe, stages=(replace(align, **changes),)), out)
+    with pytest.raises(DataError, match="another recipe"):
+        train_recipe(replace(recipe, seed=1), out)
+    assert (out.run / "log.jsonl").read_text() == log
+    train_recipe(replace(recipe, name="same", checkpoint_every=1), out)
+    assert len(losses(out.run)) == 3
+
+
+def test_changed_data_and_runs_that_do_not_say_what_they_trained_are_not_gone_on_with(tmp_path: Path) -> None:
+    recipe = brief(bf16=False)
+    recipe = replace(recipe, stages=recipe.stages[:1])
+    out = folders(tmp_path)
+    train_recipe(recipe, out, stop_after=2)
+    trainer = trainer_of(recipe, out)
+    captions = json.loads((out.data / "captions.json").read_text())
+    captions[0]["conversations"][1]["value"] = "It is green."
+    (out.data / "captions.json").write_text(json.dumps(captions))
+    with pytest.raises(DataError, match="other data"):
+        trainer_of(recipe, out).train()
+    saved = torch.load(out.run / "checkpoint.pt", weights_only=True)
+    del saved["recipe"]
+    torch.save(saved, out.run / "checkpoint.pt")
+    with pytest.raises(DataError, match="another recipe"):
+        trainer.train()
+
+
+def test_a_log_that_was_cut_off_or_is_gone_does_not_end_a_run(tmp_path: Path) -> None:
+    recipe = brief(bf16=False)
+    recipe = replace(recipe, stages=recipe.stages[:1])
+    out, log = folders(tmp_path), tmp_path / "run" / "log.jsonl"
+    train_recipe(recipe, out, stop_after=2)
+    log.write_bytes(log.read_bytes()[:-20])
+    train_recipe(recipe, out)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 3]
+    log.unlink()
+    assert (train_recipe(recipe, out) / "model.safetensors").is_file()
+    assert log.read_text() == ""
+
+
+def trainer_of(recipe: Recipe, out: Folders) -> Trainer:
+    """On the data that lies there, as `train_recipe` would write it anew."""
+    model = from_state(micro.CONFIG, micro.random_tensors(seed=recipe.seed))
+    tokenizer = load_tokenizer(out.run / "base" / "tokenizer.json")
+    stages = [load_stage(stage, out.data, tokenizer, micro.CONFIG.image_tokens, recipe.seed) for stage in recipe.stages]
+    return Trainer(model, recipe, stages, FeatureCache(out.features, model), out.data, out.run)
+
+
 def test_weights_that_are_trained_whole_stay_in_float32(tmp_path: Path) -> None:
     """bfloat16 has steps of 1 in 128 to 256: what an update at LLaVA's rates adds would be rounded away."""
     recipe = brief(bf16=True, learning_rate=2e-5)
@@ -133,7 +194,7 @@ def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
     for limit in (0.5, 1e9):
         stage = replace(recipe.stages[0], clip_norm=limit)
         data = load_stage(stage, out.data, tokenizer, micro.CONFIG.image_tokens, recipe.seed)
-        trainer = Trainer(model, recipe, [data], FeatureCache(out.features, micro.CONFIG), out.data, tmp_path / "other")
+        trainer = Trainer(model, recipe, [data], FeatureCache(out.features, model), out.data, tmp_path / "other")
         (group,) = prepare_stage(model, recipe, stage)
         before = torch.cat([parameter.detach().flatten() for parameter in group["params"]])
         _, norm = trainer._optimise(data, next(data.step_packs()), torch.optim.SGD([group]))
@@ -194,3 +255,22 @@ def test_recipes_are_strict(tmp_path: Path) -> None:
     bad.write_text('name = "x"\nspeed = 3\n[[stage]]\n')
     with pytest.raises(DataError, match=r"bad\.toml"):
         load_recipe(str(bad))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('parts = "smol"', 'parts = "mikro"', "parts = 'mikro'; it is one of 'micro', 'smol'"),
+        ('trains = "lora"', 'trains = "LoRA"', "trains = 'LoRA'; it is one of 'projector', 'lora', 'full'"),
+        ("lora_rank = 16\n", "", "stage 'instruct': trains = 'lora' needs a lora_rank"),
+        ("lora_rank = 16", "lora_rank = -1", "needs a lora_rank of 1 or more, not -1"),
+        ("lora_rank = 16", "lora_rank = 1.5", "needs a lora_rank of 1 or more, not 1.5"),
+        ('trains = "lora"', 'trains = "full"', "stage 'instruct': trains = 'full' would be lost"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
+    text = (FOLDER / "smol.toml").read_text("utf-8")
+    assert old in text
+    (tmp_path / "x.toml").write_text(text.replace(old, new), "utf-8")
+    with pytest.raises(DataError, match=said):
+        load_recipe(str(tmp_path / "x.toml"))

@@ -15,7 +15,7 @@ from typing import Any
 from llava_edge.bundle import Bundle
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.options import EngineOptions, Options, Result
-from llava_edge.prompt import Message
+from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes import devices, limits
 from llava_edge.runtimes.pictures import Picture, limited, prepare
 from llava_edge.runtimes.pipeline import Engine
@@ -43,13 +43,19 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         cold = (loaded - born) * 1000 + found[first].timings.ttft_ms
         for name in list(pictures)[1:]:
             found[name] = _ask(engine, pictures[name], task["prompt"], wanted)
+        # Text before the picture stays in memory from one question to the next, which no result says.
+        text = engine._encode_prompt([Message("user", task["prompt"], 1)]).index(IMAGE_TOKEN_INDEX)
         return {
             "start_ms": (begun - born) * 1000,
             "load_ms": (loaded - prepared) * 1000,
             "cold_ms": cold,
             "device": engine.choice.name,
             "crops": len(shown.crops),
-            "questions": {name: asdict(result) for name, result in found.items()},
+            "projected": len(shown.rows) if shown.budget else len(shown.crops) * bundle.manifest.vision.image_tokens,
+            "kv": engine.preset.kv,
+            "questions": {
+                name: {**asdict(result), "text_known": text if name != first else 0} for name, result in found.items()
+            },
             "memory": asdict(devices.memory_use()),
         }
 

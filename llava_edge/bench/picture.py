@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from llava_edge.image import load_image
 
 SIZE = (1280, 960)  # about what a message or a web page carries
-_MARK = 16  # pixels: what is painted over in a corner, one block of JPEG's coarsest sampling
+_MARK = 16  # pixels: what is painted over, as wide as a block of JPEG's coarsest sampling
 
 
 def drawn() -> Image.Image:
@@ -28,7 +28,9 @@ def drawn() -> Image.Image:
 
 
 def variant(path: Path | None, number: int) -> bytes:
-    """The picture of a file, or the drawn one, as a file of its format with a corner that differs for each number.
+    """The picture of a file, or the drawn one, as a file of its format with a mark that differs for each number.
+
+    The mark is in the middle, where no model crops.
 
     Raises `ImageError` or `MissingError`.
     """
@@ -38,7 +40,8 @@ def variant(path: Path | None, number: int) -> bytes:
         with Image.open(path) as original:
             kind = original.format if original.format in ("PNG", "WEBP", "BMP") else kind
     colour = (number * 67 % 256, number * 31 % 256, number * 11 % 256)
-    image.paste(colour, (0, 0, min(_MARK, image.width), min(_MARK, image.height)))
+    left, top = max(image.width - _MARK, 0) // 2, max(image.height - _MARK, 0) // 2
+    image.paste(colour, (left, top, min(left + _MARK, image.width), min(top + _MARK, image.height)))
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
     return buffer.getvalue()

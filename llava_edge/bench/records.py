@@ -24,7 +24,7 @@ START, LOAD, COLD = "start", "load", "cold_first_token"
 IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL = "image", "preprocess", "encode", "project", "prefill"
 FIRST_TOKEN, DECODE, TOTAL = "first_token", "decode", "total"
 PARTS = (IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL)  # these follow one another within `first_token`
-# `first`: the first of its process; `warm`: another picture, nothing of it known; `again`: that picture once more;
+# `first`: the first of its process; `warm`: another picture, nothing known but the text before it; `again`: that one;
 # `known`: the first of a process, about a picture that only an earlier process was shown.
 FIRST, WARM, AGAIN, KNOWN = "first", "warm", "again", "known"
 QUESTIONS = (FIRST, WARM, AGAIN, KNOWN)

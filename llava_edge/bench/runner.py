@@ -157,16 +157,19 @@ def _question(
     timings = [result["timings"] for result in results]
     cache = tuple(result["cache"] for result in results)
     tokens = results[0]["image_tokens"]
-    prompt, answer = results[0]["prompt_tokens"], results[0]["completion_tokens"]
+    prompt, known, answer = (results[0][name] for name in ("prompt_tokens", "text_known", "completion_tokens"))
     integers = configuration.vision == "int8", configuration.quantization != "f16"
     # What the work of a stage is, and the limit it runs into; only where the stage was computed in full.
     bounds = {
         records.ENCODE: (needed.encode_ops * sample["crops"], "int8_ops" if integers[0] else "fp32_ops"),
-        records.PROJECT: (needed.project_ops * tokens, "fp32_ops"),
-        records.PREFILL: (needed.prefill_ops(prompt), "int8_ops" if integers[1] else "fp32_ops"),
+        records.PROJECT: (needed.project_ops * sample["projected"], "fp32_ops"),
+        records.PREFILL: (
+            needed.prefill_ops(prompt, known),
+            "int8_ops" if integers[1] else "fp32_ops",
+        ),
     }
     bounds = bounds if set(cache) == {"miss"} else {}
-    bounds[records.DECODE] = (needed.token_bytes(prompt + answer / 2), "read_bytes")
+    bounds[records.DECODE] = (needed.token_bytes(prompt + answer / 2, sample["kv"]), "read_bytes")
     values = {
         records.IMAGE: [t["image_ms"] for t in timings],
         records.PREPROCESS: [t["preprocess_ms"] - t["image_ms"] for t in timings],

@@ -4,12 +4,14 @@ An operation is a multiplication or an addition: a product of (m, k) and (k, n) 
 
     encode    2 T W + 4 T T d L + 2 P (3 p p d)   for each crop: T positions (P patches and the class token), W weights
                                                   in the matrices of L blocks of width d, patches of p x p pixels
-    project   2 N W                               N image tokens, W weights of the projector
-    prefill   2 n W + 2 n n d L                   n positions, W weights in the matrices of L blocks of width d;
-                                                  attention looks back only, hence half of 4 n n d
+    project   2 N W                               N rows of features (of all crops, or what a token budget leaves of
+                                                  them), W weights of the projector
+    prefill   2 (n - k) W + 2 (n n - k k) d L     n positions, the first k of which are in memory already, W weights in
+                                                  the matrices of L blocks of width d and of their adapters; attention
+                                                  looks back only, hence half of 4 n n d
               + 2 d V                             logits of the last position over a vocabulary of V
-    decode    bytes of every weight but the token table (unless it is the output matrix too), and of keys and values
-              of the positions before, in float16
+    decode    bytes of every weight but the token table (unless it is the output matrix too), of adapters, and of keys
+              and values of the positions before
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from llava_edge import gguf
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, Bundle
 from llava_edge.errors import BundleError
 
+_KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # of a key or value
 _BLOCK_MATRIX = re.compile(r"encoder\.layers\.(\d+)\..*\.weight")
 
 
@@ -32,22 +35,22 @@ class Work:
     """What one bundle needs, see the formulas above."""
 
     encode_ops: float  # for each crop
-    project_ops: float  # for each image token
-    _matrices: int  # weights in the language model's blocks
+    project_ops: float  # for each row of features
+    _matrices: int  # weights in the language model's blocks and adapters
     _blocks: int
     _width: int
     _vocabulary: int
     _token_bytes: int
     _cache_width: int  # of keys, and of values
 
-    def prefill_ops(self, positions: int) -> float:
-        """For a prompt of `positions`."""
-        attention = 2.0 * positions**2 * self._width * self._blocks
-        return 2.0 * positions * self._matrices + attention + 2.0 * self._width * self._vocabulary
+    def prefill_ops(self, positions: int, known: int = 0) -> float:
+        """For a prompt of `positions`, the first `known` of which are in memory already."""
+        attention = 2.0 * (positions**2 - known**2) * self._width * self._blocks
+        return 2.0 * (positions - known) * self._matrices + attention + 2.0 * self._width * self._vocabulary
 
-    def token_bytes(self, positions: float) -> float:
-        """Read for one token after `positions` others."""
-        return self._token_bytes + 2 * 2 * self._cache_width * self._blocks * positions
+    def token_bytes(self, positions: float, kv: str = "f16") -> float:
+        """Read for one token after `positions` others, whose keys and values are kept as `kv`."""
+        return self._token_bytes + 2 * _KV_BYTES[kv] * self._cache_width * self._blocks * positions
 
 
 def work(bundle: Bundle) -> Work:
@@ -60,6 +63,8 @@ def work(bundle: Bundle) -> Work:
     read = {name: tensor for name, tensor in language.tensors.items() if name != "token_embd.weight"}
     if "output.weight" not in read:
         read["token_embd.weight"] = language.tensors["token_embd.weight"]
+    if bundle.adapter is not None:
+        read |= gguf.read(bundle.adapter).tensors  # their names end in .lora_a and .lora_b
     return Work(
         encode_ops=_encode_ops(bundle),
         project_ops=2.0 * sum(prod(item.shape) for item in projector.tensors.values() if len(item.shape) == 2),
