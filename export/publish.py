@@ -17,13 +17,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llava_edge.bundle import MANIFEST, MAX_MANIFEST_BYTES, PARTS
 from llava_edge.errors import CannotCreateError, StorageError
 
 _MARK = ".llava-edge-export"  # locked by the export whose temporary folder it is in
+_BUNDLE = "bundle"  # in there: what becomes the target
 _OLD = "old"  # in there: what stood at the target, while a swap is under way
 
 HEADROOM = 1.1  # free space asked for, relative to the estimate
@@ -66,17 +67,15 @@ def staging(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(out)
-        folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
-        lock = _mark(folder)
-        (folder / "bundle").mkdir()
+        folder, lock = _own_folder(out)
     except OSError as error:
         raise CannotCreateError(
             f"A temporary folder for {out} cannot be created: {error.strerror or error}."
         ) from error
     try:
-        yield folder / "bundle"
+        yield folder / _BUNDLE
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         os.close(lock)
 
 
@@ -104,30 +103,44 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(raw, dict) and "format_version" in raw
 
 
-def _mark(folder: Path) -> int:
-    """Put the mark there, locked from its first moment; the open file that holds the lock."""
-    waiting = folder / f"{_MARK}.new"
-    lock = os.open(waiting, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    waiting.rename(folder / _MARK)
-    return lock
+def _own_folder(out: Path) -> tuple[Path, int]:
+    """A new folder with the mark in it, and the open file that holds the lock on that."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
+        with suppress(FileNotFoundError):  # until it is marked, another export may take it for a dead one's
+            lock = os.open(folder / _MARK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                (folder / _BUNDLE).mkdir()
+            except OSError:
+                os.close(lock)
+                raise
+            return folder, lock
 
 
 def _remove_dead(out: Path) -> None:
     """Remove what killed exports left; bring back a bundle that a plain swap was interrupted over."""
     for path in sorted(out.parent.iterdir()):
-        if not path.name.startswith(f"{out.name}.tmp-") or path.is_symlink() or not (path / _MARK).is_file():
+        if not path.name.startswith(f"{out.name}.tmp-") or path.is_symlink() or not path.is_dir():
             continue
-        lock = os.open(path / _MARK, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (path / _OLD).is_dir() and not os.path.lexists(out):
-                (path / _OLD).rename(out)
-            shutil.rmtree(path)
-        except BlockingIOError:
-            pass  # its export is at work
-        finally:
-            os.close(lock)
+        with suppress(OSError):  # it is not empty
+            path.rmdir()
+        with suppress(FileNotFoundError, BlockingIOError):  # not ours; its export is at work
+            lock = os.open(path / _MARK, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (path / _OLD).is_dir() and not os.path.lexists(out):
+                    (path / _OLD).rename(out)
+                _remove(path)
+            finally:
+                os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """The mark at last: who is killed before leaves a folder that is known."""
+    for name in (_BUNDLE, _OLD):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -355,6 +355,8 @@ class LanguageModel:
         self.library.llama_set_abort_callback(self._context, self._never if quick else self._abort, None)
         # With llama.cpp's own attention, another number of threads has other bits.
         if self.native.few_attention and not self._gpu_layers:
+            if not quick:
+                self._for_tokens.pause()
             threads = self._for_tokens.next() if quick else self._threads
             self.library.llama_set_n_threads(self._context, threads, threads)
         status = self._thread.submit(self.library.llama_decode, self._context, batch.handle).result()

@@ -22,19 +22,23 @@ class Threads:
 
     def __init__(self, most: int) -> None:
         self.most = self.count = most
-        self._seen = self._look()
+        self._seen: tuple[float, float, float] | None = None  # at the beginning of a window
+        self._told = most > 1 and self._look() is not None  # whether this system says what is needed
         self._patience, self._calm = 1, 0  # windows without crowding that a thread more takes, and that there were
 
     def next(self) -> int:
-        """The number for the next pass."""
-        if self.most == 1 or not self._seen or time.monotonic() - self._seen[0] < WINDOW:
+        """The number for the next pass of a token, or few."""
+        if not self._told or (self._seen and time.monotonic() - self._seen[0] < WINDOW):
             return self.count
-        before, now = self._seen, self._look()
-        self._seen = now
-        if now:
-            passed, waited, idle = (b - a for a, b in zip(before, now, strict=True))
+        before, self._seen = self._seen, self._look()
+        if before and self._seen:
+            passed, waited, idle = (b - a for a, b in zip(before, self._seen, strict=True))
             self._decide(waited / passed, idle / passed)
         return self.count
+
+    def pause(self) -> None:
+        """Something else is computed next, in which threads of ours wait for each other: CLIP's beside llama.cpp's."""
+        self._seen = None
 
     def _decide(self, waited: float, idle: float) -> None:
         """Both in processors: 1.0 is one for the whole time."""

@@ -330,7 +330,7 @@ for token in tokens[:8]:
 model.forget(300)
 numbers = []
 for i, token in enumerate(tokens[:8]):
-    model._for_tokens._seen, model._for_tokens.count = None, 1 + i % 2
+    model._for_tokens._told, model._for_tokens.count = False, 1 + i % 2
     model.evaluate_tokens([token], never)
     numbers.append(bool((model.logits() == alone[i][0]).all()))
 model._for_tokens.count = 2

@@ -67,7 +67,7 @@ def test_waiting_and_idleness_are_linuxs_numbers() -> None:
         os.sched_setaffinity(busy.pid, one)
         os.sched_setaffinity(0, one)  # this thread alone, beside the busy program
         threads = Threads(2)
-        before, end = threads._seen, time.monotonic() + 1
+        before, end = threads._look(), time.monotonic() + 1
         while time.monotonic() < end:
             pass
         after = threads._look()
@@ -87,3 +87,19 @@ def test_where_nothing_is_told_the_number_stays(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Threads, "_look", lambda self: None)
     threads = Threads(3)
     assert [threads.next() for _ in range(3)] == [3, 3, 3]
+
+
+def test_only_whole_windows_of_tokens_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the time before them, in which a picture is read by threads of our own that wait for each other."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Threads, "_look", lambda self: (now[0], 0.9 * now[0], 0.0))  # always crowded
+    threads, seen = Threads(4), []
+    for seconds in (0.0, 0.05, 0.05, 0.05, 0.05):
+        now[0] += seconds
+        seen.append(threads.next())
+    now[0] += 5
+    threads.pause()
+    seen += [threads.next()]
+    now[0] += 0.2
+    assert [*seen, threads.next()] == [4, 4, 3, 3, 2, 2, 1]
