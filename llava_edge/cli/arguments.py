@@ -10,6 +10,7 @@ import click
 
 from llava_edge.errors import DataError, UsageError
 from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
+from llava_edge.paths import meant
 from llava_edge.store import DEFAULT_MODEL
 
 MAX_STDIN_BYTES = 1 << 28  # as for image files
@@ -85,6 +86,14 @@ def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
 def engine_options_from(values: dict[str, Any]) -> EngineOptions:
     """The engine's part of them. Raises `UsageError` on a bad one."""
     return EngineOptions(**{name: values[name] for name in _ENGINE})
+
+
+def picture_path(name: str) -> str:
+    """The path that --image means, as in `chat`. Raises `UsageError` if there is nothing in it."""
+    path = meant(name)
+    if not path.strip():
+        raise UsageError(f"--image is {name!r}; the path of a picture was expected.")
+    return path
 
 
 def read_stdin() -> bytes:
