@@ -176,6 +176,20 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "{}", "--prompt", "hi", "--context", "20", *LIGHT], 65, "positions"),
     (["run", "--model", "no-such"], 66, "known models"),
     (["run", "--model", "/"], 65, "not a bundle"),
+    (["run", "--model", "{}/manifest.json"], 65, "give its folder, {}."),
+    (["run", "--model", "{}/language.gguf"], 65, "give its folder, {}."),
+    (["run", "--model", __file__], 65, "the folder of a bundle was expected"),
+    *(
+        ([*command, ""], 66, "'' is neither a bundle folder nor a model name; known models: smol.")
+        for command in (
+            ["run", "--model"],
+            ["chat", "--model"],
+            ["serve", "--model"],
+            ["bench", "--model"],
+            ["info"],
+            ["verify"],
+        )
+    ),
     (["run"], 66, "llava-edge models pull smol"),
     (["chat"], 66, "llava-edge models pull smol"),
     (["chat", "--model", "{}", "--image", "none.png"], 66, "none.png"),
@@ -212,7 +226,15 @@ def test_bad_input_is_one_sentence(arguments: list[str], code: int, says: str, m
     assert found == code
     assert len(sentences) == 1
     assert sentences[0].startswith("llava-edge: ")
-    assert says in sentences[0]
+    assert says.replace("{}", str(micro_bundle)) in sentences[0]
+
+
+def test_a_gguf_file_is_no_model_but_can_become_one(micro_bundle: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "llava.gguf"
+    file.symlink_to(micro_bundle / LANGUAGE)
+    code, _, err = run("run", "--model", file, "--prompt", "hi")
+    assert code == 65
+    assert f"llava-edge export {file} BUNDLE --mmproj FILE" in err
 
 
 def test_nothing_piped_into_dash(micro_bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +283,22 @@ def test_a_reader_that_leaves(micro_bundle: Path) -> None:
     process.stderr.close()
     assert process.wait(timeout=60) == 141
     assert err == b""
+
+
+def test_outputs_that_cannot_be_created(photo: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, remedy in (
+        (("train", "micro", "--out", photo), "--out"),
+        (("train", "micro", "--data", photo / "data"), "--data"),
+    ):
+        code, _, err = run(*arguments)
+        assert (code, err.count("\n")) == (73, 1)
+        assert remedy in err
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(photo))
+    for command in (("train", "micro"), ("models", "pull", "smol")):
+        code, _, err = run(*command)
+        assert (code, err.count("\n")) == (73, 1)
+        assert str(photo) in err
+        assert "LLAVA_EDGE_HOME" in err
 
 
 def test_a_recipe_without_stages(tmp_path: Path, run: Run) -> None:
@@ -393,6 +431,35 @@ def test_doctor_on_this_machine(run: Run) -> None:
     assert found["llama.cpp"]["level"] == found["onnxruntime"]["level"] == "ok"
     assert found["default model"]["fix"] == "llava-edge models pull smol"
     assert {"processor", "threads", "memory", "devices", "cache folder"} <= set(found)
+
+
+@pytest.fixture
+def small_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engines are not looked at."""
+    monkeypatch.setattr("llava_edge.cli.doctor._engines", list)
+
+
+@pytest.mark.usefixtures("small_doctor")
+def test_doctor_says_what_is_wrong_with_a_model(run: Run) -> None:
+    code, _, err = run("doctor", "--model", "nosuch")
+    assert code == 69
+    assert "'nosuch' is neither a bundle folder nor a model name; known models: smol." in err
+    assert "shown above" not in err
+
+
+@pytest.mark.usefixtures("small_doctor")
+def test_doctor_looks_at_the_cache_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> dict[str, dict[str, str]]:
+        return {finding["subject"]: finding for finding in json.loads(run("doctor", "--json")[1])["findings"]}
+
+    assert [found()[name]["level"] for name in ("cache folder", "known pictures")] == ["ok", "ok"]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 30))
+    assert "nothing is kept: 1.0 GiB of the disk are free, and 2 must stay free" in found()["known pictures"]["text"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "file"))
+    assert found()["cache folder"]["level"] == "note"
+    assert "Not a directory" in found()["cache folder"]["text"]
 
 
 def test_doctor_survives_a_build_that_dies(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ class _Typed(io.StringIO):
     def isatty(self) -> bool:
         return True
 
-    def readline(self, size: int | None = -1, /) -> str:  # type: ignore[override]  # of the bases, typeshed says two things
+    def readline(self, size: int | None = -1, /) -> str:  # type: ignore[override]
         line = super().readline()
         if line == "^C\n":
             raise KeyboardInterrupt
