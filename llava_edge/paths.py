@@ -28,6 +28,14 @@ def meant(name: str) -> str:
     return plain
 
 
+def is_file(name: str) -> bool:
+    """Whether `name` means a file; any text may be asked about."""
+    try:
+        return Path(meant(name)).is_file()
+    except OSError:  # too long
+        return False
+
+
 def _exists(name: str) -> bool:
     """Unlike Path.exists, it takes names that are too long for any file."""
     try:
