@@ -72,7 +72,7 @@ setup(
     include_package_data=False,
     install_requires=RUNTIME,
     extras_require={"export": EXPORT, "train": TRAIN, "serve": SERVE, "dev": DEV},
-    entry_points={"console_scripts": ["llava-edge = llava_edge.cli:main"]},
+    entry_points={"console_scripts": ["llava-edge = llava_edge.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: POSIX :: Linux",

@@ -207,6 +207,11 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not a valid manifest: {error}.") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has bundle format version {version}, this program reads version {FORMAT_VERSION}: a newer "
+            "llava-edge made it. Update llava-edge."
+        )
     if version != FORMAT_VERSION:
         raise BundleError(
             f"{path} has bundle format version {str(version)[:40]!r}, this program reads version {FORMAT_VERSION}. "
@@ -260,10 +265,20 @@ def _manifest_text(folder: Path) -> str:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so it is not a bundle manifest.")
         return path.read_bytes().decode("utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = "Make one with 'llava-edge export'."
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. {hint}") from error
+        raise BundleError(f"{folder} is not a bundle{_instead(folder)}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _instead(folder: Path) -> str:
+    """What was named in place of a bundle, and what to do."""
+    if not folder.is_file():
+        return f": it has no {MANIFEST}. Make one with 'llava-edge export'."
+    if (folder.parent / MANIFEST).is_file():
+        return f" but a part of one; give its folder, {folder.parent}."
+    if folder.suffix == ".gguf":
+        return f" but a GGUF file; make one with 'llava-edge export {folder} BUNDLE --mmproj FILE'."
+    return " but a file; the folder of a bundle was expected. Make one with 'llava-edge export'."
 
 
 def _plain_file(path: Path) -> os.stat_result:

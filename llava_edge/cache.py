@@ -107,6 +107,17 @@ class Cache:
             found.append(Entry(path, about, info.st_size, info.st_mtime))
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
+    def obstacle(self) -> str:
+        """Why nothing more is kept, as a sentence; empty if something may be."""
+        if not self.limit:
+            return "nothing is kept: its limit is 0."
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(there).free
+        if free + sum(info.st_size for _, info in self._files()) >= self._floor:
+            return ""
+        least = f"{self._floor / 2**30:.0f} must stay free"
+        return f"nothing is kept: {free / 2**30:.1f} GiB of the disk are free, and {least}."
+
     def clear(self) -> tuple[int, int]:
         """Remove every entry; how many that were, and their bytes. Raises `OSError`."""
         entries = self.entries()

@@ -9,16 +9,17 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
 import click
 
 from llava_edge.errors import LlavaEdgeError
+from llava_edge.paths import meant
 
 if TYPE_CHECKING:
     from llava_edge.api import Chat
@@ -30,6 +31,7 @@ HELP = """/image FILE   show an image with the next question
 /help         this list
 /quit         leave (Ctrl-D too); Ctrl-C stops an answer"""
 
+MAX_SAVED_BYTES = 1 << 26  # a file that is longer is no conversation
 
 Waiting = Callable[[str], AbstractContextManager[Callable[[], object]]]
 
@@ -64,14 +66,17 @@ class Repl:
         self._names += names
 
     def run(self) -> None:
-        """Until /quit or end of input. Ctrl-C while an answer is written stops it; at the prompt it leaves (130)."""
+        """Until /quit or the end of input. Ctrl-C stops an answer; at the prompt of a terminal it says how to leave.
+
+        Raises `KeyboardInterrupt` for a second one in a row there, and for the first where input is no terminal.
+        """
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - line editing and history for input()
         if isinstance(sys.stdin, io.TextIOWrapper):  # a line in another encoding ends nothing
             sys.stdin.reconfigure(errors="surrogateescape")
-        while (line := _read_line()) is not None:
+        while (line := self._line()) is not None:
             name, _, rest = line.strip().partition(" ")
-            if name in ("/quit", "/exit"):
+            if name in ("/quit", "/exit") or line.strip() in ("quit", "exit"):
                 return
             if not name:
                 continue
@@ -79,6 +84,17 @@ class Repl:
                 self._handle(name, rest.strip(), line.strip())
             except LlavaEdgeError as error:
                 _remark(f"llava-edge: {error}")
+
+    def _line(self) -> str | None:
+        """The next line, or None at the end of input."""
+        for already in (False, True):
+            try:
+                return _read_line()
+            except KeyboardInterrupt:
+                if already or sys.stdin is None or not sys.stdin.isatty():
+                    raise
+                _remark("\n(/quit or Ctrl-D leaves, and so does Ctrl-C once more)")
+        raise AssertionError("the second interruption was raised")
 
     def _handle(self, name: str, rest: str, line: str) -> None:
         if name in self._commands:
@@ -113,10 +129,11 @@ class Repl:
                 click.echo()
 
     def _image(self, name: str) -> None:
-        if not name:
+        path = meant(name)
+        if not path.strip():
             _remark("/image needs a file name.")
             return
-        self.add([self._chat.prepare(_path(name))], [name])
+        self.add([self._chat.prepare(path)], [name])
         _remark(f"{name} will be shown with your next question.")
 
     def _reset(self, _: str) -> None:
@@ -125,40 +142,49 @@ class Repl:
         _remark("Forgotten.")
 
     def _save(self, name: str) -> None:
-        if not name:
+        path = Path(meant(name))
+        if not path.name:
             _remark("/save needs a file name.")
             return
-        if not _may_be_replaced(Path(name)):
-            _remark(f"{name} exists and is no saved conversation; choose another name.")
+        if not _may_be_replaced(path):
+            _remark(f"{path} exists and is no saved conversation; choose another name.")
             return
         turns = [{"role": turn.role, "text": turn.text, "images": turn.images} for turn in self._chat.messages]
         content = json.dumps({"images": self._names, "messages": turns}, indent=2, ensure_ascii=False) + "\n"
         try:
-            Path(name).write_bytes(content.encode("utf-8", "replace"))
+            _replace(path, content.encode("utf-8", "replace"))
         except OSError as error:
-            _remark(f"{name} cannot be written: {error.strerror}.")
+            _remark(f"{path} cannot be written: {error.strerror}.")
             return
-        _remark(f"Saved {len(turns)} messages to {name}.")
-
-
-def _path(name: str) -> str:
-    """A file as people name it: in quotes, from the home folder, as a terminal or a browser writes what is dropped."""
-    if name.startswith("file://"):
-        return unquote(urlsplit(name).path)
-    plain = name.strip("'\"")
-    if os.sep == "/" and not Path(plain).exists():
-        plain = plain.replace("\\ ", " ")
-    with contextlib.suppress(RuntimeError):  # there is no such home
-        return str(Path(plain).expanduser())
-    return plain
+        _remark(f"Saved {len(turns)} messages to {path}.")
 
 
 def _may_be_replaced(path: Path) -> bool:
-    """Nothing, or what `/save` wrote before."""
+    """Nothing, or what `/save` wrote before. Never reads from a pipe or device, nor much."""
     try:
-        return not path.exists() or {"images", "messages"} == set(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        if not os.path.lexists(path):
+            return True
+        if not path.is_file() or path.stat().st_size > MAX_SAVED_BYTES:
+            return False
+        return {"images", "messages"} == set(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or, on a full disk say, leave the one of that name as it is. Raises `OSError`."""
+    path = path.resolve()  # what a link leads to is replaced, not the link
+    waiting = path.with_name(f".llava-edge.{os.getpid()}.tmp")
+    try:
+        with waiting.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, waiting)
+        waiting.replace(path)
+    finally:
+        waiting.unlink(missing_ok=True)
 
 
 def _read_line() -> str | None:

@@ -6,6 +6,7 @@ Knows nothing about engines or how a model is made.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def home() -> Path:
         raise MissingError("There is no home folder; set LLAVA_EDGE_HOME to a folder for models.") from error
 
 
+def unwritable(folder: Path) -> str:
+    """What keeps files from being made in a folder, which may not exist yet; empty if nothing does."""
+    import tempfile
+
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def models_folder() -> Path:
     """Folder of pulled models."""
     return home() / "models"
@@ -53,10 +66,16 @@ def resolve(model: str | Path) -> Path:
     name = str(model)
     if not isinstance(model, Path) and _is_name(name) and _is_installed(name):
         return models_folder() / name
-    if os.access(Path(name), os.F_OK):  # unlike Path.exists, it takes names that are too long for any file
+    if name.strip() and os.access(name, os.F_OK):  # unlike Path.exists, it takes names that are too long for any file
         return Path(name)
     if name in KNOWN_MODELS:
-        raise MissingError(f"Model {name!r} is not installed. Run 'llava-edge models pull {name}'.")
+        looked = f" in {models_folder()}, where LLAVA_EDGE_HOME says" if os.environ.get("LLAVA_EDGE_HOME") else ""
+        raise MissingError(f"Model {name!r} is not installed{looked}. Run 'llava-edge models pull {name}'.")
+    if "://" in name or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise MissingError(
+            f"{name!r} is no folder here, and llava-edge downloads no model but its own: download the checkpoint, then "
+            "run 'llava-edge export CHECKPOINT BUNDLE' and give BUNDLE."
+        )
     known = ", ".join(entry.name for entry in entries())
     raise MissingError(f"{name!r} is neither a bundle folder nor a model name; known models: {known}.")
 

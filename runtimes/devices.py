@@ -46,7 +46,7 @@ def choose(device: Device) -> Choice:
     wanted = "metal" if sys.platform == "darwin" else "cuda"
     lacks = lacking(wanted)
     if lacks:
-        return Choice("cpu", f"{wanted} is not available: {lacks}", 0, _PROVIDERS["cpu"])
+        return Choice("cpu", f"{wanted} is not available: {lacks.rstrip('.')}", 0, _PROVIDERS["cpu"])
     return Choice(wanted, f"{wanted} works in both engines", -1, _PROVIDERS[wanted])
 
 

@@ -201,7 +201,7 @@ class Engine:
         header = gguf.read(path)
         gguf.check_language(header)
         trained, tiles = manifest.language.context_length, manifest.preprocessing.square == "anyres"
-        _check_context(self.options.context, trained)
+        presets.check_context(self.options.context, trained)
         layers, tower = self.choice.gpu_layers, self._copied_tower()
         self.preset = presets.choose(self.options, header, trained, tiles=tiles, gpu_layers=layers, tower=tower)
         self.context_size = self.preset.context
@@ -411,8 +411,3 @@ def _open_cache(wanted: bool | Path | Literal["memory"]) -> PictureCache:
         return PictureCache(user_cache(wanted if isinstance(wanted, Path) else None))
     except MissingError:  # there is no home to keep it in
         return PictureCache(None)
-
-
-def _check_context(asked: int, trained: int) -> None:
-    if asked > trained:
-        raise UsageError(f"A context of {asked} was asked for, but the model was trained for at most {trained}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from llava_edge import gguf
-from llava_edge.errors import MemoryLimitError
+from llava_edge.errors import MemoryLimitError, UsageError
 from llava_edge.gguf import Gguf
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import devices, native
@@ -76,6 +76,12 @@ def choose(
             f"{room} are available. Use {smaller} --context or model."
         )
     return chosen
+
+
+def check_context(asked: int, trained: int) -> None:
+    """Raises `UsageError` if more positions are asked for than the model was trained for."""
+    if asked > trained:
+        raise UsageError(f"A context of {asked} was asked for, but the model was trained for at most {trained}.")
 
 
 def memory_bytes(header: Gguf, context: int, kv: Literal["f16", "q8_0"]) -> int:

@@ -369,11 +369,19 @@ def test_json_comes_back_as_it_was(report: Report, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "hello", "[]", "{}", f'{{"schema": {SCHEMA}}}', f'{{"schema": {SCHEMA}, "runs": [1]}}', "null"]
+    "text",
+    [
+        *("", "hello", "[]", "{}", "null", "[" * 100_000),
+        f'{{"schema": {SCHEMA}}}',
+        f'{{"schema": {SCHEMA}, "runs": [1]}}',
+        json.dumps({**asdict(made(1)), "settings": ["hi"]}),
+        made(1).to_json().replace('"median": 1', '"median": "fast"'),
+    ],
+    ids=lambda text: text[:20],
 )
 def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text, "utf-8")
-    with pytest.raises(DataError, match="does not end with the JSON line"):
+    with pytest.raises(DataError, match=r"does not end with the JSON line of 'llava-edge bench'; [^(]*$"):
         read_report(tmp_path / "x.json")
 
 
@@ -383,6 +391,8 @@ def test_another_schema_and_a_missing_file_are_refused(tmp_path: Path) -> None:
         read_report(tmp_path / "x.json")
     with pytest.raises(MissingError):
         read_report(tmp_path / "none.json")
+    with pytest.raises(DataError, match=r"cannot be read.*was expected"):
+        read_report(tmp_path)
 
 
 def test_csv_has_every_number(report: Report) -> None:
@@ -449,14 +459,101 @@ def execute(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
     return code, captured.out, captured.err
 
 
-def test_when_nothing_works_the_json_is_there_and_the_code_is_not_zero(
+ONCE = ("--repeats", "1", "--warmup", "0", "--no-limits", "--threads", "1", "--prompt", "hi", "--max-tokens", "2")
+
+
+def test_when_nothing_works_the_json_is_there_and_the_code_is_that_of_the_error(
     micro_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--context", str(TOO_LONG), "--repeats", "1", "--warmup", "0", "--no-limits", "--threads", "1")
-    code, out, err = execute(capsys, "--model", micro_bundle, *options)
-    assert code == 69
-    assert "A context of" in json.loads(out.splitlines()[-1])["runs"][0]["error"]
-    assert "Nothing could be measured. A context of" in err
+    prompt = ("--prompt", "where " * 600)
+    code, out, err = execute(capsys, "--model", micro_bundle, *ONCE, *prompt)
+    assert code == 2
+    assert "positions" in json.loads(out.splitlines()[-1])["runs"][0]["error"]
+    assert "Nothing could be measured. The prompt needs" in err
+
+
+@pytest.mark.parametrize("setting", [("--context", str(TOO_LONG)), ("--image-tokens", "9999")])
+def test_what_the_model_refuses_is_said_as_run_says_it_before_anything_runs(
+    setting: tuple[str, str], micro_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_child", lambda task: pytest.fail("a process was started"))
+    assert execute(capsys, "--model", micro_bundle, *setting) == (2, "", said_by_run(capsys, micro_bundle, *setting))
+
+
+def said_by_run(capsys: pytest.CaptureFixture[str], model: Path, *setting: str) -> str:
+    assert cli.execute(["run", "--model", str(model), "--prompt", "hi", *setting]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_sweep_of_which_some_fail_says_so(micro_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = execute(capsys, "--model", micro_bundle, *ONCE, "--context", f"0,{TOO_LONG}")
+    assert code == 0
+    assert [bool(run["error"]) for run in json.loads(out.splitlines()[-1])["runs"]] == [False, True]
+    assert err.endswith("llava-edge: 1 of 2 configurations failed; the table says why.\n")
+
+
+# The command again, with numbers that are there already.
+
+
+@pytest.fixture
+def measured(report: Report, monkeypatch: pytest.MonkeyPatch) -> Report:
+    """What every measurement of the command gives; it takes no time."""
+    found = replace(report, runs=report.runs[:1])
+    monkeypatch.setattr(runner, "measure", lambda plan, on_step: found)
+    return found
+
+
+AS_MEASURED = ("--threads", "1", "--prompt", "hi", "--max-tokens", "6")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_file_that_cannot_be_written_costs_no_measurement(
+    measured: Report, micro_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page_file = tmp_path / "page.html"
+    code, out, err = execute(capsys, "--model", micro_bundle, "--csv", "/dev/full", "--html", page_file)
+    assert code == 74
+    assert out == measured.to_json() + "\n"
+    assert "/dev/full cannot be written: No space left" in err
+    assert page_file.read_text("utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"prompt": "what?"}, "prompt 'what?' then, 'hi' now"),
+        ({"image": "a.jpg"}, "picture 'a.jpg' then, 'drawn' now"),
+        ({"max_tokens": 99}, "max-tokens 99 then, 6 now"),
+    ],
+)
+def test_other_questions_are_not_compared(
+    changed: dict[str, Any], says: str, report: Report, micro_bundle: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(runner, "_child", lambda task: pytest.fail("a process was started"))
+    old = tmp_path / "old.json"
+    old.write_text(replace(report, settings=report.settings | changed).to_json(), "utf-8")
+    code, out, err = execute(capsys, "--model", micro_bundle, *AS_MEASURED, "--compare", old)
+    assert (code, out) == (2, "")
+    assert says in err
+
+
+def test_a_comparison_says_what_else_changed(
+    measured: Report, micro_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same, old, other = (tmp_path / name for name in ("same.json", "old.json", "other.json"))
+    same.write_text(measured.to_json(), "utf-8")
+    machine, versions = measured.machine | {"processor": "i486"}, measured.versions | {"onnxruntime": "0.1"}
+    old.write_text(replace(measured, machine=machine, versions=versions).to_json(), "utf-8")
+    other.write_text(replace(made(1), settings={}).to_json(), "utf-8")
+    command = ("--model", micro_bundle, *AS_MEASURED, "--compare")
+    code, _, err = execute(capsys, *command, same)
+    assert (code, " then, " in err, "nothing to compare" in err) == (0, False, False), err
+    _, _, err = execute(capsys, *command, old)
+    assert f"processor: i486 then, {measured.machine['processor']} now" in err
+    assert f"onnxruntime: 0.1 then, {measured.versions['onnxruntime']} now" in err
+    _, _, err = execute(capsys, *command, other)
+    assert err.startswith(f"llava-edge: {other} has no configuration of this run")
 
 
 @pytest.mark.parametrize(
@@ -471,6 +568,8 @@ def test_when_nothing_works_the_json_is_there_and_the_code_is_not_zero(
         (("--csv", "nowhere/x.csv"), 73),
         (("--html", "."), 73),
         (("--compare", "none.json"), 66),
+        (("--compare", "/"), 65),
+        (("--image", " "), 2),
         (("--image", "none.jpg"), 66),
         (("--model", "none"), 66),
     ],

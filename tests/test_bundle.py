@@ -115,7 +115,8 @@ TEXTS = {
     "list": (b"[]", "format version"),
     "null": (b"null", "format version"),
     "no version": (b"{}", "format version"),
-    "newer version": (b'{"format_version": 2}', r"format version '2', this program reads version 1"),
+    "newer version": (b'{"format_version": 2}', r"format version 2, this program reads version 1.*Update llava-edge"),
+    "older version": (b'{"format_version": 0}', r"format version '0', .*Export the checkpoint again"),
     "version as text": (b'{"format_version": "1"}', "format version"),
     "only a version": (b'{"format_version": 1}', "lacks a field"),
 }

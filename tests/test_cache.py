@@ -211,6 +211,7 @@ def test_list_and_clear(isolated_home: Path) -> None:
     assert "2 entries" in listed.stderr
     found = json.loads(CliRunner().invoke(cli, ["cache", "ls", "--json"]).stdout)
     assert {entry["path"] for entry in found["entries"]} == {str(kept.folder / key) for key in (KEY, OTHER)}
+    assert {entry["about"].get("positions") for entry in found["entries"]} == {7, None}
     assert "2 entries removed" in CliRunner().invoke(cli, ["cache", "clear"]).stderr
     assert user_cache().entries() == []
     assert user_cache().get(KEY) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -83,10 +84,16 @@ def test_no_command_shows_help(run: Run) -> None:
 
 def test_the_answer_is_on_stdout_and_nothing_else(micro_bundle: Path, photo: Path, run: Run) -> None:
     code, out, err = run("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "8")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "(cut off after 8 tokens: --max-tokens allows no more)\n")
     assert out.endswith("\n")
     _, json_out, _ = run("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "8", "--json")
     assert json.loads(json_out)["text"] + "\n" == out
+
+
+def test_an_answer_that_the_context_ends_says_so(micro_bundle: Path, run: Run) -> None:
+    code, _, err = run("run", "--model", micro_bundle, *LIGHT, "--prompt", "hello", "--context", "120")
+    assert code == 0
+    assert re.fullmatch(r"\(cut off after \d+ tokens: the context is full, see --context\)\n", err)
 
 
 def test_json_has_the_documented_fields(micro_bundle: Path, photo: Path, run: Run) -> None:
@@ -111,8 +118,9 @@ def test_several_questions_are_answered_in_their_order(micro_bundle: Path, photo
     alone = [run(*common, "--prompt", question) for question in ("What?", "Where?")]
     assert alone[0] != alone[1]
     both = run(*common, "--prompt", "What?", "--prompt", "Where?")
-    assert both == (0, alone[0][1] + alone[1][1], "")
-    _, out, _ = run(*common, "--prompt", "What?", "--prompt", "Where?", "--json")
+    assert both == (0, alone[0][1] + alone[1][1], alone[0][2] + alone[1][2])
+    _, out, err = run(*common, "--prompt", "What?", "--prompt", "Where?", "--json")
+    assert err == ""
     texts = [json.loads(line)["text"] + "\n" for line in out.splitlines()]
     assert texts == [answer for _, answer, _ in alone]
     code, out, err = run(*common, "--prompt", "What?", "--prompt", "where " * 600)
@@ -123,10 +131,12 @@ def test_several_questions_are_answered_in_their_order(micro_bundle: Path, photo
     assert "Question" not in err
 
 
-def test_auto_names_the_device_on_stderr(micro_bundle: Path, run: Run) -> None:
-    code, _, err = run("run", "--model", micro_bundle, "--prompt", "hi", "--threads", "1", "--max-tokens", "1")
+def test_the_device_is_named_where_it_is_of_interest(micro_bundle: Path, run: Run) -> None:
+    common = ("run", "--model", micro_bundle, "--prompt", "hi", "--threads", "1", "--json")
+    assert run(*common)[2] == ""
+    code, _, err = run(*common, "--preset", "memory")
     assert code == 0
-    assert err.startswith("device: ")
+    assert re.fullmatch(r"device: [^.]*; preset: memory \(asked for\)\n", err)
 
 
 class _Stdin:
@@ -141,31 +151,64 @@ class _Stdin:
 
 def test_dash_is_stdin(micro_bundle: Path, photo: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     common = ("run", "--model", micro_bundle, *LIGHT, "--max-tokens", "8")
-    _, wanted, _ = run(*common, "--image", photo, "--prompt", "What?")
+    wanted = run(*common, "--image", photo, "--prompt", "What?")
+    assert wanted[0] == 0
     monkeypatch.setattr("sys.stdin", _Stdin(photo.read_bytes()))
-    assert run(*common, "--image", "-", "--prompt", "What?") == (0, wanted, "")
+    assert run(*common, "--image", "-", "--prompt", "What?") == wanted
     monkeypatch.setattr("sys.stdin", _Stdin(b"What?"))
-    assert run(*common, "--image", photo, "--prompt", "-") == (0, wanted, "")
+    assert run(*common, "--image", photo, "--prompt", "-") == wanted
+
+
+def test_a_pipe_in_place_of_a_picture(micro_bundle: Path, tmp_path: Path, run: Run) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = run("run", "--model", micro_bundle, "--image", tmp_path / "pipe")
+    assert code == 66
+    assert "pipe the picture into this command with --image -." in err
+
+
+def test_pictures_are_found_as_people_name_them(
+    micro_bundle: Path, photo: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(photo.parent))
+    common = ("run", "--model", micro_bundle, *LIGHT, "--max-tokens", "2", "--image")
+    wanted = run(*common, photo)
+    assert wanted[0] == 0
+    for name in ("~/photo.png", photo.as_uri(), f"'{photo}'"):
+        assert run(*common, name) == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\n"))
+    assert run("chat", "--model", micro_bundle, *LIGHT, "--max-tokens", "2", "--image", "~/photo.png")[0] == 0
 
 
 # Every bad input: its exit code, and one sentence with this part in it. {} is the micro bundle.
 BAD: list[tuple[list[str], int, str]] = [
     (["nonsense"], 2, "nonsense"),
+    (["rnu"], 2, "llava-edge run"),
+    (["list"], 2, "llava-edge models list"),
+    (["ps"], 2, "llava-edge models list"),
+    (["pull", "smol"], 2, "llava-edge models pull"),
+    (["rm", "smol"], 2, "llava-edge models list"),
+    ([__file__], 2, f"llava-edge run --image {__file__}"),
+    (["run", __file__], 2, f"use --image {__file__}."),
+    (["chat", __file__], 2, f"use --image {__file__}."),
+    (["run", "What is this?" * 99], 2, "questions with --prompt"),
+    (["run", "--model", "{}", "--image", ""], 2, "--image is ''"),
+    (["chat", "--model", "{}", "--image", " "], 2, "--image is ' '"),
+    (["run", "--model", "{}", "--draft", ""], 2, "--draft is ''"),
     (["run", "--nonsense"], 2, "--nonsense"),
     (["run", "--model", "{}"], 2, "--image"),
     (["train", "{}/vision.onnx"], 65, "is not a training recipe"),
     (["serve", "--model", "{}", "--timeout", "nan"], 2, "--timeout"),
     (["run", "--max-tokens", "many"], 2, "many"),
-    (["run", "--model", "{}", "--max-tokens", "0"], 2, "max_tokens"),
-    (["run", "--model", "{}", "--max-tokens", "-1"], 2, "max_tokens"),
-    (["run", "--model", "{}", "--temperature", "nan"], 2, "temperature"),
-    (["run", "--model", "{}", "--temperature", "-1"], 2, "temperature"),
-    (["run", "--model", "{}", "--top-p", "0"], 2, "top_p"),
-    (["run", "--model", "{}", "--min-p", "2"], 2, "min_p"),
-    (["run", "--model", "{}", "--top-k", "-3"], 2, "top_k"),
-    (["run", "--model", "{}", "--seed", "-1"], 2, "seed"),
+    (["run", "--model", "{}", "--max-tokens", "0"], 2, "--max-tokens is 0;"),
+    (["run", "--model", "{}", "--max-tokens", "-1"], 2, "--max-tokens is -1;"),
+    (["run", "--model", "{}", "--temperature", "nan"], 2, "--temperature is"),
+    (["run", "--model", "{}", "--temperature", "-1"], 2, "--temperature is"),
+    (["run", "--model", "{}", "--top-p", "0"], 2, "--top-p is 0, which"),
+    (["run", "--model", "{}", "--min-p", "2"], 2, "--min-p is"),
+    (["run", "--model", "{}", "--top-k", "-3"], 2, "--top-k is"),
+    (["run", "--model", "{}", "--seed", "-1"], 2, "--seed is"),
     (["run", "--model", "{}", "--stop", ""], 2, "stop"),
-    (["run", "--model", "{}", "--threads", "-1"], 2, "threads"),
+    (["run", "--model", "{}", "--threads", "-1"], 2, "--threads is"),
     (["run", "--model", "{}", "--prompt", "hi", "--context", "99999"], 2, "trained for at most"),
     (["run", "--model", "{}", "--device", "tpu"], 2, "tpu"),
     (["run", "--model", "{}", "--prompt", ""], 2, "empty"),
@@ -176,6 +219,20 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "{}", "--prompt", "hi", "--context", "20", *LIGHT], 2, "positions"),
     (["run", "--model", "no-such"], 66, "known models"),
     (["run", "--model", "/"], 65, "not a bundle"),
+    (["run", "--model", "{}/manifest.json"], 65, "give its folder, {}."),
+    (["run", "--model", "{}/language.gguf"], 65, "give its folder, {}."),
+    (["run", "--model", __file__], 65, "the folder of a bundle was expected"),
+    *(
+        ([*command, ""], 66, "'' is neither a bundle folder nor a model name; known models: smol.")
+        for command in (
+            ["run", "--model"],
+            ["chat", "--model"],
+            ["serve", "--model"],
+            ["bench", "--model"],
+            ["info"],
+            ["verify"],
+        )
+    ),
     (["run"], 66, "llava-edge models pull smol"),
     (["chat"], 66, "llava-edge models pull smol"),
     (["chat", "--model", "{}", "--image", "none.png"], 66, "none.png"),
@@ -188,7 +245,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "{}", "--image", "{}"], 66, "a folder"),
     (["run", "--model", "{}", "--image", "https://example.org/cat.jpg"], 66, "download the picture"),
     (["run", "--model", "{}", "--image", "{}/manifest.json"], 65, "not a picture"),
-    (["run", "--model", "{}", "--image-tokens", "9999"], 2, "image_tokens"),
+    (["run", "--model", "{}", "--image-tokens", "9999"], 2, "--image-tokens is 9999, but"),
     (["run", "--model", "{}", "--speculate", "perhaps"], 2, "perhaps"),
     (["run", "--model", "{}", *["--stop", "x"] * 17], 2, "at most 16"),
     (["run", "--model", "{}", "--prompt", "x" * 2_000_000, *LIGHT], 2, "bytes of text"),
@@ -212,7 +269,15 @@ def test_bad_input_is_one_sentence(arguments: list[str], code: int, says: str, m
     assert found == code
     assert len(sentences) == 1
     assert sentences[0].startswith("llava-edge: ")
-    assert says in sentences[0]
+    assert says.replace("{}", str(micro_bundle)) in sentences[0]
+
+
+def test_a_gguf_file_is_no_model_but_can_become_one(micro_bundle: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "llava.gguf"
+    file.symlink_to(micro_bundle / LANGUAGE)
+    code, _, err = run("run", "--model", file, "--prompt", "hi")
+    assert code == 65
+    assert f"llava-edge export {file} BUNDLE --mmproj FILE" in err
 
 
 def test_nothing_piped_into_dash(micro_bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +291,14 @@ def test_nothing_piped_into_dash(micro_bundle: Path, run: Run, monkeypatch: pyte
 
 
 # How a process ends.
+
+
+def test_ctrl_c_while_the_program_starts(tmp_path: Path) -> None:
+    """It arrives while the first module is imported."""
+    (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    process = start("run", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"")
 
 
 def test_ctrl_c_while_streaming(micro_bundle: Path) -> None:
@@ -263,6 +336,22 @@ def test_a_reader_that_leaves(micro_bundle: Path) -> None:
     assert err == b""
 
 
+def test_outputs_that_cannot_be_created(photo: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, remedy in (
+        (("train", "micro", "--out", photo), "--out"),
+        (("train", "micro", "--data", photo / "data"), "--data"),
+    ):
+        code, _, err = run(*arguments)
+        assert (code, err.count("\n")) == (73, 1)
+        assert remedy in err
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(photo))
+    for command in (("train", "micro"), ("models", "pull", "smol")):
+        code, _, err = run(*command)
+        assert (code, err.count("\n")) == (73, 1)
+        assert str(photo) in err
+        assert "LLAVA_EDGE_HOME" in err
+
+
 def test_a_recipe_without_stages(tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty.toml").write_text("", "utf-8")
     code, _, err = run("train", str(tmp_path / "empty.toml"))
@@ -285,9 +374,27 @@ def test_closed_streams_and_a_plain_locale(micro_bundle: Path) -> None:
         f'"{sys.executable}" -m llava_edge run --model "{micro_bundle}" {" ".join(LIGHT)} --max-tokens 4 --prompt hi'
     )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    for redirect in ("", ">&-", "<&-", ">&- 2>&- <&-"):
+    talk = b"(cut off after 4 tokens: --max-tokens allows no more)\n"
+    closed = b"llava-edge: Standard output is closed.\n"
+    for redirect, wanted in (
+        ("", (0, talk)),
+        ("<&-", (0, talk)),
+        ("2>&-", (0, b"")),
+        (">&-", (74, closed)),
+        (">&- 2>&- <&-", (74, b"")),
+    ):
         done = subprocess.run(f"{command} {redirect}", shell=True, cwd=ROOT, env=environment, capture_output=True)
-        assert (done.returncode, done.stderr) == (0, b"")
+        assert (done.returncode, done.stderr) == wanted, redirect
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_talk_that_cannot_be_written_costs_no_answer(micro_bundle: Path) -> None:
+    command = [sys.executable, "-m", "llava_edge", "run", "--model", str(micro_bundle), "--preset", "memory"]
+    command += ["--prompt", "hi", "--max-tokens", "2"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert done.returncode == 0
+    assert done.stdout
 
 
 def test_an_unwritable_stdout(micro_bundle: Path) -> None:
@@ -393,6 +500,35 @@ def test_doctor_on_this_machine(run: Run) -> None:
     assert found["llama.cpp"]["level"] == found["onnxruntime"]["level"] == "ok"
     assert found["default model"]["fix"] == "llava-edge models pull smol"
     assert {"processor", "threads", "memory", "devices", "cache folder"} <= set(found)
+
+
+@pytest.fixture
+def small_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engines are not looked at."""
+    monkeypatch.setattr("llava_edge.cli.doctor._engines", list)
+
+
+@pytest.mark.usefixtures("small_doctor")
+def test_doctor_says_what_is_wrong_with_a_model(run: Run) -> None:
+    code, _, err = run("doctor", "--model", "nosuch")
+    assert code == 69
+    assert "'nosuch' is neither a bundle folder nor a model name; known models: smol." in err
+    assert "shown above" not in err
+
+
+@pytest.mark.usefixtures("small_doctor")
+def test_doctor_looks_at_the_cache_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> dict[str, dict[str, str]]:
+        return {finding["subject"]: finding for finding in json.loads(run("doctor", "--json")[1])["findings"]}
+
+    assert [found()[name]["level"] for name in ("cache folder", "known pictures")] == ["ok", "ok"]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 30))
+    assert "nothing is kept: 1.0 GiB of the disk are free, and 2 must stay free" in found()["known pictures"]["text"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "file"))
+    assert found()["cache folder"]["level"] == "note"
+    assert "Not a directory" in found()["cache folder"]["text"]
 
 
 def test_doctor_survives_a_build_that_dies(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def test_a_file_that_is_no_picture(window: Any, tmp_path: Path) -> None:
     assert not window.button.isEnabled()
 
 
-def test_a_model_that_is_not_there(desktop: Any, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there(desktop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: thread.run())  # it fails before anything else happens
     window = desktop.Window(desktop.Model(str(tmp_path / "nothing")))
     wait(desktop, lambda: "neither a bundle folder" in window.statusBar().currentMessage())
     assert not window.button.isEnabled()

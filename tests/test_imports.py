@@ -28,6 +28,7 @@ SHARED = {
     "image_format",
     "json_grammar",
     "options",
+    "paths",
     "prompt",
     "store",
     "templates",

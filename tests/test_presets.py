@@ -196,7 +196,7 @@ def test_run_says_which_preset_and_why(micro_bundle: Path) -> None:
     asked = CliRunner().invoke(cli, [*arguments, "--device", "cpu", "--preset", "memory"])
     assert asked.exit_code == 0
     assert "preset: memory (asked for)" in asked.stderr
-    usual = CliRunner().invoke(cli, arguments).stderr
+    usual = CliRunner().invoke(cli, [*arguments, "--verbose"]).stderr
     assert re.search(r"preset: (latency|memory) \(re-ordered weights and context take up to \d+ of", usual)
 
 

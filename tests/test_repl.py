@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from PIL import Image
 
 from llava_edge import EngineOptions, Llava, Options
 from llava_edge.api import Chat
+from llava_edge.prompt import Message
 from llava_edge.repl import Repl
 
 
@@ -65,7 +68,7 @@ def test_files_are_found_as_people_name_them(llava: Llava, tmp_path: Path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "a red é.png"
     Image.new("RGB", (9, 9), "red").save(path)
-    names = ["~/a red é.png", str(path).replace(" ", "\\ "), path.as_uri(), f'"{path}"']
+    names = ["~/a red é.png", str(path).replace(" ", "\\ "), path.as_uri(), f'"{path}"', "'~/a red é.png'"]
     chat, _ = talk(llava, [*(f"/image {name}" for name in names), "what?"], monkeypatch)
     assert chat.messages[0].images == len(names)
 
@@ -82,15 +85,65 @@ def test_only_conversations_are_replaced(
     assert "choose another name" in capsys.readouterr().err
 
 
+def test_what_is_no_conversation_is_not_even_read(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe would wait for ever, and a large file fill the memory."""
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "film").open("wb") as file:
+        file.truncate(1 << 30)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    names = [tmp_path / "pipe", tmp_path / "film", tmp_path]
+    talk(llava, [f"/save {name}" for name in names], monkeypatch)
+    said = capsys.readouterr().err
+    assert all(f"{name} exists and is no saved conversation" in said for name in names)
+
+
+def test_a_conversation_is_saved_where_people_mean(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    talk(llava, ["/save ~/home.json", "/save 'a b.json'", "/save a\\ c.json"], monkeypatch)
+    assert {path.name for path in tmp_path.iterdir()} == {"home.json", "a b.json", "a c.json"}
+
+
+def test_a_full_disk_leaves_the_last_save(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files ends a write half way, as a full disk does."""
+    path = tmp_path / "talk.json"
+    talk(llava, [f"/save {path}"], monkeypatch)
+    path.chmod(0o600)
+    before, chat = path.read_bytes(), llava.chat()
+    chat.messages = [Message("user", "long " * 1000)]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/save {path}\n"))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))
+    try:
+        Repl(chat, print).run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before
+    assert "cannot be written: File too large" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/save {path}\n"))
+    Repl(chat, print).run()
+    assert "long long" in path.read_text("utf-8")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_bad_input_is_one_sentence_and_the_chat_goes_on(
     llava: Llava, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = ["/image none.png", "/image", "/save", "/save /no/such/folder/x.json", "/nonsense", "word " * 2000, "hello"]
+    lines = ["/image none.png", "/image", "/image ''", "/image https://x.org/y.png", "/save", "/save ''"]
+    lines += ["/save /no/such/folder/x.json", "/nonsense", "word " * 2000, "hello"]
     chat, _ = talk(llava, lines, monkeypatch)
     said = capsys.readouterr().err
     assert [message.text for message in chat.messages][:1] == ["hello"]
     for part in (
         "none.png does not exist",
+        "https://x.org/y.png is a web address",
         "/image needs",
         "/save needs",
         "cannot be written",
@@ -133,7 +186,7 @@ def test_text_in_another_encoding_is_asked_and_saved(llava: Llava, tmp_path: Pat
 
 
 def test_quit_and_the_end_of_input(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    for leave in ("/quit", "/exit"):
+    for leave in ("/quit", "/exit", "quit", "exit"):
         chat, _ = talk(llava, [leave, "never asked"], monkeypatch)
         assert chat.messages == []
 
@@ -153,6 +206,30 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
     Repl(chat, show).run()
     assert "stopped" in capsys.readouterr().err
     assert [message.text for message in chat.messages] == ["hello", "".join(pieces)]
+
+
+class _Typed(io.StringIO):
+    """A terminal in which some lines are Ctrl-C."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, size: int | None = -1, /) -> str:  # type: ignore[override]
+        line = super().readline()
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
+def test_ctrl_c_at_the_prompt_keeps_the_conversation(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = llava.chat(options=Options(max_tokens=2))
+    monkeypatch.setattr("sys.stdin", _Typed("hello\n^C\nand?\n^C\n^C\nnever asked\n"))
+    with pytest.raises(KeyboardInterrupt):
+        Repl(chat, lambda text: None).run()
+    assert [message.text for message in chat.messages if message.role == "user"] == ["hello", "and?"]
+    assert capsys.readouterr().err.count("/quit or Ctrl-D leaves") == 2
 
 
 def test_a_path_as_a_question_is_a_question(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,22 @@ def test_home_follows_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_model_that_is_not_installed_says_how_to_get_it() -> None:
-    with pytest.raises(MissingError, match="llava-edge models pull smol"):
+    with pytest.raises(MissingError, match="llava-edge models pull smol") as caught:
         store.resolve("smol")
+    assert f"in {store.models_folder()}, where LLAVA_EDGE_HOME says" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llava-hf/llava-1.5-7b-hf", "https://example.org/llava", "hf://a/b"])
+def test_an_address_of_a_checkpoint_says_what_to_do_with_it(name: str) -> None:
+    with pytest.raises(MissingError, match=r"download the checkpoint, then run 'llava-edge export"):
+        store.resolve(name)
+
+
+def test_whether_a_folder_takes_files(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert store.unwritable(tmp_path) == store.unwritable(tmp_path / "a" / "b") == ""
+    assert store.unwritable(tmp_path / "file") == store.unwritable(tmp_path / "file" / "b") == "Not a directory"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
@@ -41,10 +55,10 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         store.resolve("no-such-model")
 
 
-@pytest.mark.parametrize("name", ["../models/mine", "..", ".", "", "a/b", "a\\b"])
+@pytest.mark.parametrize("name", ["../models/mine", "..", ".", "", " ", "a/b", "a\\b"])
 def test_a_name_never_leaves_the_folder(name: str) -> None:
     install("mine")
-    if Path(name).exists():
+    if name and Path(name).exists():
         assert store.resolve(name) == Path(name)
     else:
         with pytest.raises(MissingError):

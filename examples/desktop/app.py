@@ -52,9 +52,13 @@ class Model(QObject):
 
     def __init__(self, name: str) -> None:
         super().__init__()
+        self._name = name
         self._llava: Llava | None = None
         self._cancel = threading.Event()
-        self._start(lambda: self._load(name))
+
+    def load(self) -> None:
+        """Load it, with `loaded` or `failed`; connect these first, as a wrong name fails at once."""
+        self._start(self._load)
 
     def ask(self, question: str, photo: Path) -> None:
         """Answer with `said` and `ended`, or `failed`."""
@@ -71,8 +75,8 @@ class Model(QObject):
         if self._llava:
             self._llava.close()
 
-    def _load(self, name: str) -> None:
-        self._llava = Llava.load(name)
+    def _load(self) -> None:
+        self._llava = Llava.load(self._name)
         self.loaded.emit(self._llava.device)
 
     def _answer(self, question: str, photo: Path, cancel: threading.Event) -> None:
@@ -153,6 +157,7 @@ class Window(QMainWindow):
         model.failed.connect(self._ended)
         self.statusBar().showMessage("Loading the model ...")
         self._update()
+        model.load()
 
     def open(self, path: Path) -> None:
         """Show a photo and ask about it from now on."""

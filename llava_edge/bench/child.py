@@ -68,12 +68,12 @@ def _ask(engine: Engine, picture: Path | Picture, prompt: str, options: Options)
 
 
 def main() -> None:
-    """Print the numbers, or {"error": sentence}."""
+    """Print the numbers, or {"error": sentence, "exit_code": what `llava-edge run` would end with}."""
     task = json.loads(sys.argv[1])
     try:
         found = asdict(limits.measure(task["threads"])) if task["kind"] == "limits" else answer(task)
     except LlavaEdgeError as error:
-        found = {"error": str(error)}
+        found = {"error": str(error), "exit_code": error.exit_code}
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from llava_edge.bench.records import Configuration, Measured, Report, Stage
 
@@ -46,6 +47,33 @@ def compare(old: Report, new: Report) -> list[Ratio]:
             if then is not None and min(then.low, stage.low) > 0:
                 ratios.append(_ratio(run.configuration.label, question, name, then, stage))
     return ratios
+
+
+def asked_otherwise(old: Report, settings: Mapping[str, Any]) -> str:
+    """What was asked then and would be asked now, if that differs: such times do not compare. Empty if it does not."""
+    names = {"prompt": "prompt", "image": "picture", "max_tokens": "max-tokens"}
+    return "; ".join(
+        f"{shown} {old.settings[name]!r} then, {settings[name]!r} now"
+        for name, shown in names.items()
+        if name in old.settings and old.settings[name] != settings[name]
+    )
+
+
+def in_common(old: Report, new: Sequence[Configuration]) -> bool:
+    """Whether any configuration that is about to be measured is there. "auto" is any device."""
+    known = [run.configuration for run in old.runs if not run.error]
+    return any(
+        _key(replace(one, device=other.device) if one.device == "auto" else one) == _key(other)
+        for one in new
+        for other in known
+    )
+
+
+def other_conditions(old: Report, new: Report) -> list[str]:
+    """What may be why times differ, other than a change of settings: processor, kernels, versions."""
+    pairs = [(name, old.machine.get(name), new.machine.get(name)) for name in ("processor", "native")]
+    pairs += [(name, old.versions.get(name), version) for name, version in new.versions.items()]
+    return [f"{name}: {then} then, {now} now" for name, then, now in pairs if then is not None and then != now]
 
 
 def stages(run: Measured) -> Iterator[tuple[tuple[str, str], Stage]]:

@@ -86,7 +86,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Measured:
-    """A configuration's numbers. error: why there are none; otherwise empty.
+    """A configuration's numbers. error: why there are none; otherwise empty. exit_code: what `run` ends with then.
 
     memory: bytes, medians over the repeats, at the end of all questions: "peak_rss", "private", "file".
     """
@@ -96,6 +96,7 @@ class Measured:
     process: dict[str, Stage] = field(default_factory=dict)
     questions: dict[str, Question] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    exit_code: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,21 +125,29 @@ def stage(samples: list[float], share: float | None = None, limit: str = "") -> 
 def read_report(path: Path) -> Report:
     """The last line of a file that `llava-edge bench` wrote. Raises `MissingError` or `DataError`."""
     try:
-        lines = path.read_text("utf-8").strip().splitlines()
-        raw = json.loads(lines[-1])
+        raw = json.loads(path.read_text("utf-8").strip().splitlines()[-1])
         if raw["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {raw['schema']!r}; this program reads {SCHEMA}. Measure it again.")
-        return Report(**{**raw, "runs": tuple(_measured(run) for run in raw["runs"])})
+        report = Report(**{**raw, "runs": tuple(_measured(run) for run in raw["runs"])})
+        if not all(isinstance(part, dict) for part in (report.machine, report.versions, report.settings)):
+            raise TypeError
+        return report
     except FileNotFoundError as error:
         raise MissingError(f"{path} does not exist; the JSON line of 'llava-edge bench' was expected there.") from error
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} does not end with the JSON line of 'llava-edge bench' ({error}).") from error
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); a file with the JSON line of 'llava-edge bench' was expected."
+        ) from error
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path} does not end with the JSON line of 'llava-edge bench'; 'llava-edge bench > FILE' writes one."
+        ) from error
 
 
 def _measured(raw: dict[str, Any]) -> Measured:
     questions = {name: _question(item) for name, item in raw["questions"].items()}
-    configuration = Configuration(**raw["configuration"])
-    return Measured(configuration, raw["error"], _stages(raw["process"]), questions, raw["memory"])
+    configuration, code = Configuration(**raw["configuration"]), raw.get("exit_code", 0)
+    return Measured(configuration, raw["error"], _stages(raw["process"]), questions, raw["memory"], code)
 
 
 def _question(raw: dict[str, Any]) -> Question:
@@ -146,4 +155,9 @@ def _question(raw: dict[str, Any]) -> Question:
 
 
 def _stages(raw: dict[str, dict[str, Any]]) -> dict[str, Stage]:
-    return {name: Stage(**{**item, "samples": tuple(item["samples"])}) for name, item in raw.items()}
+    return {name: _stage(item) for name, item in raw.items()}
+
+
+def _stage(raw: dict[str, Any]) -> Stage:
+    numbers = {name: float(raw[name]) for name in ("median", "low", "high")}
+    return Stage(**{**raw, **numbers, "samples": tuple(map(float, raw["samples"]))})

@@ -37,8 +37,11 @@ from llava_edge.bench.records import (
 )
 from llava_edge.bench.work import Work, work
 from llava_edge.bundle import Bundle
-from llava_edge.options import Device, Preset
+from llava_edge.errors import LlavaEdgeError, UnavailableError
+from llava_edge.options import Device, Options, Preset
 from llava_edge.runtimes import devices, native
+from llava_edge.runtimes.pictures import check_budget
+from llava_edge.runtimes.presets import check_context
 from llava_edge.store import resolve
 
 Sample = dict[str, Any]  # what child.py prints
@@ -63,26 +66,36 @@ class Plan:
     presets: Sequence[Preset] = ("auto",)
 
 
-def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fraction: None) -> Report:
-    """Run the plan. `on_step` gets what comes next and the fraction done.
-
-    A configuration that fails has its `error`; the others go on. Raises `MissingError`, `BundleError`, `ImageError`
-    for what can be seen to be wrong before anything runs.
-    """
-    variant(plan.image, 0)
-    threads = list(dict.fromkeys(count or devices.thread_count()[0] for count in plan.threads))
-    bundles = [Bundle.open(resolve(model)) for model in plan.models]
-    cases = [
-        _Case(_configuration(bundle, plan.device, count, context, budget, preset), bundle)
-        for bundle in bundles
-        for count in threads
+def configurations(plan: Plan) -> list[tuple[Configuration, Bundle]]:
+    """What the plan asks for. Raises `MissingError` or `BundleError`."""
+    return [
+        (_configuration(bundle, plan.device, count, context, budget, preset), bundle)
+        for bundle in [Bundle.open(resolve(model)) for model in plan.models]
+        for count in _threads(plan)
         for context in plan.contexts
         for budget in plan.budgets
         for preset in plan.presets
     ]
+
+
+def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fraction: None) -> Report:
+    """Run the plan. `on_step` gets what comes next and the fraction done.
+
+    A configuration that fails, or that the model refuses, has its `error`; the others go on. Raises `MissingError`,
+    `BundleError`, `ImageError` for what can be seen to be wrong before anything runs, and what the model says to the
+    first configuration if it refuses all.
+    """
+    variant(plan.image, 0)
+    cases = [_Case(configuration, bundle, _refusal(configuration, bundle))
+             for configuration, bundle in configurations(plan)]  # fmt: skip
+    if (refusal := cases[0].error) and all(case.error for case in cases):
+        raise refusal
+    threads = _threads(plan)
     peaks: dict[str, dict[str, float]] = {}
     rounds = range(-plan.warmup, plan.repeats)
     for number in rounds:
+        if all(case.error for case in cases):
+            break
         done = (number + plan.warmup) / len(rounds)
         for count in threads if plan.limits and number >= 0 else ():
             on_step(f"Limits of the machine, {count} threads", done)
@@ -93,7 +106,21 @@ def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fr
             case.run(plan, number)
     runs = tuple(case.measured(peaks) for case in cases)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Report(records.SCHEMA, now, _machine(), _versions(), _settings(plan), peaks, runs)
+    return Report(records.SCHEMA, now, _machine(), _versions(), settings(plan), peaks, runs)
+
+
+def _threads(plan: Plan) -> list[int]:
+    return list(dict.fromkeys(count or devices.thread_count()[0] for count in plan.threads))
+
+
+def _refusal(configuration: Configuration, bundle: Bundle) -> LlavaEdgeError | None:
+    """What `llava-edge run` says to these settings before it loads anything."""
+    try:
+        check_context(configuration.context, bundle.manifest.language.context_length)
+        check_budget(Options(image_tokens=configuration.image_tokens), bundle.manifest)
+    except LlavaEdgeError as error:
+        return error
+    return None
 
 
 @dataclass
@@ -102,8 +129,8 @@ class _Case:
 
     configuration: Configuration
     bundle: Bundle
+    error: LlavaEdgeError | None = None
     samples: list[Sample] = field(default_factory=list)
-    error: str = ""
 
     def run(self, plan: Plan, number: int) -> None:
         """Two processes with a cache of their own; negative numbers only warm up. Pictures are new each time."""
@@ -117,14 +144,18 @@ class _Case:
             task = _task(plan, self.bundle, self.configuration, str(Path(folder) / "cache"))
             sample = _child({**task, "pictures": {FIRST: one, WARM: other, AGAIN: other}})
             later = {} if "error" in sample else _child({**task, "pictures": {KNOWN: one}})
-        self.error = sample.get("error", "") or later.get("error", "")
-        if number >= 0 and not self.error:
+        for found in (sample, later):
+            if "error" in found:
+                self.error = LlavaEdgeError(found["error"])
+                self.error.exit_code = found["exit_code"]
+                return
+        if number >= 0:
             sample["questions"] |= later["questions"]
             self.samples.append(sample)
 
     def measured(self, peaks: dict[str, dict[str, float]]) -> Measured:
         if self.error:
-            return Measured(self.configuration, self.error)
+            return Measured(self.configuration, str(self.error), exit_code=self.error.exit_code)
         return summary(self.configuration, work(self.bundle), self.samples, peaks)
 
 
@@ -214,19 +245,20 @@ def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) 
 
 
 def _child(task: Sample) -> Sample:
-    """What a fresh process measured, or {"error": why it did not}. It dies with this process's interruption."""
+    """What a fresh process measured, or what child.py prints instead. It dies with this process's interruption."""
     paths = [path or str(Path.cwd()) for path in sys.path]  # it must find this very package, however we did
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "llava_edge.bench.child", json.dumps(task)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode < 0:
-        return {"error": f"Its process was ended by {signal.Signals(-done.returncode).name}; try 'llava-edge doctor'."}
+        reason = f"Its process was ended by {signal.Signals(-done.returncode).name}; try 'llava-edge doctor'."
+        return {"error": reason, "exit_code": UnavailableError.exit_code}
     try:
         found: Sample = json.loads(done.stdout.splitlines()[-1])
         return found
     except (IndexError, ValueError):
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"error": f"Its process failed: {lines[-1]}"}
+        return {"error": f"Its process failed: {lines[-1]}", "exit_code": LlavaEdgeError.exit_code}
 
 
 def _raise_peaks(peaks: dict[str, dict[str, float]], found: Sample) -> None:
@@ -258,7 +290,8 @@ def _versions() -> dict[str, str]:
     return {"llava-edge": __version__, "python": platform.python_version(), **found}
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
+def settings(plan: Plan) -> dict[str, Any]:
+    """What a report says of how it was measured."""
     return {
         "prompt": plan.prompt,
         "max_tokens": plan.max_tokens,

@@ -33,9 +33,10 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def comparison(ratios: Sequence[Ratio], name: str) -> str:
-    """How many times faster than in the file called `name`."""
+def comparison(ratios: Sequence[Ratio], name: str, other: Sequence[str] = ()) -> str:
+    """How many times faster than in the file called `name`. other: conditions that differ, see `other_conditions`."""
     lines = [f"times faster than {name} (of the medians; range of the extremes)"]
+    lines += [f"  note: {condition}" for condition in other]
     if not ratios:
         lines.append("  nothing to compare: no configuration is in both")
     for number, item in enumerate(ratios):

@@ -6,6 +6,8 @@ Each subcommand is a file of its own, imported when it is used. stdout is the an
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import signal
 import sys
@@ -17,7 +19,8 @@ from typing import NoReturn
 import click
 
 from llava_edge import __version__
-from llava_edge.errors import LlavaEdgeError, MemoryLimitError, StorageError
+from llava_edge.errors import LlavaEdgeError, MemoryLimitError, StorageError, UsageError
+from llava_edge.paths import is_file
 from llava_edge.runtimes import limit_spinning
 
 # Name -> one line of help. Static, so that --help imports no subcommand.
@@ -34,6 +37,18 @@ COMMANDS = {
     "bench": "Measure speed and memory, stage by stage.",
     "eval": "Measure accuracy on held-out questions.",
     "doctor": "Check this machine and say what to do.",
+}
+
+# What is called otherwise here -> how.
+ELSEWHERE = {
+    **dict.fromkeys(("list", "ls", "ps"), "models list"),
+    **dict.fromkeys(("pull", "download", "get", "install"), "models pull"),
+    **dict.fromkeys(("ask", "describe", "generate"), "run"),
+    **dict.fromkeys(("convert", "create", "quantize"), "export"),
+    "show": "info",
+    "benchmark": "bench",
+    "evaluate": "eval",
+    "server": "serve",
 }
 
 INTERRUPTED = 130
@@ -53,9 +68,27 @@ class _Group(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"There is no command {args[0]!r}{_instead(args[0])}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _instead(name: str) -> str:
+    if is_file(name):
+        return f"; for a picture run 'llava-edge run --image {name}'."
+    if name in ("rm", "remove", "delete"):
+        return "; 'llava-edge models list' shows the folders of models, which may be removed."
+    from difflib import get_close_matches
+
+    meant = ELSEWHERE.get(name) or next(iter(get_close_matches(name, COMMANDS, 1)), "")
+    return f"; perhaps 'llava-edge {meant}' is meant." if meant else "; 'llava-edge --help' lists them all."
 
 
 @click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -99,6 +132,10 @@ def execute(arguments: Sequence[str]) -> int:
         return error.exit_code
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
+    except UsageError as error:
+        from llava_edge.cli.arguments import with_flag
+
+        return _fail(with_flag(str(error)), error.exit_code)
     except LlavaEdgeError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -123,10 +160,36 @@ def _fail(sentence: str, code: int) -> int:
 
 
 def _prepare_streams() -> None:
-    """No traceback for a closed stream, nor for a character the terminal cannot show."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - lives as long as we do
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    """No traceback for a character the terminal cannot show, nor an answer lost because nobody hears the talk."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is None:  # closed by who started us: no file that is opened later may take its place
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = _Closed()
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives as long as we do
+    elif isinstance(sys.stderr, io.TextIOWrapper):
+        talk = _Talk(sys.stderr.buffer, encoding=sys.stderr.encoding, errors="replace", line_buffering=True)
+        sys.stderr = talk  # what it was stays open as sys.__stderr__
+
+
+class _Closed(io.TextIOBase):
+    """A standard output that is not there: an answer does not vanish in it without a word."""
+
+    def write(self, text: str, /) -> int:
+        raise OSError(errno.EBADF, "Standard output is closed")
+
+
+class _Talk(io.TextIOWrapper):
+    """Standard error. That it cannot be written, the disk being full or its reader gone, is no reason to stop."""
+
+    def write(self, text: str, /) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()

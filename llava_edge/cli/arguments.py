@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import click
 
 from llava_edge.errors import DataError, UsageError
 from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
+from llava_edge.paths import is_file, meant
 from llava_edge.store import DEFAULT_MODEL
 
 MAX_STDIN_BYTES = 1 << 28  # as for image files
@@ -32,7 +34,9 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model or bundle."),
         click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
         click.option("--threads", type=int, default=0, help="To compute with; 0 is one per physical core."),
-        click.option("--context", type=int, default=0, help="Positions; 0 is the model's, at most 4096."),
+        click.option(
+            "--context", type=int, default=0, help="Positions, no more than the model knows; 0 is so many, up to 4096."
+        ),
         click.option(
             "--preset",
             type=click.Choice(PRESETS),
@@ -84,7 +88,42 @@ def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
 
 def engine_options_from(values: dict[str, Any]) -> EngineOptions:
     """The engine's part of them. Raises `UsageError` on a bad one."""
+    draft = values["draft"]
+    if draft is not None and not draft.strip():
+        raise UsageError(f"--draft is {draft!r}; a GGUF file was expected.")
     return EngineOptions(**{name: values[name] for name in _ENGINE})
+
+
+def with_flag(sentence: str) -> str:
+    """What the library says of a field, as the command line calls it: "max_tokens is 0" becomes "--max-tokens is 0"."""
+    names = "|".join((*_SAMPLING, *_ENGINE, "stop", "speculate"))
+    return re.sub(rf"^({names})\b", lambda found: "--" + found[0].replace("_", "-"), sentence)
+
+
+class AboutPictures(click.Command):
+    """A command that says how pictures and questions are given if they are given without an option."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        if rest and not ctx.resilient_parsing:
+            if is_file(rest[0]):
+                raise click.UsageError(
+                    f"{rest[0]!r} has no option before it; for a picture use --image {rest[0]}.", ctx
+                )
+            raise click.UsageError(
+                f"{rest[0]!r} has no option before it; pictures are given with --image, questions with --prompt.", ctx
+            )
+        return rest
+
+
+def picture_path(name: str) -> str:
+    """The path that --image means, as in `chat`. Raises `UsageError` if there is nothing in it."""
+    path = meant(name)
+    if not path.strip():
+        raise UsageError(f"--image is {name!r}; the path of a picture was expected.")
+    return path
 
 
 def read_stdin() -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
+from llava_edge.cli.arguments import picture_path
+from llava_edge.errors import CannotCreateError, LlavaEdgeError, StorageError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS, Device, EngineOptions, Options, Preset
 from llava_edge.store import DEFAULT_MODEL
 
@@ -33,9 +35,7 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
 )
 @click.option("--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=["auto"], show_default=True,
               help="Each in turn; may be repeated.")  # fmt: skip
-@click.option(
-    "--image", type=click.Path(path_type=Path), metavar="FILE", help="Picture to show; a drawn one unless given."
-)
+@click.option("--image", metavar="FILE", help="Picture to show; a drawn one unless given.")
 @click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="The question.")
 @click.option("--max-tokens", type=int, default=32, show_default=True, help="Longest answer.")
 @click.option(
@@ -53,7 +53,7 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
               help="Earlier output to compare with; may be repeated.")  # fmt: skip
 def bench(
     models: tuple[str, ...], device: Device, threads: tuple[int, ...], contexts: tuple[int, ...],
-    budgets: tuple[int, ...], presets: tuple[Preset, ...], image: Path | None, prompt: str, max_tokens: int,
+    budgets: tuple[int, ...], presets: tuple[Preset, ...], image: str | None, prompt: str, max_tokens: int,
     repeats: int, warmup: int, limits: bool, csv_file: Path | None, html_file: Path | None, older: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Measure every stage of an answer, and what share of the machine's limits it reaches.
@@ -69,28 +69,55 @@ def bench(
     _check(prompt, max_tokens, threads, contexts, csv_file, html_file)
     for count in budgets:
         Options(image_tokens=count)
-    from llava_edge.bench.compare import compare
+    from llava_edge.bench.compare import asked_otherwise, compare, in_common, other_conditions
     from llava_edge.bench.page import page
     from llava_edge.bench.records import read_report
-    from llava_edge.bench.runner import Plan, measure
+    from llava_edge.bench.runner import Plan, configurations, measure, settings
     from llava_edge.bench.table import comparison, table, to_csv
     from llava_edge.cli.terminal import status_line
 
-    earlier = {path.name: read_report(path) for path in older}
-    plan = Plan(models or (DEFAULT_MODEL,), threads, contexts, budgets, device, prompt, max_tokens, image, repeats,
+    picture = None if image is None else Path(picture_path(image))
+    plan = Plan(models or (DEFAULT_MODEL,), threads, contexts, budgets, device, prompt, max_tokens, picture, repeats,
                 warmup, limits, presets)  # fmt: skip
+    earlier = {str(path): read_report(path) for path in older}
+    for name, old in earlier.items():
+        if differs := asked_otherwise(old, settings(plan)):
+            raise UsageError(f"{name} was asked something else: {differs}. Ask the same, or leave out --compare.")
+        if not in_common(old, [configuration for configuration, _ in configurations(plan)]):
+            click.echo(
+                f"llava-edge: {name} has no configuration of this run, so there is nothing to compare.", err=True
+            )
     with status_line("Measuring") as status:
         report = measure(plan, status.step)
     click.echo(table(report), err=True)
     for name, old in earlier.items():
-        click.echo("\n" + comparison(compare(old, report), name), err=True)
-    if csv_file:
-        csv_file.write_text(to_csv(report), "utf-8")
-    if html_file:
-        html_file.write_text(page({"this run": report, **earlier}), "utf-8")
-    click.echo(report.to_json())
-    if all(run.error for run in report.runs):
-        raise UnavailableError(f"Nothing could be measured. {report.runs[0].error}")
+        click.echo("\n" + comparison(compare(old, report), name, other_conditions(old, report)), err=True)
+    try:
+        click.echo(report.to_json())
+    finally:  # minutes went into it: what can be written is
+        _write((csv_file, lambda: to_csv(report)), (html_file, lambda: page({"this run": report, **earlier})))
+    failed = [run for run in report.runs if run.error]
+    if len(failed) == len(report.runs):
+        error = LlavaEdgeError(f"Nothing could be measured. {failed[0].error}")
+        error.exit_code = failed[0].exit_code
+        raise error
+    if failed:
+        click.echo(
+            f"llava-edge: {len(failed)} of {len(report.runs)} configurations failed; the table says why.", err=True
+        )
+
+
+def _write(*files: tuple[Path | None, Callable[[], str]]) -> None:
+    """Write what was asked for. Raises `StorageError` naming what could not be, after the others were written."""
+    problems = []
+    for path, text in files:
+        if path is not None:
+            try:
+                path.write_text(text(), "utf-8")
+            except OSError as error:
+                problems.append(f"{path} cannot be written: {error.strerror}.")
+    if problems:
+        raise StorageError(" ".join(problems))
 
 
 def _check(

@@ -26,7 +26,7 @@ def list_cache(as_json: bool) -> None:
     entries = kept.entries()
     total = sum(entry.size for entry in entries)
     if as_json:
-        listed = [{**asdict(entry), "path": str(entry.path)} for entry in entries]
+        listed = [{**asdict(entry), "path": str(entry.path), "about": _typed(entry.about)} for entry in entries]
         click.echo(json.dumps({"folder": str(kept.folder), "limit": kept.limit, "bytes": total, "entries": listed}))
         return
     for entry in entries:
@@ -39,6 +39,11 @@ def clear_cache() -> None:
     """Remove every entry."""
     count, size = user_cache().clear()
     click.echo(f"{count} entries removed, {size / 1e6:.1f} MB.", err=True)
+
+
+def _typed(about: dict[str, str]) -> dict[str, str | int]:
+    """What is a number, as a number."""
+    return {name: int(text) if name == "positions" and text.isdecimal() else text for name, text in about.items()}
 
 
 def _line(entry: Entry) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from llava_edge.cli.arguments import generation_options, options_from
+from llava_edge.cli.arguments import AboutPictures, generation_options, options_from, picture_path
 from llava_edge.cli.terminal import show, status_line
 
 
-@click.command()
+@click.command(cls=AboutPictures)
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to begin with; may be repeated.")
 @click.option("--system", default="", metavar="TEXT", help="System text in place of the model's own.")
 @generation_options
@@ -31,7 +31,7 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
 
     manifest = Bundle.open(resolve(model)).manifest
     check_budget(options, manifest)
-    pictures = [limited(prepare(image, manifest), options, manifest) for image in images]
+    pictures = [limited(prepare(picture_path(image), manifest), options, manifest) for image in images]
     with status_line("Loading the model") as status:
         llava = Llava.load(model, engine, pictures=pictures, on_load=status)
     with llava:

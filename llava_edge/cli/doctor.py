@@ -18,6 +18,8 @@ from llava_edge import __version__, store
 from llava_edge.errors import LlavaEdgeError, UnavailableError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llava_edge.bundle import Bundle
 
 
@@ -49,8 +51,10 @@ def doctor(as_json: bool, model: str, tune: bool) -> None:
             if finding.fix:
                 click.echo(f"{'':22} run: {finding.fix}")
     if broken:
-        subjects = ", ".join(finding.subject for finding in broken)
-        raise UnavailableError(f"Not everything works: {subjects}. Run what is shown above for each.")
+        said = [f"Not everything works: {', '.join(finding.subject for finding in broken)}."]
+        said += [finding.text for finding in broken if not finding.fix]  # such a text says itself what to do
+        said += ["Run what is shown above."] if any(finding.fix for finding in broken) else []
+        raise UnavailableError(" ".join(said))
 
 
 def _machine() -> list[Finding]:
@@ -97,7 +101,7 @@ def _models(model: str, tune: bool) -> list[Finding]:
         installed = {entry.name: entry.folder for entry in store.entries()}
     except LlavaEdgeError as error:
         return [Finding("cache folder", "broken", str(error))]
-    findings = [Finding("cache folder", "ok", str(folder)), _pictures()]
+    findings = [_home(folder), _pictures()]
     if model == store.DEFAULT_MODEL and installed[model] is None:
         return [
             *findings,
@@ -138,6 +142,14 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
     return findings
 
 
+def _home(folder: Path) -> Finding:
+    problem = store.unwritable(folder)
+    if not problem:
+        return Finding("cache folder", "ok", str(folder))
+    text = f"{folder} cannot be written to ({problem}): no model can be pulled, and nothing is kept."
+    return Finding("cache folder", "note", text, "export LLAVA_EDGE_HOME=FOLDER")
+
+
 def _pictures() -> Finding:
     from llava_edge.cache import user_cache
 
@@ -147,7 +159,9 @@ def _pictures() -> Finding:
         return Finding("known pictures", "broken", str(error), "unset LLAVA_EDGE_CACHE_MIB")
     entries = kept.entries()
     size = sum(entry.size for entry in entries)
-    return Finding("known pictures", "ok", f"{len(entries)} entries, {size / 1e6:.1f} of {kept.limit / 1e6:.0f} MB")
+    text = f"{len(entries)} entries, {size / 1e6:.1f} of {kept.limit / 1e6:.0f} MB"
+    obstacle = kept.obstacle()
+    return Finding("known pictures", "note" if obstacle else "ok", f"{text}; {obstacle}" if obstacle else text)
 
 
 def _version(package: str) -> str:

@@ -67,10 +67,9 @@ def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
         raise UnavailableError(
             f"Pulling a model needs {error.name}, which is not installed. Run: pip install 'llava-edge[export]'"
         ) from error
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"{target.parent} cannot be created ({error.strerror}); set LLAVA_EDGE_HOME to a folder of yours."
-        raise CannotCreateError(reason) from error
+    home = store.home()
+    if problem := store.unwritable(home) or store.unwritable(target.parent):
+        raise CannotCreateError(f"{home} cannot be written to ({problem}); set LLAVA_EDGE_HOME to a folder of yours.")
+    target.parent.mkdir(parents=True, exist_ok=True)
     pull(name, target, progress)
     return target

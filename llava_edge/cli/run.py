@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import generation_options, options_from, read_stdin
+from llava_edge.cli.arguments import AboutPictures, generation_options, options_from, picture_path, read_stdin
 from llava_edge.cli.terminal import show, status_line
-from llava_edge.errors import DataError, UsageError
+from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from llava_edge.runtimes.jobs import Stream
 
 
-@click.command()
+@click.command(cls=AboutPictures)
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to look at; may be repeated; - is stdin.")
 @click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], show_default=True, metavar="TEXT",
               help="The question; may be repeated; - is stdin.")  # fmt: skip
@@ -54,12 +56,16 @@ def run(images: tuple[str, ...], prompts: tuple[str, ...], as_json: bool, model:
     with status_line("Loading the model") as status:
         llava = Llava.load(model, engine, pictures=pictures, on_load=status)
     with llava:
-        if shared["device"] == "auto" or shared["preset"] != "auto" or shared["verbose"]:
+        if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
         for stream in llava.ask_many(prompts, pictures, options, started=started):
             result = _answer(stream, "Looking at the image" if pictures else "Reading", quiet=as_json)
             if as_json:
                 click.echo(json.dumps(asdict(result), ensure_ascii=False))
+            elif result.finish_reason == "length":
+                full = result.completion_tokens < options.max_tokens
+                why = "the context is full, see --context" if full else "--max-tokens allows no more"
+                click.echo(f"(cut off after {result.completion_tokens} tokens: {why})", err=True)
 
 
 def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
@@ -100,4 +106,13 @@ def _prompt_text(prompt: str) -> str:
 
 
 def _image_source(name: str) -> str | bytes:
-    return read_stdin() if name == "-" else name
+    if name == "-":
+        return read_stdin()
+    path = picture_path(name)
+    try:
+        piped = Path(path).is_fifo()
+    except OSError:  # a name that is too long
+        piped = False
+    if piped:
+        raise MissingError(f"{path} is a pipe, not a picture file; pipe the picture into this command with --image -.")
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -49,18 +50,19 @@ class Status:
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"  # which knows no escapes
+        self._shown = ""
         self._lock = threading.Lock()  # nothing is drawn behind `clear`
 
     def __call__(self, fraction: float | None) -> None:
-        """Draw the line anew."""
-        if not self._live:
-            return
+        """Draw the line anew if it looks different now."""
         bar = ""
         if fraction is not None:
             full = int(_WIDTH * min(max(fraction, 0.0), 1.0))
             bar = f" [{'#' * full}{'-' * (_WIDTH - full)}] {fraction:4.0%}"
-        self._write(f"\r\x1b[K{self._label}{bar}")
+        with self._lock:
+            if self._live:
+                self._draw(f"{self._label}{bar}")
 
     def step(self, label: str, fraction: float | None) -> None:
         """The same with another label, for work in several steps."""
@@ -69,11 +71,21 @@ class Status:
 
     def clear(self) -> None:
         """Wipe the line and show nothing more."""
-        self._write("\r\x1b[K", last=True)
-
-    def _write(self, text: str, last: bool = False) -> None:
         with self._lock:
             if self._live:
-                sys.stderr.write(text)
-                sys.stderr.flush()
-            self._live &= not last
+                self._draw("")
+            self._live = False
+
+    def _draw(self, text: str) -> None:
+        text = text[: _columns() - 1]  # a wrapped line could not be wiped
+        if text != self._shown:
+            self._shown = text
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80

@@ -11,7 +11,7 @@ import click
 
 from llava_edge import store
 from llava_edge.cli.terminal import Status, status_line
-from llava_edge.errors import UnavailableError
+from llava_edge.errors import CannotCreateError, UnavailableError
 
 if TYPE_CHECKING:
     from llava_edge.models.train import Step
@@ -38,8 +38,8 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
             f"Training needs {error.name}, which is not installed. Run: pip install 'llava-edge[train]'"
         ) from error
     chosen = load_recipe(recipe)
-    run = out or store.home() / "runs" / chosen.name
-    data = data or store.home() / "data" / chosen.name
+    run = _writable(out, "--out", store.home() / "runs" / chosen.name)
+    data = _writable(data, "--data", store.home() / "data" / chosen.name)
     with status_line(f"Training {chosen.name}") as status:
         report = _Reporter(status)
         model = train_recipe(
@@ -52,6 +52,15 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
         )
     click.echo(f"llava-edge: trained; log and plot are in {run}.", err=True)
     click.echo(str(model))
+
+
+def _writable(named: Path | None, option: str, usual: Path) -> Path:
+    """The folder to use. Raises `CannotCreateError` if nothing can be written there, before anything is computed."""
+    folder = named or usual
+    if problem := store.unwritable(folder):
+        remedy = f"name another folder with {option}" + ("" if named else ", or set LLAVA_EDGE_HOME to one of yours")
+        raise CannotCreateError(f"{folder} cannot be written to ({problem}); {remedy}.")
+    return folder
 
 
 class _Reporter:
