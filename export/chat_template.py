@@ -49,10 +49,10 @@ def checked(text: str, template: str, where: Path) -> str:
     if "two" in seen.values():
         return "vicuna_v1"
     names = [name for name, layout in TEMPLATES.items() if layout.style in seen.values()]
-    advice = f"name one of them with --template: {', '.join(names)}" if names else "none of ours has it"
+    layouts = f"; of ours {', '.join(names)} have it" if names else "; none of ours has it"
     raise CheckpointError(
         f"The chat template of {where} has {next(iter(seen))!r}, which is not in the prompt layout {template!r}, "
-        f"expected of such a model; {advice}."
+        f"expected of such a model{layouts}. Name the one that it was trained with, if it is ours, with --template."
     )
 
 

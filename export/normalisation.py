@@ -34,6 +34,7 @@ def of_folders(folders: Iterable[Path]) -> Normalisation:
 
 
 def _of(path: Path, raw: dict[str, Any]) -> Normalisation:
+    raw = {key: value for key, value in raw.items() if value is not None}
     fixed = (("do_rescale", True), ("do_normalize", True), ("do_resize", True), ("resample", _BICUBIC))
     for name, expected in fixed:
         if raw.get(name, expected) != expected:

@@ -99,8 +99,8 @@ def template(raw: Mapping[str, Any]) -> tuple[str, str]:
         if rows >= 32004:
             return "multimodal", f"image markers and a padding token ({rows} rows) are those of the first release (v0)"
         return "llava_v1_1", "it has image markers, as the v1-1 checkpoints of July 2023"
-    if "LlavaMistralForCausalLM" in (raw.get("architectures") or []):
-        return "mistral_instruct", "its language model is a Mistral"
+    if "LlavaMistralForCausalLM" in (raw.get("architectures") or []) and raw.get("sliding_window", 4096) is None:
+        return "mistral_instruct", "its language model is a Mistral without sliding window, as LLaVA 1.6's"
     if raw.get("hidden_size") == 7168:
         return "chatml_direct", "its language model is as wide as Yi-34B"
     return "vicuna_v1", "that is what LLaVA 1.0, 1.5 and 1.6 on Vicuna are trained with"

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -75,7 +76,7 @@ def staging(out: Path) -> Iterator[Path]:
     try:
         yield folder / _BUNDLE
     finally:
-        _remove(folder)
+        _remove(folder, out)
         os.close(lock)
 
 
@@ -103,14 +104,25 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(raw, dict) and "format_version" in raw
 
 
+def _lock(file: int, kind: int) -> bool:
+    """Whether the file is locked now. Raises `BlockingIOError` if it is somebody else's, by LOCK_NB."""
+    try:
+        fcntl.flock(file, kind)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            return False
+        raise
+    return True
+
+
 def _own_folder(out: Path) -> tuple[Path, int]:
     """A new folder with the mark in it, and the open file that holds the lock on that."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
         with suppress(FileNotFoundError):  # until it is marked, another export may take it for a dead one's
             lock = os.open(folder / _MARK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
             try:
+                _lock(lock, fcntl.LOCK_EX)
                 (folder / _BUNDLE).mkdir()
             except OSError:
                 os.close(lock)
@@ -123,21 +135,27 @@ def _remove_dead(out: Path) -> None:
     for path in sorted(out.parent.iterdir()):
         if not path.name.startswith(f"{out.name}.tmp-") or path.is_symlink() or not path.is_dir():
             continue
-        with suppress(OSError):  # it is not empty
-            path.rmdir()
-        with suppress(FileNotFoundError, BlockingIOError):  # not ours; its export is at work
+        if re.fullmatch(r"[a-z0-9_]{8}", path.name.removeprefix(f"{out.name}.tmp-")):  # mkdtemp's
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        with suppress(FileNotFoundError, PermissionError, BlockingIOError):  # not ours; its export is at work
             lock = os.open(path / _MARK, os.O_RDWR | os.O_CLOEXEC)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if (path / _OLD).is_dir() and not os.path.lexists(out):
-                    (path / _OLD).rename(out)
-                _remove(path)
+                if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    _remove(path, out)
             finally:
                 os.close(lock)
 
 
-def _remove(folder: Path) -> None:
-    """The mark at last: who is killed before leaves a folder that is known."""
+def _remove(folder: Path, out: Path) -> None:
+    """But bring back what stood at `out` before a swap that was cut off. The mark goes at last: who is killed before
+    leaves a folder that is known.
+    """
+    if (folder / _OLD).is_dir() and not os.path.lexists(out):
+        try:
+            (folder / _OLD).rename(out)
+        except OSError:
+            return
     for name in (_BUNDLE, _OLD):
         shutil.rmtree(folder / name, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -209,9 +209,9 @@ class Chat:
         The turn is kept once the stream ends or is closed, with what was answered until then; after an error it is not.
         """
         new = [self.prepare(image) for image in _as_list(images)]
-        _check_question(text, new)
-        turn = Message("user", text, len(new))
         shown = [*self._pictures, *new]
+        _check_question(text, shown)
+        turn = Message("user", text, len(new))
         answer = ""
         failed = False
         try:

@@ -210,10 +210,8 @@ def _literal(value: object, path: str) -> str:
 def _of_type(schema: dict[str, Any], word: str, path: str) -> object:
     """The schema's `const`, `enum` or `$ref`. Raises `UsageError` if its `type` says something else beside."""
     kinds = schema.get("type")
-    if kinds is None or (word == "$ref" and kinds is None):
+    if kinds is None or word == "$ref":  # what it refers to has its own
         return schema[word]
-    if word == "$ref":
-        raise _refused(path, "has a type beside a reference")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     values = [schema[word]] if word == "const" else _list(schema[word], path)
     if wrong := [value for value in values if not any(_is(value, kind) for kind in kinds)]:
@@ -225,7 +223,7 @@ def _is(value: object, kind: object) -> bool:
     if isinstance(value, bool):
         return kind == "boolean"
     if isinstance(value, int | float) and kind in ("number", "integer"):
-        return kind == "number" or value == int(value)
+        return kind == "number" or float(value).is_integer()
     kinds = {"object": dict, "array": list, "string": str}
     return (kind == "null" and value is None) or isinstance(value, kinds.get(str(kind), ()))
 

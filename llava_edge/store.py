@@ -66,7 +66,7 @@ def resolve(model: str | Path) -> Path:
     name = str(model)
     if not isinstance(model, Path) and _is_name(name) and _is_installed(name):
         return models_folder() / name
-    if name.strip() and os.access(name, os.F_OK):  # unlike Path.exists, it takes names that are too long for any file
+    if name.strip() and _is_there(Path(name)):
         return Path(name)
     if name in KNOWN_MODELS:
         looked = f" in {models_folder()}, where LLAVA_EDGE_HOME says" if os.environ.get("LLAVA_EDGE_HOME") else ""
@@ -97,4 +97,12 @@ def _is_name(text: str) -> bool:
 
 
 def _is_installed(name: str) -> bool:
-    return (models_folder() / name / MANIFEST).is_file()
+    return _is_there(models_folder() / name / MANIFEST)
+
+
+def _is_there(path: Path) -> bool:
+    """Unlike Path.exists, for names that are too long for any file, too."""
+    try:
+        return os.access(path, os.F_OK)
+    except ValueError:  # a NUL in it
+        return False

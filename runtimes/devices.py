@@ -136,6 +136,9 @@ def int8_saturates() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
+_FILES = ("active_file", "inactive_file")  # of memory.stat
+
+
 def available_memory() -> int | None:
     """Bytes this process may still take without swapping, or None if unknown."""
     limits = []
@@ -147,7 +150,9 @@ def available_memory() -> int | None:
         if limit.isdigit() and used.isdigit():
             # Files that were read or written count as used until something else needs the memory.
             fields = dict(line.split(maxsplit=1) for line in _read(f"{folder}/memory.stat").splitlines() if " " in line)
-            files = sum(int(fields.get(name, 0)) for name in ("active_file", "inactive_file"))
+            # In version 1 those of groups within count as used, too, but have numbers of their own.
+            kinds = [f"total_{name}" if f"total_{name}" in fields else name for name in _FILES]
+            files = sum(int(fields.get(kind, 0)) for kind in kinds)
             limits.append(max(0, int(limit) - int(used) + files))
     return min(limits, default=None)
 

@@ -294,6 +294,7 @@ class Engine:
         self._finish(answer, reason)
         if reason != "cancelled":
             self._prefill.keep()
+        answer.job.output.put(None)
 
     def _answer_all(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
         while ready:
@@ -326,10 +327,9 @@ class Engine:
         def done(answer: Answer, reason: FinishReason) -> None:
             waiting.remove(answer)
             self._finish(answer, reason)
-            if waiting:
-                answer.job.output.put(None)
-            elif reason != "cancelled":
+            if not waiting and reason != "cancelled":
                 self._prefill.keep()
+            answer.job.output.put(None)
 
         try:
             self._prefill.run(parts, first.run, first.job, count=len(parts) - 1)
@@ -341,7 +341,7 @@ class Engine:
                 done(answer, "cancelled")
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        """The last chunk. The stream ends when what is to be kept is kept."""
+        """The last chunk. The stream ends, with a None, when what is to be kept is kept."""
         stream, run = answer.stream, answer.run
         tail = stream.end(cut=reason != "stop")
         if stream.stopped and reason == "length":

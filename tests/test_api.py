@@ -22,6 +22,7 @@ from PIL import Image
 
 from llava_edge import Chunk, EngineOptions, Llava, Options
 from llava_edge.errors import ImageError, MissingError, UnavailableError, UsageError
+from llava_edge.options import DEFAULT_PROMPT
 from llava_edge.prompt import Message
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +123,12 @@ def test_the_answer_does_not_wait_for_what_is_kept(llava: Llava, monkeypatch: py
     assert kept == [True]
     llava.ask("hi", RED, Options(max_tokens=2))
     assert kept == [True, True]
+
+
+def test_a_picture_of_an_earlier_turn_can_be_described(llava: Llava) -> None:
+    chat = llava.chat(options=Options(max_tokens=2))
+    assert list(chat.say("What colour?", RED))
+    assert list(chat.say(DEFAULT_PROMPT))
 
 
 def test_embedding_refuses_what_asking_refuses(llava: Llava) -> None:

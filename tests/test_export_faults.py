@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -318,10 +319,12 @@ def killed_export(out: Path, *when: str) -> None:
 
 def test_left_folders_of_dead_exports_go_and_everything_else_stays(tmp_path: Path) -> None:
     """Names tell nothing: those here are like the ones of our folders, and dates are like numbers of processes."""
-    mine = [tmp_path / name for name in ("out.tmp-notes", "out.tmp-4194999", "out.old-20240101", "out.tmp-")]
+    mine = [tmp_path / name for name in ("out.tmp-notes", "out.tmp-41949995", "out.old-20240101", "out.tmp-")]
     for folder in mine:
         folder.mkdir()
         (folder / "thesis.txt").write_bytes(b"x")
+    mine.append(tmp_path / "out.tmp-empty")
+    mine[-1].mkdir()
     killed_export(tmp_path / "out")
     assert len(list(tmp_path.iterdir())) == len(mine) + 1
     with publish.staging(tmp_path / "out") as live:
@@ -331,7 +334,48 @@ def test_left_folders_of_dead_exports_go_and_everything_else_stays(tmp_path: Pat
             assert temp.is_dir()
         assert live.is_dir()
     assert sorted(tmp_path.iterdir()) == sorted(mine)
-    assert all((folder / "thesis.txt").is_file() for folder in mine)
+    assert all((folder / "thesis.txt").is_file() for folder in mine[:-1])
+
+
+def test_an_interruption_between_two_renames_is_undone_at_once(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Bundle.open(bundle_copy).manifest
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == bundle_copy and self.name == "bundle":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(publish, "_exchange_at_once", lambda temp, out: False)
+    monkeypatch.setattr(Path, "rename", interrupted)
+
+    def replaced() -> None:
+        with publish.staging(bundle_copy) as temp:
+            (temp / "file").write_text("new")
+            publish.publish(temp, bundle_copy)
+
+    with pytest.raises(KeyboardInterrupt):
+        replaced()
+    assert Bundle.open(bundle_copy).manifest == before
+    assert [path.name for path in bundle_copy.parent.iterdir()] == [bundle_copy.name]
+
+
+def test_a_file_system_without_locks_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nobody can tell dead exports' folders from those at work: they stay."""
+
+    def unknown(file: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    killed_export(tmp_path / "out")
+    monkeypatch.setattr("llava_edge.export.publish.fcntl.flock", unknown)
+    with publish.staging(tmp_path / "out") as temp:
+        assert len(list(tmp_path.iterdir())) == 2
+        (temp / "file").write_text("new")
+        publish.publish(temp, tmp_path / "out")
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_swap_that_was_cut_between_two_renames_is_undone(bundle_copy: Path) -> None:

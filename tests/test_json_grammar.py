@@ -243,6 +243,8 @@ def test_equal_choices_are_one() -> None:
         ({"type": "string", "const": None}, "not of its type"),
         ({"type": "integer", "enum": [1, 2.5]}, "not of its type"),
         ({"const": float("inf")}, "number that JSON does not have"),
+        ({"type": "integer", "const": float("inf")}, "not of its type"),
+        ({"type": "number", "const": float("inf")}, "number that JSON does not have"),
         ({"type": "object", "properties": {}, "required": [["a"]]}, "no name"),
     ],
     ids=str,
@@ -256,3 +258,4 @@ def test_a_schema_that_only_describes_allows_everything() -> None:
     """As pydantic writes `Any`."""
     assert from_schema({"title": "Extra", "default": None}) == from_schema({})
     assert from_schema({"type": ["integer", "null"], "enum": [1, None]})
+    assert from_schema({"$defs": {"x": {"type": "integer"}}, "$ref": "#/$defs/x", "type": "integer"})

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from llava_edge.bundle import ParityRow
 from llava_edge.cli.info import info
 from llava_edge.errors import CheckpointError, LlavaEdgeError, MissingError, UsageError
+from llava_edge.export import original
 from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.export.exporter import export
 from llava_edge.export.layouts import recognise
@@ -215,6 +216,15 @@ def test_parts_that_do_not_go_together(
     given = None if base is None else tmp_path / base if base == "nowhere" else parts(base)
     with pytest.raises(error, match=says):
         open_checkpoint(parts(layout), base=given)
+
+
+@pytest.mark.parametrize(
+    ("window", "name"),
+    [({"sliding_window": None}, "mistral_instruct"), ({"sliding_window": 4096}, "vicuna_v1"), ({}, "vicuna_v1")],
+)
+def test_the_first_mistral_has_another_prompt_than_the_second(window: dict[str, Any], name: str) -> None:
+    """BakLLaVA and LLaVA-1.6. Without a word, a window is Mistral's default."""
+    assert original.template({"architectures": ["LlavaMistralForCausalLM"], **window})[0] == name
 
 
 def test_a_base_of_another_size_is_refused(parts: Callable[[str], Path], tmp_path: Path) -> None:

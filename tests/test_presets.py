@@ -96,7 +96,8 @@ def test_the_tightest_of_all_groups_counts(monkeypatch: pytest.MonkeyPatch) -> N
         "/proc/self/cgroup": "3:cpu,cpuacct:/\n7:memory:/docker/abc\n0::/",
         "/sys/fs/cgroup/memory/memory.limit_in_bytes": "700000000",  # a container's own, whose path is the one outside
         "/sys/fs/cgroup/memory/memory.usage_in_bytes": "300000000",
-        "/sys/fs/cgroup/memory/memory.stat": "cache 90000000\nactive_file 50000000\ninactive_file 20000000\n",
+        "/sys/fs/cgroup/memory/memory.stat": "active_file 5\ninactive_file 7\ntotal_active_file 50000000\n"
+        "total_inactive_file 20000000\n",  # the first two without the groups within
     }
     assert devices.available_memory() == 470_000_000
 

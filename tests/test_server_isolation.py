@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import platform
 import random
 import re
 import shutil
@@ -348,7 +349,7 @@ def test_the_child_can_do_little(micro_bundle: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("x")
     code = f"""
-import ctypes, os, socket, subprocess, sys
+import ctypes, os, resource, signal, socket, subprocess, sys, threading
 from pathlib import Path
 from llava_edge.server import sandbox
 libc = ctypes.CDLL(None, use_errno=True)
@@ -362,11 +363,17 @@ def tries():
     yield "program", lambda: subprocess.run(["/bin/true"])
     yield "pair", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     yield "signal", lambda: os.kill({os.getpid()}, 0)
+    yield "limits", lambda: resource.prlimit({os.getpid()}, resource.RLIMIT_CORE)
+    yield "priority", lambda: os.setpriority(os.PRIO_PROCESS, {os.getpid()}, os.nice(0))
+    yield "thread", lambda: called({200 if platform.machine() == "x86_64" else 130}, {os.getpid()}, 0)  # tkill
+    yield "own limits", lambda: resource.prlimit(0, resource.RLIMIT_CORE)
+    yield "own thread", lambda: signal.pthread_kill(threading.get_ident(), 0)
     yield "io_uring", lambda: ring()
     yield "own", lambda: open({str(micro_bundle / "manifest.json")!r}).read()
+def called(*arguments):
+    if libc.syscall(*arguments) < 0: raise OSError(ctypes.get_errno(), "")
 def ring():
-    got = libc.syscall(425, 4, ctypes.create_string_buffer(120))  # io_uring_setup
-    if got < 0: raise OSError(ctypes.get_errno(), "")
+    called(425, 4, ctypes.create_string_buffer(120))  # io_uring_setup
 def outcome(do):
     try:
         do()
@@ -384,7 +391,7 @@ print(before, {{name: outcome(do) for name, do in tries()}}, sep="\\n")
     assert before == dict.fromkeys(before, "works") | {"socket": "ConnectionRefusedError"} | rings
     if after["read"] != "denied":
         pytest.skip("this kernel has no Landlock")
-    assert after == dict.fromkeys(after, "denied") | {"own": "works"}
+    assert after == dict.fromkeys(after, "denied") | dict.fromkeys(("own", "own limits", "own thread"), "works")
 
 
 @linux

@@ -16,6 +16,7 @@ from llava_edge import Llava
 from llava_edge.bundle import LANGUAGE
 from llava_edge.errors import BundleError, ContextOverflowError, UsageError
 from llava_edge.options import EngineOptions, Options, Result, TokenChance
+from llava_edge.runtimes import decoding
 from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.language import MAX_BRANCHES, LanguageModel
 
@@ -137,6 +138,26 @@ def test_without_a_picture_there_is_nothing_in_common(llava: Llava) -> None:
     results = together(llava, ["a list:", "the red"], SHORT, ())
     assert [r.text for r in results] == [llava.ask(q, (), SHORT).text for q in ("a list:", "the red")]
     assert together(llava, [], SHORT) == []
+
+
+def test_questions_with_nothing_in_common_end_one_by_one(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stream is at its end before the second begins, and no later error is its own."""
+    read, calls, real = threading.Event(), list[bool](), decoding.decode
+
+    def late(*arguments: Any) -> Any:
+        calls.append(not calls or read.wait(10))
+        if len(calls) == 3:
+            raise BundleError("damaged")
+        return real(*arguments)
+
+    monkeypatch.setattr("llava_edge.runtimes.pipeline.decode", late)
+    streams = llava.ask_many(["one", "two", "three"], (), SHORT)
+    assert list(next(streams))[-1].final
+    read.set()
+    assert list(next(streams))[-1].final
+    with pytest.raises(BundleError, match="damaged"):
+        list(next(streams))
+    assert calls == [True, True, True]
 
 
 def test_other_work_between_two_questions_changes_nothing(llava: Llava) -> None:

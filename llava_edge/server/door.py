@@ -60,8 +60,9 @@ class Door:
         try:
             self._let_in(scope)
             await self._work(scope, visit)
-        except Problem as problem:  # nobody's who may be here: it is not waited for, and counts for none
-            visit.patience = self._limits.refused_seconds
+        except Problem as problem:  # it counts for none, and who may not be here is hardly waited for
+            if problem.status in (401, 403):
+                visit.patience = self._limits.refused_seconds
             await problem_response(problem)(scope, visit.receive, visit.send)
         finally:
             route = scope["path"] if scope["path"] in self._paths else "(other)"

@@ -29,24 +29,24 @@ _READ = _READ_FILE | _READ_DIR
 _ALL_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # rights a kernel knows; more since
 _TCP = 0b11
 _SCOPED = 0b11  # of Landlock: abstract sockets of others, and signals to them
+# Refused calls, and AUDIT_ARCH and the calls' numbers.
 _REFUSED = (
-    "socket",
-    "socketpair",
-    "connect",
-    "execve",
-    "execveat",
-    "ptrace",
-    "kill",
-    "process_vm_readv",
-    "process_vm_writev",
-    "pidfd_send_signal",
-    "io_uring_setup",
-    "pidfd_getfd",
+    *("socket", "socketpair", "connect", "execve", "execveat", "ptrace", "io_uring_setup"),
+    *("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "setpriority"),
+    *("process_vm_readv", "process_vm_writev", "pidfd_getfd"),
 )
-# AUDIT_ARCH, and the numbers of these.
+_OWN_ONLY = ("tgkill", "prlimit64")  # allowed for this process: to abort, and to limit itself
 _ARCHITECTURES = {
-    "x86_64": (0xC000003E, (41, 53, 42, 59, 322, 101, 62, 310, 311, 424, 425, 438)),
-    "aarch64": (0xC00000B7, (198, 199, 203, 221, 281, 117, 129, 270, 271, 424, 425, 438)),
+    "x86_64": (
+        0xC000003E,
+        (41, 53, 42, 59, 322, 101, 425, 62, 200, 129, 297, 424, 141, 310, 311, 438),
+        (234, 302),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        (198, 199, 203, 221, 281, 117, 425, 129, 130, 138, 240, 424, 140, 270, 271, 438),
+        (131, 261),
+    ),
 }
 _READABLE = [
     *("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom"),
@@ -123,20 +123,25 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: Path, rights: int) -> None:
 
 
 def _refuse_calls(libc: ctypes.CDLL) -> None:
-    """Those of `_REFUSED` fail with EPERM: a classic BPF program over the call's number.
+    """Those of `_REFUSED`, and of `_OWN_ONLY` for other processes, fail with EPERM: a classic BPF program.
 
     io_uring among them, because it makes sockets without the others; signals and memory of other processes; socket
     pairs, from which datagrams can be sent to any socket with a name.
     """
     if platform.machine() not in _ARCHITECTURES:
         return
-    architecture, numbers = _ARCHITECTURES[platform.machine()]
+    architecture, refused, own_only = _ARCHITECTURES[platform.machine()]
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     allow, refuse = 0x7FFF0000, 0x00050000 | 1  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO with EPERM
+    tail: list[tuple[int, int, int, int]] = []
+    for number in own_only:  # 16: the low half of the first argument, a process; 0 is oneself
+        tail += [(equal, 0, 5, number), (load, 0, 0, 16), (equal, 2, 0, os.getpid()), (equal, 1, 0, 0)]
+        tail += [(give, 0, 0, refuse), (give, 0, 0, allow)]
+    tail.append((give, 0, 0, allow))
+    checks = [(at_least, 0x40000000), *((equal, number) for number in refused)]  # the first: x86's second numbering
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, refuse), (load, 0, 0, 0)]
-    checks = [(at_least, 0x40000000), *((equal, number) for number in numbers)]  # the first: x86's second numbering
-    program += [(kind, len(checks) - i, 0, value) for i, (kind, value) in enumerate(checks)]
-    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    program += [(kind, len(checks) - i - 1 + len(tail), 0, value) for i, (kind, value) in enumerate(checks)]
+    program += [*tail, (give, 0, 0, refuse)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
     handle = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
     libc.prctl(_SECCOMP, 2, ctypes.c_char_p(handle), 0, 0)

@@ -29,6 +29,7 @@ from typing import Any
 
 from llava_edge import store
 from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
+from llava_edge.gguf import Gguf
 from llava_edge.runtimes import bindings, devices
 from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.ggml import TYPES, Ggml, loaded
@@ -131,6 +132,13 @@ def activate() -> Status:
             found = Status(f"Not used: {error}", COMMAND)
         _process.decided = found
         return found
+
+
+def attends(language: Gguf) -> bool:
+    """Whether our attention takes heads as wide as a model's (src/attention.cpp)."""
+    heads = language.number("llama.attention.head_count", 1, 1024)
+    width = language.metadata.get("llama.attention.key_length", language.metadata["llama.embedding_length"] // heads)
+    return bool(width % 16 == 0 and width <= 256)
 
 
 def operator_library() -> Path | None:
