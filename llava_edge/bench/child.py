@@ -61,10 +61,11 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask(engine: Engine, picture: Path | Picture, prompt: str, options: Options) -> Result:
-    for chunk in engine.generate([Message("user", prompt, 1)], [picture], options):
-        if chunk.final is not None:
-            return chunk.final
-    raise RuntimeError("the stream ended without a result")
+    """The result when the stream has ended, and what is kept is kept, as `Llava.ask` returns it."""
+    *_, last = engine.generate([Message("user", prompt, 1)], [picture], options)
+    if last.final is None:
+        raise RuntimeError("the stream ended without a result")
+    return last.final
 
 
 def main() -> None:
