@@ -6,9 +6,10 @@ test's own.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,14 +70,45 @@ def micro_bundle(micro_checkpoint: Path) -> Path:
     return out
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, in the first of pytest's processes that wants it; the others wait for it."""
+    top = factory.getbasetemp()
+    folder = (top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.with_suffix(".made").exists():
+            make(folder)
+            folder.with_suffix(".made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained_micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model folder of the micro recipe, really trained: it names the colour of a picture."""
     from llava_edge.models.recipe import load_recipe
     from llava_edge.models.run import Folders, train_recipe
 
-    work = tmp_path_factory.mktemp("trained")
-    return train_recipe(load_recipe("micro"), Folders(work / "run", work / "data", work / "features"))
+    def train(work: Path) -> None:
+        train_recipe(load_recipe("micro"), Folders(work / "run", work / "data", work / "features"))
+
+    return made_once(tmp_path_factory, "trained", train) / "run" / "model"
+
+
+@pytest.fixture(scope="session")
+def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the native libraries as tests build them; $LLAVA_EDGE_TEST_NATIVE names another one's kernels."""
+    from native_kernels import UNITS
+
+    from llava_edge.runtimes import native
+    from llava_edge.runtimes.native import build
+
+    def compile_all(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=UNITS, flags=("-O1", "-Werror"))
+
+    if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
+        return Path(ready).parent
+    return made_once(tmp_path_factory, "native", compile_all)
 
 
 @pytest.fixture

@@ -66,12 +66,8 @@ EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float1
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
-        return Path(ready)
-    path = tmp_path_factory.mktemp("native") / "kernels.so"
-    build.build(path, units=UNITS, flags=("-O1", "-Werror"))
-    return path
+def built(native_build: Path) -> Path:
+    return Path(os.environ.get("LLAVA_EDGE_TEST_NATIVE", native_build / native.LIBRARY))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -15,7 +14,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from native_kernels import UNITS
 
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError
@@ -31,13 +29,9 @@ if build.compiler() is None:
 CPU = "CPUExecutionProvider"
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
-        return Path(ready).parent
-    folder = tmp_path_factory.mktemp("operator")
-    build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=UNITS, flags=("-O1", "-Werror"))
-    return folder
+@pytest.fixture
+def built(native_build: Path) -> Path:
+    return native_build
 
 
 @pytest.fixture(scope="module")
