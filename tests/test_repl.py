@@ -232,6 +232,15 @@ def test_ctrl_c_at_the_prompt_keeps_the_conversation(
     assert capsys.readouterr().err.count("/quit or Ctrl-D leaves") == 2
 
 
+def test_a_full_context_names_the_way_out(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(llava, ["word " * 2000], monkeypatch)
+    assert "/reset" not in capsys.readouterr().err  # a new conversation is no shorter
+    talk(llava, ["hello", "word " * 2000], monkeypatch)
+    assert "(/reset forgets the conversation so far)" in capsys.readouterr().err
+
+
 def test_a_path_as_a_question_is_a_question(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     chat, _ = talk(llava, ["/etc/passwd is what?"], monkeypatch)
     assert chat.messages[0].text == "/etc/passwd is what?"
