@@ -21,7 +21,7 @@ from llava_edge.export import chat_template, layouts, normalisation
 from llava_edge.export.layouts import Layout, Source
 from llava_edge.export.names import EMBEDDINGS, HEAD, VISION_PREFIX
 from llava_edge.export.normalisation import Normalisation
-from llava_edge.export.tensors import StoredTensor, read_json
+from llava_edge.export.tensors import StoredTensor
 from llava_edge.models.config import LlavaConfig, from_hf
 from llava_edge.models.shapes import tensor_shapes
 from llava_edge.prompt import AfterControl
@@ -100,8 +100,7 @@ def open_checkpoint(
         raise CheckpointError(wrong) from error
     tensors = _fitting(folder, config, dict(source.stored))
     notes = () if template else source.notes
-    if source.guessed and not template and "text_config" in read_json(source.config_path):
-        # Of Hugging Face's LLaVAs. The original never reads one; beside it, it may be the language model's own.
+    if source.guessed and not template:
         named = chat_template.checked(chat_template.of_folder(source.tokenizer), config.template, source.tokenizer)
         if named != config.template:
             config = replace(config, template=named)

@@ -41,8 +41,9 @@ _IGNORED = re.compile(r"v\.post_ln\.(weight|bias)|v\.blk\.\d+\..*")  # behind th
 
 
 def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
-    """Read and check both headers; no weights yet. `template` names the prompt layout, which neither file does.
+    """Read and check both headers; no weights yet.
 
+    template: name of the prompt layout; by itself the one that sizes and chat template suggest.
     Raises `MissingError`, `BundleError` for a damaged GGUF, or `CheckpointError` for one that is no LLaVA.
     """
     text_file, vision_file = _open(language, mmproj)

@@ -44,7 +44,7 @@ class Source:
     tokenizer: Path  # the folder that has it
     processors: tuple[Path, ...]  # folders that may say how pixels are normalised, the first one first
     notes: tuple[str, ...] = ()  # what was decided without being asked, one sentence each
-    guessed: bool = False  # whether the prompt layout is
+    guessed: bool = False  # whether the prompt layout is, and a chat template beside it is the LLaVA's own
 
 
 def recognise(folder: Path) -> Layout:
@@ -174,7 +174,7 @@ def _original(
     raw = original.to_huggingface(path, raw, vision)
     if raw["llava_edge"]["square"] != "anyres":  # of the base of a fine-tune without tiles; LLaVA does not read it
         stored = {key: value for key, value in stored.items() if key != NEWLINE}
-    return Source(layout, path, raw, stored, tokenizer, processors, tuple(notes), guessed=True)
+    return Source(layout, path, raw, stored, tokenizer, processors, tuple(notes))
 
 
 def _named_tower(path: Path, raw: Mapping[str, Any]) -> Path:
@@ -187,6 +187,10 @@ def _named_tower(path: Path, raw: Mapping[str, Any]) -> Path:
     )
 
 
+# Pixels along a side, of the pictures that OpenAI's towers see.
+_SIZES = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224, "clip-vit-base-patch16": 224}
+
+
 def _check_tower(path: Path, raw: Mapping[str, Any], tower: Path, vision: Mapping[str, Any]) -> None:
     """Raises `UsageError` for OpenAI's CLIP of another size than the one named: their tensors may fit each other."""
     named = str(raw.get("mm_vision_tower", "")).rstrip("/")
@@ -196,9 +200,6 @@ def _check_tower(path: Path, raw: Mapping[str, Any], tower: Path, vision: Mappin
             f"{path} was trained with {named}, for pictures of {size} pixels; "
             f"{tower} is a CLIP for {vision['image_size']}. Pass the one it was trained with as --vision-tower."
         )
-
-
-_SIZES = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224, "clip-vit-base-patch16": 224}
 
 
 def _has_tokenizer(folder: Path) -> bool:

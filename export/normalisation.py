@@ -44,12 +44,11 @@ def _of(path: Path, raw: dict[str, Any]) -> Normalisation:
     factor = raw.get("rescale_factor", 1 / 255)
     if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-6:
         raise CheckpointError(f"{path} sets rescale_factor to {factor!r}; only 1/255 is supported.")
-    return _three(path, "image_mean", raw.get("image_mean", CLIP_MEAN), least=0, most=1), _three(
-        path, "image_std", raw.get("image_std", CLIP_STD), least=1e-6, most=math.inf
-    )
+    mean = _three(path, "image_mean", raw.get("image_mean", CLIP_MEAN), least=0, most=1)
+    return mean, _three(path, "image_std", raw.get("image_std", CLIP_STD), least=1e-6, most=math.inf)
 
 
-def _three(path: Path, name: str, values: Any, least: float, most: float) -> tuple[float, float, float]:
+def _three(path: Path, name: str, values: Any, *, least: float, most: float) -> tuple[float, float, float]:
     try:
         first, second, third = (float(value) for value in values)
     except (TypeError, ValueError) as error:

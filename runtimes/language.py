@@ -74,8 +74,8 @@ class LanguageModel:
         self.max_branches = max(0, min(MAX_BRANCHES, context - 2, batch - 2))
         self._threads = threads
         self._for_tokens = Threads(threads)
-        # Of threads, with the same bits: llama.cpp's own attention divides float16 keys among them.
-        self._any_number = not gpu_layers and self.native.few_attention and (kv == "q8_0" or native.attends(header))
+        # With the same bits: llama.cpp's own attention divides float16 keys among its threads.
+        self._threads_vary = not gpu_layers and self.native.few_attention and (kv == "q8_0" or native.attends(header))
         self._kv = kv
         self._gpu_layers = gpu_layers
         self._settings = [gpu_layers, repack, kv, *self.native.identity]
@@ -355,7 +355,7 @@ class LanguageModel:
         self._cancel = cancel
         # The callback is asked between graph nodes and is Python, so a few tokens, which are quick, go without.
         self.library.llama_set_abort_callback(self._context, self._never if quick else self._abort, None)
-        if self._any_number:
+        if self._threads_vary:
             if not quick:
                 self._for_tokens.pause()
             threads = self._for_tokens.next() if quick else self._threads

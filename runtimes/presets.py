@@ -18,7 +18,7 @@ from llava_edge.runtimes import devices, native
 
 CONTEXT = 4096  # LLaVA-1.5's; a longer one is opt-in because its memory grows with it
 SMALL_CONTEXT = 2048  # a picture of LLaVA-1.5 and two pages of text; tiles of LLaVA-1.6 need more
-_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # of a key or value
+KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # of a key or value
 _REORDERED = ("Q4", "IQ4")  # beginnings of the types that llama.cpp re-orders for some processor
 
 
@@ -89,7 +89,7 @@ def memory_bytes(header: Gguf, context: int, kv: Literal["f16", "q8_0"]) -> int:
     heads = header.number("llama.attention.head_count", 1, 1024)
     kv_heads = header.metadata.get("llama.attention.head_count_kv", heads)
     width = header.metadata["llama.embedding_length"] // heads * kv_heads
-    return int(2 * header.metadata["llama.block_count"] * context * width * _BYTES[kv])
+    return int(2 * header.metadata["llama.block_count"] * context * width * KV_BYTES[kv])
 
 
 def _copied_bytes(header: Gguf) -> int:

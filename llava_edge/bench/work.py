@@ -25,8 +25,8 @@ from pathlib import Path
 from llava_edge import gguf
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, Bundle
 from llava_edge.errors import BundleError
+from llava_edge.runtimes.presets import KV_BYTES
 
-_KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # of a key or value
 _BLOCK_MATRIX = re.compile(r"encoder\.layers\.(\d+)\..*\.weight")
 
 
@@ -50,7 +50,7 @@ class Work:
 
     def token_bytes(self, positions: float, kv: str = "f16") -> float:
         """Read for one token after `positions` others, whose keys and values are kept as `kv`."""
-        return self._token_bytes + 2 * _KV_BYTES[kv] * self._cache_width * self._blocks * positions
+        return self._token_bytes + 2 * KV_BYTES[kv] * self._cache_width * self._blocks * positions
 
 
 def work(bundle: Bundle) -> Work:
