@@ -232,7 +232,8 @@ def _write(
     write_tower(Bundle(temp, manifest), checkpoint, options.fine_blocks, pictures, scratch, progress)
     mapping.trim()
     progress("projector", None)
-    write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
+    precision = write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
+    manifest = replace(manifest, projector=replace(manifest.projector, precision=precision))
     matrix: importance.Importance | None = None
     float16: Path | None = None
     finished = options.low_rank.base if options.low_rank else language

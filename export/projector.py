@@ -27,8 +27,11 @@ def tensor_names(config: LlavaConfig) -> dict[str, str]:
     return names | ({"image_newline": "image_newline"} if config.merge == "spatial_unpad" else {})
 
 
-def write_projector(config: LlavaConfig, tensors: Mapping[str, np.ndarray], path: Path, name: str) -> None:
-    """Write the file; everything is float32: the projector is small and its error would come on top of all others."""
+def write_projector(config: LlavaConfig, tensors: Mapping[str, np.ndarray], path: Path, name: str) -> str:
+    """Write the file; returns the precision of its weights, "f16" where that changes none of them, or "f32".
+
+    The projector is small, and its error would come on top of all others.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
@@ -36,11 +39,21 @@ def write_projector(config: LlavaConfig, tensors: Mapping[str, np.ndarray], path
     writer.add_string(f"{ARCHITECTURE}.type", config.projector_type)
     writer.add_uint32(f"{ARCHITECTURE}.input_length", config.vision.hidden_size)
     writer.add_uint32(f"{ARCHITECTURE}.output_length", config.text.hidden_size)
-    for target, source in tensor_names(config).items():
-        writer.add_tensor(target, tensors[source])
+    sources = tensor_names(config)
+    halved = all(_halves_exactly(tensors[source]) for name, source in sources.items() if name.endswith(".weight"))
+    for target, source in sources.items():
+        tensor = tensors[source]
+        writer.add_tensor(target, tensor.astype(np.float16) if halved and target.endswith(".weight") else tensor)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
+    return "f16" if halved else "f32"
+
+
+def _halves_exactly(tensor: np.ndarray) -> bool:
+    """Whether float16 holds all values, as it does if the checkpoint was in float16."""
+    with np.errstate(over="ignore"):
+        return bool((tensor.astype(np.float16) == tensor).all())

@@ -48,7 +48,8 @@ class Embedder:
         self._setting = setting
         self._provider = provider
         self._cache = cache
-        self._identity = _identity(bundle, setting, provider)
+        self._library = native.projector_library()
+        self._identity = _identity(bundle, setting, provider, self._library)
         self._parts: tuple[VisionEncoder, Projector] | None = None
         self._early: dict[str, Embedding] = {}
         self._thread = ThreadPoolExecutor(1, "llava-edge vision")
@@ -103,7 +104,7 @@ class Embedder:
 
     def _opened(self) -> tuple[VisionEncoder, Projector]:
         if self._parts is None:
-            projector = Projector(self._bundle)
+            projector = Projector(self._bundle, self._library, self._setting.threads)
             self._parts = self._encoder(), projector
         return self._parts
 
@@ -142,7 +143,7 @@ def _crops(picture: Picture, cancel: threading.Event) -> Iterator[Array]:
         yield crop
 
 
-def _identity(bundle: Bundle, setting: Setting, provider: str) -> list[object]:
+def _identity(bundle: Bundle, setting: Setting, provider: str, library: Path | None) -> list[object]:
     """What embeddings depend on besides the picture. ONNX Runtime is not loaded for it, which takes a while."""
     manifest = bundle.manifest
     files = [name for name in (VISION, VISION_DATA, PROJECTOR) if name in manifest.files]
@@ -151,5 +152,5 @@ def _identity(bundle: Bundle, setting: Setting, provider: str) -> list[object]:
     engine = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in libraries]
     parts = [asdict(manifest.preprocessing), asdict(manifest.vision), asdict(manifest.projector)]
     operator = str(native.operator_library()) if setting.native else ""  # its folder is named by all it depends on
-    settings = [setting.threads, setting.prepack, operator, provider]
+    settings = [setting.threads, setting.prepack, operator, str(library), provider]
     return [identity(bundle, *files), parts, engine, devices.processor(), *settings]

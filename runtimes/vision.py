@@ -60,7 +60,7 @@ class VisionEncoder:
         if library is None or self._part.precision != "int8":
             return None
         try:
-            graph = operator.with_linear(Path(self._path).read_bytes(), threads)
+            graph = operator.with_operators(Path(self._path).read_bytes(), threads)
             if graph is not None:
                 settings.register_custom_ops_library(str(library))
         except Exception:  # noqa: BLE001 - ONNX Runtime says what is wrong with a damaged file

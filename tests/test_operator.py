@@ -1,4 +1,4 @@
-"""Our operator for ONNX Runtime: the features that standard operators give, and nothing where it cannot be trusted."""
+"""Our operators for ONNX Runtime: what standard operators give, and nothing where they cannot be trusted."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError
 from llava_edge.runtimes import devices, embedder, native, tune
 from llava_edge.runtimes.native import build, check, operator
+from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
 
 if sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1]:
@@ -49,7 +50,8 @@ def installed(built: Path, isolated_home: Path) -> Iterator[Path]:
     """What `native.prepare` leaves behind, but for races; the folder."""
     folder = native.place()
     shutil.copytree(built, folder)
-    state = {"problems": {}, "operator": native._sha256(folder / native.OPERATOR)}
+    races = {"plain": 2.0, "ours": 1.0}
+    state = {"problems": {}, "operator": native._sha256(folder / native.OPERATOR), "projector": races}
     (folder / "state.json").write_text(json.dumps(state), "utf-8")
     yield folder
     shutil.rmtree(folder)
@@ -78,6 +80,64 @@ def test_products_of_every_shape(built: Path, rows: int, inner: int, columns: in
     assert np.isfinite(found[1:]).all()
 
 
+@pytest.mark.parametrize(
+    ("positions", "heads", "width"), [(1, 1, 16), (5, 2, 16), (16, 3, 32), (33, 1, 64), (70, 2, 128), (257, 1, 256)]
+)
+def test_attention_of_every_shape(built: Path, positions: int, heads: int, width: int) -> None:
+    """Beside float64; pictures of a batch are apart; what is not finite spoils what looks at it, and nothing else."""
+    qkv = np.random.default_rng(positions).standard_normal((2, positions, 3, heads, width), np.float32)
+    qkv[:, 0, 1] *= 10  # one key that most look at
+    given = qkv.reshape(2, positions, -1)
+    found = operator.attention(built / native.OPERATOR, given, heads, threads=2)
+    for one, result in zip(qkv.astype(np.float64), found, strict=True):
+        q, k, v = one.transpose(1, 2, 0, 3)
+        expected = check.exact_attention(q, k, v, np.zeros((positions, positions))).reshape(positions, -1)
+        assert relative(result, expected) < (1e-3 if width <= 64 else 2e-3)  # weights of fewer bits
+    alone = operator.attention(built / native.OPERATOR, given[1:], heads)
+    assert (alone[0] == found[1]).all()
+    qkv[0, 0, 2, 0, 3] = np.nan  # a number of a value
+    spoiled = operator.attention(built / native.OPERATOR, given, heads)
+    assert np.isnan(spoiled[0, :, 3]).all()
+    assert np.isfinite(spoiled[1]).all()
+    qkv[1, positions // 2, 0, 0, 0] = np.inf  # of a query
+    spoiled = operator.attention(built / native.OPERATOR, given, heads)[1]
+    assert not np.isfinite(spoiled[positions // 2, :width]).any()
+    assert np.isfinite(np.delete(spoiled, positions // 2, 0)).all()
+
+
+def test_attention_is_refused_where_heads_do_not_fit(built: Path) -> None:
+    for width in (8, 24, 272):
+        with pytest.raises(OSError, match="cannot attend"):
+            operator.attention(built / native.OPERATOR, np.zeros((1, 4, 3 * width), np.float32), 1)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 32, 1), (7, 96, 35), (50, 768, 64), (13, 288, 130)])
+def test_layers_of_the_projector(built: Path, kind: type, rows: int, inner: int, columns: int) -> None:
+    numbers = np.random.default_rng(0)
+    x, bias = numbers.standard_normal((rows, inner), np.float32), numbers.standard_normal(columns, np.float32)
+    weight: np.ndarray = numbers.standard_normal((columns, inner), np.float32).astype(kind)
+    found = operator.project(built / native.OPERATOR, x, weight, bias, threads=2)
+    assert relative(found, x.astype(np.float64) @ weight.T + bias) < 1e-3
+    assert operator.projects(weight)
+    assert not operator.projects(weight[:, 1:])
+    assert not operator.projects(weight.T)
+
+
+def test_the_projector_is_the_same_by_our_kernel(quantized: Bundle, installed: Path) -> None:
+    """Where the kernel takes a layer, rounded; and not at all where numpy was faster."""
+    features = np.random.default_rng(0).standard_normal((9, quantized.manifest.vision.width), np.float32)
+    library = native.projector_library()
+    assert library == installed / native.OPERATOR
+    found, expected = Projector(quantized, library, 2).project(features), Projector(quantized).project(features)
+    assert 0 < relative(found, expected) < 2e-3
+    state = json.loads((installed / "state.json").read_text("utf-8"))
+    for race in ({"plain": 1.0, "ours": 1.0}, {"plain": 1.0}, None):
+        (installed / "state.json").write_text(json.dumps(state | {"projector": race}), "utf-8")
+        assert native.projector_library() is None
+        assert native.operator_library() is not None
+
+
 def test_features_are_those_of_the_standard_operators(quantized: Bundle, installed: Path) -> None:
     for seed in range(3):
         image = pixels(quantized, seed)
@@ -87,16 +147,18 @@ def test_features_are_those_of_the_standard_operators(quantized: Bundle, install
             assert 0 < relative(one, other) < 2e-2  # they round differently
 
 
-def test_every_linear_layer_is_one_node(quantized: Bundle) -> None:
+def test_every_linear_layer_and_attention_is_one_node(quantized: Bundle) -> None:
     raw = Path(quantized.part(VISION)).read_bytes()
     before = onnx.load_from_string(raw).graph
-    changed = operator.with_linear(raw, 3)
+    changed = operator.with_operators(raw, 3)
     assert changed is not None
     after = onnx.load_from_string(changed).graph
     linear = [node for node in after.node if node.op_type == "Linear"]
     products = [node for node in before.node if node.op_type == "MatMulInteger"]
     assert 2 * len(linear) == len(products) > 0
-    assert all(node.domain == "llava_edge" and node.attribute[0].i == 3 for node in linear)
+    attention = [node for node in after.node if node.op_type == "Attention"]
+    assert len(attention) == len([node for node in before.node if node.name.startswith("Softmax")]) - 1 > 0
+    assert all(node.domain == "llava_edge" and node.attribute[0].i == 3 for node in linear + attention)
     assert not [node for node in after.node if "Integer" in node.op_type or "Quantize" in node.op_type]
     read = {name for node in after.node for name in node.input}
     assert {item.name for item in after.initializer} <= read
@@ -163,7 +225,7 @@ def test_what_is_no_such_layer_stays(quantized: Bundle, change: Callable[[Any], 
     model = onnx.load_from_string(Path(quantized.part(VISION)).read_bytes())
     layers = sum(node.op_type == "MatMulInteger" for node in model.graph.node) // 2
     change(model.graph)
-    changed = operator.with_linear(model.SerializeToString(), 1)
+    changed = operator.with_operators(model.SerializeToString(), 1)
     assert changed is not None
     kinds = [node.op_type for node in onnx.load_from_string(changed).graph.node]
     assert kinds.count("Linear") == layers - 1
@@ -172,10 +234,10 @@ def test_what_is_no_such_layer_stays(quantized: Bundle, change: Callable[[Any], 
 
 def test_what_is_no_such_model_stays(quantized: Bundle, micro_bundle: Path) -> None:
     """Another precision, and a graph within the graph, whose nodes may read what seems to be unused."""
-    assert operator.with_linear((micro_bundle / VISION).read_bytes(), 1) is None
+    assert operator.with_operators((micro_bundle / VISION).read_bytes(), 1) is None
     model = onnx.load_from_string(Path(quantized.part(VISION)).read_bytes())
     model.graph.node.append(onnx.helper.make_node("If", ["condition"], ["value"]))
-    assert operator.with_linear(model.SerializeToString(), 1) is None
+    assert operator.with_operators(model.SerializeToString(), 1) is None
 
 
 @pytest.mark.parametrize(
@@ -249,7 +311,7 @@ def test_the_self_test_finds_a_wrong_one(built: Path, monkeypatch: pytest.Monkey
     assert check.operator_problem(built / native.OPERATOR) == ""
     real = operator.linear
     monkeypatch.setattr(operator, "linear", lambda *inputs: real(*inputs) * 1.1)
-    assert check.operator_problem(built / native.OPERATOR).startswith("The operator for ONNX Runtime is off by 1.0e-01")
+    assert check.operator_problem(built / native.OPERATOR).startswith("An operator for ONNX Runtime is off by 1.0e-01")
 
 
 def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +343,6 @@ def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, installed: Path, monke
 
 def test_kept_pictures_are_not_those_of_the_other(quantized: Bundle, installed: Path) -> None:
     ours, usual = (
-        embedder._identity(quantized, tune.Setting(1, False, native=choice), CPU) for choice in (True, False)
+        embedder._identity(quantized, tune.Setting(1, False, native=choice), CPU, None) for choice in (True, False)
     )
     assert ours != usual

@@ -4,10 +4,10 @@
 out lies in the cache folder, below a key of everything it depends on: llama.cpp's library, our sources, the processor.
 Loading a model then asks `activate`. What is not as it was tried is not used: llama.cpp computes as it does without us.
 
-src/         the shared libraries: a backend for ggml and an operator for ONNX Runtime, one file for each kernel
+src/         the shared libraries: a backend for ggml and an operators for ONNX Runtime, one file for each kernel
 build.py     sources -> libraries             check.py     is it right, does it pay: in a process of its own
 ggml.py      one operation of ggml at a time  library.py   the library's own functions
-operator.py  vision.onnx with the operator
+operator.py  vision.onnx with our operators   onnx_bytes.py  its graph, read and written
 """
 
 from __future__ import annotations
@@ -143,10 +143,19 @@ def attends(language: Gguf) -> bool:
 
 def operator_library() -> Path | None:
     """The operator for ONNX Runtime, if it was tried here and was right. Opens nothing."""
+    return _tried_operator(lambda state: True)
+
+
+def projector_library() -> Path | None:
+    """The same file, if its kernel computes the projector faster than numpy does here."""
+    return _tried_operator(lambda state: _pays(state["projector"], "ours"))
+
+
+def _tried_operator(also: Callable[[dict[str, Any]], bool]) -> Path | None:
     try:
         folder = place()
         state = json.loads((folder / _STATE).read_text("utf-8"))
-        good = wanted() != "off" and "failed" not in state and OPERATOR not in state["problems"]
+        good = wanted() != "off" and "failed" not in state and OPERATOR not in state["problems"] and also(state)
         return folder / OPERATOR if good and _sha256(folder / OPERATOR) == state["operator"] else None
     except (LlavaEdgeError, OSError, AttributeError, ValueError, KeyError, TypeError):
         return None

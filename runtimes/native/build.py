@@ -31,6 +31,7 @@ class Unit:
     kernel: str = ""
 
 
+_OPERATORS = ("operators.cpp", "linear.cpp", "vision_attention.cpp")  # in ONNX Runtime's library alone
 _VECTORS = ("int8.cpp", "int16.cpp")  # each compiled for every set of instructions
 
 X86_64 = (
@@ -49,7 +50,7 @@ X86_64 = (
     Unit("few.cpp"),
     Unit("few_attention.cpp"),
     Unit("product.cpp"),
-    Unit("linear.cpp"),
+    *(Unit(source) for source in _OPERATORS),
     Unit("backend.cpp"),
     Unit("memory.cpp"),
     Unit("api.cpp"),
@@ -117,8 +118,8 @@ def build(
             raise UnavailableError(f"The native kernels cannot be linked: {problem}")
 
     # By its path: the loader then finds the copy that llama.cpp has loaded, by the name inside.
-    link(target, ["linear.cpp"], str(base))
-    if operator is not None and any(unit.source == "linear.cpp" for unit in units):
+    link(target, _OPERATORS, str(base))
+    if operator is not None and any(unit.source in _OPERATORS for unit in units):
         link(operator, ["backend.cpp", "memory.cpp", "api.cpp"])
 
 

@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava_edge.runtimes import devices, language
+from llava_edge.runtimes import devices, language, projector
 from llava_edge.runtimes.native import OPERATOR, operator
 from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
@@ -50,8 +51,10 @@ def main(path: str) -> None:
         if problem := attention_problem(ggml, library, queries):
             facts["problems"][name] = problem
     its_operator = Path(path).with_name(OPERATOR)
-    if its_operator.exists() and (problem := operator_problem(its_operator)):
-        facts["problems"][OPERATOR] = problem
+    if its_operator.exists():
+        if problem := operator_problem(its_operator):
+            facts["problems"][OPERATOR] = problem
+        facts["projector"] = _race_projector(its_operator, devices.thread_count()[0])
     right = [kernel for kernel in library.kernels() if kernel not in facts["problems"]]
     threads = devices.thread_count()[0]
     few = [] if FEW in facts["problems"] else [FEW]
@@ -112,16 +115,25 @@ def attention_problem(ggml: Ggml, library: Library, queries: int) -> str:
 
 
 def operator_problem(library: Path) -> str:
-    """What is wrong with ONNX Runtime's operator, as a sentence; empty if nothing is."""
+    """What is wrong with ONNX Runtime's operators or the projector's kernel, as a sentence; empty if nothing is."""
     numbers = np.random.default_rng(0)
     x, scale, bias = (numbers.standard_normal(shape, np.float32) for shape in ((45, 768), 70, 70))
     weight = numbers.integers(-127, 128, (768, 70), np.int8)
+    halves = numbers.standard_normal((70, 768), np.float32).astype(np.float16)
+    q, k, v = qkv = numbers.standard_normal((3, 2, 45, 64), np.float32)
     try:
         found = operator.linear(library, x, weight, scale, bias, 2)
+        projected = operator.project(library, x, halves, bias, 2)
+        attended = operator.attention(library, np.ascontiguousarray(qkv.transpose(2, 0, 1, 3)).reshape(1, 45, -1), 2, 2)
     except OSError as problem:
-        return f"The operator for ONNX Runtime does not work: {problem}."
-    error = _error(found, x.astype(np.float64) @ weight * scale + bias)
-    return "" if error < OTHERS_BOUND else f"The operator for ONNX Runtime is off by {error:.1e}."
+        return f"The operators for ONNX Runtime do not work: {problem}."
+    exact = x.astype(np.float64)
+    errors = (
+        _error(found, exact @ weight * scale + bias),
+        _error(projected, exact @ halves.T + bias),
+        _error(attended, exact_attention(q, k, v, np.zeros((45, 45)))),
+    )
+    return "" if max(errors) < OTHERS_BOUND else f"An operator for ONNX Runtime is off by {max(errors):.1e}."
 
 
 def attention_inputs(heads: int, shared: int, queries: int, keys: int, width: int) -> tuple[Array, Array, Array, Array]:
@@ -171,7 +183,25 @@ def _race_products(
             if name in kernels:
                 _use(library, name, kind)
 
-        return _race(there, before)
+        return _race({name: made.seconds for name, made in there.items()}, before)
+
+
+def _race_projector(library: Path, threads: int) -> dict[str, float]:
+    """A layer of LLaVA-1.5-7B's projector, in numpy and by our kernel."""
+    numbers = np.random.default_rng(0)
+    x, bias = numbers.standard_normal((576, 1024), np.float32), np.zeros(4096, np.float32)
+    weight = numbers.standard_normal((4096, 1024), np.float32).astype(np.float16)
+    ways: dict[str, Callable[[], object]] = {
+        "plain": lambda: projector.linear(x, weight, bias),
+        "ours": lambda: operator.project(library, x, weight, bias, threads),
+    }
+
+    def timed(way: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        way()
+        return time.perf_counter() - start
+
+    return _race({name: partial(timed, way) for name, way in ways.items()})
 
 
 def _race_attention(
@@ -184,15 +214,18 @@ def _race_attention(
             "plain": ggml.attend(*inputs, device=ggml.device(), threads=threads),
             "ours": ggml.attend(*inputs, device=ggml.device(DEVICE), threads=threads),
         }
-        return _race({name: stack.enter_context(one) for name, one in made.items() if one}, lambda name: None)
+        return _race({name: stack.enter_context(one).seconds for name, one in made.items() if one})
 
 
-def _race(runners: dict[str, Operation], before: Callable[[str], None]) -> dict[str, float]:
+def _race(
+    runners: dict[str, Callable[[], float]], before: Callable[[str], None] = lambda name: None
+) -> dict[str, float]:
+    """Of those that say how many seconds they took."""
     best = dict.fromkeys(runners, float("inf"))
     turns, end = 0, time.monotonic() + SECONDS
     while turns <= REPEATS or time.monotonic() < end:
         turns += 1
         for name, runner in runners.items():
             before(name)
-            best[name] = min(best[name], 1000 * runner.seconds())
+            best[name] = min(best[name], 1000 * runner())
     return {name: round(value, 3) for name, value in best.items()}

@@ -1,229 +1,194 @@
-"""vision.onnx with our operator for its linear layers; the shared library beside the kernels has it (src/linear.cpp).
+"""vision.onnx with our operators; the shared library beside the kernels has them (src/operators.cpp).
 
-The exporter writes a linear layer in int8 as two integer products and a dozen of steps around them
-(export/clip_onnx.py). Here they become one node, `llava_edge.Linear`: x, weight, scale, bias. The file stays as it is;
-what is loaded is a copy of the graph in memory, and weights are mapped from vision.onnx.data as before.
-
-Reads and writes ONNX's protocol buffers without the package onnx, which the runtime does not need otherwise: of each
-node inputs, outputs and operator, and the sizes of weights. Numbers of fields are those of onnx.proto.
+The exporter writes a linear layer in int8 as two integer products and a dozen of steps around them, and attention as a
+dozen more (export/clip_onnx.py). Here each becomes one node: `llava_edge.Linear` with x, weight, scale and bias, and
+`llava_edge.Attention` with queries, keys and values side by side. The file stays as it is; what is loaded is a copy of
+the graph in memory, and weights are mapped from vision.onnx.data as before.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-DOMAIN, NAME = "llava_edge", "Linear"
-MULTIPLE = 16  # of the inner dimension, for src/int16.cpp
+from llava_edge.runtimes.native.onnx_bytes import FLOAT, INT8, Constant, Graph, Node
 
-_GRAPH, _OPSETS = 7, 8  # of ModelProto
-_NODE, _INITIALIZER, _OUTPUT = 1, 5, 12  # of GraphProto
-_FLOAT, _INT8 = 1, 3  # of TensorProto
-_BYTES = 2  # wire type
+DOMAIN = "llava_edge"
+MULTIPLE, FLOATS = 16, 32  # of the inner dimension, for src/int16.cpp: with weights of 8 bits, and with floats
+MAX_WIDTH = 256  # of a head (src/vision_attention.cpp)
 _WITH_GRAPHS = {"If", "Loop", "Scan", "SequenceMap"}  # of their own, which may use values of the whole one
+_NOTHING = Constant((), 0, ())
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
-@dataclass(frozen=True)
-class _Node:
-    raw: bytes
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    kind: str
-
-
-def with_linear(model: bytes, threads: int) -> bytes | None:
-    """The model with one node for each int8 linear layer; None if it has none that we know.
+def with_operators(model: bytes, threads: int) -> bytes | None:
+    """The model with one node for each int8 linear layer and each attention; None if it has no such layer.
 
     Raises `ValueError` or `IndexError` if it is not an ONNX model.
     """
-    fields = list(_fields(model))
-    graph = next(value for number, value in fields if number == _GRAPH and isinstance(value, bytes))
-    parts = list(_fields(graph))
-    nodes = [_node(value) for number, value in parts if number == _NODE and isinstance(value, bytes)]
-    layers = _layers(nodes, _shapes(parts))
-    if not layers or any(node.kind in _WITH_GRAPHS for node in nodes):
+    graph = Graph(model)
+    steps = _Steps(graph)
+    layers = steps.layers(threads)
+    if not layers or any(node.kind in _WITH_GRAPHS for node in graph.nodes):
         return None
-    changed = [
-        _linear(layers[node.outputs[0]], node.outputs[0], threads) if node.outputs[0] in layers else node
-        for node in nodes
-    ]
-    wanted = {_text(value, 1) for number, value in parts if number == _OUTPUT and isinstance(value, bytes)}
-    kept: list[_Node] = []
-    for node in reversed(changed):
-        if wanted & set(node.outputs):
-            kept.append(node)
-            wanted |= set(node.inputs)
-    others = b"".join(
-        _field(number, value)
-        for number, value in parts
-        if number != _NODE
-        and not (number == _INITIALIZER and isinstance(value, bytes) and _text(value, 8) not in wanted)
-    )
-    body = b"".join(_field(_NODE, node.raw) for node in reversed(kept)) + others
-    head = b"".join(_field(number, value) for number, value in fields if number != _GRAPH)
-    return head + _field(_OPSETS, _field(1, DOMAIN.encode()) + _field(2, 1)) + _field(_GRAPH, body)
+    ours = layers | steps.attentions(threads)
+    return graph.with_nodes([ours.get(node.outputs[0], node) for node in graph.nodes], DOMAIN)
 
 
 def linear(
     library: Path,
-    x: np.ndarray[tuple[int, int], np.dtype[np.float32]],
-    weight: np.ndarray[tuple[int, int], np.dtype[np.int8]],
-    scale: np.ndarray[tuple[int], np.dtype[np.float32]],
-    bias: np.ndarray[tuple[int], np.dtype[np.float32]],
+    x: Array,
+    weight: np.ndarray[Any, np.dtype[np.int8]],
+    scale: Array,
+    bias: Array,
     threads: int = 1,
-) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """(x @ weight) * scale + bias, as the operator computes it. Raises `OSError` if it cannot."""
+) -> Array:
+    """(rows, inner) -> (rows, columns): (x @ weight) * scale + bias, as the operator computes it.
+
+    Raises `OSError` if it cannot.
+    """
     out = np.empty((len(x), weight.shape[1]), np.float32)
-    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (x, weight, scale, bias, out)]
-    if not ctypes.CDLL(str(library)).llava_edge_native_linear(*pointers, len(x), *weight.shape[::-1], threads):
-        raise OSError("the operator cannot compute")
+    _call(library, "linear", x, weight, scale, bias, out, len(x), *weight.shape[::-1], threads)
     return out
 
 
-def _layers(nodes: list[_Node], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
-    """Output of each linear layer -> x, weight, scale, bias."""
-    made_by = {output: node for node in nodes for output in node.outputs}
+def attention(library: Path, qkv: Array, heads: int, threads: int = 1) -> Array:
+    """(batch, positions, 3 * heads * width) -> (batch, positions, heads * width), as the operator computes it.
 
-    def trace(name: str, *kinds: str) -> list[_Node]:
-        """The nodes that make a value, following first inputs; as many as there are of these kinds."""
-        found: list[_Node] = []
+    Raises `OSError` if it cannot.
+    """
+    batch, positions, all_three = qkv.shape
+    out = np.empty((batch, positions, all_three // 3), np.float32)
+    _call(library, "attend", qkv, out, batch, positions, heads, all_three // 3 // heads, threads)
+    return out
+
+
+def projects(weight: np.ndarray[Any, Any]) -> bool:
+    """Whether `project` takes a layer's weights, (out, in), as they are mapped."""
+    return weight.dtype in (np.float16, np.float32) and weight.flags.c_contiguous and weight.shape[1] % FLOATS == 0
+
+
+def project(library: Path, x: Array, weight: np.ndarray[Any, Any], bias: Array, threads: int = 1) -> Array:
+    """(rows, inner) -> (rows, out): x @ weight.T + bias by the operators' kernel. Raises `OSError` if it cannot."""
+    out, halves = np.empty((len(x), len(weight)), np.float32), weight.dtype == np.float16
+    x, bias = (np.ascontiguousarray(array, np.float32) for array in (x, bias))
+    _call(library, "project", halves, x, weight, bias, out, len(x), *weight.shape, threads)
+    return out
+
+
+def _call(library: Path, name: str, *arguments: np.ndarray[Any, Any] | int) -> None:
+    function = getattr(ctypes.CDLL(str(library)), f"llava_edge_native_{name}")
+    given = [item.ctypes.data_as(ctypes.c_void_p) if isinstance(item, np.ndarray) else int(item) for item in arguments]
+    if not function(*given):
+        raise OSError(f"the operators' library cannot {name}")
+
+
+class _Steps:
+    """What a graph computes, looked at backwards from each value."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._nodes = graph.nodes
+        self._constants = graph.constants
+        self._made_by = {output: node for node in graph.nodes for output in node.outputs}
+
+    def layers(self, threads: int) -> dict[str, Node]:
+        """Output of each linear layer -> the node that computes it at once."""
+        found = {}
+        for node in self._nodes:
+            inputs = self._layer(node)
+            if inputs is not None:
+                found[node.outputs[0]] = Node.make("Linear", DOMAIN, inputs, node.outputs[0], {"threads": threads})
+        return found
+
+    def attentions(self, threads: int) -> dict[str, Node]:
+        """The same for attention."""
+        found = {}
+        for node in self._nodes:
+            qkv, heads = self._attention(node)
+            if qkv:
+                given = {"threads": threads, "heads": heads}
+                found[node.outputs[0]] = Node.make("Attention", DOMAIN, [qkv], node.outputs[0], given)
+        return found
+
+    def _layer(self, node: Node) -> tuple[str, str, str, str] | None:
+        """x, weight, scale and bias, if the node's sum is (product of the first term * scale + bias) + the second's."""
+        if node.kind != "Add":
+            return None
+        first = self._trace(node.inputs[0], "Add", "Mul", "Cast", "MatMulInteger", "QuantizeLinear")
+        second = self._trace(node.inputs[1], "Mul", "Cast", "MatMulInteger", "QuantizeLinear", "Sub")
+        if not first or not second:
+            return None
+        x, weight, bias, rest = first[4].inputs[0], first[3].inputs[1], first[0].inputs[1], second[4]
+        # Of the second: what rounding x left over, times the same weights.
+        again = self._made_by.get(rest.inputs[1])
+        if again is None or again.kind != "DequantizeLinear" or rest.inputs[0] != x or second[2].inputs[1] != weight:
+            return None
+        if again.inputs != (first[4].outputs[0], *first[4].inputs[1:]):
+            return None
+        scale = self._scale(first[4], first[3], first[1])
+        if not scale or scale != self._scale(second[3], second[2], second[0]):
+            return None
+        of = [self._constants.get(name, _NOTHING) for name in (weight, scale, bias)]
+        inner, columns = of[0].shape if len(of[0].shape) == 2 else (0, 0)
+        fits = of[0].type == INT8 and inner % MULTIPLE == 0 and inner > 0
+        if not fits or [(item.shape, item.type) for item in of[1:]] != 2 * [((columns,), FLOAT)]:
+            return None
+        return x, weight, scale, bias
+
+    def _scale(self, rounded: Node, product: Node, scaled: Node) -> str:
+        """The weights' scale of one term, if it is (q - zero) @ weight * (step * scale), as q was rounded; or empty."""
+        scales = self._made_by.get(scaled.inputs[1])
+        if scales is None or scales.kind != "Mul" or (scales.inputs[0], *product.inputs[2:]) != rounded.inputs[1:]:
+            return ""
+        return scales.inputs[1]
+
+    def _attention(self, node: Node) -> tuple[str, int]:
+        """Queries, keys and values side by side, and how many heads, if the node's value is their attention."""
+        steps = self._trace(node.outputs[0], "Reshape", "Transpose", "MatMul", "Softmax", "MatMul")
+        if not steps:
+            return "", 0
+        joined, turned, weighed, soft, product = steps
+        q = self._trace(product.inputs[0], "Mul", "Gather", "Transpose", "Reshape")
+        k = self._trace(product.inputs[1], "Transpose", "Gather", "Transpose")
+        v = self._trace(weighed.inputs[1], "Gather", "Transpose")
+        if not q or not k or not v:
+            return "", 0
+        shape = self._values(q[3].inputs[1])
+        if len(shape) != 5 or shape[:3] != (0, 0, 3):
+            return "", 0
+        heads, width = int(shape[3]), int(shape[4])
+        chosen = [self._values(item.inputs[1]) + item.attributes.get("axis", (0,)) for item in (q[1], k[1], v[0])]
+        known = [
+            q[2] is k[2] is v[1] and _order(q[2]) == (2, 0, 3, 1, 4),
+            chosen == [(0, 0), (1, 0), (2, 0)],
+            _order(k[0]) == (0, 1, 3, 2) and _order(turned) == (0, 2, 1, 3),
+            soft.attributes.get("axis", (-1,)) == (-1,),
+            self._values(joined.inputs[1]) == (0, 0, heads * width),
+            heads > 0 and 0 < width <= MAX_WIDTH and width % MULTIPLE == 0,
+        ]
+        if not all(known) or self._values(q[0].inputs[1]) != (float(np.float32(1 / math.sqrt(width))),):
+            return "", 0
+        return q[3].inputs[0], heads
+
+    def _trace(self, name: str, *kinds: str) -> list[Node]:
+        """The nodes of these kinds that make a value, following first inputs; none if they are of others."""
+        found: list[Node] = []
         for kind in kinds:
-            node = made_by.get(name)
+            node = self._made_by.get(name)
             if node is None or node.kind != kind:
-                break
+                return []
             found.append(node)
             name = node.inputs[0]
         return found
 
-    layers: dict[str, tuple[str, ...]] = {}
-    for node in nodes:
-        if node.kind != "Add":
-            continue
-        # total = (product of the first term * scale + bias) + product of the second term * scale
-        first = trace(node.inputs[0], "Add", "Mul", "Cast", "MatMulInteger", "QuantizeLinear")
-        second = trace(node.inputs[1], "Mul", "Cast", "MatMulInteger", "QuantizeLinear", "Sub")
-        if len(first) < 5 or len(second) < 5:
-            continue
-        x, weight, bias, rest = first[4].inputs[0], first[3].inputs[1], first[0].inputs[1], second[4]
-        # Of the second: what rounding x left over, times the same weights.
-        again = made_by.get(rest.inputs[1])
-        if again is None or again.kind != "DequantizeLinear" or rest.inputs[0] != x or second[2].inputs[1] != weight:
-            continue
-        if again.inputs != (first[4].outputs[0], *first[4].inputs[1:]):
-            continue
-        scale = _scale(first[4], first[3], made_by.get(first[1].inputs[1]))
-        if not scale or scale != _scale(second[3], second[2], made_by.get(second[0].inputs[1])):
-            continue
-        inner, columns = (shapes.get(weight) or (0, 0))[:2]
-        fits = shapes.get(weight) == (inner, columns, _INT8) and inner % MULTIPLE == 0 and inner > 0
-        if fits and shapes.get(scale) == shapes.get(bias) == (columns, _FLOAT):
-            layers[node.outputs[0]] = (x, weight, scale, bias)
-    return layers
+    def _values(self, name: str) -> tuple[float, ...]:
+        return self._constants.get(name, _NOTHING).values
 
 
-def _scale(rounded: _Node, product: _Node, scales: _Node | None) -> str:
-    """The weights' scale of one term, if it is (q - zero) @ weight * (step * scale), as q was rounded; or empty."""
-    if scales is None or scales.kind != "Mul" or (scales.inputs[0], *product.inputs[2:]) != rounded.inputs[1:]:
-        return ""
-    return scales.inputs[1]
-
-
-def _linear(inputs: tuple[str, ...], output: str, threads: int) -> _Node:
-    attribute = _field(1, b"threads") + _field(3, threads) + _field(20, 2)  # 2: an integer
-    texts = [(1, name) for name in inputs] + [(2, output), (3, output), (4, NAME)]
-    raw = b"".join(_field(number, text.encode()) for number, text in texts)
-    return _Node(raw + _field(5, attribute) + _field(7, DOMAIN.encode()), inputs, (output,), NAME)
-
-
-def _shapes(parts: list[tuple[int, bytes | int]]) -> dict[str, tuple[int, ...]]:
-    """Dimensions of each initializer, and the number of its type behind them."""
-    found = {}
-    for number, value in parts:
-        if number != _INITIALIZER or not isinstance(value, bytes):
-            continue
-        dimensions: list[int] = []
-        kind = 0
-        for field, item in _fields(value):
-            if field == 1:
-                dimensions += [item] if isinstance(item, int) else _varints(item)  # one by one, or packed
-            elif field == 2 and isinstance(item, int):
-                kind = item
-        found[_text(value, 8)] = (*dimensions, kind)
-    return found
-
-
-def _node(raw: bytes) -> _Node:
-    inputs: list[str] = []
-    outputs: list[str] = []
-    kind = ""
-    for number, value in _fields(raw):
-        if isinstance(value, bytes) and number in (1, 2, 4):
-            text = value.decode()
-            if number == 4:
-                kind = text
-            else:
-                (inputs if number == 1 else outputs).append(text)
-    return _Node(raw, tuple(inputs), tuple(outputs), kind)
-
-
-def _text(message: bytes, field: int) -> str:
-    return next(
-        (value.decode() for number, value in _fields(message) if number == field and isinstance(value, bytes)), ""
-    )
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Number and value of each field: an integer, or bytes."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(message, at)
-            yield number, value
-        elif wire == _BYTES:
-            size, at = _varint(message, at)
-            if at + size > len(message):
-                raise ValueError("a field ends behind its message")
-            yield number, message[at : at + size]
-            at += size
-        else:
-            raise ValueError(f"wire type {wire} is not one that graphs have")
-
-
-def _varints(message: bytes) -> list[int]:
-    found, at = [], 0
-    while at < len(message):
-        value, at = _varint(message, at)
-        found.append(value)
-    return found
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    if message[at] < 128:  # most are
-        return message[at], at + 1
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 127) << shift
-        shift, at = shift + 7, at + 1
-        if byte < 128:
-            return value, at
-
-
-def _field(number: int, value: bytes | int) -> bytes:
-    if isinstance(value, int):
-        return _encoded(number << 3) + _encoded(value)
-    return _encoded(number << 3 | _BYTES) + _encoded(len(value)) + value
-
-
-def _encoded(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
+def _order(transpose: Node) -> tuple[int, ...]:
+    return transpose.attributes.get("perm", ())

@@ -19,7 +19,7 @@ namespace native {
 namespace {
 
 constexpr int BYTES_ACROSS = 100;  // int8, a row for each inner value and no scales: vision.onnx's; no ggml_type
-enum Type { F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };  // ggml_type
+enum Type { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };  // ggml_type
 
 constexpr int block_bytes(int type) {
     return type == Q4_0 ? 18 : type == Q4_1 ? 20 : type == Q8_0 ? 34 : type == Q4_K ? 144 : type == Q5_K ? 176 : 210;

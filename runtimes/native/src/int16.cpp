@@ -1,6 +1,6 @@
 // Products in int16, for processors without a matrix unit.
 //
-// Both sides are rounded to integers with one float32 scale for 256 values of a row: weights to 11 bits and a sign,
+// Both sides are rounded to integers with one float32 scale for 256 values of a row: weights to 10 bits and a sign,
 // activations to 13 and a sign. 256 products then add up in int32 without overflow (1023 * 8191 * 256 < 2^31), so
 // scales are applied once per 256 values and not per block of 32, and the result is nearer to the exact one than with
 // the 8-bit activations that llama.cpp uses. The multiply-add of int16 pairs does as many products per cycle with AVX2 as
@@ -11,6 +11,8 @@
 // broadcast. AVX2: 6 rows x 16 columns are 12 sums; two registers of weights, one broadcast and one product make 16.
 // AVX-512: 12 x 32 are 24 of 32 registers. A panel has 8 or 16 KB and stays in the first-level cache; the activations of
 // one inner block (300 KB at 576 rows) and the sums of four panels (150 KB) stay in the second-level cache.
+
+#include <algorithm>
 
 #include "kernels.h"
 #include "lanes.h"
@@ -25,7 +27,10 @@ constexpr int INNER = 256, PAIRS = INNER / 2;
 constexpr int COLUMNS = 2 * Lanes::count;
 constexpr int ROWS = Lanes::count == 8 ? 6 : 12;
 constexpr int SCALES = 16;  // room for ROWS scales that keeps 64 bytes' alignment
-constexpr float WEIGHT_LIMIT = 1023, ACTIVATION_LIMIT = 8191;
+constexpr int ACTIVATION_LIMIT = 8191;
+
+// 10 bits and a sign with 256 inner values, 12 with 64 or fewer.
+float weight_limit(int inner) { return float(std::min(4095, INT32_MAX / ACTIVATION_LIMIT / inner)); }
 
 struct Tile {
     float scales[SCALES];
@@ -48,7 +53,7 @@ void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
     }
 }
 
-bool takes(int type) { return type == BYTES_ACROSS || unpacks(type); }
+bool takes(int type) { return type == BYTES_ACROSS || type == F32 || unpacks(type); }
 
 // Two rows of bytes, of two inner values -> pairs of int16
 void unpack_across(const Product &product, int column, int columns, int k, int inner, Panel &panel) {
@@ -83,7 +88,7 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
             panel.scales[n + i] = 0;
             if (n + i < columns) {
                 unpack_row(product.type, product.w + (column + n + i) * product.w_stride, k, inner, values);
-                panel.scales[n + i] = quantize(values, inner, WEIGHT_LIMIT, rows[i]);
+                panel.scales[n + i] = quantize(values, inner, weight_limit(inner), rows[i]);
             } else {
                 memset(rows[i], 0, sizeof rows[i]);
             }

@@ -1,4 +1,4 @@
-// The part of ONNX Runtime's C interface that linear.cpp uses (onnxruntime_c_api.h). Its table only grows, so places in it
+// The part of ONNX Runtime's C interface that operators.cpp uses (onnxruntime_c_api.h). Its table only grows, so places in it
 // stay; `Api::get` gives none if this ONNX Runtime knows no interface of that version.
 #pragma once
 
@@ -21,7 +21,7 @@ struct OrtApiBase {
 // Places in the table.
 constexpr int CREATE_STATUS = 0, CREATE_DOMAIN = 26, ADD_OPERATOR = 27, ADD_DOMAIN = 28;
 constexpr int TENSOR_DATA = 51, RANK = 61, DIMENSIONS = 62, SHAPE = 65, ATTRIBUTE_INT = 86, INPUT = 90, OUTPUT = 91;
-constexpr int RELEASE_SHAPE = 99, PARALLEL_FOR = 274;
+constexpr int RELEASE_STATUS = 93, RELEASE_SHAPE = 99, PARALLEL_FOR = 274;
 
 constexpr int FLOAT = 1, INT8 = 3;  // ONNXTensorElementDataType
 constexpr int FAIL = 1;             // OrtErrorCode

@@ -116,6 +116,9 @@ inline void unpack_q6_k(const uint8_t *b, float *out) {
 inline void unpack_row(int type, const char *row, int k, int inner, float *out) {
     const uint8_t *b = reinterpret_cast<const uint8_t *>(row);
     switch (type) {
+        case F32:
+            memcpy(out, b + 4 * size_t(k), inner * sizeof(float));
+            break;
         case F16:
             for (int i = 0; i < inner; i += 8)
                 _mm256_storeu_ps(out + i, _mm256_cvtph_ps(load128(b + 2 * (k + i))));

@@ -1,0 +1,30 @@
+// What ONNX Runtime's operators (operators.cpp) are made of.
+#pragma once
+
+#include "kernels.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+namespace native {
+
+// Of the calling thread: for all layers of a session, which are computed one after another.
+Scratch &scratch();
+
+// The kernel of int16.cpp for this processor; null if there is none.
+const Kernel *pairs_kernel();
+
+// scale: null if the weights need none. False, with nothing computed, if there is no memory.
+bool linear(const Product &, const float *scale, const float *bias, Team &);
+
+// Attention of all positions with all: (batch, positions, 3 * heads * width) -> (batch, positions, heads * width).
+// q, k and v stand next to each other, each of them head by head.
+struct Bidirectional {
+    const float *qkv;
+    float *out;
+    int batch, positions, heads, width;
+};
+
+bool attends_bidirectional(int64_t positions, int64_t width);
+bool attend_bidirectional(const Bidirectional &, Team &);  // false, with nothing computed, if there is no memory
+
+}  // namespace native

@@ -1,0 +1,166 @@
+// CLIP's attention: out = softmax(q . k / sqrt(width)) . v for each head, where every position sees all of them.
+//
+// Both products are those of int16.cpp's kernel. A thread takes a head, packs its keys and values once, as if they were
+// weights, and then some queries at a time, one tile: their scores (14 KB for 6 queries and 577 keys) stay in the first-level
+// cache, the packed keys and values in the second. ONNX Runtime's steps write and read scores of all heads: 21 MB a layer.
+
+#include <atomic>
+#include <cmath>
+
+#include "attention.h"
+#include "formats.h"
+#include "operators.h"
+#include "rounding.h"
+
+namespace native {
+namespace {
+
+constexpr int STEP = 32;   // keys are padded to a multiple of it
+constexpr int BLOCK = 64;  // keys whose weights and values share a scale each: of 13 bits, and 12
+constexpr int MAX_POSITIONS = 1 << 14, MAX_WIDTH = 256;
+
+size_t up(size_t a, size_t b) { return (a + b - 1) / b; }
+size_t up64(size_t bytes) { return up(bytes, 64) * 64; }
+
+// What one thread needs for one head.
+struct Head {
+    const Bidirectional &a;
+    const Kernel &kernel;
+    const size_t row = size_t(3) * a.heads * a.width;                         // floats from position to position
+    const size_t stride = up(a.positions, STEP) * STEP;                       // floats of a query's scores
+    const size_t blocks = up(stride, BLOCK);
+    const size_t key_panels = stride / kernel.panel_columns, value_panels = up(a.width, kernel.panel_columns);
+    const size_t keys_size = key_panels * kernel.panel_bytes, values_size = value_panels * blocks * kernel.panel_bytes;
+    const size_t tiles_size = (1 + blocks) * kernel.tile_bytes;
+    const size_t sums_size = up64(size_t(kernel.tile_rows) * kernel.panel_columns * sizeof(float));
+    const size_t scores_size = up64(kernel.tile_rows * stride * sizeof(float));
+    const size_t turned_size = up64(a.width * stride * sizeof(float));
+
+    size_t size() const { return keys_size + values_size + tiles_size + sums_size + scores_size + turned_size; }
+
+    int block(size_t b) const { return int(std::min(size_t(BLOCK), stride - b * BLOCK)); }
+
+    void compute(int batch, int head, char *memory) const {
+        char *const keys = memory, *const values = keys + keys_size, *const tiles = values + values_size;
+        float *const sums = reinterpret_cast<float *>(tiles + tiles_size);
+        float *const scores = sums + sums_size / sizeof(float), *const turned = scores + scores_size / sizeof(float);
+        const float *const q = a.qkv + size_t(batch) * a.positions * row + size_t(head) * a.width;
+        const float *const k = q + size_t(a.heads) * a.width, *const v = k + size_t(a.heads) * a.width;
+        float *const out = a.out + size_t(batch) * a.positions * (row / 3) + size_t(head) * a.width;
+        pack_keys(k, keys);
+        pack_values(v, turned, values);
+        for (int first = 0; first < a.positions; first += kernel.tile_rows) {
+            const int rows = std::min(kernel.tile_rows, a.positions - first);
+            float inverse[MAX_ROWS];
+            score(q + first * row, rows, keys, tiles, sums, scores);
+            for (int i = 0; i < rows; i++) inverse[i] = soften(scores + i * stride);
+            weigh(rows, values, tiles, sums, scores, out + first * (row / 3), inverse);
+        }
+    }
+
+private:
+    static constexpr int MAX_ROWS = 16;
+
+    static Product weights(const float *w, size_t w_stride, int columns, int inner) {
+        Product p{};
+        p.type = F32, p.w = reinterpret_cast<const char *>(w), p.w_stride = w_stride * sizeof(float);
+        p.columns = columns, p.inner = inner;
+        return p;
+    }
+
+    void pack_keys(const float *k, char *panels) const {
+        const Product p = weights(k, row, a.positions, a.width);
+        for (size_t n = 0; n < key_panels; n++) {
+            const int column = int(n) * kernel.panel_columns;
+            const int columns = std::clamp(a.positions - column, 0, kernel.panel_columns);
+            kernel.unpack(p, column, columns, 0, a.width, panels + n * kernel.panel_bytes);
+        }
+    }
+
+    // Turned first: a value's numbers are the columns of that product.
+    void pack_values(const float *v, float *turned, char *panels) const {
+        int position = 0;
+        for (; position + 8 <= a.positions; position += 8)
+            for (int d = 0; d < a.width; d += 8)
+                transpose(reinterpret_cast<const int32_t *>(v + position * row + d), row,
+                          reinterpret_cast<int32_t *>(turned + d * stride + position), stride);
+        for (int d = 0; d < a.width; d++)
+            for (int t = position; t < int(stride); t++) turned[d * stride + t] = t < a.positions ? v[t * row + d] : 0;
+        const Product p = weights(turned, stride, a.width, int(stride));
+        for (size_t n = 0; n < value_panels; n++)
+            for (size_t b = 0; b < blocks; b++, panels += kernel.panel_bytes) {
+                const int column = int(n) * kernel.panel_columns;
+                const int columns = std::min(kernel.panel_columns, a.width - column);
+                kernel.unpack(p, column, columns, int(b) * BLOCK, block(b), panels);
+            }
+    }
+
+    void score(const float *q, int rows, const char *panels, char *tile, float *sums, float *scores) const {
+        kernel.pack(F32, q, row, rows, a.width, tile);
+        for (size_t n = 0; n < key_panels; n++) {
+            kernel.multiply(F32, tile, panels + n * kernel.panel_bytes, a.width, true, sums);
+            kernel.store(sums, scores + n * kernel.panel_columns, stride, rows, kernel.panel_columns);
+        }
+    }
+
+    // Scores -> e^((score - maximum) / sqrt(width)), in place; returns one over their sum. NaN stays.
+    float soften(float *scores) const {
+        std::fill(scores + a.positions, scores + stride, -INFINITY);
+        __m256 most = _mm256_loadu_ps(scores), sum = _mm256_setzero_ps();
+        for (size_t j = 8; j < stride; j += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(scores + j));
+        const __m256 maximum = _mm256_set1_ps(largest(most)), scale = _mm256_set1_ps(1 / std::sqrt(float(a.width)));
+        for (size_t j = 0; j < stride; j += 8) {
+            const __m256 e = exponential(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(scores + j), maximum), scale));
+            _mm256_storeu_ps(scores + j, e);
+            sum = _mm256_add_ps(sum, e);
+        }
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return 1 / _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
+
+    void weigh(int rows, const char *panels, char *tiles, float *sums, const float *scores, float *out,
+               const float *inverse) const {
+        for (size_t b = 0; b < blocks; b++)
+            kernel.pack(F32, scores + b * BLOCK, stride, rows, block(b), tiles + b * kernel.tile_bytes);
+        for (size_t n = 0; n < value_panels; n++) {
+            for (size_t b = 0; b < blocks; b++, panels += kernel.panel_bytes)
+                kernel.multiply(F32, tiles + b * kernel.tile_bytes, panels, block(b), b == 0, sums);
+            const int column = int(n) * kernel.panel_columns;
+            kernel.store(sums, out + column, row / 3, rows, std::min(kernel.panel_columns, a.width - column));
+        }
+        for (int i = 0; i < rows; i++)
+            for (int d = 0; d < a.width; d++) out[i * (row / 3) + d] *= inverse[i];
+    }
+};
+
+}  // namespace
+
+bool attends_bidirectional(int64_t positions, int64_t width) {
+    return positions > 0 && positions <= MAX_POSITIONS && width > 0 && width % 16 == 0 && width <= MAX_WIDTH;
+}
+
+bool attend_bidirectional(const Bidirectional &a, Team &team) {
+    const Kernel *const kernel = pairs_kernel();
+    if (!kernel) return false;
+    const Head work{a, *kernel};
+    char *memory = scratch().need(team.size * work.size());
+    if (!memory) return false;
+    std::atomic<int> next{0};
+    team.each([&](int member) {
+        for (int i; (i = next.fetch_add(1)) < a.batch * a.heads;)
+            work.compute(i / a.heads, i % a.heads, memory + member * work.size());
+    });
+    return true;
+}
+
+}  // namespace native
+
+// For tests and for the check.
+extern "C" EXPORT int llava_edge_native_attend(const float *qkv, float *out, int batch, int positions, int heads, int width,
+                                               int threads) {
+    using namespace native;
+    if (!attends_bidirectional(positions, width)) return false;
+    OpenMp team(threads);
+    return attend_bidirectional({qkv, out, batch, positions, heads, width}, team);
+}
