@@ -203,6 +203,18 @@ class Chat:
         self.messages = [Message("system", self._system)] if self._system else []
         self._pictures = []
 
+    def resume(self, messages: Sequence[Message], images: Images = ()) -> None:
+        """Go on with a conversation kept elsewhere in place of this one; images fill its slots.
+
+        Raises what `say` would, `ContextOverflowError` among others; this conversation is then as it was.
+        """
+        if messages and messages[-1].role == "user":
+            raise UsageError("The conversation ends with a question; one that ends with an answer was expected.")
+        shown = [self.prepare(image) for image in _as_list(images)]
+        if any(message.role != "system" for message in messages):
+            self._engine.require_room([messages], shown, self._options)
+        self.messages, self._pictures = list(messages), shown
+
     def say(self, text: str, images: Images = (), *, cancel: threading.Event | None = None) -> Stream:
         """Stream the answer to the next turn.
 

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llava_edge import saved
 from llava_edge.errors import ContextOverflowError, LlavaEdgeError
 from llava_edge.paths import meant
 
@@ -28,10 +26,9 @@ if TYPE_CHECKING:
 HELP = """/image FILE   show an image with the next question
 /reset        forget the conversation and its images
 /save FILE    write the conversation as JSON
+/load FILE    go on with a saved conversation instead of this one
 /help         this list
 /quit         leave (Ctrl-D too); Ctrl-C stops an answer"""
-
-MAX_SAVED_BYTES = 1 << 26  # a file that is longer is no conversation
 
 Waiting = Callable[[str], AbstractContextManager[Callable[[], object]]]
 
@@ -52,21 +49,22 @@ class Repl:
         self._show = show
         self._waiting = waiting
         self._pending: list[Picture] = []
-        self._names: list[str] = []
+        self._names: list[str] = []  # of all images so far, those that wait included
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
             "/reset": self._reset,
             "/save": self._save,
+            "/load": self._load,
             "/help": lambda _: _remark(HELP),
         }
 
     def add(self, pictures: list[Picture], names: list[str]) -> None:
         """Show these images with the next question."""
         self._pending += pictures
-        self._names += names
+        self._names += [str(Path(meant(name)).absolute()) for name in names]  # to be found from other folders, too
 
     def run(self) -> None:
-        """Until /quit or the end of input. Ctrl-C stops an answer; at the prompt of a terminal it says how to leave.
+        """Until /quit or the end of input. Ctrl-C stops what is done; at the prompt of a terminal it says how to leave.
 
         Raises `KeyboardInterrupt` for a second one in a row there, and for the first where input is no terminal.
         """
@@ -82,6 +80,8 @@ class Repl:
                 continue
             try:
                 self._handle(name, rest.strip(), line.strip())
+            except KeyboardInterrupt:
+                _remark("(stopped)")
             except LlavaEdgeError as error:
                 _remark(f"llava-edge: {error}")
                 if isinstance(error, ContextOverflowError) and self._chat.messages:
@@ -109,7 +109,7 @@ class Repl:
     def _say(self, text: str) -> None:
         pictures, self._pending = self._pending, []
         doing = "Looking at the image" if pictures else "Reading"
-        shown = False
+        before, shown = len(self._chat.messages), False
         try:
             with (
                 self._waiting(doing) as begun,
@@ -121,12 +121,9 @@ class Repl:
                     self._show(chunk.text)
                     if chunk.finish_reason == "length":
                         _remark("\n(cut off: the longest answer or the end of the context is reached)")
-        except KeyboardInterrupt:
-            _remark("(stopped)")
-        except LlavaEdgeError:
-            self._pending = pictures  # the question can be asked again
-            raise
         finally:
+            if len(self._chat.messages) == before:
+                self._pending = pictures  # the question can be asked again
             if shown:
                 click.echo()
 
@@ -144,49 +141,45 @@ class Repl:
         _remark("Forgotten.")
 
     def _save(self, name: str) -> None:
-        path = Path(meant(name))
-        if not path.name:
-            _remark("/save needs a file name.")
+        path = _named("/save", name)
+        if path is None:
             return
-        if not _may_be_replaced(path):
+        if not saved.may_be_replaced(path):
             _remark(f"{path} exists and is no saved conversation; choose another name.")
             return
-        turns = [{"role": turn.role, "text": turn.text, "images": turn.images} for turn in self._chat.messages]
-        content = json.dumps({"images": self._names, "messages": turns}, indent=2, ensure_ascii=False) + "\n"
+        messages = self._chat.messages
         try:
-            _replace(path, content.encode("utf-8", "replace"))
+            saved.write(path, saved.Conversation(tuple(messages), tuple(self._names)))
         except OSError as error:
             _remark(f"{path} cannot be written: {error.strerror}.")
             return
-        _remark(f"Saved {len(turns)} messages to {path}.")
+        _remark(f"Saved {len(messages)} messages to {path}.")
+
+    def _load(self, name: str) -> None:
+        path = _named("/load", name)
+        if path is None:
+            return
+        try:
+            found = saved.read(path)
+            pictures = [self._chat.prepare(meant(image)) for image in found.images]
+            self._chat.resume(found.messages, pictures[: found.shown])
+        except LlavaEdgeError as error:
+            _remark(f"Not loaded: {error}")
+            return
+        self._pending, self._names = [], []
+        self.add(pictures[found.shown :], list(found.images))
+        _remark(f"Loaded {len(found.messages)} messages from {path}.")
+        if self._pending:
+            _remark(f"Images that will be shown with your next question: {len(self._pending)}.")
 
 
-def _may_be_replaced(path: Path) -> bool:
-    """Nothing, or what `/save` wrote before. Never reads from a pipe or device, nor much."""
-    try:
-        if not os.path.lexists(path):
-            return True
-        if not path.is_file() or path.stat().st_size > MAX_SAVED_BYTES:
-            return False
-        return {"images", "messages"} == set(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or, on a full disk say, leave the one of that name as it is. Raises `OSError`."""
-    path = path.resolve()  # what a link leads to is replaced, not the link
-    waiting = path.with_name(f".llava-edge.{os.getpid()}.tmp")
-    try:
-        with waiting.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, waiting)
-        waiting.replace(path)
-    finally:
-        waiting.unlink(missing_ok=True)
+def _named(command: str, name: str) -> Path | None:
+    """The file that a command is about; if no file can have that name, it says so."""
+    path = Path(meant(name))
+    if path.name and "\0" not in name:
+        return path
+    _remark(f"{command} needs a file name.")
+    return None
 
 
 def _read_line() -> str | None:

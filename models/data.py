@@ -72,8 +72,8 @@ def read_records(path: Path) -> list[Record]:
         records = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path} should hold a JSON array of conversation records.")
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path} should hold a JSON array of conversation records, one at least.")
     return records
 
 

@@ -149,13 +149,18 @@ def ask_all(ask: Ask, data: Path, questions: Sequence[Question], progress: Progr
 
 
 def judge_checkpoint(
-    checkpoint: Path, data: Path, sets: dict[str, list[Question]], progress: Callable[[str], Progress]
+    checkpoint: Path,
+    data: Path,
+    sets: dict[str, list[Question]],
+    progress: Callable[[str], Progress],
+    talk: Callable[[str], object] = lambda line: None,
 ) -> list[Score]:
     """PyTorch in float32, then the same model on a grey picture and on other questions' pictures."""
     config = load_config(checkpoint)
     model = from_state(config, load_file(checkpoint / "model.safetensors"))
     tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-    judge = TorchJudge(model, tokenizer, FeatureCache(data / "features-fp32", model, bf16=False), data)
+    features = FeatureCache(data / "features-fp32", model, bf16=False, talk=talk)
+    judge = TorchJudge(model, tokenizer, features, data)
     blank = "blank.png"
     Image.new("RGB", (224, 224), (128, 128, 128)).save(data / blank)
     scores = []

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -36,17 +37,20 @@ class FeatureCache:
 
     bf16: with a copy of the tower in bfloat16, 4 times as fast where the processor multiplies it (AMX, AVX-512)
         and 3 % (l2) off on CLIP ViT-B/16; cast whole, because autocast casts the weights anew for every batch.
+    talk: told when another process has to be waited for.
     Raises `CheckpointError` for "anyres".
     """
 
-    def __init__(self, folder: Path, model: Llava, *, bf16: bool = True) -> None:
+    def __init__(
+        self, folder: Path, model: Llava, *, bf16: bool = True, talk: Callable[[str], object] = lambda line: None
+    ) -> None:
         config = model.config
         if config.square == "anyres":
             raise CheckpointError(
                 "Training and eval take one crop of each picture, but this model looks at several (LLaVA-1.6); "
                 "export it, and use `run` or `chat`."
             )
-        self.config, self.bf16 = config, bf16
+        self.config, self.bf16, self._talk = config, bf16, talk
         self.shape = (config.image_tokens, config.vision.hidden_size)
         self._tower = model.vision_tower.vision_model
         self.folder = folder / _identity(self._tower, config, bf16)[:16]
@@ -81,7 +85,7 @@ class FeatureCache:
             self._data_path.open("ab") as data,
             self._index_path.open("a", encoding="utf-8") as index,
         ):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._wait_for(lock)
             self._rows = self._known()  # with what others added meanwhile
             # What a killed process left of a row or of its line is dropped.
             data.truncate(len(self._rows) * self._row_bytes())
@@ -103,6 +107,13 @@ class FeatureCache:
                 if progress:
                     progress(min(start + batch, len(todo)), len(todo))
         self._data = None
+
+    def _wait_for(self, lock: TextIO) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._talk(f"another run is computing these features; waiting until it is done with {self.folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
     def _known(self) -> dict[str, int]:
         """Row by key, of the rows that are there with their whole line."""

@@ -58,7 +58,7 @@ def train_recipe(
     _write_records(recipe, folders)
     tokenizer = load_tokenizer(folders.run / "base" / "tokenizer.json")
     stages = [load_stage(stage, folders.data, tokenizer, config.image_tokens, recipe.seed) for stage in recipe.stages]
-    features = FeatureCache(folders.features, model)
+    features = FeatureCache(folders.features, model, talk=talk)
     talk("encoding pictures (each once; kept for later runs)")
     pictures = {folders.data / item.image for data in stages for item in data.packs if item.image}
     features.ensure(sorted(pictures), progress=encoding)

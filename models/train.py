@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_edge.errors import DataError
-from llava_edge.models.data import Batch, Pack, collate, modality_length_order, pack, read_records, tokenize
+from llava_edge.models.data import Batch, Pack, Sample, collate, modality_length_order, pack, read_records, tokenize
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava
 from llava_edge.models.lora import LoraLinear, add_lora
 from llava_edge.models.recipe import Recipe, Stage
-from llava_edge.prompt import IGNORE_INDEX
+from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,18 @@ def load_stage(stage: Stage, data: Path, tokenizer: Tokenizer, image_tokens: int
     """Read, tokenize and pack a stage's records."""
     records = read_records(data / stage.records)
     samples = [tokenize(record, stage.template, tokenizer, stage.max_length) for record in records]
+    _check_lengths(samples, stage)
     return StageData(stage, pack(samples, stage.max_length), image_tokens, seed)
+
+
+def _check_lengths(samples: Sequence[Sample], stage: Stage) -> None:
+    """Raises `DataError` if a picture is cut off, or all that could be trained."""
+    lost = [each for each in samples if each.image and IMAGE_TOKEN_INDEX not in each.ids[:-1]]
+    if lost or all(label == IGNORE_INDEX for each in samples for label in each.labels):
+        raise DataError(
+            f"Stage {stage.name!r} has max_length = {stage.max_length}, which cuts off "
+            f"{'pictures' if lost else 'every answer'} of {stage.records}; a larger number was expected."
+        )
 
 
 def batch_loss(model: Llava, batch: Batch, features: Tensor | None) -> Tensor:

@@ -142,12 +142,16 @@ class Engine:
     def require_room(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
     ) -> None:
-        """Raise `ContextOverflowError` with the number, if there are several, of the first one without room."""
+        """Raise `ContextOverflowError` with the number, if there are several, of the first one without room.
+
+        Raises `UsageError` for conversations that are none, or have other images.
+        """
 
         def check(job: Job) -> None:
             shown = [limited(picture, options or Options(), self.bundle.manifest) for picture in pictures]
             rows = [len(picture.rows) for picture in shown]
             for number, messages in enumerate(conversations, 1):
+                _check_slots(messages, pictures)
                 try:
                     self._check_room(Run(0), self._encode_prompt(messages), rows)
                 except ContextOverflowError as error:
@@ -268,14 +272,12 @@ class Engine:
         run: Run,
     ) -> tuple[list[Segment], Answer]:
         """Everything that can be refused is, before any model runs."""
-        slots = sum(message.images for message in messages)
-        if slots != len(images):
-            raise UsageError(f"The messages have room for {slots} images, {len(images)} were given.")
+        _check_slots(messages, images)
         ids = self._encode_prompt(messages)
         manifest = self.bundle.manifest
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
-            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * slots)
+            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images))
         pictures = [limited(prepare(image, manifest), options, manifest) for image in images]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures])
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
@@ -400,6 +402,12 @@ def _check_request(
                 raise UsageError(f"A Message was expected, not {message!r:.60}.")
             if not isinstance(message.text, str):
                 raise UsageError(f"A text was expected for a message, not {message.text!r:.60}.")
+
+
+def _check_slots(messages: Sequence[prompt.Message], images: Sequence[object]) -> None:
+    slots = sum(message.images for message in messages)
+    if slots != len(images):
+        raise UsageError(f"The messages have room for {slots} images, {len(images)} were given.")
 
 
 def _open_cache(wanted: bool | Path | Literal["memory"]) -> PictureCache:

@@ -1,4 +1,4 @@
-"""One random model written in every published layout of checkpoints."""
+"""One random model written in every published layout of checkpoints, and its config.json changed."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def original_config(config: LlavaConfig = micro.CONFIG, **extra: Any) -> dict[st
         "mm_use_im_start_end": False,
         **extra,
     }
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Set keys of config.json; `text_config__name` reaches into a part."""
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    for key, value in changes.items():
+        *parts, last = key.split("__")
+        place = raw
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    (folder / "config.json").write_text(json.dumps(raw), "utf-8")
 
 
 def is_vision(name: str) -> bool:

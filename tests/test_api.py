@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from llava_edge import Chunk, EngineOptions, Llava, Options
-from llava_edge.errors import ImageError, MissingError, UnavailableError, UsageError
+from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UnavailableError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 from llava_edge.prompt import Message
 
@@ -129,6 +129,27 @@ def test_a_picture_of_an_earlier_turn_can_be_described(llava: Llava) -> None:
     chat = llava.chat(options=Options(max_tokens=2))
     assert list(chat.say("What colour?", RED))
     assert list(chat.say(DEFAULT_PROMPT))
+
+
+def test_a_conversation_kept_elsewhere_is_gone_on_with_or_refused(llava: Llava) -> None:
+    first, second = (llava.chat(options=Options(max_tokens=2)) for _ in range(2))
+    assert list(first.say("What colour?", RED))
+    second.resume(first.messages, RED)
+    kept = [*first.messages]
+    long = [Message("user", "word " * 2000), kept[1]]
+    for messages, images, said in (
+        (kept, [], "room for 1 images"),
+        (kept[:1], RED, "ends with a question"),
+        (kept[1:], [], "must alternate"),
+        (kept, b"no picture", "not a picture"),
+        (long, [], "positions"),
+    ):
+        with pytest.raises((UsageError, ImageError, ContextOverflowError), match=said):
+            second.resume(messages, images)
+    assert second.messages == kept
+    assert [chunk.text for chunk in second.say("And?")] == [chunk.text for chunk in first.say("And?")]
+    second.resume([])
+    assert second.messages == []
 
 
 def test_embedding_refuses_what_asking_refuses(llava: Llava) -> None:

@@ -359,6 +359,15 @@ def test_a_recipe_without_stages(tmp_path: Path, run: Run) -> None:
     assert "it has no 'stage'" in err
 
 
+def test_a_recipe_with_a_bad_number_begins_nothing(root: Path, tmp_path: Path, run: Run) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text((root / "models/recipes/micro.toml").read_text("utf-8").replace("batch = 16", "batch = 0"))
+    code, _, err = run("train", recipe, "--out", tmp_path / "run", "--data", tmp_path / "data")
+    assert (code, err.count("\n")) == (65, 1)
+    assert f"{recipe}, stage 'align' has batch = 0; a whole number from 1 to 65536 was expected." in err
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
 def test_a_failed_answer_leaves_stdout_empty(micro_bundle: Path, photo: Path, tmp_path: Path, run: Run) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(micro_bundle, broken)

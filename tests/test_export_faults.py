@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layouts import edit_config
 from safetensors.numpy import load_file, save_file
 
 from llava_edge.bundle import LANGUAGE, MANIFEST, VISION_DATA, Bundle
@@ -37,18 +38,6 @@ WEIGHTS = "model.safetensors"
 def checkpoint(micro_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(micro_checkpoint, tmp_path / "checkpoint"))
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Set keys; `text_config__name` reaches into a part."""
-    raw = json.loads((folder / "config.json").read_text("utf-8"))
-    for key, value in changes.items():
-        *parts, last = key.split("__")
-        place = raw
-        for part in parts:
-            place = place[part]
-        place[last] = value
-    (folder / "config.json").write_text(json.dumps(raw), "utf-8")
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray[Any, Any]]], None]) -> None:

@@ -25,15 +25,6 @@ def checkpoint(micro_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(micro_checkpoint, tmp_path / "checkpoint"))
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Set keys; `text_config__name` reaches into a part."""
-    raw = json.loads((folder / "config.json").read_text("utf-8"))
-    for key, value in changes.items():
-        part, _, name = key.rpartition("__")
-        (raw[part] if part else raw)[name] = value
-    (folder / "config.json").write_text(json.dumps(raw), "utf-8")
-
-
 @pytest.mark.parametrize(
     ("name", "value", "same"),
     [
@@ -42,9 +33,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
     ],
 )
 def test_the_same_in_other_words(name: str, value: Any, same: Any, checkpoint: Path) -> None:
-    edit_config(checkpoint, **{name: same})
+    layouts.edit_config(checkpoint, **{name: same})
     expected = open_checkpoint(checkpoint).config
-    edit_config(checkpoint, **{name: value})
+    layouts.edit_config(checkpoint, **{name: value})
     assert open_checkpoint(checkpoint).config == expected
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from llava_edge.image import load_image, preprocess
 from llava_edge.models import micro
 from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llava import Llava, from_state
+from llava_edge.models.recipe import load_recipe
 
 
 @pytest.fixture
@@ -79,6 +84,38 @@ def test_one_run_at_a_time_adds_features(pictures: list[Path], tmp_path: Path) -
 
     cache.ensure(pictures, progress=try_to_lock)
     assert refused == [4]
+
+
+def test_who_has_to_wait_is_told_once(pictures: list[Path], tmp_path: Path) -> None:
+    said: Queue[str] = Queue()
+    cache = FeatureCache(tmp_path / "features", model(1), bf16=False, talk=said.put)
+    cache.ensure(pictures[:1])
+    assert said.empty()
+    waiting = threading.Thread(target=cache.ensure, args=(pictures,))
+    with (cache.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting.start()
+        assert str(cache.folder) in said.get(timeout=60)
+        assert waiting.is_alive()
+    waiting.join(60)
+    assert said.empty()
+    assert right(cache, model(1), pictures)
+
+
+def test_a_second_training_says_on_stderr_that_it_waits(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llava_edge", "train", "micro", "--out", str(tmp_path / "run")]
+    command += ["--data", str(tmp_path / "data")]
+    first = FeatureCache(tmp_path / "data" / "features", model(load_recipe("micro").seed))
+    with (first.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as second:
+            assert second.stderr
+            at_last = threading.Timer(60, second.kill)  # or a silent one would be waited for
+            at_last.start()
+            told = next((line for line in second.stderr if "another run" in line), "")
+            at_last.cancel()
+            second.kill()
+    assert told.startswith("llava-edge: another run is computing these features; waiting")
 
 
 @pytest.mark.parametrize("file", ["index.jsonl", "features.f16"])

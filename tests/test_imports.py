@@ -30,6 +30,7 @@ SHARED = {
     "options",
     "paths",
     "prompt",
+    "saved",
     "store",
     "templates",
     "token_budget",

@@ -665,6 +665,55 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert native.reordering_pays(nothing, {"Q4_K"})
 
 
+def aged(folder: Path, days: float, *files: str) -> Path:
+    """A folder with these files, all as if last touched so long ago."""
+    folder.mkdir(parents=True)
+    then = time.time() - days * native.DAY
+    for path in (*(folder / name for name in files), folder):
+        if path != folder:
+            path.touch()
+        os.utime(path, (then, then))
+    return folder
+
+
+def test_what_was_not_used_for_long_goes_when_something_is_built(isolated_home: Path, tmp_path: Path) -> None:
+    top = isolated_home / "native"
+    build = ("kernels.so", "state.json")
+    gone = [aged(top / ("a" * 32), 61, *build), aged(top / ("b" * 32), 61)]
+    stays = [
+        aged(top / ("c" * 32), 59, *build),
+        aged(top / ("d" * 31), 61, *build),
+        aged(top / ("D" * 32), 61, *build),
+        aged(top / "somebody's", 61, *build),
+        aged(top / ("e" * 32), 61, *build),
+    ]
+    elsewhere = aged(tmp_path / "elsewhere", 61, *build)
+    (top / ("f" * 32)).symlink_to(elsewhere)
+    work = aged(tmp_path / "work", 61, *build)
+    native._publish(work, stays[-1])
+    assert [path.exists() for path in gone] == [False, False]
+    assert all((path / "state.json").exists() for path in (*stays, elsewhere))
+
+
+def test_use_is_noted_once_a_day(isolated_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = native.place()
+    state = aged(folder, 61, "kernels.so", "state.json") / "state.json"
+    state.write_text(json.dumps(found_out(operator="0")))
+    for ask in (native.status, native.operator_library):
+        for days, noted in ((61, True), (0.5, False)):
+            before = time.time() - days * native.DAY
+            os.utime(state, (before, before))
+            ask()
+            assert (state.stat().st_mtime > before + 1) == noted
+
+    def read_only(path: Path) -> None:
+        raise PermissionError(path)
+
+    os.utime(state, (0, 0))
+    monkeypatch.setattr(os, "utime", read_only)
+    assert native.status().used
+
+
 def test_no_compiler_and_unusable_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native.prepare().reason.startswith("There is no C++ compiler")

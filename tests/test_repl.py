@@ -137,7 +137,7 @@ def test_bad_input_is_one_sentence_and_the_chat_goes_on(
     llava: Llava, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = ["/image none.png", "/image", "/image ''", "/image https://x.org/y.png", "/save", "/save ''"]
-    lines += ["/save /no/such/folder/x.json", "/nonsense", "word " * 2000, "hello"]
+    lines += ["/save a\0b", "/save /no/such/folder/x.json", "/nonsense", "word " * 2000, "hello"]
     chat, _ = talk(llava, lines, monkeypatch)
     said = capsys.readouterr().err
     assert [message.text for message in chat.messages][:1] == ["hello"]
@@ -171,6 +171,155 @@ def test_reset_and_save(llava: Llava, tmp_path: Path, monkeypatch: pytest.Monkey
         ("user", "second é"),
         ("assistant", chat.messages[1].text),
     ]
+
+
+def photos(folder: Path, *colours: str) -> list[Path]:
+    for colour in colours:
+        Image.new("RGB", (9, 9), colour).save(folder / f"{colour}.png")
+    return [folder / f"{colour}.png" for colour in colours]
+
+
+def test_a_loaded_conversation_goes_on_as_the_saved_one(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From another folder, in place of what was said there."""
+    path = tmp_path / "talk.json"
+    photos(tmp_path, "red", "blue", "green")
+    monkeypatch.chdir(tmp_path)
+    begun = ["/image red.png", "what?", "and?", "/image blue.png", "now?", "/image green.png", f"/save {path}"]
+    first, shown = talk(llava, [*begun, "last?"], monkeypatch)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    second, last = talk(llava, ["forget this", f"/load {path}", "last?"], monkeypatch)
+    assert second.messages == first.messages
+    assert [message.images for message in second.messages] == [1, 0, 0, 0, 1, 0, 1, 0]
+    assert [picture.key for picture in second._pictures] == [picture.key for picture in first._pictures]
+    assert shown.endswith(last.removeprefix(talk(llava, ["forget this"], monkeypatch)[1]))
+    said = capsys.readouterr().err
+    assert f"Loaded 6 messages from {path}.\nImages that will be shown with your next question: 1.\n" in said
+
+
+def test_what_was_loaded_can_be_saved_and_forgotten(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, copy = tmp_path / "talk.json", tmp_path / "copy.json"
+    (red,) = photos(tmp_path, "red")
+    talk(llava, [f"/image {red}", "what?", f"/image {red}", f"/save {path}"], monkeypatch)
+    chat, _ = talk(llava, [f"/load {path}", f"/save {copy}", "/reset", "hello"], monkeypatch)
+    assert copy.read_bytes() == path.read_bytes()
+    assert [message.images for message in chat.messages] == [0, 0]
+
+
+def test_conversations_of_earlier_versions_can_be_loaded(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the names of images as they were typed, and a system text like any other turn."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path, "red", "blue")
+    turns = [("system", "Be brief.", 0), ("user", "what?", 2), ("assistant", "red and blue", 0)]
+    old = {
+        "images": ["'~/red.png'", "blue.png"],
+        "messages": [{"role": role, "text": text, "images": count} for role, text, count in turns],
+    }
+    (tmp_path / "talk.json").write_text(json.dumps(old), "utf-8")
+    chat, _ = talk(llava, ["/load ~/talk.json"], monkeypatch)
+    assert chat.messages == [Message(role, text, count) for role, text, count in turns]  # type: ignore[arg-type]
+    assert len(chat._pictures) == 2
+
+
+def remarks(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What was said, but for answers that were cut off."""
+    return [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("(cut off")]
+
+
+QUESTION = {"role": "user", "text": "what?", "images": 0}
+ANSWER = {"role": "assistant", "text": "red", "images": 0}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xd8 a photo",
+        b"[" * 100_000,
+        b'["images", "messages"]',
+        b'{"model": "smol"}',
+        {"images": [], "messages": [QUESTION]},
+        {"images": [], "messages": [ANSWER, QUESTION]},
+        {"images": [], "messages": [QUESTION, ANSWER | {"role": "tool"}]},
+        {"images": [], "messages": [QUESTION, {"role": "assistant"}]},
+        {"images": [], "messages": [QUESTION, ANSWER | {"text": None}]},
+        {"images": [], "messages": [QUESTION, "red"]},
+        {"images": [], "messages": 5},
+        {"images": "red", "messages": []},
+        {"images": [5], "messages": []},
+        {"images": [], "messages": [QUESTION | {"images": 1}, ANSWER]},
+        {"images": ["red.png"], "messages": [QUESTION | {"images": -1}, ANSWER]},
+        {"images": ["red.png"], "messages": [QUESTION | {"images": 0.5}, ANSWER]},
+        {"images": ["red.png"], "messages": [QUESTION, ANSWER | {"images": 1}]},
+    ],
+    ids=lambda content: str(content)[:60],
+)
+def test_what_is_no_conversation_is_not_loaded(
+    content: object, llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos(tmp_path, "red")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "talk.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    chat, _ = talk(llava, ["hello", f"/load {path}", "and?"], monkeypatch)
+    assert remarks(capsys) == [f"Not loaded: {path} is no conversation that /save wrote."]
+    assert [message.text for message in chat.messages[::2]] == ["hello", "and?"]
+
+
+def test_what_cannot_be_loaded_leaves_the_conversation(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    red, blue = photos(tmp_path, "red", "blue")
+    asked = [f"/image {red}", "what?", f"/image {blue}", "and?"]
+    talk(llava, [*asked, f"/save {tmp_path / 'gone.json'}"], monkeypatch)
+    red.unlink()
+    long = [QUESTION | {"text": "word " * 2000}, ANSWER]
+    (tmp_path / "long.json").write_text(json.dumps({"images": [], "messages": long}), "utf-8")
+    os.mkfifo(tmp_path / "pipe")
+    bad = {"images": ["\ud800", "a\0b"], "messages": []}
+    (tmp_path / "bad.json").write_text(json.dumps(bad), "utf-8")
+    names = ["", "gone.json", "long.json", "none.json", "pipe", "x" * 300, "a\0b", "bad.json"]
+    capsys.readouterr()
+    lines = [f"/load {tmp_path / name if name else ''}" for name in names]
+    chat, _ = talk(llava, [f"/image {blue}", "first", *lines, f"/image {blue}", *lines, "second"], monkeypatch)
+    assert [(turn.text, turn.images) for turn in chat.messages[::2]] == [("first", 1), ("second", 1)]
+    said = remarks(capsys)
+    parts = [
+        "/load needs a file name.",
+        f"Not loaded: {red} does not exist; the path of a picture was expected.",
+        "Not loaded: The prompt needs",
+        "none.json cannot be read: No such file or directory.",
+        "pipe is no conversation that /save wrote.",
+        "cannot be read: File name too long.",
+        "/load needs a file name.",
+        "Not loaded: '\\ud800' cannot be the name of a file.",
+    ]
+    for line, part in zip(said[1:], [*parts, "will be shown", *parts], strict=True):
+        assert part in line
+
+
+def test_ctrl_c_while_loading_keeps_the_conversation(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talk.json"
+    (red,) = photos(tmp_path, "red")
+    talk(llava, [f"/image {red}", "what?", f"/save {path}"], monkeypatch)
+    chat = llava.chat(options=Options(max_tokens=2))
+
+    def interrupted(image: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "prepare", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"hello\n/load {path}\nand?\n"))
+    Repl(chat, lambda text: None).run()
+    assert [message.text for message in chat.messages[::2]] == ["hello", "and?"]
+    assert "(stopped)" in capsys.readouterr().err
 
 
 def test_text_in_another_encoding_is_asked_and_saved(llava: Llava, tmp_path: Path) -> None:

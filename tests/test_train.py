@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,20 +258,85 @@ def test_recipes_are_strict(tmp_path: Path) -> None:
         load_recipe(str(bad))
 
 
+STAGE_1, STAGE_2 = "stage 'align' has ", "stage 'instruct' has "
+BAD_SETTINGS: list[tuple[str, str, str]] = [  # a line's beginning in smol.toml, what stands there instead, what is said
+    ('parts = "smol"', 'parts = "mikro"', "parts = 'mikro'; one of 'micro', 'smol' was expected."),
+    ('trains = "lora"', 'trains = "LoRA"', STAGE_2 + "trains = 'LoRA'; one of 'projector', 'lora', 'full' was"),
+    ('trains = "lora"', 'trains = "full"', "stage 'instruct': trains = 'full' would be lost"),
+    ("lora_rank = 16\n", "", "stage 'instruct': trains = 'lora' needs a lora_rank of 1 or more, not 0."),
+    ("lora_rank = 16", "lora_rank = -1", STAGE_2 + "lora_rank = -1; a whole number from 0 to 1024 was"),
+    ("lora_rank = 16", "lora_rank = 1.5", STAGE_2 + "lora_rank = 1.5; a whole number"),
+    ("lora_alpha = 32.0\n", "", "needs a lora_alpha above 0, not 0."),
+    ("lora_alpha = 32.0", "lora_alpha = -32", STAGE_2 + "lora_alpha = -32; a number from 0 to 65536 was"),
+    ("learning_rate = 1e-3", "learning_rate = 0.0", "trains = 'lora' needs a learning_rate above 0, not 0."),
+    ("learning_rate = 1e-3", "learning_rate = nan", STAGE_2 + "learning_rate = nan; a number from 0 to 1 was"),
+    ("learning_rate = 1e-3", "learning_rate = 1e3", STAGE_2 + "learning_rate = 1000.0; a number from 0 to 1 was"),
+    ("learning_rate = 0.0", "learning_rate = -1e-3", STAGE_1 + "learning_rate = -0.001; a number from 0 to 1 was"),
+    ("projector_learning_rate = 2e-3", "projector_learning_rate = 0", "rate = 0; a number above 0 and up to 1 was"),
+    (
+        "projector_learning_rate = 2e-3",
+        "projector_learning_rate = nan",
+        "projector_learning_rate = nan; a number above 0",
+    ),
+    ("batch = 32", "batch = 0", STAGE_1 + "batch = 0; a whole number from 1 to 65536 was expected."),
+    ("batch = 32", "batch = 1.5", STAGE_1 + "batch = 1.5; a whole number"),
+    ("batch = 32", "batch = true", STAGE_1 + "batch = True; a whole number"),
+    ("batch = 32", 'batch = "32"', STAGE_1 + "batch = '32'; a whole number"),
+    ("batch = 32", "batch = 1_000_000_000", STAGE_1 + "batch = 1000000000; a whole number"),
+    ("batch = 32", "batch = 32\naccumulate = 0", STAGE_1 + "accumulate = 0; a whole number"),
+    ("epochs = 0.35", "epochs = 0", STAGE_1 + "epochs = 0; a number above 0 and up to 10000 was"),
+    ("epochs = 0.35", "epochs = inf", STAGE_1 + "epochs = inf; a number above 0"),
+    ("epochs = 0.35", f"epochs = 1{'0' * 400}", STAGE_1 + "epochs = 1000"),
+    ("epochs = 0.35", f"epochs = 1{'0' * 5000}", "is not a training recipe"),
+    ("epochs = 0.35", "epochs = []", STAGE_1 + "epochs = []; a number above 0"),
+    ("max_length = 128", "max_length = 0", STAGE_2 + "max_length = 0; a whole number"),
+    ("batch = 32", "warmup_ratio = -0.1\nbatch = 32", STAGE_1 + "warmup_ratio = -0.1; a number from 0 to 1 was"),
+    ("batch = 32", "clip_norm = 0\nbatch = 32", STAGE_1 + "clip_norm = 0; a number above 0"),
+    ("seed = 0", "seed = -1", "x.toml has seed = -1; a whole number from 0 to 4294967295 was"),
+    ("seed = 0", "seed = 4294967296", "seed = 4294967296; a whole number"),
+    ("checkpoint_every = 50", "checkpoint_every = 0", "checkpoint_every = 0; a whole number from 1"),
+    ("bf16 = true", 'bf16 = "no"', "bf16 = 'no'; true or false was expected."),
+    ('name = "smol"', "name = 5", "name = 5; a text in quotes was expected."),
+    ("per_picture = 4", "per_picture = 0", "[data] has per_picture = 0; a whole number from 1"),
+    ("multi_turn = 0.15", "multi_turn = 15", "[data] has multi_turn = 15; a number from 0 to 1 was"),
+    ("easy-vqa = 1.25", "easy-vqa = -1", "[data] has rounds.easy-vqa = -1; a number from 0 to 1000 was"),
+    ("easy-vqa = 1.25", "easy-vqa = nan", "[data] has rounds.easy-vqa = nan; a number"),
+    ("[data.rounds]", "[data.round]", "[data] has unknown settings ['round']"),
+    ("[[stage]]", "[[stages]]", "it has no 'stage'"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "said"), BAD_SETTINGS, ids=lambda value: str(value)[:30])
+def test_settings_that_cannot_be_meant_are_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
+    text = (FOLDER / "smol.toml").read_text("utf-8")
+    assert f"\n{old}" in text
+    path = tmp_path / "x.toml"
+    path.write_text(text.replace(f"\n{old}", f"\n{new}"), "utf-8")
+    with pytest.raises(DataError, match=re.escape(said)) as caught:
+        load_recipe(str(path))
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('parts = "smol"', 'parts = "mikro"', "parts = 'mikro'; it is one of 'micro', 'smol'"),
-        ('trains = "lora"', 'trains = "LoRA"', "trains = 'LoRA'; it is one of 'projector', 'lora', 'full'"),
-        ("lora_rank = 16\n", "", "stage 'instruct': trains = 'lora' needs a lora_rank"),
-        ("lora_rank = 16", "lora_rank = -1", "needs a lora_rank of 1 or more, not -1"),
-        ("lora_rank = 16", "lora_rank = 1.5", "needs a lora_rank of 1 or more, not 1.5"),
-        ('trains = "lora"', 'trains = "full"', "stage 'instruct': trains = 'full' would be lost"),
+        ("pictures = 96", "pictures = 0", "[data] has pictures = 0; a whole number from 1 to 65536 was expected."),
+        ("[data]\npictures = 96\n", "data = 96\n", "data = 96; a table was expected."),
+        ("[[stage]]", "[stage]", "it has no tables that begin with [[stage]]"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
-    text = (FOLDER / "smol.toml").read_text("utf-8")
-    assert old in text
+def test_the_same_of_micro(old: str, new: str, said: str, tmp_path: Path) -> None:
+    text = (FOLDER / "micro.toml").read_text("utf-8").partition('[[stage]]\nname = "instruct"')[0]
     (tmp_path / "x.toml").write_text(text.replace(old, new), "utf-8")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=re.escape(said)):
         load_recipe(str(tmp_path / "x.toml"))
+
+
+@pytest.mark.parametrize(("length", "lost"), [(1, "pictures"), (12, "every answer")])
+def test_packs_too_short_for_what_is_trained_are_refused(length: int, lost: str, tmp_path: Path) -> None:
+    """A picture that was cut off ended the run with a traceback, and answers that were cut off trained nothing."""
+    recipe = brief(bf16=False, max_length=length)
+    with pytest.raises(DataError, match=f"'instruct' has max_length = {length}, which cuts off {lost}"):
+        train_recipe(recipe, folders(tmp_path))
+    assert not (tmp_path / "features").exists()

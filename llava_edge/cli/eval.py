@@ -77,13 +77,17 @@ def eval(
 
         scores = [majority(train[name], questions, name) for name, questions in sets.items()]
         if checkpoint is not None:
-            scores += judge_checkpoint(checkpoint, data, sets, progress)
+            scores += judge_checkpoint(checkpoint, data, sets, progress, _talk)
         for bundle in bundles:
             scores += _judge_bundle(bundle, data, sets, _variants(budgets, methods), progress)
     if as_json:
         click.echo(json.dumps([{**asdict(score), "accuracy": score.accuracy} for score in scores]))
     else:
         click.echo(_table(scores))
+
+
+def _talk(line: str) -> None:
+    click.echo(f"llava-edge: {line}", err=True)
 
 
 def _thin(questions: list[Question], limit: int | None) -> list[Question]:

@@ -16,12 +16,15 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,6 +53,8 @@ _NEEDED = {
 }
 
 LIBRARY, OPERATOR, _STATE = "kernels.so", "vision.so", "state.json"  # in `place()`
+DAY = 86400  # seconds
+KEPT_DAYS = 60  # since its last use: what other versions built
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,7 @@ def status() -> Status:
     if wanted() == "off":
         return Status("Turned off by LLAVA_EDGE_NATIVE.")
     try:
-        folder = place()
-        state = json.loads((folder / _STATE).read_text("utf-8"))
+        state = _state(place())
     except UnavailableError as error:
         return Status(str(error))
     except (OSError, ValueError, MissingError):
@@ -154,7 +158,7 @@ def projector_library() -> Path | None:
 def _tried_operator(also: Callable[[dict[str, Any]], bool]) -> Path | None:
     try:
         folder = place()
-        state = json.loads((folder / _STATE).read_text("utf-8"))
+        state = _state(folder)
         good = wanted() != "off" and "failed" not in state and OPERATOR not in state["problems"] and also(state)
         return folder / OPERATOR if good and _sha256(folder / OPERATOR) == state["operator"] else None
     except (LlavaEdgeError, OSError, AttributeError, ValueError, KeyError, TypeError):
@@ -330,12 +334,35 @@ def _key(base: Path, processor: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def _state(folder: Path) -> Any:
+    """What was found out. That it was asked for is noted in the file's time, once a day, for `_clear_up`."""
+    path = folder / _STATE
+    state = json.loads(path.read_text("utf-8"))
+    with suppress(OSError):  # somebody else's, or read-only
+        if time.time() - path.stat().st_mtime > DAY:
+            os.utime(path)
+    return state
+
+
+def _clear_up(used: Path) -> None:
+    """Remove the folders of other versions that were not used for long. Where one is loaded, it stays mapped."""
+    with suppress(OSError):
+        for folder in used.parent.iterdir():
+            if folder == used or not re.fullmatch("[0-9a-f]{32}", folder.name):
+                continue
+            state = folder / _STATE
+            since = (state if state.exists() else folder).stat().st_mtime
+            if time.time() - since > KEPT_DAYS * DAY:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def _publish(work: Path, folder: Path) -> None:
     """Libraries, then state: with a state everything is there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LIBRARY, OPERATOR, _STATE):
         if (work / name).exists():
             shutil.move(work / name, folder / name)
+    _clear_up(folder)
 
 
 def _sha256(path: Path) -> str:
