@@ -432,7 +432,21 @@ def test_a_failed_write_leaves_nothing(source: Path, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_projector_of_a_pair_is_float32(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """Whatever the file had, what the runtime reads is one kind."""
-    export(ExportOptions(pair[0], tmp_path / "out", mmproj=pair[1], template="chatml"))
-    assert {item.tensor_type.name for item in gguf.GGUFReader(tmp_path / "out" / PROJECTOR).tensors} == {"F32"}
+@pytest.mark.parametrize("kind", ["F16", "F32"])
+def test_projector_of_a_pair_keeps_every_bit(
+    pair: tuple[Path, Path], weights: dict[str, Array], tmp_path: Path, kind: str
+) -> None:
+    """In float16 where that changes nothing."""
+    name = "multi_modal_projector.linear_2.weight"
+    finer = weights | ({name: weights[name] * np.float32(1 + 2**-20)} if kind == "F32" else {})
+    mmproj = write_mmproj(tmp_path / "mmproj.gguf", CONFIG, published(finer, BLOCKS, False), kind=kind)
+    manifest = export(ExportOptions(pair[0], tmp_path / "out", mmproj=mmproj, template="chatml"))
+    before, after = (
+        {item.name: item for item in gguf.GGUFReader(path).tensors if item.name.startswith("mm.")}
+        for path in (mmproj, tmp_path / "out" / PROJECTOR)
+    )
+    assert before.keys() == after.keys()
+    for name, item in after.items():
+        assert item.tensor_type.name == (kind if name.endswith(".weight") else "F32")
+        assert (item.data == before[name].data).all()
+    assert manifest.projector.precision == kind.lower()
