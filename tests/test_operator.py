@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,20 @@ CPU = "CPUExecutionProvider"
 @pytest.fixture
 def built(native_build: Path) -> Path:
     return native_build
+
+
+@pytest.fixture(scope="module", params=["wide", "avx2"])
+def library(request: pytest.FixtureRequest, native_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The operators as they are built for tests, with the kernel for AVX-512, and linked again without."""
+    if request.param == "wide":
+        return native_build / native.OPERATOR
+    path = tmp_path_factory.mktemp("operators") / native.OPERATOR
+    objects = [
+        item for item in native_build.glob("*.o") if item.stem.partition("-")[2] not in ("backend", "memory", "api")
+    ]
+    command = [build.compiler(), *build.FLAGS, "-shared", *objects, build.SOURCES / "kernels.cpp", "-o", path]
+    subprocess.run([str(part) for part in command], check=True)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +82,15 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 16, 1), (7, 48, 35), (50, 768, 64), (13, 272, 130)])
-def test_products_of_every_shape(built: Path, rows: int, inner: int, columns: int) -> None:
+def test_products_of_every_shape(library: Path, rows: int, inner: int, columns: int) -> None:
     numbers = np.random.default_rng(0)
     x = numbers.standard_normal((rows, inner), np.float32)
     weight = numbers.integers(-127, 128, (inner, columns), np.int8)
     scale, bias = numbers.random(columns, np.float32), numbers.standard_normal(columns, np.float32)
-    found = operator.linear(built / native.OPERATOR, x, weight, scale, bias, threads=2)
+    found = operator.linear(library, x, weight, scale, bias, threads=2)
     assert relative(found, x.astype(np.float64) @ weight * scale + bias) < 3e-4
     x[0, 3] = np.nan
-    found = operator.linear(built / native.OPERATOR, x, weight, scale, bias)
+    found = operator.linear(library, x, weight, scale, bias)
     assert np.isnan(found[0]).all()
     assert np.isfinite(found[1:]).all()
 
@@ -83,41 +98,41 @@ def test_products_of_every_shape(built: Path, rows: int, inner: int, columns: in
 @pytest.mark.parametrize(
     ("positions", "heads", "width"), [(1, 1, 16), (5, 2, 16), (16, 3, 32), (33, 1, 64), (70, 2, 128), (257, 1, 256)]
 )
-def test_attention_of_every_shape(built: Path, positions: int, heads: int, width: int) -> None:
+def test_attention_of_every_shape(library: Path, positions: int, heads: int, width: int) -> None:
     """Beside float64; pictures of a batch are apart; what is not finite spoils what looks at it, and nothing else."""
     qkv = np.random.default_rng(positions).standard_normal((2, positions, 3, heads, width), np.float32)
     qkv[:, 0, 1] *= 10  # one key that most look at
     given = qkv.reshape(2, positions, -1)
-    found = operator.attention(built / native.OPERATOR, given, heads, threads=2)
+    found = operator.attention(library, given, heads, threads=2)
     for one, result in zip(qkv.astype(np.float64), found, strict=True):
         q, k, v = one.transpose(1, 2, 0, 3)
         expected = check.exact_attention(q, k, v, np.zeros((positions, positions))).reshape(positions, -1)
         assert relative(result, expected) < (1e-3 if width <= 64 else 2e-3)  # weights of fewer bits
-    alone = operator.attention(built / native.OPERATOR, given[1:], heads)
+    alone = operator.attention(library, given[1:], heads)
     assert (alone[0] == found[1]).all()
     qkv[0, 0, 2, 0, 3] = np.nan  # a number of a value
-    spoiled = operator.attention(built / native.OPERATOR, given, heads)
+    spoiled = operator.attention(library, given, heads)
     assert np.isnan(spoiled[0, :, 3]).all()
     assert np.isfinite(spoiled[1]).all()
     qkv[1, positions // 2, 0, 0, 0] = np.inf  # of a query
-    spoiled = operator.attention(built / native.OPERATOR, given, heads)[1]
+    spoiled = operator.attention(library, given, heads)[1]
     assert not np.isfinite(spoiled[positions // 2, :width]).any()
     assert np.isfinite(np.delete(spoiled, positions // 2, 0)).all()
 
 
-def test_attention_is_refused_where_heads_do_not_fit(built: Path) -> None:
+def test_attention_is_refused_where_heads_do_not_fit(library: Path) -> None:
     for width in (8, 24, 272):
         with pytest.raises(OSError, match="cannot attend"):
-            operator.attention(built / native.OPERATOR, np.zeros((1, 4, 3 * width), np.float32), 1)
+            operator.attention(library, np.zeros((1, 4, 3 * width), np.float32), 1)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 32, 1), (7, 96, 35), (50, 768, 64), (13, 288, 130)])
-def test_layers_of_the_projector(built: Path, kind: type, rows: int, inner: int, columns: int) -> None:
+def test_layers_of_the_projector(library: Path, kind: type, rows: int, inner: int, columns: int) -> None:
     numbers = np.random.default_rng(0)
     x, bias = numbers.standard_normal((rows, inner), np.float32), numbers.standard_normal(columns, np.float32)
     weight: np.ndarray = numbers.standard_normal((columns, inner), np.float32).astype(kind)
-    found = operator.project(built / native.OPERATOR, x, weight, bias, threads=2)
+    found = operator.project(library, x, weight, bias, threads=2)
     assert relative(found, x.astype(np.float64) @ weight.T + bias) < 1e-3
     assert operator.projects(weight)
     assert not operator.projects(weight[:, 1:])
@@ -232,6 +247,56 @@ def test_what_is_no_such_layer_stays(quantized: Bundle, change: Callable[[Any], 
     assert kinds.count("MatMulInteger") == 2
 
 
+def other_scale(graph: Any) -> None:
+    scaled = first(graph, "Softmax", "MatMul", "Mul")
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.3, np.float32), "other"))
+    scaled.input[1] = "other"
+
+
+def keys_for_values(graph: Any) -> None:
+    weighed = next(node for node in graph.node if node.op_type == "MatMul" and "Softmax" in node.input[0])
+    keys = first(graph, "Softmax", "MatMul", "Transpose", at=1)
+    weighed.input[1] = keys.input[0]
+
+
+def heads_inside(graph: Any) -> None:
+    order(first(graph, "Softmax", "MatMul", "Mul", "Gather", "Transpose"), [3, 0, 2, 1, 4])
+
+
+def keys_unturned(graph: Any) -> None:
+    order(first(graph, "Softmax", "MatMul", "Transpose", at=1), [0, 1, 2, 3])
+
+
+def over_queries(graph: Any) -> None:
+    first(graph, "Softmax").attribute[0].i = -2
+
+
+def first(graph: Any, *kinds: str, at: int = 0) -> Any:
+    """The node that the first softmax of all heads comes from, through nodes of these kinds; the last by input `at`."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    node = next(node for node in graph.node if node.op_type == kinds[0])
+    for number, kind in enumerate(kinds[1:], 2):
+        node = made_by[node.input[at if number == len(kinds) else 0]]
+        assert node.op_type == kind
+    return node
+
+
+def order(transpose: Any, values: list[int]) -> None:
+    transpose.attribute[0].ints[:] = values
+
+
+@pytest.mark.parametrize("change", [other_scale, keys_for_values, heads_inside, keys_unturned, over_queries])
+def test_what_is_no_such_attention_stays(quantized: Bundle, change: Callable[[Any], None]) -> None:
+    model = onnx.load_from_string(Path(quantized.part(VISION)).read_bytes())
+    changed = operator.with_operators(model.SerializeToString(), 1)
+    assert changed is not None
+    all_of_them = [node.op_type for node in onnx.load_from_string(changed).graph.node].count("Attention")
+    change(model.graph)
+    changed = operator.with_operators(model.SerializeToString(), 1)
+    assert changed is not None
+    assert [node.op_type for node in onnx.load_from_string(changed).graph.node].count("Attention") == all_of_them - 1
+
+
 def test_what_is_no_such_model_stays(quantized: Bundle, micro_bundle: Path) -> None:
     """Another precision, and a graph within the graph, whose nodes may read what seems to be unused."""
     assert operator.with_operators((micro_bundle / VISION).read_bytes(), 1) is None
@@ -266,18 +331,43 @@ def test_the_operator_refuses_what_does_not_fit(
         [onnx.helper.make_tensor_value_info("y", float32, None)],
         [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    versions = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("llava_edge", 1)]
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4
-    settings.register_custom_ops_library(str(built / native.OPERATOR))
-    raw = onnx.helper.make_model(graph, opset_imports=versions, ir_version=8).SerializeToString()
-    session = onnxruntime.InferenceSession(raw, settings, providers=[CPU])
+    session = opened(built, graph)
     if problem:
         with pytest.raises(Exception, match=problem):
             session.run(None, {"x": values})
         return
     (found,) = session.run(None, {"x": values})
     assert relative(found, values.astype(np.float64) @ weight * constants["s"] + constants["b"]) < 3e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"), [((2, 5, 96), ""), ((1, 5, 90), "no such heads"), ((5, 96), "another rank")]
+)
+def test_the_operator_refuses_other_heads(built: Path, shape: tuple[int, ...], problem: str) -> None:
+    qkv = np.random.default_rng(0).standard_normal(shape, np.float32)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Attention", ["x"], ["y"], domain="llava_edge", threads=1, heads=2)],
+        "one",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+    )
+    session = opened(built, graph)
+    if problem:
+        with pytest.raises(Exception, match=problem):
+            session.run(None, {"x": qkv})
+        return
+    (found,) = session.run(None, {"x": qkv})
+    assert (found == operator.attention(built / native.OPERATOR, qkv, 2)).all()
+
+
+def opened(built: Path, graph: Any) -> Any:
+    """A session of a graph that uses our operators."""
+    versions = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("llava_edge", 1)]
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.register_custom_ops_library(str(built / native.OPERATOR))
+    raw = onnx.helper.make_model(graph, opset_imports=versions, ir_version=8).SerializeToString()
+    return onnxruntime.InferenceSession(raw, settings, providers=[CPU])
 
 
 def test_a_damaged_file_is_one_sentence(quantized: Bundle, installed: Path, tmp_path: Path) -> None:

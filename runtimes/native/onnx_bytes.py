@@ -24,25 +24,30 @@ Field = tuple[int, bytes | int]  # number and value
 
 @dataclass(frozen=True)
 class Node:
-    """attributes: integers and lists of them, others are left out."""
+    """One step. Its bytes are kept to be written as they are."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     kind: str
-    attributes: Mapping[str, tuple[int, ...]]
     raw: bytes = field(repr=False)
+
+    @cached_property
+    def attributes(self) -> dict[str, tuple[int, ...]]:
+        """Integers and lists of them; others are left out."""
+        raw = [value for number, value in _fields(self.raw) if number == 5 and isinstance(value, bytes)]
+        return {_text(value, 1): _attribute(value) for value in raw}
 
     @staticmethod
     def make(
         kind: str, domain: str, inputs: Iterable[str], output: str, attributes: Mapping[str, int] | None = None
     ) -> Node:
         """A new one with one output, after which it is named."""
-        names, given = tuple(inputs), attributes or {}
+        names = tuple(inputs)
         texts = [*((1, name) for name in names), (2, output), (3, output), (4, kind), (7, domain)]
         raw = b"".join(_field(number, text.encode()) for number, text in texts)
-        for name, value in given.items():
+        for name, value in (attributes or {}).items():
             raw += _field(5, _field(1, name.encode()) + _field(3, value) + _field(20, _INT))
-        return Node(names, (output,), kind, {name: (value,) for name, value in given.items()}, raw)
+        return Node(names, (output,), kind, raw)
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,9 @@ class Graph:
 def _node(raw: bytes) -> Node:
     inputs: list[str] = []
     outputs: list[str] = []
-    kind, attributes = "", {}
+    kind = ""
     for number, value in _fields(raw):
-        if not isinstance(value, bytes):
+        if number > 4 or not isinstance(value, bytes):
             continue
         if number == 1:
             inputs.append(value.decode())
@@ -114,18 +119,14 @@ def _node(raw: bytes) -> Node:
             outputs.append(value.decode())
         elif number == 4:
             kind = value.decode()
-        elif number == 5:
-            attributes.update(_attribute(value))
-    return Node(tuple(inputs), tuple(outputs), kind, attributes, raw)
+    return Node(tuple(inputs), tuple(outputs), kind, raw)
 
 
-def _attribute(raw: bytes) -> dict[str, tuple[int, ...]]:
-    """Its name and value, if that is an integer or a list of them."""
+def _attribute(raw: bytes) -> tuple[int, ...]:
+    """Its value, if that is an integer or a list of them."""
     fields = list(_fields(raw))
     kind = next((value for number, value in fields if number == 20), 0)
-    if kind not in (_INT, _INTS):
-        return {}
-    return {_text(raw, 1): tuple(_integers(fields, 3 if kind == _INT else 8))}
+    return tuple(_integers(fields, {_INT: 3, _INTS: 8}.get(int(kind), 0)))
 
 
 def _constant(raw: bytes) -> Constant:
@@ -153,20 +154,20 @@ def _text(message: bytes, field: int) -> str:
 
 
 def _fields(message: bytes) -> Iterator[Field]:
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
+    at, end = 0, len(message)
+    while at < end:
+        key, at = _varint(message, at) if message[at] > 127 else (message[at], at + 1)  # most have one byte
         number, wire = key >> 3, key & 7
         if wire == 0:
             value, at = _varint(message, at)
             yield number, value
         elif wire == _BYTES:
-            size, at = _varint(message, at)
-            if at + size > len(message):
+            size, at = _varint(message, at) if message[at] > 127 else (message[at], at + 1)
+            if at + size > end:
                 raise ValueError("a field ends behind its message")
             yield number, message[at : at + size]
             at += size
-        elif wire == 5 and at + 4 <= len(message):  # a float32, which nobody asks for
+        elif wire == 5 and at + 4 <= end:  # a float32, which nobody asks for
             yield number, message[at : at + 4]
             at += 4
         else:
@@ -182,8 +183,6 @@ def _varints(message: bytes) -> list[int]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    if message[at] < 128:  # most are
-        return message[at], at + 1
     value = shift = 0
     while True:
         byte = message[at]
