@@ -67,7 +67,8 @@ void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *
             minima[r] = _mm_fmadd_ps(_mm_cvtepi32_ps(least), _mm_permute_ps(both, 0x55), minima[r]);
         }
     }
-    for (int r = 0; r < R; r++) out[r] = total(_mm256_sub_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), minima[r])));
+    for (int r = 0; r < R; r++) sum[r] = _mm256_sub_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), minima[r]));
+    totals<R>(sum, out);
 }
 
 template <int R>
@@ -105,7 +106,7 @@ void rows_q6_k(const char *row, const Part256 *x, int next, int blocks, float *o
         for (int r = 0; r < R; r++)
             sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_set1_ps(d * x[r * next].scale), sum[r]);
     }
-    for (int r = 0; r < R; r++) out[r] = total(sum[r]);
+    totals<R>(sum, out);
 }
 
 }  // namespace

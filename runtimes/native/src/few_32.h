@@ -62,27 +62,33 @@ void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *
     __m256 sum[R];
     __m128 least[R];
     for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps(), least[r] = _mm_setzero_ps();
-    const auto four = [&](const char *a, const char *b, const char *c, const char *d) {
+    const auto add = [&](auto all, const char *a, const char *b, const char *c, const char *d) {
         __m128 weights, minima;
         heads<TYPE>(a, b, c, d, weights, minima);
-        const Two p = two<TYPE>(a, b), q = two<TYPE>(c, d);
+        const Two p = two<TYPE>(a, b), q = all() == 4 ? two<TYPE>(c, d) : Two();
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const Part128 &part = x[r * next];
             const __m256 scales = _mm256_castps128_ps256(_mm_mul_ps(weights, _mm_loadu_ps(part.scales)));
             const __m256 p_sums = _mm256_cvtepi32_ps(products<TYPE>(p, part.pairs[0]));
-            const __m256 q_sums = _mm256_cvtepi32_ps(products<TYPE>(q, part.pairs[1]));
             sum[r] = _mm256_fmadd_ps(p_sums, _mm256_permutevar8x32_ps(scales, first), sum[r]);
-            sum[r] = _mm256_fmadd_ps(q_sums, _mm256_permutevar8x32_ps(scales, second), sum[r]);
+            if (all() == 4) {
+                const __m256 q_sums = _mm256_cvtepi32_ps(products<TYPE>(q, part.pairs[1]));
+                sum[r] = _mm256_fmadd_ps(q_sums, _mm256_permutevar8x32_ps(scales, second), sum[r]);
+            }
             if (TYPE != Q8_0) least[r] = _mm_fmadd_ps(minima, _mm_loadu_ps(part.sums), least[r]);
         }
     };
+    constexpr std::integral_constant<int, 4> four{};
+    constexpr std::integral_constant<int, 2> one_or_two{};
     for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x++) {
         fetch<R>(row, 4 * BYTES);
-        four(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
+        add(four, row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }
-    if (blocks) four(row, blocks > 1 ? row + BYTES : NO_BLOCK, blocks > 2 ? row + 2 * BYTES : NO_BLOCK, NO_BLOCK);
-    for (int r = 0; r < R; r++) out[r] = total(_mm256_add_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), least[r])));
+    if (blocks == 3) add(four, row, row + BYTES, row + 2 * BYTES, NO_BLOCK);
+    else if (blocks) add(one_or_two, row, blocks > 1 ? row + BYTES : NO_BLOCK, NO_BLOCK, NO_BLOCK);
+    for (int r = 0; r < R; r++) sum[r] = _mm256_add_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), least[r]));
+    totals<R>(sum, out);
 }
 
 }  // namespace
