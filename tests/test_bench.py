@@ -82,6 +82,7 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
         "device": "cpu",
         "crops": 1,
         "projected": 40,
+        "integer_projector": False,
         "kv": "f16",
     }
     return {**times, "questions": dict.fromkeys(QUESTIONS, asked), "memory": memory}
@@ -292,6 +293,8 @@ def test_a_share_is_work_by_time_and_limit() -> None:
     assert asked["prefill"].share == pytest.approx(NEEDED.prefill_ops(20, 3) / 2 / 8e9)
     assert asked["decode"].share == pytest.approx(NEEDED.token_bytes(22) / 2 / 1e9)
     assert asked["image"].share is None
+    ours = summary(SETTINGS, NEEDED, [{**sample(2000), "integer_projector": True}], PEAKS).questions[WARM]
+    assert ours.stages["project"].limit == "int8_ops"
     small = summary(SETTINGS, NEEDED, [{**sample(2000), "kv": "q8_0"}], PEAKS).questions[WARM].stages["decode"]
     keys = NEEDED.token_bytes(22) - NEEDED.token_bytes(0)
     assert small.share == pytest.approx((NEEDED.token_bytes(0) + keys * 34 / 64) / 2 / 1e9)

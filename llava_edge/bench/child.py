@@ -16,7 +16,7 @@ from llava_edge.bundle import Bundle
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.options import EngineOptions, Options, Result
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
-from llava_edge.runtimes import devices, limits
+from llava_edge.runtimes import devices, limits, native
 from llava_edge.runtimes.pictures import Picture, limited, prepare
 from llava_edge.runtimes.pipeline import Engine
 
@@ -52,6 +52,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
             "device": engine.choice.name,
             "crops": len(shown.crops),
             "projected": len(shown.rows) if shown.budget else len(shown.crops) * bundle.manifest.vision.image_tokens,
+            "integer_projector": native.projector_library() is not None,
             "kv": engine.preset.kv,
             "questions": {
                 name: {**asdict(result), "text_known": text if name != first else 0} for name, result in found.items()

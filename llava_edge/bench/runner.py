@@ -193,7 +193,10 @@ def _question(
     # What the work of a stage is, and the limit it runs into; only where the stage was computed in full.
     bounds = {
         records.ENCODE: (needed.encode_ops * sample["crops"], "int8_ops" if integers[0] else "fp32_ops"),
-        records.PROJECT: (needed.project_ops * sample["projected"], "fp32_ops"),
+        records.PROJECT: (
+            needed.project_ops * sample["projected"],
+            "int8_ops" if sample["integer_projector"] else "fp32_ops",
+        ),
         records.PREFILL: (
             needed.prefill_ops(prompt, known),
             "int8_ops" if integers[1] else "fp32_ops",
