@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 from email.parser import Parser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,16 @@ def test_metadata(wheel: Path) -> None:
         *("numpy", "pillow", "onnxruntime", "llama-cpp-python", "click")
     }
     assert set(metadata.get_all("Provides-Extra", [])) == {"export", "serve", "train", "dev"}
+
+
+def test_pyinstaller_finds_the_hooks(wheel: Path, root: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    entries = ConfigParser()
+    entries.read_string(archive.read(path).decode("utf-8"))
+    module, _, name = entries["pyinstaller40"]["hook-dirs"].partition(":")
+    (folder,) = getattr(import_module(module), name)()
+    assert {path.name for path in Path(folder).glob("hook-*.py")} == {"hook-llava_edge.py", "hook-onnxruntime.py"}
 
 
 def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llava_edge import store
+from llava_edge import python, store
 from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.gguf import Gguf
 from llava_edge.runtimes import bindings, devices
@@ -292,11 +292,11 @@ def _load(path: Path, ggml: Ggml, found: Status) -> None:
 
 def _check(library: Path) -> dict[str, Any]:
     """What the child process says about a library."""
-    command = [sys.executable, "-c", f"from llava_edge.runtimes.native import check; check.main({str(library)!r})"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    code = f"from llava_edge.runtimes.native import check; check.main({str(library)!r})"
+    command = python.command("The check of native kernels", "-c", code)
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
+            command, env=python.environment(), capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"their check did not end within {CHECK_SECONDS} s"}
