@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from configparser import ConfigParser
 from email.parser import Parser
@@ -103,6 +104,33 @@ def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> 
     assert "run" in python("-m", "llava_edge", "--help")
     assert "--image" in python("-m", "llava_edge", "run", "--help")
     assert "run" in python(str(target / "bin/llava-edge"), "--help")
+
+
+# Makefile
+
+
+def test_make_builds_the_kernels_anew_when_their_sources_change(root: Path, tmp_path: Path) -> None:
+    """They alone: nothing else is installed again."""
+    for name in ("Makefile", "setup.py"):
+        shutil.copy(root / name, tmp_path)
+    for name in ("scripts", "runtimes/native"):
+        shutil.copytree(root / name, tmp_path / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("bin/python", "run.done", "run.native", "dev.done", "dev.native"):
+        (tmp_path / ".venv" / name).touch()
+
+    def commands(target: str) -> str:
+        said = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return "\n".join(line for line in said.splitlines() if "native" in line or "install" in line)
+
+    assert commands("run") == commands("setup") == ""
+    later = time.time() + 5
+    for name in ("check.py", "src/few.cpp"):
+        os.utime(tmp_path / "runtimes/native" / name, (later, later))
+        for target in ("run", "setup"):
+            assert "-m llava_edge.runtimes.native" in commands(target)
+            assert "install" not in commands(target)
+        os.utime(tmp_path / "runtimes/native" / name, (1, 1))
 
 
 # scripts/install_llama_cpp.sh

@@ -114,6 +114,17 @@ def status() -> Status:
         return Status("Not used: what was found out about them is damaged.", COMMAND)
 
 
+def unbuilt() -> bool:
+    """Whether nothing is used for the only reason that `COMMAND` was not run for these sources yet."""
+    try:
+        if wanted() == "off" or (place() / _STATE).exists():
+            return False
+        build.tools()
+    except (LlavaEdgeError, OSError):
+        return False
+    return True
+
+
 def activate() -> Status:
     """Before a model is loaded: let llama.cpp use what `status` says. Whatever goes wrong, nothing is used.
 
