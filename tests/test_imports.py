@@ -157,6 +157,16 @@ def test_the_exporter_needs_no_torch() -> None:
     loaded_after(code, "torch", "transformers", "tokenizers", "sentencepiece", "matplotlib")
 
 
+def test_nobody_is_sent_to_a_package_index_for_llava_edge() -> None:
+    """Somebody else may have the name there."""
+    folders = ["llava_edge", *AREAS, "examples", "benchmarks", "docs", "scripts"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".sh")]
+    files += ROOT.glob("*.md")
+    pattern = re.compile(r"llava[-_]edge\[|pip install '?llava[-_]edge")
+    assert len(files) > 100
+    assert [(path, match[0]) for path in files for match in pattern.finditer(path.read_text("utf-8"))] == []
+
+
 def test_no_folder_of_one_machine_is_named() -> None:
     folders = ["llava_edge", *AREAS, "tests", "scripts", "docs", "benchmarks", ".ci"]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]

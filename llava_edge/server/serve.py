@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_edge import python, store
 from llava_edge.bundle import Bundle
-from llava_edge.errors import UnavailableError, UsageError
+from llava_edge.errors import UnavailableError, UsageError, install
 from llava_edge.options import EngineOptions
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
@@ -56,7 +56,7 @@ def serve(bundle: Bundle, options: EngineOptions, settings: Settings, say: Calla
     """
     python.refuse_frozen("The server")
     if not all(find_spec(name) for name in ("starlette", "uvicorn")):
-        raise UnavailableError("The server needs an extra; run: pip install 'llava-edge[serve]'")
+        raise UnavailableError(f"The server needs an extra. {install('serve')}")
     asyncio.run(_serve(bundle, options, settings, say))
 
 
