@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smol
+KERNELS := $(wildcard runtimes/native/*.py runtimes/native/src runtimes/native/src/*)
 
 .DELETE_ON_ERROR:
 .PHONY: help picture run setup test lint types clean
@@ -12,7 +13,7 @@ help:
 	@sed -n 's/^#: //p' $(MAKEFILE_LIST)
 
 #: make run IMAGE=photo.jpg [PROMPT="What is this?"]   install what is missing, then answer about a picture
-run: picture $(VENV)/run.done
+run: picture $(VENV)/run.native
 	@$(BIN)/llava-edge info $(MODEL) >/dev/null 2>&1 || $(BIN)/llava-edge models pull --force $(MODEL)
 	@$(BIN)/llava-edge run --model $(MODEL) --image "$$IMAGE" $${PROMPT:+--prompt "$$PROMPT"}
 
@@ -22,7 +23,7 @@ picture:
 	@test -f "$$IMAGE" || { echo "$$IMAGE does not exist." >&2; exit 66; }
 
 #: make setup    .venv with everything for development
-setup: $(VENV)/dev.done
+setup: $(VENV)/dev.native
 
 #: make test     lint, types, then the fast tests
 test: lint types
@@ -50,11 +51,14 @@ $(BIN)/python:
 $(VENV)/run.done: $(BIN)/python setup.py scripts/install_llama_cpp.sh
 	@scripts/install_llama_cpp.sh $(BIN)/python
 	@$(BIN)/python -m pip install --editable '.[export]' >&2
-	@$(BIN)/python -m llava_edge.runtimes.native || true
 	@touch $@
 
 $(VENV)/dev.done: $(BIN)/python setup.py scripts/install_llama_cpp.sh
 	@scripts/install_llama_cpp.sh $(BIN)/python
 	@$(BIN)/python -m pip install --editable '.[dev]' >&2
+	@touch $@
+
+# What was built of other sources is not used. The folder is named for files that are gone.
+$(VENV)/run.native $(VENV)/dev.native: $(VENV)/%.native: $(VENV)/%.done $(KERNELS)
 	@$(BIN)/python -m llava_edge.runtimes.native || true
 	@touch $@

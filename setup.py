@@ -72,7 +72,10 @@ setup(
     include_package_data=False,
     install_requires=RUNTIME,
     extras_require={"export": EXPORT, "train": TRAIN, "serve": SERVE, "dev": DEV},
-    entry_points={"console_scripts": ["llava-edge = llava_edge.__main__:main"]},
+    entry_points={
+        "console_scripts": ["llava-edge = llava_edge.__main__:main"],
+        "pyinstaller40": ["hook-dirs = llava_edge.pyinstaller:hook_dirs"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: POSIX :: Linux",

@@ -22,7 +22,7 @@ from PIL import Image
 
 from llava_edge import anyres, prompt
 from llava_edge.bundle import Manifest, Preprocessing
-from llava_edge.errors import MissingError, UnavailableError
+from llava_edge.errors import MissingError, UnavailableError, install
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.names import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
@@ -83,7 +83,7 @@ def check(folder: Path | None) -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise UnavailableError(
-            "An importance matrix is computed with torch, which is not installed. Run: pip install 'llava-edge[train]'"
+            f"An importance matrix is computed with torch, which is not installed. {install('train')}"
         ) from error
     pictures(folder)
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from llava_edge import anyres, prompt
 from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
-from llava_edge.errors import CheckpointError
+from llava_edge.errors import CheckpointError, install
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
@@ -69,7 +69,7 @@ def obstacle() -> str:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "Parity was not measured: torch is not installed. Run pip install 'llava-edge[train]' and export again."
+        return f"Parity was not measured: torch is not installed. {install('train')}, then export again."
     return ""
 
 

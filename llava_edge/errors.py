@@ -7,6 +7,11 @@ Anything else that is raised is a bug and keeps its traceback.
 from __future__ import annotations
 
 
+def install(extra: str) -> str:
+    """What to run for one of our extras: in the clone, because the name on a package index is not ours."""
+    return f"Run in the clone of llava-edge: pip install '.[{extra}]'"
+
+
 class LlavaEdgeError(Exception):
     """Base of every error that is meant to be read by a person."""
 

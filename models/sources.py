@@ -17,7 +17,6 @@ import json
 import random
 import re
 import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from PIL import Image, ImageEnhance
 
+from llava_edge import python
 from llava_edge.errors import MissingError, UnavailableError
 
 EASY_VQA = "easy-vqa==1.0"
@@ -135,7 +135,8 @@ def _view(photo: Image.Image, rng: random.Random) -> Image.Image:
 
 def _easy_vqa(folder: Path, train_pictures: int = 4000, val_pictures: int = 1000) -> Iterator[Item]:
     root = folder / "easy-vqa"
-    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", EASY_VQA, "--dest", "."], root)
+    arguments = ["-m", "pip", "download", "--quiet", "--no-deps", EASY_VQA, "--dest", "."]
+    _run(python.command("A download with pip", *arguments), root)
     with zipfile.ZipFile(next(root.glob("easy_vqa-*.whl"))) as archive:
         archive.extractall(root)
     for split, name, count in (("train", "train", train_pictures), ("val", "test", val_pictures)):

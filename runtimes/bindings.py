@@ -11,9 +11,13 @@ import re
 import sys
 import threading
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
+
+from llava_edge import python
+from llava_edge.errors import UnavailableError
 
 _NEEDED = "llama_cpp._ctypes_extensions"  # the one module of the package that the bindings import
 
@@ -22,9 +26,30 @@ _executing = threading.Lock()  # two copies of the bindings would not know each 
 
 
 def functions() -> Any:
-    """The module with `llama_decode` and the rest, once in a process. Raises `ImportError`."""
+    """The module with `llama_decode` and the rest, once in a process. Raises `UnavailableError`."""
     with _executing:
-        return _bindings()
+        try:
+            return _bindings()
+        except (ImportError, OSError, RuntimeError) as error:
+            raise _lacking("llama-cpp-python", error, f"scripts/install_llama_cpp.sh {sys.executable}") from error
+
+
+def onnxruntime() -> Any:
+    """The package of that name. Raises `UnavailableError`."""
+    try:
+        return import_module("onnxruntime")
+    except ImportError as error:
+        raise _lacking("onnxruntime", error, f"{sys.executable} -m pip install onnxruntime") from error
+
+
+def _lacking(project: str, error: Exception, fix: str) -> UnavailableError:
+    said = f"{project} cannot be loaded: {str(error).rstrip('.')}."
+    if python.frozen():
+        return UnavailableError(
+            f"{said} This app was made without it: install llava-edge where PyInstaller is, whose hook brings it, and "
+            "make the app again."
+        )
+    return UnavailableError(f"{said} In a clone of llava-edge run: {fix}")
 
 
 @cache

@@ -12,12 +12,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from llava_edge.errors import UnavailableError
 from llava_edge.options import Device, Memory
+from llava_edge.runtimes import bindings
 
 _FIRST_SEEN = time.monotonic()
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "metal": "CoreMLExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -61,7 +60,7 @@ def lacking(device: str) -> str:
         return f"llama-cpp-python was built without {device.upper()}."
     if not llama.llama_supports_gpu_offload():
         return "llama.cpp finds no such device."
-    ort: Any = import_module("onnxruntime")
+    ort = bindings.onnxruntime()
     if _PROVIDERS[device] not in ort.get_available_providers():
         package = "onnxruntime-gpu" if device == "cuda" else "onnxruntime for macOS"
         return f"ONNX Runtime has no {_PROVIDERS[device]} (install {package})."

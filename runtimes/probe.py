@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import struct
 import subprocess
@@ -21,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from llava_edge import store
+from llava_edge import python, store
 from llava_edge.errors import StorageError, UnavailableError
 from llava_edge.runtimes import bindings, devices
 
@@ -49,14 +48,15 @@ class Report:
 
 
 def check(engine: str) -> Report:
-    """Try "llama_cpp" or "onnxruntime" in a child process of its own. Raises `StorageError` if there is no room to."""
-    command = [sys.executable, "-c", f"from llava_edge.runtimes import probe; probe.child({engine!r})"]
-    # The child must find this very package, however the parent did.
-    paths = [path or str(Path.cwd()) for path in sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    """Try "llama_cpp" or "onnxruntime" in a child process of its own.
+
+    Raises `StorageError` if there is no room to, `UnavailableError` in a frozen app.
+    """
+    code = f"from llava_edge.runtimes import probe; probe.child({engine!r})"
+    command = python.command(f"The test of {engine}", "-c", code)
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+            command, env=python.environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return Report(engine, f"The test of {engine} did not end within {TIMEOUT_SECONDS} s.", INSTALL[engine])
@@ -80,9 +80,9 @@ def require_working_build() -> None:
     """On a processor with AMX, check llama.cpp once for each build of it, and remember a good result.
 
     Raises `UnavailableError` with the command that repairs the build, `StorageError` if it could not be tried. Other
-    processors are not affected.
+    processors are not affected, nor are frozen apps: the build was checked where they were frozen.
     """
-    if "amx_int8" not in devices.processor()[1]:
+    if "amx_int8" not in devices.processor()[1] or python.frozen():
         return
     try:
         note = store.home() / "builds" / _build_id()

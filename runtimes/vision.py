@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError, UnavailableError
-from llava_edge.runtimes import CancelledError, devices
+from llava_edge.runtimes import CancelledError, bindings, devices
 from llava_edge.runtimes import native as native_kernels
 from llava_edge.runtimes.native import operator
 
@@ -32,7 +31,7 @@ class VisionEncoder:
         self._part = bundle.manifest.vision
         self._size = bundle.manifest.preprocessing.image_size
         self._path = bundle.part(VISION)
-        ort: Any = import_module("onnxruntime")
+        ort = bindings.onnxruntime()
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = threads
         settings.inter_op_num_threads = 1
@@ -105,7 +104,7 @@ class VisionEncoder:
         Memory comes from an arena, or each layer's would be new to the process (0.4 s of a 7B's first picture), and is
         given back at the end, or what the largest picture took would be kept.
         """
-        ort: Any = import_module("onnxruntime")
+        ort = bindings.onnxruntime()
         run = ort.RunOptions()
         run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return run

@@ -2,6 +2,10 @@
 # Builds llama-cpp-python from source for the given Python and proves that the result computes.
 #
 #   scripts/install_llama_cpp.sh [PYTHON]          default: python3
+#   CMAKE_ARGS=-DGGML_CUDA=on scripts/install_llama_cpp.sh [PYTHON]
+#   FORCE=1 scripts/install_llama_cpp.sh [PYTHON]
+#
+# A build that works is left alone, unless CMAKE_ARGS says how it shall be, or FORCE is set: then it is built anew.
 #
 # Why plain `pip install` is not enough: gcc 12 at -O3 takes the stores to the AMX tile configuration in ggml's CPU
 # backend for dead and drops them, so on processors with AMX the first large matrix product dies of an illegal
@@ -60,7 +64,14 @@ give_up() {
     exit 1
 }
 
-if installed && works; then
+wish=""
+if [ -n "${CMAKE_ARGS:-}" ]; then
+    wish="CMAKE_ARGS is $CMAKE_ARGS"
+elif [ -n "${FORCE:-}" ]; then
+    wish="FORCE is set"
+fi
+
+if [ -z "$wish" ] && installed && works; then
     rm -f "$LOG"
     exit 0
 fi
@@ -75,14 +86,23 @@ fi
 # A virtual environment that was left half made has none.
 "$PYTHON" -m pip --version >>"$LOG" 2>&1 || "$PYTHON" -m ensurepip >>"$LOG" 2>&1 || give_up "$PYTHON has no pip."
 
-say "Installing llama-cpp-python $VERSION. The first time it is compiled for this processor, which takes 4 to 8 minutes"
-say "on two cores; details in $LOG"
-install || give_up "llama-cpp-python $VERSION could not be built."
+anew=()
+if [ -n "$wish" ]; then
+    say "Compiling llama-cpp-python $VERSION anew, because $wish; details in $LOG"
+    anew=(--no-cache-dir) # neither takes what pip kept of another build, nor leaves this one to others
+    if installed; then anew+=(--force-reinstall --no-deps); fi
+else
+    say "Installing llama-cpp-python $VERSION. The first time it is compiled for this processor, which takes 4 to 8 minutes"
+    say "on two cores; details in $LOG"
+fi
+install ${anew[@]+"${anew[@]}"} || give_up "llama-cpp-python $VERSION could not be built."
+failing="llama-cpp-python $VERSION was built, but a matrix product in it fails on this processor."
 if ! works; then
+    if [ -n "$wish" ]; then give_up "$failing"; fi
     say "The build that pip had kept does not work on this processor; compiling a new one."
     "$PYTHON" -m pip cache remove llama_cpp_python >>"$LOG" 2>&1 || true # the cache may be switched off
     install --no-cache-dir --force-reinstall --no-deps || give_up "llama-cpp-python $VERSION could not be built."
-    works || give_up "llama-cpp-python $VERSION was built, but a matrix product in it fails on this processor."
+    works || give_up "$failing"
 fi
 say "llama-cpp-python $VERSION is built and computes correctly."
 rm -f "$LOG"

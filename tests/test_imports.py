@@ -30,6 +30,7 @@ SHARED = {
     "options",
     "paths",
     "prompt",
+    "python",
     "saved",
     "store",
     "templates",
@@ -43,6 +44,7 @@ ALLOWED = {
     "server": SHARED | {"api", "runtimes"},
     "repl": SHARED | {"api", "runtimes"},
     "bench": SHARED | {"runtimes"},
+    "pyinstaller": SHARED | {"runtimes"},
     "cli": SHARED | {"api", "bench", "repl", "server", *AREAS},
     "__init__": SHARED | {"api"},
     "__main__": {"cli"},
@@ -142,9 +144,8 @@ def test_help_loads_no_engine(arguments: list[str]) -> None:
 
 
 def test_the_runtime_needs_no_extra() -> None:
-    names = [
-        f"llava_edge.{name}" for name, _ in modules() if part_of(name) not in ("export", "models", "server", "__main__")
-    ]
+    others = ("export", "models", "server", "pyinstaller", "__main__")
+    names = [f"llava_edge.{name}" for name, _ in modules() if part_of(name) not in others]
     code = "\n".join(f"import {name.removesuffix('.__init__')}" for name in names)
     assert "llava_edge" in loaded_after(code, *(set(HOMES) - {"onnxruntime", "llama_cpp"}), "gguf")
 
@@ -154,6 +155,16 @@ def test_the_exporter_needs_no_torch() -> None:
     assert names
     code = "\n".join(f"import {name.removesuffix('.__init__')}" for name in names)
     loaded_after(code, "torch", "transformers", "tokenizers", "sentencepiece", "matplotlib")
+
+
+def test_nobody_is_sent_to_a_package_index_for_llava_edge() -> None:
+    """Somebody else may have the name there."""
+    folders = ["llava_edge", *AREAS, "examples", "benchmarks", "docs", "scripts"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".sh")]
+    files += ROOT.glob("*.md")
+    pattern = re.compile(r"llava[-_]edge\[|pip install '?llava[-_]edge")
+    assert len(files) > 100
+    assert [(path, match[0]) for path in files for match in pattern.finditer(path.read_text("utf-8"))] == []
 
 
 def test_no_folder_of_one_machine_is_named() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import pty
 import shutil
 import subprocess
 import sys
@@ -725,6 +726,32 @@ def test_no_compiler_and_unusable_ones(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("CXX", str(clang))
     assert "set CXX=g++" in native.prepare().reason
     assert not native.status().used
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_a_person_is_told_once_that_kernels_can_be_built(command: str, micro_bundle: Path) -> None:
+    """On a terminal, and only where the command that is named would help."""
+    arguments = [command, "--model", str(micro_bundle), "--device", "cpu", "--threads", "1", "--max-tokens", "2"]
+    arguments += ["--prompt", "hi"] if command == "run" else []
+    for changed, told in (({}, 1), ({"LLAVA_EDGE_NATIVE": "off"}, 0), ({"CXX": "no-such-compiler"}, 0)):
+        ours, theirs = pty.openpty()
+        environment = {**os.environ, **changed}
+        line = [sys.executable, "-m", "llava_edge", *arguments]
+        subprocess.run(
+            line, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs, check=True
+        )
+        os.close(theirs)
+        shown = os.read(ours, 100_000)
+        os.close(ours)
+        assert shown.count(f"to build them, run: {native.COMMAND})".encode()) == told
+        piped = subprocess.run(line, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        assert native.COMMAND.encode() not in piped.stderr
+
+
+def test_kernels_that_were_tried_are_not_asked_for(built: Path) -> None:
+    assert native.unbuilt()
+    install(built)
+    assert not native.unbuilt()
 
 
 def test_without_avx2_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
+from configparser import ConfigParser
 from email.parser import Parser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,16 @@ def test_metadata(wheel: Path) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == {"export", "serve", "train", "dev"}
 
 
+def test_pyinstaller_finds_the_hooks(wheel: Path, root: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    entries = ConfigParser()
+    entries.read_string(archive.read(path).decode("utf-8"))
+    module, _, name = entries["pyinstaller40"]["hook-dirs"].partition(":")
+    (folder,) = getattr(import_module(module), name)()
+    assert {path.name for path in Path(folder).glob("hook-*.py")} == {"hook-llava_edge.py", "hook-onnxruntime.py"}
+
+
 def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     """In a folder with a package called `models`, which must not get in the way."""
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
@@ -93,6 +106,33 @@ def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> 
     assert "run" in python(str(target / "bin/llava-edge"), "--help")
 
 
+# Makefile
+
+
+def test_make_builds_the_kernels_anew_when_their_sources_change(root: Path, tmp_path: Path) -> None:
+    """They alone: nothing else is installed again."""
+    for name in ("Makefile", "setup.py"):
+        shutil.copy(root / name, tmp_path)
+    for name in ("scripts", "runtimes/native"):
+        shutil.copytree(root / name, tmp_path / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("bin/python", "run.done", "run.native", "dev.done", "dev.native"):
+        (tmp_path / ".venv" / name).touch()
+
+    def commands(target: str) -> str:
+        said = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return "\n".join(line for line in said.splitlines() if "native" in line or "install" in line)
+
+    assert commands("run") == commands("setup") == ""
+    later = time.time() + 5
+    for name in ("check.py", "src/few.cpp"):
+        os.utime(tmp_path / "runtimes/native" / name, (later, later))
+        for target in ("run", "setup"):
+            assert "-m llava_edge.runtimes.native" in commands(target)
+            assert "install" not in commands(target)
+        os.utime(tmp_path / "runtimes/native" / name, (1, 1))
+
+
 # scripts/install_llama_cpp.sh
 
 
@@ -108,6 +148,25 @@ def test_a_build_that_works_is_left_alone(root: Path, tmp_path: Path) -> None:
     (tmp_path / "here" / "python").chmod(0o755)
     done = install(root, "here/python", tmp_path, CXX="no-such-compiler")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("wish", [{"CMAKE_ARGS": "-DGGML_CUDA=on"}, {"FORCE": "1"}])
+def test_a_wish_for_another_build_is_followed(wish: dict[str, str], root: Path, tmp_path: Path) -> None:
+    """Anew, without a wheel that pip kept, and with the flags that gcc 12 needs; pip itself is not run."""
+    python, asked = tmp_path / "python", tmp_path / "asked"
+    pip = f'printf "%s|" "$CMAKE_ARGS" "$CXXFLAGS" "$@" >"{asked}"; exit'
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in "-m pip install"*) {pip};; esac\nexec "{sys.executable}" "$@"\n', "utf-8"
+    )
+    python.chmod(0o755)
+    done = install(root, str(python), tmp_path, CXX="sh", **wish)
+    assert done.returncode == 0, done.stderr
+    arguments, flags, *words = asked.read_text("utf-8").split("|")
+    assert arguments == wish.get("CMAKE_ARGS", "")
+    assert ("-fno-dse" in flags) == (sys.platform == "linux")
+    assert {"--no-cache-dir", "--force-reinstall", "--no-deps", "--no-binary"} <= set(words)
+    (name,) = wish
+    assert f"anew, because {name} is " in done.stderr
 
 
 def test_no_compiler_is_said_first(root: Path, tmp_path: Path) -> None:

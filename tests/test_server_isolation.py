@@ -324,7 +324,7 @@ def test_without_the_extra(micro_bundle: Path) -> None:
     code += f"main(['serve', '--model', {str(micro_bundle)!r}])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 69
-    assert "pip install 'llava-edge[serve]'" in done.stderr
+    assert "Run in the clone of llava-edge: pip install '.[serve]'" in done.stderr
 
 
 # The child's sandbox.

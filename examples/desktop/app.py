@@ -1,7 +1,9 @@
 """A desktop app around llava_edge: open or drop a photo, ask, read the answer as it is written, stop it.
 
-    pip install 'llava-edge' PySide6-Essentials
+    pip install . PySide6-Essentials
     python examples/desktop/app.py [MODEL]
+
+in the clone, llama.cpp being built as README.md says.
 
 The window never waits: the model is loaded and asked in threads, and what they have to say arrives as Qt signals.
 """

@@ -5,11 +5,9 @@ machine does meanwhile falls on all of them. The first repeats only warm files a
 from __future__ import annotations
 
 import json
-import os
 import platform
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llava_edge import __version__
+from llava_edge import __version__, python
 from llava_edge.bench import records
 from llava_edge.bench.picture import variant
 from llava_edge.bench.records import (
@@ -249,10 +247,8 @@ def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) 
 
 def _child(task: Sample) -> Sample:
     """What a fresh process measured, or what child.py prints instead. It dies with this process's interruption."""
-    paths = [path or str(Path.cwd()) for path in sys.path]  # it must find this very package, however we did
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "llava_edge.bench.child", json.dumps(task)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = python.command("A measurement", "-m", "llava_edge.bench.child", json.dumps(task))
+    done = subprocess.run(command, env=python.environment(), capture_output=True, text=True, check=False)
     if done.returncode < 0:
         reason = f"Its process was ended by {signal.Signals(-done.returncode).name}; try 'llava-edge doctor'."
         return {"error": reason, "exit_code": UnavailableError.exit_code}

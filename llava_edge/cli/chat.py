@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from llava_edge.cli.arguments import AboutPictures, generation_options, options_from, picture_path
-from llava_edge.cli.terminal import show, status_line
+from llava_edge.cli.terminal import advise, show, status_line
 
 
 @click.command(cls=AboutPictures)
@@ -36,6 +36,7 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
         llava = Llava.load(model, engine, pictures=pictures, on_load=status)
     with llava:
         click.echo(f"{llava.bundle.manifest.name} on {llava.device}. /help lists the commands.", err=True)
+        advise(llava.device)
         repl = Repl(llava.chat(system, options), show, _waiting)
         repl.add(pictures, list(images))
         repl.run()

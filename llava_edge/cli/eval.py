@@ -12,7 +12,7 @@ import click
 
 from llava_edge import store
 from llava_edge.cli.terminal import status_line
-from llava_edge.errors import UnavailableError, UsageError
+from llava_edge.errors import UnavailableError, UsageError, install
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options, TokenMethod
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ def eval(
         from llava_edge.models.evaluate import judge_checkpoint, majority, question_sets
         from llava_edge.models.sources import collect
     except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"Evaluation needs {error.name}, which is not installed. Run: pip install 'llava-edge[train]'"
-        ) from error
+        raise UnavailableError(f"Evaluation needs {error.name}, which is not installed. {install('train')}") from error
     data = data or store.home() / "data" / "smol"
     items = collect(data, photos)
     sets = {name: _thin(questions, limit) for name, questions in question_sets(items).items()}

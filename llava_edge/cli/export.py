@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from llava_edge.cli.terminal import ended_cleanly
-from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
+from llava_edge.errors import CannotCreateError, UnavailableError, UsageError, install
 
 if TYPE_CHECKING:
     from llava_edge.bundle import ParityRow
@@ -104,9 +104,7 @@ def export(
     try:
         from llava_edge.export import exporter
     except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"Exporting needs {error.name}, which is not installed. Run: pip install 'llava-edge[export]'"
-        ) from error
+        raise UnavailableError(f"Exporting needs {error.name}, which is not installed. {install('export')}") from error
     options = exporter.ExportOptions(
         checkpoint=checkpoint,
         out=out,
@@ -137,7 +135,7 @@ def export(
         show_parity(error.rows)
         raise
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"Exporting needs {error.name}. Run: pip install 'llava-edge[export]'") from error
+        raise UnavailableError(f"Exporting needs {error.name}. {install('export')}") from error
     show_parity(manifest.parity)
     if report_file:
         _write_report(report_file, reports[0])

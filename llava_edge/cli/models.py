@@ -10,7 +10,7 @@ import click
 
 from llava_edge import store
 from llava_edge.cli.terminal import ended_cleanly, status_line
-from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
+from llava_edge.errors import CannotCreateError, UnavailableError, UsageError, install
 
 
 @click.group()
@@ -36,7 +36,7 @@ def list_models() -> None:
 @click.argument("name", default=store.DEFAULT_MODEL, metavar="[NAME]")
 @click.option("--force", is_flag=True, help="Make it again even if it is installed.")
 def pull_model(name: str, force: bool) -> None:
-    """Download the parts of NAME and make its bundle; needs pip install 'llava-edge[export]'."""
+    """Download the parts of NAME and make its bundle; needs the extra [export]."""
     installed = {entry.name: entry.folder for entry in store.entries()}
     if name not in store.KNOWN_MODELS:
         raise UsageError(f"There is no model {name!r} to pull; choose one of {', '.join(store.KNOWN_MODELS)}.")
@@ -65,7 +65,7 @@ def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
         from llava_edge.export.pull import pull
     except ModuleNotFoundError as error:
         raise UnavailableError(
-            f"Pulling a model needs {error.name}, which is not installed. Run: pip install 'llava-edge[export]'"
+            f"Pulling a model needs {error.name}, which is not installed. {install('export')}"
         ) from error
     home = store.home()
     if problem := store.unwritable(home) or store.unwritable(target.parent):

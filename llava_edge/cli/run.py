@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli.arguments import AboutPictures, generation_options, options_from, picture_path, read_stdin
-from llava_edge.cli.terminal import show, status_line
+from llava_edge.cli.terminal import advise, show, status_line
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 
@@ -58,6 +58,7 @@ def run(images: tuple[str, ...], prompts: tuple[str, ...], as_json: bool, model:
     with llava:
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
+        advise(llava.device)
         for stream in llava.ask_many(prompts, pictures, options, started=started):
             result = _answer(stream, "Looking at the image" if pictures else "Reading", quiet=as_json)
             if as_json:

@@ -21,6 +21,14 @@ def show(text: str) -> None:
     click.echo(text.translate(_CONTROLS) if sys.stdout.isatty() else text, nl=False)
 
 
+def advise(device: str) -> None:
+    """Tell a person at a terminal that native kernels can be built, as after an update that changed them."""
+    from llava_edge.runtimes import native
+
+    if sys.stderr.isatty() and device.startswith("cpu") and native.unbuilt():
+        click.echo(f"(native kernels are not built for this version; to build them, run: {native.COMMAND})", err=True)
+
+
 @contextmanager
 def ended_cleanly() -> Iterator[None]:
     """A request to end, or a closed terminal, stops the work as Ctrl-C does, so that nothing is left behind."""

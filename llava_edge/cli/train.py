@@ -11,7 +11,7 @@ import click
 
 from llava_edge import store
 from llava_edge.cli.terminal import Status, status_line
-from llava_edge.errors import CannotCreateError, UnavailableError
+from llava_edge.errors import CannotCreateError, UnavailableError, install
 
 if TYPE_CHECKING:
     from llava_edge.models.train import Step
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--photos", type=click.Path(path_type=Path), help="Folder of training photos with labels.jsonl (smol).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads to compute with.")
 def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None, threads: int | None) -> None:
-    """Train RECIPE (micro, smol or a TOML file); needs pip install 'llava-edge[train]'.
+    """Train RECIPE (micro, smol or a TOML file); needs the extra [train].
 
     \b
     llava-edge train micro --out runs/micro
@@ -34,9 +34,7 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
         from llava_edge.models.recipe import load_recipe
         from llava_edge.models.run import Folders, train_recipe
     except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"Training needs {error.name}, which is not installed. Run: pip install 'llava-edge[train]'"
-        ) from error
+        raise UnavailableError(f"Training needs {error.name}, which is not installed. {install('train')}") from error
     chosen = load_recipe(recipe)
     run = _writable(out, "--out", store.home() / "runs" / chosen.name)
     data = _writable(data, "--data", store.home() / "data" / chosen.name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge.cli.terminal import status_line
-from llava_edge.errors import CheckpointError, UnavailableError, UsageError
+from llava_edge.errors import CheckpointError, UnavailableError, UsageError, install
 from llava_edge.store import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _measure(
         from llava_edge.export import parity
         from llava_edge.export.exporter import ExportOptions, open_source
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"--against needs {error.name}. Run: pip install 'llava-edge[train]'") from error
+        raise UnavailableError(f"--against needs {error.name}. {install('train')}") from error
     why_not = parity.obstacle()
     if why_not:
         raise UnavailableError(why_not)

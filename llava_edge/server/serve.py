@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from llava_edge import store
+from llava_edge import python, store
 from llava_edge.bundle import Bundle
-from llava_edge.errors import UnavailableError, UsageError
+from llava_edge.errors import UnavailableError, UsageError, install
 from llava_edge.options import EngineOptions
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
@@ -51,10 +51,12 @@ class Settings:
 def serve(bundle: Bundle, options: EngineOptions, settings: Settings, say: Callable[[str], None]) -> None:
     """Serve until a signal. `say` gets lines for the person who started it.
 
-    Raises `UnavailableError` when an address is taken or the extra is missing, or what loading the model raises.
+    Raises `UnavailableError` when an address is taken, the extra is missing or this is a frozen app, or what loading
+    the model raises.
     """
+    python.refuse_frozen("The server")
     if not all(find_spec(name) for name in ("starlette", "uvicorn")):
-        raise UnavailableError("The server needs an extra; run: pip install 'llava-edge[serve]'")
+        raise UnavailableError(f"The server needs an extra. {install('serve')}")
     asyncio.run(_serve(bundle, options, settings, say))
 
 

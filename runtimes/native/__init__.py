@@ -30,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llava_edge import store
+from llava_edge import python, store
 from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.gguf import Gguf
 from llava_edge.runtimes import bindings, devices
@@ -112,6 +112,17 @@ def status() -> Status:
         return choose(state, wanted())
     except (AttributeError, KeyError, TypeError, ValueError):
         return Status("Not used: what was found out about them is damaged.", COMMAND)
+
+
+def unbuilt() -> bool:
+    """Whether nothing is used for the only reason that `COMMAND` was not run for these sources yet."""
+    try:
+        if wanted() == "off" or (place() / _STATE).exists():
+            return False
+        build.tools()
+    except (LlavaEdgeError, OSError):
+        return False
+    return True
 
 
 def activate() -> Status:
@@ -292,11 +303,11 @@ def _load(path: Path, ggml: Ggml, found: Status) -> None:
 
 def _check(library: Path) -> dict[str, Any]:
     """What the child process says about a library."""
-    command = [sys.executable, "-c", f"from llava_edge.runtimes.native import check; check.main({str(library)!r})"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    code = f"from llava_edge.runtimes.native import check; check.main({str(library)!r})"
+    command = python.command("The check of native kernels", "-c", code)
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
+            command, env=python.environment(), capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"their check did not end within {CHECK_SECONDS} s"}

@@ -78,6 +78,18 @@ def package() -> Path:
         raise UnavailableError("llama-cpp-python is not installed.") from error
 
 
+def tools() -> tuple[str, Path]:
+    """The compiler and the folder of ggml's headers. Raises `UnavailableError` where nothing can be built."""
+    tool, headers = compiler(), package().parent / "include"
+    if tool is None:
+        raise UnavailableError("There is no C++ compiler; install one (Debian: sudo apt-get install build-essential).")
+    if _is_clang(tool):
+        raise UnavailableError(f"{tool} is clang, whose OpenMP has threads of its own; install gcc and set CXX=g++.")
+    if not (headers / "ggml-backend.h").is_file():
+        raise UnavailableError(f"This llama-cpp-python has no headers in {headers}.")
+    return tool, headers
+
+
 def build(
     target: Path, operator: Path | None = None, *, units: Sequence[Unit] = UNITS, flags: Sequence[str] = ()
 ) -> None:
@@ -86,15 +98,8 @@ def build(
 
     flags: in addition to `FLAGS`. Raises `UnavailableError` with what the compiler said first.
     """
-    tool, llama = compiler(), package()
-    headers = llama.parent / "include"
-    if tool is None:
-        raise UnavailableError("There is no C++ compiler; install one (Debian: sudo apt-get install build-essential).")
-    if _is_clang(tool):
-        raise UnavailableError(f"{tool} is clang, whose OpenMP has threads of its own; install gcc and set CXX=g++.")
-    if not (headers / "ggml-backend.h").is_file():
-        raise UnavailableError(f"This llama-cpp-python has no headers in {headers}.")
-    (base,) = sorted((llama / "lib").glob("libggml-base.so.0")) or [llama / "lib/libggml-base.so"]
+    (tool, headers), folder = tools(), package() / "lib"
+    (base,) = sorted(folder.glob("libggml-base.so.0")) or [folder / "libggml-base.so"]
     common = [tool, *FLAGS, *flags, f"-I{headers}", f"-I{SOURCES}"]
 
     def compile_one(numbered: tuple[int, Unit]) -> tuple[Unit, Path, str]:
