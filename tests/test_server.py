@@ -112,6 +112,26 @@ def test_stop_seed_temperature(client: Any) -> None:
     assert answer(temperature=5.0, top_p=1e-6) == whole
 
 
+def test_what_a_draw_is_limited_by(client: Any) -> None:
+    def answers(**limits: float) -> set[str]:
+        made = [
+            client.chat.completions.create(
+                model="micro", messages=[user("Hello")], max_tokens=12, temperature=5.0, seed=seed, extra_body=limits
+            )
+            for seed in range(4)
+        ]
+        return {each.choices[0].message.content for each in made}
+
+    assert len(answers()) == len(answers(top_k=-1, min_p=0.0)) == 4
+    greedy = client.chat.completions.create(model="micro", messages=[user("Hello")], max_tokens=12)
+    assert answers(top_k=1) == answers(min_p=1.0) == {greedy.choices[0].message.content}
+
+
+def test_fewer_positions_for_a_picture(server: Server) -> None:
+    whole, less = (server.ask("?", (png(),), image_tokens=count)["usage"]["prompt_tokens"] for count in (0, 3))
+    assert whole > less
+
+
 def test_json_schema(client: Any) -> None:
     """Whatever a random model wants to say, it is this JSON."""
     schema = {
@@ -223,6 +243,27 @@ def test_metrics_count(server: Server) -> None:
         ({"stream": "yes"}, 400, "stream"),
         ({"logit_bias": {"1": 5}}, 400, "logit_bias"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"top_k": -2}, 400, "top_k"),
+        ({"top_k": True}, 400, "top_k"),
+        ({"min_p": 2}, 400, "min_p"),
+        ({"image_tokens": -1}, 400, "image_tokens"),
+        ({"image_tokens": 1000}, 400, "image_tokens"),
+        ({"json_schema": {"type": "string", "pattern": "a"}}, 400, "json_schema"),
+        ({"json_schema": {}, "response_format": {"type": "json_object"}}, 400, "json_schema"),
+        ({"grammar": 'root ::= "x"'}, 400, "grammar"),
+        ({"guided_choice": ["a", "b"]}, 400, "guided_choice"),
+        ({"guided_json": {}}, 400, "guided_json"),
+        ({"structured_outputs": {"choice": ["a"]}}, 400, "structured_outputs"),
+        ({"mirostat": 2}, 400, "mirostat"),
+        ({"ignore_eos": True}, 400, "ignore_eos"),
+        ({"ignore_eos": 0}, 400, "ignore_eos"),
+        ({"repeat_last_n": 256}, 400, "repeat_last_n"),
+        ({"dry_multiplier": 0.8}, 400, "dry_multiplier"),
+        ({"samplers": ["top_k"]}, 400, "samplers"),
+        ({"skip_special_tokens": False}, 400, "skip_special_tokens"),
+        ({"min_tokens": 5}, 400, "min_tokens"),
+        ({"bad_words": ["red"]}, 400, "bad_words"),
+        ({"messages": [user("a") | {"images": ["aGk="]}]}, 400, "messages[0].images"),
         ({"top_logprobs": 2}, 400, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 99}, 400, "top_logprobs"),
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
@@ -358,6 +399,22 @@ def test_messages_are_brought_into_turns(server: Server) -> None:
         {"stop": [""]},
         {"logprobs": False, "top_logprobs": 0},
         {"response_format": {"type": "text"}},
+        {"top_k": -1, "min_p": 0, "image_tokens": 0, "typical_p": 1.0, "top_n_sigma": -1, "xtc_threshold": 0.1},
+        {
+            "repeat_penalty": 1.0,
+            "repeat_last_n": 64,
+            "mirostat": 0,
+            "mirostat_tau": 5.0,
+            "grammar": "",
+            "dry_base": 1.75,
+        },
+        {
+            "repetition_penalty": 1,
+            "ignore_eos": False,
+            "skip_special_tokens": True,
+            "stop_token_ids": [],
+            "bad_words": [],
+        },
     ],
     ids=str,
 )
@@ -380,6 +437,7 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3
 def test_llama_cpps_form_of_a_schema(server: Server) -> None:
     text = server.text("Hello", max_tokens=40, response_format={"type": "json_object", "schema": SCHEMA})
     assert json.loads(text)["n"] in (3, 4, 5)
+    assert server.text("Hello", max_tokens=40, json_schema=SCHEMA) == text
 
 
 @pytest.mark.parametrize(
