@@ -27,6 +27,7 @@ PRESETS: tuple[Preset, ...] = ("auto", "latency", "memory")
 KVS: tuple[KV, ...] = ("auto", "f16", "q8_0")
 SPECULATE: tuple[Speculate, ...] = ("auto", "off", "ngram")
 TOKEN_METHODS: tuple[TokenMethod, ...] = ("cls", "pool", "random")
+MAX_TOKENS = 1 << 20  # of an answer: more than any context has
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_GRAMMAR = 1 << 18
@@ -67,7 +68,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.speculate not in SPECULATE:
             raise UsageError(f"speculate is {_shown(self.speculate)}; one of {', '.join(SPECULATE)} was expected.")
-        _whole("max_tokens", self.max_tokens, 1, 1 << 20)
+        _whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _real("temperature", self.temperature, 0.0, 100.0)
         _real("top_p", self.top_p, 0.0, 1.0)
         _whole("top_k", self.top_k, 0, 1 << 24)

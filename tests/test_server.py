@@ -215,7 +215,7 @@ def test_metrics_count(server: Server) -> None:
     ("change", "status", "param"),
     [
         ({"model": "gpt-4o"}, 404, "model"),
-        ({"model": None}, 400, "model"),
+        ({"model": 5}, 400, "model"),
         ({"messages": []}, 400, "messages"),
         ({"messages": "hi"}, 400, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
@@ -226,7 +226,8 @@ def test_metrics_count(server: Server) -> None:
         ({"messages": [{"role": "assistant", "content": "x"}, user("a")]}, 400, "messages"),
         ({"messages": [user("a", *[png()] * 9)]}, 400, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"max_tokens": -1}, 400, "max_tokens"),
+        ({"max_tokens": -2}, 400, "max_tokens"),
+        ({"n_predict": -2, "max_tokens": None}, 400, "max_tokens"),
         ({"max_tokens": "5"}, 400, "max_tokens"),
         ({"max_tokens": True}, 400, "max_tokens"),
         ({"max_tokens": 1 << 63}, 400, "max_tokens"),
@@ -420,6 +421,28 @@ def test_messages_are_brought_into_turns(server: Server) -> None:
 )
 def test_what_changes_nothing_is_taken(more: dict[str, Any], server: Server) -> None:
     assert server.text("Hello", max_tokens=4, **more) == server.text("Hello", max_tokens=4)
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_no_model_is_the_one_there_is(route: str, server: Server) -> None:
+    named = {**question("Hello", max_tokens=2), "prompt": "Hello"}
+    nameless = {name: value for name, value in named.items() if name != "model"}
+    found = []
+    for body in (named, nameless, {**nameless, "model": None}, {**nameless, "model": ""}):
+        status, _, answer = server.request("POST", route, body)
+        said = json.loads(answer)
+        found.append((status, said["model"], said["choices"]))
+    assert found == [(200, "micro", found[0][2])] * 4
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n_predict"])
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_an_answer_without_a_limit_fills_the_context(name: str, route: str, server: Server) -> None:
+    body = {key: value for key, value in question("Hello").items() if key != "max_tokens"}
+    status, _, answer = server.request("POST", route, {**body, "prompt": "Hello", name: -1})
+    usage, reason = json.loads(answer)["usage"], json.loads(answer)["choices"][0]["finish_reason"]
+    assert (status, reason, usage["total_tokens"]) == (200, "length", server.health()["context"])
+    assert usage["completion_tokens"] > 16
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_edge.errors import UsageError
 from llava_edge.json_grammar import any_object, from_schema
-from llava_edge.options import Options
+from llava_edge.options import MAX_TOKENS, Options
 from llava_edge.prompt import Message
 from llava_edge.server import data_url
 from llava_edge.server.limits import Limits
@@ -126,7 +126,9 @@ def completion(body: Mapping[str, Any], model: str, limits: Limits) -> Ask:
         prompt = prompt[0]
     if not isinstance(prompt, str):
         raise bad("prompt must be one text.", "prompt")
-    return _ask({"max_tokens": 16, **body}, [Message("user", prompt)], [], body.get("logprobs"), limits)
+    if _longest(body) is None:
+        body = {**body, "max_tokens": 16}
+    return _ask(body, [Message("user", prompt)], [], body.get("logprobs"), limits)
 
 
 def _ask(
@@ -157,9 +159,8 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
 
 def _options(body: Mapping[str, Any], chances: Any) -> Options:
     """Greedy unless a temperature is given; then drawn anew each time unless a seed is given."""
-    longest = body.get("max_completion_tokens")
     given = {
-        "max_tokens": body.get("max_tokens") if longest is None else longest,
+        "max_tokens": _longest(body),
         "temperature": body.get("temperature"),
         "top_p": body.get("top_p"),
         "top_k": 0 if body.get("top_k") == -1 else body.get("top_k"),  # both are all, for vLLM and llama.cpp's server
@@ -177,8 +178,18 @@ def _options(body: Mapping[str, Any], chances: Any) -> Options:
         raise bad(str(error), param) from error
 
 
+def _longest(body: Mapping[str, Any]) -> Any:
+    """By whichever name it is given; -1 is no limit but the context's, as for llama.cpp's server."""
+    names = ("max_completion_tokens", "max_tokens", "n_predict")
+    longest = next((body[name] for name in names if body.get(name) is not None), None)
+    return MAX_TOKENS if longest == -1 else longest
+
+
 def _check_model(body: Mapping[str, Any], model: str) -> None:
+    """None at all is the one there is. Another's name is refused: its answer would be taken for that model's."""
     name = body.get("model")
+    if name is None or name == "":
+        return
     if not isinstance(name, str):
         raise bad(f"model must be a text; this server has {model!r}.", "model")
     if name != model:
