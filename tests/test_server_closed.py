@@ -609,6 +609,7 @@ def mutations(count: int, seed: int) -> Iterator[bytes]:
     names = ["max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "stream_options", "response_format"]
     names += ["logprobs", "top_logprobs", "model", "messages", "max_completion_tokens", "tools", "logit_bias", "user"]
     names += ["frequency_penalty", "modalities", "__class__", "grammar", "options", "id", "cancel"]
+    names += ["json_schema", "top_k", "min_p", "image_tokens", "repeat_penalty", "repetition_penalty", "n_predict"]
     for _ in range(count):
         body: dict[str, Any] = question("Hi", (png(),) if chosen.random() < 0.3 else (), max_tokens=2)
         for _ in range(chosen.randint(1, 3)):
@@ -641,8 +642,9 @@ def schema(chosen: random.Random, values: list[Any], depth: int) -> Any:
         return chosen.choice([*values, {"type": "string"}, {"enum": ["a"]}, {"$ref": "#"}, {"const": 1}])
     inner = schema(chosen, values, depth - 1)
     kinds = ["object", "array", "string", "integer", "null", "boolean", "number", ["object", "null"], "any"]
-    word = chosen.choice(["properties", "items", "anyOf", "enum", "$ref", "required", "additionalProperties"])
-    limit = chosen.choice(["minItems", "maxLength", "minimum", "maximum", "title", "pattern"])
+    words = ["properties", "items", "prefixItems", "anyOf", "enum", "$ref", "required", "additionalProperties"]
+    word = chosen.choice(words)
+    limit = chosen.choice(["minItems", "maxLength", "minimum", "maximum", "exclusiveMinimum", "title", "pattern"])
     value = chosen.choice([inner, {"a": inner}, [inner], ["a"], "#", "#/$defs/a"])
     return {"type": chosen.choice(kinds), word: value, limit: chosen.choice(values), "$defs": {"a": inner}}
 
