@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from PIL import Image
 
 from llava_edge import Llava, Options
 from llava_edge.errors import UsageError
@@ -330,6 +331,12 @@ LOOP = {"anyOf": [{"$ref": "#/$defs/b"}, {"type": "null"}]}
 def test_a_schema_that_is_only_itself_is_refused(schema: Any) -> None:
     with pytest.raises(UsageError, match="itself, with nothing between"):
         from_schema(schema)
+
+
+def test_an_unreadable_grammar_costs_no_picture(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llava._engine, "_prefill", None)
+    with pytest.raises(UsageError, match=r"not one that llama\.cpp understands"):
+        llava.ask("?", Image.new("RGB", (8, 8)), Options(grammar='root ::= "x', max_tokens=4))
 
 
 def test_a_grammar_that_is_only_itself_is_refused_by_the_engine(llava: Llava) -> None:
