@@ -127,6 +127,16 @@ def test_what_a_draw_is_limited_by(client: Any) -> None:
     assert answers(top_k=1) == answers(min_p=1.0) == {greedy.choices[0].message.content}
 
 
+def test_penalties(server: Server, llava: Llava) -> None:
+    def wanted(**penalties: float) -> str:
+        return llava.ask("Hello", options=Options(max_tokens=60, **penalties)).text  # type: ignore[arg-type]
+
+    for name in ("repeat_penalty", "repetition_penalty"):
+        assert server.text("Hello", max_tokens=60, **{name: 1.3}) == wanted(repeat_penalty=1.3) != wanted()
+    both = {"frequency_penalty": 0.4, "presence_penalty": 1}
+    assert server.text("Hello", max_tokens=60, **both) == wanted(**both) != wanted()
+
+
 def test_fewer_positions_for_a_picture(server: Server) -> None:
     whole, less = (server.ask("?", (png(),), image_tokens=count)["usage"]["prompt_tokens"] for count in (0, 3))
     assert whole > less
@@ -247,6 +257,10 @@ def test_metrics_count(server: Server) -> None:
         ({"top_k": -2}, 400, "top_k"),
         ({"top_k": True}, 400, "top_k"),
         ({"min_p": 2}, 400, "min_p"),
+        ({"repeat_penalty": 0}, 400, "repeat_penalty"),
+        ({"repetition_penalty": 11}, 400, "repeat_penalty"),
+        ({"frequency_penalty": 3}, 400, "frequency_penalty"),
+        ({"presence_penalty": "x"}, 400, "presence_penalty"),
         ({"image_tokens": -1}, 400, "image_tokens"),
         ({"image_tokens": 1000}, 400, "image_tokens"),
         ({"json_schema": {"type": "string", "pattern": "a"}}, 400, "json_schema"),

@@ -22,6 +22,7 @@ _SAMPLING = {
     "top_p": "Draw from the smallest set of tokens with this probability.",
     "top_k": "Draw from this many tokens; 0 is all.",
     "min_p": "Draw from tokens this likely relative to the best.",
+    "repeat_penalty": "Above 1, say 1.1, tokens that the answer has already are less likely.",
     "seed": "Of the draw.",
     "image_tokens": "Positions a picture may take, for speed; 0 is all.",
 }

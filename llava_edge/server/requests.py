@@ -26,8 +26,6 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "logit_bias": ({}, []),
     "tools": ([],),
     "functions": ([],),
@@ -44,7 +42,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "min_keep": (0,),
     "t_max_predict_ms": (-1, 0),
     "ignore_eos": (False,),
-    "repeat_penalty": (1,),
     "repeat_last_n": (64,),
     "typical_p": (1,),
     "top_n_sigma": (-1, 0),
@@ -63,7 +60,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "add_special_tokens": (False,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "min_tokens": (0,),
@@ -165,6 +161,9 @@ def _options(body: Mapping[str, Any], chances: Any) -> Options:
         "top_p": body.get("top_p"),
         "top_k": 0 if body.get("top_k") == -1 else body.get("top_k"),  # both are all, for vLLM and llama.cpp's server
         "min_p": body.get("min_p"),
+        "repeat_penalty": _first(body, "repeat_penalty", "repetition_penalty"),
+        "frequency_penalty": body.get("frequency_penalty"),
+        "presence_penalty": body.get("presence_penalty"),
         "image_tokens": body.get("image_tokens"),
         "top_logprobs": chances,
         "seed": _seed(body),
@@ -180,9 +179,13 @@ def _options(body: Mapping[str, Any], chances: Any) -> Options:
 
 def _longest(body: Mapping[str, Any]) -> Any:
     """By whichever name it is given; -1 is no limit but the context's, as for llama.cpp's server."""
-    names = ("max_completion_tokens", "max_tokens", "n_predict")
-    longest = next((body[name] for name in names if body.get(name) is not None), None)
+    longest = _first(body, "max_completion_tokens", "max_tokens", "n_predict")
     return MAX_TOKENS if longest == -1 else longest
+
+
+def _first(body: Mapping[str, Any], *names: str) -> Any:
+    """What is given by one of several names."""
+    return next((body[name] for name in names if body.get(name) is not None), None)
 
 
 def _check_model(body: Mapping[str, Any], model: str) -> None:
