@@ -384,6 +384,26 @@ def test_the_bytes_decide_not_their_label(server: Server) -> None:
     assert status(f"data:;base64,{base64.urlsafe_b64encode(png()).decode().rstrip('=')}") == 200
 
 
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("image/heic", "An image is image/heic by its label, but JPEG, PNG, WebP, GIF and BMP are read; convert it"),
+        ("image/HEIF", "say by 'heif-convert photo.heic photo.jpg'."),
+        ("image/tiff", "but JPEG, PNG, WebP, GIF and BMP are read; convert it to one of these."),
+        ("image/svg+xml", "image/svg+xml by its label"),
+        ("text/html", "only as base64 data: URLs"),
+        ("image/<b>", "only as base64 data: URLs"),
+    ],
+)
+def test_a_format_that_is_not_read_is_the_reason(label: str, says: str, server: Server) -> None:
+    content = [{"type": "image_url", "image_url": {"url": f"data:{label};base64,AAAA"}}]
+    body = question() | {"messages": [{"role": "user", "content": content}]}
+    status, _, answer = server.request("POST", "/v1/chat/completions", body)
+    message = json.loads(answer)["error"]["message"]
+    assert (status, says in message) == (400, True), message
+    assert ("downloaded" in message) == ("base64" in says)
+
+
 def test_messages_are_brought_into_turns(server: Server) -> None:
     """Clients keep questions whose answers failed, set rules later, and send what called a tool with no content."""
 
