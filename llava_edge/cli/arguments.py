@@ -12,7 +12,7 @@ import click
 from llava_edge.errors import DataError, UsageError
 from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import is_file, meant
-from llava_edge.store import DEFAULT_MODEL
+from llava_edge.store import DEFAULT_MODEL, refuse_download
 
 MAX_STDIN_BYTES = 1 << 28  # as for image files
 
@@ -117,6 +117,15 @@ class AboutPictures(click.Command):
                 f"{rest[0]!r} has no option before it; pictures are given with --image, questions with --prompt.", ctx
             )
         return rest
+
+
+class CheckpointPath(click.Path):
+    """A path of a checkpoint. Raises `MissingError` for what would have to be downloaded."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """From what was typed: a Path loses a slash of an address."""
+        refuse_download(str(value), "download it, then give the folder that it is in")
+        return super().convert(value, param, ctx)
 
 
 def picture_path(name: str) -> str:
