@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 
 ACCEPTED = "JPEG, PNG, WebP, GIF and BMP"
+CONVERT_HEIC = "convert it, say by 'heif-convert photo.heic photo.jpg'"
 
 _MAGICS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"BM": "BMP"}
 
@@ -16,9 +17,9 @@ _OTHER_KINDS = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the picture itself (run 'git lfs pull' to get it)"),
     (0, b"\x89PNG", "a PNG picture that a transfer in text mode has damaged"),
     (4, b"ftypavi", "an AVIF picture"),
-    (4, b"ftyphe", "a HEIC picture"),
-    (4, b"ftypmif1", "a HEIC picture"),
-    (4, b"ftypmsf1", "a HEIC picture"),
+    (4, b"ftyphe", f"a HEIC picture ({CONVERT_HEIC})"),
+    (4, b"ftypmif1", f"a HEIC picture ({CONVERT_HEIC})"),
+    (4, b"ftypmsf1", f"a HEIC picture ({CONVERT_HEIC})"),
     (4, b"ftypcrx", "a camera raw picture"),
     (4, b"ftyp", "an MP4 or QuickTime video"),
     (0, b"II*\0", "a TIFF or camera raw picture"),

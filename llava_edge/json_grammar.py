@@ -8,24 +8,28 @@ that only describe. Knows nothing about engines. Schemas come from strangers: si
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from llava_edge.errors import UsageError
+from llava_edge.json_numbers import MOST, MOST_BOUND, integers, numbers
 
 MAX_RULES = 500
-MAX_CHOICES = 500  # of an enum, or integers between a minimum and a maximum
+MAX_CHOICES = 500  # of an enum
 MAX_REPEATS = 500  # of a character or item with a stated number: llama.cpp writes each out
 MAX_DEPTH = 32
 
 _DESCRIBING = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
-_DESCRIBING |= {"$defs", "definitions", "readOnly", "writeOnly", "strict"}
+_DESCRIBING |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+_LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _KEYWORDS = {
     "object": {"properties", "required", "additionalProperties"},
-    "array": {"items", "minItems", "maxItems"},
+    "array": {"items", "prefixItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength"},
-    "integer": {"minimum", "maximum"},
+    "number": _LIMITS,
+    "integer": _LIMITS,
 }
 
 _BASE = {
@@ -84,10 +88,12 @@ class _Converter:
             if word in words:
                 _only(words - {word, "type"}, path)
                 return method(_of_type(schema, word, path), path, depth)
-        for word in ("anyOf", "oneOf"):
+        for word in ("anyOf", "oneOf", "allOf"):
             if word in words:
                 _only(words - {word}, path)
                 options = _list(schema[word], f"{path}/{word}")
+                if word == "allOf" and len(options) > 1:
+                    raise _refused(path, "uses 'allOf' of several schemas, which answers cannot be held to")
                 return self._either(
                     self.convert(each, f"{path}/{word}/{i}", depth + 1) for i, each in enumerate(options)
                 )
@@ -100,7 +106,9 @@ class _Converter:
         if not kinds or not all(kind in _TYPES for kind in kinds):
             raise _refused(path, f"has the type {_short(schema.get('type'))}, which JSON does not have")
         _only(words - {"type"}.union(*(_KEYWORDS.get(kind, set()) for kind in kinds)), path)
-        methods = {"object": self._object, "array": self._array, "string": self._string, "integer": self._integer}
+        kinds = [kind for kind in kinds if kind != "integer" or "number" not in kinds]
+        methods = {"object": self._object, "array": self._array, "string": self._string}
+        methods |= {"integer": self._integer, "number": self._number}
         return self._either(methods[kind](schema, path, depth) if kind in methods else kind for kind in kinds)
 
     def _either(self, options: Iterator[str]) -> str:
@@ -148,20 +156,51 @@ class _Converter:
         return "string" if (low, high) == (0, None) else rf'"\"" char{_times(low, high)} "\""'
 
     def _integer(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        low, high = schema.get("minimum"), schema.get("maximum")
-        if low is None and high is None:
+        if not _LIMITS & set(schema):
             return "integer"
-        if type(low) is not int or type(high) is not int or not 0 <= high - low < MAX_CHOICES:
-            raise _refused(path, f"limits an integer; a minimum and a maximum less than {MAX_CHOICES} apart are needed")
-        return self._either(f'"{value}"' for value in range(low, high + 1))
+        low, above = _limit(schema, "minimum", path)
+        high, below = _limit(schema, "maximum", path)
+        least = -MOST if low is None else max(-MOST, math.floor(low) + 1 if above else math.ceil(low))
+        most = MOST if high is None else min(MOST, math.ceil(high) - 1 if below else math.floor(high))
+        if least > most:
+            raise _refused(path, f"leaves no integer of up to {len(str(MOST))} digits")
+        return self._rule(integers(least, most))
+
+    def _number(self, schema: dict[str, Any], path: str, depth: int) -> str:
+        if not _LIMITS & set(schema):
+            return "number"
+        low, above = _limit(schema, "minimum", path)
+        high, below = _limit(schema, "maximum", path)
+        expression = numbers(_whole(low, path), _whole(high, path), above, below)
+        if not expression:
+            raise _refused(path, "leaves no number")
+        return self._rule(expression)
 
     def _array(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        item = self._rule(self._inner(schema.get("items", True), f"{path}/items", depth + 1))
         low, high = _range(schema, "minItems", "maxItems", path)
-        if high == 0:
-            return '"[" "]"'
-        more = f"(comma {item}){_times(max(low - 1, 0), None if high is None else high - 1)}"
-        return f'"[" {item} {more} "]"' if low else f'"[" ({item} {more})? "]"'
+        items, first = schema.get("items", True), schema.get("prefixItems", [])
+        if not isinstance(first, list):
+            raise _refused(path, "has prefixItems that are no list")
+        listed = [self._item(each, f"{path}/prefixItems/{i}", depth) for i, each in enumerate(first[:high])]
+        most = len(listed) if items is False else high
+        if most is not None and low > most:
+            raise _refused(path, "needs more items than it allows")
+        if most == len(listed):
+            return f'"[" {self._sequence(listed, low, "")} "]"'
+        item = self._item(items, f"{path}/items", depth)
+        listed = listed or [item]
+        more = _times(max(low - len(listed), 0), None if most is None else most - len(listed))
+        return f'"[" {self._sequence(listed, low, f"(comma {item}){more}")} "]"'
+
+    def _item(self, schema: object, path: str, depth: int) -> str:
+        return self._rule(self._inner(schema, path, depth + 1))
+
+    def _sequence(self, items: list[str], needed: int, end: str) -> str:
+        """Items with commas, of which the first ones are needed; `end` may only follow all of them."""
+        for number, item in reversed(list(enumerate(items))):
+            name = self._rule(f"{'comma ' if number else ''}{item} {end}".strip())
+            end = name if number < needed else f"{name}?"
+        return end
 
     def _object(self, schema: dict[str, Any], path: str, depth: int) -> str:
         properties, required = schema.get("properties", {}), schema.get("required", [])
@@ -223,7 +262,7 @@ def _is(value: object, kind: object) -> bool:
     if isinstance(value, bool):
         return kind == "boolean"
     if isinstance(value, int | float) and kind in ("number", "integer"):
-        return kind == "number" or float(value).is_integer()
+        return kind == "number" or isinstance(value, int) or value.is_integer()
     kinds = {"object": dict, "array": list, "string": str}
     return (kind == "null" and value is None) or isinstance(value, kinds.get(str(kind), ()))
 
@@ -235,13 +274,33 @@ def _list(value: object, path: str) -> list[Any]:
 
 
 def _range(schema: dict[str, Any], least: str, most: str, path: str) -> tuple[int, int | None]:
-    low, high = schema.get(least, 0), schema.get(most)
-    for value in (low, high):
-        if value is not None and (type(value) is not int or not 0 <= value <= MAX_REPEATS):
+    for value in (schema[word] for word in (least, most) if word in schema):
+        if type(value) is not int or not 0 <= value <= MAX_REPEATS:
             raise _refused(path, f"has a {least} or {most} that is no whole number up to {MAX_REPEATS}")
+    low, high = schema.get(least, 0), schema.get(most)
     if high is not None and high < low:
         raise _refused(path, f"has a {most} below its {least}")
     return low, high
+
+
+def _limit(schema: dict[str, Any], word: str, path: str) -> tuple[int | float | None, bool]:
+    """A minimum or maximum, and whether it is itself outside."""
+    exclusive = f"exclusive{word.capitalize()}"
+    if word in schema and exclusive in schema:
+        raise _refused(path, f"has a {word} and an {exclusive}; one of them was expected")
+    name = exclusive if exclusive in schema else word
+    if name not in schema:
+        return None, False
+    value = schema[name]
+    if type(value) is not int and not (type(value) is float and math.isfinite(value)):
+        raise _refused(path, f"has {_short(value)} for {name}, where a number was expected")
+    return value, name == exclusive
+
+
+def _whole(bound: int | float | None, path: str) -> int | None:
+    if bound is not None and (bound != int(bound) or abs(bound) > MOST_BOUND):
+        raise _refused(path, f"limits a number by {_short(bound)}; only whole limits up to {MOST_BOUND} can be kept")
+    return None if bound is None else int(bound)
 
 
 def _times(low: int, high: int | None) -> str:

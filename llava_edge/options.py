@@ -27,6 +27,7 @@ PRESETS: tuple[Preset, ...] = ("auto", "latency", "memory")
 KVS: tuple[KV, ...] = ("auto", "f16", "q8_0")
 SPECULATE: tuple[Speculate, ...] = ("auto", "off", "ngram")
 TOKEN_METHODS: tuple[TokenMethod, ...] = ("cls", "pool", "random")
+MAX_TOKENS = 1 << 20  # of an answer: more than any context has
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_GRAMMAR = 1 << 18
@@ -48,6 +49,9 @@ class Options:
     top_logprobs: report how likely each token was, and this many of the likeliest in its place. None: do not.
     image_tokens: positions that a picture may take; 0 is all of them. Fewer are faster and show less.
     image_token_method: how so many are made, see `llava_edge.token_budget`; all but "cls" are there to compare with.
+    repeat_penalty: make the last 64 tokens of the answer less likely: positive logits are divided by it, others
+        multiplied. 1 is none; 1.1 is usual against loops. The prompt does not count: its words may be the answer.
+    frequency_penalty, presence_penalty: subtract this from the logits of those tokens, for each time, and once.
     Raises `UsageError` naming the field when a value is out of range.
     """
 
@@ -63,11 +67,14 @@ class Options:
     top_logprobs: int | None = None
     image_tokens: int = 0
     image_token_method: TokenMethod = "cls"
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if self.speculate not in SPECULATE:
             raise UsageError(f"speculate is {_shown(self.speculate)}; one of {', '.join(SPECULATE)} was expected.")
-        _whole("max_tokens", self.max_tokens, 1, 1 << 20)
+        _whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _real("temperature", self.temperature, 0.0, 100.0)
         _real("top_p", self.top_p, 0.0, 1.0)
         _whole("top_k", self.top_k, 0, 1 << 24)
@@ -82,6 +89,9 @@ class Options:
             raise UsageError(
                 f"image_token_method is {_shown(self.image_token_method)}; {', '.join(TOKEN_METHODS)} are possible."
             )
+        _real("repeat_penalty", self.repeat_penalty, 0.1, 10.0)
+        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         if self.top_p == 0:
             raise UsageError("top_p is 0, which allows no token; a number above 0 and up to 1 was expected.")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
@@ -191,7 +201,7 @@ class Result:
 @dataclass(frozen=True)
 class TokenChance:
     """How likely a token of the answer was: its bytes, the natural logarithm of its probability at temperature 1 and
-    before any limit or grammar, and the same of the likeliest tokens in its place, best first."""
+    before any penalty, limit or grammar, and the same of the likeliest tokens in its place, best first."""
 
     token: bytes
     logprob: float

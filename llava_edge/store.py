@@ -71,13 +71,16 @@ def resolve(model: str | Path) -> Path:
     if name in KNOWN_MODELS:
         looked = f" in {models_folder()}, where LLAVA_EDGE_HOME says" if os.environ.get("LLAVA_EDGE_HOME") else ""
         raise MissingError(f"Model {name!r} is not installed{looked}. Run 'llava-edge models pull {name}'.")
-    if "://" in name or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise MissingError(
-            f"{name!r} is no folder here, and llava-edge downloads no model but its own: download the checkpoint, then "
-            "run 'llava-edge export CHECKPOINT BUNDLE' and give BUNDLE."
-        )
+    refuse_download(name, "download the checkpoint, then run 'llava-edge export CHECKPOINT BUNDLE' and give BUNDLE")
     known = ", ".join(entry.name for entry in entries())
     raise MissingError(f"{name!r} is neither a bundle folder nor a model name; known models: {known}.")
+
+
+def refuse_download(name: str, instead: str) -> None:
+    """Raises `MissingError` if a name is an address or that of a model on a hub, and nothing that is here."""
+    elsewhere = "://" in name or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if elsewhere and not _is_there(Path(name)):
+        raise MissingError(f"{name!r} is not here, and llava-edge downloads no model but its own: {instead}.")
 
 
 def entries() -> list[Entry]:

@@ -11,7 +11,7 @@ from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.measured import Run, since
-from llava_edge.runtimes.sampling import Sampler, chance
+from llava_edge.runtimes.sampling import Sampler, chance, penalizes
 from llava_edge.runtimes.speculation import Guessing, Speculation
 from llava_edge.runtimes.text import TextStream
 
@@ -51,7 +51,7 @@ class Answer:
 
 def decode(answer: Answer, options: Options, speculation: Speculation) -> FinishReason:
     """Sample until a token of `ends`, a stop text or `limit` tokens. Raises `CancelledError`."""
-    if options.temperature == 0 and not options.grammar and options.top_logprobs is None and options.speculate != "off":
+    if _guessable(options):
         return _guessed(answer, speculation, always=options.speculate == "ngram")
     language = answer.language
     sampler = Sampler(language, options)
@@ -65,6 +65,12 @@ def decode(answer: Answer, options: Options, speculation: Speculation) -> Finish
             language.evaluate_tokens([token], answer.job.cancel)
     finally:
         sampler.close()
+
+
+def _guessable(options: Options) -> bool:
+    """Whether a token depends on nothing but its logits, which nobody wants to see."""
+    greedy = options.temperature == 0 and not options.grammar and not penalizes(options)
+    return greedy and options.top_logprobs is None and options.speculate != "off"
 
 
 def decode_together(

@@ -31,6 +31,7 @@ from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
 from llava_edge.runtimes.prefill import Prefill, Segment, segments
+from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.text import TextStream
 from llava_edge.templates import template
@@ -285,6 +286,8 @@ class Engine:
         stream = TextStream((*options.stop, *self._template.stop_texts))
         limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
         language, _ = self._opened()
+        if options.grammar:
+            Sampler(language, options).close()  # refuses what llama.cpp does not understand
         return segments(ids, pictures), Answer(language, self._ends, stream, limit, run, job, options.top_logprobs)
 
     def _answer_one(self, parts: list[Segment], answer: Answer, options: Options, reuse: bool = False) -> None:

@@ -14,12 +14,13 @@ from llava_edge.options import Options, TokenChance
 from llava_edge.runtimes.language import LanguageModel
 
 MOST_NESTED = 200  # parentheses of a grammar; llama.cpp's stack ends at some ten thousand
+WINDOW = 64  # last tokens of an answer that penalties look at, llama.cpp's default
 LEAST_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, and logits over it leave float32 at last
 
 
 class Sampler:
-    """A chain for one answer, in the order of Hugging Face's `generate`, which LLaVA's reference uses:
-    temperature, top-k, top-p, min-p, then a draw. Temperature 0 is greedy and uses none of them. A grammar comes
+    """A chain for one answer, in the order of Hugging Face's `generate`, which LLaVA's reference uses: penalties,
+    temperature, top-k, top-p, min-p, then a draw. Temperature 0 is greedy and uses penalties alone. A grammar comes
     before all: it leaves only tokens that continue it.
 
     Raises `UsageError` if llama.cpp does not understand the grammar.
@@ -79,9 +80,13 @@ class Sampler:
 
     def _parts(self, options: Options) -> list[Any]:
         library = self._library
+        parts = []
+        if penalizes(options):
+            penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
+            parts.append(library.llama_sampler_init_penalties(self._language.vocab_size, WINDOW, *penalties))
         if options.temperature < LEAST_TEMPERATURE:
-            return [library.llama_sampler_init_greedy()]
-        parts = [library.llama_sampler_init_temp(options.temperature)]
+            return [*parts, library.llama_sampler_init_greedy()]
+        parts.append(library.llama_sampler_init_temp(options.temperature))
         if options.top_k:
             parts.append(library.llama_sampler_init_top_k(options.top_k))
         if options.top_p < 1:
@@ -90,6 +95,11 @@ class Sampler:
             parts.append(library.llama_sampler_init_min_p(options.min_p, 1))
         # The largest 32-bit number is no seed there: LLAMA_DEFAULT_SEED, a new one each time.
         return [*parts, library.llama_sampler_init_dist(options.seed % library.LLAMA_DEFAULT_SEED)]
+
+
+def penalizes(options: Options) -> bool:
+    """Whether tokens depend on those that the answer has already."""
+    return (options.repeat_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0)
 
 
 def _depth(grammar: str) -> int:

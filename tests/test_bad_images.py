@@ -183,6 +183,10 @@ def test_accepted_kinds_are_named(tmp_path: Path) -> None:
     refused(MISLABELLED["heic"][0], tmp_path, "llava-edge reads JPEG, PNG, WebP, GIF and BMP")
 
 
+def test_a_phones_picture_comes_with_its_converter(tmp_path: Path) -> None:
+    refused(MISLABELLED["heic"][0], tmp_path, "heif-convert photo.heic photo.jpg")
+
+
 def missing(folder: Path) -> Iterator[tuple[str, str | Path, str]]:
     """(what, path, a word of the sentence) for everything that has no bytes to read."""
     yield "missing", folder / "cat.jpg", "does not exist"

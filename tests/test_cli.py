@@ -113,6 +113,54 @@ def test_json_has_the_documented_fields(micro_bundle: Path, photo: Path, run: Ru
     assert found["timings"]["ttft_ms"] > found["timings"]["prefill_ms"] > 0
 
 
+SCHEMA = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+
+
+def test_answers_of_a_form(micro_bundle: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "item.json").write_text(json.dumps(SCHEMA))
+    (tmp_path / "form.gbnf").write_text('root ::= ("yes" | "no") "!"')
+    ask = ("run", "--model", micro_bundle, "--prompt", "A colour?", *LIGHT)
+    code, out, err = run(*ask, "--json-schema", f"'{tmp_path / 'item.json'}'")
+    assert (code, json.loads(out)["colour"] in ("red", "blue")) == (0, True), err
+    code, out, err = run(*ask, "--grammar", tmp_path / "form.gbnf")
+    assert (code, out in ("yes!\n", "no!\n")) == (0, True), err
+    assert run(*ask, "--max-tokens", 8)[1] not in ("yes!\n", "no!\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "code", "says"),
+    [
+        ("--json-schema", None, 66, "which does not exist"),
+        ("--json-schema", b"", 65, "which is empty"),
+        ("--json-schema", b"\xff", 65, "not UTF-8"),
+        ("--json-schema", b"{", 65, "is no JSON"),
+        ("--json-schema", b"[" * 100_000, 65, "is no JSON"),
+        ("--json-schema", b'{"properties": {"a": {"pattern": "x"}}}', 65, "at '#/properties/a' uses 'pattern'"),
+        ("--grammar", None, 66, "which does not exist"),
+        ("--grammar", b" \n", 65, "which is empty"),
+        ("--grammar", b'root ::= "x', 2, "not one that llama.cpp understands"),
+        ("--grammar", b"x" * (1 << 20), 2, "grammar must be a text of at most"),
+    ],
+)
+def test_a_form_that_is_none(
+    flag: str, content: bytes | None, code: int, says: str, micro_bundle: Path, photo: Path, tmp_path: Path, run: Run
+) -> None:
+    file = tmp_path / "form"
+    if content is not None:
+        file.write_bytes(content)
+    found, out, err = run("run", "--model", micro_bundle, "--image", photo, flag, file, *LIGHT)
+    assert (found, out) == (code, ""), err
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_a_form_is_one_file(tmp_path: Path, run: Run) -> None:
+    code, _, err = run("run", "--prompt", "?", "--grammar", tmp_path, "--json-schema", tmp_path)
+    assert (code, "give one of them" in err) == (2, True)
+    code, _, err = run("run", "--prompt", "?", "--grammar", tmp_path)
+    assert (code, "cannot be read: Is a directory" in err) == (65, True)
+
+
 def test_several_questions_are_answered_in_their_order(micro_bundle: Path, photo: Path, run: Run) -> None:
     common = ("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "8")
     alone = [run(*common, "--prompt", question) for question in ("What?", "Where?")]
@@ -239,6 +287,21 @@ BAD: list[tuple[list[str], int, str]] = [
     (["verify"], 66, "llava-edge models pull smol"),
     (["verify", "/"], 65, "not a bundle"),
     (["info", "no-such"], 66, "known models"),
+    (
+        ["info", "llava-hf/llava-1.5-7b-hf"],
+        66,
+        "'llava-hf/llava-1.5-7b-hf' is not here, and",
+    ),
+    (["models", "pull", "llava-hf/llava-1.5-7b-hf"], 66, "downloads no model but its own"),
+    (
+        ["export", "llava-hf/llava-1.5-7b-hf", "out"],
+        66,
+        "but its own: download it, then give the folder",
+    ),
+    (["export", "https://example.org/x", "out"], 66, "'https://example.org/x' is not here, and"),
+    (["export", "{}", "out", "--base", "lmsys/vicuna-7b-v1.5"], 66, "'lmsys/vicuna-7b-v1.5' is not here, and"),
+    (["export", "{}", "out", "--vision-tower", "openai/clip"], 66, "'openai/clip' is not here, and"),
+    (["verify", "{}", "--against", "llava-hf/llava-1.5-7b-hf"], 66, "downloads no model but its own"),
     (["info", "/"], 65, "neither"),
     (["info", "{}/vision.onnx"], 65, "not a GGUF file"),
     (["models", "pull", "no-such"], 2, "smol"),

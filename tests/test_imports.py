@@ -27,6 +27,7 @@ SHARED = {
     "image",
     "image_format",
     "json_grammar",
+    "json_numbers",
     "options",
     "paths",
     "prompt",

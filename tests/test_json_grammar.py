@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from PIL import Image
 
 from llava_edge import Llava, Options
 from llava_edge.errors import UsageError
@@ -61,14 +66,23 @@ def satisfies(value: Any, schema: Any, root: Any) -> bool:
                 for name, each in value.items()
             )
         ),
-        "items": lambda each: not isinstance(value, list) or all(satisfies(item, each, root) for item in value),
+        "allOf": lambda options: all(satisfies(value, option, root) for option in options),
+        "items": lambda each: (
+            not isinstance(value, list)
+            or all(each is not False and satisfies(v, each, root) for v in value[len(schema.get("prefixItems", ())) :])
+        ),
+        "prefixItems": lambda listed: (
+            not isinstance(value, list) or all(satisfies(v, each, root) for v, each in zip(value, listed, strict=False))
+        ),
         "minItems": lambda low: not isinstance(value, list) or len(value) >= low,
         "maxItems": lambda high: not isinstance(value, list) or len(value) <= high,
         "minLength": lambda low: not isinstance(value, str) or len(value) >= low,
         # A random model also writes bytes that are no UTF-8, which the grammar counts otherwise than Python.
         "maxLength": lambda high: not isinstance(value, str) or len(value.replace("\ufffd", "")) <= high,
-        "minimum": lambda low: not isinstance(value, int) or value >= low,
-        "maximum": lambda high: not isinstance(value, int) or value <= high,
+        "minimum": lambda low: not isinstance(value, int | float) or value >= low,
+        "maximum": lambda high: not isinstance(value, int | float) or value <= high,
+        "exclusiveMinimum": lambda low: not isinstance(value, int | float) or value > low,
+        "exclusiveMaximum": lambda high: not isinstance(value, int | float) or value < high,
     }
     return all(test(schema[word]) for word, test in tests.items() if word in schema)
 
@@ -100,6 +114,27 @@ SCHEMAS: dict[str, Any] = {
     "either": {"anyOf": [{"type": "boolean"}, {"const": "unknown"}]},
     "types": {"type": ["boolean", "null"]},
     "reference": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"enum": ["x", "y"]}}},
+    "box": {
+        "type": "array",
+        "prefixItems": [{"type": "integer", "minimum": 0, "maximum": 640}] * 4,
+        "minItems": 4,
+        "maxItems": 4,
+    },
+    "tuple": {"type": "array", "prefixItems": [{"const": 1}, SHORT, {"type": "null"}], "minItems": 1, "items": False},
+    "tuple and more": {"prefixItems": [{"const": 1}, {"const": 2}], "items": {"type": "boolean"}, "maxItems": 4},
+    "all of one": {
+        "allOf": [{"$ref": "#/$defs/a"}],
+        "description": "",
+        "default": "x",
+        "$defs": {"a": {"enum": ["x"]}},
+    },
+    "count": {"type": "integer", "minimum": 0},
+    "more than 98.5": {"type": "integer", "exclusiveMinimum": 98.5, "exclusiveMaximum": 1.2e3},
+    "up to -7": {"type": "integer", "maximum": -7},
+    "share": {"type": "number", "minimum": 0, "maximum": 1},
+    "positive": {"type": "number", "exclusiveMinimum": 0.0},
+    "latitude": {"type": "number", "minimum": -90, "exclusiveMaximum": 90},
+    "negative": {"type": ["number", "integer"], "exclusiveMinimum": -3, "exclusiveMaximum": 0},
     "names": {"type": "object", "properties": {'"quoted"\\': {"const": 1}}, "required": ['"quoted"\\']},
 }
 
@@ -111,6 +146,92 @@ def test_every_answer_satisfies_its_schema(name: str, llava: Llava) -> None:
     values = [value for seed in range(12) if (value := said(llava, grammar, seed)) is not None or name == "words"]
     assert values
     assert [value for value in values if not satisfies(value, schema, schema)] == []
+
+
+def allows(llava: Llava, grammar: str, text: str) -> bool:
+    """Whether llama.cpp lets the tokens of `text`, and then the end, pass."""
+    language = llava._engine._speculation.language
+    sampler = Sampler(language, Options(grammar=grammar))
+    tokens = [*language.tokenize(text), language.library.llama_vocab_eos(language.vocabulary)]
+    try:
+        return all(passes(language.library, sampler._grammar, token) for token in tokens)
+    finally:
+        sampler.close()
+
+
+def passes(library: Any, grammar: Any, token: int) -> bool:
+    data = library.llama_token_data(token, 0.0, 0.0)
+    choice = library.llama_token_data_array(ctypes.pointer(data), 1, -1, False)
+    library.llama_sampler_apply(grammar, ctypes.byref(choice))
+    if data.logit == 0:
+        library.llama_sampler_accept(grammar, token)
+    return bool(data.logit == 0)
+
+
+WIDE = st.one_of(st.integers(-120, 120), st.integers(-(10**16) + 1, 10**16 - 1))
+
+
+@given(WIDE, WIDE, st.lists(WIDE, max_size=4))
+@example(0, 9, [10])
+@example(99, 101, [98, 102])
+@example(-(10**16) + 1, 10**16 - 1, [0])
+def test_integers_of_a_range_and_no_others(llava: Llava, one: int, other: int, more: list[int]) -> None:
+    low, high = sorted((one, other))
+    grammar = from_schema({"type": "integer", "minimum": low, "maximum": high})
+    ends = [end + step for end in (low, high) for step in (-10, -1, 0, 1, 9)]
+    for value in (*ends, (low + high) // 2, -low, -high, low * 10, high // 10, *more):
+        if abs(value) < 10**16:
+            assert allows(llava, grammar, str(value)) == (low <= value <= high), value
+    assert not any(allows(llava, grammar, text) for text in ("", "-", "00", "01", "-01", "1.", "+1", f"{high}a"))
+
+
+SMALL = st.one_of(st.none(), st.integers(-12, 12), st.integers(-(10**9), 10**9))
+
+
+@given(SMALL, SMALL, st.booleans(), st.booleans(), st.lists(st.decimals(-1000, 1000, places=3), max_size=4))
+@example(0, 1, False, False, [Decimal("0.5"), Decimal("1.001")])
+def test_numbers_of_a_range_and_no_others(
+    llava: Llava, low: int | None, high: int | None, above: bool, below: bool, more: list[Decimal]
+) -> None:
+    if low is not None and high is not None:
+        low, high = sorted((low, high))
+        assume(low < high or not (above or below))
+    limits = {"exclusiveMinimum" if above else "minimum": low, "exclusiveMaximum" if below else "maximum": high}
+    schema = {"type": "number", **{name: value for name, value in limits.items() if value is not None}}
+    grammar = from_schema(schema)
+    steps = [Decimal(step) for step in ("-1", "-0.000001", "0", "0.000001", "0.5", "1")]
+    for value in [end + step for end in (low, high) if end is not None for step in steps] + more:
+        text = f"{value:f}"
+        assert allows(llava, grammar, text) == satisfies(json.loads(text), schema, schema), text
+    assert not any(allows(llava, grammar, text) for text in ("", "-", "00", ".5", "0.", "1.e5", "01.5"))
+
+
+def test_fields_of_pydantic_are_followed(llava: Llava) -> None:
+    pydantic = pytest.importorskip("pydantic", reason="pydantic is not installed")
+    field = pydantic.Field
+    box = pydantic.create_model(
+        "Box",
+        corners=(tuple[int, int, int, int], ...),
+        score=(float, field(ge=0, le=1)),
+        label=(Literal["cat", "dog"], ...),
+    )
+    found = pydantic.create_model(
+        "Found",
+        count=(int, field(ge=0, description="how many")),
+        stars=(int, field(gt=0, lt=6, default=3)),
+        price=(float | None, field(gt=0, default=None)),
+        boxes=(list[box], field(max_length=2)),  # type: ignore[valid-type]
+    )
+    grammar = from_schema(found.model_json_schema())
+    made = [said(llava, grammar, seed, 400) for seed in range(12)]
+    assert any(value and value["boxes"] for value in made)
+    for value in filter(None, made):
+        found.model_validate(value)
+    box_said = {"corners": [0, 17, 640, 480], "score": 0.93, "label": "cat"}
+    right = {"count": 12, "stars": 5, "price": 9.99, "boxes": [box_said]}
+    assert allows(llava, grammar, json.dumps(right))
+    for wrong in ({"count": -1}, {"stars": 6}, {"price": 0}, {"boxes": [box_said | {"corners": [0, 17, 640]}]}):
+        assert not allows(llava, grammar, json.dumps(right | wrong)), wrong
 
 
 def test_all_that_a_small_schema_allows_is_said(llava: Llava) -> None:
@@ -140,12 +261,24 @@ def test_the_grammar_counts(llava: Llava) -> None:
     ("schema", "says"),
     [
         ({"type": "string", "pattern": "^a"}, "'pattern'"),
-        ({"type": "number", "minimum": 1}, "'minimum'"),
-        ({"type": "integer", "minimum": 1}, "limits an integer"),
-        ({"type": "integer", "minimum": 1, "maximum": 10**6}, "limits an integer"),
-        ({"type": "integer", "minimum": 5, "maximum": 4}, "limits an integer"),
+        ({"type": "number", "minimum": 0.5}, "only whole limits"),
+        ({"type": "number", "maximum": 1e10}, "only whole limits"),
+        ({"type": "number", "minimum": 1, "exclusiveMaximum": 1}, "leaves no number"),
+        ({"type": "number", "minimum": 1, "maximum": 0}, "leaves no number"),
+        ({"type": "number", "multipleOf": 2}, "'multipleOf'"),
+        ({"type": "string", "minimum": 1}, "'minimum'"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "leaves no integer"),
+        ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "leaves no integer"),
+        ({"type": "integer", "minimum": 10**400}, "leaves no integer"),
+        ({"type": "integer", "minimum": float("inf")}, "a number was expected"),
+        ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, "one of them was expected"),
+        ({"type": "integer", "exclusiveMinimum": True}, "a number was expected"),
+        ({"type": "integer", "maximum": None}, "a number was expected"),
+        ({"type": "array", "prefixItems": {}}, "no list"),
+        ({"type": "array", "prefixItems": [{}, {"pattern": "x"}]}, "#/prefixItems/1"),
+        ({"type": "array", "prefixItems": [{}], "items": False, "minItems": 2}, "more items than it allows"),
         ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
-        ({"allOf": [{}]}, "'allOf'"),
+        ({"allOf": [{}, {"type": "null"}]}, "'allOf'"),
         ({"not": {}}, "'not'"),
         ({"type": "any"}, "type"),
         ({"type": 5}, "type"),
@@ -158,6 +291,7 @@ def test_the_grammar_counts(llava: Llava) -> None:
         ({"type": "string", "maxLength": 10**9}, "maxLength"),
         ({"type": "string", "minLength": 5, "maxLength": 4}, "below"),
         ({"type": "array", "minItems": -1}, "minItems"),
+        ({"type": "array", "minItems": None}, "minItems"),
         ({"type": "object", "required": ["a"]}, "requires"),
         ({"type": "object", "properties": []}, "properties"),
         ({"properties": {"a": {"type": "string", "format": "x", "pattern": "y"}}}, "#/properties/a"),
@@ -197,6 +331,12 @@ LOOP = {"anyOf": [{"$ref": "#/$defs/b"}, {"type": "null"}]}
 def test_a_schema_that_is_only_itself_is_refused(schema: Any) -> None:
     with pytest.raises(UsageError, match="itself, with nothing between"):
         from_schema(schema)
+
+
+def test_an_unreadable_grammar_costs_no_picture(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llava._engine, "_prefill", None)
+    with pytest.raises(UsageError, match=r"not one that llama\.cpp understands"):
+        llava.ask("?", Image.new("RGB", (8, 8)), Options(grammar='root ::= "x', max_tokens=4))
 
 
 def test_a_grammar_that_is_only_itself_is_refused_by_the_engine(llava: Llava) -> None:

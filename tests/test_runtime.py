@@ -177,6 +177,88 @@ def test_draws_follow_transformers_warpers(options: Options, language: LanguageM
     assert np.all(np.abs(counts / draws - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / draws) + 1e-3)
 
 
+def sampled(language: LanguageModel, options: Options, count: int) -> list[int]:
+    """Tokens of an answer to nothing in particular."""
+    start_over(language)
+    sampler = Sampler(language, options)
+    found = []
+    for _ in range(count):
+        found.append(sampler.sample(language.context))
+        language.evaluate_tokens(found[-1:], NEVER)
+    sampler.close()
+    return found
+
+
+def start_over(language: LanguageModel) -> None:
+    language.keep([0])
+    language.evaluate_tokens(language.tokenize("the red colour"), NEVER)
+
+
+@pytest.mark.parametrize("penalty", [1.5, 0.8])
+def test_the_penalty_is_that_of_transformers(penalty: float, language: LanguageModel) -> None:
+    """Over the last 64 tokens of the answer; with those of the whole answer or the prompt, others are the likeliest."""
+    import torch
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    penalize = RepetitionPenaltyLogitsProcessor(penalty)
+
+    def answer(window: int, before: list[int]) -> list[int]:
+        start_over(language)
+        found: list[int] = []
+        for _ in range(120):
+            seen = torch.tensor([[*before, *found][-window:]], dtype=torch.long)
+            scores = torch.from_numpy(language.logits().copy())[None]
+            found.append(int((penalize(seen, scores) if seen.numel() else scores).argmax()))
+            language.evaluate_tokens(found[-1:], NEVER)
+        return found
+
+    got = sampled(language, Options(repeat_penalty=penalty), 120)
+    assert got == answer(64, [])
+    assert penalty < 1 or got not in (answer(120, []), answer(64, language.tokenize("the red colour")))
+
+
+def test_penalties_for_each_time_and_for_once(language: LanguageModel) -> None:
+    """As OpenAI defines them: the logit less count * frequency, and less presence if there is any."""
+    start_over(language)
+    found: list[int] = []
+    for _ in range(60):
+        counts = np.bincount(found, minlength=language.vocab_size)
+        found.append(int(np.argmax(language.logits() - 0.3 * counts - 0.7 * (counts > 0))))
+        language.evaluate_tokens(found[-1:], NEVER)
+    both = Options(frequency_penalty=0.3, presence_penalty=0.7)
+    assert sampled(language, both, 60) == found
+    assert (
+        len({tuple(sampled(language, each, 60)) for each in (both, replace(both, presence_penalty=0), Options())}) == 3
+    )
+
+
+def test_a_penalty_ends_a_loop(llava: Llava) -> None:
+    plain = Options(max_tokens=200)
+    loop, free = (llava.ask("hello", options=replace(plain, repeat_penalty=value)).text for value in (1.0, 2.0))
+    assert loop == llava.ask("hello", options=plain).text
+    assert novelty(loop) < 0.5
+    assert novelty(free) > 2 * novelty(loop)
+    for change in ({"speculate": "ngram"}, {"speculate": "off"}, {"top_logprobs": 1}):
+        found = llava.ask("hello", options=replace(plain, repeat_penalty=2.0, **change))
+        assert (found.text, found.drafted_tokens) == (free, 0)
+    together = llava.ask_many(["hello", "hello"], options=replace(plain, repeat_penalty=2.0))
+    assert ["".join(chunk.text for chunk in stream) for stream in together] == [free, free]
+
+
+def novelty(text: str) -> float:
+    """The share of neighbouring characters that were not neighbours before."""
+    pairs = [text[i : i + 2] for i in range(len(text) - 1)]
+    return len(set(pairs)) / len(pairs)
+
+
+def test_a_penalty_beside_a_grammar(llava: Llava) -> None:
+    """It chooses among what the grammar allows, and nothing else."""
+    form = Options(grammar="root ::= [a-h]{8}", max_tokens=12)
+    plain, varied = (llava.ask("hello", options=replace(form, presence_penalty=value)).text for value in (0.0, 2.0))
+    assert set(plain + varied) <= set("abcdefgh")
+    assert len(set(plain)) < len(set(varied))
+
+
 def test_the_seed_decides(llava: Llava) -> None:
     def answer(seed: int) -> str:
         return llava.ask("hello", options=Options(max_tokens=16, temperature=1.0, seed=seed)).text
@@ -651,6 +733,9 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     *({"top_k": value} for value in (-1, 2**62)),
     *({"min_p": value} for value in (-0.1, 1.5)),
     *({"seed": value} for value in (-1, 2**32)),
+    *({"repeat_penalty": value} for value in (0, -1, 11, float("nan"), "1.1")),
+    *({"frequency_penalty": value} for value in (-2.1, 3)),
+    *({"presence_penalty": value} for value in (-2.1, True)),
     {"stop": "text"},
     {"stop": ("",)},
     {"stop": ("x" * 257,)},

@@ -112,6 +112,36 @@ def test_stop_seed_temperature(client: Any) -> None:
     assert answer(temperature=5.0, top_p=1e-6) == whole
 
 
+def test_what_a_draw_is_limited_by(client: Any) -> None:
+    def answers(**limits: float) -> set[str]:
+        made = [
+            client.chat.completions.create(
+                model="micro", messages=[user("Hello")], max_tokens=12, temperature=5.0, seed=seed, extra_body=limits
+            )
+            for seed in range(4)
+        ]
+        return {each.choices[0].message.content for each in made}
+
+    assert len(answers()) == len(answers(top_k=-1, min_p=0.0)) == 4
+    greedy = client.chat.completions.create(model="micro", messages=[user("Hello")], max_tokens=12)
+    assert answers(top_k=1) == answers(min_p=1.0) == {greedy.choices[0].message.content}
+
+
+def test_penalties(server: Server, llava: Llava) -> None:
+    def wanted(**penalties: float) -> str:
+        return llava.ask("Hello", options=Options(max_tokens=60, **penalties)).text  # type: ignore[arg-type]
+
+    for name in ("repeat_penalty", "repetition_penalty"):
+        assert server.text("Hello", max_tokens=60, **{name: 1.3}) == wanted(repeat_penalty=1.3) != wanted()
+    both = {"frequency_penalty": 0.4, "presence_penalty": 1}
+    assert server.text("Hello", max_tokens=60, **both) == wanted(**both) != wanted()
+
+
+def test_fewer_positions_for_a_picture(server: Server) -> None:
+    whole, less = (server.ask("?", (png(),), image_tokens=count)["usage"]["prompt_tokens"] for count in (0, 3))
+    assert whole > less
+
+
 def test_json_schema(client: Any) -> None:
     """Whatever a random model wants to say, it is this JSON."""
     schema = {
@@ -195,7 +225,7 @@ def test_metrics_count(server: Server) -> None:
     ("change", "status", "param"),
     [
         ({"model": "gpt-4o"}, 404, "model"),
-        ({"model": None}, 400, "model"),
+        ({"model": 5}, 400, "model"),
         ({"messages": []}, 400, "messages"),
         ({"messages": "hi"}, 400, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
@@ -206,7 +236,8 @@ def test_metrics_count(server: Server) -> None:
         ({"messages": [{"role": "assistant", "content": "x"}, user("a")]}, 400, "messages"),
         ({"messages": [user("a", *[png()] * 9)]}, 400, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"max_tokens": -1}, 400, "max_tokens"),
+        ({"max_tokens": -2}, 400, "max_tokens"),
+        ({"n_predict": -2, "max_tokens": None}, 400, "max_tokens"),
         ({"max_tokens": "5"}, 400, "max_tokens"),
         ({"max_tokens": True}, 400, "max_tokens"),
         ({"max_tokens": 1 << 63}, 400, "max_tokens"),
@@ -223,6 +254,31 @@ def test_metrics_count(server: Server) -> None:
         ({"stream": "yes"}, 400, "stream"),
         ({"logit_bias": {"1": 5}}, 400, "logit_bias"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"top_k": -2}, 400, "top_k"),
+        ({"top_k": True}, 400, "top_k"),
+        ({"min_p": 2}, 400, "min_p"),
+        ({"repeat_penalty": 0}, 400, "repeat_penalty"),
+        ({"repetition_penalty": 11}, 400, "repeat_penalty"),
+        ({"frequency_penalty": 3}, 400, "frequency_penalty"),
+        ({"presence_penalty": "x"}, 400, "presence_penalty"),
+        ({"image_tokens": -1}, 400, "image_tokens"),
+        ({"image_tokens": 1000}, 400, "image_tokens"),
+        ({"json_schema": {"type": "string", "pattern": "a"}}, 400, "json_schema"),
+        ({"json_schema": {}, "response_format": {"type": "json_object"}}, 400, "json_schema"),
+        ({"grammar": 'root ::= "x"'}, 400, "grammar"),
+        ({"guided_choice": ["a", "b"]}, 400, "guided_choice"),
+        ({"guided_json": {}}, 400, "guided_json"),
+        ({"structured_outputs": {"choice": ["a"]}}, 400, "structured_outputs"),
+        ({"mirostat": 2}, 400, "mirostat"),
+        ({"ignore_eos": True}, 400, "ignore_eos"),
+        ({"ignore_eos": 0}, 400, "ignore_eos"),
+        ({"repeat_last_n": 256}, 400, "repeat_last_n"),
+        ({"dry_multiplier": 0.8}, 400, "dry_multiplier"),
+        ({"samplers": ["top_k"]}, 400, "samplers"),
+        ({"skip_special_tokens": False}, 400, "skip_special_tokens"),
+        ({"min_tokens": 5}, 400, "min_tokens"),
+        ({"bad_words": ["red"]}, 400, "bad_words"),
+        ({"messages": [user("a") | {"images": ["aGk="]}]}, 400, "messages[0].images"),
         ({"top_logprobs": 2}, 400, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 99}, 400, "top_logprobs"),
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
@@ -328,6 +384,26 @@ def test_the_bytes_decide_not_their_label(server: Server) -> None:
     assert status(f"data:;base64,{base64.urlsafe_b64encode(png()).decode().rstrip('=')}") == 200
 
 
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("image/heic", "An image is image/heic by its label, but JPEG, PNG, WebP, GIF and BMP are read; convert it"),
+        ("image/HEIF", "say by 'heif-convert photo.heic photo.jpg'."),
+        ("image/tiff", "but JPEG, PNG, WebP, GIF and BMP are read; convert it to one of these."),
+        ("image/svg+xml", "image/svg+xml by its label"),
+        ("text/html", "only as base64 data: URLs"),
+        ("image/<b>", "only as base64 data: URLs"),
+    ],
+)
+def test_a_format_that_is_not_read_is_the_reason(label: str, says: str, server: Server) -> None:
+    content = [{"type": "image_url", "image_url": {"url": f"data:{label};base64,AAAA"}}]
+    body = question() | {"messages": [{"role": "user", "content": content}]}
+    status, _, answer = server.request("POST", "/v1/chat/completions", body)
+    message = json.loads(answer)["error"]["message"]
+    assert (status, says in message) == (400, True), message
+    assert ("downloaded" in message) == ("base64" in says)
+
+
 def test_messages_are_brought_into_turns(server: Server) -> None:
     """Clients keep questions whose answers failed, set rules later, and send what called a tool with no content."""
 
@@ -358,11 +434,49 @@ def test_messages_are_brought_into_turns(server: Server) -> None:
         {"stop": [""]},
         {"logprobs": False, "top_logprobs": 0},
         {"response_format": {"type": "text"}},
+        {"top_k": -1, "min_p": 0, "image_tokens": 0, "typical_p": 1.0, "top_n_sigma": -1, "xtc_threshold": 0.1},
+        {
+            "repeat_penalty": 1.0,
+            "repeat_last_n": 64,
+            "mirostat": 0,
+            "mirostat_tau": 5.0,
+            "grammar": "",
+            "dry_base": 1.75,
+        },
+        {
+            "repetition_penalty": 1,
+            "ignore_eos": False,
+            "skip_special_tokens": True,
+            "stop_token_ids": [],
+            "bad_words": [],
+        },
     ],
     ids=str,
 )
 def test_what_changes_nothing_is_taken(more: dict[str, Any], server: Server) -> None:
     assert server.text("Hello", max_tokens=4, **more) == server.text("Hello", max_tokens=4)
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_no_model_is_the_one_there_is(route: str, server: Server) -> None:
+    named = {**question("Hello", max_tokens=2), "prompt": "Hello"}
+    nameless = {name: value for name, value in named.items() if name != "model"}
+    found = []
+    for body in (named, nameless, {**nameless, "model": None}, {**nameless, "model": ""}):
+        status, _, answer = server.request("POST", route, body)
+        said = json.loads(answer)
+        found.append((status, said["model"], said["choices"]))
+    assert found == [(200, "micro", found[0][2])] * 4
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n_predict"])
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_an_answer_without_a_limit_fills_the_context(name: str, route: str, server: Server) -> None:
+    body = {key: value for key, value in question("Hello").items() if key != "max_tokens"}
+    status, _, answer = server.request("POST", route, {**body, "prompt": "Hello", name: -1})
+    usage, reason = json.loads(answer)["usage"], json.loads(answer)["choices"][0]["finish_reason"]
+    assert (status, reason, usage["total_tokens"]) == (200, "length", server.health()["context"])
+    assert usage["completion_tokens"] > 16
 
 
 @pytest.mark.parametrize(
@@ -380,6 +494,7 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3
 def test_llama_cpps_form_of_a_schema(server: Server) -> None:
     text = server.text("Hello", max_tokens=40, response_format={"type": "json_object", "schema": SCHEMA})
     assert json.loads(text)["n"] in (3, 4, 5)
+    assert server.text("Hello", max_tokens=40, json_schema=SCHEMA) == text
 
 
 @pytest.mark.parametrize(

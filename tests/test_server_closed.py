@@ -123,6 +123,111 @@ def test_a_link_from_elsewhere_leads_to_the_page(server: Server) -> None:
     assert server.request("GET", "/metrics", headers=given)[0] == 403
 
 
+# Pages of origins that were allowed by name.
+
+PAGES = ("http://localhost:3000", "tauri://localhost")
+
+
+@pytest.fixture(scope="module")
+def shared(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that needs a key and lets the pages of two origins in."""
+    allowed = [word for page in PAGES for word in ("--allow-origin", page)]
+    folder = tmp_path_factory.mktemp("shared")
+    with running(micro_bundle, folder, *allowed, environment={"LLAVA_EDGE_API_KEY": KEY}) as started:
+        yield started
+
+
+def cors(headers: dict[str, str]) -> dict[str, str]:
+    return {name.removeprefix("access-control-"): value for name, value in headers.items() if "access-control" in name}
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("site", ["same-site", "cross-site"])
+def test_an_allowed_page_asks_as_browsers_do(page: str, site: str, shared: Server) -> None:
+    """First what it may send, without the key; then with it."""
+    given = {"Origin": page, "Sec-Fetch-Site": site, "Sec-Fetch-Mode": "cors"}
+    asked = {"Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+    status, headers, body = shared.request("OPTIONS", "/v1/chat/completions", headers=given | asked)
+    assert (status, body, headers["vary"]) == (204, b"", "Origin")
+    assert cors(headers) == {
+        "allow-origin": page,
+        "allow-methods": "GET, POST",
+        "allow-headers": "authorization,content-type,x-stainless-os",
+        "max-age": "600",
+    }
+    key = {"Authorization": f"Bearer {KEY}"}
+    status, headers, _ = shared.request("POST", "/v1/chat/completions", question(max_tokens=1), given | key)
+    assert (status, cors(headers), headers["vary"]) == (200, {"allow-origin": page}, "Origin")
+    status, headers, body = shared.request("POST", "/v1/chat/completions", question(max_tokens=0), given | key)
+    assert (status, cors(headers)) == (400, {"allow-origin": page})
+    assert shared.request("GET", "/v1/models?x=1", headers=given | key)[0] == 200
+
+
+def test_an_allowed_page_needs_the_key_and_reads_why(shared: Server) -> None:
+    for method, body in (("POST", question()), ("OPTIONS", None)):  # the second asks for no permission: no preflight
+        status, headers, _ = shared.request(method, "/v1/chat/completions", body, {"Origin": PAGES[0]})
+        assert (status, cors(headers)) == (401, {"allow-origin": PAGES[0]})
+
+
+NEARLY = ["https://localhost:3000", "http://localhost:3001", "http://localhost", "http://localhost:3000.evil.com"]
+NEARLY += ["HTTP://LOCALHOST:3000", "tauri://localhost:3000", "http://localhost:3000, tauri://localhost"]
+
+
+@pytest.mark.parametrize("origin", BAD_ORIGINS + NEARLY)
+@pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+def test_pages_that_were_not_allowed(method: str, origin: str, shared: Server) -> None:
+    given = {"Origin": origin.format(port=shared.port), "Authorization": f"Bearer {KEY}"}
+    body = question() if method == "POST" else None
+    asked = {"Access-Control-Request-Method": "POST"}
+    status, headers, _ = shared.request(method, "/v1/chat/completions", body, given | asked)
+    assert (status, cors(headers), headers["vary"]) == (403, {}, "Origin")
+
+
+@pytest.mark.parametrize("path", ["/", "/log", "/log/state", "/metrics", "/examples/x.jpg", "/v1", "/healthy", "//v1/"])
+def test_an_allowed_page_gets_the_api_alone(path: str, shared: Server) -> None:
+    given = {"Origin": PAGES[0], "Authorization": f"Bearer {KEY}", "Access-Control-Request-Method": "GET"}
+    for method in ("GET", "OPTIONS", "DELETE"):
+        status, headers, _ = shared.request(method, path, headers=given)
+        assert (status, cors(headers)) == (403, {}), method
+
+
+def test_an_allowed_page_changes_nothing_else(shared: Server) -> None:
+    asked = {"Origin": PAGES[0], "Access-Control-Request-Method": "POST"}
+    assert shared.request("OPTIONS", "/v1/models", headers=asked | {"Host": f"evil.com:{shared.port}"})[0] == 403
+    key = {"Authorization": f"Bearer {KEY}"}
+    assert shared.request("GET", "/v1/models", headers=key | {"Sec-Fetch-Site": "cross-site"})[0] == 403  # no Origin
+    form = key | {"Origin": PAGES[0], "Content-Type": "text/plain"}
+    assert shared.request("POST", "/v1/chat/completions", b"{}", form)[0] == 415
+    own = key | {"Origin": f"http://127.0.0.1:{shared.port}", "Sec-Fetch-Site": "same-origin"}
+    status, headers, _ = shared.request("GET", "/log/state", headers=own)
+    assert (status, cors(headers)) == (200, {})
+
+
+def test_without_the_option_no_answer_speaks_of_origins(server: Server) -> None:
+    for origin in (*PAGES, f"http://127.0.0.1:{server.port}"):
+        for method in ("GET", "OPTIONS"):
+            asked = {"Origin": origin, "Access-Control-Request-Method": "GET"}
+            status, headers, _ = server.request(method, "/v1/models", headers=asked)
+            assert status == (403 if origin in PAGES else {"GET": 200, "OPTIONS": 405}[method])
+            assert (cors(headers), headers.get("vary")) == ({}, None)
+
+
+NO_ORIGINS = ["*", "null", "", "localhost:3000", "http://", "http://a:3000/", "file://", "http://a/b", "http://a b"]
+NO_ORIGINS += ["http://*.a.com", "http://a,http://b", "http://u@a"]
+
+
+@pytest.mark.parametrize("name", NO_ORIGINS)
+def test_what_is_no_origin_cannot_be_allowed(name: str) -> None:
+    with pytest.raises(UsageError, match="is no origin"):
+        guard.origins([name])
+
+
+def test_origins_are_written_as_browsers_do() -> None:
+    given = ["HTTP://LocalHost:80", "https://a.example:443", "http://[::1]:3000", "chrome-extension://abc"]
+    assert guard.origins(given) == {"http://localhost", "https://a.example", *given[2:]}
+
+
 RAW = {
     "two hosts": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nHost: evil.com\r\n\r\n",
     "no host": b"GET /health HTTP/1.1\r\n\r\n",
@@ -504,6 +609,7 @@ def mutations(count: int, seed: int) -> Iterator[bytes]:
     names = ["max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "stream_options", "response_format"]
     names += ["logprobs", "top_logprobs", "model", "messages", "max_completion_tokens", "tools", "logit_bias", "user"]
     names += ["frequency_penalty", "modalities", "__class__", "grammar", "options", "id", "cancel"]
+    names += ["json_schema", "top_k", "min_p", "image_tokens", "repeat_penalty", "repetition_penalty", "n_predict"]
     for _ in range(count):
         body: dict[str, Any] = question("Hi", (png(),) if chosen.random() < 0.3 else (), max_tokens=2)
         for _ in range(chosen.randint(1, 3)):
@@ -536,8 +642,9 @@ def schema(chosen: random.Random, values: list[Any], depth: int) -> Any:
         return chosen.choice([*values, {"type": "string"}, {"enum": ["a"]}, {"$ref": "#"}, {"const": 1}])
     inner = schema(chosen, values, depth - 1)
     kinds = ["object", "array", "string", "integer", "null", "boolean", "number", ["object", "null"], "any"]
-    word = chosen.choice(["properties", "items", "anyOf", "enum", "$ref", "required", "additionalProperties"])
-    limit = chosen.choice(["minItems", "maxLength", "minimum", "maximum", "title", "pattern"])
+    words = ["properties", "items", "prefixItems", "anyOf", "enum", "$ref", "required", "additionalProperties"]
+    word = chosen.choice(words)
+    limit = chosen.choice(["minItems", "maxLength", "minimum", "maximum", "exclusiveMinimum", "title", "pattern"])
     value = chosen.choice([inner, {"a": inner}, [inner], ["a"], "#", "#/$defs/a"])
     return {"type": chosen.choice(kinds), word: value, limit: chosen.choice(values), "$defs": {"a": inner}}
 

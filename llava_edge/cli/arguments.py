@@ -12,7 +12,7 @@ import click
 from llava_edge.errors import DataError, UsageError
 from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import is_file, meant
-from llava_edge.store import DEFAULT_MODEL
+from llava_edge.store import DEFAULT_MODEL, refuse_download
 
 MAX_STDIN_BYTES = 1 << 28  # as for image files
 
@@ -22,6 +22,7 @@ _SAMPLING = {
     "top_p": "Draw from the smallest set of tokens with this probability.",
     "top_k": "Draw from this many tokens; 0 is all.",
     "min_p": "Draw from tokens this likely relative to the best.",
+    "repeat_penalty": "Above 1, say 1.1, tokens that the answer has already are less likely.",
     "seed": "Of the draw.",
     "image_tokens": "Positions a picture may take, for speed; 0 is all.",
 }
@@ -116,6 +117,15 @@ class AboutPictures(click.Command):
                 f"{rest[0]!r} has no option before it; pictures are given with --image, questions with --prompt.", ctx
             )
         return rest
+
+
+class CheckpointPath(click.Path):
+    """A path of a checkpoint. Raises `MissingError` for what would have to be downloaded."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """From what was typed: a Path loses a slash of an address."""
+        refuse_download(str(value), "download it, then give the folder that it is in")
+        return super().convert(value, param, ctx)
 
 
 def picture_path(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from llava_edge.cli.arguments import CheckpointPath
 from llava_edge.cli.terminal import ended_cleanly
 from llava_edge.errors import CannotCreateError, UnavailableError, UsageError, install
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=CheckpointPath(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--quant",
@@ -41,10 +42,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--base",
-    type=click.Path(path_type=Path),
+    type=CheckpointPath(path_type=Path),
     help="The model that CHECKPOINT changes, if it is a LoRA, a delta or a projector alone.",
 )
-@click.option("--vision-tower", type=click.Path(path_type=Path), help="CLIP folder, if CHECKPOINT has no CLIP inside.")
+@click.option(
+    "--vision-tower", type=CheckpointPath(path_type=Path), help="CLIP folder, if CHECKPOINT has no CLIP inside."
+)
 @click.option("--template", help="Prompt layout, instead of the one the checkpoint suggests.")
 @click.option("--mmproj", type=click.Path(path_type=Path), help="CHECKPOINT is a GGUF; this is its picture encoder.")
 @click.option("--emit-mmproj", type=click.Path(path_type=Path), help="Also write the picture encoder for llama.cpp.")

@@ -38,6 +38,7 @@ def list_models() -> None:
 def pull_model(name: str, force: bool) -> None:
     """Download the parts of NAME and make its bundle; needs the extra [export]."""
     installed = {entry.name: entry.folder for entry in store.entries()}
+    store.refuse_download(name, "download the checkpoint, then run 'llava-edge export CHECKPOINT BUNDLE'")
     if name not in store.KNOWN_MODELS:
         raise UsageError(f"There is no model {name!r} to pull; choose one of {', '.join(store.KNOWN_MODELS)}.")
     if installed.get(name) and not force:

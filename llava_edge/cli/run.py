@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from llava_edge.cli.arguments import AboutPictures, generation_options, options_
 from llava_edge.cli.terminal import advise, show, status_line
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
+from llava_edge.paths import meant
 
 if TYPE_CHECKING:
     from llava_edge.options import Result
@@ -25,20 +26,32 @@ if TYPE_CHECKING:
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to look at; may be repeated; - is stdin.")
 @click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], show_default=True, metavar="TEXT",
               help="The question; may be repeated; - is stdin.")  # fmt: skip
+@click.option("--json-schema", metavar="FILE", help="Answer with JSON that follows the schema in this file.")
+@click.option("--grammar", metavar="FILE", help="Answer in a form that this file has as llama.cpp's GBNF.")
 @generation_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a JSON object per answer, with timings and memory, each on a line."
 )
-def run(images: tuple[str, ...], prompts: tuple[str, ...], as_json: bool, model: str, **shared: Any) -> None:
+def run(
+    images: tuple[str, ...],
+    prompts: tuple[str, ...],
+    json_schema: str | None,
+    grammar: str | None,
+    as_json: bool,
+    model: str,
+    **shared: Any,
+) -> None:
     """Answer a question about images.
 
     \b
     llava-edge run --image photo.jpg
     llava-edge run --image a.jpg --image b.jpg --prompt "What is different?"
     llava-edge run --image photo.jpg --prompt "What is this?" --prompt "What colour is it?"
+    llava-edge run --image photo.jpg --json-schema item.json
     curl -s URL | llava-edge run --image - --prompt "What is this?" --json
     """
     options, engine = options_from(shared)
+    options = replace(options, grammar=_form(json_schema, grammar))
     prompts = _prompt_texts(prompts, images)
     from llava_edge.api import Llava
     from llava_edge.bundle import Bundle
@@ -87,6 +100,38 @@ def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
     if final is None:
         raise RuntimeError("the stream ended without a result")
     return final
+
+
+def _form(json_schema: str | None, grammar: str | None) -> str:
+    """The grammar that answers are held to; empty if there is none."""
+    if json_schema is not None and grammar is not None:
+        raise UsageError("--json-schema and --grammar both name the form of an answer; give one of them.")
+    if grammar is not None:
+        return _text_of(grammar, "--grammar")
+    if json_schema is None:
+        return ""
+    from llava_edge.json_grammar import from_schema
+
+    try:
+        return from_schema(json.loads(_text_of(json_schema, "--json-schema")))
+    except UsageError as error:
+        raise DataError(f"{json_schema} cannot be followed. {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{json_schema} is no JSON ({error}); a JSON schema was expected in it.") from error
+
+
+def _text_of(name: str, flag: str) -> str:
+    path = Path(meant(name))
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise MissingError(f"{flag} names {name!r}, which does not exist.") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"{flag} names {name!r}, which cannot be read: {reason}.") from error
+    if not text.strip():
+        raise DataError(f"{flag} names {name!r}, which is empty.")
+    return text
 
 
 def _prompt_texts(prompts: tuple[str, ...], images: tuple[str, ...]) -> tuple[str, ...]:

@@ -21,6 +21,12 @@ from llava_edge.errors import UsageError
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--api-key-file", type=Path, metavar="FILE", help="Key that clients need; or in $LLAVA_EDGE_API_KEY.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Further name this server is called by; repeatable.")
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of an origin, like http://localhost:3000, use the API; repeatable.",
+)
 @click.option("--queue", type=click.IntRange(1, 4096), default=16, show_default=True, help="Requests that may wait.")
 @click.option(
     "--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds an answer may take."
@@ -32,6 +38,7 @@ def serve(
     port: int,
     api_key_file: Path | None,
     allow_host: tuple[str, ...],
+    allow_origin: tuple[str, ...],
     queue: int,
     timeout: float,
     insecure_no_key: bool,
@@ -56,7 +63,7 @@ def serve(
     # Taken out: the model's process need not know it.
     key = read_key(api_key_file, os.environ.pop("LLAVA_EDGE_API_KEY", ""))
     limits = Limits(queue=queue, requests=max(64, 2 * queue), answer_seconds=timeout)
-    settings = Settings(host, port, key, insecure_no_key, allow_host, limits)
+    settings = Settings(host, port, key, insecure_no_key, allow_host, allow_origin, limits)
     bundle = Bundle.open(resolve(model))
     with status_line("Loading the model") as status:
 

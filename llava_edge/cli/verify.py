@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llava_edge.cli.arguments import CheckpointPath
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import CheckpointError, UnavailableError, UsageError, install
 from llava_edge.store import DEFAULT_MODEL
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", default=DEFAULT_MODEL, metavar="[BUNDLE]")
-@click.option("--against", type=click.Path(path_type=Path), help="Checkpoint to measure every stage against, anew.")
-@click.option("--base", type=click.Path(path_type=Path), help="As for export, of the checkpoint.")
-@click.option("--vision-tower", type=click.Path(path_type=Path), help="As for export, of the checkpoint.")
+@click.option("--against", type=CheckpointPath(path_type=Path), help="Checkpoint to measure every stage against, anew.")
+@click.option("--base", type=CheckpointPath(path_type=Path), help="As for export, of the checkpoint.")
+@click.option("--vision-tower", type=CheckpointPath(path_type=Path), help="As for export, of the checkpoint.")
 @click.option("--mmproj", type=click.Path(path_type=Path), help="As for export, if the checkpoint is a GGUF.")
 @click.option("--json", "as_json", is_flag=True, help="Print the parity table as one JSON object on stdout.")
 def verify(

@@ -55,11 +55,15 @@ class Door:
         self._in_work = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        visit = _Visit(receive, send, self._limits)
+        head = scope["method"], scope["raw_path"], scope["headers"]
+        visit = _Visit(receive, send, self._limits, [*_HEADERS, *self._guard.sharing(*head)])
         started = time.monotonic()
         try:
             self._let_in(scope)
-            await self._work(scope, visit)
+            if self._guard.is_preflight(*head):
+                await Response(status_code=204)(scope, visit.receive, visit.send)
+            else:
+                await self._work(scope, visit)
         except Problem as problem:  # it counts for none, and who may not be here is hardly waited for
             if problem.status in (401, 403):
                 visit.patience = self._limits.refused_seconds
@@ -92,9 +96,10 @@ class Door:
 class _Visit:
     """One request's messages on their way in and out."""
 
-    def __init__(self, receive: Receive, send: Send, limits: Limits) -> None:
+    def __init__(self, receive: Receive, send: Send, limits: Limits, headers: list[tuple[bytes, bytes]]) -> None:
         self._receive = receive
         self._send = send
+        self._headers = headers
         self.patience = limits.body_seconds
         self._read = False  # the whole body
         self.status = 0
@@ -108,7 +113,7 @@ class _Visit:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": [*message["headers"], *_HEADERS, *await self._closing()]}
+            message = {**message, "headers": [*message["headers"], *self._headers, *await self._closing()]}
         await self._send(message)
 
     async def _closing(self) -> list[tuple[bytes, Any]]:

@@ -2,7 +2,8 @@
 
 A browser on this machine runs pages of strangers. They can send requests to the loopback address too, so an address
 alone is no protection: the Host header stops names that were pointed here (DNS rebinding), the Origin and
-Sec-Fetch-Site headers stop other pages, the content type stops forms. There is no CORS header in any answer.
+Sec-Fetch-Site headers stop other pages, the content type stops forms. No answer has a CORS header but those to pages of
+origins that were allowed by name, which may use the API alone: neither the log nor the chat page.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +21,9 @@ from llava_edge.server.problems import Problem
 
 Headers = Iterable[tuple[bytes, bytes]]
 _NAMES = ("localhost", "127.0.0.1", "[::1]")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
+_FOREIGN = "Pages of other origins may not use this server. Start it with --allow-origin to let one use the API."
+_PORTS = {"http": ":80", "https": ":443"}  # which browsers leave out
 
 
 @dataclass(frozen=True)
@@ -26,21 +31,49 @@ class Guard:
     """hosts: what the Host header may be. key: what clients must know; empty for everyone on this machine.
 
     allowed: names that were allowed; a proxy with TLS may be in front of them, so that their pages come by https.
+    pages: origins whose pages may use the API.
     """
 
     hosts: frozenset[str]
     key: str = ""
     allowed: tuple[str, ...] = ()
+    pages: frozenset[str] = frozenset()
 
     def check(self, method: str, target: bytes, headers: Headers) -> None:
         """Raises `Problem` (400, 401, 403, 415) unless the request may go on."""
         found = list(headers)
         self._check_host(target, found)
-        self._check_origin(method, target, found)
-        if self.key and target != b"/health":
+        if not self._page(target, found):
+            self._check_origin(method, target, found)
+        if self.key and target != b"/health" and not self.is_preflight(method, target, found):
             self._check_key(found)
         if method in ("POST", "PUT"):
             _check_content(found)
+
+    def is_preflight(self, method: str, target: bytes, headers: Headers) -> bool:
+        """Whether a browser asks, for an allowed page and always without a key, what it may send."""
+        found = list(headers)
+        asks = method == "OPTIONS" and bool(_all(found, b"access-control-request-method"))
+        return asks and bool(self._page(target, found))
+
+    def sharing(self, method: str, target: bytes, headers: Headers) -> list[tuple[bytes, bytes]]:
+        """The CORS headers of an answer, whatever it is: a page shall be able to read why it was refused."""
+        found = list(headers)
+        page = self._page(target, found)
+        shared = [(b"vary", b"Origin")] if self.pages else []
+        if page:
+            shared.append((b"access-control-allow-origin", page.encode("ascii")))
+        if self.is_preflight(method, target, found):
+            wanted = ", ".join(_all(found, b"access-control-request-headers")).encode("latin-1")
+            shared += [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-allow-headers", wanted)]
+            shared.append((b"access-control-max-age", b"600"))
+        return shared
+
+    def _page(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> str:
+        """The allowed origin whose page asks for something that it may use; empty if there is none."""
+        path, origins = target.partition(b"?")[0], _all(headers, b"origin")
+        is_api = path.startswith(b"/v1/") or path == b"/health"
+        return origins[0] if is_api and len(origins) == 1 and origins[0] in self.pages else ""
 
     def _check_host(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         values = _all(headers, b"host")
@@ -52,10 +85,10 @@ class Guard:
     def _check_origin(self, method: str, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         origins = {f"http://{host}" for host in self.hosts} | {f"https://{name.lower()}" for name in self.allowed}
         if any(value.lower() not in origins for value in _all(headers, b"origin")):
-            raise Problem(403, "Pages of other origins may not use this server.")
+            raise Problem(403, _FOREIGN)
         follows_a_link = method == "GET" and target == b"/" and _all(headers, b"sec-fetch-mode") == ["navigate"]
         if any(site not in ("same-origin", "none") for site in _all(headers, b"sec-fetch-site")) and not follows_a_link:
-            raise Problem(403, "Pages of other origins may not use this server.")
+            raise Problem(403, _FOREIGN)
 
     def _check_key(self, headers: list[tuple[bytes, bytes]]) -> None:
         """`Bearer KEY`, or as browsers ask for it: `Basic`, any name and the key as password."""
@@ -80,6 +113,20 @@ def hosts(address: str, port: int, allowed: Iterable[str]) -> frozenset[str]:
         )
     found = {name.lower() for name in names} if port == 80 else {name.lower() for name in allowed}
     return frozenset(found | {f"{name.lower()}:{port}" for name in names})
+
+
+def origins(named: Iterable[str]) -> frozenset[str]:
+    """As browsers write them. Neither `*` nor `null` is one: both would be pages of anybody."""
+    found = set()
+    for name in named:
+        origin = name.lower()
+        if not _ORIGIN.fullmatch(origin):
+            raise UsageError(
+                f"--allow-origin {name!r} is no origin; a scheme, a host and perhaps a port were expected, like "
+                "'http://localhost:3000' or 'tauri://localhost'."
+            )
+        found.add(origin.removesuffix(_PORTS.get(origin.partition(":")[0], "")))
+    return frozenset(found)
 
 
 def is_loopback(address: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_edge.errors import UsageError
 from llava_edge.json_grammar import any_object, from_schema
-from llava_edge.options import Options
+from llava_edge.options import MAX_TOKENS, Options
 from llava_edge.prompt import Message
 from llava_edge.server import data_url
 from llava_edge.server.limits import Limits
@@ -21,21 +21,66 @@ from llava_edge.server.problems import Problem, bad
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
-# What would change the answer if it were kept to, and the value that changes nothing.
-_NEUTRAL: dict[str, object] = {
-    "n": 1,
-    "best_of": 1,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "tools": [],
-    "functions": [],
-    "tool_choice": "none",
-    "function_call": "none",
-    "modalities": ["text"],
-    "echo": False,
-    "suffix": "",
+# What would change the answer if it were kept to, and the values that change nothing: of OpenAI's fields, then of those
+# that llama.cpp's server and vLLM have beside them. Fields that need one of these to do anything are not here.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logit_bias": ({}, []),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),  # of no tools
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "echo": (False,),
+    "suffix": ("",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "n_cmpl": (1,),
+    "n_probs": (0,),
+    "n_indent": (0,),
+    "min_keep": (0,),
+    "t_max_predict_ms": (-1, 0),
+    "ignore_eos": (False,),
+    "repeat_last_n": (64,),
+    "typical_p": (1,),
+    "top_n_sigma": (-1, 0),
+    "xtc_probability": (0,),
+    "dynatemp_range": (0,),
+    "dry_multiplier": (0,),
+    "mirostat": (0,),
+    "adaptive_target": (-1,),
+    "samplers": (),
+    "lora": ([],),
+    "chat_template": ("",),
+    "image_data": ([],),
+    "images": ([],),
+    # llama.cpp writes one that it cannot read into the log, and follows branches without end until it is killed.
+    "grammar": ("",),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (-1,),
+    "repetition_detection": (),
+    "watermarking": (False,),
+    "documents": ([],),
+    "mm_processor_kwargs": ({},),
+    "vllm_xargs": ({},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_choice": ([],),
+    "guided_regex": ("",),
+    "guided_grammar": ("",),
 }
+_FORMS = ("grammar", "structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar")
 
 
 @dataclass(frozen=True)
@@ -77,18 +122,15 @@ def completion(body: Mapping[str, Any], model: str, limits: Limits) -> Ask:
         prompt = prompt[0]
     if not isinstance(prompt, str):
         raise bad("prompt must be one text.", "prompt")
-    return _ask({"max_tokens": 16, **body}, [Message("user", prompt)], [], body.get("logprobs"), limits)
+    if _longest(body) is None:
+        body = {**body, "max_tokens": 16}
+    return _ask(body, [Message("user", prompt)], [], body.get("logprobs"), limits)
 
 
 def _ask(
     body: Mapping[str, Any], messages: Sequence[Message], images: list[bytes], chances: Any, limits: Limits
 ) -> Ask:
-    for name, neutral in _NEUTRAL.items():
-        value = body.get(name)
-        if name == "tool_choice" and value == "auto":  # of no tools
-            continue
-        if value is not None and (value != neutral or isinstance(value, bool) != isinstance(neutral, bool)):
-            raise bad(f"{name} is not supported by this server.", name)
+    _refuse_unsupported(body)
     if len(images) > limits.images:
         raise bad(f"There are {len(images)} images; at most {limits.images} are accepted.", "messages")
     if sum(len(message.text.encode("utf-8", "replace")) for message in messages) > limits.prompt:
@@ -100,17 +142,33 @@ def _ask(
     return Ask(tuple(messages), tuple(images), _options(body, chances), _flag(body, "stream"), usage)
 
 
+def _refuse_unsupported(body: Mapping[str, Any]) -> None:
+    for name, neutral in _NEUTRAL.items():
+        value = body.get(name)
+        if value is None or any(
+            value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral
+        ):
+            continue
+        instead = "ask for a JSON schema in response_format" if name in _FORMS else "leave it out"
+        raise bad(f"{name} is not supported by this server; {instead}.", name)
+
+
 def _options(body: Mapping[str, Any], chances: Any) -> Options:
     """Greedy unless a temperature is given; then drawn anew each time unless a seed is given."""
-    longest = body.get("max_completion_tokens")
     given = {
-        "max_tokens": body.get("max_tokens") if longest is None else longest,
+        "max_tokens": _longest(body),
         "temperature": body.get("temperature"),
         "top_p": body.get("top_p"),
+        "top_k": 0 if body.get("top_k") == -1 else body.get("top_k"),  # both are all, for vLLM and llama.cpp's server
+        "min_p": body.get("min_p"),
+        "repeat_penalty": _first(body, "repeat_penalty", "repetition_penalty"),
+        "frequency_penalty": body.get("frequency_penalty"),
+        "presence_penalty": body.get("presence_penalty"),
+        "image_tokens": body.get("image_tokens"),
         "top_logprobs": chances,
         "seed": _seed(body),
         "stop": _stop(body.get("stop")),
-        "grammar": _grammar(body.get("response_format")),
+        "grammar": _grammar(body),  # the field of that name is refused
     }
     try:
         return Options(**{name: value for name, value in given.items() if value is not None})
@@ -119,8 +177,22 @@ def _options(body: Mapping[str, Any], chances: Any) -> Options:
         raise bad(str(error), param) from error
 
 
+def _longest(body: Mapping[str, Any]) -> Any:
+    """By whichever name it is given; -1 is no limit but the context's, as for llama.cpp's server."""
+    longest = _first(body, "max_completion_tokens", "max_tokens", "n_predict")
+    return MAX_TOKENS if longest == -1 else longest
+
+
+def _first(body: Mapping[str, Any], *names: str) -> Any:
+    """What is given by one of several names."""
+    return next((body[name] for name in names if body.get(name) is not None), None)
+
+
 def _check_model(body: Mapping[str, Any], model: str) -> None:
+    """None at all is the one there is. Another's name is refused: its answer would be taken for that model's."""
     name = body.get("model")
+    if name is None or name == "":
+        return
     if not isinstance(name, str):
         raise bad(f"model must be a text; this server has {model!r}.", "model")
     if name != model:
@@ -134,6 +206,10 @@ def _message(turn: object, param: str, images: list[bytes]) -> Message:
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or role not in _ROLES:
         raise bad(f"The role of a message must be one of {', '.join(_ROLES)}.", f"{param}.role")
+    if turn.get("images"):
+        raise bad(
+            "Pictures must be parts of the content, of type image_url, not images of a message.", f"{param}.images"
+        )
     if role == "assistant" and not content:  # null, of one that called tools
         content = ""
     if isinstance(content, str):
@@ -206,7 +282,16 @@ def _stop(stop: object) -> tuple[str, ...] | None:
     return tuple(filter(None, texts))  # an empty one is meant for none
 
 
-def _grammar(wanted: object) -> str | None:
+def _grammar(body: Mapping[str, Any]) -> str | None:
+    grammar = _form(body.get("response_format"))
+    if body.get("json_schema") is None:
+        return grammar
+    if grammar:
+        raise bad("response_format and json_schema both name a form; one of them was expected.", "json_schema")
+    return _of_schema(body["json_schema"], "json_schema")
+
+
+def _form(wanted: object) -> str | None:
     if wanted is None:
         return None
     kind = wanted.get("type") if isinstance(wanted, dict) else None
@@ -219,7 +304,11 @@ def _grammar(wanted: object) -> str | None:
     given = wanted if kind == "json_object" else wanted.get("json_schema")  # the first: llama.cpp's server has it so
     if not isinstance(given, dict) or "schema" not in given:
         raise bad("response_format.json_schema must be an object with a schema in it.", "response_format")
+    return _of_schema(given["schema"], "response_format")
+
+
+def _of_schema(schema: object, param: str) -> str:
     try:
-        return from_schema(given["schema"])
+        return from_schema(schema)
     except UsageError as error:
-        raise bad(str(error), "response_format") from error
+        raise bad(str(error), param) from error

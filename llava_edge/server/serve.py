@@ -28,6 +28,7 @@ class Settings:
     """host: an address; another one than loopback needs a key, or `no_key`. port 0 takes a free one.
 
     key: what clients must send as `Authorization: Bearer KEY`. allowed_hosts: further names the server is known by.
+    allowed_origins: origins whose pages may use the API.
     Raises `UsageError`.
     """
 
@@ -36,6 +37,7 @@ class Settings:
     key: str = ""
     no_key: bool = False
     allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -73,7 +75,8 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
     supervisor = Supervisor(bundle, options, limits)
     manifest = bundle.manifest
     votes = Votes(store.home() / "log" / "votes.jsonl", manifest.name, template(manifest.template))
-    door = guard.Guard(hosts, settings.key, settings.allowed_hosts)
+    pages = guard.origins(settings.allowed_origins)
+    door = guard.Guard(hosts, settings.key, settings.allowed_hosts, pages)
     app = App(manifest.name, supervisor, votes, limits).asgi(door, say)
     config = uvicorn.Config(
         app,

@@ -287,7 +287,8 @@ class _Child:
             job.say(said)
         elif said["error"]["kind"] in _SAYABLE:
             code = "context_length_exceeded" if said["error"]["kind"] == "ContextOverflowError" else None
-            job.say(bad(said["error"]["message"], "messages", code))
+            param = "image_tokens" if said["error"]["message"].startswith("image_tokens") else "messages"
+            job.say(bad(said["error"]["message"], param, code))
         else:
             job.say(Problem(500, "The model failed on this request.", code="model_error"))
 
