@@ -6,7 +6,7 @@ Everything else (command line, chat) is written on top of this file. Knows no en
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing, closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result
 from llava_edge.prompt import Message
 from llava_edge.runtimes.jobs import Stream
-from llava_edge.runtimes.pictures import Picture, prepare
+from llava_edge.runtimes.pictures import Picture, copied, prepare, taken
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.store import DEFAULT_MODEL, resolve
 
@@ -69,6 +69,7 @@ class Llava:
     ) -> Stream:
         """Like `ask`, but a generator of `Chunk`s; the last one has the `Result`. Closing it stops the work.
 
+        PIL images and arrays are read now, so that they may be changed or filled anew; files when the stream is read.
         cancel: set it from another thread to stop. started: the instant (time.monotonic) that times count from.
         """
         shown = _as_list(images)
@@ -93,7 +94,18 @@ class Llava:
         """
         if isinstance(prompts, str):
             raise UsageError("ask_many wants a list of questions; for one there is ask.")
-        pictures = [prepare(image, self._engine.bundle.manifest) for image in _as_list(images)]
+        sources = [taken(image, self.bundle.manifest) for image in _as_list(images)]
+        return self._answers(tuple(prompts), sources, options, cancel, started)
+
+    def _answers(
+        self,
+        prompts: Sequence[str],
+        sources: Sequence[ImageInput | Picture],
+        options: Options | None,
+        cancel: threading.Event | None,
+        started: float | None,
+    ) -> Iterator[Stream]:
+        pictures = [prepare(source, self.bundle.manifest) for source in sources]
         for text in prompts:
             _check_question(text, pictures)
         conversations = [[Message("user", text, len(pictures))] for text in prompts]
@@ -109,27 +121,26 @@ class Llava:
     def answer(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageInput | Picture] = (),
+        images: Images = (),
         options: Options | None = None,
         *,
         cancel: threading.Event | None = None,
     ) -> Stream:
         """Stream the answer to the last of `messages`, a conversation kept elsewhere; images fill its slots."""
-        return self._engine.generate(messages, images, options, cancel)
+        return self._engine.generate(messages, _as_list(images), options, cancel)
 
-    async def aask(self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None) -> Result:
+    def aask(
+        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None
+    ) -> Coroutine[Any, Any, Result]:
         """`ask` without blocking the event loop. Cancelling the task stops the work."""
-        async with aclosing(self.astream(prompt, images, options)) as chunks:
-            async for chunk in chunks:
-                if chunk.final is not None:
-                    return chunk.final
-        raise RuntimeError("the stream ended without a result")
+        return _alast(self.astream(prompt, images, options))
 
     def astream(
         self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop. Closing it, or cancelling the task, stops the work."""
-        return _awaited(lambda cancel: self.stream(prompt, images, options, cancel=cancel))
+        shown = [copied(image) for image in _as_list(images)]
+        return _awaited(lambda cancel: self.stream(prompt, shown, options, cancel=cancel))
 
     def embed_image(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
         """What the language model sees of a picture: (positions, hidden size) float32, CLIP and projector applied.
@@ -138,11 +149,11 @@ class Llava:
         """
         return self._engine.embed(image)
 
-    async def aembed_image(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
+    def aembed_image(self, image: ImageInput | Picture) -> Coroutine[Any, Any, np.ndarray[Any, Any]]:
         """`embed_image` without blocking the event loop."""
         import asyncio
 
-        return await asyncio.to_thread(self.embed_image, image)
+        return asyncio.to_thread(self.embed_image, copied(image))
 
     def chat(self, system: str = "", options: Options | None = None) -> Chat:
         """Begin a conversation. An empty `system` leaves the model's own system text."""
@@ -220,7 +231,10 @@ class Chat:
 
         The turn is kept once the stream ends or is closed, with what was answered until then; after an error it is not.
         """
-        new = [self.prepare(image) for image in _as_list(images)]
+        return self._turn(text, [taken(image, self._engine.bundle.manifest) for image in _as_list(images)], cancel)
+
+    def _turn(self, text: str, images: Sequence[ImageInput | Picture], cancel: threading.Event | None) -> Stream:
+        new = [self.prepare(image) for image in images]
         shown = [*self._pictures, *new]
         _check_question(text, shown)
         turn = Message("user", text, len(new))
@@ -242,7 +256,8 @@ class Chat:
 
     def asay(self, text: str, images: Images = ()) -> AsyncGenerator[Chunk, None]:
         """`say` without blocking the event loop. Closing it, or cancelling the task, stops it; the turn is kept."""
-        return _awaited(lambda cancel: self.say(text, images, cancel=cancel), settle=True)
+        shown = [copied(image) for image in _as_list(images)]
+        return _awaited(lambda cancel: self.say(text, shown, cancel=cancel), settle=True)
 
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""
@@ -273,6 +288,14 @@ def _last(chunks: Iterable[Chunk]) -> Result:
     if result is None:
         raise RuntimeError("the stream ended without a result")
     return result
+
+
+async def _alast(stream: AsyncGenerator[Chunk, None]) -> Result:
+    async with aclosing(stream) as chunks:
+        async for chunk in chunks:
+            if chunk.final is not None:
+                return chunk.final
+    raise RuntimeError("the stream ended without a result")
 
 
 async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = False) -> AsyncGenerator[Chunk, None]:

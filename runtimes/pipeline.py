@@ -29,7 +29,7 @@ from llava_edge.runtimes.jobs import CLOSED, Job, Owner, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache
-from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
+from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare, taken
 from llava_edge.runtimes.prefill import Prefill, Segment, segments
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.speculation import Speculation
@@ -97,15 +97,17 @@ class Engine:
         what time to first token counts from.
         `reuse` also keeps what the last prompt and its answer have in common with this one: faster, but rounded
         differently in the last digits, see `Prefill.run`.
+        Pictures in memory are read now, by the caller's thread; files when their turn has come.
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
         """
         _check_request([messages], options, cancel)
         run = Run(time.monotonic() if started is None else started)
         wanted = options or Options()
         event = cancel or threading.Event()
+        asked, sources = tuple(messages), [taken(image, self.bundle.manifest) for image in images]
 
         def work(job: Job) -> None:
-            self._answer_one(*self._ready(job, messages, images, wanted, run), wanted, reuse)
+            self._answer_one(*self._ready(job, asked, sources, wanted, run), wanted, reuse)
 
         return self._owner.submit(work, event, lambda: self._last_chunk("", "cancelled", run))
 

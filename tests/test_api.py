@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import math
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge import Chunk, EngineOptions, Llava, Options
+from llava_edge import Chunk, EngineOptions, Llava, Options, Result
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UnavailableError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 from llava_edge.prompt import Message
@@ -301,6 +302,74 @@ def test_an_awaited_turn_that_is_left_is_kept_as_far_as_it_came(llava: Llava) ->
     with pytest.raises(ImageError):
         asyncio.run(anext(chat.asay("And this?", b"no picture")))
     assert len(chat.messages) == 2
+
+
+# Pictures and messages that change.
+
+FEW = Options(max_tokens=24)
+ASKED: dict[str, Callable[[Llava, Any], Any]] = {
+    "stream": lambda llava, image: llava.stream("What?", image, FEW),
+    "ask_many": lambda llava, image: llava.ask_many(["What?"], image, FEW),
+    "answer": lambda llava, image: llava.answer([Message("user", "What?", 1)], image, FEW),
+    "say": lambda llava, image: llava.chat(options=FEW).say("What?", image),
+    "astream": lambda llava, image: llava.astream("What?", image, FEW),
+    "aask": lambda llava, image: llava.aask("What?", image, FEW),
+    "asay": lambda llava, image: llava.chat(options=FEW).asay("What?", image),
+}
+
+
+def text_of(asked: Any) -> str:
+    """What comes of a call that was made before."""
+
+    async def awaited() -> Any:
+        return [chunk async for chunk in asked] if inspect.isasyncgen(asked) else await asked
+
+    found = asyncio.run(awaited()) if inspect.isasyncgen(asked) or inspect.iscoroutine(asked) else asked
+    return str(found.text) if isinstance(found, Chunk | Result) else "".join(map(text_of, found))
+
+
+@pytest.mark.parametrize("kind", ["Pillow", "array", "bytearray"])
+@pytest.mark.parametrize("call", ASKED.values(), ids=ASKED)
+def test_a_picture_is_what_it_was_at_the_call(call: Any, kind: str, llava: Llava) -> None:
+    """Although the program draws into it, or fills a frame of its camera anew, before the answer is read."""
+    image = Image.new("RGB", (40, 30), "red")
+    source: Any = image if kind == "Pillow" else np.array(image) if kind == "array" else bytearray(bmp(image))
+    asked = call(llava, source)
+    image.paste("blue", (0, 0, 40, 30))
+    if kind != "Pillow":
+        source[:] = np.array(image) if kind == "array" else bmp(image)
+    red, blue = (llava.ask("What?", Image.new("RGB", (40, 30), colour), FEW).text for colour in ("red", "blue"))
+    assert text_of(asked) == red != blue
+    assert text_of(call(llava, source)) == blue
+
+
+def test_embeddings_are_of_the_picture_at_the_call(llava: Llava) -> None:
+    image = RED.copy()
+    asked = llava.aembed_image(image)
+    image.paste("blue", (0, 0, *image.size))
+    assert np.array_equal(asyncio.run(asked), llava.embed_image(RED))
+    assert not np.array_equal(llava.embed_image(image), llava.embed_image(RED))
+
+
+def test_a_conversation_is_what_it_was_at_the_call(llava: Llava) -> None:
+    messages = [Message("user", "What?")]
+    asked = llava.answer(messages, options=FEW)
+    messages += [Message("assistant", "red"), Message("user", "Why?")]
+    assert text_of(asked) == llava.ask("What?", options=FEW).text
+
+
+def test_files_are_opened_when_the_answer_is_read(llava: Llava, tmp_path: Path) -> None:
+    stream = llava.stream("What?", tmp_path / "later.png", FEW)
+    with pytest.raises(MissingError):
+        list(llava.stream("What?", tmp_path / "later.png", FEW))
+    RED.save(tmp_path / "later.png")
+    assert text_of(stream) == llava.ask("What?", RED, FEW).text
+
+
+def bmp(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "BMP")
+    return buffer.getvalue()
 
 
 # Memory and privacy.
