@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from llava_edge.errors import UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result
 from llava_edge.prompt import Message
-from llava_edge.runtimes.jobs import Stream
+from llava_edge.runtimes.jobs import POLL_SECONDS, Stream
 from llava_edge.runtimes.pictures import Picture, copied, prepare, taken
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.store import DEFAULT_MODEL, resolve
@@ -199,20 +199,22 @@ class Llava:
 
 
 class Chat:
-    """A conversation. Turns and images are kept here; what the model already read is not computed again."""
+    """A conversation. Turns and images are kept here; what the model already read is not computed again.
+
+    One answer is open at a time. While it is, `say` raises `UsageError`, and `asay` waits for an awaited one to end.
+    """
 
     def __init__(self, engine: Engine, system: str = "", options: Options | None = None) -> None:
         self._engine = engine
         self._system = system
         self._options = options
+        self._awaited = threading.Lock()  # held by the thread that reads the open answer of `asay`
         self.messages: list[Message] = []
-        self._pictures: list[Picture] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget all turns and images."""
-        self.messages = [Message("system", self._system)] if self._system else []
-        self._pictures = []
+        """Forget all turns and images, an open answer's too."""
+        self._begin([Message("system", self._system)] if self._system else [], [])
 
     def resume(self, messages: Sequence[Message], images: Images = ()) -> None:
         """Go on with a conversation kept elsewhere in place of this one; images fill its slots.
@@ -224,7 +226,11 @@ class Chat:
         shown = [self.prepare(image) for image in _as_list(images)]
         if any(message.role != "system" for message in messages):
             self._engine.require_room([messages], shown, self._options)
-        self.messages, self._pictures = list(messages), shown
+        self._begin(list(messages), shown)
+
+    def _begin(self, messages: list[Message], pictures: list[Picture]) -> None:
+        """An answer that is still open goes on with the lists that it began with."""
+        self.messages, self._pictures, self._open = messages, pictures, threading.Lock()
 
     def say(self, text: str, images: Images = (), *, cancel: threading.Event | None = None) -> Stream:
         """Stream the answer to the next turn.
@@ -234,34 +240,59 @@ class Chat:
         return self._turn(text, [taken(image, self._engine.bundle.manifest) for image in _as_list(images)], cancel)
 
     def _turn(self, text: str, images: Sequence[ImageInput | Picture], cancel: threading.Event | None) -> Stream:
-        new = [self.prepare(image) for image in images]
-        shown = [*self._pictures, *new]
-        _check_question(text, shown)
-        turn = Message("user", text, len(new))
-        answer = ""
-        failed = False
-        try:
-            prompt = [*self.messages, turn]
-            with closing(self._engine.generate(prompt, shown, self._options, cancel, reuse=True)) as chunks:
-                for chunk in chunks:
-                    answer += chunk.text
-                    yield chunk
-        except Exception:
-            failed = True
-            raise
-        finally:  # also when closed or interrupted
-            if not failed:
-                self.messages += [turn, Message("assistant", answer)]
-                self._pictures = shown
+        with _alone(self._open):
+            messages, pictures = self.messages, self._pictures
+            new = [self.prepare(image) for image in images]
+            shown = [*pictures, *new]
+            _check_question(text, shown)
+            turn = Message("user", text, len(new))
+            answer = ""
+            failed = False
+            try:
+                prompt = [*messages, turn]
+                with closing(self._engine.generate(prompt, shown, self._options, cancel, reuse=True)) as chunks:
+                    for chunk in chunks:
+                        answer += chunk.text
+                        yield chunk
+            except Exception:
+                failed = True
+                raise
+            finally:  # also when closed or interrupted
+                if not failed:
+                    messages += [turn, Message("assistant", answer)]
+                    pictures += new
 
     def asay(self, text: str, images: Images = ()) -> AsyncGenerator[Chunk, None]:
-        """`say` without blocking the event loop. Closing it, or cancelling the task, stops it; the turn is kept."""
+        """`say` without blocking the event loop. Closing it, or cancelling the task, stops it; the turn is kept.
+
+        If `break` leaves the loop over it, it is stopped soon after; `contextlib.aclosing` stops it at once.
+        """
         shown = [copied(image) for image in _as_list(images)]
-        return _awaited(lambda cancel: self.say(text, shown, cancel=cancel), settle=True)
+
+        def turn(cancel: threading.Event) -> Stream:
+            while not self._awaited.acquire(timeout=POLL_SECONDS):
+                if cancel.is_set():
+                    return
+            try:
+                yield from self.say(text, shown, cancel=cancel)
+            finally:
+                self._awaited.release()
+
+        return _awaited(turn, settle=True)
 
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""
         return prepare(image, self._engine.bundle.manifest)
+
+
+@contextmanager
+def _alone(lock: threading.Lock) -> Iterator[None]:
+    if not lock.acquire(blocking=False):
+        raise UsageError("The last answer of this conversation is still open; read it to its end, or close it, first.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_question(text: str, images: Sequence[object]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge import Chunk, EngineOptions, Llava, Options, Result
+from llava_edge import Chat, Chunk, EngineOptions, Llava, Options, Result
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UnavailableError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 from llava_edge.prompt import Message
@@ -370,6 +370,99 @@ def bmp(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "BMP")
     return buffer.getvalue()
+
+
+# Overlapping turns.
+
+
+def same_talk(llava: Llava, chat: Chat) -> None:
+    """The model is shown the same next as of a conversation with the same turns that nothing happened to."""
+    images = [RED] * sum(message.images for message in chat.messages)
+    plain = llava.chat(options=chat._options)
+    plain.resume(chat.messages, images)
+    *_, last = plain.say("And now?")
+    *_, found = chat.say("And now?")
+    assert last.final
+    assert found.final
+    sizes = [(result.prompt_tokens, result.image_tokens) for result in (found.final, last.final)]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_turn_waits_for_the_one_that_was_left(llava: Llava) -> None:
+    """As `break` leaves it: Python closes the stream later, when the next turn has been asked for."""
+    chat = llava.chat(options=Options(max_tokens=480))
+
+    async def run() -> Result | None:
+        async for _ in chat.asay("What is this?", RED):
+            break
+        chunks = [chunk async for chunk in chat.asay("Why?")]
+        return chunks[-1].final
+
+    second = asyncio.run(run())
+    assert second
+    assert second.image_tokens == llava.bundle.manifest.vision.image_tokens
+    assert [(message.text, message.images) for message in chat.messages[::2]] == [("What is this?", 1), ("Why?", 0)]
+    assert len(chat.messages) == 4
+
+
+def test_turns_of_several_tasks_are_answered_one_after_another(llava: Llava) -> None:
+    chat = llava.chat(options=FEW)
+
+    async def turn(text: str, images: Any = ()) -> None:
+        async for _ in chat.asay(text, images):
+            pass
+
+    async def run() -> None:
+        await asyncio.gather(turn("one", RED), turn("two"), turn("three", RED))
+
+    asyncio.run(run())
+    assert sorted((message.text, message.images) for message in chat.messages[::2]) == [
+        ("one", 1), ("three", 1), ("two", 0),
+    ]  # fmt: skip
+    same_talk(llava, chat)
+
+
+def test_a_turn_while_another_is_open_is_refused(llava: Llava) -> None:
+    chat = llava.chat(options=FEW)
+    first = chat.say("What is this?", RED)
+    next(first)
+    for wrong in (lambda: list(chat.say("Why?", RED)), lambda: asyncio.run(anext(chat.asay("Why?")))):
+        with pytest.raises(UsageError, match="still open"):
+            wrong()
+    first.close()
+    assert [message.images for message in chat.messages] == [1, 0]
+    same_talk(llava, chat)
+
+
+def test_threads_that_ask_at_once_leave_a_conversation_that_goes_on(llava: Llava) -> None:
+    chat = llava.chat(options=FEW)
+    refused: list[UsageError] = []
+
+    def ask(number: int) -> None:
+        try:
+            list(chat.say(f"Question {number}", RED))
+        except UsageError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(chat.messages) == 2 * (4 - len(refused))
+    assert chat.messages
+    same_talk(llava, chat)
+
+
+def test_an_open_answer_is_no_part_of_what_comes_after_a_reset(llava: Llava) -> None:
+    chat = llava.chat("Be brief.", FEW)
+    left = chat.say("What is this?", RED)
+    next(left)
+    chat.reset()
+    assert list(chat.say("Hello"))
+    left.close()
+    assert [message.text for message in chat.messages][:-1] == ["Be brief.", "Hello"]
+    same_talk(llava, chat)
 
 
 # Memory and privacy.
