@@ -43,8 +43,10 @@ class Llava:
         pictures: Sequence[Picture] = (),
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Llava:
-        """Open a bundle folder, or a model pulled before, by name. `on_load` gets the loaded fraction, 0 to 1.
+        """Open a bundle folder, or a model pulled before, by name.
 
+        on_load: gets the loaded fraction, 0 to 1, in another thread. What it raises stops loading and is raised here:
+            the way to cancel it.
         pictures: prepared ones that will be asked about first; they are encoded while the language model loads.
         device: short for `EngineOptions(device=...)`. Weights are mapped: what two processes or two `Llava` load of the
         same bundle is in memory once, except for what the preset "latency" copies (`EngineOptions.preset`).

@@ -63,7 +63,7 @@ class Engine:
         pictures: Sequence[Picture] = (),
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Engine:
-        """Load all parts. `on_load` gets the loaded fraction, in the owner thread.
+        """Load all parts. `on_load` gets the loaded fraction, in a thread of the engine; what it raises stops loading.
 
         pictures: what will be asked about first. They are embedded while the language model loads; if all are known
             already, CLIP is not loaded before it is needed.

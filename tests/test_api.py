@@ -42,6 +42,25 @@ def test_the_device_can_be_named(micro_bundle: Path, llava: Llava) -> None:
         Llava.load(micro_bundle, EngineOptions(threads=1), device="metal" if sys.platform != "darwin" else "cuda")
 
 
+def test_what_is_raised_while_a_model_loads_stops_it(micro_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Stopped(Exception):
+        pass
+
+    heard: list[float] = []
+
+    def stop(fraction: float) -> None:
+        heard.append(fraction)
+        raise Stopped("by the person")
+
+    with pytest.raises(Stopped, match="by the person"):
+        Llava.load(micro_bundle, device="cpu", on_load=stop)
+    assert len(heard) == 1
+    assert capfd.readouterr().err == ""
+    with Llava.load(micro_bundle, device="cpu", on_load=heard.append) as loaded:
+        assert heard[-1] == 1
+        assert loaded.ask("hi", options=Options(max_tokens=1)).completion_tokens == 1
+
+
 def test_embeddings_are_what_the_checkpoint_computes(micro_bundle: Path, micro_checkpoint: Path, llava: Llava) -> None:
     """CLIP and projector by transformers, on the same pixels."""
     import torch
