@@ -75,7 +75,10 @@ class Engine:
         try:
             for _ in engine._owner.submit(lambda job: engine._load(job.cancel, pictures, on_load), threading.Event()):
                 pass
-        except BaseException:
+        except Exception:  # Python must not end while another thread frees engines: that would abort the process
+            engine._owner.close()
+            raise
+        except BaseException:  # Ctrl-C does not wait until loading stops
             engine._owner.close(wait=False)
             raise
         return engine

@@ -52,8 +52,10 @@ def test_what_is_raised_while_a_model_loads_stops_it(micro_bundle: Path, capfd: 
         heard.append(fraction)
         raise Stopped("by the person")
 
+    threads = threading.active_count()
     with pytest.raises(Stopped, match="by the person"):
         Llava.load(micro_bundle, device="cpu", on_load=stop)
+    assert threading.active_count() == threads  # one that freed engines while Python ends would abort the process
     assert len(heard) == 1
     assert capfd.readouterr().err == ""
     with Llava.load(micro_bundle, device="cpu", on_load=heard.append) as loaded:
