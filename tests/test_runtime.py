@@ -789,3 +789,37 @@ def test_pytorch_and_llama_cpp_share_a_process(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0
+
+
+IN_ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are UTF-8")
+@pytest.mark.parametrize("locale", [{}, IN_ASCII], ids=["utf-8", "ascii"])
+@pytest.mark.parametrize("name", [b"caf\xc3\xa9", b"caf\xe9"], ids=["utf-8", "latin-1"])
+def test_a_folder_may_have_any_name_that_is_utf8(
+    name: bytes, locale: dict[str, str], micro_bundle: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime opens no others; in a locale of ASCII, Python itself calls both by characters that are none."""
+    folder = tmp_path / os.fsdecode(name)
+    folder.symlink_to(micro_bundle)
+    command: list[str | bytes] = [
+        sys.executable,
+        "-m",
+        "llava_edge",
+        "run",
+        "--model",
+        os.fsencode(folder),
+        "--prompt",
+        "hello",
+    ]
+    done = subprocess.run(
+        [*command, "--max-tokens", "3"], capture_output=True, check=False, env={**os.environ, **locale}
+    )
+    said = done.stderr.decode("ascii", "replace")
+    if name == b"caf\xc3\xa9":
+        assert (done.returncode, bool(done.stdout.strip())) == (0, True), said
+    else:
+        assert done.returncode == 65
+        assert "rename its folder" in said
+        assert said.count("\n") == 1
