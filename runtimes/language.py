@@ -285,11 +285,14 @@ class LanguageModel:
         settings.progress_callback = callback
         # In the thread that computes later: repacking weights starts OpenMP threads for whoever loads, and libgomp lets
         # no thread spin at a barrier while there are more threads than processors; a token then took twice as long.
+        _errors.clear()
         self._model = self._thread.submit(api.llama_model_load_from_file, os.fsencode(self._path), settings).result()
         if stopped:
             self.close()
             raise stopped[0]
         if not self._model:
+            if any("allocate" in error for error in _errors):
+                raise MemoryLimitError(f"There is too little memory to load {self._path}: {_errors[0]}")
             raise BundleError(f"llama.cpp cannot load {self._path}: {last_error()}")
 
     def _open_context(self) -> None:

@@ -213,7 +213,11 @@ class Engine:
         trained, tiles = manifest.language.context_length, manifest.preprocessing.square == "anyres"
         presets.check_context(self.options.context, trained)
         layers, tower = self.choice.gpu_layers, self._copied_tower()
-        self.preset = presets.choose(self.options, header, trained, tiles=tiles, gpu_layers=layers, tower=tower)
+        batch = min(max(BATCH, manifest.vision.image_tokens), MAX_BATCH)
+        mapped = sum(file.size for file in manifest.files.values()) + batch * manifest.language.vocab_size * 4
+        self.preset = presets.choose(
+            self.options, header, trained, tiles=tiles, gpu_layers=layers, tower=tower, mapped=mapped
+        )
         self.context_size = self.preset.context
         threads = self.options.threads or devices.thread_count()[0]
         self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
@@ -228,7 +232,7 @@ class Engine:
             adapter=self.bundle.adapter,
             context=self.context_size,
             threads=threads,
-            batch=min(max(BATCH, manifest.vision.image_tokens), MAX_BATCH),
+            batch=batch,
             gpu_layers=self.choice.gpu_layers,
             repack=self.preset.repack,
             kv=self.preset.kv,
