@@ -6,6 +6,7 @@ free for Ctrl-C. Knows nothing about command lines, files of images (image.py do
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -104,8 +105,8 @@ class Engine:
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
         """
         _check_request([messages], options, cancel)
-        run = Run(time.monotonic() if started is None else started)
-        wanted = options or Options()
+        wanted = _seeded(options)
+        run = Run(time.monotonic() if started is None else started, wanted.seed)
         event = cancel or threading.Event()
         asked, sources = tuple(messages), [taken(image, self.bundle.manifest) for image in images]
 
@@ -133,15 +134,15 @@ class Engine:
         if not conversations:
             return []
         start = time.monotonic() if started is None else started
-        wanted = options or Options()
+        wanted = _seeded(options)
 
         def work(jobs: list[Job]) -> None:
             pairs = zip(jobs, conversations, strict=True)
-            ready = [self._ready(job, messages, pictures, wanted, Run(start)) for job, messages in pairs]
+            ready = [self._ready(job, messages, pictures, wanted, Run(start, wanted.seed)) for job, messages in pairs]
             self._answer_all(ready, wanted)
 
         def dropped() -> Chunk:
-            return self._last_chunk("", "cancelled", Run(start))
+            return self._last_chunk("", "cancelled", Run(start, wanted.seed))
 
         return self._owner.submit_together(work, cancel or threading.Event(), len(conversations), dropped)
 
@@ -414,6 +415,14 @@ def _check_request(
                 raise UsageError(f"A Message was expected, not {message!r:.60}.")
             if not isinstance(message.text, str):
                 raise UsageError(f"A text was expected for a message, not {message.text!r:.60}.")
+
+
+def _seeded(options: Options | None) -> Options:
+    """With a seed if, and only if, something will be drawn."""
+    wanted = options or Options()
+    if wanted.greedy:
+        return replace(wanted, seed=None)
+    return wanted if wanted.seed is not None else replace(wanted, seed=int.from_bytes(os.urandom(4)))
 
 
 def _check_slots(messages: Sequence[prompt.Message], images: Sequence[object]) -> None:

@@ -169,7 +169,7 @@ def test_draws_follow_transformers_warpers(options: Options, language: LanguageM
     wanted = scores.softmax(-1)[0].numpy()
 
     draws = 4000
-    sampler = Sampler(language, options)
+    sampler = Sampler(language, replace(options, seed=0))
     counts = np.bincount([sampler.sample(language.context) for _ in range(draws)], minlength=len(wanted))
     sampler.close()
     assert not counts[wanted == 0].any()
@@ -266,6 +266,23 @@ def test_the_seed_decides(llava: Llava) -> None:
     assert answer(1) == answer(1)
     assert len({answer(2**32 - 1) for _ in range(4)}) == 1  # llama.cpp's own name for a random seed
     assert len({answer(seed) for seed in range(5)}) > 1
+
+
+def test_without_a_seed_an_answer_is_drawn_anew_and_can_be_repeated(llava: Llava) -> None:
+    drawn = Options(max_tokens=16, temperature=1.0)
+    results = [llava.ask("hello", options=drawn) for _ in range(4)]
+    assert len({result.text for result in results}) > 1
+    for result in results:
+        assert llava.ask("hello", options=replace(drawn, seed=result.seed)).text == result.text
+    together = [chunk.final for stream in llava.ask_many(["hello", "you"], options=drawn) for chunk in stream]
+    for question, found in zip(("hello", "you"), filter(None, together), strict=True):
+        assert llava.ask(question, options=replace(drawn, seed=found.seed)).text == found.text
+
+
+def test_a_greedy_answer_has_no_seed(llava: Llava) -> None:
+    first, second = (llava.ask("hello", options=Options(max_tokens=16, seed=seed)) for seed in (None, 5))
+    assert (first.text, first.seed) == (second.text, None)
+    assert second.seed is None
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
