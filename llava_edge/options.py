@@ -42,12 +42,12 @@ class Options:
     temperature: 0, or less than 1e-6, is greedy; otherwise logits are divided by it before drawing.
     top_p, top_k, min_p: keep the smallest set of tokens with this total probability / this many tokens (0 = all) /
         tokens at least this likely relative to the best one. They matter only when temperature > 0.
-    seed: of the random draw; the same seed gives the same answer on the same machine. None: another one each time, which
-        `Result.seed` tells.
+    seed: of the random draw; the same seed gives the same answer on the same machine. None: another one each time,
+        which `Result.seed` tells.
     stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
     speculate: guess tokens from what was said before and check several in one pass. Greedy answers are the same with
         and without, and only those use it. "auto" stops where it does not pay, "ngram" never does.
-    grammar: the only form an answer may have, in llama.cpp's GBNF; `json_grammar.from_schema` writes one. Empty: any.
+    grammar: the only form an answer may have, in llama.cpp's GBNF; `llava_edge.from_schema` writes one. Empty: any.
     top_logprobs: report how likely each token was, and this many of the likeliest in its place. None: do not.
     image_tokens: positions that a picture may take; 0 is all of them. Fewer are faster and show less.
     image_token_method: how so many are made, see `llava_edge.token_budget`; all but "cls" are there to compare with.
