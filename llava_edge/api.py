@@ -56,9 +56,14 @@ class Llava:
             options = replace(options or EngineOptions(), device=device)
         return cls(Engine.open(Bundle.open(resolve(model)), options, pictures=pictures, on_load=on_load))
 
-    def ask(self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None) -> Result:
-        """Answer one question about any number of images (path, bytes, PIL image or RGB array each)."""
-        return _last(self.stream(prompt, images, options))
+    def ask(
+        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
+    ) -> Result:
+        """Answer one question about any number of images (path, bytes, PIL image or RGB array each).
+
+        system: text in place of the model's own before the question; empty leaves that.
+        """
+        return _last(self.stream(prompt, images, options, system=system))
 
     def stream(
         self,
@@ -66,6 +71,7 @@ class Llava:
         images: Images = (),
         options: Options | None = None,
         *,
+        system: str = "",
         cancel: threading.Event | None = None,
         started: float | None = None,
     ) -> Stream:
@@ -76,7 +82,7 @@ class Llava:
         """
         shown = _as_list(images)
         _check_question(prompt, shown)
-        return self._engine.generate([Message("user", prompt, len(shown))], shown, options, cancel, started=started)
+        return self._engine.generate(_asked(system, prompt, shown), shown, options, cancel, started=started)
 
     def ask_many(
         self,
@@ -84,6 +90,7 @@ class Llava:
         images: Images = (),
         options: Options | None = None,
         *,
+        system: str = "",
         cancel: threading.Event | None = None,
         started: float | None = None,
     ) -> Iterator[Stream]:
@@ -97,20 +104,21 @@ class Llava:
         if isinstance(prompts, str):
             raise UsageError("ask_many wants a list of questions; for one there is ask.")
         sources = [taken(image, self.bundle.manifest) for image in _as_list(images)]
-        return self._answers(tuple(prompts), sources, options, cancel, started)
+        return self._answers(tuple(prompts), sources, options, system, cancel, started)
 
     def _answers(
         self,
         prompts: Sequence[str],
         sources: Sequence[ImageInput | Picture],
         options: Options | None,
+        system: str,
         cancel: threading.Event | None,
         started: float | None,
     ) -> Iterator[Stream]:
         pictures = [prepare(source, self.bundle.manifest) for source in sources]
         for text in prompts:
             _check_question(text, pictures)
-        conversations = [[Message("user", text, len(pictures))] for text in prompts]
+        conversations = [_asked(system, text, pictures) for text in prompts]
         self._engine.require_room(conversations, pictures, options)
         streams = self._engine.generate_together(conversations, pictures, options, cancel, started=started)
         try:
@@ -132,17 +140,17 @@ class Llava:
         return self._engine.generate(messages, _as_list(images), options, cancel)
 
     def aask(
-        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None
+        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> Coroutine[Any, Any, Result]:
         """`ask` without blocking the event loop. Cancelling the task stops the work."""
-        return _alast(self.astream(prompt, images, options))
+        return _alast(self.astream(prompt, images, options, system=system))
 
     def astream(
-        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None
+        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop. Closing it, or cancelling the task, stops the work."""
         shown = [copied(image) for image in _as_list(images)]
-        return _awaited(lambda cancel: self.stream(prompt, shown, options, cancel=cancel))
+        return _awaited(lambda cancel: self.stream(prompt, shown, options, system=system, cancel=cancel))
 
     def embed_image(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
         """What the language model sees of a picture: (positions, hidden size) float32, CLIP and projector applied.
@@ -216,7 +224,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget all turns and images, an open answer's too."""
-        self._begin([Message("system", self._system)] if self._system else [], [])
+        self._begin(_before(self._system), [])
 
     def resume(self, messages: Sequence[Message], images: Images = ()) -> None:
         """Go on with a conversation kept elsewhere in place of this one; images fill its slots.
@@ -295,6 +303,14 @@ def _alone(lock: threading.Lock) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _before(system: str) -> list[Message]:
+    return [Message("system", system)] if system else []
+
+
+def _asked(system: str, prompt: str, images: Sequence[object]) -> list[Message]:
+    return [*_before(system), Message("user", prompt, len(images))]
 
 
 def _check_question(text: str, images: Sequence[object]) -> None:

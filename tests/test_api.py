@@ -111,6 +111,20 @@ def test_what_makes_no_sense_is_a_usage_error(call: Any, llava: Llava) -> None:
     assert llava.ask("hi", None, Options(max_tokens=1)).completion_tokens == 1
 
 
+def test_a_system_text_stands_before_the_question(llava: Llava) -> None:
+    few: Any = {"options": Options(max_tokens=24), "system": "Be brief."}
+    wanted = llava.ask("What?", RED, few["options"])
+    messages = [Message("system", "Be brief."), Message("user", "What?", 1)]
+    *_, last = llava.answer(messages, RED, few["options"])
+    assert last.final
+    assert last.final.text != wanted.text
+    streams = [list(llava.stream("What?", RED, **few)), *map(list, llava.ask_many(["What?"], RED, **few))]
+    found = [llava.ask("What?", RED, **few), asyncio.run(llava.aask("What?", RED, **few))]
+    for result in (*found, *(chunks[-1].final for chunks in streams)):
+        assert result
+        assert (result.text, result.prompt_tokens) == (last.final.text, last.final.prompt_tokens)
+
+
 def test_what_cannot_leave_its_process_says_so(llava: Llava) -> None:
     with pytest.raises(TypeError, match="load one there"):
         pickle.dumps(llava)

@@ -161,6 +161,16 @@ def test_a_form_is_one_file(tmp_path: Path, run: Run) -> None:
     assert (code, "cannot be read: Is a directory" in err) == (65, True)
 
 
+def test_a_system_text_stands_before_every_question(micro_bundle: Path, run: Run) -> None:
+    common = ("run", "--model", micro_bundle, *LIGHT, "--prompt", "a", "--prompt", "b", "--max-tokens", "4", "--json")
+    plain, longer = (
+        [json.loads(line)["prompt_tokens"] for line in run(*common, *extra)[1].splitlines()]
+        for extra in ((), ("--system", "Answer in one word. " * 20))
+    )
+    assert len(plain) == len(longer) == 2
+    assert all(more > less + 20 for less, more in zip(plain, longer, strict=True))
+
+
 def test_a_drawn_answer_is_repeated_with_its_seed(micro_bundle: Path, run: Run) -> None:
     common = ("run", "--model", micro_bundle, *LIGHT, "--prompt", "hi", "--max-tokens", "12", "--temperature", "1")
     drawn = [json.loads(run(*common, "--json")[1]) for _ in range(4)]
