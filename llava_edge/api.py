@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bundle import Bundle
-from llava_edge.errors import UsageError
+from llava_edge.errors import ContextOverflowError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result
 from llava_edge.prompt import Message
@@ -25,6 +25,8 @@ from llava_edge.runtimes.pipeline import Engine
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 Images = ImageInput | bytearray | memoryview | Picture | Sequence[ImageInput | Picture] | None
+
+_BEGIN_ANEW = "A new conversation begins with /reset, in Python Chat.reset()."
 
 
 class Llava:
@@ -246,6 +248,7 @@ class Chat:
         """Stream the answer to the next turn.
 
         The turn is kept once the stream ends or is closed, with what was answered until then; after an error it is not.
+        Raises `ContextOverflowError` when the conversation is too long for another turn; `reset` is the way out.
         """
         return self._turn(text, [taken(image, self._engine.bundle.manifest) for image in _as_list(images)], cancel)
 
@@ -264,8 +267,10 @@ class Chat:
                     for chunk in chunks:
                         answer += chunk.text
                         yield chunk
-            except Exception:
+            except Exception as error:
                 failed = True
+                if isinstance(error, ContextOverflowError) and len(messages) > 1:
+                    raise ContextOverflowError(f"{error} {_BEGIN_ANEW}") from error
                 raise
             finally:  # also when closed or interrupted
                 if not failed:

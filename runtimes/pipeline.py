@@ -160,7 +160,7 @@ class Engine:
             for number, messages in enumerate(conversations, 1):
                 _check_slots(messages, pictures)
                 try:
-                    self._check_room(Run(0), self._encode_prompt(messages), rows)
+                    self._check_room(Run(0), self._encode_prompt(messages), rows, messages)
                 except ContextOverflowError as error:
                     which = f"Question {number}: " if len(conversations) > 1 else ""
                     raise ContextOverflowError(f"{which}{error}") from error
@@ -288,9 +288,9 @@ class Engine:
         manifest = self.bundle.manifest
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
-            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images))
+            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images), messages)
         pictures = [limited(prepare(image, manifest), options, manifest) for image in images]
-        self._check_room(run, ids, [len(picture.rows) for picture in pictures])
+        self._check_room(run, ids, [len(picture.rows) for picture in pictures], messages)
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
         run.image_ms = sum(picture.decode_milliseconds for picture in pictures)
         stream = TextStream((*options.stop, *self._template.stop_texts))
@@ -379,13 +379,14 @@ class Engine:
         pieces = prompt.render(manifest.template, messages, manifest.image_markers)
         return prompt.encode(pieces, language.tokenize, language.control_id, self._after_control)
 
-    def _check_room(self, run: Run, ids: list[int], rows: list[int]) -> None:
+    def _check_room(self, run: Run, ids: list[int], rows: list[int], messages: Sequence[prompt.Message]) -> None:
         """Count positions; `rows` are those of each image. Raises `ContextOverflowError`."""
         run.image_tokens = sum(rows)
         run.prompt_tokens = len(ids) - len(rows) + run.image_tokens
         if run.prompt_tokens < self.context_size:
             return
-        remedies = ["fewer images"] if run.image_tokens > run.prompt_tokens // 2 else ["a shorter text"]
+        text = "a shorter conversation" if any(turn.role == "assistant" for turn in messages) else "a shorter text"
+        remedies = ["fewer images"] if run.image_tokens > run.prompt_tokens // 2 else [text]
         if self.context_size < (trained := self.bundle.manifest.language.context_length):
             remedies.append(f"a larger context (--context, EngineOptions.context; at most {trained})")
         raise ContextOverflowError(

@@ -500,6 +500,20 @@ def test_an_open_answer_is_no_part_of_what_comes_after_a_reset(llava: Llava) -> 
     same_talk(llava, chat)
 
 
+def test_a_full_conversation_names_the_way_out(micro_bundle: Path) -> None:
+    """In the words of Python, and not a shorter text where the new one is short."""
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", context=128)) as llava:
+        chat = llava.chat(options=Options(max_tokens=16))
+        with pytest.raises(ContextOverflowError, match="Use a shorter text") as alone:
+            list(chat.say("word " * 100))
+        assert "reset" not in str(alone.value)
+        assert list(chat.say("Why?"))
+        with pytest.raises(ContextOverflowError, match=r"shorter conversation.*Chat\.reset\(\)"):
+            [list(chat.say("Why?")) for _ in range(20)]
+        chat.reset()
+        assert list(chat.say("Why?"))
+
+
 # Memory and privacy.
 
 
