@@ -637,6 +637,26 @@ def test_versions_are_those_that_pip_knows() -> None:
         bindings.version("no_such_package")
 
 
+@pytest.mark.parametrize("file", ["llama_cpp.py", "llama_cpp/__init__.py", None])
+def test_a_file_named_like_llama_cpp_is_named(file: str | None, micro_bundle: Path, tmp_path: Path) -> None:
+    """`python -m` looks for modules in the current folder first."""
+    if file:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("print('this ran')\n")
+    command = [sys.executable, "-m", "llava_edge", "run", "--model", str(micro_bundle), "--prompt", "hi"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(
+        [*command, "--max-tokens", "2", "--device", "cpu"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "this ran" not in done.stdout
+    assert (done.returncode, done.stderr.count("\n")) == (69 if file else 0, 1), done.stderr
+    assert (str((tmp_path / file).parent) in done.stderr) if file else done.stdout.strip()
+
+
 def test_threads_that_need_the_bindings_first_get_the_same() -> None:
     code = """
 import threading
