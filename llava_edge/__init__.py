@@ -23,7 +23,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llava_edge.api import Chat, Llava
     from llava_edge.errors import LlavaEdgeError
+    from llava_edge.json_grammar import from_schema
     from llava_edge.options import Chunk, EngineOptions, Options, Result, TokenChance
+    from llava_edge.prompt import Message
 
 __all__ = [
     "Chat",
@@ -31,21 +33,25 @@ __all__ = [
     "EngineOptions",
     "Llava",
     "LlavaEdgeError",
+    "Message",
     "Options",
     "Result",
     "TokenChance",
     "__version__",
+    "from_schema",
 ]
 
 _HOMES = {
     "Chat": "llava_edge.api",
     "Llava": "llava_edge.api",
     "LlavaEdgeError": "llava_edge.errors",
+    "from_schema": "llava_edge.json_grammar",
     "Chunk": "llava_edge.options",
     "EngineOptions": "llava_edge.options",
     "Options": "llava_edge.options",
     "Result": "llava_edge.options",
     "TokenChance": "llava_edge.options",
+    "Message": "llava_edge.prompt",
 }
 
 

@@ -6,8 +6,8 @@ Everything else (command line, chat) is written on top of this file. Knows no en
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing, closing, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bundle import Bundle
-from llava_edge.errors import UsageError
+from llava_edge.errors import ContextOverflowError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result
 from llava_edge.prompt import Message
-from llava_edge.runtimes.jobs import Stream
-from llava_edge.runtimes.pictures import Picture, prepare
+from llava_edge.runtimes.jobs import POLL_SECONDS, Stream
+from llava_edge.runtimes.pictures import Picture, copied, prepare, taken
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 Images = ImageInput | bytearray | memoryview | Picture | Sequence[ImageInput | Picture] | None
+
+_BEGIN_ANEW = "A new conversation begins with /reset, in Python Chat.reset()."
 
 
 class Llava:
@@ -43,8 +45,10 @@ class Llava:
         pictures: Sequence[Picture] = (),
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Llava:
-        """Open a bundle folder, or a model pulled before, by name. `on_load` gets the loaded fraction, 0 to 1.
+        """Open a bundle folder, or a model pulled before, by name.
 
+        on_load: gets the loaded fraction, 0 to 1, in another thread. What it raises stops loading and is raised here:
+            the way to cancel it.
         pictures: prepared ones that will be asked about first; they are encoded while the language model loads.
         device: short for `EngineOptions(device=...)`. Weights are mapped: what two processes or two `Llava` load of the
         same bundle is in memory once, except for what the preset "latency" copies (`EngineOptions.preset`).
@@ -54,9 +58,14 @@ class Llava:
             options = replace(options or EngineOptions(), device=device)
         return cls(Engine.open(Bundle.open(resolve(model)), options, pictures=pictures, on_load=on_load))
 
-    def ask(self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None) -> Result:
-        """Answer one question about any number of images (path, bytes, PIL image or RGB array each)."""
-        return _last(self.stream(prompt, images, options))
+    def ask(
+        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
+    ) -> Result:
+        """Answer one question about any number of images (path, bytes, PIL image or RGB array each).
+
+        system: text in place of the model's own before the question; empty leaves that.
+        """
+        return _last(self.stream(prompt, images, options, system=system))
 
     def stream(
         self,
@@ -64,16 +73,18 @@ class Llava:
         images: Images = (),
         options: Options | None = None,
         *,
+        system: str = "",
         cancel: threading.Event | None = None,
         started: float | None = None,
     ) -> Stream:
         """Like `ask`, but a generator of `Chunk`s; the last one has the `Result`. Closing it stops the work.
 
+        PIL images and arrays are read now, so that they may be changed or filled anew; files when the stream is read.
         cancel: set it from another thread to stop. started: the instant (time.monotonic) that times count from.
         """
         shown = _as_list(images)
         _check_question(prompt, shown)
-        return self._engine.generate([Message("user", prompt, len(shown))], shown, options, cancel, started=started)
+        return self._engine.generate(_asked(system, prompt, shown), shown, options, cancel, started=started)
 
     def ask_many(
         self,
@@ -81,6 +92,7 @@ class Llava:
         images: Images = (),
         options: Options | None = None,
         *,
+        system: str = "",
         cancel: threading.Event | None = None,
         started: float | None = None,
     ) -> Iterator[Stream]:
@@ -93,10 +105,22 @@ class Llava:
         """
         if isinstance(prompts, str):
             raise UsageError("ask_many wants a list of questions; for one there is ask.")
-        pictures = [prepare(image, self._engine.bundle.manifest) for image in _as_list(images)]
+        sources = [taken(image, self.bundle.manifest) for image in _as_list(images)]
+        return self._answers(tuple(prompts), sources, options, system, cancel, started)
+
+    def _answers(
+        self,
+        prompts: Sequence[str],
+        sources: Sequence[ImageInput | Picture],
+        options: Options | None,
+        system: str,
+        cancel: threading.Event | None,
+        started: float | None,
+    ) -> Iterator[Stream]:
+        pictures = [prepare(source, self.bundle.manifest) for source in sources]
         for text in prompts:
             _check_question(text, pictures)
-        conversations = [[Message("user", text, len(pictures))] for text in prompts]
+        conversations = [_asked(system, text, pictures) for text in prompts]
         self._engine.require_room(conversations, pictures, options)
         streams = self._engine.generate_together(conversations, pictures, options, cancel, started=started)
         try:
@@ -109,27 +133,26 @@ class Llava:
     def answer(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageInput | Picture] = (),
+        images: Images = (),
         options: Options | None = None,
         *,
         cancel: threading.Event | None = None,
     ) -> Stream:
         """Stream the answer to the last of `messages`, a conversation kept elsewhere; images fill its slots."""
-        return self._engine.generate(messages, images, options, cancel)
+        return self._engine.generate(messages, _as_list(images), options, cancel)
 
-    async def aask(self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None) -> Result:
+    def aask(
+        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
+    ) -> Coroutine[Any, Any, Result]:
         """`ask` without blocking the event loop. Cancelling the task stops the work."""
-        async with aclosing(self.astream(prompt, images, options)) as chunks:
-            async for chunk in chunks:
-                if chunk.final is not None:
-                    return chunk.final
-        raise RuntimeError("the stream ended without a result")
+        return _alast(self.astream(prompt, images, options, system=system))
 
     def astream(
-        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None
+        self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop. Closing it, or cancelling the task, stops the work."""
-        return _awaited(lambda cancel: self.stream(prompt, images, options, cancel=cancel))
+        shown = [copied(image) for image in _as_list(images)]
+        return _awaited(lambda cancel: self.stream(prompt, shown, options, system=system, cancel=cancel))
 
     def embed_image(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
         """What the language model sees of a picture: (positions, hidden size) float32, CLIP and projector applied.
@@ -138,11 +161,11 @@ class Llava:
         """
         return self._engine.embed(image)
 
-    async def aembed_image(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
+    def aembed_image(self, image: ImageInput | Picture) -> Coroutine[Any, Any, np.ndarray[Any, Any]]:
         """`embed_image` without blocking the event loop."""
         import asyncio
 
-        return await asyncio.to_thread(self.embed_image, image)
+        return asyncio.to_thread(self.embed_image, copied(image))
 
     def chat(self, system: str = "", options: Options | None = None) -> Chat:
         """Begin a conversation. An empty `system` leaves the model's own system text."""
@@ -188,20 +211,22 @@ class Llava:
 
 
 class Chat:
-    """A conversation. Turns and images are kept here; what the model already read is not computed again."""
+    """A conversation. Turns and images are kept here; what the model already read is not computed again.
+
+    One answer is open at a time. While it is, `say` raises `UsageError`, and `asay` waits for an awaited one to end.
+    """
 
     def __init__(self, engine: Engine, system: str = "", options: Options | None = None) -> None:
         self._engine = engine
         self._system = system
         self._options = options
+        self._awaited = threading.Lock()  # held by the thread that reads the open answer of `asay`
         self.messages: list[Message] = []
-        self._pictures: list[Picture] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget all turns and images."""
-        self.messages = [Message("system", self._system)] if self._system else []
-        self._pictures = []
+        """Forget all turns and images, an open answer's too."""
+        self._begin(_before(self._system), [])
 
     def resume(self, messages: Sequence[Message], images: Images = ()) -> None:
         """Go on with a conversation kept elsewhere in place of this one; images fill its slots.
@@ -213,40 +238,84 @@ class Chat:
         shown = [self.prepare(image) for image in _as_list(images)]
         if any(message.role != "system" for message in messages):
             self._engine.require_room([messages], shown, self._options)
-        self.messages, self._pictures = list(messages), shown
+        self._begin(list(messages), shown)
+
+    def _begin(self, messages: list[Message], pictures: list[Picture]) -> None:
+        """An answer that is still open goes on with the lists that it began with."""
+        self.messages, self._pictures, self._open = messages, pictures, threading.Lock()
 
     def say(self, text: str, images: Images = (), *, cancel: threading.Event | None = None) -> Stream:
         """Stream the answer to the next turn.
 
         The turn is kept once the stream ends or is closed, with what was answered until then; after an error it is not.
+        Raises `ContextOverflowError` when the conversation is too long for another turn; `reset` is the way out.
         """
-        new = [self.prepare(image) for image in _as_list(images)]
-        shown = [*self._pictures, *new]
-        _check_question(text, shown)
-        turn = Message("user", text, len(new))
-        answer = ""
-        failed = False
-        try:
-            prompt = [*self.messages, turn]
-            with closing(self._engine.generate(prompt, shown, self._options, cancel, reuse=True)) as chunks:
-                for chunk in chunks:
-                    answer += chunk.text
-                    yield chunk
-        except Exception:
-            failed = True
-            raise
-        finally:  # also when closed or interrupted
-            if not failed:
-                self.messages += [turn, Message("assistant", answer)]
-                self._pictures = shown
+        return self._turn(text, [taken(image, self._engine.bundle.manifest) for image in _as_list(images)], cancel)
+
+    def _turn(self, text: str, images: Sequence[ImageInput | Picture], cancel: threading.Event | None) -> Stream:
+        with _alone(self._open):
+            messages, pictures = self.messages, self._pictures
+            new = [self.prepare(image) for image in images]
+            shown = [*pictures, *new]
+            _check_question(text, shown)
+            turn = Message("user", text, len(new))
+            answer = ""
+            failed = False
+            try:
+                prompt = [*messages, turn]
+                with closing(self._engine.generate(prompt, shown, self._options, cancel, reuse=True)) as chunks:
+                    for chunk in chunks:
+                        answer += chunk.text
+                        yield chunk
+            except Exception as error:
+                failed = True
+                if isinstance(error, ContextOverflowError) and len(messages) > 1:
+                    raise ContextOverflowError(f"{error} {_BEGIN_ANEW}") from error
+                raise
+            finally:  # also when closed or interrupted
+                if not failed:
+                    messages += [turn, Message("assistant", answer)]
+                    pictures += new
 
     def asay(self, text: str, images: Images = ()) -> AsyncGenerator[Chunk, None]:
-        """`say` without blocking the event loop. Closing it, or cancelling the task, stops it; the turn is kept."""
-        return _awaited(lambda cancel: self.say(text, images, cancel=cancel), settle=True)
+        """`say` without blocking the event loop. Closing it, or cancelling the task, stops it; the turn is kept.
+
+        If `break` leaves the loop over it, it is stopped soon after; `contextlib.aclosing` stops it at once.
+        """
+        shown = [copied(image) for image in _as_list(images)]
+
+        def turn(cancel: threading.Event) -> Stream:
+            while not self._awaited.acquire(timeout=POLL_SECONDS):
+                if cancel.is_set():
+                    return
+            try:
+                yield from self.say(text, shown, cancel=cancel)
+            finally:
+                self._awaited.release()
+
+        return _awaited(turn, settle=True)
 
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""
         return prepare(image, self._engine.bundle.manifest)
+
+
+@contextmanager
+def _alone(lock: threading.Lock) -> Iterator[None]:
+    if not lock.acquire(blocking=False):
+        raise UsageError("The last answer of this conversation is still open; read it to its end, or close it, first.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _before(system: str) -> list[Message]:
+    return [Message("system", system)] if system else []
+
+
+def _asked(system: str, prompt: str, images: Sequence[object]) -> list[Message]:
+    return [*_before(system), Message("user", prompt, len(images))]
 
 
 def _check_question(text: str, images: Sequence[object]) -> None:
@@ -273,6 +342,14 @@ def _last(chunks: Iterable[Chunk]) -> Result:
     if result is None:
         raise RuntimeError("the stream ended without a result")
     return result
+
+
+async def _alast(stream: AsyncGenerator[Chunk, None]) -> Result:
+    async with aclosing(stream) as chunks:
+        async for chunk in chunks:
+            if chunk.final is not None:
+                return chunk.final
+    raise RuntimeError("the stream ended without a result")
 
 
 async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = False) -> AsyncGenerator[Chunk, None]:

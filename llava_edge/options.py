@@ -28,6 +28,7 @@ KVS: tuple[KV, ...] = ("auto", "f16", "q8_0")
 SPECULATE: tuple[Speculate, ...] = ("auto", "off", "ngram")
 TOKEN_METHODS: tuple[TokenMethod, ...] = ("cls", "pool", "random")
 MAX_TOKENS = 1 << 20  # of an answer: more than any context has
+LEAST_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, and logits over it leave float32 at last
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_GRAMMAR = 1 << 18
@@ -41,11 +42,12 @@ class Options:
     temperature: 0, or less than 1e-6, is greedy; otherwise logits are divided by it before drawing.
     top_p, top_k, min_p: keep the smallest set of tokens with this total probability / this many tokens (0 = all) /
         tokens at least this likely relative to the best one. They matter only when temperature > 0.
-    seed: of the random draw; the same seed gives the same answer on the same machine.
+    seed: of the random draw; the same seed gives the same answer on the same machine. None: another one each time,
+        which `Result.seed` tells.
     stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
     speculate: guess tokens from what was said before and check several in one pass. Greedy answers are the same with
         and without, and only those use it. "auto" stops where it does not pay, "ngram" never does.
-    grammar: the only form an answer may have, in llama.cpp's GBNF; `json_grammar.from_schema` writes one. Empty: any.
+    grammar: the only form an answer may have, in llama.cpp's GBNF; `llava_edge.from_schema` writes one. Empty: any.
     top_logprobs: report how likely each token was, and this many of the likeliest in its place. None: do not.
     image_tokens: positions that a picture may take; 0 is all of them. Fewer are faster and show less.
     image_token_method: how so many are made, see `llava_edge.token_budget`; all but "cls" are there to compare with.
@@ -60,7 +62,7 @@ class Options:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
     speculate: Speculate = "auto"
     grammar: str = ""
@@ -79,7 +81,8 @@ class Options:
         _real("top_p", self.top_p, 0.0, 1.0)
         _whole("top_k", self.top_k, 0, 1 << 24)
         _real("min_p", self.min_p, 0.0, 1.0)
-        _whole("seed", self.seed, 0, (1 << 32) - 1)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, (1 << 32) - 1)
         if self.top_logprobs is not None:
             _whole("top_logprobs", self.top_logprobs, 0, 20)
         if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR:
@@ -101,6 +104,11 @@ class Options:
         for text in self.stop:
             if not 1 <= len(text.encode("utf-8", "replace")) <= MAX_STOP_BYTES:
                 raise UsageError(f"A stop text must have 1 to {MAX_STOP_BYTES} bytes; {text[:20]!r} does not.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature < LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,7 @@ class Result:
     cache: "kv" if the prompt was known up to its last image, "embedding" if only what CLIP makes of the images was.
 
     drafted_tokens, accepted_tokens: what was guessed of the answer, and how much of that was right and used.
+    seed: what the answer can be drawn again with; None if it is greedy.
     """
 
     text: str
@@ -196,6 +205,7 @@ class Result:
     memory: Memory
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

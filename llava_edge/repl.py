@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import saved
-from llava_edge.errors import ContextOverflowError, LlavaEdgeError
+from llava_edge.errors import LlavaEdgeError
 from llava_edge.paths import meant
 
 if TYPE_CHECKING:
@@ -84,8 +84,6 @@ class Repl:
                 _remark("(stopped)")
             except LlavaEdgeError as error:
                 _remark(f"llava-edge: {error}")
-                if isinstance(error, ContextOverflowError) and self._chat.messages:
-                    _remark("(/reset forgets the conversation so far)")
 
     def _line(self) -> str | None:
         """The next line, or None at the end of input."""

@@ -71,8 +71,12 @@ def version(name: str = "llama_cpp") -> str:
 
 
 def package(name: str = "llama_cpp") -> Path:
-    """Folder of an installed package. Raises `ImportError`."""
+    """Folder of an installed package. Raises `ImportError`, or `UnavailableError` if another file has its name."""
     spec = find_spec(name)
+    if spec is not None and spec.origin is not None and spec.submodule_search_locations is None:
+        raise UnavailableError(
+            f"{spec.origin} is found in place of the package {name}: rename that file, or start from another folder."
+        )
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     return Path(spec.origin).parent

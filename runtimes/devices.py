@@ -156,6 +156,18 @@ def available_memory() -> int | None:
     return min(limits, default=None)
 
 
+def address_space() -> int | None:
+    """Bytes that this process may still map under its RLIMIT_AS (`ulimit -v`), or None without a limit, or unknown."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], _read("/proc/self/statm").partition(" ")[0]
+    if limit == resource.RLIM_INFINITY or not pages.isdigit():
+        return None
+    return max(0, limit - int(pages) * os.sysconf("SC_PAGE_SIZE"))
+
+
 def _memory_groups() -> list[tuple[str, tuple[str, str]]]:
     """Folders of this process's cgroups, each with its parents, and the names of limit and use in them (v2, then v1).
 

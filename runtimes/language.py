@@ -38,7 +38,8 @@ class LanguageModel:
     """language.gguf, mapped, with a context of `context` positions, and adapter.gguf added to it if there is one.
 
     batch: positions evaluated at once. All of a picture should fit: each batch reads and unpacks all weights again.
-    on_load: called with the loaded fraction; returning False stops loading, which then raises `CancelledError`.
+    on_load: called with the loaded fraction; returning False stops loading, which then raises `CancelledError`. What it
+        raises stops loading, too, and is raised here.
     Raises `BundleError` when the file is refused, `MemoryLimitError` when the context does not fit into memory.
     """
 
@@ -265,11 +266,16 @@ class LanguageModel:
         return self._vocabulary
 
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
-        api, going_on = self.library, [True]
+        api = self.library
+        stopped: list[BaseException] = []
 
         def progress(fraction: float, _: Any) -> bool:
-            going_on[0] = going_on[0] and on_load(fraction)
-            return going_on[0]
+            try:
+                if not stopped and not on_load(fraction):
+                    stopped.append(CancelledError())
+            except BaseException as error:  # noqa: BLE001 - C cannot pass it on
+                stopped.append(error)
+            return not stopped
 
         settings = api.llama_model_default_params()
         settings.n_gpu_layers = gpu_layers
@@ -279,11 +285,14 @@ class LanguageModel:
         settings.progress_callback = callback
         # In the thread that computes later: repacking weights starts OpenMP threads for whoever loads, and libgomp lets
         # no thread spin at a barrier while there are more threads than processors; a token then took twice as long.
+        _errors.clear()
         self._model = self._thread.submit(api.llama_model_load_from_file, os.fsencode(self._path), settings).result()
-        if not going_on[0]:
+        if stopped:
             self.close()
-            raise CancelledError
+            raise stopped[0]
         if not self._model:
+            if any("allocate" in error for error in _errors):
+                raise MemoryLimitError(f"There is too little memory to load {self._path}: {_errors[0]}")
             raise BundleError(f"llama.cpp cannot load {self._path}: {last_error()}")
 
     def _open_context(self) -> None:

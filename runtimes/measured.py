@@ -14,6 +14,7 @@ class Run:
     """Measurements of one answer, filled in on the way. Times in milliseconds, instants of `time.monotonic`."""
 
     started: float
+    seed: int | None = None
     preprocess_ms: float = 0.0
     image_ms: float = 0.0  # of preprocess_ms
     encode_ms: float = 0.0
@@ -65,6 +66,7 @@ class Run:
             memory=devices.memory_use(),
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
+            seed=self.seed,
         )
 
 

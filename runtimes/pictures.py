@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from llava_edge import anyres
 from llava_edge.bundle import Manifest
 from llava_edge.errors import BundleError, UsageError
-from llava_edge.image import ImageInput, load_image
+from llava_edge.image import MAX_PIXELS, ImageInput, load_image
 from llava_edge.options import Options, TokenMethod
 
 Array = np.ndarray[Any, Any]
@@ -65,6 +67,22 @@ def prepare(source: ImageInput | Picture, manifest: Manifest) -> Picture:
     rows = anyres.layout(image.size, manifest.preprocessing, manifest.vision.image_tokens)
     key = hashlib.sha256(crops.tobytes() + rows.tobytes()).hexdigest()
     return Picture(crops, rows, key, (time.perf_counter() - start) * 1000, (decoded - start) * 1000)
+
+
+def taken(source: ImageInput | Picture, manifest: Manifest) -> ImageInput | Picture:
+    """A picture that the caller may change or use again, prepared now; a file, to be read later, as it is.
+
+    Raises `ImageError`.
+    """
+    return prepare(source, manifest) if isinstance(source, Image.Image | np.ndarray) else source
+
+
+def copied(source: ImageInput | Picture) -> ImageInput | Picture:
+    """A copy of a picture that the caller may change or use again: quicker than `taken`, but larger."""
+    with suppress(Exception):  # what is wrong with it is said when it is prepared
+        if isinstance(source, Image.Image) or (isinstance(source, np.ndarray) and source.size <= 4 * MAX_PIXELS):
+            return source.copy()
+    return source
 
 
 def limited(picture: Picture, options: Options, manifest: Manifest) -> Picture:

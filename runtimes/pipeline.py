@@ -6,6 +6,7 @@ free for Ctrl-C. Knows nothing about command lines, files of images (image.py do
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from llava_edge.runtimes.jobs import CLOSED, Job, Owner, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache
-from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
+from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare, taken
 from llava_edge.runtimes.prefill import Prefill, Segment, segments
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.speculation import Speculation
@@ -63,7 +64,7 @@ class Engine:
         pictures: Sequence[Picture] = (),
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Engine:
-        """Load all parts. `on_load` gets the loaded fraction, in the owner thread.
+        """Load all parts. `on_load` gets the loaded fraction, in a thread of the engine; what it raises stops loading.
 
         pictures: what will be asked about first. They are embedded while the language model loads; if all are known
             already, CLIP is not loaded before it is needed.
@@ -75,7 +76,10 @@ class Engine:
         try:
             for _ in engine._owner.submit(lambda job: engine._load(job.cancel, pictures, on_load), threading.Event()):
                 pass
-        except BaseException:
+        except Exception:  # Python must not end while another thread frees engines: that would abort the process
+            engine._owner.close()
+            raise
+        except BaseException:  # Ctrl-C does not wait until loading stops
             engine._owner.close(wait=False)
             raise
         return engine
@@ -97,15 +101,17 @@ class Engine:
         what time to first token counts from.
         `reuse` also keeps what the last prompt and its answer have in common with this one: faster, but rounded
         differently in the last digits, see `Prefill.run`.
+        Pictures in memory are read now, by the caller's thread; files when their turn has come.
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
         """
         _check_request([messages], options, cancel)
-        run = Run(time.monotonic() if started is None else started)
-        wanted = options or Options()
+        wanted = _seeded(options)
+        run = Run(time.monotonic() if started is None else started, wanted.seed)
         event = cancel or threading.Event()
+        asked, sources = tuple(messages), [taken(image, self.bundle.manifest) for image in images]
 
         def work(job: Job) -> None:
-            self._answer_one(*self._ready(job, messages, images, wanted, run), wanted, reuse)
+            self._answer_one(*self._ready(job, asked, sources, wanted, run), wanted, reuse)
 
         return self._owner.submit(work, event, lambda: self._last_chunk("", "cancelled", run))
 
@@ -128,15 +134,15 @@ class Engine:
         if not conversations:
             return []
         start = time.monotonic() if started is None else started
-        wanted = options or Options()
+        wanted = _seeded(options)
 
         def work(jobs: list[Job]) -> None:
             pairs = zip(jobs, conversations, strict=True)
-            ready = [self._ready(job, messages, pictures, wanted, Run(start)) for job, messages in pairs]
+            ready = [self._ready(job, messages, pictures, wanted, Run(start, wanted.seed)) for job, messages in pairs]
             self._answer_all(ready, wanted)
 
         def dropped() -> Chunk:
-            return self._last_chunk("", "cancelled", Run(start))
+            return self._last_chunk("", "cancelled", Run(start, wanted.seed))
 
         return self._owner.submit_together(work, cancel or threading.Event(), len(conversations), dropped)
 
@@ -154,7 +160,7 @@ class Engine:
             for number, messages in enumerate(conversations, 1):
                 _check_slots(messages, pictures)
                 try:
-                    self._check_room(Run(0), self._encode_prompt(messages), rows)
+                    self._check_room(Run(0), self._encode_prompt(messages), rows, messages)
                 except ContextOverflowError as error:
                     which = f"Question {number}: " if len(conversations) > 1 else ""
                     raise ContextOverflowError(f"{which}{error}") from error
@@ -208,7 +214,11 @@ class Engine:
         trained, tiles = manifest.language.context_length, manifest.preprocessing.square == "anyres"
         presets.check_context(self.options.context, trained)
         layers, tower = self.choice.gpu_layers, self._copied_tower()
-        self.preset = presets.choose(self.options, header, trained, tiles=tiles, gpu_layers=layers, tower=tower)
+        batch = min(max(BATCH, manifest.vision.image_tokens), MAX_BATCH)
+        mapped = sum(file.size for file in manifest.files.values()) + batch * manifest.language.vocab_size * 4
+        self.preset = presets.choose(
+            self.options, header, trained, tiles=tiles, gpu_layers=layers, tower=tower, mapped=mapped
+        )
         self.context_size = self.preset.context
         threads = self.options.threads or devices.thread_count()[0]
         self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
@@ -223,7 +233,7 @@ class Engine:
             adapter=self.bundle.adapter,
             context=self.context_size,
             threads=threads,
-            batch=min(max(BATCH, manifest.vision.image_tokens), MAX_BATCH),
+            batch=batch,
             gpu_layers=self.choice.gpu_layers,
             repack=self.preset.repack,
             kv=self.preset.kv,
@@ -278,9 +288,9 @@ class Engine:
         manifest = self.bundle.manifest
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
-            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images))
+            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images), messages)
         pictures = [limited(prepare(image, manifest), options, manifest) for image in images]
-        self._check_room(run, ids, [len(picture.rows) for picture in pictures])
+        self._check_room(run, ids, [len(picture.rows) for picture in pictures], messages)
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
         run.image_ms = sum(picture.decode_milliseconds for picture in pictures)
         stream = TextStream((*options.stop, *self._template.stop_texts))
@@ -369,13 +379,14 @@ class Engine:
         pieces = prompt.render(manifest.template, messages, manifest.image_markers)
         return prompt.encode(pieces, language.tokenize, language.control_id, self._after_control)
 
-    def _check_room(self, run: Run, ids: list[int], rows: list[int]) -> None:
+    def _check_room(self, run: Run, ids: list[int], rows: list[int], messages: Sequence[prompt.Message]) -> None:
         """Count positions; `rows` are those of each image. Raises `ContextOverflowError`."""
         run.image_tokens = sum(rows)
         run.prompt_tokens = len(ids) - len(rows) + run.image_tokens
         if run.prompt_tokens < self.context_size:
             return
-        remedies = ["fewer images"] if run.image_tokens > run.prompt_tokens // 2 else ["a shorter text"]
+        text = "a shorter conversation" if any(turn.role == "assistant" for turn in messages) else "a shorter text"
+        remedies = ["fewer images"] if run.image_tokens > run.prompt_tokens // 2 else [text]
         if self.context_size < (trained := self.bundle.manifest.language.context_length):
             remedies.append(f"a larger context (--context, EngineOptions.context; at most {trained})")
         raise ContextOverflowError(
@@ -405,6 +416,14 @@ def _check_request(
                 raise UsageError(f"A Message was expected, not {message!r:.60}.")
             if not isinstance(message.text, str):
                 raise UsageError(f"A text was expected for a message, not {message.text!r:.60}.")
+
+
+def _seeded(options: Options | None) -> Options:
+    """With a seed if, and only if, something will be drawn."""
+    wanted = options or Options()
+    if wanted.greedy:
+        return replace(wanted, seed=None)
+    return wanted if wanted.seed is not None else replace(wanted, seed=int.from_bytes(os.urandom(4)))
 
 
 def _check_slots(messages: Sequence[prompt.Message], images: Sequence[object]) -> None:

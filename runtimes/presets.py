@@ -18,6 +18,10 @@ from llava_edge.runtimes import devices, native
 
 CONTEXT = 4096  # LLaVA-1.5's; a longer one is opt-in because its memory grows with it
 SMALL_CONTEXT = 2048  # a picture of LLaVA-1.5 and two pages of text; tiles of LLaVA-1.6 need more
+# Of address space, besides what is counted: libraries and what they compute in, and for each thread its stacks in both
+# engines. Refused less than that, llama.cpp, libgomp or the dynamic linker end the process. Measured on Linux with
+# `smol` and the tests' model, in steps of 25 MB of `ulimit -v`.
+WORKING, STACKS = 288 << 20, 32 << 20
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # of a key or value
 _REORDERED = ("Q4", "IQ4")  # beginnings of the types that llama.cpp re-orders for some processor
 
@@ -42,13 +46,21 @@ class Chosen:
 
 
 def choose(
-    options: EngineOptions, header: Gguf, trained: int, *, tiles: bool = False, gpu_layers: int = 0, tower: int = 0
+    options: EngineOptions,
+    header: Gguf,
+    trained: int,
+    *,
+    tiles: bool = False,
+    gpu_layers: int = 0,
+    tower: int = 0,
+    mapped: int = 0,
 ) -> Chosen:
     """Resolve "auto": fast if that takes no more than half of what memory is free.
 
     trained: positions that the model knows. tiles: whether pictures are cut up and need many of them. tower: bytes that
-    CLIP's weights take once more if they may. A draft counts too.
-    Raises `MemoryLimitError` if what has to be private does not fit at all.
+    CLIP's weights take once more if they may. mapped: bytes of address space that the
+    bundle's files and a batch's logits take. A draft counts too.
+    Raises `MemoryLimitError` if what has to be private does not fit at all, or all of it not into RLIMIT_AS.
     """
     small = options.preset == "memory"
     usual = SMALL_CONTEXT if small and not tiles else CONTEXT
@@ -75,7 +87,18 @@ def choose(
             f"{header.path.parent} with a context of {context} needs about {needed >> 20} MiB of memory, "
             f"{room} are available. Use {smaller} --context or model."
         )
+    threads = options.threads or devices.thread_count()[0]
+    _require_address_space(header, needed + mapped + WORKING + STACKS * threads)
     return chosen
+
+
+def _require_address_space(header: Gguf, needed: int) -> None:
+    left = devices.address_space()
+    if left is not None and needed > left:
+        raise MemoryLimitError(
+            f"{header.path.parent} needs about {needed >> 20} MiB of address space, of which {left >> 20} MiB are left "
+            "to this process (ulimit -v): raise that limit, or use a smaller --context or model."
+        )
 
 
 def check_context(asked: int, trained: int) -> None:

@@ -15,7 +15,6 @@ from llava_edge.runtimes.language import LanguageModel
 
 MOST_NESTED = 200  # parentheses of a grammar; llama.cpp's stack ends at some ten thousand
 WINDOW = 64  # last tokens of an answer that penalties look at, llama.cpp's default
-LEAST_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, and logits over it leave float32 at last
 
 
 class Sampler:
@@ -84,7 +83,7 @@ class Sampler:
         if penalizes(options):
             penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
             parts.append(library.llama_sampler_init_penalties(self._language.vocab_size, WINDOW, *penalties))
-        if options.temperature < LEAST_TEMPERATURE:
+        if options.greedy:
             return [*parts, library.llama_sampler_init_greedy()]
         parts.append(library.llama_sampler_init_temp(options.temperature))
         if options.top_k:
@@ -93,8 +92,9 @@ class Sampler:
             parts.append(library.llama_sampler_init_top_p(options.top_p, 1))
         if options.min_p > 0:
             parts.append(library.llama_sampler_init_min_p(options.min_p, 1))
-        # The largest 32-bit number is no seed there: LLAMA_DEFAULT_SEED, a new one each time.
-        return [*parts, library.llama_sampler_init_dist(options.seed % library.LLAMA_DEFAULT_SEED)]
+        anew = library.LLAMA_DEFAULT_SEED  # the largest 32-bit number is no seed there, but a new one each time
+        seed = anew if options.seed is None else options.seed % anew
+        return [*parts, library.llama_sampler_init_dist(seed)]
 
 
 def penalizes(options: Options) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,12 @@ class VisionEncoder:
             settings.add_session_config_entry("session.x64quantprecision", "1")  # slower, but right
         # The language model computes next: threads that spin for more work would take its cores.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
+        name = _utf8(self._path)
         graph = self._with_operator(settings, threads) if native else None
         self.native = graph is not None
         try:
             # enable_fallback=0: otherwise a failure prints to stdout and goes on with another provider.
-            self._session = ort.InferenceSession(graph or self._path, settings, providers=[provider], enable_fallback=0)
+            self._session = ort.InferenceSession(graph or name, settings, providers=[provider], enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises a dozen kinds, UnicodeDecodeError among them
             raise BundleError(f"ONNX Runtime cannot load {self._path}: {_first_line(error)}") from error
         if self._session.get_providers()[0] != provider:
@@ -61,11 +63,11 @@ class VisionEncoder:
         try:
             graph = operator.with_operators(Path(self._path).read_bytes(), threads)
             if graph is not None:
-                settings.register_custom_ops_library(str(library))
+                settings.register_custom_ops_library(_utf8(library))
         except Exception:  # noqa: BLE001 - ONNX Runtime says what is wrong with a damaged file
             return None
         if graph is not None:
-            folder = str(Path(self._path).parent)
+            folder = _utf8(Path(self._path).parent)
             settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         return graph
 
@@ -123,6 +125,16 @@ class VisionEncoder:
                 raise BundleError(
                     f"{self._path} has the outputs {outputs}; {name} (batch, {_shape(shape)}) was expected."
                 )
+
+
+def _utf8(path: str | Path) -> str:
+    """A path as ONNX Runtime, which encodes in UTF-8 whatever the locale says, finds it. Raises `BundleError`."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(
+            f"{path} has bytes in its name that are not UTF-8, which ONNX Runtime cannot open: rename its folder."
+        ) from error
 
 
 def _fits(shape: tuple[Any, ...], wanted: tuple[int, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import math
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge import Chunk, EngineOptions, Llava, Options
+from llava_edge import Chat, Chunk, EngineOptions, Llava, Options, Result
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UnavailableError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 from llava_edge.prompt import Message
@@ -39,6 +40,27 @@ def test_the_device_can_be_named(micro_bundle: Path, llava: Llava) -> None:
     assert llava.device == "cpu (asked for)"
     with pytest.raises(UnavailableError, match="metal"):
         Llava.load(micro_bundle, EngineOptions(threads=1), device="metal" if sys.platform != "darwin" else "cuda")
+
+
+def test_what_is_raised_while_a_model_loads_stops_it(micro_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Stopped(Exception):
+        pass
+
+    heard: list[float] = []
+
+    def stop(fraction: float) -> None:
+        heard.append(fraction)
+        raise Stopped("by the person")
+
+    threads = threading.active_count()
+    with pytest.raises(Stopped, match="by the person"):
+        Llava.load(micro_bundle, device="cpu", on_load=stop)
+    assert threading.active_count() == threads  # one that freed engines while Python ends would abort the process
+    assert len(heard) == 1
+    assert capfd.readouterr().err == ""
+    with Llava.load(micro_bundle, device="cpu", on_load=heard.append) as loaded:
+        assert heard[-1] == 1
+        assert loaded.ask("hi", options=Options(max_tokens=1)).completion_tokens == 1
 
 
 def test_embeddings_are_what_the_checkpoint_computes(micro_bundle: Path, micro_checkpoint: Path, llava: Llava) -> None:
@@ -87,6 +109,20 @@ def test_what_makes_no_sense_is_a_usage_error(call: Any, llava: Llava) -> None:
     with pytest.raises(UsageError):
         call(llava)
     assert llava.ask("hi", None, Options(max_tokens=1)).completion_tokens == 1
+
+
+def test_a_system_text_stands_before_the_question(llava: Llava) -> None:
+    few: Any = {"options": Options(max_tokens=24), "system": "Be brief."}
+    wanted = llava.ask("What?", RED, few["options"])
+    messages = [Message("system", "Be brief."), Message("user", "What?", 1)]
+    *_, last = llava.answer(messages, RED, few["options"])
+    assert last.final
+    assert last.final.text != wanted.text
+    streams = [list(llava.stream("What?", RED, **few)), *map(list, llava.ask_many(["What?"], RED, **few))]
+    found = [llava.ask("What?", RED, **few), asyncio.run(llava.aask("What?", RED, **few))]
+    for result in (*found, *(chunks[-1].final for chunks in streams)):
+        assert result
+        assert (result.text, result.prompt_tokens) == (last.final.text, last.final.prompt_tokens)
 
 
 def test_what_cannot_leave_its_process_says_so(llava: Llava) -> None:
@@ -301,6 +337,181 @@ def test_an_awaited_turn_that_is_left_is_kept_as_far_as_it_came(llava: Llava) ->
     with pytest.raises(ImageError):
         asyncio.run(anext(chat.asay("And this?", b"no picture")))
     assert len(chat.messages) == 2
+
+
+# Pictures and messages that change.
+
+FEW = Options(max_tokens=24)
+ASKED: dict[str, Callable[[Llava, Any], Any]] = {
+    "stream": lambda llava, image: llava.stream("What?", image, FEW),
+    "ask_many": lambda llava, image: llava.ask_many(["What?"], image, FEW),
+    "answer": lambda llava, image: llava.answer([Message("user", "What?", 1)], image, FEW),
+    "say": lambda llava, image: llava.chat(options=FEW).say("What?", image),
+    "astream": lambda llava, image: llava.astream("What?", image, FEW),
+    "aask": lambda llava, image: llava.aask("What?", image, FEW),
+    "asay": lambda llava, image: llava.chat(options=FEW).asay("What?", image),
+}
+
+
+def text_of(asked: Any) -> str:
+    """What comes of a call that was made before."""
+
+    async def awaited() -> Any:
+        return [chunk async for chunk in asked] if inspect.isasyncgen(asked) else await asked
+
+    found = asyncio.run(awaited()) if inspect.isasyncgen(asked) or inspect.iscoroutine(asked) else asked
+    return str(found.text) if isinstance(found, Chunk | Result) else "".join(map(text_of, found))
+
+
+@pytest.mark.parametrize("kind", ["Pillow", "array", "bytearray"])
+@pytest.mark.parametrize("call", ASKED.values(), ids=ASKED)
+def test_a_picture_is_what_it_was_at_the_call(call: Any, kind: str, llava: Llava) -> None:
+    """Although the program draws into it, or fills a frame of its camera anew, before the answer is read."""
+    image = Image.new("RGB", (40, 30), "red")
+    source: Any = image if kind == "Pillow" else np.array(image) if kind == "array" else bytearray(bmp(image))
+    asked = call(llava, source)
+    image.paste("blue", (0, 0, 40, 30))
+    if kind != "Pillow":
+        source[:] = np.array(image) if kind == "array" else bmp(image)
+    red, blue = (llava.ask("What?", Image.new("RGB", (40, 30), colour), FEW).text for colour in ("red", "blue"))
+    assert text_of(asked) == red != blue
+    assert text_of(call(llava, source)) == blue
+
+
+def test_embeddings_are_of_the_picture_at_the_call(llava: Llava) -> None:
+    image = RED.copy()
+    asked = llava.aembed_image(image)
+    image.paste("blue", (0, 0, *image.size))
+    assert np.array_equal(asyncio.run(asked), llava.embed_image(RED))
+    assert not np.array_equal(llava.embed_image(image), llava.embed_image(RED))
+
+
+def test_a_conversation_is_what_it_was_at_the_call(llava: Llava) -> None:
+    messages = [Message("user", "What?")]
+    asked = llava.answer(messages, options=FEW)
+    messages += [Message("assistant", "red"), Message("user", "Why?")]
+    assert text_of(asked) == llava.ask("What?", options=FEW).text
+
+
+def test_files_are_opened_when_the_answer_is_read(llava: Llava, tmp_path: Path) -> None:
+    stream = llava.stream("What?", tmp_path / "later.png", FEW)
+    with pytest.raises(MissingError):
+        list(llava.stream("What?", tmp_path / "later.png", FEW))
+    RED.save(tmp_path / "later.png")
+    assert text_of(stream) == llava.ask("What?", RED, FEW).text
+
+
+def bmp(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+# Overlapping turns.
+
+
+def same_talk(llava: Llava, chat: Chat) -> None:
+    """The model is shown the same next as of a conversation with the same turns that nothing happened to."""
+    images = [RED] * sum(message.images for message in chat.messages)
+    plain = llava.chat(options=chat._options)
+    plain.resume(chat.messages, images)
+    *_, last = plain.say("And now?")
+    *_, found = chat.say("And now?")
+    assert last.final
+    assert found.final
+    sizes = [(result.prompt_tokens, result.image_tokens) for result in (found.final, last.final)]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_turn_waits_for_the_one_that_was_left(llava: Llava) -> None:
+    """As `break` leaves it: Python closes the stream later, when the next turn has been asked for."""
+    chat = llava.chat(options=Options(max_tokens=480))
+
+    async def run() -> Result | None:
+        async for _ in chat.asay("What is this?", RED):
+            break
+        chunks = [chunk async for chunk in chat.asay("Why?")]
+        return chunks[-1].final
+
+    second = asyncio.run(run())
+    assert second
+    assert second.image_tokens == llava.bundle.manifest.vision.image_tokens
+    assert [(message.text, message.images) for message in chat.messages[::2]] == [("What is this?", 1), ("Why?", 0)]
+    assert len(chat.messages) == 4
+
+
+def test_turns_of_several_tasks_are_answered_one_after_another(llava: Llava) -> None:
+    chat = llava.chat(options=FEW)
+
+    async def turn(text: str, images: Any = ()) -> None:
+        async for _ in chat.asay(text, images):
+            pass
+
+    async def run() -> None:
+        await asyncio.gather(turn("one", RED), turn("two"), turn("three", RED))
+
+    asyncio.run(run())
+    assert sorted((message.text, message.images) for message in chat.messages[::2]) == [
+        ("one", 1), ("three", 1), ("two", 0),
+    ]  # fmt: skip
+    same_talk(llava, chat)
+
+
+def test_a_turn_while_another_is_open_is_refused(llava: Llava) -> None:
+    chat = llava.chat(options=FEW)
+    first = chat.say("What is this?", RED)
+    next(first)
+    for wrong in (lambda: list(chat.say("Why?", RED)), lambda: asyncio.run(anext(chat.asay("Why?")))):
+        with pytest.raises(UsageError, match="still open"):
+            wrong()
+    first.close()
+    assert [message.images for message in chat.messages] == [1, 0]
+    same_talk(llava, chat)
+
+
+def test_threads_that_ask_at_once_leave_a_conversation_that_goes_on(llava: Llava) -> None:
+    chat = llava.chat(options=FEW)
+    refused: list[UsageError] = []
+
+    def ask(number: int) -> None:
+        try:
+            list(chat.say(f"Question {number}", RED))
+        except UsageError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(chat.messages) == 2 * (4 - len(refused))
+    assert chat.messages
+    same_talk(llava, chat)
+
+
+def test_an_open_answer_is_no_part_of_what_comes_after_a_reset(llava: Llava) -> None:
+    chat = llava.chat("Be brief.", FEW)
+    left = chat.say("What is this?", RED)
+    next(left)
+    chat.reset()
+    assert list(chat.say("Hello"))
+    left.close()
+    assert [message.text for message in chat.messages][:-1] == ["Be brief.", "Hello"]
+    same_talk(llava, chat)
+
+
+def test_a_full_conversation_names_the_way_out(micro_bundle: Path) -> None:
+    """In the words of Python, and not a shorter text where the new one is short."""
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", context=128)) as llava:
+        chat = llava.chat(options=Options(max_tokens=16))
+        with pytest.raises(ContextOverflowError, match="Use a shorter text") as alone:
+            list(chat.say("word " * 100))
+        assert "reset" not in str(alone.value)
+        assert list(chat.say("Why?"))
+        with pytest.raises(ContextOverflowError, match=r"shorter conversation.*Chat\.reset\(\)"):
+            [list(chat.say("Why?")) for _ in range(20)]
+        chat.reset()
+        assert list(chat.say("Why?"))
 
 
 # Memory and privacy.

@@ -104,7 +104,7 @@ def test_json_has_the_documented_fields(micro_bundle: Path, photo: Path, run: Ru
     assert list(found) == [item.name for item in fields(Result)]
     assert list(found) == ["text", "finish_reason", "model", "device", "image_tokens", "prompt_tokens",
                            "completion_tokens", "cache", "timings", "memory", "drafted_tokens",
-                           "accepted_tokens"]  # fmt: skip
+                           "accepted_tokens", "seed"]  # fmt: skip
     assert list(found["timings"]) == ["load_ms", "preprocess_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms",
                                       "decode_tokens_per_s", "total_ms", "image_ms", "project_ms"]  # fmt: skip
     assert list(found["memory"]) == ["peak_rss_bytes", "private_bytes", "file_bytes"]
@@ -159,6 +159,24 @@ def test_a_form_is_one_file(tmp_path: Path, run: Run) -> None:
     assert (code, "give one of them" in err) == (2, True)
     code, _, err = run("run", "--prompt", "?", "--grammar", tmp_path)
     assert (code, "cannot be read: Is a directory" in err) == (65, True)
+
+
+def test_a_system_text_stands_before_every_question(micro_bundle: Path, run: Run) -> None:
+    common = ("run", "--model", micro_bundle, *LIGHT, "--prompt", "a", "--prompt", "b", "--max-tokens", "4", "--json")
+    plain, longer = (
+        [json.loads(line)["prompt_tokens"] for line in run(*common, *extra)[1].splitlines()]
+        for extra in ((), ("--system", "Answer in one word. " * 20))
+    )
+    assert len(plain) == len(longer) == 2
+    assert all(more > less + 20 for less, more in zip(plain, longer, strict=True))
+
+
+def test_a_drawn_answer_is_repeated_with_its_seed(micro_bundle: Path, run: Run) -> None:
+    common = ("run", "--model", micro_bundle, *LIGHT, "--prompt", "hi", "--max-tokens", "12", "--temperature", "1")
+    drawn = [json.loads(run(*common, "--json")[1]) for _ in range(4)]
+    assert len({answer["text"] for answer in drawn}) > 1
+    again = json.loads(run(*common, "--json", "--seed", str(drawn[0]["seed"]))[1])
+    assert (again["text"], again["seed"]) == (drawn[0]["text"], drawn[0]["seed"])
 
 
 def test_several_questions_are_answered_in_their_order(micro_bundle: Path, photo: Path, run: Run) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from llava_edge.options import EngineOptions
 from llava_edge.runtimes import devices, language, mapping, pipeline, presets, probe, tune
 from llava_edge.runtimes.vision import VisionEncoder
 
+ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 CPU = EngineOptions(device="cpu", threads=1, cache=False)
 
@@ -342,3 +345,29 @@ def test_time_of_others_is_not_our_own() -> None:
     assert before > 0
     sum(i * i for i in range(2_000_000))
     assert devices.others_seconds() - before >= -0.05
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not keep RLIMIT_AS")
+def test_too_little_address_space_is_said_before_an_engine_dies_of_it(micro_bundle: Path) -> None:
+    """In steps of 50 MB from where Python itself starts up to where an answer comes."""
+    import resource
+
+    command = [sys.executable, "-m", "llava_edge", "run", "--model", str(micro_bundle), "--device", "cpu"]
+    command += ["--threads", "1", "--no-cache", "--prompt", "hello", "--max-tokens", "2"]
+    codes, said = [], ""
+    for limit in range(300_000_000, 2_000_000_000, 50_000_000):
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit)),
+        )
+        codes.append(done.returncode)
+        if done.returncode == 0:
+            break
+        said = done.stderr
+        assert (done.returncode, said.count("\n")) == (71, 1), said
+    assert codes[-1] == 0
+    assert "ulimit -v" in said

@@ -387,7 +387,7 @@ def test_a_full_context_names_the_way_out(
     talk(llava, ["word " * 2000], monkeypatch)
     assert "/reset" not in capsys.readouterr().err  # a new conversation is no shorter
     talk(llava, ["hello", "word " * 2000], monkeypatch)
-    assert "(/reset forgets the conversation so far)" in capsys.readouterr().err
+    assert "A new conversation begins with /reset" in capsys.readouterr().err
 
 
 def test_a_path_as_a_question_is_a_question(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,7 +169,7 @@ def test_draws_follow_transformers_warpers(options: Options, language: LanguageM
     wanted = scores.softmax(-1)[0].numpy()
 
     draws = 4000
-    sampler = Sampler(language, options)
+    sampler = Sampler(language, replace(options, seed=0))
     counts = np.bincount([sampler.sample(language.context) for _ in range(draws)], minlength=len(wanted))
     sampler.close()
     assert not counts[wanted == 0].any()
@@ -266,6 +266,23 @@ def test_the_seed_decides(llava: Llava) -> None:
     assert answer(1) == answer(1)
     assert len({answer(2**32 - 1) for _ in range(4)}) == 1  # llama.cpp's own name for a random seed
     assert len({answer(seed) for seed in range(5)}) > 1
+
+
+def test_without_a_seed_an_answer_is_drawn_anew_and_can_be_repeated(llava: Llava) -> None:
+    drawn = Options(max_tokens=16, temperature=1.0)
+    results = [llava.ask("hello", options=drawn) for _ in range(4)]
+    assert len({result.text for result in results}) > 1
+    for result in results:
+        assert llava.ask("hello", options=replace(drawn, seed=result.seed)).text == result.text
+    together = [chunk.final for stream in llava.ask_many(["hello", "you"], options=drawn) for chunk in stream]
+    for question, found in zip(("hello", "you"), filter(None, together), strict=True):
+        assert llava.ask(question, options=replace(drawn, seed=found.seed)).text == found.text
+
+
+def test_a_greedy_answer_has_no_seed(llava: Llava) -> None:
+    first, second = (llava.ask("hello", options=Options(max_tokens=16, seed=seed)) for seed in (None, 5))
+    assert (first.text, first.seed) == (second.text, None)
+    assert second.seed is None
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -620,6 +637,26 @@ def test_versions_are_those_that_pip_knows() -> None:
         bindings.version("no_such_package")
 
 
+@pytest.mark.parametrize("file", ["llama_cpp.py", "llama_cpp/__init__.py", None])
+def test_a_file_named_like_llama_cpp_is_named(file: str | None, micro_bundle: Path, tmp_path: Path) -> None:
+    """`python -m` looks for modules in the current folder first."""
+    if file:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("print('this ran')\n")
+    command = [sys.executable, "-m", "llava_edge", "run", "--model", str(micro_bundle), "--prompt", "hi"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(
+        [*command, "--max-tokens", "2", "--device", "cpu"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "this ran" not in done.stdout
+    assert (done.returncode, done.stderr.count("\n")) == (69 if file else 0, 1), done.stderr
+    assert (str((tmp_path / file).parent) in done.stderr) if file else done.stdout.strip()
+
+
 def test_threads_that_need_the_bindings_first_get_the_same() -> None:
     code = """
 import threading
@@ -789,3 +826,37 @@ def test_pytorch_and_llama_cpp_share_a_process(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0
+
+
+IN_ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are UTF-8")
+@pytest.mark.parametrize("locale", [{}, IN_ASCII], ids=["utf-8", "ascii"])
+@pytest.mark.parametrize("name", [b"caf\xc3\xa9", b"caf\xe9"], ids=["utf-8", "latin-1"])
+def test_a_folder_may_have_any_name_that_is_utf8(
+    name: bytes, locale: dict[str, str], micro_bundle: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime opens no others; in a locale of ASCII, Python itself calls both by characters that are none."""
+    folder = tmp_path / os.fsdecode(name)
+    folder.symlink_to(micro_bundle)
+    command: list[str | bytes] = [
+        sys.executable,
+        "-m",
+        "llava_edge",
+        "run",
+        "--model",
+        os.fsencode(folder),
+        "--prompt",
+        "hello",
+    ]
+    done = subprocess.run(
+        [*command, "--max-tokens", "3"], capture_output=True, check=False, env={**os.environ, **locale}
+    )
+    said = done.stderr.decode("ascii", "replace")
+    if name == b"caf\xc3\xa9":
+        assert (done.returncode, bool(done.stdout.strip())) == (0, True), said
+    else:
+        assert done.returncode == 65
+        assert "rename its folder" in said
+        assert said.count("\n") == 1

@@ -23,7 +23,7 @@ _SAMPLING = {
     "top_k": "Draw from this many tokens; 0 is all.",
     "min_p": "Draw from tokens this likely relative to the best.",
     "repeat_penalty": "Above 1, say 1.1, tokens that the answer has already are less likely.",
-    "seed": "Of the draw.",
+    "seed": "Of the draw; another one each time if not given.",
     "image_tokens": "Positions a picture may take, for speed; 0 is all.",
 }
 _ENGINE = ("device", "threads", "context", "preset", "kv", "cache", "verbose", "draft")
@@ -75,7 +75,8 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name, text in _SAMPLING.items():
         value = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
-        options.append(click.option(flag, type=type(value), default=value, show_default=True, help=text))
+        kind = int if value is None else type(value)
+        options.append(click.option(flag, type=kind, default=value, show_default=True, help=text))
     for option in reversed(options):
         command = option(command)
     return engine_options(command)

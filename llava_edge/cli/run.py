@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to look at; may be repeated; - is stdin.")
 @click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], show_default=True, metavar="TEXT",
               help="The question; may be repeated; - is stdin.")  # fmt: skip
+@click.option("--system", default="", metavar="TEXT", help="System text in place of the model's own.")
 @click.option("--json-schema", metavar="FILE", help="Answer with JSON that follows the schema in this file.")
 @click.option("--grammar", metavar="FILE", help="Answer in a form that this file has as llama.cpp's GBNF.")
 @generation_options
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def run(
     images: tuple[str, ...],
     prompts: tuple[str, ...],
+    system: str,
     json_schema: str | None,
     grammar: str | None,
     as_json: bool,
@@ -72,7 +74,7 @@ def run(
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
         advise(llava.device)
-        for stream in llava.ask_many(prompts, pictures, options, started=started):
+        for stream in llava.ask_many(prompts, pictures, options, system=system, started=started):
             result = _answer(stream, "Looking at the image" if pictures else "Reading", quiet=as_json)
             if as_json:
                 click.echo(json.dumps(asdict(result), ensure_ascii=False))
