@@ -139,6 +139,24 @@ def test_layers_of_the_projector(library: Path, kind: type, rows: int, inner: in
     assert not operator.projects(weight.T)
 
 
+def test_no_thread_stays(built: Path) -> None:
+    """OpenMP's would: one team more, and libgomp lets llama.cpp's threads sleep wherever they wait, 5 times as slow."""
+    code = f"""
+import os
+from pathlib import Path
+import numpy as np
+from llava_edge.runtimes.native import operator
+library, x = Path({str(built / native.OPERATOR)!r}), np.ones((64, 64), np.float32)
+before = len(os.listdir("/proc/self/task"))
+operator.project(library, x, x, x[0], threads=3)
+operator.attention(library, np.ones((1, 4, 96), np.float32), 2, threads=3)
+operator.linear(library, x, np.ones((64, 64), np.int8), x[0], x[0], threads=3)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+
+
 def test_the_projector_is_the_same_by_our_kernel(quantized: Bundle, installed: Path) -> None:
     """Where the kernel takes a layer, rounded; and not at all where numpy was faster."""
     features = np.random.default_rng(0).standard_normal((9, quantized.manifest.vision.width), np.float32)

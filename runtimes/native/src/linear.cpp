@@ -42,7 +42,7 @@ EXPORT int llava_edge_native_linear(const float *x, const char *w, const float *
                                     int columns, int inner, int threads) {
     using namespace native;
     const Product p{BYTES_ACROSS, w, size_t(columns), x, size_t(inner), y, size_t(columns), rows, columns, inner};
-    OpenMp team(threads);
+    Passing team(threads);
     return linear(p, scale, bias, team);
 }
 
@@ -53,7 +53,7 @@ EXPORT int llava_edge_native_project(int halves, const float *x, const char *w, 
     if (inner % 32) return false;  // int16.cpp unpacks so many at once
     const size_t stride = size_t(inner) * (halves ? 2 : 4);
     const Product p{halves ? F16 : F32, w, stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
-    OpenMp team(threads);
+    Passing team(threads);
     return linear(p, nullptr, bias, team);
 }
 }

@@ -161,6 +161,6 @@ extern "C" EXPORT int llava_edge_native_attend(const float *qkv, float *out, int
                                                int threads) {
     using namespace native;
     if (!attends_bidirectional(positions, width)) return false;
-    OpenMp team(threads);
+    Passing team(threads);
     return attend_bidirectional({qkv, out, batch, positions, heads, width}, team);
 }
