@@ -92,6 +92,13 @@ class Costs:
         elif self._singles:
             self._relative[what].append(seconds / median(self._singles))
 
+    def renew(self) -> None:
+        """Keep the least of each: one high by others' work would stop guessing, and with it measuring, for good."""
+        for measured in filter(None, self._relative.values()):
+            least = min(measured)
+            measured.clear()
+            measured.append(least)
+
     def of(self, width: int) -> float:
         """Of a pass. As long as it was not measured, the others say what a token more costs."""
         known = {w: median(self._relative[w]) for w in WIDTHS if self._relative[w]}
@@ -135,6 +142,7 @@ class Guessing:
         self._lookup = Lookup(self._language.held)
         self._always = always
         self._balance = FREE_LOSS
+        shared.costs.renew()
         if shared.draft:  # one try, whatever it costs
             self._balance = max(FREE_LOSS, shared.costs.of(WIDTHS[0]) + shared.costs.draft - 1)
         self.drafted = self.accepted = 0
@@ -211,7 +219,7 @@ class Guessing:
         language, position = self._language, len(self._language.held)
         language.show_states(True)
         try:
-            rows = self._batch(tokens, cancel)
+            rows = language.evaluate_all(tokens, cancel)  # slower with states shown: no measure of what a pass costs
             states = [language.state(i).copy() for i in range(len(tokens))]
             language.forget(position)
             found: list[int] = []

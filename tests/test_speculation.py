@@ -287,6 +287,19 @@ def test_the_width_that_promises_most(
     assert shared.width(shared.language.context_size - 3, 99) == 0
 
 
+def test_a_disturbance_does_not_stop_guessing_for_good() -> None:
+    costs = Costs()
+    costs.note(1, 0.01)
+    for seconds in (0.017, 0.09, 0.08, 0.07):  # others used the processor
+        costs.note(4, seconds)
+    assert costs.of(4) > 7
+    costs.renew()  # with the next answer
+    assert costs.of(4) == pytest.approx(1.7)
+    for seconds in (0.08, 0.08):  # they still do
+        costs.note(4, seconds)
+    assert costs.of(4) > 7
+
+
 def test_what_was_not_measured_costs_as_much_for_each_token() -> None:
     costs = Costs()
     costs.note(1, 1.0)
