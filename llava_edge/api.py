@@ -21,7 +21,7 @@ from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Opt
 from llava_edge.prompt import Message
 from llava_edge.runtimes.jobs import POLL_SECONDS, Stream
 from llava_edge.runtimes.pictures import Picture, copied, prepare, taken
-from llava_edge.runtimes.pipeline import Engine
+from llava_edge.runtimes.pipeline import Engine, check_request, check_slots
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 Images = ImageInput | bytearray | memoryview | Picture | Sequence[ImageInput | Picture] | None
@@ -220,7 +220,8 @@ class Chat:
         self._engine = engine
         self._system = system
         self._options = options
-        self._awaited = threading.Lock()  # held by the thread that reads the open answer of `asay`
+        self._turns = threading.Condition()
+        self._waiting: list[object] = []  # awaited turns in the order of their beginning; the first is open
         self.messages: list[Message] = []
         self.reset()
 
@@ -233,9 +234,11 @@ class Chat:
 
         Raises what `say` would, `ContextOverflowError` among others; this conversation is then as it was.
         """
+        check_request([messages])
         if messages and messages[-1].role == "user":
             raise UsageError("The conversation ends with a question; one that ends with an answer was expected.")
         shown = [self.prepare(image) for image in _as_list(images)]
+        check_slots(messages, shown)
         if any(message.role != "system" for message in messages):
             self._engine.require_room([messages], shown, self._options)
         self._begin(list(messages), shown)
@@ -285,13 +288,18 @@ class Chat:
         shown = [copied(image) for image in _as_list(images)]
 
         def turn(cancel: threading.Event) -> Stream:
-            while not self._awaited.acquire(timeout=POLL_SECONDS):
-                if cancel.is_set():
-                    return
+            own = object()
+            self._waiting.append(own)
             try:
-                yield from self.say(text, shown, cancel=cancel)
+                with self._turns:
+                    while self._waiting[0] is not own and not cancel.is_set():
+                        self._turns.wait(POLL_SECONDS)
+                if not cancel.is_set():
+                    yield from self.say(text, shown, cancel=cancel)
             finally:
-                self._awaited.release()
+                with self._turns:
+                    self._waiting.remove(own)
+                    self._turns.notify_all()
 
         return _awaited(turn, settle=True)
 

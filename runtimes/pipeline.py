@@ -104,7 +104,7 @@ class Engine:
         Pictures in memory are read now, by the caller's thread; files when their turn has come.
         Raises `ImageError`, `MissingError`, `UsageError`, `ContextOverflowError` before any model runs; `BundleError`.
         """
-        _check_request([messages], options, cancel)
+        check_request([messages], options, cancel)
         wanted = _seeded(options)
         run = Run(time.monotonic() if started is None else started, wanted.seed)
         event = cancel or threading.Event()
@@ -130,7 +130,7 @@ class Engine:
         context has room for; `branches` says when their bits are those of answers alone. Leaving a stream early stops
         all.
         """
-        _check_request(conversations, options, cancel)
+        check_request(conversations, options, cancel)
         if not conversations:
             return []
         start = time.monotonic() if started is None else started
@@ -158,7 +158,7 @@ class Engine:
             shown = [limited(picture, options or Options(), self.bundle.manifest) for picture in pictures]
             rows = [len(picture.rows) for picture in shown]
             for number, messages in enumerate(conversations, 1):
-                _check_slots(messages, pictures)
+                check_slots(messages, pictures)
                 try:
                     self._check_room(Run(0), self._encode_prompt(messages), rows, messages)
                 except ContextOverflowError as error:
@@ -283,7 +283,7 @@ class Engine:
         run: Run,
     ) -> tuple[list[Segment], Answer]:
         """Everything that can be refused is, before any model runs."""
-        _check_slots(messages, images)
+        check_slots(messages, images)
         ids = self._encode_prompt(messages)
         manifest = self.bundle.manifest
         check_budget(options, manifest)
@@ -401,8 +401,10 @@ class Engine:
         return self._language, self._embedder
 
 
-def _check_request(
-    conversations: Sequence[Sequence[prompt.Message]], options: Options | None, cancel: threading.Event | None
+def check_request(
+    conversations: Sequence[Sequence[prompt.Message]],
+    options: Options | None = None,
+    cancel: threading.Event | None = None,
 ) -> None:
     """Raises `UsageError` for what is of another type: it would fail somewhere within, as a bug of ours."""
     for value, kind in ((options, Options), (cancel, threading.Event)):
@@ -426,7 +428,8 @@ def _seeded(options: Options | None) -> Options:
     return wanted if wanted.seed is not None else replace(wanted, seed=int.from_bytes(os.urandom(4)))
 
 
-def _check_slots(messages: Sequence[prompt.Message], images: Sequence[object]) -> None:
+def check_slots(messages: Sequence[prompt.Message], images: Sequence[object]) -> None:
+    """Raises `UsageError` if pictures do not fill the messages' slots."""
     slots = sum(message.images for message in messages)
     if slots != len(images):
         raise UsageError(f"The messages have room for {slots} images, {len(images)} were given.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.bundle import PROJECTOR, Bundle
-from llava_edge.errors import BundleError
+from llava_edge.errors import BundleError, UnavailableError
 from llava_edge.runtimes.native import operator
 
 Array = np.ndarray[Any, Any]
@@ -72,7 +72,12 @@ class Projector:
     def _layer(self, values: Array, weight: Array, bias: Array) -> Array:
         """values @ weight.T + bias, by our kernel where it takes the layer."""
         if self._library is not None and operator.projects(weight):
-            return operator.project(self._library, values, weight, bias, self._threads)
+            try:
+                return operator.project(self._library, values, weight, bias, self._threads)
+            except OSError as error:  # its file has gone, or there is no memory
+                raise UnavailableError(
+                    f"The native kernel for the projector failed: {error}. Try again, or set LLAVA_EDGE_NATIVE=off."
+                ) from error
         return linear(values, weight, bias)
 
 

@@ -23,7 +23,7 @@ class VisionEncoder:
     Raises `BundleError` if the file does not do what the manifest says, `UnavailableError` if ONNX Runtime would
     silently use another provider than the one asked for.
     prepack: let it keep weights rearranged for this processor: a private copy of all of them, made now.
-    native: compute int8 linear layers by our operator, where that was built, tried and right (`native.operator`).
+    native: compute int8 linear layers and attention by our operators, where tried and right (`native.operator`).
     """
 
     def __init__(

@@ -558,3 +558,31 @@ def test_onnx_runtime_tells_nobody(micro_bundle: Path, tmp_path: Path) -> None:
     assert files(load, "ours") == []
     if not files("import onnxruntime", "theirs"):
         pytest.skip("this onnxruntime has no telemetry")
+
+
+def test_awaited_turns_are_answered_in_their_order(llava: Llava) -> None:
+    chat = llava.chat(options=FEW)
+
+    async def turn(number: int) -> None:
+        await asyncio.sleep(0.02 * number)
+        async for _ in chat.asay(f"Question {number}?"):
+            pass
+
+    async def run() -> None:
+        await asyncio.gather(*(turn(number) for number in range(4)))
+
+    asyncio.run(run())
+    assert [message.text for message in chat.messages[::2]] == [f"Question {number}?" for number in range(4)]
+
+
+def test_a_conversation_that_cannot_be_gone_on_with_is_refused(llava: Llava) -> None:
+    chat = llava.chat(options=FEW)
+    for messages, images, problem in (
+        ([], RED, "room for 0 images"),
+        ([Message("system", "x")], RED, "room for 0 images"),
+        ("abc", (), "A list of Message"),
+        ([{"role": "user"}], (), "A Message"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            chat.resume(messages, images)  # type: ignore[arg-type]
+    assert list(chat.say("And now?", RED))

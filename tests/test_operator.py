@@ -157,6 +157,22 @@ print(len(os.listdir("/proc/self/task")) - before)
     assert done.stdout == "0\n"
 
 
+def test_threads_that_cannot_be_started_are_done_without(built: Path) -> None:
+    code = f"""
+import resource
+from pathlib import Path
+import numpy as np
+from llava_edge.runtimes.native import operator
+library, x = Path({str(built / native.OPERATOR)!r}), np.ones((64, 64), np.float32)
+expected = operator.project(library, x, x, x[0])
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20),) * 2)
+print((operator.project(library, x, x, x[0], threads=64) == expected).all())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
+
+
 def test_the_projector_is_the_same_by_our_kernel(quantized: Bundle, installed: Path) -> None:
     """Where the kernel takes a layer, rounded; and not at all where numpy was faster."""
     features = np.random.default_rng(0).standard_normal((9, quantized.manifest.vision.width), np.float32)
@@ -330,6 +346,7 @@ def test_what_is_no_such_model_stays(quantized: Bundle, micro_bundle: Path) -> N
         ((2, 3, 32), 32, 8, ""),
         ((1, 3, 4096), 32, 8, "do not fit"),
         ((1, 3, 32), 32, 1, "do not fit"),
+        ((1, 3, 40), 40, 8, "do not fit"),
         ((3, 32), 32, 8, "another rank"),
         ((1, 1, 3, 32), 32, 8, "another rank"),
     ],
@@ -392,7 +409,7 @@ def test_a_damaged_file_is_one_sentence(quantized: Bundle, installed: Path, tmp_
     copy = tmp_path / "bundle"
     shutil.copytree(quantized.folder, copy)
     raw = (copy / VISION).read_bytes()
-    for damaged in (raw[: len(raw) // 2], b"\xff" * len(raw), b"\x08" * 40):
+    for damaged in (raw[: len(raw) // 2], b"\xff" * (1 << 20), b"\x08" * 40):
         (copy / VISION).write_bytes(damaged)
         with pytest.raises(BundleError, match=r"ONNX Runtime (cannot load|failed)"):
             VisionEncoder(Bundle(copy, quantized.manifest), 1, CPU, native=True).encode(pixels(quantized))

@@ -4,7 +4,7 @@
 out lies in the cache folder, below a key of everything it depends on: llama.cpp's library, our sources, the processor.
 Loading a model then asks `activate`. What is not as it was tried is not used: llama.cpp computes as it does without us.
 
-src/         the shared libraries: a backend for ggml and an operators for ONNX Runtime, one file for each kernel
+src/         the shared libraries: a backend for ggml and operators for ONNX Runtime, one file for each kernel
 build.py     sources -> libraries             check.py     is it right, does it pay: in a process of its own
 ggml.py      one operation of ggml at a time  library.py   the library's own functions
 operator.py  vision.onnx with our operators   onnx_bytes.py  its graph, read and written

@@ -190,6 +190,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         shift, at = shift + 7, at + 1
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise ValueError("a number has more than 64 bits")
 
 
 def _field(number: int, value: bytes | int) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,13 @@ def project(library: Path, x: Array, weight: np.ndarray[Any, Any], bias: Array, 
     return out
 
 
+@cache
+def _opened(library: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(library))
+
+
 def _call(library: Path, name: str, *arguments: np.ndarray[Any, Any] | int) -> None:
-    function = getattr(ctypes.CDLL(str(library)), f"llava_edge_native_{name}")
+    function = getattr(_opened(library), f"llava_edge_native_{name}")
     given = [item.ctypes.data_as(ctypes.c_void_p) if isinstance(item, np.ndarray) else int(item) for item in arguments]
     if not function(*given):
         raise OSError(f"the operators' library cannot {name}")

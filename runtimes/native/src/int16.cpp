@@ -1,7 +1,7 @@
 // Products in int16, for processors without a matrix unit.
 //
-// Both sides are rounded to integers with one float32 scale for 256 values of a row: weights to 10 bits and a sign,
-// activations to 13 and a sign. 256 products then add up in int32 without overflow (1023 * 8191 * 256 < 2^31), so
+// Both sides are rounded to integers with one float32 scale for 256 values of a row: weights to 10 bits and a sign (12 with 64 or fewer),
+// activations to 13 and a sign. 256 products then add up in int32 without overflow (1024 * 8191 * 256 < 2^31), so
 // scales are applied once per 256 values and not per block of 32, and the result is nearer to the exact one than with
 // the 8-bit activations that llama.cpp uses. The multiply-add of int16 pairs does as many products per cycle with AVX2 as
 // the one of bytes does, which needs two instructions; bytes would be twice as fast with VNNI alone.

@@ -41,6 +41,7 @@ extern "C" {
 EXPORT int llava_edge_native_linear(const float *x, const char *w, const float *scale, const float *bias, float *y, int rows,
                                     int columns, int inner, int threads) {
     using namespace native;
+    if (inner % 16) return false;  // int16.cpp rounds so many at once
     const Product p{BYTES_ACROSS, w, size_t(columns), x, size_t(inner), y, size_t(columns), rows, columns, inner};
     Passing team(threads);
     return linear(p, scale, bias, team);

@@ -73,7 +73,7 @@ void *compute_linear(void *made, void *context) {
             return failed(own.api, "llava_edge.Linear: an input has another rank.");
     }
     const int64_t batch = shapes[0][0], rows = shapes[0][1], inner = shapes[1][0], columns = shapes[1][1];
-    if (shapes[0][2] != inner || shapes[2][0] != columns || shapes[3][0] != columns)
+    if (inner <= 0 || inner % 16 || shapes[0][2] != inner || shapes[2][0] != columns || shapes[3][0] != columns)
         return failed(own.api, "llava_edge.Linear: its inputs do not fit each other.");
     if (void *status = output(own.api, context, {batch, rows, columns}, &y)) return status;
     const Product p{BYTES_ACROSS, static_cast<const char *>(data[1]), size_t(columns),

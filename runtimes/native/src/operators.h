@@ -16,8 +16,13 @@ struct Passing final : Team {
     explicit Passing(int threads) : Team(threads) {}
     void run(void (*task)(void *, size_t), void *data) override {
         std::vector<std::thread> others;
-        for (int i = 1; i < size; i++) others.emplace_back(task, data, size_t(i));
+        int next = 1;
+        try {
+            for (others.reserve(size); next < size; next++) others.emplace_back(task, data, size_t(next));
+        } catch (...) {  // the system gives no more: the rest is done here
+        }
         task(data, 0);
+        for (; next < size; next++) task(data, size_t(next));
         for (std::thread &other : others) other.join();
     }
 };
