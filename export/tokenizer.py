@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_edge import protobuf
 from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.export import llama_json
 from llava_edge.export.tensors import read_json
@@ -206,16 +206,17 @@ def _sentencepiece(path: Path) -> Vocabulary:
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
+    value: Any
     try:
-        for field, value in _messages(path.read_bytes()):
+        for field, value in protobuf.fields(path.read_bytes()):
             if field == 1:
-                piece = dict(_messages(value))
+                piece: dict[int, Any] = dict(protobuf.fields(value))
                 score = struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0]
                 pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
             elif field == 2:
-                trainer = dict(_messages(value))
+                trainer = dict(protobuf.fields(value))
             elif field == 3:
-                normalizer = dict(_messages(value))
+                normalizer = dict(protobuf.fields(value))
     except (IndexError, KeyError, ValueError, struct.error, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is not a SentencePiece model ({error!r}); download it again.") from error
     if not pieces:
@@ -250,37 +251,6 @@ def _check_sentencepiece(
     for fault, good in rules.items():
         if not good:
             raise CheckpointError(f"The SentencePiece model {path} {fault}, so its tokens would come out wrong.")
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, value) of one protobuf message: ints for varints, bytes for the rest."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        if key & 7 == 0:
-            value, at = _varint(data, at)
-            yield key >> 3, value
-            continue
-        if key & 7 == 2:
-            length, at = _varint(data, at)
-        else:
-            length = {1: 8, 5: 4}[key & 7]
-        if at + length > len(data):
-            raise ValueError("it ends in the middle of a field")
-        yield key >> 3, data[at : at + length]
-        at += length
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-        if shift > 63:
-            raise ValueError("a number is longer than 64 bits")
 
 
 # --- tokenizer.json --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.protobuf import encode
 from llava_edge.runtimes import devices, language, native
 from llava_edge.runtimes.native import check
 from llava_edge.runtimes.native.ggml import Ggml, Weights
@@ -111,30 +112,15 @@ def _session(operator: str, left: int, right: int, out: int, weights: np.ndarray
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     rows, inner, columns = SHAPE
-    tensor = _field(1, inner) + _field(1, columns) + _field(2, right) + _field(8, b"b") + _field(9, weights.tobytes())
-    node = _field(1, b"a") + _field(1, b"b") + _field(2, b"c") + _field(4, operator.encode())
-    graph = _field(1, node) + _field(2, b"limit") + _field(5, tensor)
-    graph += _field(11, _value(b"a", left, rows, inner)) + _field(12, _value(b"c", out, rows, columns))
-    model = _field(1, 8) + _field(7, graph) + _field(8, _field(2, 17))
+    tensor = encode(1, inner) + encode(1, columns) + encode(2, right) + encode(8, b"b") + encode(9, weights.tobytes())
+    node = encode(1, b"a") + encode(1, b"b") + encode(2, b"c") + encode(4, operator.encode())
+    graph = encode(1, node) + encode(2, b"limit") + encode(5, tensor)
+    graph += encode(11, _value(b"a", left, rows, inner)) + encode(12, _value(b"c", out, rows, columns))
+    model = encode(1, 8) + encode(7, graph) + encode(8, encode(2, 17))
     return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
 
 
 def _value(name: bytes, kind: int, *shape: int) -> bytes:
     """onnx.ValueInfoProto of a tensor."""
-    sizes = b"".join(_field(1, _field(1, size)) for size in shape)
-    return _field(1, name) + _field(2, _field(1, _field(1, kind) + _field(2, sizes)))
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """A protobuf field; written by hand because the package `onnx` is not needed to run models."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+    sizes = b"".join(encode(1, encode(1, size)) for size in shape)
+    return encode(1, name) + encode(2, encode(1, encode(1, kind) + encode(2, sizes)))

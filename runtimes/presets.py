@@ -58,8 +58,8 @@ def choose(
     """Resolve "auto": fast if that takes no more than half of what memory is free.
 
     trained: positions that the model knows. tiles: whether pictures are cut up and need many of them. tower: bytes that
-    CLIP's weights take once more if they may. mapped: bytes of address space that the
-    bundle's files and a batch's logits take. A draft counts too.
+    CLIP's weights take once more if they may. mapped: bytes of address space that the bundle's files and a batch's
+    logits take. A draft counts too.
     Raises `MemoryLimitError` if what has to be private does not fit at all, or all of it not into RLIMIT_AS.
     """
     small = options.preset == "memory"

@@ -31,6 +31,7 @@ SHARED = {
     "options",
     "paths",
     "prompt",
+    "protobuf",
     "python",
     "saved",
     "store",

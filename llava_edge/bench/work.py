@@ -25,6 +25,7 @@ from pathlib import Path
 from llava_edge import gguf
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, Bundle
 from llava_edge.errors import BundleError
+from llava_edge.runtimes.native.onnx_bytes import Graph
 from llava_edge.runtimes.presets import KV_BYTES
 
 _BLOCK_MATRIX = re.compile(r"encoder\.layers\.(\d+)\..*\.weight")
@@ -94,50 +95,9 @@ def _encode_ops(bundle: Bundle) -> float:
 
 
 def initializers(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every constant of an ONNX file; by hand, as the package `onnx` is not needed to run models."""
-    data = path.read_bytes()
+    """Name and shape of every constant of an ONNX file."""
     try:
-        for graph in _fields(data, 7):
-            for tensor in _fields(graph, 5):
-                names = list(_fields(tensor, 8))
-                yield names[0].decode() if names else "", _dimensions(tensor)
-    except (IndexError, UnicodeDecodeError) as error:
+        constants = Graph(path.read_bytes()).constants
+    except (IndexError, ValueError) as error:
         raise BundleError(f"{path} is not an ONNX file; run 'llava-edge verify' on the bundle.") from error
-
-
-def _dimensions(tensor: bytes) -> tuple[int, ...]:
-    """`dims`, field 1: one number each, or all packed into one field."""
-    sizes = []
-    for field in _fields(tensor, 1):
-        at = 0
-        while at < len(field):
-            size, at = _varint(field, at)
-            sizes.append(size)
-    return tuple(sizes)
-
-
-def _fields(data: bytes, wanted: int) -> Iterator[bytes]:
-    """The content of every protobuf field of that number; a varint as its own bytes."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        start = at
-        if tag & 7 == 0:
-            _, at = _varint(data, at)
-        elif tag & 7 == 2:
-            size, start = _varint(data, at)
-            at = start + size
-        else:
-            at += {1: 8, 5: 4}[tag & 7] if tag & 7 in (1, 5) else len(data)
-        if at > len(data):
-            raise IndexError
-        if tag >> 3 == wanted:
-            yield data[start:at]
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while data[at] > 0x7F:
-        value |= (data[at] & 0x7F) << shift
-        shift, at = shift + 7, at + 1
-    return value | data[at] << shift, at + 1
+    yield from ((name, constant.shape) for name, constant in constants.items())
