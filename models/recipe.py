@@ -31,6 +31,7 @@ class Range:
 Count = Annotated[int, Range(1, 65536)]
 Rate = Annotated[float, Range(0, 1, above=True)]
 Share = Annotated[float, Range(0, 1)]
+Source = Literal["grocery", "clothing", "objects", "easy-vqa", "emoji", "tuxpaint"]  # of pictures: sources.py
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class MicroData:
 class SmolData:
     """`Recipe.data` for "smol"."""
 
-    rounds: dict[str, Annotated[float, Range(0, 1000)]]
+    rounds: dict[Source, Annotated[float, Range(0, 1000)]]
     per_picture: Count
     multi_turn: Share
 
@@ -140,8 +141,11 @@ def _check(name: str, value: Any, hint: Any, where: str) -> None:
     if expected:
         raise DataError(f"{where} has {name} = {value!r:.60}; {expected} was expected.")
     if get_origin(hint) is dict:
+        keys, values = get_args(hint)
         for key, inner in value.items():
-            _check(f"{name}.{key}", inner, get_args(hint)[1], where)
+            if expected := _expected(key, keys):
+                raise DataError(f"{where} has {name}.{key}; {expected} was expected.")
+            _check(f"{name}.{key}", inner, values, where)
 
 
 def _expected(value: Any, hint: Any) -> str:

@@ -20,6 +20,7 @@ Last = Callable[[], Chunk]
 CLOSED = "The engine is closed; load another one."
 FORKED = "The engine is not in this process, which was forked from its own; load one here."
 POLL_SECONDS = 0.05  # how often a waiting caller looks whether it was cancelled
+PAUSE_SECONDS = 1.0  # without a job: longer than programs take from one question to the next
 
 
 class _Cancel(threading.Event):
@@ -136,10 +137,11 @@ class _Reader(Stream):
 
 
 class Owner:
-    """The thread. `last` runs in it when it ends."""
+    """The thread. `pause` runs in it when nobody has asked for a while, `last` when it ends."""
 
-    def __init__(self, last: Callable[[], None]) -> None:
+    def __init__(self, last: Callable[[], None], pause: Callable[[], None] = lambda: None) -> None:
         self._last = last
+        self._pause = pause
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -183,8 +185,15 @@ class Owner:
                 raise UsageError(CLOSED if self._closed else FORKED)
             self._jobs.put(job)
 
+    def _next(self) -> Job | None:
+        try:
+            return self._jobs.get(timeout=PAUSE_SECONDS)
+        except queue.Empty:
+            self._pause()
+            return self._jobs.get()
+
     def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             if not job.turn.begin():
                 continue
             end: BaseException | None = None

@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_edge import anyres
 from llava_edge.bundle import Manifest
-from llava_edge.errors import BundleError, UsageError
+from llava_edge.errors import UsageError
 from llava_edge.image import MAX_PIXELS, ImageInput, load_image
 from llava_edge.options import Options, TokenMethod
 
@@ -98,7 +98,7 @@ def limited(picture: Picture, options: Options, manifest: Manifest) -> Picture:
 
 
 def check_budget(options: Options, manifest: Manifest) -> None:
-    """Raises `UsageError` or `BundleError` if pictures cannot be had in `options.image_tokens` positions."""
+    """Raises `UsageError` if pictures cannot be had in `options.image_tokens` positions."""
     vision = manifest.vision
     if not options.image_tokens:
         return
@@ -108,6 +108,7 @@ def check_budget(options: Options, manifest: Manifest) -> None:
             f"1 to {vision.image_tokens}, or 0 for all, was expected."
         )
     if not vision.attention:
-        raise BundleError(
-            f"{manifest.name} was exported without the attention that image_tokens chooses by: export or pull it again."
+        raise UsageError(
+            f"image_tokens is {options.image_tokens}, but {manifest.name} was exported without the attention that it "
+            "chooses by: leave it out, or export or pull the bundle again."
         )

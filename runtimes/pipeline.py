@@ -54,7 +54,7 @@ class Engine:
         self._language: LanguageModel | None = None
         self._draft: Draft | None = None
         self._cache = _open_cache(options.cache)
-        self._owner = Owner(self._free)
+        self._owner = Owner(self._free, self._cache.write)
 
     @staticmethod
     def open(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +23,7 @@ from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options, Result
 from llava_edge.prompt import Message
-from llava_edge.runtimes import embedder, prefill
+from llava_edge.runtimes import embedder, jobs, picture_cache, prefill
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
@@ -368,9 +370,70 @@ def test_what_is_still_being_written_is_found(tmp_path: Path, monkeypatch: pytes
     kept = PictureCache(Cache(tmp_path, floor=0), recent=0)
     kept.put("key", {}, b"payload")
     assert kept.get("key") == b"payload"
+    kept.write()
+    assert kept.get("key") == b"payload"
     written.set()
     kept.close()
     assert kept.get("key") is None
+
+
+def test_it_is_written_when_nobody_asks_any_more(
+    micro_bundle: Path, isolated_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, put = threading.Event(), Cache.put
+
+    def noticed(*arguments: Any) -> bool:
+        kept = put(*arguments)
+        written.set()
+        return kept
+
+    monkeypatch.setattr(Cache, "put", noticed)
+    monkeypatch.setattr(jobs, "PAUSE_SECONDS", 60)
+    with opened(micro_bundle) as llava:
+        for question in QUESTIONS:
+            found(llava, question, [picture("red")])
+        monkeypatch.setattr(jobs, "PAUSE_SECONDS", 0)
+        assert not written.is_set()
+        found(llava, ASK, [picture("blue")])
+        assert written.wait(20)
+
+
+def test_much_is_not_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_cache, "SOON", 1000)
+    monkeypatch.setattr(picture_cache, "WAITING", 2000)
+    written = threading.Event()
+    monkeypatch.setattr(Cache, "put", lambda *_: written.wait(20))
+    kept = PictureCache(Cache(tmp_path, floor=0), recent=0)
+    kept.put("a", {}, bytes(900))
+    assert not written.is_set()
+    kept.put("b", {}, bytes(900))
+    kept.put("c", {}, bytes(900))  # too much
+    assert [kept.get(name) is not None for name in "abc"] == [True, True, False]
+    written.set()
+    kept.close()
+    assert kept.get("b") is None
+
+
+LEFT = """
+import os, sys
+from pathlib import Path
+from llava_edge.cache import Cache
+from llava_edge.runtimes.picture_cache import PictureCache
+
+folder = Path(sys.argv[1])
+kept = PictureCache(Cache(folder, floor=0))
+kept.put(64 * "0", {}, b"payload")
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+print([path.name for path in folder.iterdir()])
+"""
+
+
+def test_a_program_that_does_not_close_it_leaves_it_on_disk(tmp_path: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", LEFT, tmp_path], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("[]\n", "")  # by the process itself, not by one forked from it
+    assert Cache(tmp_path, floor=0).get(64 * "0") == b"payload"
 
 
 # Anything in any order.
@@ -385,8 +448,9 @@ def damage(path: Path, choose: random.Random) -> None:
 
 
 def sequence(seed: int, bundle: Path, folder: Path, wanted: dict[tuple[str, int], tuple[str, Array]]) -> list[str]:
-    """A random life of one user's cache; what each question found."""
+    """A random life of one user's cache; what each question found. What is kept is written at once, in half of them."""
     choose = random.Random(seed)
+    jobs.PAUSE_SECONDS = seed % 2
     folder.mkdir()
     colours = ["red", "blue", "green"]
     shown = {name: choose.choice(colours) for name in ("a.png", "b.png")}
@@ -429,7 +493,10 @@ QUESTIONS = [
 
 
 @pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
-def test_no_sequence_gives_another_answer(count: int, micro_bundle: Path, plain: Llava, tmp_path: Path) -> None:
+def test_no_sequence_gives_another_answer(
+    count: int, micro_bundle: Path, plain: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "PAUSE_SECONDS", 0)  # each sequence sets it, and this puts it back
     wanted = {
         (colour, number): computed(plain, messages, [picture(colour)])
         for colour in ("red", "blue", "green")
@@ -444,4 +511,4 @@ def test_the_sequences_notice_a_key_without_the_picture(
 ) -> None:
     monkeypatch.setattr(prefill, "digest", lambda *parts: "0" * 64)
     with pytest.raises(AssertionError):
-        test_no_sequence_gives_another_answer(25, micro_bundle, plain, tmp_path)
+        test_no_sequence_gives_another_answer(25, micro_bundle, plain, tmp_path, monkeypatch)

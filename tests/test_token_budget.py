@@ -382,7 +382,7 @@ def test_a_bundle_without_attention_has_to_be_exported_again(bundle_copy: Path) 
     write_manifest(bundle_copy, replace(manifest, vision=replace(manifest.vision, attention=False)))
     with Llava.load(bundle_copy, CPU) as old:
         assert old.ask("?", RED, Options(max_tokens=2)).image_tokens == 16
-        with pytest.raises(BundleError, match=r"micro was exported without the attention.*export or pull it again"):
+        with pytest.raises(UsageError, match=r"image_tokens is 8, but micro was exported without.*export or pull"):
             old.ask("?", RED, BUDGET_8)
 
 
