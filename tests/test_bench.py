@@ -73,7 +73,7 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
     timings |= {"preprocess_ms": 2 * milliseconds, "encode_ms": 2 * milliseconds, "ttft_ms": 6 * milliseconds}
     timings |= {"total_ms": 9 * milliseconds, "decode_tokens_per_s": 1000 / milliseconds}
     asked = {"timings": timings, "cache": cache, "image_tokens": 10, "prompt_tokens": 20, "completion_tokens": 4}
-    asked |= {"text_known": 3}
+    asked |= {"text_known": 3, "accepted_tokens": 0}
     memory = {"peak_rss_bytes": 300, "private_bytes": 200, "file_bytes": 100}
     times = {
         "start_ms": milliseconds,
@@ -298,6 +298,13 @@ def test_a_share_is_work_by_time_and_limit() -> None:
     small = summary(SETTINGS, NEEDED, [{**sample(2000), "kv": "q8_0"}], PEAKS).questions[WARM].stages["decode"]
     keys = NEEDED.token_bytes(22) - NEEDED.token_bytes(0)
     assert small.share == pytest.approx((NEEDED.token_bytes(0) + keys * 34 / 64) / 2 / 1e9)
+
+
+def test_guessed_tokens_take_no_pass_of_their_own() -> None:
+    guessed = sample(2000)
+    guessed["questions"] = {name: {**asked, "accepted_tokens": 3} for name, asked in guessed["questions"].items()}
+    stage = summary(SETTINGS, NEEDED, [guessed], PEAKS).questions[WARM].stages["decode"]
+    assert stage.share == pytest.approx(NEEDED.token_bytes(22) / 4 / 2 / 1e9)
 
 
 def test_float_parts_are_compared_with_the_float_limit() -> None:

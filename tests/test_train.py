@@ -301,7 +301,7 @@ BAD_SETTINGS: list[tuple[str, str, str]] = [  # a line's beginning in smol.toml,
     ("multi_turn = 0.15", "multi_turn = 15", "[data] has multi_turn = 15; a number from 0 to 1 was"),
     ("easy-vqa = 1.25", "easy-vqa = -1", "[data] has rounds.easy-vqa = -1; a number from 0 to 1000 was"),
     ("easy-vqa = 1.25", "easy-vqa = nan", "[data] has rounds.easy-vqa = nan; a number"),
-    ("easy-vqa = 1.25", "easyvqa = 1", "[data] has rounds.easyvqa; one of 'grocery', 'clothing', 'objects', 'easy-vqa'"),
+    ("easy-vqa = 1.25", "easyvqa = 1", "[data] has rounds.easyvqa; one of 'grocery', 'clothing', 'objects'"),
     ("[data.rounds]", "[data.round]", "[data] has unknown settings ['round']"),
     ("[[stage]]", "[[stages]]", "it has no 'stage'"),
 ]

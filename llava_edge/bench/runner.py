@@ -201,7 +201,9 @@ def _question(
         ),
     }
     bounds = bounds if set(cache) == {"miss"} else {}
-    bounds[records.DECODE] = (needed.token_bytes(prompt + answer / 2, sample["kv"]), "read_bytes")
+    answered = sum(result["completion_tokens"] for result in results)
+    passes = 1 - sum(result["accepted_tokens"] for result in results) / max(answered, 1)  # for each token
+    bounds[records.DECODE] = (needed.token_bytes(prompt + answer / 2, sample["kv"]) * passes, "read_bytes")
     values = {
         records.IMAGE: [t["image_ms"] for t in timings],
         records.PREPROCESS: [t["preprocess_ms"] - t["image_ms"] for t in timings],
