@@ -381,6 +381,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
             for race in [bytes_too if takes("avx2-int8", kind) else many]
         },
         "attention": {race: {"plain": 3.0, "ours": 1.0} for race in ("many", "eight", "one")},
+        "crowded": False,
     }
     return state | changes
 
@@ -626,6 +627,16 @@ def test_the_self_test_passes_right_kernels_and_finds_wrong_ones(built: Path) ->
     assert taken == str([False, False, False, False, True, False])
     assert wrong_product.startswith("avx2 is off by 1.0e-01")
     assert wrong_attention.startswith("Attention of 9 queries is off by 1.0e-01")
+
+
+def test_a_race_beside_other_programs_is_said_to_be_one() -> None:
+    slow = {race: {"plain": 1.0} for race in ("many", "some", "sixteen", "eight", "one")}
+    changes = {"types": dict.fromkeys(TYPES, slow), "attention": slow}
+    for none_pays in (changes, {}):
+        quiet, crowded = (native.choose(found_out(crowded=busy, **none_pays)) for busy in (False, True))
+        assert quiet.used == crowded.used == (not none_pays)
+        assert crowded.reason == f"{quiet.reason} {native.CROWDED}"
+        assert not crowded.fix  # it is no failure of set-up
 
 
 def test_what_is_not_faster_is_not_used() -> None:

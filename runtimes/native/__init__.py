@@ -39,6 +39,7 @@ from llava_edge.runtimes.native.ggml import TYPES, Ggml, loaded
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
 COMMAND = "python -m llava_edge.runtimes.native"
+CROWDED = f"Tried beside other programs, so that the choice may be wrong: run '{COMMAND}' when the machine is quiet."
 ACCEPTED = {("0.3.36", "0.25.3")}  # llama-cpp-python, ggml: what src/ggml_interface.h was compared with
 CHECK_SECONDS = 300
 GAIN = 1.05  # a kernel is used from here on
@@ -232,16 +233,17 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
     few = tuple(kind for kind in types if _few_pay(types[kind]["one"], types[kind]["eight"], FEW))
     mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best[kind]))
     races = state["attention"]
+    crowded = [CROWDED] if state["crowded"] else []
     attention = "attention" not in problems and _pays(races["many"], "ours")
     few_attention = "few attention" not in problems and _few_pay(races["one"], races["eight"], "ours")
     if not (many or few or attention or few_attention):
-        return Status("Not used: llama.cpp's own kernels are as fast here.")
+        return Status(" ".join(["Not used: llama.cpp's own kernels are as fast here.", *crowded]))
     used = sorted({name for _, name, _ in many})
     parts = [f"{name} for {', '.join(kind for kind, its, _ in many if its == name)}" for name in used]
     parts += [f"few rows of {', '.join(few)}"] if few else []
     parts += ["attention"] if attention else []
     parts += ["attention of few queries"] if few_attention else []
-    reason = " ".join([f"{'; '.join(parts)}.", *problems.values()])
+    reason = " ".join([f"{'; '.join(parts)}.", *problems.values(), *crowded])
     return Status(reason, "", many, few, attention, few_attention, mapped, state["sha256"])
 
 

@@ -1,16 +1,25 @@
 // Products in int16, for processors without a matrix unit.
 //
-// Both sides are rounded to integers with one float32 scale for 256 values of a row: weights to 10 bits and a sign (12 with 64 or fewer),
-// activations to 13 and a sign. 256 products then add up in int32 without overflow (1024 * 8191 * 256 < 2^31), so
-// scales are applied once per 256 values and not per block of 32, and the result is nearer to the exact one than with
-// the 8-bit activations that llama.cpp uses. The multiply-add of int16 pairs does as many products per cycle with AVX2 as
-// the one of bytes does, which needs two instructions; bytes would be twice as fast with VNNI alone.
+// Both sides are rounded to integers with one float32 scale for 256 values of a row: weights to 10 bits and a sign (12 with
+// 64 or fewer), activations to 13 and a sign. 256 products then add up in int32 without overflow (1024 * 8191 * 256 < 2^31),
+// so scales are applied once per 256 values and not per block of 32, and the result is nearer to the exact one than with
+// the 8-bit activations that llama.cpp uses.
 //
 // A panel has, for each pair of inner values, the two int16 of each of its columns next to each other: one int32 lane for
 // each column, so that sums need no shuffling. A tile has, for each pair, the two int16 of each of its rows, to be
-// broadcast. AVX2: 6 rows x 16 columns are 12 sums; two registers of weights, one broadcast and one product make 16.
-// AVX-512: 12 x 32 are 24 of 32 registers. A panel has 8 or 16 KB and stays in the first-level cache; the activations of
-// one inner block (300 KB at 576 rows) and the sums of four panels (150 KB) stay in the second-level cache.
+// broadcast. AVX-VNNI: 6 rows x 16 columns are 12 sums; two registers of weights and one broadcast make 15. AVX-512: 12 x 32
+// are 24 of 32 registers. A panel has 8 or 16 KB and stays in the first-level cache; the activations of one inner block
+// (300 KB at 576 rows) and the sums of four panels (150 KB) stay in the second-level cache.
+//
+// With AVX2 alone everything waits for the multiplier, which half of the pipes have, and additions are cheap. So half of the
+// multiplications are spared (S. Winograd, "A new algorithm for inner product", 1968): with inner values taken in twos,
+//
+//   sum of x0 * w0 + x1 * w1 = sum of (x0 + w1) * (x1 + w0) - sum of x0 * x1 - sum of w0 * w1
+//
+// where the last two sums are a row's and a column's own, and where the result's sum starts. All are integers, and what
+// leaves 32 bits on the way comes back: the result is that of plain products, bit for bit. Pairs are here of two values'
+// firsts, then of their seconds; 4 rows x 16 columns are 8 sums, which four registers of weights, two broadcasts and two
+// factors make 16.
 
 #include <algorithm>
 
@@ -23,10 +32,13 @@
 namespace native {
 namespace {
 
+constexpr bool TWOS = !VNNI;
 constexpr int INNER = 256, PAIRS = INNER / 2;
 constexpr int COLUMNS = 2 * Lanes::count;
-constexpr int ROWS = Lanes::count == 8 ? 6 : 12;
-constexpr int SCALES = 16;  // room for ROWS scales that keeps 64 bytes' alignment
+constexpr int ROWS = TWOS ? 4 : Lanes::count == 8 ? 6 : 12;
+constexpr int PLACES = Lanes::count;          // in a tile, of pairs of its rows; with TWOS of firsts, then of seconds
+constexpr int STEPS = TWOS ? PAIRS / 2 : PAIRS;
+constexpr int SCALES = 16;                    // room for ROWS numbers that keeps 64 bytes' alignment
 constexpr int ACTIVATION_LIMIT = 8191;
 
 // 10 bits and a sign with 256 inner values, 12 with 64 or fewer.
@@ -34,23 +46,48 @@ float weight_limit(int inner) { return float(std::min(4095, INT32_MAX / ACTIVATI
 
 struct Tile {
     float scales[SCALES];
-    int32_t pairs[PAIRS][ROWS];
+    int32_t starts[SCALES];  // TWOS: -(sum of x0 * x1)
+    int32_t pairs[STEPS][PLACES];
 };
 
 struct Panel {
     float scales[COLUMNS];
-    int32_t pairs[PAIRS][COLUMNS];
+    int32_t starts[COLUMNS];  // TWOS: -(sum of w0 * w1)
+    int32_t pairs[PAIRS][COLUMNS];  // TWOS: a row of firsts, a row of seconds
 };
+
+__m256i firsts(__m256i a, __m256i b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa); }
+__m256i seconds(__m256i a, __m256i b) { return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa); }
+void put(__m256i v, void *to) { _mm256_store_si256(static_cast<__m256i *>(to), v); }
+
+// A row's values, in place -> the firsts of each two in the row, the seconds in one that is `away`. Returns -(sum of x0 * x1).
+int32_t part(int16_t *row, int inner, int away) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    __m128i sum = _mm_setzero_si128();
+    for (int k = 0; k < inner; k += 16) {
+        const __m256i v = _mm256_shuffle_epi8(load256(row + k), _mm256_broadcastsi128_si256(order));
+        const __m256i parted = _mm256_permute4x64_epi64(v, 0xd8);
+        const __m128i first = _mm256_castsi256_si128(parted), second = _mm256_extracti128_si256(parted, 1);
+        _mm_store_si128(reinterpret_cast<__m128i *>(row + k / 2), first);
+        _mm_store_si128(reinterpret_cast<__m128i *>(row + away + k / 2), second);
+        sum = _mm_sub_epi32(sum, _mm_madd_epi16(first, second));
+    }
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
 
 void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
     Tile &tile = *static_cast<Tile *>(out);
-    alignas(64) int16_t row[INNER];
+    alignas(64) int16_t values[PLACES][INNER];
+    memset(values, 0, sizeof values);
     for (int i = 0; i < ROWS; i++) {
-        tile.scales[i] = 0;
-        if (i < rows) tile.scales[i] = quantize(x + i * stride, inner, ACTIVATION_LIMIT, row);
-        const int32_t *pairs = reinterpret_cast<const int32_t *>(row);
-        for (int p = 0; p < inner / 2; p++) tile.pairs[p][i] = i < rows ? pairs[p] : 0;
+        tile.scales[i] = i < rows ? quantize(x + i * stride, inner, ACTIVATION_LIMIT, values[i]) : 0;
+        if (TWOS) tile.starts[i] = part(values[i], inner, ROWS * INNER);
     }
+    const int steps = TWOS ? inner / 4 : inner / 2;
+    for (int i = 0; i < PLACES; i += 8)
+        for (int s = 0; s < steps; s += 8)
+            transpose(reinterpret_cast<const int32_t *>(values[i]) + s, PAIRS, &tile.pairs[s][i], PLACES);
 }
 
 bool takes(int type) { return type == BYTES_ACROSS || type == F32 || unpacks(type); }
@@ -71,16 +108,13 @@ void unpack_across(const Product &product, int column, int columns, int k, int i
             }
             const __m256i a = _mm256_cvtepi8_epi16(load128(first)), b = _mm256_cvtepi8_epi16(load128(second));
             const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-            __m256i *out = reinterpret_cast<__m256i *>(&panel.pairs[p][n]);
-            _mm256_store_si256(out, _mm256_permute2x128_si256(low, high, 0x20));
-            _mm256_store_si256(out + 1, _mm256_permute2x128_si256(low, high, 0x31));
+            put(_mm256_permute2x128_si256(low, high, 0x20), &panel.pairs[p][n]);
+            put(_mm256_permute2x128_si256(low, high, 0x31), &panel.pairs[p][n + 8]);
         }
     }
 }
 
-void unpack(const Product &product, int column, int columns, int k, int inner, void *out) {
-    Panel &panel = *static_cast<Panel *>(out);
-    if (product.type == BYTES_ACROSS) return unpack_across(product, column, columns, k, inner, panel);
+void unpack_rows(const Product &product, int column, int columns, int k, int inner, Panel &panel) {
     alignas(64) float values[INNER];
     alignas(64) int16_t rows[8][INNER];
     for (int n = 0; n < COLUMNS; n += 8) {
@@ -98,10 +132,31 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
     }
 }
 
-void multiply(int, const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
-    const Tile &tile = *static_cast<const Tile *>(tile_memory);
-    const Panel &panel = *static_cast<const Panel *>(panel_memory);
-    Lanes left[ROWS], right[ROWS];
+// Two rows of pairs -> one of firsts, one of seconds
+void part(Panel &panel, int inner) {
+    for (int n = 0; n < COLUMNS; n += 8) {
+        __m256i start = _mm256_setzero_si256();
+        for (int p = 0; p < inner / 2; p += 2) {
+            const __m256i a = load256(&panel.pairs[p][n]), b = load256(&panel.pairs[p + 1][n]);
+            const __m256i first = firsts(a, b), second = seconds(a, b);
+            put(first, &panel.pairs[p][n]);
+            put(second, &panel.pairs[p + 1][n]);
+            start = _mm256_sub_epi32(start, _mm256_madd_epi16(first, second));
+        }
+        put(start, &panel.starts[n]);
+    }
+}
+
+void unpack(const Product &product, int column, int columns, int k, int inner, void *out) {
+    Panel &panel = *static_cast<Panel *>(out);
+    if (product.type == BYTES_ACROSS) unpack_across(product, column, columns, k, inner, panel);
+    else unpack_rows(product, column, columns, k, inner, panel);
+    if (TWOS) part(panel, inner);
+}
+
+#if defined(NATIVE_WIDE) || defined(__AVXVNNI__)
+
+void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left, Lanes *right) {
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) left[i] = right[i] = Lanes::zero();
     for (int p = 0; p < inner / 2; p++) {
@@ -113,6 +168,50 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
             right[i].add_pairs(b, x);
         }
     }
+}
+
+#else
+
+// left, right += (first of x + second of w) * (second of x + first of w), for 16 columns; by hand, or gcc moves registers around
+inline __attribute__((always_inline)) void add_twos(Lanes &left, Lanes &right, const int32_t *x, const Lanes (&first)[2],
+                                                    const Lanes (&second)[2]) {
+    __m256i a, b, c, d;
+    __asm__("vpbroadcastd %[x0], %[a]\n\tvpbroadcastd %[x1], %[b]\n\t"
+            "vpaddw %[second0], %[a], %[c]\n\tvpaddw %[first0], %[b], %[d]\n\t"
+            "vpmaddwd %[c], %[d], %[c]\n\tvpaddd %[c], %[left], %[left]\n\t"
+            "vpaddw %[second1], %[a], %[a]\n\tvpaddw %[first1], %[b], %[b]\n\t"
+            "vpmaddwd %[a], %[b], %[a]\n\tvpaddd %[a], %[right], %[right]"
+            : [left] "+x"(left.v), [right] "+x"(right.v), [a] "=&x"(a), [b] "=&x"(b), [c] "=&x"(c), [d] "=&x"(d)
+            : [first0] "x"(first[0].v), [first1] "x"(first[1].v), [second0] "x"(second[0].v), [second1] "x"(second[1].v),
+              [x0] "m"(x[0]), [x1] "m"(x[ROWS]));
+}
+
+inline __attribute__((always_inline)) void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left,
+                                                        Lanes *right) {
+    const __m256i low = load256(panel.starts), high = load256(panel.starts + Lanes::count);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++) {
+        const __m256i own = _mm256_set1_epi32(tile.starts[i]);
+        left[i].v = _mm256_add_epi32(low, own), right[i].v = _mm256_add_epi32(high, own);
+    }
+    for (int s = 0; s < inner / 4; s += 4)
+#pragma GCC unroll 4
+        for (int j = s; j < s + 4; j++) {
+            const int32_t *w = panel.pairs[2 * j];
+            const Lanes first[2] = {Lanes::load(w), Lanes::load(w + Lanes::count)};
+            const Lanes second[2] = {Lanes::load(w + COLUMNS), Lanes::load(w + COLUMNS + Lanes::count)};
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; i++) add_twos(left[i], right[i], &tile.pairs[j][i], first, second);
+        }
+}
+
+#endif
+
+void multiply(int, const void *tile_memory, const void *panel_memory, int inner, bool first, float *sums) {
+    const Tile &tile = *static_cast<const Tile *>(tile_memory);
+    const Panel &panel = *static_cast<const Panel *>(panel_memory);
+    Lanes left[ROWS], right[ROWS];
+    add_products(tile, panel, inner, left, right);
     const Floats a = Floats::load(panel.scales), b = Floats::load(panel.scales + Lanes::count);
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++, sums += COLUMNS) {

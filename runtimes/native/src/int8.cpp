@@ -26,6 +26,7 @@ namespace {
 constexpr int INNER = 256, STEPS = INNER / 4, BLOCKS = INNER / 32;
 constexpr int COLUMNS = 2 * Lanes::count;
 constexpr int ROWS = Lanes::count == 8 ? 6 : 12;
+constexpr int PLACES = (ROWS + 7) / 8 * 8;  // of rows in a tile: eight are transposed at once
 
 bool takes(int type) {
     return type == Q4_0 || type == Q4_1 || type == Q4_K || type == Q5_K || type == Q6_K || (VNNI && type == Q8_0);
@@ -39,7 +40,7 @@ struct Tile {
     float shares[BLOCKS][ROWS];  // Q4_1: scale * sum
     // By blocks: where the sum of products starts, -zero * sum. Else: sums of the values with two scales, a pair of int16.
     int32_t sums[BLOCKS][ROWS];
-    int32_t bytes[STEPS][ROWS];
+    alignas(64) int32_t bytes[STEPS][PLACES];
 };
 
 struct Panel {
@@ -77,14 +78,16 @@ void pack_block(int type, const int8_t *row, int b, int i, Tile &tile) {
 void pack(int type, const float *x, size_t stride, int rows, int inner, void *out) {
     Tile &tile = *static_cast<Tile *>(out);
     const int scaled = by_blocks(type) ? 32 : inner;
-    alignas(32) int8_t row[INNER];
+    alignas(64) int8_t values[PLACES][INNER];
+    memset(values, 0, sizeof values);
     for (int i = 0; i < ROWS; i++) {
         for (int k = 0; k < inner; k += scaled)
-            tile.scales[k / 32][i] = i < rows ? quantize8(x + i * stride + k, scaled, row + k) : 0;
-        if (i >= rows) memset(row, 0, sizeof row);
-        for (int b = 0; b < inner / 32; b++) pack_block(type, row, b, i, tile);
-        for (int s = 0; s < inner / 4; s++) memcpy(&tile.bytes[s][i], row + 4 * s, 4);
+            tile.scales[k / 32][i] = i < rows ? quantize8(x + i * stride + k, scaled, values[i] + k) : 0;
+        for (int b = 0; b < inner / 32; b++) pack_block(type, values[i], b, i, tile);
     }
+    for (int i = 0; i < PLACES; i += 8)
+        for (int s = 0; s < inner / 4; s += 8)
+            transpose(reinterpret_cast<const int32_t *>(values[i]) + s, STEPS, &tile.bytes[s][i], PLACES);
 }
 
 // Columns as they are unpacked, to be transposed.
