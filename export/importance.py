@@ -207,7 +207,7 @@ def _pass(checkpoint: Checkpoint, prefix: str, states: list[Tensor], weights: Se
         for n, x in enumerate(states):
             now = weights[n]
             cos, sin = rotary(torch.arange(x.shape[1])[None], c.head_dim, c.rope_theta)
-            states[n] = block(x, Context(cos, sin, None), None)[0]
+            states[n] = block(x, Context(cos, sin, None))
     return {path: values.astype(np.float32) for path, values in sums.items()}
 
 

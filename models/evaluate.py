@@ -118,7 +118,7 @@ class TorchJudge:
         features = self.features.get([self.data / image for image in batch.images]).float()
         embeds = language.model.embed_tokens(batch.tokens)
         embeds = embeds.masked_scatter(batch.is_image[..., None], self.model.projector(features))
-        states, _ = language.hidden(embeds, positions=batch.positions, mask=batch.mask)
+        states = language.hidden(embeds, positions=batch.positions, mask=batch.mask)
         trained = batch.labels != IGNORE_INDEX
         hits = torch.ones_like(trained)
         hits[trained] = language.logits(states[trained]).argmax(-1) == batch.labels[trained]

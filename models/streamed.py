@@ -106,4 +106,5 @@ def logits(
 def _through(config: LlavaConfig, tensors: Arrays, number: int, states: Tensor, at: Context) -> Tensor:
     """One block, let go of before the next is loaded."""
     block = load_part(lambda: Block(config.text), tensors, f"{TEXT}layers.{number}.")
-    return block(states, at, None)[0]  # type: ignore[no-any-return]
+    out: Tensor = block(states, at)
+    return out

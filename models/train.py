@@ -142,7 +142,7 @@ def batch_loss(model: Llava, batch: Batch, features: Tensor | None) -> Tensor:
     if features is not None:
         images = model.projector(features.float()).float()
         embeds = embeds.masked_scatter(batch.is_image[..., None], images)
-    states, _ = language.hidden(embeds, positions=batch.positions, mask=batch.mask)
+    states = language.hidden(embeds, positions=batch.positions, mask=batch.mask)
     trained = batch.labels != IGNORE_INDEX
     logits = language.logits(states[trained])
     return F.cross_entropy(logits.float(), batch.labels[trained], reduction="sum")
