@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -55,7 +56,7 @@ from llava_edge.runtimes import mapping, probe
 Progress = Callable[[str, float | None], None]
 OnReport = Callable[[report.Report], None]
 
-VISION_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+VISION_PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TOWER_PICTURES = 8  # that an int8 tower is measured on
 
 
