@@ -26,9 +26,9 @@ from llava_edge.bundle import Manifest, Preprocessing
 from llava_edge.errors import MissingError, UnavailableError, install
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
-from llava_edge.export.names import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
 from llava_edge.image import load_image
 from llava_edge.models.llama_gguf import tensor_names
+from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes import devices
 from llava_edge.runtimes.after_control import prompt_encoder

@@ -16,8 +16,8 @@ from llava_edge.errors import CannotCreateError, CheckpointError, StorageError
 from llava_edge.export import projector
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.llm_gguf import write_tensors
-from llava_edge.export.names import VISION_PREFIX
 from llava_edge.models.config import LlavaConfig
+from llava_edge.models.shapes import VISION_PREFIX
 
 ARCHITECTURE = "clip"
 
