@@ -256,7 +256,7 @@ def test_constants_are_read_as_onnx_reads_them(micro_bundle: Path) -> None:
     import onnx
 
     graph = onnx.load(micro_bundle / VISION, load_external_data=False).graph
-    assert dict(initializers(micro_bundle / VISION)) == {item.name: tuple(item.dims) for item in graph.initializer}
+    assert initializers(micro_bundle / VISION) == {item.name: tuple(item.dims) for item in graph.initializer}
 
 
 def test_a_damaged_graph_is_no_crash(micro_bundle: Path, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_damaged_graph_is_no_crash(micro_bundle: Path, tmp_path: Path) -> None
     for end in range(1, len(data), 997):
         (tmp_path / "cut").write_bytes(data[:end])
         with pytest.raises(LlavaEdgeError, match="not an ONNX file"):
-            list(initializers(tmp_path / "cut"))
+            initializers(tmp_path / "cut")
 
 
 def test_limits_are_measured_with_products_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
