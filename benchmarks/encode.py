@@ -94,7 +94,7 @@ def torch(bundle: Bundle, arguments: argparse.Namespace, kind: str = "float32") 
 
     torch.set_num_threads(arguments.threads)
     part, side = bundle.manifest.vision, bundle.manifest.preprocessing.image_size
-    shapes = dict(initializers(bundle.part(VISION)))
+    shapes = initializers(bundle.part(VISION))
     kernel = next(shape for shape in shapes.values() if len(shape) == 4)
     fc1 = [shape for name, shape in shapes.items() if name.endswith("mlp.fc1.weight")]
     config = CLIPVisionConfig(

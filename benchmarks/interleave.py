@@ -21,8 +21,8 @@ Command = Sequence[str]
 Samples = dict[str, list[dict[str, Any]]]
 
 
-def steady(peers: Mapping[str, Command], repeats: int, warmup: int = 1) -> Samples:
-    """Samples of each peer, in rounds. Peers that fail are named on stderr and left out."""
+def steady(peers: Mapping[str, Command], repeats: int) -> Samples:
+    """Samples of each peer, in rounds behind one that warms up. Peers that fail are named on stderr and left out."""
     with ExitStack() as stack:
         running = {}
         for name, command in peers.items():
@@ -31,11 +31,11 @@ def steady(peers: Mapping[str, Command], repeats: int, warmup: int = 1) -> Sampl
             stack.callback(_end, process)
             if _read(process, log, name) == "ready":
                 running[name] = (process, log)
-        return _rounds({name: _asker(name, *item) for name, item in running.items()}, repeats, warmup)
+        return _rounds({name: _asker(name, *item) for name, item in running.items()}, repeats, warmup=1)
 
 
-def fresh(peers: Mapping[str, Command], repeats: int, warmup: int = 1) -> Samples:
-    """The same with a new process for each sample."""
+def fresh(peers: Mapping[str, Command], repeats: int, warmup: int) -> Samples:
+    """The same with a new process for each sample, and so many rounds before."""
     return _rounds({name: _starter(name, command) for name, command in peers.items()}, repeats, warmup)
 
 

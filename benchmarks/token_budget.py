@@ -102,7 +102,7 @@ def _asked(llava: Llava, rows: Array) -> Iterator[LanguageModel]:
     keys: list[Key] = [("rows", i) for i in range(len(rows))]
     language.forget(0)
     for question in QUESTIONS:
-        ids = engine._encode_prompt([Message("user", question, 1)])
+        ids = engine.encode_prompt([Message("user", question, 1)])
         at = ids.index(IMAGE_TOKEN_INDEX)
         if not language.held:
             language.evaluate_tokens(ids[:at], never)

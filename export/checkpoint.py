@@ -19,11 +19,10 @@ from llava_edge.bundle import Merge, Square, tiling_fault
 from llava_edge.errors import CheckpointError
 from llava_edge.export import chat_template, layouts, normalisation
 from llava_edge.export.layouts import Layout, Source
-from llava_edge.export.names import EMBEDDINGS, HEAD, VISION_PREFIX
 from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
 from llava_edge.models.config import LlavaConfig, from_hf
-from llava_edge.models.shapes import tensor_shapes
+from llava_edge.models.shapes import EMBEDDINGS, HEAD, VISION_PREFIX, tensor_shapes
 from llava_edge.prompt import AfterControl
 from llava_edge.runtimes.projector import MAX_LAYERS
 from llava_edge.templates import TEMPLATES

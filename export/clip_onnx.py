@@ -45,10 +45,10 @@ import numpy as np
 
 from llava_edge.bundle import VISION, VISION_DATA
 from llava_edge.models.config import LlavaConfig
+from llava_edge.models.shapes import VISION_PREFIX
 
 Precision = Literal["fp32", "fp16", "int8"]
 
-PREFIX = "vision_tower.vision_model."
 OPSET = 21  # the first with DequantizeLinear in blocks; onnxruntime 1.20 and later run it
 IR_VERSION = 10  # goes with opset 21
 INLINE_BYTES = 1024  # smaller tensors stay in the graph file
@@ -120,17 +120,19 @@ def _tower(
 
 def _embed(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray]) -> str:
     c = config.vision
-    kernel = graph.weight("embeddings.patch_embedding.weight", tensors[PREFIX + "embeddings.patch_embedding.weight"])
+    kernel = graph.weight(
+        "embeddings.patch_embedding.weight", tensors[VISION_PREFIX + "embeddings.patch_embedding.weight"]
+    )
     sides = [c.patch_size, c.patch_size]
     patches = graph.node("Conv", "pixels", kernel, kernel_shape=sides, strides=sides)  # (B, D, grid, grid)
     patches = graph.node("Reshape", patches, graph.ints(0, 0, c.grid**2))
     patches = graph.node("Transpose", patches, perm=[0, 2, 1])  # (B, grid * grid, D), row-major
-    row = tensors[PREFIX + "embeddings.class_embedding"].reshape(1, 1, -1)
+    row = tensors[VISION_PREFIX + "embeddings.class_embedding"].reshape(1, 1, -1)
     batch = graph.node("Shape", "pixels", start=0, end=1)
     shape = graph.node("Concat", batch, graph.ints(1, c.hidden_size), axis=0)
     cls = graph.node("Expand", graph.weight("embeddings.class_embedding", row), shape)
     x = graph.node("Concat", cls, patches, axis=1)
-    positions = tensors[PREFIX + "embeddings.position_embedding.weight"]  # row 0 is the class token's
+    positions = tensors[VISION_PREFIX + "embeddings.position_embedding.weight"]  # row 0 is the class token's
     return graph.node("Add", x, graph.weight("embeddings.position_embedding.weight", positions))
 
 
@@ -185,15 +187,15 @@ def _class_attention(graph: _Graph, config: LlavaConfig, qkv: str) -> str:
 
 
 def _layer_norm(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> str:
-    weight = graph.weight(f"{name}.weight", tensors[f"{PREFIX}{name}.weight"])
-    bias = graph.weight(f"{name}.bias", tensors[f"{PREFIX}{name}.bias"])
+    weight = graph.weight(f"{name}.weight", tensors[f"{VISION_PREFIX}{name}.weight"])
+    bias = graph.weight(f"{name}.bias", tensors[f"{VISION_PREFIX}{name}.bias"])
     return graph.node("LayerNormalization", x, weight, bias, axis=-1, epsilon=config.vision.layer_norm_eps)
 
 
 def _linear(graph: _Graph, tensors: Mapping[str, np.ndarray], name: str, parts: list[str], x: str) -> str:
     """x @ W + b, where W (in, out) joins the weights of `parts` side by side."""
-    weight = np.concatenate([tensors[f"{PREFIX}{part}.weight"] for part in parts]).T
-    bias = np.concatenate([tensors[f"{PREFIX}{part}.bias"] for part in parts])
+    weight = np.concatenate([tensors[f"{VISION_PREFIX}{part}.weight"] for part in parts]).T
+    bias = np.concatenate([tensors[f"{VISION_PREFIX}{part}.bias"] for part in parts])
     return graph.linear(name, x, weight, bias)
 
 

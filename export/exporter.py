@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -55,7 +56,7 @@ from llava_edge.runtimes import mapping, probe
 Progress = Callable[[str, float | None], None]
 OnReport = Callable[[report.Report], None]
 
-VISION_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+VISION_PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TOWER_PICTURES = 8  # that an int8 tower is measured on
 
 
@@ -146,9 +147,8 @@ def export(
             publish.check_space(out, estimate(checkpoint, options, reported=on_report is not None))
             manifest = _write(options, checkpoint, language, temp, out.name, progress, on_report)
             if options.emit_mmproj:
-                pixels, name = manifest.preprocessing, manifest.name
                 progress(f"writing {options.emit_mmproj}", None)
-                write_mmproj(checkpoint, pixels.mean, pixels.std, options.emit_mmproj, name)
+                write_mmproj(checkpoint, options.emit_mmproj, manifest.name)
             progress("publishing", None)
             publish.check_target(out, options.force)
             publish.publish(temp, out)
@@ -234,32 +234,9 @@ def _write(
     progress("projector", None)
     precision = write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
     manifest = replace(manifest, projector=replace(manifest.projector, precision=precision))
-    matrix: importance.Importance | None = None
-    float16: Path | None = None
-    finished = options.low_rank.base if options.low_rank else language
-    if options.low_rank:
-        write_adapter(options.low_rank, checkpoint.config.text, temp / ADAPTER, name)
-    if isinstance(finished, LanguageFile):
-        progress(f"copying {finished.path.name}", None)
-        shutil.copyfile(finished.path, temp / LANGUAGE)
-    else:
-        float16 = _float16(checkpoint, finished, scratch, name, progress)
-        if options.imatrix or on_report:
-            matrix = _importance(options, manifest, checkpoint, float16, progress)
-        quantize(
-            float16,
-            temp / LANGUAGE,
-            options.quant,
-            options.threads,
-            matrix if options.imatrix else None,
-            lambda share: progress(f"quantizing to {options.quant}", share),
-        )
-    verify.read_back_projector(temp / PROJECTOR, checkpoint)
-    if options.low_rank:
-        read_back_adapter(temp / LANGUAGE, temp / ADAPTER, checkpoint)
-    else:
-        for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
-            verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))
+    weigh = options.imatrix or on_report is not None
+    float16, matrix = _write_language(options, checkpoint, language, Bundle(temp, manifest), scratch, weigh, progress)
+    _read_back(options, checkpoint, temp, float16, progress)
     mapping.trim()
     progress("hashing", None)
     files = {part: file_entry(temp / part) for part in PARTS if (temp / part).exists()}
@@ -278,6 +255,48 @@ def _write(
     write_manifest(temp, manifest)
     Bundle.open(temp)  # what the runtime will refuse must not be published
     return manifest
+
+
+def _write_language(
+    options: ExportOptions,
+    checkpoint: Checkpoint,
+    language: LanguageFile | Vocabulary,
+    bundle: Bundle,
+    scratch: Path,
+    weigh: bool,
+    progress: Progress,
+) -> tuple[Path | None, importance.Importance | None]:
+    """language.gguf, and adapter.gguf if there is one. Returns the float16 file, if one was written on the way, and
+    with `weigh` its importance matrix."""
+    if options.low_rank:
+        write_adapter(options.low_rank, checkpoint.config.text, bundle.part(ADAPTER), bundle.manifest.name)
+        language = options.low_rank.base
+    if isinstance(language, LanguageFile):
+        progress(f"copying {language.path.name}", None)
+        shutil.copyfile(language.path, bundle.part(LANGUAGE))
+        return None, None
+    float16 = _float16(checkpoint, language, scratch, bundle.manifest.name, progress)
+    matrix = _importance(options, bundle.manifest, checkpoint, float16, progress) if weigh else None
+    quantize(
+        float16,
+        bundle.part(LANGUAGE),
+        options.quant,
+        options.threads,
+        matrix if options.imatrix else None,
+        lambda share: progress(f"quantizing to {options.quant}", share),
+    )
+    return float16, matrix
+
+
+def _read_back(
+    options: ExportOptions, checkpoint: Checkpoint, temp: Path, float16: Path | None, progress: Progress
+) -> None:
+    verify.read_back_projector(temp / PROJECTOR, checkpoint)
+    if options.low_rank:
+        read_back_adapter(temp / LANGUAGE, temp / ADAPTER, checkpoint)
+        return
+    for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
+        verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))
 
 
 def _float16(checkpoint: Checkpoint, vocabulary: Vocabulary, scratch: Path, name: str, progress: Progress) -> Path:

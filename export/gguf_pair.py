@@ -28,7 +28,7 @@ from llava_edge.export.tokenizer import CONTROL
 from llava_edge.gguf import Gguf
 from llava_edge.models import llama_gguf
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig
-from llava_edge.models.shapes import tensor_shapes
+from llava_edge.models.shapes import NEWLINE, tensor_shapes
 
 V1_IMAGE_SIZE = 224  # the tower of LLaVA v1, whose pictures were cropped; v1.5 has 336 and pads
 MISTRAL = (14336, 8)  # feed-forward width and kv heads of Mistral-7B
@@ -263,7 +263,7 @@ def _check_tokens(file: Gguf, template: str) -> None:
 def _vision_tensors(file: Gguf, config: LlavaConfig) -> dict[str, StoredTensor]:
     """CLIP and projector under classic names. Raises `CheckpointError` for what is missing, misshapen or not known."""
     names, shapes = tensor_names(config), tensor_shapes(config)
-    named = {name: "image_newline" if _NEWLINE.fullmatch(name) else name for name in file.tensors}
+    named = {name: NEWLINE if _NEWLINE.fullmatch(name) else name for name in file.tensors}
     stored = {name: _swap(target) if _swapped(file) else target for name, target in named.items()}
     found = {target: name for name, target in stored.items()}
     faults = {

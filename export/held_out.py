@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -109,7 +110,7 @@ def conversations(data: Path, bundle: Bundle, float16: Path, scratch: Path) -> t
     pictures = Pictures(bundle, scratch, lambda name: load_image(data.parent / name))
     chosen: list[Sample] = []
     room = POSITIONS
-    with Engine(float16, 1) as engine:
+    with opened(float16, 1) as engine:
         behind = after_control.encoder(engine, manifest.after_control)
         for record in order:
             pieces = prompt.render(manifest.template, messages_of(record), manifest.image_markers)
@@ -132,11 +133,10 @@ def drawings(bundle: Bundle, float16: Path, scratch: Path) -> tuple[list[Sample]
     pictures = Pictures(bundle, scratch, drawn.__getitem__)
     found = []
     for name in drawn:
-        with Engine(float16, len(pictures[name]) + 512) as engine:
+        with opened(float16, len(pictures[name]) + 512) as engine:
+            encode_prompt = after_control.prompt_encoder(engine, manifest)
             for question in QUESTIONS:
-                pieces = prompt.render(manifest.template, [Message("user", question, 1)], manifest.image_markers)
-                behind = after_control.encoder(engine, manifest.after_control)
-                ids = prompt.encode(pieces, engine.tokenize, engine.control_id, behind)
+                ids = encode_prompt([Message("user", question, 1)])
                 asked = lay_out(ids, [IGNORE_INDEX] * len(ids), name, len(pictures[name]))
                 answer = _greedy(engine, asked, pictures)
                 positions = range(len(asked.keys), len(asked.keys) + len(answer))
@@ -144,17 +144,9 @@ def drawings(bundle: Bundle, float16: Path, scratch: Path) -> tuple[list[Sample]
     return found, pictures
 
 
-class Engine(LanguageModel):
+def opened(path: Path, context: int) -> closing[LanguageModel]:
     """A language file for the length of a `with`; it holds `context` positions."""
-
-    def __init__(self, path: Path, context: int) -> None:
-        super().__init__(path, context=context, threads=devices.thread_count()[0])
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    return closing(LanguageModel(path, context=context, threads=devices.thread_count()[0]))
 
 
 def predictions(engine: LanguageModel, sample: Sample, pictures: Pictures) -> Iterator[Array]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from llava_edge import anyres, prompt
+from llava_edge import anyres
 from llava_edge.bundle import Manifest, Preprocessing
 from llava_edge.errors import MissingError, UnavailableError, install
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
-from llava_edge.export.names import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
 from llava_edge.image import load_image
 from llava_edge.models.llama_gguf import tensor_names
-from llava_edge.runtimes import after_control, devices
+from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
+from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
+from llava_edge.runtimes import devices
+from llava_edge.runtimes.after_control import prompt_encoder
 from llava_edge.runtimes.language import LanguageModel
 
 if TYPE_CHECKING:
@@ -127,7 +130,7 @@ def _prompts(checkpoint: Checkpoint, manifest: Manifest, float16: Path, images: 
     table = checkpoint.tensors[EMBEDDINGS]
     rows = []
     for n, ids in enumerate(_token_ids(manifest, float16, len(images))):
-        at, image = ids.index(prompt.IMAGE_TOKEN_INDEX), images[n % len(images)]
+        at, image = ids.index(IMAGE_TOKEN_INDEX), images[n % len(images)]
         is_image = np.zeros(len(ids) - 1 + len(image), bool)
         is_image[at : at + len(image)] = True
         rows.append(Prompt(np.concatenate([table[ids[:at]], image, table[ids[at + 1 :]]]), is_image))
@@ -135,18 +138,13 @@ def _prompts(checkpoint: Checkpoint, manifest: Manifest, float16: Path, images: 
 
 
 def _token_ids(manifest: Manifest, float16: Path, pictures: int) -> list[list[int]]:
-    engine = LanguageModel(float16, context=1, threads=devices.thread_count()[0])
-    try:
-        found = []
-        behind = after_control.encoder(engine, manifest.after_control)
+    found = []
+    with closing(LanguageModel(float16, context=1, threads=devices.thread_count()[0])) as engine:
+        encode_prompt = prompt_encoder(engine, manifest)
         for n in range(max(PROMPTS, pictures)):
             question, answer = QUESTIONS[(n + n // pictures) % len(QUESTIONS)]
-            messages = [prompt.Message("user", question, 1), prompt.Message("assistant", answer)]
-            pieces = prompt.render(manifest.template, messages, manifest.image_markers)
-            found.append(prompt.encode(pieces, engine.tokenize, engine.control_id, behind))
-        return found
-    finally:
-        engine.close()
+            found.append(encode_prompt([Message("user", question, 1), Message("assistant", answer)]))
+    return found
 
 
 def accumulate(
@@ -207,7 +205,7 @@ def _pass(checkpoint: Checkpoint, prefix: str, states: list[Tensor], weights: Se
         for n, x in enumerate(states):
             now = weights[n]
             cos, sin = rotary(torch.arange(x.shape[1])[None], c.head_dim, c.rope_theta)
-            states[n] = block(x, Context(cos, sin, None), None)[0]
+            states[n] = block(x, Context(cos, sin, None))
     return {path: values.astype(np.float32) for path, values in sums.items()}
 
 

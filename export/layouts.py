@@ -20,11 +20,11 @@ import numpy as np
 
 from llava_edge.errors import CheckpointError, MissingError, UsageError
 from llava_edge.export import merge, original
-from llava_edge.export.names import FINAL_NORM, NEWLINE, VISION_PREFIX
-from llava_edge.export.tensors import StoredTensor, has_weights, open_file, open_folder, read_json
+from llava_edge.export.merge import Stored
+from llava_edge.export.tensors import has_weights, open_file, open_folder, read_json
+from llava_edge.models.shapes import FINAL_NORM, NEWLINE, VISION_PREFIX
 
 Layout = Literal["huggingface", "original", "lora", "projector", "delta", "language model", "gguf pair"]
-Stored = dict[str, StoredTensor]
 
 PROJECTOR_FILE = "mm_projector.bin"  # llava/train/llava_trainer.py
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from llava_edge.errors import CheckpointError, MissingError
-from llava_edge.export.names import EMBEDDINGS, HEAD, classic_name, is_buffer
+from llava_edge.export.names import classic_name, is_buffer
 from llava_edge.export.tensors import StoredTensor, open_file, read_json
+from llava_edge.models.shapes import EMBEDDINGS, HEAD
 
 Stored = dict[str, StoredTensor]
 

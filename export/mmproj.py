@@ -8,7 +8,6 @@ so that is written. Where llama.cpp still computes something else than LLaVA, te
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from llava_edge.errors import CannotCreateError, CheckpointError, StorageError
 from llava_edge.export import projector
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.llm_gguf import write_tensors
-from llava_edge.export.names import VISION_PREFIX
 from llava_edge.models.config import LlavaConfig
+from llava_edge.models.shapes import VISION_PREFIX
 
 ARCHITECTURE = "clip"
 
@@ -71,14 +70,7 @@ def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
         raise CannotCreateError(f"{path.parent} is not a folder, so {path.name} cannot be created there.")
 
 
-def write_mmproj(
-    checkpoint: Checkpoint,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    path: Path,
-    name: str,
-    progress: Callable[[float], None] = lambda share: None,
-) -> None:
+def write_mmproj(checkpoint: Checkpoint, path: Path, name: str) -> None:
     """Write the file beside `path`, then give it its name. Raises `StorageError` when the disk fails."""
     import gguf
 
@@ -86,9 +78,9 @@ def write_mmproj(
     try:
         writer = gguf.GGUFWriter(temp, ARCHITECTURE)
         try:
-            _write_fields(writer, checkpoint.config, mean, std, name)
+            _write_fields(writer, checkpoint, name)
             names = tensor_names(checkpoint.config)
-            write_tensors(writer, checkpoint, names, lambda _, target, source: checkpoint.tensors[source], progress)
+            write_tensors(writer, checkpoint, names, lambda _, target, source: checkpoint.tensors[source])
         finally:
             writer.close()
         with temp.open("rb") as file:
@@ -100,16 +92,11 @@ def write_mmproj(
         temp.unlink(missing_ok=True)
 
 
-def _write_fields(
-    writer: Any,
-    config: LlavaConfig,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    name: str,
-) -> None:
+def _write_fields(writer: Any, checkpoint: Checkpoint, name: str) -> None:
     """llama.cpp's own names (tools/mtmd/clip-impl.h). Neither use_gelu nor use_silu means quick-GELU."""
     import gguf
 
+    config, (mean, std) = checkpoint.config, checkpoint.normalisation
     v = config.vision
     writer.add_type("mmproj")
     writer.add_name(name)

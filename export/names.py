@@ -15,12 +15,7 @@ from __future__ import annotations
 
 import re
 
-VISION_PREFIX = "vision_tower.vision_model."
-TEXT_PREFIX = "language_model.model."
-HEAD = "language_model.lm_head.weight"
-EMBEDDINGS = TEXT_PREFIX + "embed_tokens.weight"
-FINAL_NORM = TEXT_PREFIX + "norm.weight"
-NEWLINE = "image_newline"  # ends a row of tiles in LLaVA-1.6
+from llava_edge.models.shapes import NEWLINE, TEXT_PREFIX, VISION_PREFIX
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")  # older transformers saved them
 _RENAMED = (

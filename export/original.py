@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.errors import CheckpointError, UsageError
-from llava_edge.export.names import VISION_PREFIX
 from llava_edge.export.tensors import StoredTensor, read_json
 from llava_edge.models.config import VisionConfig
+from llava_edge.models.shapes import VISION_PREFIX
 
 MARKERS = ("<im_start>", "<im_end>")  # llava/constants.py
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,15 +31,16 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge import anyres, prompt
+from llava_edge import anyres
 from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
 from llava_edge.errors import CheckpointError, install
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
 from llava_edge.export.verify import relative
-from llava_edge.prompt import IMAGE_TOKEN_INDEX
-from llava_edge.runtimes import after_control, devices, mapping
+from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
+from llava_edge.runtimes import devices, mapping
+from llava_edge.runtimes.after_control import prompt_encoder
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
@@ -197,14 +199,11 @@ def _language_rows(
         context = len(image) + 512 + STEPS
         repack = path.stat().st_size < _REPACK_BYTES
         adapter = bundle.adapter if path == bundle.part(LANGUAGE) else None
-        engine = LanguageModel(path, adapter=adapter, context=context, threads=_threads(), repack=repack)
-        try:
-            pieces = prompt.render(manifest.template, [prompt.Message("user", _QUESTION, 1)], manifest.image_markers)
-            behind = after_control.encoder(engine, manifest.after_control)
-            ids = prompt.encode(pieces, engine.tokenize, engine.control_id, behind)
+        with closing(
+            LanguageModel(path, adapter=adapter, context=context, threads=_threads(), repack=repack)
+        ) as engine:
+            ids = prompt_encoder(engine, manifest)([Message("user", _QUESTION, 1)])
             ours = _follow(engine, ids, image, answer, partial(progress, f"the answer of {name}"))
-        finally:
-            engine.close()
         if wanted is None:
             wanted = _reference_logits(checkpoint, ids, image, answer, partial(progress, "the reference"))
         kept = checkpoint.language_file is not None or name not in QUANT_LIMITS

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from llava_edge.models.config import LlavaConfig
-
-ARCHITECTURE = "llava-projector"
+from llava_edge.models.shapes import NEWLINE
+from llava_edge.runtimes.projector import ARCHITECTURE
 
 
 def tensor_names(config: LlavaConfig) -> dict[str, str]:
@@ -24,7 +24,7 @@ def tensor_names(config: LlavaConfig) -> dict[str, str]:
         for layer in range(config.projector_layers)
         for kind in ("weight", "bias")
     }
-    return names | ({"image_newline": "image_newline"} if config.merge == "spatial_unpad" else {})
+    return names | ({NEWLINE: NEWLINE} if config.merge == "spatial_unpad" else {})
 
 
 def write_projector(config: LlavaConfig, tensors: Mapping[str, np.ndarray], path: Path, name: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from llava_edge import gguf
 from llava_edge.bundle import Bundle
 from llava_edge.export import held_out
-from llava_edge.export.held_out import Engine, Pictures, Sample
+from llava_edge.export.held_out import Pictures, Sample
 from llava_edge.export.importance import Importance
 from llava_edge.export.quantize import Quant, quantize
 
@@ -98,7 +98,7 @@ def measure(
 def _scores(path: Path, samples: Sequence[Sample], pictures: Pictures, scratch: Path) -> Array:
     """(answer tokens, 3), by `compare`. The first file's logits are kept in `scratch` and are what is compared with."""
     found = []
-    with Engine(path, max(len(sample.keys) for sample in samples)) as engine:
+    with held_out.opened(path, max(len(sample.keys) for sample in samples)) as engine:
         for number, sample in enumerate(samples):
             kept = scratch / f"logits-{number}.npy"
             logits = np.stack([row.copy() for row in held_out.predictions(engine, sample, pictures)])

@@ -141,7 +141,9 @@ def check_language(file: Gguf) -> None:
     blocks = file.number("llama.block_count", 1, MAX_BLOCKS)
     width = file.number("llama.embedding_length", 1, 1 << 17)
     heads = file.number("llama.attention.head_count", 1, 1024)
-    kv_heads = file.number("llama.attention.head_count_kv", 1, heads) if _has(file, "head_count_kv") else heads
+    kv_heads = heads
+    if "llama.attention.head_count_kv" in file.metadata:
+        kv_heads = file.number("llama.attention.head_count_kv", 1, heads)
     file.number("llama.context_length", 1, 1 << 24)
     file.number("llama.feed_forward_length", 1, 1 << 20)
     if width % heads or heads % kv_heads:
@@ -170,10 +172,6 @@ def check_adapter(file: Gguf, base: Gguf) -> None:
         raise BundleError(f"{file.path} has tensors that belong to no update.")
 
 
-def _has(file: Gguf, key: str) -> bool:
-    return f"llama.attention.{key}" in file.metadata
-
-
 def _check_settings(file: Gguf) -> None:
     """What llama.cpp aborts at, or reads as another kind of model."""
     experts = [key for key, value in file.metadata.items() if key.startswith("llama.expert") and value]
@@ -192,12 +190,12 @@ def _check_vocabulary(file: Gguf, width: int) -> None:
     if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != width:
         raise BundleError(f"{file.path} has no token_embd.weight of width {width}.")
     count = embedding.shape[0]
-    # 8: text, 6: float32, 5: int32; as llama.cpp reads them without asking.
-    for key, kinds in (("tokens", (_STRING,)), ("scores", (6,)), ("token_type", (5,)), ("merges", (_STRING,))):
+    # 6: float32, 5: int32; as llama.cpp reads them without asking.
+    for key, kind in (("tokens", _STRING), ("scores", 6), ("token_type", 5), ("merges", _STRING)):
         value = file.metadata.get(f"tokenizer.ggml.{key}")
         if value is None and (key != "tokens" or file.metadata.get("tokenizer.ggml.model") == "none"):
             continue
-        if not isinstance(value, Array) or value.kind not in kinds or (key != "merges" and value.count != count):
+        if not isinstance(value, Array) or value.kind != kind or (key != "merges" and value.count != count):
             raise BundleError(f"{file.path} has a tokenizer.ggml.{key} that does not match its {count} embeddings.")
     for key in ("bos", "eos", "unknown", "padding", "eot"):
         if f"tokenizer.ggml.{key}_token_id" in file.metadata:

@@ -44,12 +44,10 @@ _UPRIGHT = {
 }
 
 
-def load_image(source: ImageInput, name: str = "") -> Image.Image:
+def load_image(source: ImageInput) -> Image.Image:
     """Decode to RGB, uint8, upright, first frame; the result is new and carries no metadata.
 
-    Args:
-        source: a path, an encoded file as bytes, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
-        name: what messages call the picture; a path is its own name.
+    source: a path, an encoded file as bytes, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
 
     EXIF orientation is applied (LLaVA's own code does not). Transparency lies on `BACKGROUND`. 16-bit grey is
     divided by 257 and rounded; 16-bit colour keeps its high byte, which is all Pillow delivers.
@@ -59,12 +57,12 @@ def load_image(source: ImageInput, name: str = "") -> Image.Image:
     """
     if isinstance(source, os.PathLike) and not isinstance(source, Path):
         source = Path(os.fsdecode(source))
+    name = "The picture"  # what messages call it, if no file
     if isinstance(source, str | Path):
-        name = name or _printable(source)
+        name = _printable(source)
         source = _read(source, name)
     elif isinstance(source, ImageFile.ImageFile) and source.filename:
-        name = name or _printable(os.fsdecode(source.filename))
-    name = name or "The picture"
+        name = _printable(os.fsdecode(source.filename))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on metadata are no news to the person

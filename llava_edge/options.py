@@ -5,10 +5,9 @@ Knows nothing about engines, bundles or images.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from llava_edge.errors import UsageError
 
@@ -22,11 +21,11 @@ CacheHit = Literal["miss", "embedding", "kv"]
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
-DEVICES: tuple[Device, ...] = ("auto", "cpu", "metal", "cuda")
-PRESETS: tuple[Preset, ...] = ("auto", "latency", "memory")
-KVS: tuple[KV, ...] = ("auto", "f16", "q8_0")
-SPECULATE: tuple[Speculate, ...] = ("auto", "off", "ngram")
-TOKEN_METHODS: tuple[TokenMethod, ...] = ("cls", "pool", "random")
+DEVICES: tuple[Device, ...] = get_args(Device)
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+KVS: tuple[KV, ...] = get_args(KV)
+SPECULATE: tuple[Speculate, ...] = get_args(Speculate)
+TOKEN_METHODS: tuple[TokenMethod, ...] = get_args(TokenMethod)
 MAX_TOKENS = 1 << 20  # of an answer: more than any context has
 LEAST_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, and logits over it leave float32 at last
 MAX_STOPS = 16
@@ -239,8 +238,7 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
 
 
 def _real(name: str, value: object, low: float, high: float) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(float(str(value))) or not low <= float(str(value)) <= high:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:  # NaN is in no range
         raise UsageError(f"{name} is {_shown(value)}; a number from {low:g} to {high:g} was expected.")
 
 

@@ -14,13 +14,13 @@ from urllib.parse import unquote, urlsplit
 
 def meant(name: str) -> str:
     """The path that `name` means. A file of exactly that name goes first; what is no path comes back as it is."""
-    if _exists(name):
+    if exists(name):
         return name
     if name.startswith("file://"):
         with suppress(ValueError):  # it is no URL
             return unquote(urlsplit(name).path)
     plain = name.strip().strip("'\"")
-    if os.sep == "/" and not _exists(plain):
+    if os.sep == "/" and not exists(plain):
         plain = re.sub(r"\\(.)", r"\1", plain)
     if plain.startswith("~"):
         with suppress(RuntimeError):  # there is no such home
@@ -36,9 +36,9 @@ def is_file(name: str) -> bool:
         return False
 
 
-def _exists(name: str) -> bool:
+def exists(path: str | Path) -> bool:
     """Unlike Path.exists, it takes names that are too long for any file."""
     try:
-        return os.access(name, os.F_OK)
+        return os.access(path, os.F_OK)
     except ValueError:  # a NUL in it
         return False

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llava_edge.bundle import MANIFEST
 from llava_edge.errors import MissingError
+from llava_edge.paths import exists
 
 DEFAULT_MODEL = "smol"
 
@@ -66,7 +67,7 @@ def resolve(model: str | Path) -> Path:
     name = str(model)
     if not isinstance(model, Path) and _is_name(name) and _is_installed(name):
         return models_folder() / name
-    if name.strip() and _is_there(Path(name)):
+    if name.strip() and exists(Path(name)):
         return Path(name)
     if name in KNOWN_MODELS:
         looked = f" in {models_folder()}, where LLAVA_EDGE_HOME says" if os.environ.get("LLAVA_EDGE_HOME") else ""
@@ -79,7 +80,7 @@ def resolve(model: str | Path) -> Path:
 def refuse_download(name: str, instead: str) -> None:
     """Raises `MissingError` if a name is an address or that of a model on a hub, and nothing that is here."""
     elsewhere = "://" in name or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
-    if elsewhere and not _is_there(Path(name)):
+    if elsewhere and not exists(Path(name)):
         raise MissingError(f"{name!r} is not here, and llava-edge downloads no model but its own: {instead}.")
 
 
@@ -100,12 +101,4 @@ def _is_name(text: str) -> bool:
 
 
 def _is_installed(name: str) -> bool:
-    return _is_there(models_folder() / name / MANIFEST)
-
-
-def _is_there(path: Path) -> bool:
-    """Unlike Path.exists, for names that are too long for any file, too."""
-    try:
-        return os.access(path, os.F_OK)
-    except ValueError:  # a NUL in it
-        return False
+    return exists(models_folder() / name / MANIFEST)

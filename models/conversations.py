@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,28 +164,25 @@ def build(
     catalogue = Catalogue.of(items)
     train = [item for item in items if item.split == "train"]
     records: list[Record] = []
-    ask = _asker(catalogue, per_picture, multi_turn, rng)
     for item in train:
         wanted = rounds.get(item.source, 0.0)
         for _ in range(int(wanted) + (rng.random() < wanted % 1)):
-            for turns in ask(item):
+            for turns in _turns(item, catalogue, per_picture, multi_turn, rng):
                 records.append(record(len(records), item.image, turns))
     records += [record(len(records) + i, None, chat) for i, chat in enumerate(chats)]
     return records
 
 
-def _asker(
-    catalogue: Catalogue, per_picture: int, multi_turn: float, rng: random.Random
-) -> Callable[[Item], list[list[Question]]]:
-    def ask(item: Item) -> list[list[Question]]:
-        made = questions(item, catalogue, rng)
-        rng.shuffle(made)
-        singles = [[question] for question in made[: per_picture * (2 if item.source == "easy-vqa" else 1)]]
-        if len(singles) > 1 and rng.random() < multi_turn:
-            singles = [[*singles[0], *singles[1]], *singles[2:]]
-        return singles
-
-    return ask
+def _turns(
+    item: Item, catalogue: Catalogue, per_picture: int, multi_turn: float, rng: random.Random
+) -> list[list[Question]]:
+    """One round of questions about a picture, as conversations: of one turn each, or the first of two."""
+    made = questions(item, catalogue, rng)
+    rng.shuffle(made)
+    singles = [[question] for question in made[: per_picture * (2 if item.source == "easy-vqa" else 1)]]
+    if len(singles) > 1 and rng.random() < multi_turn:
+        singles = [[*singles[0], *singles[1]], *singles[2:]]
+    return singles
 
 
 def caption_records(items: Sequence[Item], seed: int = 0) -> list[Record]:

@@ -24,6 +24,7 @@ from llava_edge.models.data import Batch, collate, load_tokenizer, pack, tokeniz
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava, from_state
 from llava_edge.models.sources import Item
+from llava_edge.models.train import trained_logits
 from llava_edge.prompt import IGNORE_INDEX
 
 Ask = Callable[[Path, str], str]  # picture, question -> answer
@@ -82,10 +83,10 @@ def majority(train: Sequence[Question], held_out: Sequence[Question], name: str)
     return Score(name, "majority", right, len(held_out))
 
 
-def shuffled(questions: Sequence[Question], seed: int = 0) -> list[Question]:
+def shuffled(questions: Sequence[Question]) -> list[Question]:
     """The same questions, each asked about the picture of another one."""
     images = [q.image for q in questions]
-    random.Random(seed).shuffle(images)
+    random.Random(0).shuffle(images)
     return [Question(image, q.question, q.answer) for image, q in zip(images, questions, strict=True)]
 
 
@@ -114,14 +115,10 @@ class TorchJudge:
 
     @torch.inference_mode()
     def _right(self, batch: Batch) -> int:
-        language = self.model.language_model
-        features = self.features.get([self.data / image for image in batch.images]).float()
-        embeds = language.model.embed_tokens(batch.tokens)
-        embeds = embeds.masked_scatter(batch.is_image[..., None], self.model.projector(features))
-        states, _ = language.hidden(embeds, positions=batch.positions, mask=batch.mask)
+        features = self.features.get([self.data / image for image in batch.images])
         trained = batch.labels != IGNORE_INDEX
         hits = torch.ones_like(trained)
-        hits[trained] = language.logits(states[trained]).argmax(-1) == batch.labels[trained]
+        hits[trained] = trained_logits(self.model, batch, features).argmax(-1) == batch.labels[trained]
         return _whole_answers(trained, hits)
 
 

@@ -26,6 +26,8 @@ from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 from llava_edge.models.llava import Llava
 
+BATCH = 16  # pictures encoded at once
+
 
 def preprocessing(config: LlavaConfig) -> Preprocessing:
     """The one preprocessing of a LLaVA, as trainer, exporter and runtime use it."""
@@ -72,9 +74,7 @@ class FeatureCache:
             self._data = np.memmap(self._data_path, np.float16, "r", shape=(len(self._rows), *self.shape))
         return torch.from_numpy(self._data[[self._rows[self.key(path)] for path in paths]])
 
-    def ensure(
-        self, paths: Iterable[Path], progress: Callable[[int, int], None] | None = None, *, batch: int = 16
-    ) -> None:
+    def ensure(self, paths: Iterable[Path], progress: Callable[[int, int], None] | None = None) -> None:
         """Encode the pictures that are not cached yet. `progress(done, total)` after each batch.
 
         Waits while another process does so in the same folder.
@@ -93,8 +93,8 @@ class FeatureCache:
             todo = [path for key, path in unique.items() if key not in self._rows]
             tower = copy.deepcopy(self._tower).to(torch.bfloat16) if self.bf16 and todo else self._tower
             spec = preprocessing(self.config)
-            for start in range(0, len(todo), batch):
-                part = todo[start : start + batch]
+            for start in range(0, len(todo), BATCH):
+                part = todo[start : start + BATCH]
                 pixels = torch.from_numpy(np.stack([preprocess(load_image(path), spec) for path in part]))
                 with torch.inference_mode():
                     features = tower(pixels.to(torch.bfloat16) if self.bf16 else pixels)
@@ -105,7 +105,7 @@ class FeatureCache:
                     index.write(_line(self.key(path)))
                 index.flush()
                 if progress:
-                    progress(min(start + batch, len(todo)), len(todo))
+                    progress(min(start + BATCH, len(todo)), len(todo))
         self._data = None
 
     def _wait_for(self, lock: TextIO) -> None:

@@ -42,16 +42,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-KeyValue = tuple[Tensor, Tensor]  # (B, kv heads, T, head_dim) each
-
-
 @dataclass(frozen=True)
 class Context:
     """What every layer needs to know about the positions it is evaluating."""
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None  # (B, 1, T, T) bool, True where attended; None = causal, or everything for one new position
+    mask: Tensor | None  # (B, 1, T, T) bool, True where attended; None = causal
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -72,21 +69,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, at: Context, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, at: Context) -> Tensor:
         b, t, _ = x.shape
         q = rotate(self.q_proj(x).view(b, t, self.heads, -1).transpose(1, 2), at.cos, at.sin)
         k = rotate(self.k_proj(x).view(b, t, self.kv_heads, -1).transpose(1, 2), at.cos, at.sin)
         v = self.v_proj(x).view(b, t, self.kv_heads, -1).transpose(1, 2)
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         group = self.heads // self.kv_heads
         queries, keys = q.to(v.dtype), k.repeat_interleave(group, dim=1).to(v.dtype)
         values = v.repeat_interleave(group, dim=1)
         if at.mask is None:
-            out = F.scaled_dot_product_attention(queries, keys, values, is_causal=past is None)
+            out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         else:
             out = masked_attention(queries, keys, values, at.mask)
-        return self.o_proj(out.transpose(1, 2).reshape(b, t, -1)), (k, v)
+        merged: Tensor = self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
+        return merged
 
 
 class MLP(nn.Module):
@@ -113,10 +109,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, at: Context, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        attended, cache = self.self_attn(self.input_layernorm(x), at, past)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    def forward(self, x: Tensor, at: Context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), at)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Decoder(nn.Module):
@@ -138,31 +134,21 @@ class Llama(nn.Module):
         self.model = Decoder(c)
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
-    def hidden(
-        self,
-        embeds: Tensor,
-        past: list[KeyValue] | None = None,
-        *,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """(B, T, D) embeddings -> (B, T, D) normed states and the key/value cache.
+    def hidden(self, embeds: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) embeddings -> (B, T, D) normed states.
 
-        With `past`, one new position is evaluated after it. `positions` (B, T) and `mask` (B, 1, T, T) replace
-        the plain causal order; the trainer uses them to evaluate several conversations on one shared picture.
+        `positions` (B, T) and `mask` (B, 1, T, T) replace the plain causal order; the trainer uses them to evaluate
+        several conversations on one shared picture.
         """
-        if past and embeds.shape[1] != 1:
-            raise ValueError("With a key/value cache, positions are evaluated one at a time.")
         if positions is None:
-            start = past[0][0].shape[2] if past else 0
-            positions = torch.arange(start, start + embeds.shape[1])[None]
+            positions = torch.arange(embeds.shape[1])[None]
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         at = Context(cos.to(embeds.dtype), sin.to(embeds.dtype), mask)
-        x, caches = embeds, []
-        for i, layer in enumerate(self.model.layers):
-            x, cache = layer(x, at, past[i] if past else None)
-            caches.append(cache)
-        return self.model.norm(x), caches
+        x = embeds
+        for layer in self.model.layers:
+            x = layer(x, at)
+        normed: Tensor = self.model.norm(x)
+        return normed
 
     def logits(self, states: Tensor) -> Tensor:
         """(.., D) -> (.., vocab)."""

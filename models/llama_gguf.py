@@ -11,8 +11,7 @@ import numpy as np
 from llava_edge.errors import BundleError
 from llava_edge.gguf import TENSOR_TYPES, Gguf
 from llava_edge.models.config import TextConfig
-
-ROOT = "language_model.model."
+from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, HEAD, TEXT_PREFIX
 
 BLOCK = {
     "attn_norm": "input_layernorm",
@@ -29,12 +28,12 @@ BLOCK = {
 
 def tensor_names(c: TextConfig) -> dict[str, str]:
     """GGUF name -> classic Hugging Face name; exactly what llama.cpp creates, for it refuses a file with more."""
-    names = {"token_embd.weight": f"{ROOT}embed_tokens.weight", "output_norm.weight": f"{ROOT}norm.weight"}
+    names = {"token_embd.weight": EMBEDDINGS, "output_norm.weight": FINAL_NORM}
     if not c.tie_word_embeddings:
-        names["output.weight"] = "language_model.lm_head.weight"
+        names["output.weight"] = HEAD
     for layer in range(c.num_hidden_layers):
         for target, source in BLOCK.items():
-            names[f"blk.{layer}.{target}.weight"] = f"{ROOT}layers.{layer}.{source}.weight"
+            names[f"blk.{layer}.{target}.weight"] = f"{TEXT_PREFIX}layers.{layer}.{source}.weight"
     return names
 
 

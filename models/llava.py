@@ -85,7 +85,7 @@ class Llava(nn.Module):
     ) -> Tensor:
         """One sequence of ids with -200 for images, crops (n, 3, S, S) -> logits (T', vocab). `sizes`: see `images`."""
         images = None if pixels is None else self.images(self.encode_image(pixels), sizes)
-        states, _ = self.language_model.hidden(self.splice(ids, images)[None])
+        states = self.language_model.hidden(self.splice(ids, images)[None])
         return self.language_model.logits(states[0])
 
     @torch.no_grad()
@@ -97,17 +97,18 @@ class Llava(nn.Module):
         stop_ids: Sequence[int] = (),
         sizes: Sequence[tuple[int, int]] = (),
     ) -> list[int]:
-        """Greedy continuation of one prompt; `features` and `sizes` as `images` has them. Stop id not included."""
+        """Greedy continuation of one prompt; `features` and `sizes` as `images` has them. Stop id not included.
+
+        Everything is computed anew for each token: to compare with, not to use.
+        """
         images = None if features is None else self.images(features, sizes)
-        states, cache = self.language_model.hidden(self.splice(ids, images)[None])
         answer: list[int] = []
         while len(answer) < max_tokens:
+            states = self.language_model.hidden(self.splice([*ids, *answer], images)[None])
             token = int(self.language_model.logits(states[0, -1]).argmax())
             if token in stop_ids:
                 break
             answer.append(token)
-            embed = self.language_model.model.embed_tokens(torch.tensor([[token]]))
-            states, cache = self.language_model.hidden(embed, cache)
         return answer
 
 

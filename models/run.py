@@ -12,6 +12,7 @@ import torch
 from llava_edge.errors import UsageError
 from llava_edge.models import micro, smol
 from llava_edge.models.config import LlavaConfig
+from llava_edge.models.conversations import write_records
 from llava_edge.models.data import load_tokenizer
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava, from_state
@@ -95,8 +96,6 @@ def _write_records(recipe: Recipe, folders: Folders) -> None:
     if recipe.parts == "micro":
         micro.write_data(folders.data, seed=recipe.seed, **recipe.data)
         return
-    from llava_edge.models.conversations import write_records
-
     assert folders.photos is not None
     write_records(folders.data, folders.photos, seed=recipe.seed, **recipe.data)
 

@@ -6,6 +6,13 @@ from llava_edge.models.config import LlavaConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
+VISION_PREFIX = "vision_tower.vision_model."
+TEXT_PREFIX = "language_model.model."
+HEAD = "language_model.lm_head.weight"
+EMBEDDINGS = TEXT_PREFIX + "embed_tokens.weight"
+FINAL_NORM = TEXT_PREFIX + "norm.weight"
+NEWLINE = "image_newline"  # ends a row of tiles in LLaVA-1.6
+
 
 def tensor_shapes(config: LlavaConfig) -> Shapes:
     """Every tensor of a whole checkpoint: all CLIP blocks and post_layernorm too, used or not."""
@@ -15,7 +22,7 @@ def tensor_shapes(config: LlavaConfig) -> Shapes:
 def vision_shapes(config: LlavaConfig) -> Shapes:
     """vision_tower.vision_model.*"""
     v = config.vision
-    d, root = v.hidden_size, "vision_tower.vision_model."
+    d, root = v.hidden_size, VISION_PREFIX
     shapes: Shapes = {
         root + "embeddings.class_embedding": (d,),
         root + "embeddings.patch_embedding.weight": (d, 3, v.patch_size, v.patch_size),
@@ -44,17 +51,17 @@ def projector_shapes(config: LlavaConfig) -> Shapes:
         width = hidden if i else config.vision.hidden_size
         shapes |= {root + "weight": (hidden, width), root + "bias": (hidden,)}
     if config.merge == "spatial_unpad":
-        shapes["image_newline"] = (hidden,)
+        shapes[NEWLINE] = (hidden,)
     return shapes
 
 
 def language_shapes(config: LlavaConfig) -> Shapes:
     """language_model.*; no lm_head when it is tied."""
     t = config.text
-    d, kv, root = t.hidden_size, t.num_key_value_heads * t.head_dim, "language_model.model."
-    shapes: Shapes = {root + "embed_tokens.weight": (t.vocab_size, d), root + "norm.weight": (d,)}
+    d, kv = t.hidden_size, t.num_key_value_heads * t.head_dim
+    shapes: Shapes = {EMBEDDINGS: (t.vocab_size, d), FINAL_NORM: (d,)}
     for n in range(t.num_hidden_layers):
-        block = f"{root}layers.{n}."
+        block = f"{TEXT_PREFIX}layers.{n}."
         attention = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
         shapes |= {f"{block}self_attn.{name}.weight": shape for name, shape in attention.items()}
         wide = t.intermediate_size
@@ -62,5 +69,5 @@ def language_shapes(config: LlavaConfig) -> Shapes:
         shapes |= {f"{block}mlp.{name}.weight": shape for name, shape in mlp.items()}
         shapes |= {f"{block}{norm}.weight": (d,) for norm in ("input_layernorm", "post_attention_layernorm")}
     if not t.tie_word_embeddings:
-        shapes["language_model.lm_head.weight"] = (t.vocab_size, d)
+        shapes[HEAD] = (t.vocab_size, d)
     return shapes

@@ -133,13 +133,13 @@ def _view(photo: Image.Image, rng: random.Random) -> Image.Image:
     return view
 
 
-def _easy_vqa(folder: Path, train_pictures: int = 4000, val_pictures: int = 1000) -> Iterator[Item]:
+def _easy_vqa(folder: Path) -> Iterator[Item]:
     root = folder / "easy-vqa"
     arguments = ["-m", "pip", "download", "--quiet", "--no-deps", EASY_VQA, "--dest", "."]
     _run(python.command("A download with pip", *arguments), root)
     with zipfile.ZipFile(next(root.glob("easy_vqa-*.whl"))) as archive:
         archive.extractall(root)
-    for split, name, count in (("train", "train", train_pictures), ("val", "test", val_pictures)):
+    for split, name, count in (("train", "train", 4000), ("val", "test", 1000)):
         data = root / "easy_vqa" / "data" / name
         questions: dict[int, list[tuple[str, str]]] = {}
         for question, answer, picture in json.loads((data / "questions.json").read_text("utf-8")):

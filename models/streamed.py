@@ -18,12 +18,11 @@ from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.llama import Block, Context, RMSNorm, rotary
 from llava_edge.models.projector import Projector
+from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, HEAD, NEWLINE, TEXT_PREFIX, VISION_PREFIX
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 Module = TypeVar("Module", bound=nn.Module)
-
-TEXT = "language_model.model."
 
 
 def _tensor(array: Array) -> Tensor:
@@ -43,14 +42,14 @@ def load_part(build: Callable[[], Module], tensors: Arrays, prefix: str) -> Modu
 @torch.no_grad()
 def image_features(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> list[Array]:
     """(crops, 3, S, S) each -> CLIP features (crops, tokens, vision width) each."""
-    tower = load_part(lambda: VisionTower(config), tensors, "vision_tower.vision_model.")
+    tower = load_part(lambda: VisionTower(config), tensors, VISION_PREFIX)
     return [torch.cat([tower(crop[None]) for crop in torch.from_numpy(item)]).numpy() for item in pixels]
 
 
 @torch.no_grad()
 def image_attended(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> tuple[list[Array], list[Array]]:
     """The same, and the class token's attention (crops, tokens) each."""
-    tower = load_part(lambda: VisionTower(config), tensors, "vision_tower.vision_model.")
+    tower = load_part(lambda: VisionTower(config), tensors, VISION_PREFIX)
     found = [[tower.attended(crop[None]) for crop in torch.from_numpy(item)] for item in pixels]
     features, attention = ([torch.cat([pair[n] for pair in pairs]).numpy() for pairs in found] for n in (0, 1))
     return features, attention
@@ -70,7 +69,7 @@ def arrange(
     """Embeddings of crops -> (positions, hidden size) of each picture, whose `sizes` are (width, height)."""
     if config.square != "anyres":
         return [item[0] for item in embeds]
-    newline = _tensor(tensors["image_newline"]) if config.merge == "spatial_unpad" else None
+    newline = _tensor(tensors[NEWLINE]) if config.merge == "spatial_unpad" else None
     return [
         anyres.arrange(torch.from_numpy(item), newline, config, size).numpy()
         for item, size in zip(embeds, sizes, strict=True)
@@ -79,7 +78,7 @@ def arrange(
 
 def embed_tokens(tensors: Arrays, ids: Sequence[int]) -> Array:
     """Token ids -> rows of the embedding table (n, hidden size)."""
-    return np.asarray(tensors[TEXT + "embed_tokens.weight"][np.asarray(ids, np.int64)])
+    return np.asarray(tensors[EMBEDDINGS][np.asarray(ids, np.int64)])
 
 
 @torch.no_grad()
@@ -97,13 +96,14 @@ def logits(
     for number in range(text.num_hidden_layers):
         states = _through(config, tensors, number, states, Context(cos, sin, None))
         progress((number + 1) / text.num_hidden_layers)
-    norm = load_part(lambda: RMSNorm(text.hidden_size, text.rms_norm_eps), tensors, TEXT + "norm.")
-    head = TEXT + "embed_tokens.weight" if text.tie_word_embeddings else "language_model.lm_head.weight"
+    norm = load_part(lambda: RMSNorm(text.hidden_size, text.rms_norm_eps), tensors, FINAL_NORM.removesuffix("weight"))
+    head = EMBEDDINGS if text.tie_word_embeddings else HEAD
     weights = _tensor(tensors[head])
     return np.asarray((norm(states)[0, start:] @ weights.T).numpy())
 
 
 def _through(config: LlavaConfig, tensors: Arrays, number: int, states: Tensor, at: Context) -> Tensor:
     """One block, let go of before the next is loaded."""
-    block = load_part(lambda: Block(config.text), tensors, f"{TEXT}layers.{number}.")
-    return block(states, at, None)[0]  # type: ignore[no-any-return]
+    block = load_part(lambda: Block(config.text), tensors, f"{TEXT_PREFIX}layers.{number}.")
+    out: Tensor = block(states, at)
+    return out

@@ -135,17 +135,21 @@ def _check_lengths(samples: Sequence[Sample], stage: Stage) -> None:
         )
 
 
-def batch_loss(model: Llava, batch: Batch, features: Tensor | None) -> Tensor:
-    """Sum of cross-entropy over the trained tokens. Only their positions go through the head."""
+def trained_logits(model: Llava, batch: Batch, features: Tensor | None) -> Tensor:
+    """(n, vocab) for the trained tokens, row by row. Only their positions go through the head."""
     language = model.language_model
     embeds = language.model.embed_tokens(batch.tokens).float()
     if features is not None:
         images = model.projector(features.float()).float()
         embeds = embeds.masked_scatter(batch.is_image[..., None], images)
-    states, _ = language.hidden(embeds, positions=batch.positions, mask=batch.mask)
-    trained = batch.labels != IGNORE_INDEX
-    logits = language.logits(states[trained])
-    return F.cross_entropy(logits.float(), batch.labels[trained], reduction="sum")
+    states = language.hidden(embeds, positions=batch.positions, mask=batch.mask)
+    return language.logits(states[batch.labels != IGNORE_INDEX])
+
+
+def batch_loss(model: Llava, batch: Batch, features: Tensor | None) -> Tensor:
+    """Sum of cross-entropy over the trained tokens."""
+    targets = batch.labels[batch.labels != IGNORE_INDEX]
+    return F.cross_entropy(trained_logits(model, batch, features).float(), targets, reduction="sum")
 
 
 class Trainer:

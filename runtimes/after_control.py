@@ -1,4 +1,5 @@
-"""Text right behind a control token -> tokens, in each of the ways of LLaMA's tokenizers (`prompt.AfterControl`).
+"""A bundle's prompts -> tokens, with text right behind a control token in each of the ways of LLaMA's tokenizers
+(`prompt.AfterControl`).
 
 llama.cpp puts SentencePiece's dummy prefix before every stretch of text; the other two ways are made from that one.
 For a vocabulary without a dummy prefix all three are the same.
@@ -6,14 +7,28 @@ For a vocabulary without a dummy prefix all three are the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from llava_edge.prompt import AfterControl, EncodeText
+from llava_edge import prompt
+from llava_edge.bundle import Manifest
+from llava_edge.prompt import AfterControl, EncodeText, Message
 from llava_edge.runtimes.language import LanguageModel
 
 _SPACE = "▁"  # how SentencePiece writes a space
 _GUARD = "\0"  # stands in no piece with other characters, so that nothing merges with it
 _UNKNOWN = 0  # LLaMA's <unk>
+
+
+def prompt_encoder(language: LanguageModel, manifest: Manifest) -> Callable[[Sequence[Message]], list[int]]:
+    """The function that lays messages out as a bundle's model was trained, and tokenizes them (`prompt.encode`)."""
+    behind = encoder(language, manifest.after_control)
+
+    def encode(messages: Sequence[Message]) -> list[int]:
+        pieces = prompt.render(manifest.template, messages, manifest.image_markers)
+        return prompt.encode(pieces, language.tokenize, language.control_id, behind)
+
+    return encode
 
 
 def encoder(language: LanguageModel, way: AfterControl) -> EncodeText:

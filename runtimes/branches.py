@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from types import TracebackType
 
 from llava_edge.runtimes.language import LanguageModel
 
@@ -46,5 +45,5 @@ class Branches:
     def __enter__(self) -> Branches:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._language.branch(0)

@@ -58,7 +58,7 @@ def decode(answer: Answer, options: Options, speculation: Speculation) -> Finish
     try:
         while True:
             language.logits()  # refuses what is not finite
-            token = sampler.sample(language.context)
+            token = sampler.sample()
             reason = answer.take(token)
             if reason:
                 return reason
@@ -69,8 +69,8 @@ def decode(answer: Answer, options: Options, speculation: Speculation) -> Finish
 
 def _guessable(options: Options) -> bool:
     """Whether a token depends on nothing but its logits, which nobody wants to see."""
-    greedy = options.temperature == 0 and not options.grammar and not penalizes(options)
-    return greedy and options.top_logprobs is None and options.speculate != "off"
+    alone = options.greedy and not options.grammar and not penalizes(options)
+    return alone and options.top_logprobs is None and options.speculate != "off"
 
 
 def decode_together(
@@ -89,7 +89,7 @@ def decode_together(
 
     def sample(number: int, row: int) -> None:
         language.logits(row)  # refuses what is not finite
-        token = samplers[number].sample(language.context, row)
+        token = samplers[number].sample(row)
         reason = answers[number].take(token, row)
         if reason:
             last.pop(number, None)

@@ -105,11 +105,8 @@ class Embedder:
     def _opened(self) -> tuple[VisionEncoder, Projector]:
         if self._parts is None:
             projector = Projector(self._bundle, self._library, self._setting.threads)
-            self._parts = self._encoder(), projector
+            self._parts = opened(self._bundle, self._setting, self._provider), projector
         return self._parts
-
-    def _encoder(self) -> VisionEncoder:
-        return opened(self._bundle, self._setting, self._provider)
 
     def _compute(self, picture: Picture, vision_run: Any, cancel: threading.Event) -> Embedding:
         """Crops go one by one: five at once take five times the working memory."""

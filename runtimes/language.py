@@ -146,7 +146,7 @@ class LanguageModel:
     def keep(self, keys: Sequence[Key]) -> int:
         """Forget all but that beginning; return its length."""
         same = self.common(keys)
-        self._truncate(same)
+        self.forget(same)
         return same
 
     def save(self, count: int) -> memoryview:
@@ -228,8 +228,13 @@ class LanguageModel:
         return values
 
     def forget(self, length: int) -> None:
-        """Forget every position from `length` on."""
-        self._truncate(length)
+        """Forget every position from `length` on, whatever llama.cpp holds there after an abort."""
+        del self.held[length:]
+        if not self.library.llama_memory_seq_rm(self._memory, _SEQUENCE, length, -1):
+            self.library.llama_memory_clear(self._memory, True)
+            self.held.clear()
+            if length:
+                raise BundleError(f"llama.cpp cannot drop the end of its memory for {self._path}.")
 
     def logits(self, row: int = -1) -> Array:
         """(vocab_size,) float32 of the last position, or of one that `evaluate_all` appended: a view, valid until the
@@ -354,7 +359,7 @@ class LanguageModel:
         try:
             self._run(batch, cancel, quick=count == wanted)
         except (CancelledError, BundleError):
-            self._truncate(start)
+            self.forget(start)
             raise
         self.held += keys
 
@@ -374,15 +379,6 @@ class LanguageModel:
             raise CancelledError
         if status:
             raise BundleError(f"llama.cpp failed with status {status} after {len(self.held)} positions: {last_error()}")
-
-    def _truncate(self, length: int) -> None:
-        """Forget every position from `length` on, whatever llama.cpp holds there after an abort."""
-        del self.held[length:]
-        if not self.library.llama_memory_seq_rm(self._memory, _SEQUENCE, length, -1):
-            self.library.llama_memory_clear(self._memory, True)
-            self.held.clear()
-            if length:
-                raise BundleError(f"llama.cpp cannot drop the end of its memory for {self._path}.")
 
 
 def _bytes(array: Array) -> Any:

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llava_edge.protobuf import encode
-from llava_edge.runtimes import devices, language, native
+from llava_edge.runtimes import bindings, devices, language, native
 from llava_edge.runtimes.native import check
 from llava_edge.runtimes.native.ggml import Ggml, Weights
 from llava_edge.runtimes.native.library import DEVICE
@@ -108,7 +107,7 @@ def _best(call: Callable[[], Any]) -> float:
 
 def _session(operator: str, left: int, right: int, out: int, weights: np.ndarray[Any, Any], threads: int) -> Any:
     """An ONNX Runtime session of `c = operator(a, weights)`; the types are those of onnx.TensorProto."""
-    ort: Any = import_module("onnxruntime")
+    ort = bindings.onnxruntime()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     rows, inner, columns = SHAPE

@@ -22,7 +22,8 @@ from llava_edge.cache import user_cache
 from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, FinishReason, Options
-from llava_edge.runtimes import CancelledError, after_control, devices, presets, probe, tune
+from llava_edge.runtimes import CancelledError, devices, presets, probe, tune
+from llava_edge.runtimes.after_control import prompt_encoder
 from llava_edge.runtimes.decoding import Answer, decode, decode_together
 from llava_edge.runtimes.draft import Draft
 from llava_edge.runtimes.embedder import Embedder
@@ -160,7 +161,7 @@ class Engine:
             for number, messages in enumerate(conversations, 1):
                 check_slots(messages, pictures)
                 try:
-                    self._check_room(Run(0), self._encode_prompt(messages), rows, messages)
+                    self._check_room(Run(0), self.encode_prompt(messages), rows, messages)
                 except ContextOverflowError as error:
                     which = f"Question {number}: " if len(conversations) > 1 else ""
                     raise ContextOverflowError(f"{which}{error}") from error
@@ -206,19 +207,10 @@ class Engine:
     def _load(self, cancel: threading.Event, pictures: Sequence[Picture], on_load: Callable[[float], None]) -> None:
         start = time.perf_counter()
         probe.require_working_build()
-        self.choice = devices.choose(self.options.device)
         manifest = self.bundle.manifest
-        path = self.bundle.part(LANGUAGE)
-        header = gguf.read(path)
-        gguf.check_language(header)
-        trained, tiles = manifest.language.context_length, manifest.preprocessing.square == "anyres"
-        presets.check_context(self.options.context, trained)
-        layers, tower = self.choice.gpu_layers, self._copied_tower()
+        self.choice = devices.choose(self.options.device)
         batch = min(max(BATCH, manifest.vision.image_tokens), MAX_BATCH)
-        mapped = sum(file.size for file in manifest.files.values()) + batch * manifest.language.vocab_size * 4
-        self.preset = presets.choose(
-            self.options, header, trained, tiles=tiles, gpu_layers=layers, tower=tower, mapped=mapped
-        )
+        self.preset = self._chosen_preset(batch)
         self.context_size = self.preset.context
         threads = self.options.threads or devices.thread_count()[0]
         self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
@@ -228,7 +220,36 @@ class Engine:
             on_load(fraction)
             return not cancel.is_set()
 
-        self._language = LanguageModel(
+        language = self._load_language(threads, batch, progress)
+        if self.options.draft:
+            self._draft = Draft(Path(self.options.draft), language, threads, repack=self.preset.repack)
+        self._speculation = Speculation(language, self._draft)
+        self._prefill = Prefill(self.bundle, language, self._embedder, self._cache)
+        self._template = template(manifest.template)
+        self._ends = {language.control_id(name) for name in self._template.stops}
+        self._encode = prompt_encoder(language, manifest)
+        if not pictures:
+            embedding.result()
+        self.load_ms = since(start)
+
+    def _chosen_preset(self, batch: int) -> presets.Chosen:
+        manifest = self.bundle.manifest
+        header = gguf.read(self.bundle.part(LANGUAGE))
+        gguf.check_language(header)
+        presets.check_context(self.options.context, manifest.language.context_length)
+        return presets.choose(
+            self.options,
+            header,
+            manifest.language.context_length,
+            tiles=manifest.preprocessing.square == "anyres",
+            gpu_layers=self.choice.gpu_layers,
+            tower=self._copied_tower(),
+            mapped=sum(file.size for file in manifest.files.values()) + batch * manifest.language.vocab_size * 4,
+        )
+
+    def _load_language(self, threads: int, batch: int, progress: Callable[[float], bool]) -> LanguageModel:
+        path, expected = self.bundle.part(LANGUAGE), self.bundle.manifest.language
+        self._language = language = LanguageModel(
             path,
             adapter=self.bundle.adapter,
             context=self.context_size,
@@ -240,22 +261,12 @@ class Engine:
             verbose=self.options.verbose,
             on_load=progress,
         )
-        found = (self._language.hidden_size, self._language.vocab_size)
-        if found != (manifest.language.hidden_size, manifest.language.vocab_size):
+        found, wanted = (language.hidden_size, language.vocab_size), (expected.hidden_size, expected.vocab_size)
+        if found != wanted:
             raise BundleError(
-                f"{path} has hidden size and vocabulary {found}, the manifest says "
-                f"{(manifest.language.hidden_size, manifest.language.vocab_size)}: it is from another bundle."
+                f"{path} has hidden size and vocabulary {found}, the manifest says {wanted}: it is from another bundle."
             )
-        if self.options.draft:
-            self._draft = Draft(Path(self.options.draft), self._language, threads, repack=self.preset.repack)
-        self._speculation = Speculation(self._language, self._draft)
-        self._prefill = Prefill(self.bundle, self._language, self._embedder, self._cache)
-        self._template = template(manifest.template)
-        self._ends = {self._language.control_id(name) for name in self._template.stops}
-        self._after_control = after_control.encoder(self._language, manifest.after_control)
-        if not pictures:
-            embedding.result()
-        self.load_ms = since(start)
+        return language
 
     def _copied_tower(self) -> int:
         """Bytes of CLIP's weights, if its fastest setting here holds them a second time."""
@@ -284,7 +295,7 @@ class Engine:
     ) -> tuple[list[Segment], Answer]:
         """Everything that can be refused is, before any model runs."""
         check_slots(messages, images)
-        ids = self._encode_prompt(messages)
+        ids = self.encode_prompt(messages)
         manifest = self.bundle.manifest
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
@@ -368,16 +379,15 @@ class Engine:
         result = run.result(reason, self.bundle.manifest.name, self.choice.name, self.load_ms)
         return Chunk(text, run.unseen, reason, result, tuple(run.chances))
 
-    def _encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
-        language, _ = self._opened()
+    def encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
+        """Token ids. Raises `UsageError`, or `ContextOverflowError` for what is far too long to be tokenized."""
+        self._opened()
         size = sum(len(message.text.encode("utf-8", "replace")) for message in messages)
         if size > self.context_size * 64:  # no vocabulary here has tokens of 64 bytes on average
             raise ContextOverflowError(
                 f"The messages have {size} bytes of text, far more than a context of {self.context_size} holds."
             )
-        manifest = self.bundle.manifest
-        pieces = prompt.render(manifest.template, messages, manifest.image_markers)
-        return prompt.encode(pieces, language.tokenize, language.control_id, self._after_control)
+        return self._encode(messages)
 
     def _check_room(self, run: Run, ids: list[int], rows: list[int], messages: Sequence[prompt.Message]) -> None:
         """Count positions; `rows` are those of each image. Raises `ContextOverflowError`."""

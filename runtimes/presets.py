@@ -109,10 +109,15 @@ def check_context(asked: int, trained: int) -> None:
 
 def memory_bytes(header: Gguf, context: int, kv: Literal["f16", "q8_0"]) -> int:
     """Keys and values of `context` positions."""
+    return int(2 * header.metadata["llama.block_count"] * context * kv_width(header) * KV_BYTES[kv])
+
+
+def kv_width(header: Gguf) -> int:
+    """Numbers of a position's keys in one block, and of its values."""
     heads = header.number("llama.attention.head_count", 1, 1024)
-    kv_heads = header.metadata.get("llama.attention.head_count_kv", heads)
-    width = header.metadata["llama.embedding_length"] // heads * kv_heads
-    return int(2 * header.metadata["llama.block_count"] * context * width * KV_BYTES[kv])
+    kv_heads: int = header.metadata.get("llama.attention.head_count_kv", heads)
+    width: int = header.metadata["llama.embedding_length"]
+    return width // heads * kv_heads
 
 
 def _copied_bytes(header: Gguf) -> int:

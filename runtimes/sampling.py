@@ -34,13 +34,13 @@ class Sampler:
         for part in self._parts(options):
             library.llama_sampler_chain_add(self._chain, part)  # the chain owns and frees it
 
-    def sample(self, context: Any, row: int = -1) -> int:
+    def sample(self, row: int = -1) -> int:
         """Draw a token from a row of logits, of the last evaluated position if not told, and note it for the next.
 
         Raises `UsageError` if the vocabulary has no token that the grammar allows next.
         """
         if not self._grammar:
-            return int(self._library.llama_sampler_sample(self._chain, context, row))
+            return int(self._library.llama_sampler_sample(self._chain, self._language.context, row))
         token = self._allowed(row)
         for part in (self._grammar, self._chain):
             self._library.llama_sampler_accept(part, token)
@@ -109,8 +109,8 @@ def _depth(grammar: str) -> int:
     return max(accumulate(steps), default=0)
 
 
-def chance(language: LanguageModel, token: int, top: int, row: int = -1) -> TokenChance:
-    """How likely `token` was by a row of logits, of the last position if not told, and the `top` likeliest tokens."""
+def chance(language: LanguageModel, token: int, top: int, row: int) -> TokenChance:
+    """How likely `token` was by a row of logits, and the `top` likeliest tokens."""
     logits = language.logits(row).astype(np.float64)
     highest = logits.max()
     logprobs = logits - highest - np.log(np.exp(logits - highest).sum())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,17 @@ def measure(bundle: Bundle, talk: Callable[[str], None] = lambda line: None) -> 
         raise UnavailableError(
             f"Other programs took {share:.0%} of the processor while it was measured; nothing is kept."
         )
-    try:
-        path = _path(bundle)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps([asdict(item) for item in found]), "utf-8")
-        part.replace(path)
-    except (OSError, LlavaEdgeError):
-        pass  # without a home it is measured for nothing, and nothing else is lost
+    with suppress(OSError, LlavaEdgeError):  # without a home it is measured for nothing, and nothing else is lost
+        _remember(bundle, found)
     return found
+
+
+def _remember(bundle: Bundle, found: Sequence[Setting]) -> None:
+    path = _path(bundle)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps([asdict(item) for item in found]), "utf-8")
+    part.replace(path)
 
 
 def known(bundle: Bundle) -> list[Setting]:

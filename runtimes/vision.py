@@ -61,14 +61,13 @@ class VisionEncoder:
         if library is None or self._part.precision != "int8":
             return None
         try:
-            graph = operator.with_operators(Path(self._path).read_bytes(), threads)
+            graph = operator.with_operators(self._path.read_bytes(), threads)
             if graph is not None:
                 settings.register_custom_ops_library(_utf8(library))
+                folder = _utf8(self._path.parent)
+                settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         except Exception:  # noqa: BLE001 - ONNX Runtime says what is wrong with a damaged file
             return None
-        if graph is not None:
-            folder = _utf8(Path(self._path).parent)
-            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         return graph
 
     def encode(self, pixels: Array, run: Any = None) -> Array:
@@ -127,7 +126,7 @@ class VisionEncoder:
                 )
 
 
-def _utf8(path: str | Path) -> str:
+def _utf8(path: Path) -> str:
     """A path as ONNX Runtime, which encodes in UTF-8 whatever the locale says, finds it. Raises `BundleError`."""
     try:
         return os.fsencode(path).decode("utf-8")

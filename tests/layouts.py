@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions
 from llava_edge.export.llm_gguf import write_language as write_gguf
-from llava_edge.export.names import TEXT_PREFIX, VISION_PREFIX
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig
+from llava_edge.models.shapes import TEXT_PREFIX, VISION_PREFIX
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]

@@ -153,8 +153,8 @@ def refused(data: bytes, folder: Path, word: str = "") -> None:
     check(caught.value, str(path), word)
     assert caught.value.exit_code == 65
     with pytest.raises(ImageError) as caught:
-        load_image(data, name="standard input")
-    check(caught.value, "standard input", word)
+        load_image(data)
+    check(caught.value, "The picture", word)
 
 
 @pytest.mark.parametrize(("data", "word"), MISLABELLED.values(), ids=MISLABELLED)

@@ -33,7 +33,7 @@ from llava_edge.export.quantize import Quant, quantize
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import llama_gguf, micro
 from llava_edge.models.config import LlavaConfig, VisionConfig
-from llava_edge.models.shapes import vision_shapes
+from llava_edge.models.shapes import VISION_PREFIX, vision_shapes
 from llava_edge.runtimes import devices
 from llava_edge.runtimes import projector as runtime_projector
 from llava_edge.runtimes.language import LanguageModel
@@ -229,11 +229,11 @@ def test_outliers_among_the_activations_do_not_blur_the_rest(tmp_path: Path) -> 
     """One channel 200 times larger than the others takes the whole range of a single int8 term, but not of two."""
     tensors = dict(clip_tower()[1])
     for norm in ("layer_norm1", "layer_norm2"):
-        name = f"{clip_onnx.PREFIX}encoder.layers.0.{norm}.weight"
+        name = f"{VISION_PREFIX}encoder.layers.0.{norm}.weight"
         tensors[name] = tensors[name] * np.where(np.arange(64) == 5, np.float32(200), np.float32(1))
     for number in range(2):  # weights that int8 holds exactly, so that only activations are rounded
         for linear in ("mlp.fc1", "mlp.fc2", "self_attn.out_proj", *(f"self_attn.{kind}_proj" for kind in "qkv")):
-            name = f"{clip_onnx.PREFIX}encoder.layers.{number}.{linear}.weight"
+            name = f"{VISION_PREFIX}encoder.layers.{number}.{linear}.weight"
             values, scale = clip_onnx.quantize_columns(tensors[name].T)
             tensors[name] = (values * scale).T
     outputs = []

@@ -428,7 +428,7 @@ def test_a_failed_write_leaves_nothing(source: Path, tmp_path: Path, monkeypatch
     from llava_edge.export.mmproj import write_mmproj as write_ours
 
     with pytest.raises(StorageError, match="No space left"):
-        write_ours(checkpoint, CLIP_MEAN, CLIP_STD, tmp_path / "mmproj.gguf", "micro")
+        write_ours(checkpoint, tmp_path / "mmproj.gguf", "micro")
     assert list(tmp_path.iterdir()) == []
 
 

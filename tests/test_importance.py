@@ -50,7 +50,7 @@ def hooked(model: Llava, prompts: list[importance.Prompt], image: float) -> Impo
             module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0].numpy()))
     heads = inputs.setdefault("output.weight", [])
     for item in prompts:
-        heads.append(model.language_model.hidden(torch.from_numpy(item.embeds)[None])[0][0].numpy())
+        heads.append(model.language_model.hidden(torch.from_numpy(item.embeds)[None])[0].numpy())
     is_image = np.concatenate([item.is_image for item in prompts])
     squares = {name: np.concatenate(rows).astype(np.float64) ** 2 for name, rows in inputs.items()}
     return {
@@ -93,7 +93,7 @@ def test_a_tied_head_weighs_the_embeddings(tmp_path: Path) -> None:
     prompts = [importance.Prompt(embeds, np.arange(6) < 3)]
     found = importance.accumulate(checkpoint, prompts)
     assert "output.weight" not in found
-    states, _ = from_state(config, tensors).language_model.hidden(torch.from_numpy(embeds)[None])
+    states = from_state(config, tensors).language_model.hidden(torch.from_numpy(embeds)[None])
     np.testing.assert_allclose(found["token_embd.weight"], states[0].square().mean(0).numpy(), rtol=1e-5)
 
 

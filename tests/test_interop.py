@@ -115,7 +115,7 @@ def test_our_file_loads_and_only_the_class_token_is_misplaced(
     llama_cpp: Encode, reference: Llava, micro_checkpoint: Path, micro_bundle: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "mmproj.gguf"
-    write_mmproj(open_checkpoint(micro_checkpoint), CLIP_MEAN, CLIP_STD, path, "micro")
+    write_mmproj(open_checkpoint(micro_checkpoint), path, "micro")
     theirs = llama_cpp(path)
     bundle = Bundle.open(micro_bundle)
     pixels = preprocess(PICTURE, bundle.manifest.preprocessing)

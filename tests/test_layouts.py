@@ -21,9 +21,9 @@ from llava_edge.export import original
 from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.export.exporter import export
 from llava_edge.export.layouts import recognise
-from llava_edge.export.names import VISION_PREFIX
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig
+from llava_edge.models.shapes import VISION_PREFIX
 
 Arrays = write.Arrays
 

@@ -17,7 +17,6 @@ from llava_edge.errors import CannotCreateError, DataError, MissingError
 from llava_edge.export import held_out, importance, llm_gguf, report
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
-from llava_edge.export.held_out import Engine
 from llava_edge.export.quantize import QUANTS
 from llava_edge.export.samples import held_out as held_out_drawings
 from llava_edge.export.tokenizer import read_tokenizer
@@ -83,7 +82,7 @@ def test_predictions_are_those_of_pytorch_for_every_answer_token(
         assert sample.targets[-1] == control_id(tokenizer, "<|im_end|>")
     assert set(samples) == wanted.keys()
     assert len(samples) == 8
-    with Engine(float16, 256) as engine:
+    with held_out.opened(float16, 256) as engine:
         for sample in samples:  # neighbours share a picture, which is then not evaluated again
             ours = np.stack([row.copy() for row in held_out.predictions(engine, sample, pictures)])
             assert np.abs(ours - wanted[sample]).max() < 0.02 * np.abs(wanted[sample]).max()
@@ -94,7 +93,7 @@ def test_predictions_are_those_of_pytorch_for_every_answer_token(
 def test_the_answers_of_drawings_are_the_models_own(float16: Path, micro_bundle: Path, tmp_path: Path) -> None:
     samples, pictures = held_out.drawings(Bundle.open(micro_bundle), float16, tmp_path)
     assert len(samples) == 12
-    with Engine(float16, 256) as engine:
+    with held_out.opened(float16, 256) as engine:
         for sample in samples:
             likely = [int(row.argmax()) for row in held_out.predictions(engine, sample, pictures)]
             assert likely == sample.targets

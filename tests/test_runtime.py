@@ -170,7 +170,7 @@ def test_draws_follow_transformers_warpers(options: Options, language: LanguageM
 
     draws = 4000
     sampler = Sampler(language, replace(options, seed=0))
-    counts = np.bincount([sampler.sample(language.context) for _ in range(draws)], minlength=len(wanted))
+    counts = np.bincount([sampler.sample() for _ in range(draws)], minlength=len(wanted))
     sampler.close()
     assert not counts[wanted == 0].any()
     # Five standard deviations of a binomial count: a wrong order of the steps is far outside.
@@ -183,7 +183,7 @@ def sampled(language: LanguageModel, options: Options, count: int) -> list[int]:
     sampler = Sampler(language, options)
     found = []
     for _ in range(count):
-        found.append(sampler.sample(language.context))
+        found.append(sampler.sample())
         language.evaluate_tokens(found[-1:], NEVER)
     sampler.close()
     return found

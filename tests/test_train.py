@@ -235,17 +235,17 @@ def test_adapters_start_at_zero_and_merge_to_the_same_function() -> None:
     model = Llama(micro.CONFIG.text).eval()
     embeds = torch.randn(1, 5, micro.CONFIG.text.hidden_size)
     with torch.no_grad():
-        plain, _ = model.hidden(embeds)
+        plain = model.hidden(embeds)
         add_lora(model, rank=4, alpha=8.0, seed=1)
         assert len(lora_modules(model)) == 7 * micro.CONFIG.text.num_hidden_layers
-        torch.testing.assert_close(model.hidden(embeds)[0], plain)
+        torch.testing.assert_close(model.hidden(embeds), plain)
         for adapter in lora_modules(model).values():
             adapter.lora_B.normal_(std=0.05)
-        adapted, _ = model.hidden(embeds)
+        adapted = model.hidden(embeds)
         assert float((adapted - plain).abs().max()) > 1e-2
         merge_lora(model)
         assert not lora_modules(model)
-        torch.testing.assert_close(model.hidden(embeds)[0], adapted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.hidden(embeds), adapted, rtol=1e-4, atol=1e-4)
 
 
 def test_recipes_are_strict(tmp_path: Path) -> None:

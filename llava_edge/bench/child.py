@@ -44,7 +44,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         for name in list(pictures)[1:]:
             found[name] = _ask(engine, pictures[name], task["prompt"], wanted)
         # Text before the picture stays in memory from one question to the next, which no result says.
-        text = engine._encode_prompt([Message("user", task["prompt"], 1)]).index(IMAGE_TOKEN_INDEX)
+        text = engine.encode_prompt([Message("user", task["prompt"], 1)]).index(IMAGE_TOKEN_INDEX)
         return {
             "start_ms": (begun - born) * 1000,
             "load_ms": (loaded - prepared) * 1000,

@@ -187,18 +187,11 @@ def _question(
     cache = tuple(result["cache"] for result in results)
     tokens = results[0]["image_tokens"]
     prompt, known, answer = (results[0][name] for name in ("prompt_tokens", "text_known", "completion_tokens"))
-    integers = configuration.vision == "int8", configuration.quantization != "f16"
     # What the work of a stage is, and the limit it runs into; only where the stage was computed in full.
     bounds = {
-        records.ENCODE: (needed.encode_ops * sample["crops"], "int8_ops" if integers[0] else "fp32_ops"),
-        records.PROJECT: (
-            needed.project_ops * sample["projected"],
-            "int8_ops" if sample["integer_projector"] else "fp32_ops",
-        ),
-        records.PREFILL: (
-            needed.prefill_ops(prompt, known),
-            "int8_ops" if integers[1] else "fp32_ops",
-        ),
+        records.ENCODE: (needed.encode_ops * sample["crops"], _products(configuration.vision == "int8")),
+        records.PROJECT: (needed.project_ops * sample["projected"], _products(sample["integer_projector"])),
+        records.PREFILL: (needed.prefill_ops(prompt, known), _products(configuration.quantization != "f16")),
     }
     bounds = bounds if set(cache) == {"miss"} else {}
     answered = sum(result["completion_tokens"] for result in results)
@@ -216,6 +209,11 @@ def _question(
     }
     stages = {name: _stage(times, *bounds.get(name, (0.0, "")), found) for name, times in values.items() if times}
     return Question(cache, tokens, prompt, answer, stages)
+
+
+def _products(integers: bool) -> str:
+    """The limit that products run into."""
+    return "int8_ops" if integers else "fp32_ops"
 
 
 def _stage(times: list[float], amount: float, limit: str, found: dict[str, float]) -> Stage:

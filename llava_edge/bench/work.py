@@ -17,7 +17,6 @@ An operation is a multiplication or an addition: a product of (m, k) and (k, n) 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,7 +25,7 @@ from llava_edge import gguf
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, Bundle
 from llava_edge.errors import BundleError
 from llava_edge.runtimes.native.onnx_bytes import Graph
-from llava_edge.runtimes.presets import KV_BYTES
+from llava_edge.runtimes.presets import KV_BYTES, kv_width
 
 _BLOCK_MATRIX = re.compile(r"encoder\.layers\.(\d+)\..*\.weight")
 
@@ -58,9 +57,6 @@ def work(bundle: Bundle) -> Work:
     """Raises `BundleError` if a file is not what it should be."""
     language = gguf.read(bundle.part(LANGUAGE))
     projector = gguf.read(bundle.part(PROJECTOR))
-    width = language.number("llama.embedding_length", 1, 1 << 17)
-    heads = language.number("llama.attention.head_count", 1, 1024)
-    kv_heads = int(language.metadata.get("llama.attention.head_count_kv", heads))
     read = {name: tensor for name, tensor in language.tensors.items() if name != "token_embd.weight"}
     if "output.weight" not in read:
         read["token_embd.weight"] = language.tensors["token_embd.weight"]
@@ -73,15 +69,15 @@ def work(bundle: Bundle) -> Work:
             prod(item.shape) for name, item in read.items() if name.startswith("blk.") and len(item.shape) == 2
         ),
         _blocks=language.number("llama.block_count", 1, gguf.MAX_BLOCKS),
-        _width=width,
+        _width=language.number("llama.embedding_length", 1, 1 << 17),
         _vocabulary=bundle.manifest.language.vocab_size,
         _token_bytes=sum(tensor.size for tensor in read.values()),
-        _cache_width=width // heads * kv_heads,
+        _cache_width=kv_width(language),
     )
 
 
 def _encode_ops(bundle: Bundle) -> float:
-    shapes = dict(initializers(bundle.part(VISION)))
+    shapes = initializers(bundle.part(VISION))
     width = bundle.manifest.vision.width
     kernel = next((shape for shape in shapes.values() if len(shape) == 4), None)
     matrices = {name: prod(shape) for name, shape in shapes.items() if _BLOCK_MATRIX.fullmatch(name) and len(shape) > 1}
@@ -94,10 +90,10 @@ def _encode_ops(bundle: Bundle) -> float:
     return 2.0 * positions * sum(matrices.values()) + attention + 2.0 * patches * prod(kernel)
 
 
-def initializers(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every constant of an ONNX file."""
+def initializers(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every constant of an ONNX file by its name."""
     try:
         constants = Graph(path.read_bytes()).constants
     except (IndexError, ValueError) as error:
         raise BundleError(f"{path} is not an ONNX file; run 'llava-edge verify' on the bundle.") from error
-    yield from ((name, constant.shape) for name, constant in constants.items())
+    return {name: constant.shape for name, constant in constants.items()}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from llava_edge.errors import DataError, UsageError
+from llava_edge.errors import DataError, UnavailableError, UsageError, install
 from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import is_file, meant
 from llava_edge.store import DEFAULT_MODEL, refuse_download
+
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 MAX_STDIN_BYTES = 1 << 28  # as for image files
 
@@ -29,9 +33,9 @@ _SAMPLING = {
 _ENGINE = ("device", "threads", "context", "preset", "kv", "cache", "verbose", "draft")
 
 
-def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def engine_options(command: Command) -> Command:
     """Add the model and the engine options; the command receives them as keyword arguments."""
-    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
+    options: list[Decorator] = [
         click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model or bundle."),
         click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
         click.option("--threads", type=int, default=0, help="To compute with; 0 is one per physical core."),
@@ -54,14 +58,12 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--verbose", is_flag=True, help="Show the engines' own log on stderr."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _decorated(command, options)
 
 
-def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def generation_options(command: Command) -> Command:
     """Add the engine and sampling options; the command receives them as keyword arguments."""
-    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
+    options: list[Decorator] = [
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
         click.option(
             "--speculate",
@@ -77,9 +79,13 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         flag = "--" + name.replace("_", "-")
         kind = int if value is None else type(value)
         options.append(click.option(flag, type=kind, default=value, show_default=True, help=text))
+    return engine_options(_decorated(command, options))
+
+
+def _decorated(command: Command, options: list[Decorator]) -> Command:
     for option in reversed(options):
         command = option(command)
-    return engine_options(command)
+    return command
 
 
 def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
@@ -127,6 +133,15 @@ class CheckpointPath(click.Path):
         """From what was typed: a Path loses a slash of an address."""
         refuse_download(str(value), "download it, then give the folder that it is in")
         return super().convert(value, param, ctx)
+
+
+@contextmanager
+def needing(extra: str, doing: str) -> Iterator[None]:
+    """Imports of what comes with one of our extras. Raises `UnavailableError`, which `doing` begins, without it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"{doing} needs {error.name}, which is not installed. {install(extra)}") from error
 
 
 def picture_path(name: str) -> str:

@@ -10,7 +10,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from llava_edge.bundle import Bundle
+    from llava_edge.runtimes.probe import Report
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _engines() -> list[Finding]:
     return [*findings, Finding("native kernels", "ok" if kernels.used else "note", kernels.reason, kernels.fix)]
 
 
-def _engine(subject: str, report: Any, detail: str) -> Finding:
+def _engine(subject: str, report: Report, detail: str) -> Finding:
     if report.problem:
         return Finding(subject, "broken", report.problem, report.fix)
     shown = report.facts[detail]

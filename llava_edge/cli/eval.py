@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import store
+from llava_edge.cli.arguments import needing
 from llava_edge.cli.terminal import status_line
-from llava_edge.errors import UnavailableError, UsageError, install
+from llava_edge.errors import UsageError
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options, TokenMethod
 
 if TYPE_CHECKING:
@@ -59,11 +60,9 @@ def eval(
     """
     if not bundles and checkpoint is None:
         raise UsageError("Name at least one --bundle or a --checkpoint to judge.")
-    try:
+    with needing("train", "Evaluation"):
         from llava_edge.models.evaluate import judge_checkpoint, majority, question_sets
         from llava_edge.models.sources import collect
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"Evaluation needs {error.name}, which is not installed. {install('train')}") from error
     data = data or store.home() / "data" / "smol"
     items = collect(data, photos)
     sets = {name: _thin(questions, limit) for name, questions in question_sets(items).items()}

@@ -6,14 +6,15 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
-from llava_edge.cli.arguments import CheckpointPath
-from llava_edge.cli.terminal import ended_cleanly
+from llava_edge.cli.arguments import CheckpointPath, needing
+from llava_edge.cli.terminal import ended_cleanly, status_line
 from llava_edge.errors import CannotCreateError, UnavailableError, UsageError, install
 
 if TYPE_CHECKING:
@@ -98,16 +99,12 @@ def export(
     'llava-edge info CHECKPOINT' says which layout it is and what it needs. Every stage is measured against PyTorch
     where that is installed; the table ends with the worst stage.
     """
-    from dataclasses import asdict
-
     if mmproj and click.get_current_context().get_parameter_source("quant") is not ParameterSource.DEFAULT:
         raise UsageError("A GGUF's language model is kept as it is; leave out --quant.")
     if mmproj and (imatrix or calibrate or report_file):
         raise UsageError("A GGUF's language model is kept as it is; leave out --imatrix, --calibrate and --report.")
-    try:
+    with needing("export", "Exporting"):
         from llava_edge.export import exporter
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"Exporting needs {error.name}, which is not installed. {install('export')}") from error
     options = exporter.ExportOptions(
         checkpoint=checkpoint,
         out=out,
@@ -151,8 +148,6 @@ def export(
 @contextmanager
 def _stages() -> Iterator[Callable[[str, float | None], None]]:
     """One line on stderr for each stage as it begins; below it, on a terminal, its share and the time it needs yet."""
-    from llava_edge.cli.terminal import status_line
-
     start, began, last = time.monotonic(), 0.0, ""
     with status_line("") as status:
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from llava_edge.bundle import MANIFEST, Bundle, Manifest
-from llava_edge.errors import DataError
+from llava_edge.errors import DataError, UsageError
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 
@@ -100,7 +100,6 @@ def _short(value: object) -> object:
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
     """What the folder is, what it still needs, and what an export would make of it."""
-    from llava_edge.errors import UsageError
     from llava_edge.export import layouts
     from llava_edge.export.checkpoint import open_checkpoint
 

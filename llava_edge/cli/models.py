@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from llava_edge import store
+from llava_edge.cli.arguments import needing
 from llava_edge.cli.terminal import ended_cleanly, status_line
-from llava_edge.errors import CannotCreateError, UnavailableError, UsageError, install
+from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
 
 
 @click.group()
@@ -62,12 +63,8 @@ def _tune(folder: Path) -> None:
 
 def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
     target = store.models_folder() / name
-    try:
+    with needing("export", "Pulling a model"):
         from llava_edge.export.pull import pull
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"Pulling a model needs {error.name}, which is not installed. {install('export')}"
-        ) from error
     home = store.home()
     if problem := store.unwritable(home) or store.unwritable(target.parent):
         raise CannotCreateError(f"{home} cannot be written to ({problem}); set LLAVA_EDGE_HOME to a folder of yours.")

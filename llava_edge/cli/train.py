@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import store
+from llava_edge.cli.arguments import needing
 from llava_edge.cli.terminal import Status, status_line
-from llava_edge.errors import CannotCreateError, UnavailableError, install
+from llava_edge.errors import CannotCreateError
 
 if TYPE_CHECKING:
     from llava_edge.models.train import Step
@@ -30,11 +31,9 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
     llava-edge train micro --out runs/micro
     llava-edge export runs/micro/model bundles/micro
     """
-    try:
+    with needing("train", "Training"):
         from llava_edge.models.recipe import load_recipe
         from llava_edge.models.run import Folders, train_recipe
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"Training needs {error.name}, which is not installed. {install('train')}") from error
     chosen = load_recipe(recipe)
     run = _writable(out, "--out", store.home() / "runs" / chosen.name)
     data = _writable(data, "--data", store.home() / "data" / chosen.name)

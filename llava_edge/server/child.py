@@ -20,12 +20,15 @@ import socket
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_edge.errors import ImageError, LlavaEdgeError, MemoryLimitError
 from llava_edge.options import Chunk, EngineOptions, Options, TokenChance
 from llava_edge.prompt import Message
 from llava_edge.server import sandbox
+
+if TYPE_CHECKING:
+    from llava_edge.api import Llava
 
 
 def main(link: socket.socket, bundle: str, options: EngineOptions, pixels: int) -> None:
@@ -68,7 +71,7 @@ class _Out:
 class _Worker:
     """Answers requests in this thread while another one reads the link, so that a cancellation is seen at once."""
 
-    def __init__(self, llava: Any, lines: io.BufferedReader, out: _Out, pixels: int) -> None:
+    def __init__(self, llava: Llava, lines: io.BufferedReader, out: _Out, pixels: int) -> None:
         self._llava = llava
         self._lines = lines
         self._out = out

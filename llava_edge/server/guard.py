@@ -106,7 +106,7 @@ class Guard:
 
 def hosts(address: str, port: int, allowed: Iterable[str]) -> frozenset[str]:
     """The Host headers to answer to: this machine's own names, the address, what was allowed; each with its port."""
-    names = [*_NAMES, *([] if ipaddress.ip_address(address).is_unspecified else [_bracketed(address)]), *allowed]
+    names = [*_NAMES, *([] if ipaddress.ip_address(address).is_unspecified else [bracketed(address)]), *allowed]
     if wrong := [name for name in names if not name or any(mark in name for mark in "/*@ ,")]:
         raise UsageError(
             f"--allow-host {wrong[0]!r} is no host name; one like 'box.local' or 'box.local:8080' was expected."
@@ -129,6 +129,11 @@ def origins(named: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
+def bracketed(address: str) -> str:
+    """An address as it stands before a port."""
+    return f"[{address}]" if ":" in address else address
+
+
 def is_loopback(address: str) -> bool:
     """Whether only this machine can reach it. Raises `UsageError` if it is no address."""
     try:
@@ -147,7 +152,3 @@ def _check_content(headers: list[tuple[bytes, bytes]]) -> None:
 
 def _all(headers: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
     return [value.decode("latin-1").strip() for key, value in headers if key == name]
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address

@@ -93,8 +93,7 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
     )
     try:
         await supervisor.start()
-        address = f"[{settings.host}]" if ":" in settings.host else settings.host
-        say(f"{manifest.name} on http://{address}:{port} (Ctrl-C ends it)")
+        say(f"{manifest.name} on http://{guard.bracketed(settings.host)}:{port} (Ctrl-C ends it)")
         await uvicorn.Server(config).serve(sockets=sockets)
     finally:
         # uvicorn raises Ctrl-C once more when it is done, which cancels whatever is awaited next.
