@@ -18,6 +18,9 @@ from llava_edge.errors import UnavailableError
 from llava_edge.options import Device, Memory
 from llava_edge.runtimes import bindings
 
+BUSY = (
+    0.15  # of the processors' time taken by others: what is measured beside so much does not hold for a quiet machine
+)
 _FIRST_SEEN = time.monotonic()
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "metal": "CoreMLExecutionProvider", "cpu": "CPUExecutionProvider"}
 _BACKENDS = {"cuda": "CUDA", "metal": "MTL"}  # names in llama_print_system_info; Metal calls itself MTL or Metal
@@ -199,6 +202,18 @@ def memory_use() -> Memory:
 
         return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None)
     return Memory(None, None)
+
+
+class Others:
+    """What other programs take of the processors from now on."""
+
+    def __init__(self) -> None:
+        self._begun, self._taken = time.monotonic(), others_seconds()
+
+    def share(self) -> float:
+        """Of the time of the processors that this process may use; 0 elsewhere than on Linux."""
+        passed = time.monotonic() - self._begun
+        return (others_seconds() - self._taken) / passed / thread_count()[0]
 
 
 def others_seconds() -> float:

@@ -14,7 +14,6 @@ from pathlib import Path
 WINDOW = 0.1  # seconds between two looks, over which times are added up
 CROWDED = 0.15  # of that time: threads that waited so long for processors are too many
 IDLE = 0.8  # of that time: a processor with nothing to do for so long can take one thread more
-_NOT_TOLD = (OSError, ValueError, IndexError, AttributeError)  # by another system, or a kernel that does not count
 LONGEST = 64  # windows until a thread more is tried again, after several that had to be taken back
 
 
@@ -59,32 +58,10 @@ class Threads:
     def _look(self) -> tuple[float, float, float] | None:
         """Seconds: now, that this process's threads have waited for processors, that its processors were idle."""
         try:
-            return time.monotonic(), _waited_in_all(), _idle(os.sched_getaffinity(0))
-        except _NOT_TOLD:
+            waited = sum(_waited(folder) for folder in Path("/proc/self/task").iterdir())
+            return time.monotonic(), waited, _idle(os.sched_getaffinity(0))
+        except (OSError, ValueError, IndexError, AttributeError):  # another system, or a kernel that does not count
             return None
-
-
-class Crowding:
-    """Whether other programs have kept this process's threads waiting since this was made."""
-
-    def __init__(self) -> None:
-        self._begun, self._waited = time.monotonic(), _waited_if_told()
-
-    def is_there(self) -> bool:
-        """False where the system does not tell."""
-        return _waited_if_told() - self._waited > CROWDED * (time.monotonic() - self._begun)
-
-
-def _waited_if_told() -> float:
-    try:
-        return _waited_in_all()
-    except _NOT_TOLD:
-        return 0.0
-
-
-def _waited_in_all() -> float:
-    """Seconds that this process's threads have waited for processors. Raises `_NOT_TOLD`."""
-    return sum(_waited(folder) for folder in Path("/proc/self/task").iterdir())
 
 
 def _waited(thread: Path) -> float:

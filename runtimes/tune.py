@@ -26,7 +26,6 @@ from llava_edge.runtimes import bindings, devices, native
 from llava_edge.runtimes.vision import VisionEncoder
 
 ROUNDS = 2  # each candidate is opened and measured in turns with the others
-BUSY = 0.15  # of the processor's time: what is measured beside so much does not hold for a quiet machine
 GAIN = 0.05  # of its time: less than this is noise, and the plain settings stay
 # Relative difference of features, unless the manifest has a limit for its own. In int8 the standard operators are up to
 # 1 % off what the same weights give in float32, ours up to 0.3 % (12 photos, CLIP ViT-B/16).
@@ -68,7 +67,7 @@ def measure(bundle: Bundle, talk: Callable[[str], None] = lambda line: None) -> 
     programs kept the processor busy meanwhile; a result that cannot be written is only returned.
     """
     count = devices.thread_count()[0]
-    before = time.perf_counter(), devices.others_seconds()
+    others = devices.Others()
     pixels = _pixels(bundle)
     wanted = VisionEncoder(bundle, count, "CPUExecutionProvider").encode(pixels)
     first = untuned(bundle, count)
@@ -77,12 +76,12 @@ def measure(bundle: Bundle, talk: Callable[[str], None] = lambda line: None) -> 
     if not found:  # our operator gives other features than the standard ones
         found = _compare(bundle, [Setting(n, False) for n in counts], wanted, talk)
     threads = _best(found, lambda item: item.encode_ms).threads
-    others = [Setting(threads, True)]
+    more = [Setting(threads, True)]
     if native.operator_library() is not None:
-        others.append(Setting(threads, False, native=not found[0].native))
-    found += _compare(bundle, others, wanted, talk)
-    share = (devices.others_seconds() - before[1]) / (time.perf_counter() - before[0]) / count
-    if share > BUSY:
+        more.append(Setting(threads, False, native=not found[0].native))
+    found += _compare(bundle, more, wanted, talk)
+    share = others.share()
+    if share > devices.BUSY:
         raise UnavailableError(
             f"Other programs took {share:.0%} of the processor while it was measured; nothing is kept."
         )

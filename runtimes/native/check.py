@@ -21,7 +21,6 @@ from llava_edge.runtimes import devices, language, projector
 from llava_edge.runtimes.native import OPERATOR, operator
 from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
-from llava_edge.runtimes.threads import Crowding
 
 # Of the relative error of a product, by how a kernel's name ends.
 BOUND, OTHERS_BOUND = {"int8": 2e-2, "bf16": 5e-3, FEW: 2e-2}, 2e-3
@@ -37,7 +36,7 @@ ATTENTION_WIDTH = 128
 
 def main(path: str) -> None:
     """Body of the child process: one line of JSON."""
-    crowding = Crowding()
+    others = devices.Others()
     language.library()
     ggml, library = Ggml(), Library(Path(path))
     facts: dict[str, Any] = {"kernels": library.kernels(), "problems": {}, "types": {}}
@@ -72,7 +71,7 @@ def main(path: str) -> None:
     facts["attention"] = {
         name: _race_attention(ggml, library, *ATTENTION[name], threads) if attends else {} for name in ATTENTION
     }
-    facts["crowded"] = crowding.is_there()
+    facts["crowded"] = others.share() > devices.BUSY
     sys.stdout.write(json.dumps(facts) + "\n")
 
 
