@@ -44,6 +44,8 @@ def report(samples: Samples, ours: str, key: str = "ms", *, more_is_better: bool
 
     times: how many times better `ours` is, of the medians; low and high of the extremes, against each other.
     """
+    if ours not in samples:
+        sys.exit(f"{ours} failed, so there is nothing to compare.")
     rows: dict[str, Any] = {}
     mine = [sample[key] for sample in samples[ours]]
     for name, found in samples.items():

@@ -77,8 +77,9 @@ class Llava:
         cancel: threading.Event | None = None,
         started: float | None = None,
     ) -> Stream:
-        """Like `ask`, but a generator of `Chunk`s; the last one has the `Result`. Closing it stops the work.
+        """Like `ask`, but a generator of `Chunk`s; the last one has the `Result`. Leaving or closing it stops the work.
 
+        Nothing is computed before the first chunk is asked for; from then on the answer goes on ahead of its reader.
         PIL images and arrays are read now, so that they may be changed or filled anew; files when the stream is read.
         cancel: set it from another thread to stop. started: the instant (time.monotonic) that times count from.
         """
@@ -138,7 +139,7 @@ class Llava:
         *,
         cancel: threading.Event | None = None,
     ) -> Stream:
-        """Stream the answer to the last of `messages`, a conversation kept elsewhere; images fill its slots."""
+        """Stream the answer to a conversation kept elsewhere; its last message is the user's. Images fill its slots."""
         return self._engine.generate(messages, _as_list(images), options, cancel)
 
     def aask(

@@ -165,12 +165,16 @@ def _read(path: str | Path, name: str) -> bytes:
         _check_bytes(info.st_size, name)
         with Path(path).open("rb") as file:
             return file.read(MAX_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if str(path).startswith(("http:", "https:")):
-            raise MissingError(f"{name} is a web address, not a file; download the picture first.") from error
-        raise MissingError(f"{name} does not exist; the path of a picture was expected.") from error
     except OSError as error:
-        raise MissingError(f"{name} cannot be read: {error.strerror}.") from error
+        if str(path).startswith("data:"):
+            problem = f"{name[:20]}... is a data: URL, not a file; the bytes in it were expected."
+        elif str(path).startswith(("http:", "https:")):
+            problem = f"{name} is a web address, not a file; download the picture first."
+        elif isinstance(error, FileNotFoundError | NotADirectoryError):
+            problem = f"{name} does not exist; the path of a picture was expected."
+        else:
+            problem = f"{name} cannot be read: {error.strerror}."
+        raise MissingError(problem) from error
     except ValueError as error:  # a NUL or half a surrogate pair in it
         raise MissingError(f"{name} cannot be the name of a file.") from error
 

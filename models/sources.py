@@ -26,7 +26,7 @@ from pathlib import Path
 from PIL import Image, ImageEnhance
 
 from llava_edge import python
-from llava_edge.errors import MissingError, UnavailableError
+from llava_edge.errors import MissingError, UnavailableError, UsageError
 
 EASY_VQA = "easy-vqa==1.0"
 EMOJI_STYLES = {"noto": "1.2.9", "fluent-emoji": "1.2.7", "fluent-emoji-flat": "1.2.6", "twemoji": "1.2.5"}
@@ -51,8 +51,14 @@ class Item:
 
 
 def collect(folder: Path, photos: Path) -> list[Item]:
-    """Fetch, unpack and render everything into `folder`; returns all items. A second call reads items.jsonl."""
-    listing = folder / "items.jsonl"
+    """Fetch, unpack and render everything into `folder`; returns all items. A second call reads items.jsonl.
+
+    Raises `MissingError`, `UnavailableError`, or `UsageError` if the folder was made with other photos.
+    """
+    require_labels(photos)
+    link, listing = folder / "photos", folder / "items.jsonl"
+    if link.is_symlink() and link.resolve() != photos.resolve():
+        raise UsageError(f"{folder} was made with the photos in {link.resolve()}; pass these, or another --data.")
     if not listing.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         items = [*_photos(folder, photos), *_easy_vqa(folder), *_emoji(folder), *_tuxpaint(folder)]
@@ -79,16 +85,14 @@ def _run(command: list[str], folder: Path) -> None:
         raise UnavailableError(f"'{' '.join(command)}' failed: {reason}")
 
 
-def require_labels(photos: Path) -> Path:
-    """labels.jsonl of a folder of photos. Raises `MissingError`."""
+def require_labels(photos: Path) -> None:
+    """Raises `MissingError` if a folder has no labels.jsonl."""
     labels = photos / "labels.jsonl"
     if not labels.is_file():
         raise MissingError(f"{labels} does not exist; pass the folder of training photos with --photos.")
-    return labels
 
 
 def _photos(folder: Path, photos: Path) -> Iterator[Item]:
-    labels = require_labels(photos)
     link = folder / "photos"
     if not link.exists():
         link.symlink_to(photos.resolve())
@@ -98,7 +102,7 @@ def _photos(folder: Path, photos: Path) -> Iterator[Item]:
         "clothing-dataset-small": "clothing",
         "imagenet-sample-images": "objects",
     }
-    for line in labels.read_text("utf-8").splitlines():
+    for line in (photos / "labels.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
         kind, name = kinds[row["source"]], f"photos/{row['image']}"
         text = descriptions.get(row["label"], "") if kind == "grocery" else ""

@@ -18,9 +18,7 @@ from llava_edge.errors import UnavailableError
 from llava_edge.options import Device, Memory
 from llava_edge.runtimes import bindings
 
-BUSY = (
-    0.15  # of the processors' time taken by others: what is measured beside so much does not hold for a quiet machine
-)
+BUSY = 0.15  # of the processors' time: what is measured beside so much does not hold for a quiet machine
 _FIRST_SEEN = time.monotonic()
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "metal": "CoreMLExecutionProvider", "cpu": "CPUExecutionProvider"}
 _BACKENDS = {"cuda": "CUDA", "metal": "MTL"}  # names in llama_print_system_info; Metal calls itself MTL or Metal

@@ -296,6 +296,8 @@ class Engine:
         """Everything that can be refused is, before any model runs."""
         check_slots(messages, images)
         ids = self.encode_prompt(messages)
+        if messages[-1].role != "user":  # the model would write the next question
+            raise UsageError("The conversation ends with an answer; one that ends with a question was expected.")
         manifest = self.bundle.manifest
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
@@ -399,8 +401,9 @@ class Engine:
         remedies = ["fewer images"] if run.image_tokens > run.prompt_tokens // 2 else [text]
         if self.context_size < (trained := self.bundle.manifest.language.context_length):
             remedies.append(f"a larger context (--context, EngineOptions.context; at most {trained})")
+        counted = "1 image" if len(rows) == 1 else f"{len(rows)} images"
         raise ContextOverflowError(
-            f"The prompt needs {run.prompt_tokens} positions ({len(rows)} images: {run.image_tokens}, text: "
+            f"The prompt needs {run.prompt_tokens} positions ({counted}: {run.image_tokens}, text: "
             f"{run.prompt_tokens - run.image_tokens}) and the answer at least 1, but the context has "
             f"{self.context_size}. Use {' or '.join(remedies)}."
         )
@@ -419,7 +422,7 @@ def check_request(
     """Raises `UsageError` for what is of another type: it would fail somewhere within, as a bug of ours."""
     for value, kind in ((options, Options), (cancel, threading.Event)):
         if value is not None and not isinstance(value, kind):
-            raise UsageError(f"A {kind.__name__} was expected, not {value!r:.60}.")
+            raise UsageError(f"An object of {kind.__name__} was expected, not {value!r:.60}.")
     for messages in conversations:
         if isinstance(messages, str) or not isinstance(messages, Sequence):
             raise UsageError(f"A list of Message was expected, not {messages!r:.60}.")

@@ -94,6 +94,7 @@ WRONG: dict[str, Any] = {
     "no messages": lambda llava: list(llava.answer(None)),
     "raw message": lambda llava: list(llava.answer([{"role": "user", "content": "hi"}])),
     "picture in an answer": lambda llava: list(llava.answer([*HI, Message("assistant", "x", 1), *HI], [RED])),
+    "no question": lambda llava: list(llava.answer([*HI, Message("assistant", "x")])),
     "load": lambda llava: Llava.load(llava.bundle.folder, Options()),  # type: ignore[arg-type]
     "draft": lambda llava: EngineOptions(draft=5),  # type: ignore[arg-type]
     "cache": lambda llava: EngineOptions(cache="no"),  # type: ignore[arg-type]

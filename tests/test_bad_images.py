@@ -193,6 +193,7 @@ def missing(folder: Path) -> Iterator[tuple[str, str | Path, str]]:
     yield "missing folder", folder / "no" / "cat.jpg", "does not exist"
     yield "folder", folder, "folder"
     yield "web address", "https://example.org/cat.jpg", "download"
+    yield "long web address", "https://example.org/" + "x" * 260, "download"
     (folder / "file").write_bytes(JPEG)
     yield "below a file", folder / "file" / "cat.jpg", "does not exist"
     (folder / "dangling").symlink_to(folder / "nowhere")
@@ -213,6 +214,14 @@ def test_nothing_to_read(tmp_path: Path) -> None:
             load_image(path)
         check(caught.value, str(path), word)
         assert caught.value.exit_code == 66, what
+
+
+@pytest.mark.parametrize("length", [1, 99])
+def test_a_data_url_is_no_file(length: int) -> None:
+    with pytest.raises(
+        MissingError, match=r"^data:image/jpeg;base... is a data: URL, not a file; the bytes in it were"
+    ):
+        load_image("data:image/jpeg;base64," + "/9j/" * length)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sockets of POSIX")

@@ -659,6 +659,11 @@ def test_peers_take_turns_and_the_broken_ones_are_left_out(interleave: Any, capf
     assert json.loads(out.splitlines()[-1])["peers"]["slow"]["median"] == 10
 
 
+def test_without_ours_there_is_no_comparison(interleave: Any) -> None:
+    with pytest.raises(SystemExit, match="ours failed, so there is nothing to compare"):
+        interleave.report({"slow": [{"ms": 10}]}, "ours")
+
+
 def test_new_processes_are_timed_from_their_start(interleave: Any) -> None:
     code = "import json, time; time.sleep(0.05); print(json.dumps({'at': time.monotonic()}))"
     found = interleave.fresh({"it": [sys.executable, "-c", code], "bad": ["false"]}, repeats=2, warmup=0)

@@ -6,7 +6,7 @@
    (https://github.com/ggml-org/llama.cpp/issues/25814). Nothing in a file can prevent that.
 
 Each is made on purpose in PyTorch here and then gives llama.cpp's numbers. When llama.cpp is corrected these tests
-fail, and the README's warning about mmproj files can go.
+fail, and the warning in docs/export.md about mmproj files can go.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README cannot rot: its commands parse, its links and files exist, its Python names what is there."""
+"""README and docs/ cannot rot: their commands parse, their links and files exist, their Python runs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,11 @@ def test_the_map_names_every_module_and_nothing_else() -> None:
     assert modules - named == set()
 
 
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+EXAMPLES = [
+    code
+    for page in PAGES
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+]
 
 
 def test_there_are_examples() -> None:
@@ -113,7 +117,7 @@ def test_python_examples_run(
     monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "home"))
     Image.new("RGB", (60, 40), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "example", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 
 
@@ -130,7 +134,7 @@ def test_client_examples_run(
     with running(micro_bundle, tmp_path) as server:
         here = code.replace(":8080", f":{server.port}").replace('"smol"', '"micro"')
         assert here != code
-        exec(compile(here, "README.md", "exec"), {"__name__": "__main__"})
+        exec(compile(here, "example", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 
 

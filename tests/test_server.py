@@ -529,9 +529,9 @@ def run_client(*command: str, **environment: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("llm"), reason="the package llm is not installed")
 def test_llm(server: Server, tmp_path: Path, root: Path) -> None:
-    """With the README's configuration, but for model and port."""
+    """With the documented configuration, but for model and port."""
     (tmp_path / "red.png").write_bytes(png())
-    settings = (root / "README.md").read_text("utf-8").partition("```yaml\n")[2].partition("```")[0]
+    settings = (root / "docs/serve.md").read_text("utf-8").partition("```yaml\n")[2].partition("```")[0]
     settings = settings.replace("model_name: smol", "model_name: micro").replace(":8080", f":{server.port}")
     assert "micro" in settings
     (tmp_path / "extra-openai-models.yaml").write_text(settings)

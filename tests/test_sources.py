@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 from collections import defaultdict
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from images import encode, picture
 
+from llava_edge.errors import MissingError, UsageError
 from llava_edge.models import sources
 from llava_edge.models.conversations import write_records
 from llava_edge.models.evaluate import question_sets
@@ -130,6 +132,17 @@ def test_no_record_shows_or_says_what_is_held_out(items: list[Item], tmp_path: P
     assert all((data / image).is_file() for image in shown | asked)
     said = json.dumps(records)
     assert not [item.text for item in items if item.source == "tuxpaint" and item.split == "val" and item.text in said]
+
+
+def test_other_photos_than_those_of_the_data_are_refused(items: list[Item], tmp_path: Path, photos: Path) -> None:
+    """Their accuracy would be that of the photos from before."""
+    others = tmp_path / "others"
+    with pytest.raises(MissingError, match=r"others/labels\.jsonl does not exist"):
+        collect(tmp_path / "data", others)
+    shutil.copytree(photos, others)
+    with pytest.raises(UsageError, match=rf"was made with the photos in {photos}; pass these, or another --data"):
+        collect(tmp_path / "data", others)
+    assert collect(tmp_path / "elsewhere", others) == items
 
 
 def test_a_second_call_fetches_nothing(

@@ -37,7 +37,10 @@ def list_models() -> None:
 @click.argument("name", default=store.DEFAULT_MODEL, metavar="[NAME]")
 @click.option("--force", is_flag=True, help="Make it again even if it is installed.")
 def pull_model(name: str, force: bool) -> None:
-    """Download the parts of NAME and make its bundle; needs the extra [export]."""
+    """Download the parts of NAME and make its bundle.
+
+    Needs the extra [export].
+    """
     installed = {entry.name: entry.folder for entry in store.entries()}
     store.refuse_download(name, "download the checkpoint, then run 'llava-edge export CHECKPOINT BUNDLE'")
     if name not in store.KNOWN_MODELS:
