@@ -521,6 +521,24 @@ def test_exit_codes_of_the_command(micro_checkpoint: Path, tmp_path: Path) -> No
         assert "Traceback" not in done.stderr
 
 
+def test_nothing_has_its_name_before_it_is_on_disk(
+    micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of power leaves what was flushed: the files before the bundle has its name, then the name."""
+    out, mmproj = tmp_path / "out", tmp_path / "mmproj.gguf"
+    flushed, fsync = dict[int, tuple[bool, bool]](), os.fsync
+
+    def watched(file: int) -> None:
+        fsync(file)
+        flushed[os.fstat(file).st_ino] = mmproj.exists(), out.exists()
+
+    monkeypatch.setattr(os, "fsync", watched)
+    export(ExportOptions(micro_checkpoint, out, quant="f16", vision="fp32", emit_mmproj=mmproj))
+    assert flushed[mmproj.stat().st_ino] == (False, False)
+    assert {flushed.get(path.stat().st_ino) for path in (out, *out.iterdir())} == {(True, False)}
+    assert flushed[tmp_path.stat().st_ino] == (True, True)
+
+
 def test_the_manifest_is_written_last(micro_checkpoint: Path, tmp_path: Path) -> None:
     """A folder without it is no bundle, whatever else is there."""
     export(ExportOptions(micro_checkpoint, tmp_path / "out", quant="f16", vision="fp32"))
