@@ -18,6 +18,7 @@ from hugging_face import image_features, pillow, rope_theta
 from images import picture
 from PIL import Image
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig, MistralForCausalLM
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from llava_edge import Llava, anyres
@@ -221,6 +222,16 @@ def test_positions_equal_transformers_but_for_its_rounding() -> None:
             assert min(abs(side - round(side)) for side in exact) < 1e-9
     assert {(47, 1128), (88, 99)} <= set(differing)
     assert len(differing) < 8
+
+
+def test_of_any_grids_in_any_order_transformers_takes_the_same() -> None:
+    """The published ones begin with the smallest, so that a first and a least wasteful one are the same."""
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        grids = tuple((336 * int(across), 336 * int(down)) for across, down in rng.integers(1, 4, (4, 2)))
+        width, height = map(int, rng.integers(1, 1500, 2))
+        theirs = select_best_resolution((height, width), [(down, across) for across, down in grids])
+        assert anyres.best_grid((width, height), grids) == (theirs[1], theirs[0])
 
 
 def test_which_of_two_equal_grids_depends_on_the_order_they_are_stored_in() -> None:

@@ -334,7 +334,11 @@ def test_the_asynchronous_client(server: Server) -> None:
             made = await client.chat.completions.create(model="micro", messages=[user("Hello")], max_tokens=8)
             return str(made.choices[0].message.content)
 
-    assert asyncio.run(run()) == server.text("Hello", max_tokens=8)
+    name = 'llava_edge_answers_total{reason="length"}'
+    alone = server.text("Hello", max_tokens=8)
+    before = server.metric(name)
+    assert asyncio.run(run()) == alone
+    assert server.metric(name) == before + 1  # the one that was cancelled did not run to its end
 
 
 def test_unknown_fields_are_ignored(server: Server) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import random
 import socket
 import subprocess
@@ -396,6 +397,7 @@ def test_the_right_key(locked: Server) -> None:
         (["--host", "192.0.2.1"], "a key is needed"),
         (["--host", "example.com"], "not an IP address"),
         (["--api-key-file", "nowhere"], "cannot be read"),
+        (["--api-key-file", os.devnull], "is empty"),
         (["--allow-host", "*.local"], "is no host name"),
         (["--allow-host", "http://box"], "is no host name"),
     ],
