@@ -159,6 +159,11 @@ def endless_header(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
 
 
+def header_that_fills_the_memory(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 1 << 30))
+    os.truncate(path, 1 << 31)  # zeros that take no room on the disk
+
+
 def offsets_outside(path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1 << 50]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
@@ -181,6 +186,7 @@ def header_of_lists(path: Path) -> None:
         (web_page, "web page"),
         (empty, "not a whole safetensors"),
         (endless_header, "header should have"),
+        (header_that_fills_the_memory, "header should have"),
         (offsets_outside, "lies at bytes"),
         (offsets_too_small, "has 8 bytes"),
         (header_of_lists, "header cannot be read"),

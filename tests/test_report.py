@@ -16,7 +16,6 @@ from llava_edge.cli import cli
 from llava_edge.errors import CannotCreateError, DataError, MissingError
 from llava_edge.export import held_out, importance, llm_gguf, report
 from llava_edge.export.checkpoint import open_checkpoint
-from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.export.quantize import QUANTS
 from llava_edge.export.samples import held_out as held_out_drawings
 from llava_edge.export.tokenizer import read_tokenizer
@@ -132,15 +131,14 @@ def test_the_matrix_of_an_export_reaches_the_file(micro_checkpoint: Path, tmp_pa
     (tmp_path / "photos").mkdir()
     for n, colour in enumerate(micro.COLOURS):
         micro.draw(colour, rng).save(tmp_path / "photos" / f"{n}.png")
-    manifests = [
-        export(ExportOptions(micro_checkpoint, tmp_path / name, vision="fp32", imatrix=imatrix, calibrate=folder))
-        for name, imatrix, folder in (("plain", False, None), ("aware", True, tmp_path / "photos"))
-    ]
+    for name, how in (("plain", []), ("aware", ["--calibrate", str(tmp_path / "photos")])):
+        arguments = ["export", str(micro_checkpoint), str(tmp_path / name), "--vision", "fp32"]
+        assert CliRunner().invoke(cli, [*arguments, *how]).exit_code == 0
+    manifests = [Bundle.open(tmp_path / name).manifest for name in ("plain", "aware")]
     plain, aware = (manifest.files["language.gguf"] for manifest in manifests)
     assert plain.size == aware.size
     assert plain.sha256 != aware.sha256
     assert [manifest.language.calibration for manifest in manifests] == ["", "6 pictures, image weight 0.5"]
-    assert Bundle.open(tmp_path / "aware").manifest == manifests[1]
     shown = CliRunner().invoke(cli, ["info", str(tmp_path / "aware")])
     assert "q4_k_m, calibrated on 6 pictures" in shown.stdout
 

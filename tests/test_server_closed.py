@@ -519,6 +519,14 @@ def test_slow_clients_are_left(micro_bundle: Path, tmp_path: Path) -> None:
         assert server.text("Hello")
 
 
+def test_who_leaves_within_a_body_is_no_bug(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(server.post + b"Content-Length: 100\r\n\r\n{")
+        time.sleep(0.1)
+    server.wait_until(lambda: "POST /v1/chat/completions 499 " in server.log.read_text())
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_who_does_not_read_is_left(micro_bundle: Path, tmp_path: Path) -> None:
     """Exporting a large log and reading nothing of it: soon the rest is gone, and so is the connection."""
     with running(micro_bundle, tmp_path, limits="stall_seconds=0.5") as server:
