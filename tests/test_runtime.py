@@ -786,6 +786,12 @@ def test_options_out_of_range_name_the_field(bad: dict[str, Any]) -> None:
         Options(**bad)
 
 
+def test_options_at_their_limits_are_taken() -> None:
+    Options(max_tokens=1 << 20, temperature=100.0, top_k=1 << 24, min_p=1.0, seed=(1 << 32) - 1, top_logprobs=20)
+    Options(max_tokens=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, top_logprobs=0)
+    Options(stop=("é" * 128,) * 16, repeat_penalty=10.0, frequency_penalty=2.0, presence_penalty=-2.0)
+
+
 @pytest.mark.parametrize("bad", [{"device": "tpu"}, {"threads": -1}, {"context": -5}, {"threads": True}])
 def test_engine_options_out_of_range(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"(?i)" + next(iter(bad))):
