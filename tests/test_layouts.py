@@ -227,6 +227,19 @@ def test_the_first_mistral_has_another_prompt_than_the_second(window: dict[str, 
     assert original.template({"architectures": ["LlavaMistralForCausalLM"], **window})[0] == name
 
 
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        ({"vocab_size": 32003, "mm_use_im_start_end": True}, "llava_v1_1"),  # liuhaotian/LLaVA-7B-v1-1 and the like
+        ({"vocab_size": 32004, "mm_use_im_start_end": True}, "multimodal"),  # LLaVA-13b-delta-v0
+        ({"vocab_size": 64000, "hidden_size": 7168}, "chatml_direct"),  # llava-v1.6-34b
+        ({"vocab_size": 32000, "hidden_size": 4096}, "vicuna_v1"),  # llava-v1.5-7b
+    ],
+)
+def test_sizes_tell_the_prompt_layout(raw: dict[str, Any], name: str) -> None:
+    assert original.template(raw)[0] == name
+
+
 def test_a_base_of_another_size_is_refused(parts: Callable[[str], Path], tmp_path: Path) -> None:
     text = replace(micro.CONFIG.text, intermediate_size=256)
     other: LlavaConfig = replace(micro.CONFIG, text=text)

@@ -365,6 +365,14 @@ def test_the_longest_answer(llava: Llava) -> None:
     assert (result.completion_tokens, result.finish_reason) == (3, "length")
 
 
+def test_times_of_an_answer_add_up(llava: Llava) -> None:
+    """The first token's time is no part of the rate of the others."""
+    result = llava.ask("Hello", options=Options(max_tokens=5, speculate="off"))
+    times = result.timings
+    assert times.ttft_ms + times.decode_ms == pytest.approx(times.total_ms)
+    assert times.decode_tokens_per_s * times.decode_ms / 1000 == pytest.approx(result.completion_tokens - 1)
+
+
 def test_the_end_of_the_context_ends_the_answer(micro_bundle: Path) -> None:
     with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=64)) as small:
         result = small.ask("hello", options=Options(max_tokens=500))

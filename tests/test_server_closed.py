@@ -23,6 +23,7 @@ from llava_edge.errors import UsageError
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem
+from llava_edge.server.votes import MAX_BYTES
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
@@ -277,6 +278,7 @@ def test_every_answer_forbids_guessing_and_embedding(server: Server) -> None:
         _, headers, _ = server.request("GET", path)
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cross-origin-resource-policy"] == "same-origin"
+        assert (headers["cache-control"], headers["referrer-policy"]) == ("no-store", "no-referrer")
         assert "server" not in headers
     policy = server.request("GET", "/")[1]["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -747,3 +749,17 @@ def test_a_vote_that_cannot_be_written_is_said(micro_bundle: Path, tmp_path: Pat
         vote = {"type": "upvote", "messages": [["user", "Hello"], ["assistant", "Yes"]]}
         status, _, answer = server.request("POST", "/log", vote)
         assert (status, "cannot be written" in json.loads(answer)["error"]["message"]) == (507, True)
+
+
+def test_a_full_log_takes_no_vote_and_a_vote_no_other_address(micro_bundle: Path, tmp_path: Path) -> None:
+    """What a client says of its address is not believed."""
+    vote = {"type": "upvote", "messages": [["user", "Hello"], ["assistant", "Yes"]]}
+    file = tmp_path / "home" / "log" / "votes.jsonl"
+    with running(micro_bundle, tmp_path) as server:
+        assert server.request("PUT", "/log/state", {"on": True})[0] == 200
+        assert server.request("POST", "/log", vote, {"X-Forwarded-For": "192.0.2.1"})[0] == 204
+        assert json.loads(file.read_bytes())["ip"] == "127.0.0.1"
+        os.truncate(file, MAX_BYTES)
+        status, _, answer = server.request("POST", "/log", vote)
+        assert (status, "is full" in json.loads(answer)["error"]["message"]) == (507, True)
+        assert file.stat().st_size == MAX_BYTES
