@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -537,6 +538,15 @@ def test_who_does_not_read_is_left(micro_bundle: Path, tmp_path: Path) -> None:
         (log / "votes.jsonl").write_bytes(b"x" * (30 << 20))
         request = b"GET /log HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\n\r\n" % server.port
         assert len(server.raw(request)) > 30 << 20  # who reads gets all
+        paused = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        paused.request("GET", "/log")
+        answer = paused.getresponse()
+        time.sleep(0.2)
+        assert len(answer.read()) == 30 << 20
+        time.sleep(1.5)
+        paused.request("GET", "/health")  # and who has read can go on
+        assert paused.getresponse().status == 200
+        paused.close()
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))

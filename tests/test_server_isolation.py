@@ -428,7 +428,8 @@ def test_the_key_is_not_the_childs(micro_bundle: Path, tmp_path: Path) -> None:
 @linux
 def test_a_signal_to_the_whole_group_ends_the_server_alone(micro_bundle: Path, tmp_path: Path) -> None:
     with running(micro_bundle, tmp_path) as server:
-        os.kill(server.child(), signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(server.child(), number)
         time.sleep(0.3)
         assert server.text("Hello", max_tokens=2)
         assert server.health()["crashes"] == 0
