@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from gguf import GGUFReader
 
 from llava_edge.bundle import Bundle
 from llava_edge.cli import cli
 from llava_edge.errors import CannotCreateError, DataError, MissingError
 from llava_edge.export import held_out, importance, llm_gguf, report
 from llava_edge.export.checkpoint import open_checkpoint
-from llava_edge.export.quantize import QUANTS
+from llava_edge.export.quantize import QUANTS, quantize
 from llava_edge.export.samples import held_out as held_out_drawings
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.image import load_image, preprocess
@@ -100,8 +101,9 @@ def test_the_answers_of_drawings_are_the_models_own(float16: Path, micro_bundle:
     assert not calibrated & {image.tobytes() for image in held_out_drawings()}
 
 
-def test_the_report_of_an_export(micro_checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    arguments = ["export", str(micro_checkpoint), str(tmp_path / "out"), "--vision", "fp32", "--imatrix", "--json"]
+def test_the_report_of_an_export(micro_checkpoint: Path, float16: Path, data: Path, tmp_path: Path) -> None:
+    """It measures with a matrix, too; the file that is shipped has none unless it was asked for."""
+    arguments = ["export", str(micro_checkpoint), str(tmp_path / "out"), "--vision", "fp32", "--json"]
     arguments += ["--report", str(tmp_path / "report.md"), "--report-data", str(data)]
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0, done.stderr
@@ -118,7 +120,12 @@ def test_the_report_of_an_export(micro_checkpoint: Path, data: Path, tmp_path: P
     aware = rows["q4_k_m", True]
     assert aware["kl"] != rows["q4_k_m", False]["kl"]
     assert aware["size"] == rows["q4_k_m", False]["size"] == printed["files"]["language.gguf"]["size"]
-    assert printed["language"]["calibration"] == "4 drawings, image weight 0.5"
+    assert printed["language"]["calibration"] == ""
+    assert printed["report"]["calibration"] == "4 drawings, image weight 0.5"
+    plain = float16.with_name("plain.gguf")
+    quantize(float16, plain, "q4_k_m")
+    shipped, wanted = (GGUFReader(path).tensors for path in (tmp_path / "out" / "language.gguf", plain))
+    assert all(np.array_equal(ours.data, theirs.data) for ours, theirs in zip(shipped, wanted, strict=True))
     table = (tmp_path / "report.md").read_text("utf-8").splitlines()
     assert any(line.startswith("| q4_k_m, image-aware | ") and f"| {aware['kl']:.5f} |" in line for line in table)
     assert sum(line.startswith("| q") for line in table) == 7
