@@ -490,6 +490,16 @@ def test_a_body_over_the_limit_is_answered(server: Server) -> None:
     assert status_of(server.raw(data)) == 413
 
 
+def test_heads_over_the_limit(server: Server) -> None:
+    """Refused at once, whole or without an end."""
+    head = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\nX: " % server.port
+    long = head + b"x" * (3 * Limits().head)
+    started = time.monotonic()
+    assert status_of(server.raw(long + b"\r\n\r\n")) in (400, 431)
+    assert status_of(server.raw(long)) == 400
+    assert time.monotonic() - started < Limits().head_seconds / 2
+
+
 def test_texts_over_the_limit(server: Server) -> None:
     status, message = chat(json.dumps(question("x" * (Limits().prompt + 1))).encode(), server)
     assert (status, "bytes" in message) == (400, True)
@@ -505,6 +515,7 @@ def test_slow_clients_are_left(micro_bundle: Path, tmp_path: Path) -> None:
         assert server.raw(b"GET /hea") == b""
         said = server.raw(server.post + b"Content-Length: 100\r\n\r\n{")
         assert status_of(said) == 408
+        assert b"\r\nconnection: close\r\n" in said  # or it would be used for the next request
         # A wrong key or host does not spare anyone the time limit of the body.
         assert (
             status_of(server.raw(server.post.replace(b"127.0.0.1", b"evil") + b"Content-Length: 100\r\n\r\n{")) == 403
