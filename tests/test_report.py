@@ -28,10 +28,10 @@ from llava_edge.prompt import IGNORE_INDEX
 
 
 def test_scores_by_hand() -> None:
-    half, quarter = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.5, 0.25]])
-    kl, loss, same = report.compare(half, quarter, [2])[0]
-    assert kl == pytest.approx(0.5 * log(2) - 0.25 * log(2))
-    assert (loss, same) == (pytest.approx(log(4)), 0)
+    half, other = np.log([[0.5, 0.25, 0.25]]), np.log([[0.125, 0.5, 0.375]])
+    kl, loss, same = report.compare(half, other, [2])[0]
+    assert kl == pytest.approx(0.5 * log(4) - 0.25 * log(2) - 0.25 * log(1.5))  # the other way round it would be less
+    assert (loss, same) == (pytest.approx(log(8 / 3)), 0)
     shifted = report.compare(half, half + 7, [0])[0]  # logits may be shifted, the distribution is the same
     np.testing.assert_allclose(shifted, [0, log(2), 1], atol=1e-12)
 

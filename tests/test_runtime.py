@@ -26,10 +26,14 @@ from llava_edge.errors import BundleError, ContextOverflowError, MissingError, U
 from llava_edge.options import Chunk, EngineOptions, Options
 from llava_edge.prompt import Message, Piece
 from llava_edge.runtimes import CancelledError, bindings, devices, probe
+from llava_edge.runtimes.decoding import Answer
+from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.measured import Run
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.projector import gelu
 from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.text import TextStream
 from llava_edge.templates import TEMPLATES, Template
 
 CPU = EngineOptions(device="cpu", threads=1)
@@ -391,6 +395,24 @@ def test_context_overflow_is_told_before_any_work(micro_bundle: Path) -> None:
         with pytest.raises(ContextOverflowError, match="bytes"):
             small.ask("x " * (1 << 19))
         assert small.ask("?", options=SHORT).completion_tokens > 0
+
+
+def test_a_larger_context_is_advised_only_where_there_is_one(micro_bundle: Path) -> None:
+    trained = read_manifest(micro_bundle).language.context_length
+    for context in (40, trained):
+        with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=context)) as model:
+            with pytest.raises(ContextOverflowError) as caught:
+                model.ask("x" * trained)
+            assert ("--context" in str(caught.value)) == (context < trained)
+
+
+def test_tokens_that_the_vocabulary_says_end_an_answer_end_it(language: LanguageModel) -> None:
+    """Also where the prompt layout has another: llama.cpp knows `<|endoftext|>` by its name."""
+    job = Job(lambda job: None, threading.Event(), lambda: True)
+    answer = Answer(language, {language.control_id("<|im_end|>")}, TextStream(), 5, Run(0), job)
+    assert answer.take(language.tokenize("a")[0]) is None
+    assert answer.take(language.control_id("<|endoftext|>")) == "stop"
+    assert (answer.run.text, answer.run.tokens) == ("a", 1)
 
 
 def test_text_with_anything_in_it(llava: Llava) -> None:
