@@ -411,6 +411,7 @@ def test_pictures_that_differ_only_in_their_padding_have_other_keys(bundle: Path
 BAD_PIXELS: list[tuple[dict[str, Any], str]] = [
     ({"grids": ()}, "at least one grid"),
     ({"grids": ((33, 64),)}, "33 x 64 pixels is not"),
+    ({"grids": ((32, 65),)}, "32 x 65 pixels is not"),
     ({"grids": ((0, 64),)}, "0 x 64"),
     ({"grids": ((32 * 37, 32),)}, "1 to 36 tiles"),
     ({"square": "pad"}, "for square anyres only"),

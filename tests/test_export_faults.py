@@ -254,6 +254,16 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path, checkpoint: Path) -> Non
         open_checkpoint(checkpoint)
 
 
+def test_a_tower_without_weights_is_not_published(checkpoint: Path, tmp_path: Path) -> None:
+    """It would agree with PyTorch."""
+    edit_tensors(
+        checkpoint, lambda tensors: tensors.update({k: v * 0 for k, v in tensors.items() if k.startswith("vision_")})
+    )
+    with pytest.raises(CheckpointError, match="same numbers everywhere"):
+        export(ExportOptions(checkpoint, tmp_path / "out", quant="f16", vision="fp32"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
 # --- targets ---------------------------------------------------------------------------------------------------
 
 

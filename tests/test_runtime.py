@@ -34,6 +34,7 @@ from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.projector import gelu
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.text import TextStream
+from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.templates import TEMPLATES, Template
 
 CPU = EngineOptions(device="cpu", threads=1)
@@ -395,6 +396,15 @@ def test_context_overflow_is_told_before_any_work(micro_bundle: Path) -> None:
         with pytest.raises(ContextOverflowError, match="bytes"):
             small.ask("x " * (1 << 19))
         assert small.ask("?", options=SHORT).completion_tokens > 0
+
+
+def test_a_picture_that_nobody_waits_for_is_no_fault_of_the_bundle(micro_bundle: Path) -> None:
+    encoder = VisionEncoder(Bundle.open(micro_bundle), 1, "CPUExecutionProvider")
+    pixels, run = np.zeros((3, 32, 32), np.float32), encoder.new_run()
+    encoder.encode(pixels, run)
+    run.terminate = True  # as whoever leaves does, from another thread
+    with pytest.raises(CancelledError):
+        encoder.encode(pixels, run)
 
 
 def test_a_larger_context_is_advised_only_where_there_is_one(micro_bundle: Path) -> None:

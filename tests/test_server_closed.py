@@ -24,6 +24,7 @@ from llava_edge.errors import UsageError
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem
+from llava_edge.server.serve import read_key
 from llava_edge.server.votes import MAX_BYTES
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
@@ -410,6 +411,13 @@ def test_settings_that_would_open_it(options: list[str], says: str, micro_bundle
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
+
+
+def test_one_of_two_keys_is_not_chosen(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    assert read_key(tmp_path / "key", "") == read_key(None, KEY) == KEY
+    with pytest.raises(UsageError, match="give one of them"):
+        read_key(tmp_path / "key", "another key of mine")
 
 
 def test_a_taken_port(server: Server, micro_bundle: Path) -> None:
