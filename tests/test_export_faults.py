@@ -291,17 +291,6 @@ def test_only_a_bundle_is_ever_replaced(micro_checkpoint: Path, bundle_copy: Pat
     assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
 
 
-def test_a_file_in_the_place_of_the_mmproj_is_kept_unless_forced(micro_checkpoint: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "mmproj.gguf"
-    mine.write_bytes(b"mine")
-    options = ExportOptions(micro_checkpoint, tmp_path / "out", quant="f16", vision="fp32", emit_mmproj=mine)
-    with pytest.raises(CannotCreateError, match="exists already"):
-        export(options)
-    assert (mine.read_bytes(), [path.name for path in tmp_path.iterdir()]) == (b"mine", ["mmproj.gguf"])
-    export(replace(options, force=True))
-    assert mine.read_bytes()[:4] == b"GGUF"
-
-
 def test_an_empty_folder_and_new_parents_are_fine(micro_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
