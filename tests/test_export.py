@@ -594,6 +594,20 @@ def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Pa
     assert np.mean(agreements["q8_0"]) >= 0.95
 
 
+def test_the_worst_picture_and_position_decide() -> None:
+    """One of several that is off is not lost in a mean, nor behind one that is right."""
+    right = [np.ones((4, 3), np.float32)] * 3
+    for number in range(3):
+        ours = [item + 0.1 * (number == n) for n, item in enumerate(right)]
+        assert not parity._relative_row("clip", ours, right, 1e-2).passed
+        logits = np.eye(3, dtype=np.float32)
+        turned = logits.copy()
+        turned[number] = logits[number - 1]
+        assert not parity._logits_row("f16", 0.5, turned, logits).passed
+    assert parity._relative_row("clip", right, right, 1e-2).passed
+    assert parity._logits_row("f16", 0.5, logits, logits).passed
+
+
 # --- the command -----------------------------------------------------------------------------------------------
 
 
