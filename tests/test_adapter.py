@@ -144,6 +144,11 @@ def test_updates_that_do_not_fit_the_weights_are_refused(low_rank: LowRank, tmp_
             gguf.check_adapter(file, base)
     with pytest.raises(BundleError, match="is no LoRA adapter"):
         gguf.check_adapter(base, base)
+    good = gguf.read(tmp_path / "good.gguf")
+    name, tensor = next(iter(good.tensors.items()))
+    third = {name.replace(".lora_a", ".lora_magnitude").replace(".lora_b", ".lora_magnitude"): tensor}
+    with pytest.raises(BundleError, match="belong to no update"):
+        gguf.check_adapter(replace(good, tensors=good.tensors | third), base)
 
 
 def test_an_adapter_that_gives_other_weights_is_refused(low_rank: LowRank, merged: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hugging_face import image_features, pillow, rope_theta
 from images import picture
 from PIL import Image
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig, MistralForCausalLM
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from llava_edge import Llava, anyres
@@ -223,6 +224,16 @@ def test_positions_equal_transformers_but_for_its_rounding() -> None:
     assert len(differing) < 8
 
 
+def test_of_any_grids_in_any_order_transformers_takes_the_same() -> None:
+    """The published ones begin with the smallest, so that a first and a least wasteful one are the same."""
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        grids = tuple((336 * int(across), 336 * int(down)) for across, down in rng.integers(1, 4, (4, 2)))
+        width, height = map(int, rng.integers(1, 1500, 2))
+        theirs = select_best_resolution((height, width), [(down, across) for across, down in grids])
+        assert anyres.best_grid((width, height), grids) == (theirs[1], theirs[0])
+
+
 def test_which_of_two_equal_grids_depends_on_the_order_they_are_stored_in() -> None:
     """transformers' default pinpoints are LLaVA's numbers, but read as (height, width)."""
     published = LlavaNextConfig().image_grid_pinpoints
@@ -400,6 +411,7 @@ def test_pictures_that_differ_only_in_their_padding_have_other_keys(bundle: Path
 BAD_PIXELS: list[tuple[dict[str, Any], str]] = [
     ({"grids": ()}, "at least one grid"),
     ({"grids": ((33, 64),)}, "33 x 64 pixels is not"),
+    ({"grids": ((32, 65),)}, "32 x 65 pixels is not"),
     ({"grids": ((0, 64),)}, "0 x 64"),
     ({"grids": ((32 * 37, 32),)}, "1 to 36 tiles"),
     ({"square": "pad"}, "for square anyres only"),

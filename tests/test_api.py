@@ -79,6 +79,9 @@ def test_embeddings_are_what_the_checkpoint_computes(micro_bundle: Path, micro_c
     assert found.shape == (llava.bundle.manifest.vision.image_tokens, llava.bundle.manifest.language.hidden_size)
     assert np.allclose(found, wanted[0].numpy(), atol=1e-4)
     assert not np.allclose(found, llava.embed_image(Image.new("RGB", (40, 30), "blue")), atol=1e-2)
+    kept = found.copy()
+    found[:] = 0  # it is the caller's own
+    assert np.array_equal(llava.embed_image(RED), kept)
 
 
 HI = [Message("user", "hi")]

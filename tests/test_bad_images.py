@@ -346,6 +346,12 @@ def test_cut_anywhere_is_refused_or_whole(data: bytes) -> None:
     assert refusals >= len(lengths) - 2
 
 
+def test_remarks_that_a_camera_or_program_spoilt_cost_no_picture() -> None:
+    """Only chunks that pixels depend on have to be right, as in every viewer."""
+    remark = b"\0\0\0\4tEXtspam\0\0\0\0"  # its checksum is another
+    assert load_image(PNG[:-12] + remark + PNG[-12:]).tobytes() == PICTURE.tobytes()
+
+
 def test_every_flipped_bit_in_a_png_is_found() -> None:
     """Pillow alone lets some through: it does not compare the checksums of pixel data."""
     generator = random.Random(3)

@@ -47,9 +47,24 @@ def test_nobody_else_can_read_it(kept: Cache) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in kept.folder.iterdir()}
     assert modes == {KEY: 0o600, "secret": 0o600}
     assert stat.S_IMODE(kept.folder.stat().st_mode) == 0o700
-    kept.folder.chmod(0o755)
+    for opened in (0o755, 0o750, 0o701):
+        kept.folder.chmod(opened)
+        assert kept.get(KEY) == PAYLOAD
+        assert stat.S_IMODE(kept.folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("name", [KEY, "secret", ""])
+def test_what_is_somebody_elses_is_not_read(name: str, kept: Cache) -> None:
+    os.chown(kept.folder / name, 65534, 65534)
+    assert kept.get(KEY) is None
+
+
+def test_a_long_description_costs_no_entry(kept: Cache) -> None:
+    """A model may have any name."""
+    assert kept.put(KEY, {"model": "long" * 5000}, PAYLOAD)
     assert kept.get(KEY) == PAYLOAD
-    assert stat.S_IMODE(kept.folder.stat().st_mode) == 0o700
+    assert [entry.about for entry in kept.entries()] == [{}]
 
 
 # Damage: nothing but the payload itself is ever returned.

@@ -335,10 +335,14 @@ BAD: list[tuple[list[str], int, str]] = [
     (["train", "no-such"], 66, "micro, smol"),
     (["train", "smol"], 2, "--photos"),
     (["train", "smol", "--photos", "no-such"], 66, "labels.jsonl"),
+    (["train", "micro", "--out", "{}/manifest.json/run"], 73, "name another folder with --out."),
+    (["train", "micro", "--out", "out", "--data", "/dev/null/data"], 73, "name another folder with --data."),
     (["eval", "--photos", "no-such"], 2, "--bundle"),
     (["bench", "--model", "no-such"], 66, "known models"),
     (["bench", "--model", "{}", "--repeats", "0"], 2, "--repeats"),
     (["serve", "--model", "{}", "--port", "99999"], 2, "99999"),
+    (["serve", "--model", "{}", "--timeout", "nan"], 2, "--timeout is nan"),
+    (["serve", "--model", "{}", "--timeout", "inf"], 2, "--timeout is inf"),
     (["verify", "{}", "--base", "{}"], 2, "--against"),
 ]
 

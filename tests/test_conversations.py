@@ -10,7 +10,15 @@ from collections.abc import Sequence
 import pytest
 
 from llava_edge.models import conversations
-from llava_edge.models.conversations import Catalogue, build, caption_records, questions, sentence, yes_no
+from llava_edge.models.conversations import (
+    Catalogue,
+    build,
+    caption_records,
+    choice_of_four,
+    questions,
+    sentence,
+    yes_no,
+)
 from llava_edge.models.data import messages_of
 from llava_edge.models.sources import Item
 
@@ -79,6 +87,16 @@ def test_yes_and_no_are_true_and_about_even(item: Item) -> None:
     for question, answer in asked:
         assert (re.search(rf"\b{item.label}\b", question) is not None) == (answer == "Yes")
     assert 70 <= sum(answer == "Yes" for _, answer in asked) <= 130
+
+
+def test_the_right_name_of_four_is_at_every_place() -> None:
+    rng, catalogue, item = random.Random(0), Catalogue.of(ITEMS), ITEMS[0]
+    places = set()
+    for _ in range(100):
+        question, answer = choice_of_four(item, catalogue, rng)
+        names = sorted(catalogue.labels["grocery"], key=question.find)
+        places.add(names.index(answer))
+    assert places == {0, 1, 2, 3}
 
 
 def test_wrong_names_are_mostly_of_the_same_category() -> None:

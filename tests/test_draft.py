@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,20 @@ def test_it_guesses_what_it_would_say_itself(micro_bundle: Path, language: Langu
         assert draft.guess([*text[:2], ("picture", 0), ("picture", 1), *text[2:]], COUNT, NEVER) == wanted
     assert draft.guess([5] * 510, COUNT, NEVER) == []  # no room
     assert draft.guess([language.vocab_size], COUNT, NEVER) == []  # unknown to it
+    draft.close()
+
+
+def test_tokens_that_only_the_draft_has_are_no_guess(tmp_path: Path, language: LanguageModel) -> None:
+    """Its table of embeddings may be longer. Here one of the two rows behind the others' is always the likeliest."""
+    config = replace(micro.CONFIG, text=replace(micro.CONFIG.text, vocab_size=micro.VOCABULARY + 2))
+    tensors = micro.random_tensors(config)
+    head = tensors["language_model.lm_head.weight"]
+    head[:-2] = 0
+    head[-1] = -head[-2]
+    checkpoint = open_checkpoint(micro.write_checkpoint(tmp_path, config=config, tensors=tensors))
+    write_language(checkpoint, read_tokenizer(checkpoint.tokenizer, checkpoint.config), tmp_path / "longer.gguf", "x")
+    draft = Draft(tmp_path / "longer.gguf", language, threads=1)
+    assert draft.guess([5, 6, 7], COUNT, NEVER) == []
     draft.close()
 
 

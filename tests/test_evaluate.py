@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from llava_edge.cli import eval as cli_eval
 from llava_edge.models import micro
 from llava_edge.models.data import load_tokenizer
 from llava_edge.models.evaluate import Question, TorchJudge, ask_all, majority, question_sets, shuffled
@@ -92,6 +93,17 @@ def test_shuffling_keeps_questions_and_moves_pictures() -> None:
 
 
 def test_a_runtime_is_asked_every_question(tmp_path: Path) -> None:
-    questions = [Question("a.png", "1?", "one"), Question("b.png", "2?", "two")]
-    answers = {"1?": " one\n", "2?": "three"}
+    questions = [Question(f"{number}.png", f"{number}?", "one") for number in (1, 2, 3)]
+    answers = {"1?": " one\n", "2?": "three", "3?": "one or two"}
     assert ask_all(lambda image, question: answers[question], tmp_path, questions) == 1
+
+
+def test_fewer_questions_are_spread_over_the_whole_set() -> None:
+    """Sets are in the order of their labels: the first ones would be about one kind of thing."""
+    questions = [Question(f"{number}.png", "?", str(number)) for number in range(100)]
+    for limit in (1, 7, 33, 100, 1000):
+        chosen = [int(question.answer) for question in cli_eval._thin(questions, limit)]
+        assert len(chosen) <= limit
+        assert chosen[-1] >= 100 - 100 // limit - 1 or limit == 1
+        assert len(set(np.diff(chosen))) <= 1
+    assert cli_eval._thin(questions, None) == questions

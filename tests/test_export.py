@@ -24,7 +24,7 @@ from transformers import LlavaConfig as HfLlavaConfig
 
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, ParityRow
 from llava_edge.errors import UsageError
-from llava_edge.export import clip_onnx, exporter, llm_gguf, parity
+from llava_edge.export import clip_onnx, exporter, llm_gguf, parity, tower
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, ParityError, export
@@ -594,6 +594,20 @@ def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Pa
     assert np.mean(agreements["q8_0"]) >= 0.95
 
 
+def test_the_worst_picture_and_position_decide() -> None:
+    """One of several that is off is not lost in a mean, nor behind one that is right."""
+    right = [np.ones((4, 3), np.float32)] * 3
+    for number in range(3):
+        ours = [item + 0.1 * (number == n) for n, item in enumerate(right)]
+        assert not parity._relative_row("clip", ours, right, 1e-2).passed
+        logits = np.eye(3, dtype=np.float32)
+        turned = logits.copy()
+        turned[number] = logits[number - 1]
+        assert not parity._logits_row("f16", 0.5, turned, logits).passed
+    assert parity._relative_row("clip", right, right, 1e-2).passed
+    assert parity._logits_row("f16", 0.5, logits, logits).passed
+
+
 # --- the command -----------------------------------------------------------------------------------------------
 
 
@@ -648,13 +662,17 @@ def test_a_known_parity_table_is_taken_only_for_identical_files(
     assert other.parity == []
 
 
-def test_the_number_of_finer_blocks_can_be_given(micro_checkpoint: Path, tmp_path: Path) -> None:
-    sizes = []
-    for blocks in (0, 2):
+def test_the_number_of_finer_blocks_can_be_given_and_is_found(
+    micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tower, "INT8_TARGET", 0.0)  # nothing is enough, so all of both are finer
+    files = []
+    for blocks in (0, 2, None):
         out = tmp_path / str(blocks)
-        export(ExportOptions(micro_checkpoint, out, fine_blocks=blocks, force_publish=True))
-        sizes.append((out / VISION_DATA).stat().st_size)
-    assert sizes[0] < sizes[1]
+        manifest = export(ExportOptions(micro_checkpoint, out, fine_blocks=blocks, force_publish=True))
+        files.append(manifest.files[VISION_DATA])
+    assert files[0].size < files[1].size
+    assert files[1] == files[2]
 
 
 def test_an_unknown_precision_is_a_usage_error(tmp_path: Path) -> None:

@@ -159,6 +159,11 @@ def endless_header(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
 
 
+def header_that_fills_the_memory(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 1 << 30))
+    os.truncate(path, 1 << 31)  # zeros that take no room on the disk
+
+
 def offsets_outside(path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1 << 50]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
@@ -181,6 +186,7 @@ def header_of_lists(path: Path) -> None:
         (web_page, "web page"),
         (empty, "not a whole safetensors"),
         (endless_header, "header should have"),
+        (header_that_fills_the_memory, "header should have"),
         (offsets_outside, "lies at bytes"),
         (offsets_too_small, "has 8 bytes"),
         (header_of_lists, "header cannot be read"),
@@ -246,6 +252,16 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path, checkpoint: Path) -> Non
     (checkpoint / WEIGHTS).unlink()
     with pytest.raises(MissingError, match="holds no weights"):
         open_checkpoint(checkpoint)
+
+
+def test_a_tower_without_weights_is_not_published(checkpoint: Path, tmp_path: Path) -> None:
+    """It would agree with PyTorch."""
+    edit_tensors(
+        checkpoint, lambda tensors: tensors.update({k: v * 0 for k, v in tensors.items() if k.startswith("vision_")})
+    )
+    with pytest.raises(CheckpointError, match="same numbers everywhere"):
+        export(ExportOptions(checkpoint, tmp_path / "out", quant="f16", vision="fp32"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 # --- targets ---------------------------------------------------------------------------------------------------
@@ -519,6 +535,24 @@ def test_exit_codes_of_the_command(micro_checkpoint: Path, tmp_path: Path) -> No
         assert done.returncode == kind.exit_code, done.stderr
         assert done.stdout == ""
         assert "Traceback" not in done.stderr
+
+
+def test_nothing_has_its_name_before_it_is_on_disk(
+    micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of power leaves what was flushed: the files before the bundle has its name, then the name."""
+    out, mmproj = tmp_path / "out", tmp_path / "mmproj.gguf"
+    flushed, fsync = dict[int, tuple[bool, bool]](), os.fsync
+
+    def watched(file: int) -> None:
+        fsync(file)
+        flushed[os.fstat(file).st_ino] = mmproj.exists(), out.exists()
+
+    monkeypatch.setattr(os, "fsync", watched)
+    export(ExportOptions(micro_checkpoint, out, quant="f16", vision="fp32", emit_mmproj=mmproj))
+    assert flushed[mmproj.stat().st_ino] == (False, False)
+    assert {flushed.get(path.stat().st_ino) for path in (out, *out.iterdir())} == {(True, False)}
+    assert flushed[tmp_path.stat().st_ino] == (True, True)
 
 
 def test_the_manifest_is_written_last(micro_checkpoint: Path, tmp_path: Path) -> None:

@@ -126,6 +126,19 @@ def test_a_pair_becomes_the_bundle_that_its_checkpoint_becomes(
         assert said in result.stderr
 
 
+def test_files_that_are_read_are_not_written_over(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """--force is for what an earlier export wrote."""
+    language, mmproj = pair
+    before = language.read_bytes(), mmproj.read_bytes()
+    (tmp_path / "link.gguf").symlink_to(mmproj)
+    for target in (language, mmproj, tmp_path / "link.gguf"):
+        done = command(language, tmp_path / "out", "--mmproj", mmproj, "--template", "chatml", "--force",
+                       "--emit-mmproj", target)  # fmt: skip
+        assert isinstance(done.exception, CannotCreateError), done.output
+        assert "one of the files to read" in str(done.exception)
+    assert (language.read_bytes(), mmproj.read_bytes()) == before
+
+
 def test_a_quantized_pair_of_a_trained_model_still_answers(trained_micro: Path, tmp_path: Path) -> None:
     export(ExportOptions(trained_micro, tmp_path / "direct", quant="f16", vision="fp32"))
     quantize(tmp_path / "direct" / LANGUAGE, tmp_path / "model.gguf", "q8_0", 1)

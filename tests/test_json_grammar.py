@@ -257,6 +257,13 @@ def test_the_grammar_counts(llava: Llava) -> None:
         json.loads(answer.text)
 
 
+@pytest.mark.parametrize(("name", "pointer"), [("a/b", "a~1b"), ("m~n", "m~0n"), ("~1", "~01")])
+def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
+    grammar = from_schema({"$ref": f"#/$defs/{pointer}", "$defs": {"/": {"const": "wrong"}, name: {"const": "right"}}})
+    assert "right" in grammar
+    assert "wrong" not in grammar
+
+
 @pytest.mark.parametrize(
     ("schema", "says"),
     [

@@ -145,6 +145,24 @@ def test_the_wrong_ids_of_converted_llama_1_are_put_right(tensors: Arrays, tmp_p
     assert (text.bos_token_id, text.eos_token_id) == (1, 2)
 
 
+def test_a_newline_that_nobody_reads_is_left_out(tensors: Arrays, tmp_path: Path) -> None:
+    """A fine-tune of LLaVA-1.6 without tiles still has its embedding."""
+    newline = {"model.image_newline": np.ones(256, np.float32)}
+    folder = write.write(tmp_path / "model", write.original_config(), text_and_projector(tensors) | newline)
+    opens_as(open_checkpoint(folder, vision_tower=write.write_clip(tmp_path / "clip", tensors)), tensors)
+
+
+def test_a_delta_of_fewer_rows_than_its_base_is_refused(tmp_path: Path) -> None:
+    text = replace(micro.CONFIG.text, vocab_size=micro.VOCABULARY + 5)
+    larger = micro.random_tensors(replace(micro.CONFIG, text=text))
+    tensors = micro.random_tensors()
+    same = {name: value for name, value in tensors.items() if name.startswith("language_model.")}
+    folder = write.write_delta(tmp_path / "delta", tensors, same, write.original_config())
+    base = write.write_language_model(tmp_path / "llama", larger, replace(micro.CONFIG, text=text))
+    with pytest.raises(CheckpointError, match="is it the right base"):
+        open_checkpoint(folder, base=base, vision_tower=write.write_clip(tmp_path / "clip", tensors))
+
+
 def test_the_trained_length_limits_the_context(tensors: Arrays, tmp_path: Path) -> None:
     folder = write.write(
         tmp_path / "model", write.original_config(tokenizer_model_max_length=256), text_and_projector(tensors)
@@ -225,6 +243,19 @@ def test_parts_that_do_not_go_together(
 def test_the_first_mistral_has_another_prompt_than_the_second(window: dict[str, Any], name: str) -> None:
     """BakLLaVA and LLaVA-1.6. Without a word, a window is Mistral's default."""
     assert original.template({"architectures": ["LlavaMistralForCausalLM"], **window})[0] == name
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        ({"vocab_size": 32003, "mm_use_im_start_end": True}, "llava_v1_1"),  # liuhaotian/LLaVA-7B-v1-1 and the like
+        ({"vocab_size": 32004, "mm_use_im_start_end": True}, "multimodal"),  # LLaVA-13b-delta-v0
+        ({"vocab_size": 64000, "hidden_size": 7168}, "chatml_direct"),  # llava-v1.6-34b
+        ({"vocab_size": 32000, "hidden_size": 4096}, "vicuna_v1"),  # llava-v1.5-7b
+    ],
+)
+def test_sizes_tell_the_prompt_layout(raw: dict[str, Any], name: str) -> None:
+    assert original.template(raw)[0] == name
 
 
 def test_a_base_of_another_size_is_refused(parts: Callable[[str], Path], tmp_path: Path) -> None:

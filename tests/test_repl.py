@@ -73,6 +73,15 @@ def test_files_are_found_as_people_name_them(llava: Llava, tmp_path: Path, monke
     assert chat.messages[0].images == len(names)
 
 
+def test_a_file_of_exactly_that_name_goes_first(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quotes and backslashes may be in names of files, too."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("'red'", "back\\slash.png"):
+        Image.new("RGB", (9, 9), "red").save(tmp_path / name, "PNG")
+    chat, _ = talk(llava, ["/image 'red'", "/image back\\slash.png", "/image 'back\\slash.png'", "what?"], monkeypatch)
+    assert chat.messages[0].images == 3
+
+
 def test_only_conversations_are_replaced(
     llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +117,28 @@ def test_a_conversation_is_saved_where_people_mean(
     assert {path.name for path in tmp_path.iterdir()} == {"home.json", "a b.json", "a c.json"}
 
 
+def test_a_link_leads_to_what_is_saved(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder that is kept in step with another machine's."""
+    link, real = tmp_path / "talk.json", tmp_path / "real.json"
+    link.symlink_to(real)
+    talk(llava, [f"/save {real}", "first", f"/save {link}"], monkeypatch)
+    assert link.readlink() == real
+    assert len(json.loads(real.read_text("utf-8"))["messages"]) == 2
+
+
+def test_what_was_saved_outlives_a_loss_of_power(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is flushed to the disk before it takes the place of the last save."""
+    path, flushed, fsync = tmp_path / "talk.json", list[tuple[int, bool]](), os.fsync
+
+    def watched(file: int) -> None:
+        fsync(file)
+        flushed.append((os.fstat(file).st_ino, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    talk(llava, [f"/save {path}"], monkeypatch)
+    assert (path.stat().st_ino, False) in flushed
+
+
 def test_a_full_disk_leaves_the_last_save(
     llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +170,8 @@ def test_bad_input_is_one_sentence_and_the_chat_goes_on(
     lines = ["/image none.png", "/image", "/image ''", "/image https://x.org/y.png", "/save", "/save ''"]
     lines += ["/save a\0b", "/save /no/such/folder/x.json", "/nonsense", "word " * 2000, "hello"]
     chat, _ = talk(llava, lines, monkeypatch)
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert out == "\n"  # the end of the one answer
     assert [message.text for message in chat.messages][:1] == ["hello"]
     for part in (
         "none.png does not exist",

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from gguf import GGUFReader
 
 from llava_edge.bundle import Bundle
 from llava_edge.cli import cli
 from llava_edge.errors import CannotCreateError, DataError, MissingError
 from llava_edge.export import held_out, importance, llm_gguf, report
 from llava_edge.export.checkpoint import open_checkpoint
-from llava_edge.export.exporter import ExportOptions, export
-from llava_edge.export.quantize import QUANTS
+from llava_edge.export.quantize import QUANTS, quantize
 from llava_edge.export.samples import held_out as held_out_drawings
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.image import load_image, preprocess
@@ -28,10 +28,10 @@ from llava_edge.prompt import IGNORE_INDEX
 
 
 def test_scores_by_hand() -> None:
-    half, quarter = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.5, 0.25]])
-    kl, loss, same = report.compare(half, quarter, [2])[0]
-    assert kl == pytest.approx(0.5 * log(2) - 0.25 * log(2))
-    assert (loss, same) == (pytest.approx(log(4)), 0)
+    half, other = np.log([[0.5, 0.25, 0.25]]), np.log([[0.125, 0.5, 0.375]])
+    kl, loss, same = report.compare(half, other, [2])[0]
+    assert kl == pytest.approx(0.5 * log(4) - 0.25 * log(2) - 0.25 * log(1.5))  # the other way round it would be less
+    assert (loss, same) == (pytest.approx(log(8 / 3)), 0)
     shifted = report.compare(half, half + 7, [0])[0]  # logits may be shifted, the distribution is the same
     np.testing.assert_allclose(shifted, [0, log(2), 1], atol=1e-12)
 
@@ -88,6 +88,8 @@ def test_predictions_are_those_of_pytorch_for_every_answer_token(
             assert np.abs(ours - wanted[sample]).max() < 0.02 * np.abs(wanted[sample]).max()
             early = wanted[sample][:-1]  # negative control: one position off is not the same
             assert np.abs(ours[1:] - early).max() > 0.2 * np.abs(early).max()
+            again = np.stack([row.copy() for row in held_out.predictions(engine, sample, pictures)])
+            assert np.abs(again - ours).max() < 0.02 * np.abs(ours).max()  # all but the answer is known
 
 
 def test_the_answers_of_drawings_are_the_models_own(float16: Path, micro_bundle: Path, tmp_path: Path) -> None:
@@ -101,8 +103,9 @@ def test_the_answers_of_drawings_are_the_models_own(float16: Path, micro_bundle:
     assert not calibrated & {image.tobytes() for image in held_out_drawings()}
 
 
-def test_the_report_of_an_export(micro_checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    arguments = ["export", str(micro_checkpoint), str(tmp_path / "out"), "--vision", "fp32", "--imatrix", "--json"]
+def test_the_report_of_an_export(micro_checkpoint: Path, float16: Path, data: Path, tmp_path: Path) -> None:
+    """It measures with a matrix, too; the file that is shipped has none unless it was asked for."""
+    arguments = ["export", str(micro_checkpoint), str(tmp_path / "out"), "--vision", "fp32", "--json"]
     arguments += ["--report", str(tmp_path / "report.md"), "--report-data", str(data)]
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0, done.stderr
@@ -119,7 +122,12 @@ def test_the_report_of_an_export(micro_checkpoint: Path, data: Path, tmp_path: P
     aware = rows["q4_k_m", True]
     assert aware["kl"] != rows["q4_k_m", False]["kl"]
     assert aware["size"] == rows["q4_k_m", False]["size"] == printed["files"]["language.gguf"]["size"]
-    assert printed["language"]["calibration"] == "4 drawings, image weight 0.5"
+    assert printed["language"]["calibration"] == ""
+    assert printed["report"]["calibration"] == "4 drawings, image weight 0.5"
+    plain = float16.with_name("plain.gguf")
+    quantize(float16, plain, "q4_k_m")
+    shipped, wanted = (GGUFReader(path).tensors for path in (tmp_path / "out" / "language.gguf", plain))
+    assert all(np.array_equal(ours.data, theirs.data) for ours, theirs in zip(shipped, wanted, strict=True))
     table = (tmp_path / "report.md").read_text("utf-8").splitlines()
     assert any(line.startswith("| q4_k_m, image-aware | ") and f"| {aware['kl']:.5f} |" in line for line in table)
     assert sum(line.startswith("| q") for line in table) == 7
@@ -132,15 +140,14 @@ def test_the_matrix_of_an_export_reaches_the_file(micro_checkpoint: Path, tmp_pa
     (tmp_path / "photos").mkdir()
     for n, colour in enumerate(micro.COLOURS):
         micro.draw(colour, rng).save(tmp_path / "photos" / f"{n}.png")
-    manifests = [
-        export(ExportOptions(micro_checkpoint, tmp_path / name, vision="fp32", imatrix=imatrix, calibrate=folder))
-        for name, imatrix, folder in (("plain", False, None), ("aware", True, tmp_path / "photos"))
-    ]
+    for name, how in (("plain", []), ("aware", ["--calibrate", str(tmp_path / "photos")])):
+        arguments = ["export", str(micro_checkpoint), str(tmp_path / name), "--vision", "fp32"]
+        assert CliRunner().invoke(cli, [*arguments, *how]).exit_code == 0
+    manifests = [Bundle.open(tmp_path / name).manifest for name in ("plain", "aware")]
     plain, aware = (manifest.files["language.gguf"] for manifest in manifests)
     assert plain.size == aware.size
     assert plain.sha256 != aware.sha256
     assert [manifest.language.calibration for manifest in manifests] == ["", "6 pictures, image weight 0.5"]
-    assert Bundle.open(tmp_path / "aware").manifest == manifests[1]
     shown = CliRunner().invoke(cli, ["info", str(tmp_path / "aware")])
     assert "q4_k_m, calibrated on 6 pictures" in shown.stdout
 

@@ -26,10 +26,15 @@ from llava_edge.errors import BundleError, ContextOverflowError, MissingError, U
 from llava_edge.options import Chunk, EngineOptions, Options
 from llava_edge.prompt import Message, Piece
 from llava_edge.runtimes import CancelledError, bindings, devices, probe
+from llava_edge.runtimes.decoding import Answer
+from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.measured import Run
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.projector import gelu
 from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.text import TextStream
+from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.templates import TEMPLATES, Template
 
 CPU = EngineOptions(device="cpu", threads=1)
@@ -365,6 +370,14 @@ def test_the_longest_answer(llava: Llava) -> None:
     assert (result.completion_tokens, result.finish_reason) == (3, "length")
 
 
+def test_times_of_an_answer_add_up(llava: Llava) -> None:
+    """The first token's time is no part of the rate of the others."""
+    result = llava.ask("Hello", options=Options(max_tokens=5, speculate="off"))
+    times = result.timings
+    assert times.ttft_ms + times.decode_ms == pytest.approx(times.total_ms)
+    assert times.decode_tokens_per_s * times.decode_ms / 1000 == pytest.approx(result.completion_tokens - 1)
+
+
 def test_the_end_of_the_context_ends_the_answer(micro_bundle: Path) -> None:
     with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=64)) as small:
         result = small.ask("hello", options=Options(max_tokens=500))
@@ -383,6 +396,33 @@ def test_context_overflow_is_told_before_any_work(micro_bundle: Path) -> None:
         with pytest.raises(ContextOverflowError, match="bytes"):
             small.ask("x " * (1 << 19))
         assert small.ask("?", options=SHORT).completion_tokens > 0
+
+
+def test_a_picture_that_nobody_waits_for_is_no_fault_of_the_bundle(micro_bundle: Path) -> None:
+    encoder = VisionEncoder(Bundle.open(micro_bundle), 1, "CPUExecutionProvider")
+    pixels, run = np.zeros((3, 32, 32), np.float32), encoder.new_run()
+    encoder.encode(pixels, run)
+    run.terminate = True  # as whoever leaves does, from another thread
+    with pytest.raises(CancelledError):
+        encoder.encode(pixels, run)
+
+
+def test_a_larger_context_is_advised_only_where_there_is_one(micro_bundle: Path) -> None:
+    trained = read_manifest(micro_bundle).language.context_length
+    for context in (40, trained):
+        with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=context)) as model:
+            with pytest.raises(ContextOverflowError) as caught:
+                model.ask("x" * trained)
+            assert ("--context" in str(caught.value)) == (context < trained)
+
+
+def test_tokens_that_the_vocabulary_says_end_an_answer_end_it(language: LanguageModel) -> None:
+    """Also where the prompt layout has another: llama.cpp knows `<|endoftext|>` by its name."""
+    job = Job(lambda job: None, threading.Event(), lambda: True)
+    answer = Answer(language, {language.control_id("<|im_end|>")}, TextStream(), 5, Run(0), job)
+    assert answer.take(language.tokenize("a")[0]) is None
+    assert answer.take(language.control_id("<|endoftext|>")) == "stop"
+    assert (answer.run.text, answer.run.tokens) == ("a", 1)
 
 
 def test_text_with_anything_in_it(llava: Llava) -> None:
@@ -784,6 +824,12 @@ BAD_OPTIONS: list[dict[str, Any]] = [
 def test_options_out_of_range_name_the_field(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
         Options(**bad)
+
+
+def test_options_at_their_limits_are_taken() -> None:
+    Options(max_tokens=1 << 20, temperature=100.0, top_k=1 << 24, min_p=1.0, seed=(1 << 32) - 1, top_logprobs=20)
+    Options(max_tokens=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, top_logprobs=0)
+    Options(stop=("é" * 128,) * 16, repeat_penalty=10.0, frequency_penalty=2.0, presence_penalty=-2.0)
 
 
 @pytest.mark.parametrize("bad", [{"device": "tpu"}, {"threads": -1}, {"context": -5}, {"threads": True}])

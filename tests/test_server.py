@@ -213,10 +213,15 @@ def test_models_and_health(client: Any, server: Server) -> None:
 
 
 def test_metrics_count(server: Server) -> None:
-    name = 'llava_edge_tokens_total{kind="answer"}'
-    before = server.metric(name)
-    tokens = server.ask("Hello")["usage"]["completion_tokens"]
-    assert server.metric(name) == before + tokens
+    tokens, seconds = 'llava_edge_tokens_total{kind="answer"}', 'llava_edge_stage_seconds_total{stage="total"}'
+    server.ask("Hello")
+    before = server.metric(tokens), server.metric(seconds)
+    made = server.ask("Hello")
+    assert server.metric(tokens) == before[0] + made["usage"]["completion_tokens"]
+    # Six digits are shown of a sum.
+    assert server.metric(seconds) - before[1] == pytest.approx(
+        made["llava_edge"]["timings"]["total_ms"] / 1000, abs=0.01
+    )
     for line in server.request("GET", "/metrics")[2].decode().splitlines():
         assert line.startswith("# ") or len(line.split()) == 2
 
@@ -334,7 +339,11 @@ def test_the_asynchronous_client(server: Server) -> None:
             made = await client.chat.completions.create(model="micro", messages=[user("Hello")], max_tokens=8)
             return str(made.choices[0].message.content)
 
-    assert asyncio.run(run()) == server.text("Hello", max_tokens=8)
+    name = 'llava_edge_answers_total{reason="length"}'
+    alone = server.text("Hello", max_tokens=8)
+    before = server.metric(name)
+    assert asyncio.run(run()) == alone
+    assert server.metric(name) == before + 1  # the one that was cancelled did not run to its end
 
 
 def test_unknown_fields_are_ignored(server: Server) -> None:

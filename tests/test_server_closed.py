@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import json
+import os
 import random
 import socket
 import subprocess
@@ -22,6 +24,8 @@ from llava_edge.errors import UsageError
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem
+from llava_edge.server.serve import read_key
+from llava_edge.server.votes import MAX_BYTES
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
@@ -276,6 +280,7 @@ def test_every_answer_forbids_guessing_and_embedding(server: Server) -> None:
         _, headers, _ = server.request("GET", path)
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cross-origin-resource-policy"] == "same-origin"
+        assert (headers["cache-control"], headers["referrer-policy"]) == ("no-store", "no-referrer")
         assert "server" not in headers
     policy = server.request("GET", "/")[1]["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -396,6 +401,7 @@ def test_the_right_key(locked: Server) -> None:
         (["--host", "192.0.2.1"], "a key is needed"),
         (["--host", "example.com"], "not an IP address"),
         (["--api-key-file", "nowhere"], "cannot be read"),
+        (["--api-key-file", os.devnull], "is empty"),
         (["--allow-host", "*.local"], "is no host name"),
         (["--allow-host", "http://box"], "is no host name"),
     ],
@@ -405,6 +411,13 @@ def test_settings_that_would_open_it(options: list[str], says: str, micro_bundle
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
+
+
+def test_one_of_two_keys_is_not_chosen(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    assert read_key(tmp_path / "key", "") == read_key(None, KEY) == KEY
+    with pytest.raises(UsageError, match="give one of them"):
+        read_key(tmp_path / "key", "another key of mine")
 
 
 def test_a_taken_port(server: Server, micro_bundle: Path) -> None:
@@ -485,6 +498,16 @@ def test_a_body_over_the_limit_is_answered(server: Server) -> None:
     assert status_of(server.raw(data)) == 413
 
 
+def test_heads_over_the_limit(server: Server) -> None:
+    """Refused at once, whole or without an end."""
+    head = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\nX: " % server.port
+    long = head + b"x" * (3 * Limits().head)
+    started = time.monotonic()
+    assert status_of(server.raw(long + b"\r\n\r\n")) in (400, 431)
+    assert status_of(server.raw(long)) == 400
+    assert time.monotonic() - started < Limits().head_seconds / 2
+
+
 def test_texts_over_the_limit(server: Server) -> None:
     status, message = chat(json.dumps(question("x" * (Limits().prompt + 1))).encode(), server)
     assert (status, "bytes" in message) == (400, True)
@@ -500,6 +523,7 @@ def test_slow_clients_are_left(micro_bundle: Path, tmp_path: Path) -> None:
         assert server.raw(b"GET /hea") == b""
         said = server.raw(server.post + b"Content-Length: 100\r\n\r\n{")
         assert status_of(said) == 408
+        assert b"\r\nconnection: close\r\n" in said  # or it would be used for the next request
         # A wrong key or host does not spare anyone the time limit of the body.
         assert (
             status_of(server.raw(server.post.replace(b"127.0.0.1", b"evil") + b"Content-Length: 100\r\n\r\n{")) == 403
@@ -517,6 +541,14 @@ def test_slow_clients_are_left(micro_bundle: Path, tmp_path: Path) -> None:
         assert server.text("Hello")
 
 
+def test_who_leaves_within_a_body_is_no_bug(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(server.post + b"Content-Length: 100\r\n\r\n{")
+        time.sleep(0.1)
+    server.wait_until(lambda: "POST /v1/chat/completions 499 " in server.log.read_text())
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_who_does_not_read_is_left(micro_bundle: Path, tmp_path: Path) -> None:
     """Exporting a large log and reading nothing of it: soon the rest is gone, and so is the connection."""
     with running(micro_bundle, tmp_path, limits="stall_seconds=0.5") as server:
@@ -525,6 +557,15 @@ def test_who_does_not_read_is_left(micro_bundle: Path, tmp_path: Path) -> None:
         (log / "votes.jsonl").write_bytes(b"x" * (30 << 20))
         request = b"GET /log HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\n\r\n" % server.port
         assert len(server.raw(request)) > 30 << 20  # who reads gets all
+        paused = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        paused.request("GET", "/log")
+        answer = paused.getresponse()
+        time.sleep(0.2)
+        assert len(answer.read()) == 30 << 20
+        time.sleep(1.5)
+        paused.request("GET", "/health")  # and who has read can go on
+        assert paused.getresponse().status == 200
+        paused.close()
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
@@ -737,3 +778,17 @@ def test_a_vote_that_cannot_be_written_is_said(micro_bundle: Path, tmp_path: Pat
         vote = {"type": "upvote", "messages": [["user", "Hello"], ["assistant", "Yes"]]}
         status, _, answer = server.request("POST", "/log", vote)
         assert (status, "cannot be written" in json.loads(answer)["error"]["message"]) == (507, True)
+
+
+def test_a_full_log_takes_no_vote_and_a_vote_no_other_address(micro_bundle: Path, tmp_path: Path) -> None:
+    """What a client says of its address is not believed."""
+    vote = {"type": "upvote", "messages": [["user", "Hello"], ["assistant", "Yes"]]}
+    file = tmp_path / "home" / "log" / "votes.jsonl"
+    with running(micro_bundle, tmp_path) as server:
+        assert server.request("PUT", "/log/state", {"on": True})[0] == 200
+        assert server.request("POST", "/log", vote, {"X-Forwarded-For": "192.0.2.1"})[0] == 204
+        assert json.loads(file.read_bytes())["ip"] == "127.0.0.1"
+        os.truncate(file, MAX_BYTES)
+        status, _, answer = server.request("POST", "/log", vote)
+        assert (status, "is full" in json.loads(answer)["error"]["message"]) == (507, True)
+        assert file.stat().st_size == MAX_BYTES

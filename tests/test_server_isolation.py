@@ -345,9 +345,13 @@ def test_a_draft_model_can_be_read_wherever_it_is(micro_bundle: Path, tmp_path: 
 
 
 @linux
-def test_the_child_can_do_little(micro_bundle: Path, tmp_path: Path) -> None:
+def test_the_child_can_do_little(micro_bundle: Path, isolated_home: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("x")
+    log, kernels = isolated_home / "log" / "votes.jsonl", isolated_home / "native" / "kernels.so"
+    for file in (log, kernels):
+        file.parent.mkdir()
+        file.touch()
     code = f"""
 import ctypes, os, resource, signal, socket, subprocess, sys, threading
 from pathlib import Path
@@ -356,6 +360,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 def tries():
     yield "read", lambda: open({str(secret)!r}).read()
     yield "list", lambda: os.listdir({str(tmp_path)!r})
+    yield "log", lambda: open({str(log)!r}).read()
+    yield "own kernels", lambda: open({str(kernels)!r}).read()
     yield "write", lambda: open({str(tmp_path / "new")!r}, "w")
     yield "bundle", lambda: open({str(micro_bundle / "new")!r}, "w")
     yield "socket", lambda: socket.create_connection(("127.0.0.1", 9), 1)
@@ -391,7 +397,9 @@ print(before, {{name: outcome(do) for name, do in tries()}}, sep="\\n")
     assert before == dict.fromkeys(before, "works") | {"socket": "ConnectionRefusedError"} | rings
     if after["read"] != "denied":
         pytest.skip("this kernel has no Landlock")
-    assert after == dict.fromkeys(after, "denied") | dict.fromkeys(("own", "own limits", "own thread"), "works")
+    assert after == dict.fromkeys(after, "denied") | dict.fromkeys(
+        ("own", "own limits", "own thread", "own kernels"), "works"
+    )
 
 
 @linux
@@ -428,7 +436,8 @@ def test_the_key_is_not_the_childs(micro_bundle: Path, tmp_path: Path) -> None:
 @linux
 def test_a_signal_to_the_whole_group_ends_the_server_alone(micro_bundle: Path, tmp_path: Path) -> None:
     with running(micro_bundle, tmp_path) as server:
-        os.kill(server.child(), signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(server.child(), number)
         time.sleep(0.3)
         assert server.text("Hello", max_tokens=2)
         assert server.health()["crashes"] == 0

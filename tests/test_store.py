@@ -58,6 +58,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 @pytest.mark.parametrize("name", ["../models/mine", "..", ".", "", " ", "a/b", "a\\b"])
 def test_a_name_never_leaves_the_folder(name: str) -> None:
     install("mine")
+    for folder in (store.models_folder(), store.home()):
+        (folder / MANIFEST).write_text("{}")
     if name and Path(name).exists():
         assert store.resolve(name) == Path(name)
     else:
@@ -72,6 +74,16 @@ def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert store.resolve("mine") == installed
     assert store.resolve("./mine").resolve() == tmp_path / "mine"
     assert store.resolve(tmp_path / "mine") == tmp_path / "mine"
+    assert store.resolve(Path("mine")) == Path("mine")  # a Path is never a name
+
+
+def test_a_folder_that_is_here_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`checkpoints/llava` looks like the name of a model on a hub."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingError, match="downloads no model but its own"):
+        store.refuse_download("checkpoints/llava", "get it")
+    (tmp_path / "checkpoints" / "llava").mkdir(parents=True)
+    store.refuse_download("checkpoints/llava", "get it")
 
 
 def test_entries_show_known_and_installed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import struct
 import termios
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from llava_edge.cli.terminal import status_line
+from llava_edge.cli.terminal import ended_cleanly, show, status_line
 
 
 @contextmanager
@@ -59,3 +60,29 @@ def test_a_terminal_without_escapes_gets_none(monkeypatch: pytest.MonkeyPatch) -
         with status_line("Loading") as status:
             status(0.5)
         assert written() == ""
+
+
+def test_an_answer_cannot_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ESC and, of one character, CSI and OSC; into a pipe goes what the model said."""
+    said = "a\tb\n\x1b[2Jc\x9b2Jd\x9d0;e\x07\x7f\r"
+    show(said)
+    assert capsys.readouterr().out == said
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show(said)
+    assert capsys.readouterr().out == "a\tb\n[2Jc2Jd0;e"
+
+
+def test_a_request_to_end_is_ctrl_c_but_for_what_nohup_ignores() -> None:
+    kinds = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGHUP, signal.SIG_IGN)]
+    try:
+        with ended_cleanly():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        assert [signal.getsignal(kind) for kind in kinds] == [signal.SIG_DFL, signal.SIG_IGN]
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

@@ -37,6 +37,10 @@ def test_a_thread_comes_back_when_a_processor_is_idle() -> None:
     assert decided(2, [BUSY, QUIET, QUIET])[-1] == 2
 
 
+def test_calm_is_counted_anew_after_crowding() -> None:
+    assert decided(3, [BUSY, QUIET, BUSY, *[QUIET] * 4])[-2:] == [1, 2]
+
+
 def test_no_thread_comes_back_while_no_processor_is_idle() -> None:
     assert decided(2, [BUSY, *[(0.0, 0.1)] * 200])[-1] == 1
 

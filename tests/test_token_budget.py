@@ -111,6 +111,13 @@ def test_means_weigh_every_member_once() -> None:
     assert np.abs(found - features[left].mean(axis=0)).max(axis=1).min() < 1e-5
 
 
+@pytest.mark.parametrize("value", [1.0, 0.0])
+def test_patches_that_are_all_alike_stay_what_they_are(value: float) -> None:
+    """Each is as like to one mean as to another, or has no direction at all: no mean may be left without a member."""
+    features = np.full((49, 8), value, np.float32)
+    assert np.array_equal(token_budget.reduce(features, np.arange(49, dtype=np.float32), 25), features[:25])
+
+
 @pytest.mark.parametrize(("side", "fields"), [(24, 12), (24, 8), (6, 3), (5, 5), (4, 1)])
 def test_pooling_whole_fields_is_torchs(side: int, fields: int) -> None:
     features, attention = draw(side**2)

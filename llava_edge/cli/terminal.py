@@ -18,7 +18,8 @@ _WIDTH = 24
 
 def show(text: str) -> None:
     """Write a piece of an answer to stdout at once; without control characters if that is a terminal."""
-    click.echo(text.translate(_CONTROLS) if sys.stdout.isatty() else text, nl=False)
+    text = text.translate(_CONTROLS) if sys.stdout.isatty() else text
+    click.echo(text, nl=False, color=True)  # or click would cut escapes out of what goes into a file
 
 
 def advise(device: str) -> None:
