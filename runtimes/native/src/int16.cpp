@@ -79,9 +79,10 @@ int32_t part(int16_t *row, int inner, int away) {
 void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
     Tile &tile = *static_cast<Tile *>(out);
     alignas(64) int16_t values[PLACES][INNER];
-    memset(values, 0, sizeof values);
+    if (!TWOS) memset(values[ROWS], 0, (PLACES - ROWS) * sizeof values[0]);
     for (int i = 0; i < ROWS; i++) {
         tile.scales[i] = i < rows ? quantize(x + i * stride, inner, ACTIVATION_LIMIT, values[i]) : 0;
+        if (i >= rows) memset(values[i], 0, sizeof values[i]);
         if (TWOS) tile.starts[i] = part(values[i], inner, ROWS * INNER);
     }
     const int steps = TWOS ? inner / 4 : inner / 2;
@@ -181,7 +182,7 @@ inline __attribute__((always_inline)) void add_twos(Lanes &left, Lanes &right, c
             "vpmaddwd %[c], %[d], %[c]\n\tvpaddd %[c], %[left], %[left]\n\t"
             "vpaddw %[second1], %[a], %[a]\n\tvpaddw %[first1], %[b], %[b]\n\t"
             "vpmaddwd %[a], %[b], %[a]\n\tvpaddd %[a], %[right], %[right]"
-            : [left] "+x"(left.v), [right] "+x"(right.v), [a] "=&x"(a), [b] "=&x"(b), [c] "=&x"(c), [d] "=&x"(d)
+            : [left] "+&x"(left.v), [right] "+x"(right.v), [a] "=&x"(a), [b] "=&x"(b), [c] "=&x"(c), [d] "=&x"(d)
             : [first0] "x"(first[0].v), [first1] "x"(first[1].v), [second0] "x"(second[0].v), [second1] "x"(second[1].v),
               [x0] "m"(x[0]), [x1] "m"(x[ROWS]));
 }

@@ -18,7 +18,6 @@ struct Product {
     float *y;            // rows x columns
     size_t y_stride;     // floats from row to row
     int rows, columns, inner;
-    const float *scale = nullptr, *bias = nullptr;  // for each column, of layers that have them: y * scale + bias is stored
 };
 
 // A way to compute products of many rows. Weights are unpacked once, a panel (some columns, one block of the inner

@@ -20,9 +20,17 @@ const Kernel *pairs_kernel() {
     return nullptr;
 }
 
-bool linear(const Product &p, Team &team) {
+bool linear(const Product &p, const float *scale, const float *bias, Team &team) {
     const Kernel *const kernel = pairs_kernel();
-    return kernel && multiply(*kernel, p, team, scratch());
+    if (!kernel || !multiply(*kernel, p, team, scratch())) return false;
+    team.each([&](int member) {
+        for (int m = member * p.rows / team.size; m < (member + 1) * p.rows / team.size; m++) {
+            float *y = p.y + m * p.y_stride;
+            if (scale) for (int n = 0; n < p.columns; n++) y[n] = y[n] * scale[n] + bias[n];
+            else for (int n = 0; n < p.columns; n++) y[n] += bias[n];
+        }
+    });
+    return true;
 }
 
 }  // namespace native
@@ -34,9 +42,9 @@ EXPORT int llava_edge_native_linear(const float *x, const char *w, const float *
                                     int columns, int inner, int threads) {
     using namespace native;
     if (inner % 16) return false;  // int16.cpp rounds so many at once
-    const Product p{BYTES_ACROSS, w, size_t(columns), x, size_t(inner), y, size_t(columns), rows, columns, inner, scale, bias};
+    const Product p{BYTES_ACROSS, w, size_t(columns), x, size_t(inner), y, size_t(columns), rows, columns, inner};
     Passing team(threads);
-    return linear(p, team);
+    return linear(p, scale, bias, team);
 }
 
 // Of a layer of the projector.
@@ -45,8 +53,8 @@ EXPORT int llava_edge_native_project(int halves, const float *x, const char *w, 
     using namespace native;
     if (inner % 32) return false;  // int16.cpp unpacks so many at once
     const size_t stride = size_t(inner) * (halves ? 2 : 4);
-    const Product p{halves ? F16 : F32, w, stride, x, size_t(inner), y, size_t(columns), rows, columns, inner, nullptr, bias};
+    const Product p{halves ? F16 : F32, w, stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
     Passing team(threads);
-    return linear(p, team);
+    return linear(p, nullptr, bias, team);
 }
 }

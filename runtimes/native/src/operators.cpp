@@ -78,10 +78,9 @@ void *compute_linear(void *made, void *context) {
     if (void *status = output(own.api, context, {batch, rows, columns}, &y)) return status;
     const Product p{BYTES_ACROSS, static_cast<const char *>(data[1]), size_t(columns),
                     static_cast<const float *>(data[0]), size_t(inner), y, size_t(columns),
-                    int(batch * rows), int(columns), int(inner),
-                    static_cast<const float *>(data[2]), static_cast<const float *>(data[3])};
+                    int(batch * rows), int(columns), int(inner)};
     Threads team(own.threads, own.api, context);
-    if (!linear(p, team))
+    if (!linear(p, static_cast<const float *>(data[2]), static_cast<const float *>(data[3]), team))
         return failed(own.api, "llava_edge.Linear: out of memory.");
     return nullptr;
 }

@@ -33,8 +33,8 @@ Scratch &scratch();
 // The kernel of int16.cpp for this processor; null if there is none.
 const Kernel *pairs_kernel();
 
-// False, with nothing computed, if there is no memory.
-bool linear(const Product &, Team &);
+// scale: null if the weights need none. False, with nothing computed, if there is no memory.
+bool linear(const Product &, const float *scale, const float *bias, Team &);
 
 // Attention of all positions with all: (batch, positions, 3 * heads * width) -> (batch, positions, heads * width).
 // q, k and v stand next to each other, each of them head by head.

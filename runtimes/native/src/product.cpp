@@ -62,19 +62,13 @@ struct Plan {
                 for (int t = 0; t < tiles; t++, s += sums()) kernel.multiply(p.type, tile(k, t), panel, inner(k), k == 0, s);
             }
         }
-        for (int t = 0; t < tiles; t++) {
-            const int row = t * kernel.tile_rows, rows = std::min(kernel.tile_rows, p.rows - row);
-            float *y = p.y + row * p.y_stride;
-            const float *s = all + t * sums();
-            for (int n = first; n < end; n += kernel.panel_columns, s += tiles * sums())
-                kernel.store(s, y + n, p.y_stride, rows, std::min(kernel.panel_columns, end - n));
-            for (int i = 0; i < rows && p.bias; i++, y += p.y_stride) finish(y, first, end);
-        }
-    }
-
-    void finish(float *y, int first, int end) const {
-        if (p.scale) for (int n = first; n < end; n++) y[n] = y[n] * p.scale[n] + p.bias[n];
-        else for (int n = first; n < end; n++) y[n] += p.bias[n];
+        const float *s = all;
+        for (int n = first; n < end; n += kernel.panel_columns)
+            for (int t = 0; t < tiles; t++, s += sums()) {
+                const int row = t * kernel.tile_rows;
+                kernel.store(s, p.y + row * p.y_stride + n, p.y_stride, std::min(kernel.tile_rows, p.rows - row),
+                             std::min(kernel.panel_columns, end - n));
+            }
     }
 };
 
