@@ -95,7 +95,7 @@ class Cache:
                 waiting.replace(self.folder / key)
             finally:
                 waiting.unlink(missing_ok=True)
-        except OSError:
+        except (OSError, MemoryError):
             return False
         return True
 

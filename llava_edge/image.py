@@ -166,9 +166,10 @@ def _read(path: str | Path, name: str) -> bytes:
         with Path(path).open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except OSError as error:
-        if str(path).startswith("data:"):
+        start = str(path)[:6].lower()
+        if start.startswith("data:"):
             problem = f"{name[:20]}... is a data: URL, not a file; the bytes in it were expected."
-        elif str(path).startswith(("http:", "https:")):
+        elif start.startswith(("http:", "https:")):
             problem = f"{name} is a web address, not a file; download the picture first."
         elif isinstance(error, FileNotFoundError | NotADirectoryError):
             problem = f"{name} does not exist; the path of a picture was expected."

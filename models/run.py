@@ -19,7 +19,7 @@ from llava_edge.models.llava import Llava, from_state
 from llava_edge.models.lora import merge_lora
 from llava_edge.models.recipe import Recipe
 from llava_edge.models.shapes import projector_shapes
-from llava_edge.models.sources import require_labels
+from llava_edge.models.sources import require_photos
 from llava_edge.models.train import Report, Trainer, load_stage, plot_losses
 
 Talk = Callable[[str], None]
@@ -74,7 +74,7 @@ def _check_photos(recipe: Recipe, folders: Folders) -> None:
         return
     if folders.photos is None:
         raise UsageError("This recipe trains on photos: pass their folder with --photos.")
-    require_labels(folders.photos)
+    require_photos(folders.photos, folders.data)
 
 
 def _untrained(recipe: Recipe, folders: Folders, talk: Talk) -> tuple[Llava, LlavaConfig]:

@@ -55,10 +55,8 @@ def collect(folder: Path, photos: Path) -> list[Item]:
 
     Raises `MissingError`, `UnavailableError`, or `UsageError` if the folder was made with other photos.
     """
-    require_labels(photos)
-    link, listing = folder / "photos", folder / "items.jsonl"
-    if link.is_symlink() and link.resolve() != photos.resolve():
-        raise UsageError(f"{folder} was made with the photos in {link.resolve()}; pass these, or another --data.")
+    require_photos(photos, folder)
+    listing = folder / "items.jsonl"
     if not listing.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         items = [*_photos(folder, photos), *_easy_vqa(folder), *_emoji(folder), *_tuxpaint(folder)]
@@ -85,11 +83,16 @@ def _run(command: list[str], folder: Path) -> None:
         raise UnavailableError(f"'{' '.join(command)}' failed: {reason}")
 
 
-def require_labels(photos: Path) -> None:
-    """Raises `MissingError` if a folder has no labels.jsonl."""
+def require_photos(photos: Path, folder: Path) -> None:
+    """Raises `MissingError` if photos have no labels.jsonl, `UsageError` if data in `folder` were made with others."""
     labels = photos / "labels.jsonl"
     if not labels.is_file():
         raise MissingError(f"{labels} does not exist; pass the folder of training photos with --photos.")
+    link = folder / "photos"
+    if link.is_symlink() and link.resolve() != photos.resolve():
+        where = link.resolve()
+        instead = "pass these" if where.exists() else "they are no longer there: put them back"
+        raise UsageError(f"{folder} was made with the photos in {where}; {instead}, or pass another --data.")
 
 
 def _photos(folder: Path, photos: Path) -> Iterator[Item]:

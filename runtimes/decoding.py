@@ -117,11 +117,14 @@ def decode_together(
 
 def _guessed(answer: Answer, speculation: Speculation, *, always: bool) -> FinishReason:
     guessing = Guessing(speculation, always=always)
-    tokens = [answer.language.best()]
+    tokens, before = [answer.language.best()], 0
     while True:
+        taken, right = answer.run.tokens, guessing.accepted - before
         for token in tokens:
             reason = answer.take(token)
-            if reason:
-                answer.run.drafted, answer.run.accepted = guessing.drafted, guessing.accepted
+            if reason:  # of the last pass only what is in the answer counts
+                answer.run.drafted = guessing.drafted
+                answer.run.accepted = before + min(right, answer.run.tokens - taken)
                 return reason
+        before = guessing.accepted
         tokens = guessing.next(tokens[-1], answer.job.cancel)

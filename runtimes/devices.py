@@ -211,16 +211,16 @@ class Others:
     def share(self) -> float:
         """Of the time of the processors that this process may use; 0 elsewhere than on Linux."""
         passed = time.monotonic() - self._begun
-        return (others_seconds() - self._taken) / passed / thread_count()[0]
+        return (others_seconds() - self._taken) / passed / len(_allowed_cpus())
 
 
 def others_seconds() -> float:
-    """Processor time that everything but this process has taken so far; 0 elsewhere than on Linux."""
-    words = _read("/proc/stat").partition("\n")[0].split()
-    if words[:1] != ["cpu"] or len(words) < 9:
-        return 0.0
-    ticks = sum(map(int, words[1:4])) + sum(map(int, words[6:9]))  # all but idle and waiting for disks, see proc(5)
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+    """What others have taken so far of the processors that this process may use; 0 elsewhere than on Linux."""
+    allowed = {f"cpu{number}" for number in _allowed_cpus()}
+    rows = [words for line in _read("/proc/stat").splitlines() if (words := line.split()) and words[0] in allowed]
+    # All but idle and waiting for disks, see proc(5).
+    ticks = sum(sum(map(int, words[1:4])) + sum(map(int, words[6:9])) for words in rows)
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time() if ticks else 0.0
 
 
 def process_start() -> float:

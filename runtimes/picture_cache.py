@@ -22,7 +22,7 @@ from llava_edge.bundle import Bundle
 from llava_edge.cache import Cache
 
 RECENT = 64 << 20  # bytes in memory: seven pictures of LLaVA-1.5-7B, hundreds of the default model
-SOON = 256 << 20  # bytes that may wait until nothing is asked; with more, writing begins
+SOON = 256 << 20  # bytes that may wait until nothing is asked; with more, or an eighth of the limit, writing begins
 WAITING = 1 << 30  # bytes that may wait at all; what comes on top is not kept
 
 Payload = bytes | memoryview
@@ -69,13 +69,14 @@ class PictureCache:
     def put(self, key: str, about: dict[str, str], payload: Payload) -> None:
         """Keep a payload, which must not change afterwards. It is written by `write`, `close`, or when much waits."""
         self._remember(key, payload)
-        if self._disk is not None and self._waiting.add(key, about, payload) > SOON:
+        if self._disk is not None and self._waiting.add(key, about, payload) > min(SOON, self._disk.limit // 8):
             self.write()
 
     def write(self) -> None:
         """Write what waits, in the background: a question that comes meanwhile would share the processor with it."""
-        with contextlib.suppress(RuntimeError):  # Python is ending, which writes it, too
-            self._writer.submit(self._waiting.write)
+        if self._disk is not None:
+            with contextlib.suppress(RuntimeError):  # Python is ending, which writes it, too
+                self._writer.submit(self._waiting.write)
 
     def close(self) -> None:
         """Wait until all is written. Harmless when repeated."""

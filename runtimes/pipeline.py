@@ -382,7 +382,10 @@ class Engine:
         return Chunk(text, run.unseen, reason, result, tuple(run.chances))
 
     def encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
-        """Token ids. Raises `UsageError`, or `ContextOverflowError` for what is far too long to be tokenized."""
+        """Token ids, computed in the caller's thread: not while another one closes the engine.
+
+        Raises `UsageError`, or `ContextOverflowError` for what is far too long to be tokenized.
+        """
         self._opened()
         size = sum(len(message.text.encode("utf-8", "replace")) for message in messages)
         if size > self.context_size * 64:  # no vocabulary here has tokens of 64 bytes on average

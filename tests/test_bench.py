@@ -302,9 +302,9 @@ def test_a_share_is_work_by_time_and_limit() -> None:
 
 def test_guessed_tokens_take_no_pass_of_their_own() -> None:
     guessed = sample(2000)
-    guessed["questions"] = {name: {**asked, "accepted_tokens": 3} for name, asked in guessed["questions"].items()}
+    guessed["questions"] = {name: {**asked, "accepted_tokens": 2} for name, asked in guessed["questions"].items()}
     stage = summary(SETTINGS, NEEDED, [guessed], PEAKS).questions[WARM].stages["decode"]
-    assert stage.share == pytest.approx(NEEDED.token_bytes(22) / 4 / 2 / 1e9)
+    assert stage.share == pytest.approx(NEEDED.token_bytes(22) / 3 / 2 / 1e9)
 
 
 def test_float_parts_are_compared_with_the_float_limit() -> None:

@@ -140,8 +140,15 @@ def test_other_photos_than_those_of_the_data_are_refused(items: list[Item], tmp_
     with pytest.raises(MissingError, match=r"others/labels\.jsonl does not exist"):
         collect(tmp_path / "data", others)
     shutil.copytree(photos, others)
-    with pytest.raises(UsageError, match=rf"was made with the photos in {photos}; pass these, or another --data"):
+    with pytest.raises(UsageError, match=rf"was made with the photos in {photos}; pass these, or pass another --data"):
         collect(tmp_path / "data", others)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "photos").symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        UsageError, match=r"photos in .*/gone; they are no longer there: put them back, or pass another"
+    ):
+        collect(moved, others)
     assert collect(tmp_path / "elsewhere", others) == items
 
 

@@ -194,8 +194,8 @@ def _question(
         records.PREFILL: (needed.prefill_ops(prompt, known), _products(configuration.quantization != "f16")),
     }
     bounds = bounds if set(cache) == {"miss"} else {}
-    answered = sum(result["completion_tokens"] for result in results)
-    passes = 1 - sum(result["accepted_tokens"] for result in results) / max(answered, 1)  # for each token
+    decoded = sum(result["completion_tokens"] - 1 for result in results)  # the first token is the prompt's
+    passes = 1 - sum(result["accepted_tokens"] for result in results) / max(decoded, 1)  # for each of them
     bounds[records.DECODE] = (needed.token_bytes(prompt + answer / 2, sample["kv"]) * passes, "read_bytes")
     values = {
         records.IMAGE: [t["image_ms"] for t in timings],
