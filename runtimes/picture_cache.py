@@ -6,12 +6,9 @@ on, so that nothing has to be invalidated. Knows nothing about how results are c
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import threading
-import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,8 +19,7 @@ from llava_edge.bundle import Bundle
 from llava_edge.cache import Cache
 
 RECENT = 64 << 20  # bytes in memory: seven pictures of LLaVA-1.5-7B, hundreds of the default model
-SOON = 256 << 20  # bytes that may wait until nothing is asked; with more, or an eighth of the limit, writing begins
-WAITING = 1 << 30  # bytes that may wait at all; what comes on top is not kept
+WAITING = 1 << 30  # bytes that may wait to be written; what comes on top is not kept
 
 Payload = bytes | memoryview
 
@@ -49,10 +45,14 @@ class PictureCache:
         self._disk = disk
         self._room = recent
         self._recent: OrderedDict[str, Payload] = OrderedDict()
+        self._waiting: dict[str, Payload] = {}
         self._lock = threading.Lock()
-        self._waiting = _Waiting(disk)
         self._writer = ThreadPoolExecutor(1, "llava-edge cache")
-        self._last = weakref.finalize(self, self._waiting.write)  # also when Python ends, closed or not
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it keeps anything at all."""
+        return self._disk is not None or self._room > 0
 
     def get(self, key: str) -> Payload | None:
         """What was put under `key`, here or in another process."""
@@ -67,21 +67,30 @@ class PictureCache:
         return found
 
     def put(self, key: str, about: dict[str, str], payload: Payload) -> None:
-        """Keep a payload, which must not change afterwards. It is written by `write`, `close`, or when much waits."""
+        """Keep a payload, which must not change afterwards. It is written in the background."""
         self._remember(key, payload)
-        if self._disk is not None and self._waiting.add(key, about, payload) > min(SOON, self._disk.limit // 8):
-            self.write()
-
-    def write(self) -> None:
-        """Write what waits, in the background: a question that comes meanwhile would share the processor with it."""
-        if self._disk is not None:
-            with contextlib.suppress(RuntimeError):  # Python is ending, which writes it, too
-                self._writer.submit(self._waiting.write)
+        if self._disk is None:
+            return
+        with self._lock:
+            if len(payload) + sum(map(len, self._waiting.values())) > WAITING:
+                return
+            self._waiting[key] = payload
+        try:
+            self._writer.submit(self._write, key, about, payload)
+        except RuntimeError:  # Python is ending and starts no more threads
+            self._write(key, about, payload)
 
     def close(self) -> None:
         """Wait until all is written. Harmless when repeated."""
         self._writer.shutdown()
-        self._last()
+
+    def _write(self, key: str, about: dict[str, str], payload: Payload) -> None:
+        assert self._disk is not None
+        try:
+            self._disk.put(key, about, payload)
+        finally:
+            with self._lock:
+                self._waiting.pop(key, None)
 
     def _remember(self, key: str, payload: Payload) -> None:
         if len(payload) > self._room:
@@ -92,38 +101,3 @@ class PictureCache:
             size = sum(map(len, self._recent.values()))
             while size > self._room:
                 size -= len(self._recent.popitem(last=False)[1])
-
-
-class _Waiting:
-    """Entries that are not written yet. Any thread may use it."""
-
-    def __init__(self, disk: Cache | None) -> None:
-        self._disk = disk
-        self._process = os.getpid()
-        self._entries: dict[str, tuple[dict[str, str], Payload]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> Payload | None:
-        return self._entries.get(key, ({}, None))[1]
-
-    def add(self, key: str, about: dict[str, str], payload: Payload) -> int:
-        """Bytes that wait now."""
-        with self._lock:
-            size = sum(len(waiting) for _, waiting in self._entries.values())
-            if size + len(payload) > WAITING:
-                return size
-            self._entries[key] = about, payload
-            return size + len(payload)
-
-    def write(self) -> None:
-        """All of them, each found by `get` until it is on disk. A forked process leaves them to the other one."""
-        while os.getpid() == self._process:
-            with self._lock:
-                key, (about, payload) = next(iter(self._entries.items()), ("", ({}, b"")))
-            if self._disk is None or not key:
-                return
-            try:
-                self._disk.put(key, about, payload)
-            finally:
-                with self._lock:
-                    self._entries.pop(key, None)

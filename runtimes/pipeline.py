@@ -6,6 +6,7 @@ free for Ctrl-C. Knows nothing about command lines, files of images (image.py do
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -54,8 +55,9 @@ class Engine:
         self._embedder: Embedder | None = None
         self._language: LanguageModel | None = None
         self._draft: Draft | None = None
+        self._prefill: Prefill | None = None
         self._cache = _open_cache(options.cache)
-        self._owner = Owner(self._free, self._cache.write)
+        self._owner = Owner(self._free, self._keep)
 
     @staticmethod
     def open(
@@ -83,6 +85,7 @@ class Engine:
         except BaseException:  # Ctrl-C does not wait until loading stops
             engine._owner.close(wait=False)
             raise
+        atexit.register(engine._owner.close)
         return engine
 
     def generate(
@@ -186,8 +189,12 @@ class Engine:
         return found[0]
 
     def close(self) -> None:
-        """Cancel the request in work, refuse those that wait, and free the engines. Harmless when repeated."""
+        """Cancel the request in work, refuse those that wait, keep what is to be kept, and free the engines.
+
+        Harmless when repeated, and done at the end of Python if it was not before.
+        """
         self._owner.close()
+        atexit.unregister(self._owner.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -195,7 +202,12 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _keep(self) -> None:
+        if self._prefill is not None:
+            self._prefill.keep()
+
     def _free(self) -> None:
+        self._keep()
         if self._embedder is not None:
             self._embedder.close()
             self._embedder = None
@@ -314,15 +326,13 @@ class Engine:
         return segments(ids, pictures), Answer(language, self._ends, stream, limit, run, job, options.top_logprobs)
 
     def _answer_one(self, parts: list[Segment], answer: Answer, options: Options, reuse: bool = False) -> None:
+        assert self._prefill is not None
         try:
             self._prefill.run(parts, answer.run, answer.job, reuse=reuse)
             reason = decode(answer, options, self._speculation)
         except CancelledError:
             reason = "cancelled"
         self._finish(answer, reason)
-        if reason != "cancelled":
-            self._prefill.keep()
-        answer.job.output.put(None)
 
     def _answer_all(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
         while ready:
@@ -355,10 +365,8 @@ class Engine:
         def done(answer: Answer, reason: FinishReason) -> None:
             waiting.remove(answer)
             self._finish(answer, reason)
-            if not waiting and reason != "cancelled":
-                self._prefill.keep()
-            answer.job.output.put(None)
 
+        assert self._prefill is not None
         try:
             self._prefill.run(parts, first.run, first.job, count=len(parts) - 1)
             for answer in answers[1:]:
@@ -369,13 +377,14 @@ class Engine:
                 done(answer, "cancelled")
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        """The last chunk. The stream ends, with a None, when what is to be kept is kept."""
+        """The last chunk, and the end of the stream."""
         stream, run = answer.stream, answer.run
         tail = stream.end(cut=reason != "stop")
         if stream.stopped and reason == "length":
             reason = "stop"
         run.text += tail
         answer.job.output.put(self._last_chunk(tail, reason, run))
+        answer.job.output.put(None)
 
     def _last_chunk(self, text: str, reason: FinishReason, run: Run) -> Chunk:
         result = run.result(reason, self.bundle.manifest.name, self.choice.name, self.load_ms)

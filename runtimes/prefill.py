@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -61,7 +62,7 @@ class Prefill:
         files = [name for name in (LANGUAGE, ADAPTER) if name in bundle.manifest.files]
         self._identity = [identity(bundle, *files), language.identity]
         self._exact = {0}  # where a segment ended, if all up to there was evaluated segment by segment
-        self._new: list[list[Key]] = []  # beginnings that `keep` saves
+        self._new: list[list[Key]] = []  # beginnings that memory holds and `keep` saves
 
     def run(
         self, parts: Sequence[Segment], run: Run, job: Job, *, reuse: bool = False, count: int | None = None
@@ -71,9 +72,12 @@ class Prefill:
         Without `reuse` only whole segments count, evaluated one by one: the answer is, bit for bit, the one that
         follows if everything is computed. With it also what this prompt has in common with the last one and its answer,
         which is more, but was computed by other kernels and so rounded differently.
+        What the last prompts computed is kept first, if this one would overwrite it.
         Raises `CancelledError` or `BundleError`.
         """
         keys = [key for part in parts for key in part.keys]
+        if any(keys[: len(new)] != new for new in self._new):
+            self.keep()
         ends = list(accumulate(len(part.keys) for part in parts))
         pictures = [end for part, end in zip(parts[:-1], ends, strict=False) if part.picture is not None]
         last = max(pictures, default=0)
@@ -84,22 +88,24 @@ class Prefill:
         run.known = done >= last > 0
         exact = done in self._exact and done in (0, *ends)
         self._exact = {end for end in self._exact if end <= done}
-        self._new.clear()
         for part, end in list(zip(parts, ends, strict=True))[:count]:
             if end <= done:
                 continue
             self._evaluate(part, max(done - end + len(part.keys), 0), run, job)
             if exact:
                 self._exact.add(end)
-            if exact and end in (text, last):
+            if exact and end in (text, last) and keys[:end] not in self._new:
                 self._new.append(keys[:end])
 
     def keep(self) -> None:
-        """Save what the last prompt computed, for others. Behind its answer's text, which does not wait for that."""
-        for keys in self._new:
-            if self._language.held[: len(keys)] == keys:
-                about = {"model": self._name, "kind": "state", "positions": str(len(keys))}
-                self._cache.put(self._key(keys), about, self._language.save(len(keys)))
+        """Save what the last prompts computed, for others. Not before nobody asks any more, or memory is needed:
+        a question more about the same picture needs no copy, and would share the processor with its making.
+        """
+        with suppress(MemoryError):
+            for keys in self._new:
+                if self._cache.keeps and self._language.held[: len(keys)] == keys:
+                    about = {"model": self._name, "kind": "state", "positions": str(len(keys))}
+                    self._cache.put(self._key(keys), about, self._language.save(len(keys)))
         self._new.clear()
 
     def _recall(self, keys: list[Key], ends: list[int], kept: list[int], *, reuse: bool) -> int:

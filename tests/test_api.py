@@ -147,24 +147,6 @@ def test_objects_that_are_nearly_pictures(llava: Llava, tmp_path: Path) -> None:
         llava.ask("hi", io.BytesIO(b""), few)  # type: ignore[arg-type]
 
 
-def test_the_answer_does_not_wait_for_what_is_kept(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does its rate count it. The stream ends when it is kept, and `ask` returns then."""
-    read, kept = threading.Event(), list[bool]()
-    keep = llava._engine._prefill.keep
-
-    def late() -> None:
-        kept.append(read.wait(10))
-        keep()
-
-    monkeypatch.setattr(llava._engine._prefill, "keep", late)
-    for chunk in llava.stream("hi", Image.new("RGB", (9, 9), "green"), Options(max_tokens=2)):
-        if chunk.final is not None:
-            read.set()
-    assert kept == [True]
-    llava.ask("hi", RED, Options(max_tokens=2))
-    assert kept == [True, True]
-
-
 def test_a_picture_of_an_earlier_turn_can_be_described(llava: Llava) -> None:
     chat = llava.chat(options=Options(max_tokens=2))
     assert list(chat.say("What colour?", RED))

@@ -110,7 +110,7 @@ def test_answers_are_those_of_plain_decoding(micro_bundle: Path, other: Path) ->
                     assert (guessed.text, guessed.completion_tokens) == (plain.text, plain.completion_tokens)
                     assert guessed.drafted_tokens > 20
                     if not images:
-                        assert (guessed.accepted_tokens > 0.8 * guessed.drafted_tokens) == right
+                        assert (guessed.accepted_tokens > 0.5 * guessed.drafted_tokens) == right
 
 
 def test_a_bad_one_is_soon_left_alone(micro_bundle: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options, Result
 from llava_edge.prompt import Message
-from llava_edge.runtimes import embedder, jobs, picture_cache, prefill
+from llava_edge.runtimes import embedder, jobs, prefill
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
@@ -370,70 +370,58 @@ def test_what_is_still_being_written_is_found(tmp_path: Path, monkeypatch: pytes
     kept = PictureCache(Cache(tmp_path, floor=0), recent=0)
     kept.put("key", {}, b"payload")
     assert kept.get("key") == b"payload"
-    kept.write()
-    assert kept.get("key") == b"payload"
     written.set()
     kept.close()
     assert kept.get("key") is None
 
 
-def test_it_is_written_when_nobody_asks_any_more(
+def test_it_is_kept_when_nobody_asks_any_more_or_memory_is_needed(
     micro_bundle: Path, isolated_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written, put = threading.Event(), Cache.put
+    saved, save = list[int](), LanguageModel.save
+    asked = threading.Event()
 
-    def noticed(*arguments: Any) -> bool:
-        kept = put(*arguments)
-        written.set()
-        return kept
+    def noticed(language: LanguageModel, count: int) -> memoryview:
+        saved.append(count)
+        asked.set()
+        return save(language, count)
 
-    monkeypatch.setattr(Cache, "put", noticed)
+    monkeypatch.setattr(LanguageModel, "save", noticed)
     monkeypatch.setattr(jobs, "PAUSE_SECONDS", 60)
     with opened(micro_bundle) as llava:
-        for question in QUESTIONS:
+        for question in QUESTIONS[:2]:
             found(llava, question, [picture("red")])
-        monkeypatch.setattr(jobs, "PAUSE_SECONDS", 0)
-        assert not written.is_set()
+        assert not saved  # no copy while the same picture is asked about
         found(llava, ASK, [picture("blue")])
-        assert written.wait(20)
-
-
-def test_much_is_not_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_cache, "SOON", 1000)
-    monkeypatch.setattr(picture_cache, "WAITING", 2000)
-    written = threading.Event()
-    monkeypatch.setattr(Cache, "put", lambda *_: written.wait(20))
-    kept = PictureCache(Cache(tmp_path, floor=0), recent=0)
-    kept.put("a", {}, bytes(900))
-    assert not written.is_set()
-    kept.put("b", {}, bytes(900))
-    kept.put("c", {}, bytes(900))  # too much
-    assert [kept.get(name) is not None for name in "abc"] == [True, True, False]
-    written.set()
-    kept.close()
-    assert kept.get("b") is None
+        assert len(saved) == 1
+        monkeypatch.setattr(jobs, "PAUSE_SECONDS", 0)
+        asked.clear()
+        found(llava, ASK, [picture("green")])
+        assert asked.wait(20)
+        found(llava, ASK, [picture("white")])
+    kinds = [entry.about["kind"] for entry in user_cache().entries()]
+    assert kinds.count("state") == 4
+    saved.clear()
+    with opened(micro_bundle, replace(CPU, cache=False)) as llava:
+        assert [found(llava, ASK, [picture(name)])[2] for name in ("red", "blue")] == ["miss", "miss"]
+    assert not saved
 
 
 LEFT = """
-import os, sys
-from pathlib import Path
-from llava_edge.cache import Cache
-from llava_edge.runtimes.picture_cache import PictureCache
+import sys
+from PIL import Image
+from llava_edge import EngineOptions, Llava, Options
 
-folder = Path(sys.argv[1])
-kept = PictureCache(Cache(folder, floor=0))
-kept.put(64 * "0", {}, b"payload")
-if os.fork() == 0:
-    sys.exit()
-os.wait()
-print([path.name for path in folder.iterdir()])
+llava = Llava.load(sys.argv[1], EngineOptions(device="cpu", threads=1))
+llava.ask("What?", Image.new("RGB", (48, 32), "red"), Options(max_tokens=8))
 """
 
 
-def test_a_program_that_does_not_close_it_leaves_it_on_disk(tmp_path: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", LEFT, tmp_path], capture_output=True, text=True, check=True)
-    assert (ran.stdout, ran.stderr) == ("[]\n", "")  # by the process itself, not by one forked from it
-    assert Cache(tmp_path, floor=0).get(64 * "0") == b"payload"
+def test_a_program_that_closes_nothing_leaves_it_on_disk(micro_bundle: Path, isolated_home: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", LEFT, micro_bundle], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
+    with opened(micro_bundle) as llava:
+        assert found(llava, ASK, [picture("red")])[2] == "kv"
 
 
 # Anything in any order.

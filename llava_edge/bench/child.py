@@ -62,7 +62,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask(engine: Engine, picture: Path | Picture, prompt: str, options: Options) -> Result:
-    """The result when the stream has ended, and what is kept is kept, as `Llava.ask` returns it."""
+    """The result when the stream has ended, as `Llava.ask` returns it."""
     *_, last = engine.generate([Message("user", prompt, 1)], [picture], options)
     if last.final is None:
         raise RuntimeError("the stream ended without a result")
