@@ -101,6 +101,7 @@ def test_tokens_that_only_the_draft_has_are_no_guess(tmp_path: Path, language: L
 
 def test_answers_are_those_of_plain_decoding(micro_bundle: Path, other: Path) -> None:
     """With a draft that is mostly wrong, and with one that is right, but for what only the picture tells."""
+    accepted = {False: 0, True: 0}
     for path, right in ((other, False), (micro_bundle / LANGUAGE, True)):
         with load(micro_bundle, path) as llava:
             prove(llava)
@@ -109,8 +110,8 @@ def test_answers_are_those_of_plain_decoding(micro_bundle: Path, other: Path) ->
                     plain, guessed = llava.ask(question, images, PLAIN), llava.ask(question, images, GUESSED)
                     assert (guessed.text, guessed.completion_tokens) == (plain.text, plain.completion_tokens)
                     assert guessed.drafted_tokens > 20
-                    if not images:
-                        assert (guessed.accepted_tokens > 0.5 * guessed.drafted_tokens) == right
+                    accepted[right] += 0 if images else guessed.accepted_tokens
+    assert accepted[True] > 1.4 * accepted[False]
 
 
 def test_a_bad_one_is_soon_left_alone(micro_bundle: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
