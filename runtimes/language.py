@@ -22,6 +22,7 @@ from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
 from llava_edge.runtimes import CancelledError, bindings, devices, limit_spinning, mapping, native
 from llava_edge.runtimes.batch import Batch
+from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.threads import Threads
 
 Array = np.ndarray[Any, Any]
@@ -63,7 +64,7 @@ class LanguageModel:
             gguf.check_adapter(gguf.read(adapter), header)
         self.library = library(verbose)
         self.native = native.activate()
-        repack = repack and native.reordering_pays(self.native, {tensor.kind for tensor in header.tensors.values()})
+        repack = repack and choice.reordering_pays(self.native, {tensor.kind for tensor in header.tensors.values()})
         # llama.cpp sets the AMX tile configuration once in each thread. Whatever else uses AMX in that thread (PyTorch
         # in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL. So it computes in a
         # thread where nobody else does.

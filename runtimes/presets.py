@@ -15,6 +15,7 @@ from llava_edge.errors import MemoryLimitError, UsageError
 from llava_edge.gguf import Gguf
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import devices, native
+from llava_edge.runtimes.native import choice
 
 CONTEXT = 4096  # LLaVA-1.5's; a longer one is opt-in because its memory grows with it
 SMALL_CONTEXT = 2048  # a picture of LLaVA-1.5 and two pages of text; tiles of LLaVA-1.6 need more
@@ -133,7 +134,7 @@ def _copied_bytes(header: Gguf) -> int:
     features = devices.processor()[1]
     if "avx2" in features and "avx512f" not in features and sizes["Q4_K"] > sizes["Q4_0"] + sizes["IQ4_NL"]:
         return 0
-    if not native.reordering_pays(native.status(), sizes):
+    if not choice.reordering_pays(native.status(), sizes):
         return 0
     if "amx_int8" not in features:
         del sizes["Q4_1"]  # which has an order of its own there alone

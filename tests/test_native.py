@@ -30,7 +30,7 @@ from llava_edge import gguf
 from llava_edge.errors import UnavailableError
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import devices, language, native, presets
-from llava_edge.runtimes.native import build, check
+from llava_edge.runtimes.native import build, check, choice
 from llava_edge.runtimes.native.ggml import TYPES
 
 if sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1]:
@@ -395,7 +395,7 @@ def install(built: Path, **changes: Any) -> Path:
     return folder
 
 
-def names(found: native.Status) -> dict[str, str]:
+def names(found: choice.Status) -> dict[str, str]:
     return {kind: kernel for kind, kernel, _ in found.many}
 
 
@@ -436,9 +436,9 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ours["together"] == [True] * 3  # an answer among others
         assert ours["numbers"] == [True] * 8  # threads come and go with other programs
         assert ours["recovered"]  # no NaN that was left in memory counts
-        assert ("Q4_0", kernel, 16) in native.choose(found_out(), kernel).many
+        assert ("Q4_0", kernel, 16) in choice.choose(found_out(), kernel).many
     # Kept pictures are not another kernel's.
-    assert native.choose(found_out(), "avx2").identity != native.choose(found_out(), "amx-bf16").identity
+    assert choice.choose(found_out(), "avx2").identity != choice.choose(found_out(), "amx-bf16").identity
     off = whole(grouped, isolated_home, "off")
     assert off["logits"] == stock["logits"]
     assert "Turned off" in off["reason"]
@@ -557,7 +557,7 @@ def test_what_is_refused_half_loaded_is_not_tried_again(built: Path, monkeypatch
 
     monkeypatch.setattr(native, "_load", load)
     for _ in range(2):
-        assert native.activate() == native.Status("Not used: ggml does not accept them.", native.COMMAND)
+        assert native.activate() == choice.Status("Not used: ggml does not accept them.", choice.COMMAND)
     assert len(tried) == 1
 
 
@@ -572,17 +572,17 @@ def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failed_self_test_is_not_used() -> None:
-    one = native.choose(found_out(problems={"avx2": "avx2 is off by 3.0e-01 on Q4_K."}))
+    one = choice.choose(found_out(problems={"avx2": "avx2 is off by 3.0e-01 on Q4_K."}))
     assert names(one) == {kind: "avx2-int8" if takes("avx2-int8", kind) else "avx512vnni" for kind in TYPES}
     assert "avx2 is off by 3.0e-01 on Q4_K." in one.reason
     problems = {name: f"{name} is off." for name in ("avx2", *ROUNDED, "attention", "few attention")}
-    every = native.choose(found_out(problems=problems))
+    every = choice.choose(found_out(problems=problems))
     assert not every.used
     assert every.reason.startswith("Not used: avx2 is off.")
-    misspelt = native.choose(found_out(), "avx3")
+    misspelt = choice.choose(found_out(), "avx3")
     assert not misspelt.used
     assert misspelt.reason.startswith("Not used: LLAVA_EDGE_NATIVE is 'avx3'; one of off, amx-bf16, ")
-    killed = native.choose({"failed": "their check was killed by signal 4"})
+    killed = choice.choose({"failed": "their check was killed by signal 4"})
     assert killed.reason == "Not used: their check was killed by signal 4."
 
 
@@ -633,9 +633,9 @@ def test_a_race_beside_other_programs_is_said_to_be_one() -> None:
     slow = {race: {"plain": 1.0} for race in ("many", "some", "sixteen", "eight", "one")}
     changes = {"types": dict.fromkeys(TYPES, slow), "attention": slow}
     for none_pays in (changes, {}):
-        quiet, crowded = (native.choose(found_out(crowded=busy, **none_pays)) for busy in (False, True))
+        quiet, crowded = (choice.choose(found_out(crowded=busy, **none_pays)) for busy in (False, True))
         assert quiet.used == crowded.used == (not none_pays)
-        assert crowded.reason == f"{quiet.reason} {native.CROWDED}"
+        assert crowded.reason == f"{quiet.reason} {choice.CROWDED}"
         assert not crowded.fix  # it is no failure of set-up
 
 
@@ -647,7 +647,7 @@ def test_what_is_not_faster_is_not_used() -> None:
     types["Q5_K"]["sixteen"] = {"plain": 2.0, "avx2": 1.0, "few": 0.9}
     types["Q8_0"] |= {"many": {"plain": 0.9, **dict.fromkeys(ROUNDED, 1.0)}, "one": {"plain": 1.0}}
     slow_attention = {race: {"plain": 1.0, "ours": 1.0} for race in ("many", "eight", "one")}
-    found = native.choose(found_out(types=types, attention=slow_attention))
+    found = choice.choose(found_out(types=types, attention=slow_attention))
     # int8 of the matrix unit would be faster, and has to be asked for
     assert names(found) == dict.fromkeys([kind for kind in TYPES if kind != "Q8_0"], "avx2")
     rows = {kind: least for kind, _, least in found.many}
@@ -655,26 +655,26 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert not found.attention
     assert not found.few_attention
     more = slow_attention | {"eight": {"plain": 2.0, "ours": 1.0}}
-    assert native.choose(found_out(attention=more)).few_attention
-    assert names(native.choose(found_out(), "amx-int8")) == dict.fromkeys(TYPES, "amx-int8")
+    assert choice.choose(found_out(attention=more)).few_attention
+    assert names(choice.choose(found_out(), "amx-int8")) == dict.fromkeys(TYPES, "amx-int8")
     # Decoding Q4_0 would suffer without llama.cpp's own order; other types need no copy.
-    assert native.reordering_pays(found, {"F32", "Q4_0"})
-    assert not native.reordering_pays(found, {"F32", "Q4_K", "Q6_K"})
-    assert native.reordering_pays(found, {"F32", "Q4_K", "IQ4_NL"})
+    assert choice.reordering_pays(found, {"F32", "Q4_0"})
+    assert not choice.reordering_pays(found, {"F32", "Q4_K", "Q6_K"})
+    assert choice.reordering_pays(found, {"F32", "Q4_K", "IQ4_NL"})
     types["Q4_0"]["one"]["few"] = 1.0
-    assert not native.reordering_pays(native.choose(found_out(types=types)), {"F32", "Q4_0"})
+    assert not choice.reordering_pays(choice.choose(found_out(types=types)), {"F32", "Q4_0"})
     types["Q6_K"] |= {"one": {"plain": 1.0, "few": 1.0}, "eight": {"plain": 9.0, "few": 3.0}}
     types["Q5_K"] |= {"one": {"plain": 1.0, "few": 1.2}, "eight": {"plain": 9.0, "few": 3.0}}  # decoding would suffer
-    assert native.choose(found_out(types=types)).few == ("Q4_0", "Q6_K")
+    assert choice.choose(found_out(types=types)).few == ("Q4_0", "Q6_K")
     equal = dict.fromkeys(("plain", *ROUNDED), 1.0)
     slow = {
         kind: {"many": equal, "some": equal, "sixteen": equal, "eight": {"plain": 1.0}, "one": {"plain": 1.0}}
         for kind in TYPES
     }
-    nothing = native.choose(found_out(types=slow, attention=slow_attention))
+    nothing = choice.choose(found_out(types=slow, attention=slow_attention))
     assert not nothing.used
     assert nothing.reason == "Not used: llama.cpp's own kernels are as fast here."
-    assert native.reordering_pays(nothing, {"Q4_K"})
+    assert choice.reordering_pays(nothing, {"Q4_K"})
 
 
 def aged(folder: Path, days: float, *files: str) -> Path:
@@ -754,9 +754,9 @@ def test_a_person_is_told_once_that_kernels_can_be_built(command: str, micro_bun
         os.close(theirs)
         shown = os.read(ours, 100_000)
         os.close(ours)
-        assert shown.count(f"to build them, run: {native.COMMAND})".encode()) == told
+        assert shown.count(f"to build them, run: {choice.COMMAND})".encode()) == told
         piped = subprocess.run(line, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
-        assert native.COMMAND.encode() not in piped.stderr
+        assert choice.COMMAND.encode() not in piped.stderr
 
 
 def test_kernels_that_were_tried_are_not_asked_for(built: Path) -> None:

@@ -25,9 +25,10 @@ def show(text: str) -> None:
 def advise(device: str) -> None:
     """Tell a person at a terminal that native kernels can be built, as after an update that changed them."""
     from llava_edge.runtimes import native
+    from llava_edge.runtimes.native.choice import COMMAND
 
     if sys.stderr.isatty() and device.startswith("cpu") and native.unbuilt():
-        click.echo(f"(native kernels are not built for this version; to build them, run: {native.COMMAND})", err=True)
+        click.echo(f"(native kernels are not built for this version; to build them, run: {COMMAND})", err=True)
 
 
 @contextmanager

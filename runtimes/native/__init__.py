@@ -6,6 +6,7 @@ Loading a model then asks `activate`. What is not as it was tried is not used: l
 
 src/         the shared libraries: a backend for ggml and operators for ONNX Runtime, one file for each kernel
 build.py     sources -> libraries             check.py     is it right, does it pay: in a process of its own
+choice.py    what is used after that, and why
 ggml.py      one operation of ggml at a time  library.py   the library's own functions
 operator.py  vision.onnx with our operators   onnx_bytes.py  its graph, read and written
 """
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -35,17 +36,12 @@ from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.gguf import Gguf
 from llava_edge.runtimes import bindings, devices
 from llava_edge.runtimes.native import build
-from llava_edge.runtimes.native.ggml import TYPES, Ggml, loaded
-from llava_edge.runtimes.native.library import DEVICE, FEW, Library
+from llava_edge.runtimes.native.choice import COMMAND, Status, choose, pays
+from llava_edge.runtimes.native.ggml import Ggml, loaded
+from llava_edge.runtimes.native.library import DEVICE, Library
 
-COMMAND = "python -m llava_edge.runtimes.native"
-CROWDED = f"Tried beside other programs, so that the choice may be wrong: run '{COMMAND}' when the machine is quiet."
 ACCEPTED = {("0.3.36", "0.25.3")}  # llama-cpp-python, ggml: what src/ggml_interface.h was compared with
 CHECK_SECONDS = 300
-GAIN = 1.05  # a kernel is used from here on
-ONE_KEPT = 0.9  # of llama.cpp's speed with one row, where a kernel wins with eight: repeats differ by 7 %
-DECODE_KEPT = 0.95  # of llama.cpp's speed on re-ordered weights, or they are re-ordered
-OPT_IN = {"amx-int8"}  # less exact: only if $LLAVA_EDGE_NATIVE names it
 
 # Features of the processor, by machine, and how a sentence calls them.
 _NEEDED = {
@@ -56,36 +52,6 @@ _NEEDED = {
 LIBRARY, OPERATOR, _STATE = "kernels.so", "vision.so", "state.json"  # in `place()`
 DAY = 86400  # seconds
 KEPT_DAYS = 60  # since its last use: what other versions built
-
-
-@dataclass(frozen=True)
-class Status:
-    """What is used, or why nothing is. `reason` is a sentence; `fix` the command to run, if one would help.
-
-    many: types of weights, each with the kernel that takes its products and from how many rows on; few: types whose
-    products of fewer rows, 31 at most, are taken. attention, few_attention: of 32 queries or more, and of fewer.
-    mapped: types that llama.cpp need not re-order, because what is used is as fast without, or because it cannot.
-    """
-
-    reason: str
-    fix: str = ""
-    many: tuple[tuple[str, str, int], ...] = ()
-    few: tuple[str, ...] = ()
-    attention: bool = False
-    few_attention: bool = False
-    mapped: tuple[str, ...] = ()
-    library: str = ""  # hash of its file
-
-    @property
-    def used(self) -> bool:
-        """Whether anything is."""
-        return bool(self.many or self.few or self.attention or self.few_attention)
-
-    @property
-    def identity(self) -> list[object]:
-        """What results depend on: empty if llama.cpp computes alone."""
-        taken = [self.many, self.few, self.attention, self.few_attention]
-        return [self.library, *taken] if self.used else []
 
 
 @dataclass
@@ -164,7 +130,7 @@ def operator_library() -> Path | None:
 
 def projector_library() -> Path | None:
     """The same file, if its kernel computes the projector faster than numpy does here."""
-    return _tried_operator(lambda state: _pays(state["projector"], "ours"))
+    return _tried_operator(lambda state: pays(state["projector"], "ours"))
 
 
 def _tried_operator(also: Callable[[dict[str, Any]], bool]) -> Path | None:
@@ -175,11 +141,6 @@ def _tried_operator(also: Callable[[dict[str, Any]], bool]) -> Path | None:
         return folder / OPERATOR if good and _sha256(folder / OPERATOR) == state["operator"] else None
     except (LlavaEdgeError, OSError, AttributeError, ValueError, KeyError, TypeError):
         return None
-
-
-def reordering_pays(found: Status, types: Iterable[str]) -> bool:
-    """Whether llama.cpp should copy weights of these types into an order of its own, when `found` is used."""
-    return not found.many or any(kind not in found.mapped and kind != "F32" for kind in types)
 
 
 def prepare(say: Callable[[str], None] = lambda line: None) -> Status:
@@ -203,77 +164,6 @@ def prepare(say: Callable[[str], None] = lambda line: None) -> Status:
     except (OSError, LlavaEdgeError) as error:
         return Status(f"The native kernels could not be built: {error}", COMMAND)
     return status()
-
-
-def choose(state: dict[str, Any], kernel: str = "") -> Status:
-    """From what `check` found out to what is used; `kernel` names the one to take, if it may be taken.
-
-    Raises `AttributeError`, `KeyError`, `TypeError` or `ValueError` if the state is not what `check` writes.
-    """
-    if "failed" in state:
-        return Status(f"Not used: {state['failed']}.", COMMAND)
-    problems, types = state["problems"], {kind: state["types"][kind] for kind in TYPES}
-    right = [name for name in state["kernels"] if name not in problems and (name not in OPT_IN or name == kernel)]
-    if kernel and kernel not in state["kernels"]:
-        known = ", ".join(["off", *state["kernels"]])
-        return Status(f"Not used: LLAVA_EDGE_NATIVE is {kernel!r}; one of {known} was expected.")
-    if kernel in right:
-        right = [kernel]
-    if not right:
-        return Status(f"Not used: {' '.join(problems.values()) or 'this processor runs no kernel.'}", COMMAND)
-    best = {
-        kind: min((name for name in race["many"] if name in right), key=race["many"].__getitem__, default="")
-        for kind, race in types.items()
-    }
-    many = tuple(
-        (kind, best[kind], _least_rows(types[kind], best[kind]))
-        for kind in types
-        if _pays(types[kind]["many"], best[kind])
-    )
-    few = tuple(kind for kind in types if _few_pay(types[kind]["one"], types[kind]["eight"], FEW))
-    mapped = tuple(kind for kind in types if _mapped_suffices(types[kind], best[kind]))
-    races = state["attention"]
-    crowded = [CROWDED] if state["crowded"] else []
-    attention = "attention" not in problems and _pays(races["many"], "ours")
-    few_attention = "few attention" not in problems and _few_pay(races["one"], races["eight"], "ours")
-    if not (many or few or attention or few_attention):
-        return Status(" ".join(["Not used: llama.cpp's own kernels are as fast here.", *crowded]))
-    used = sorted({name for _, name, _ in many})
-    parts = [f"{name} for {', '.join(kind for kind, its, _ in many if its == name)}" for name in used]
-    parts += [f"few rows of {', '.join(few)}"] if few else []
-    parts += ["attention"] if attention else []
-    parts += ["attention of few queries"] if few_attention else []
-    reason = " ".join([f"{'; '.join(parts)}.", *problems.values(), *crowded])
-    return Status(reason, "", many, few, attention, few_attention, mapped, state["sha256"])
-
-
-def _pays(race: dict[str, float], ours: str) -> bool:
-    return ours in race and race["plain"] >= GAIN * race[ours]
-
-
-def _least_rows(races: dict[str, dict[str, float]], ours: str) -> int:
-    """From how many rows on unpacking pays: beside llama.cpp, and from 16 on beside our own kernel for few rows, too.
-
-    Guesses and answers given together are fewer, and have to get the bits of a single row (runtimes/speculation.py).
-    """
-    if not _pays(races["some"], ours):
-        return 128
-    sixteen = races["sixteen"]
-    return 16 if _pays(sixteen, ours) and sixteen.get(FEW, float("inf")) >= GAIN * sixteen[ours] else 32
-
-
-def _few_pay(one: dict[str, float], eight: dict[str, float], ours: str) -> bool:
-    """One kernel is for both: it has to win with one row, or with eight and lose nothing to speak of with one."""
-    return _pays(one, ours) or (_pays(eight, ours) and one["plain"] >= ONE_KEPT * one[ours])
-
-
-def _mapped_suffices(race: dict[str, dict[str, float]], best: str) -> bool:
-    """Whether weights of a type are as fast where they are mapped as re-ordered by llama.cpp, if it does that."""
-    many, one = race["many"], race["one"]
-    if "repacked" not in many or "repacked" not in one:
-        return True
-    decode = min(one["plain"], one.get(FEW, one["plain"]))
-    return _pays(many, best) and many[best] <= many["repacked"] and decode * DECODE_KEPT <= one["repacked"]
 
 
 def wanted() -> str:
