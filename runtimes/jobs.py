@@ -186,6 +186,7 @@ class Owner:
             self._jobs.put(job)
 
     def _next(self) -> Job | None:
+        """Wait for it; when that takes long, do once what was put off for those who ask."""
         try:
             return self._jobs.get(timeout=PAUSE_SECONDS)
         except queue.Empty:

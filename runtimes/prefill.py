@@ -88,13 +88,14 @@ class Prefill:
         run.known = done >= last > 0
         exact = done in self._exact and done in (0, *ends)
         self._exact = {end for end in self._exact if end <= done}
+        self._new = [new for new in self._new if len(new) <= done]
         for part, end in list(zip(parts, ends, strict=True))[:count]:
             if end <= done:
                 continue
             self._evaluate(part, max(done - end + len(part.keys), 0), run, job)
             if exact:
                 self._exact.add(end)
-            if exact and end in (text, last) and keys[:end] not in self._new:
+            if exact and end in (text, last):
                 self._new.append(keys[:end])
 
     def keep(self) -> None:

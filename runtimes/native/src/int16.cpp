@@ -36,9 +36,9 @@ constexpr bool TWOS = !VNNI;
 constexpr int INNER = 256, PAIRS = INNER / 2;
 constexpr int COLUMNS = 2 * Lanes::count;
 constexpr int ROWS = TWOS ? 4 : Lanes::count == 8 ? 6 : 12;
-constexpr int PLACES = Lanes::count;          // in a tile, of pairs of its rows; with TWOS of firsts, then of seconds
+constexpr int PLACES = Lanes::count;  // in a tile, of pairs of its rows; with TWOS of firsts, then of seconds
 constexpr int STEPS = TWOS ? PAIRS / 2 : PAIRS;
-constexpr int SCALES = 16;                    // room for ROWS numbers that keeps 64 bytes' alignment
+constexpr int SCALES = 16;  // room for ROWS numbers that keeps 64 bytes' alignment
 constexpr int ACTIVATION_LIMIT = 8191;
 
 // 10 bits and a sign with 256 inner values, 12 with 64 or fewer.
@@ -52,13 +52,12 @@ struct Tile {
 
 struct Panel {
     float scales[COLUMNS];
-    int32_t starts[COLUMNS];  // TWOS: -(sum of w0 * w1)
+    int32_t starts[COLUMNS];        // TWOS: -(sum of w0 * w1)
     int32_t pairs[PAIRS][COLUMNS];  // TWOS: a row of firsts, a row of seconds
 };
 
 __m256i firsts(__m256i a, __m256i b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa); }
 __m256i seconds(__m256i a, __m256i b) { return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa); }
-void put(__m256i v, void *to) { _mm256_store_si256(static_cast<__m256i *>(to), v); }
 
 // A row's values, in place -> the firsts of each two in the row, the seconds in one that is `away`. Returns -(sum of x0 * x1).
 int32_t part(int16_t *row, int inner, int away) {
@@ -109,8 +108,8 @@ void unpack_across(const Product &product, int column, int columns, int k, int i
             }
             const __m256i a = _mm256_cvtepi8_epi16(load128(first)), b = _mm256_cvtepi8_epi16(load128(second));
             const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-            put(_mm256_permute2x128_si256(low, high, 0x20), &panel.pairs[p][n]);
-            put(_mm256_permute2x128_si256(low, high, 0x31), &panel.pairs[p][n + 8]);
+            put256(_mm256_permute2x128_si256(low, high, 0x20), &panel.pairs[p][n]);
+            put256(_mm256_permute2x128_si256(low, high, 0x31), &panel.pairs[p][n + 8]);
         }
     }
 }
@@ -140,11 +139,11 @@ void part(Panel &panel, int inner) {
         for (int p = 0; p < inner / 2; p += 2) {
             const __m256i a = load256(&panel.pairs[p][n]), b = load256(&panel.pairs[p + 1][n]);
             const __m256i first = firsts(a, b), second = seconds(a, b);
-            put(first, &panel.pairs[p][n]);
-            put(second, &panel.pairs[p + 1][n]);
+            put256(first, &panel.pairs[p][n]);
+            put256(second, &panel.pairs[p + 1][n]);
             start = _mm256_sub_epi32(start, _mm256_madd_epi16(first, second));
         }
-        put(start, &panel.starts[n]);
+        put256(start, &panel.starts[n]);
     }
 }
 

@@ -96,29 +96,27 @@ struct Eight {
     int32_t factors[8][2 * BLOCKS], pairs[8][BLOCKS];
 };
 
-void put(__m256i v, void *to) { _mm256_store_si256(static_cast<__m256i *>(to), v); }
-
 void unpack_by_blocks(int type, const uint8_t *b, int blocks, int i, Eight &eight, Panel &panel, int n) {
     const int size = block_bytes(type);
     for (int g = 0; g < blocks; g++, b += size) {
         panel.scales[g][n] = half(b);
         panel.minima[g][n] = type == Q4_1 ? half(b + 2) : 0;
         const __m256i v = type == Q8_0 ? _mm256_xor_si256(load256(b + 2), _mm256_set1_epi8(-128)) : nibbles(b + size - 16);
-        put(v, eight.bytes[i] + 32 * g);
+        put256(v, eight.bytes[i] + 32 * g);
     }
 }
 
 void unpack_six(const uint8_t *b, int i, Eight &eight, Panel &panel, int n) {
     panel.scales[0][n] = panel.scales[1][n] = half(b + 208);
     const __m128i scales = load128(b + 192);
-    put(Totals::factors(_mm256_cvtepi8_epi32(scales)), eight.factors[i]);
-    put(Totals::factors(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(scales, scales))), eight.factors[i] + 8);
-    put(_mm256_mullo_epi16(_mm256_cvtepi8_epi16(scales), _mm256_set1_epi16(-32)), eight.pairs[i]);
+    put256(Totals::factors(_mm256_cvtepi8_epi32(scales)), eight.factors[i]);
+    put256(Totals::factors(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(scales, scales))), eight.factors[i] + 8);
+    put256(_mm256_mullo_epi16(_mm256_cvtepi8_epi16(scales), _mm256_set1_epi16(-32)), eight.pairs[i]);
     for (int g = 0; g < 8; g++) {
         const __m256i x = load256(b + g / 4 * 64 + g % 2 * 32), high = load256(b + 128 + g / 4 * 32);
         const __m256i four = _mm256_and_si256(g & 2 ? _mm256_srli_epi16(x, 4) : x, _mm256_set1_epi8(15));
         const __m256i two = _mm256_and_si256(_mm256_srl_epi16(high, _mm_cvtsi32_si128(g % 4 * 2)), _mm256_set1_epi8(3));
-        put(_mm256_or_si256(four, _mm256_slli_epi16(two, 4)), eight.bytes[i] + 32 * g);
+        put256(_mm256_or_si256(four, _mm256_slli_epi16(two, 4)), eight.bytes[i] + 32 * g);
     }
 }
 
@@ -127,8 +125,8 @@ void unpack_four_or_five(int type, const uint8_t *b, int i, Eight &eight, Panel 
     panel.scales[1][n] = -half(b + 2);
     uint64_t scales, minima;  // eight bytes each
     group_scales(b + 4, scales, minima);
-    put(Totals::factors(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(scales))), eight.factors[i]);
-    put(_mm256_castsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(minima))), eight.pairs[i]);
+    put256(Totals::factors(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(scales))), eight.factors[i]);
+    put256(_mm256_castsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(minima))), eight.pairs[i]);
     for (int g = 0; g < 8; g++) {
         const __m256i x = load256(b + (type == Q4_K ? 16 : 48) + g / 2 * 32);
         __m256i v = _mm256_and_si256(g & 1 ? _mm256_srli_epi16(x, 4) : x, _mm256_set1_epi8(15));
@@ -136,7 +134,7 @@ void unpack_four_or_five(int type, const uint8_t *b, int i, Eight &eight, Panel 
             const __m256i bit = _mm256_and_si256(_mm256_srl_epi16(load256(b + 16), _mm_cvtsi32_si128(g)), _mm256_set1_epi8(1));
             v = _mm256_or_si256(v, _mm256_slli_epi16(bit, 4));
         }
-        put(v, eight.bytes[i] + 32 * g);
+        put256(v, eight.bytes[i] + 32 * g);
     }
 }
 

@@ -19,6 +19,7 @@ inline float half(const void *p) {
 
 inline __m128i load128(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
 inline __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+inline void put256(__m256i v, void *to) { _mm256_store_si256(static_cast<__m256i *>(to), v); }  // on 32 bytes
 
 // out[0..16) = values * scale + offset, of 16 bytes; signed or not
 template <bool Signed>
