@@ -20,7 +20,7 @@ from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result
 from llava_edge.prompt import Message
 from llava_edge.runtimes.jobs import POLL_SECONDS, Stream
-from llava_edge.runtimes.pictures import Picture, copied, prepare, taken
+from llava_edge.runtimes.pictures import Picture, copied, taken
 from llava_edge.runtimes.pipeline import Engine, check_request, check_slots
 from llava_edge.store import DEFAULT_MODEL, resolve
 
@@ -42,17 +42,18 @@ class Llava:
         options: EngineOptions | None = None,
         *,
         device: Device | None = None,
-        pictures: Sequence[Picture] = (),
+        pictures: Callable[[], Sequence[Picture]] | None = None,
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Llava:
         """Open a bundle folder, or a model pulled before, by name.
 
         on_load: gets the loaded fraction, 0 to 1, in another thread. What it raises stops loading and is raised here:
             the way to cancel it.
-        pictures: prepared ones that will be asked about first; they are encoded while the language model loads.
+        pictures: prepares those that will be asked about first; they are read and encoded while the model loads.
         device: short for `EngineOptions(device=...)`. Weights are mapped: what two processes or two `Llava` load of the
         same bundle is in memory once, except for what the preset "latency" copies (`EngineOptions.preset`).
-        Raises `MissingError`, `BundleError`, `UnavailableError`, `MemoryLimitError` or `UsageError`.
+        Raises `MissingError`, `BundleError`, `UnavailableError`, `MemoryLimitError`, `UsageError`, or what
+        `pictures` raises.
         """
         if device is not None:
             options = replace(options or EngineOptions(), device=device)
@@ -118,7 +119,7 @@ class Llava:
         cancel: threading.Event | None,
         started: float | None,
     ) -> Iterator[Stream]:
-        pictures = [prepare(source, self.bundle.manifest) for source in sources]
+        pictures = [self._engine.prepare(source) for source in sources]
         for text in prompts:
             _check_question(text, pictures)
         conversations = [_asked(system, text, pictures) for text in prompts]
@@ -306,7 +307,7 @@ class Chat:
 
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""
-        return prepare(image, self._engine.bundle.manifest)
+        return self._engine.prepare(image)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import io
 import os
 import stat
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ BACKGROUND = (255, 255, 255)  # shows through transparent pixels: most such pict
 MAX_PIXELS = 1 << 26  # 67 megapixels; Pillow keeps 4 bytes a pixel, so 256 MiB
 MAX_SIDE = 1 << 14  # pixels; the work of `_pad` grows with its square, and no wider panorama comes from a phone
 MAX_BYTES = 1 << 28  # of an encoded file
-BAND_PIXELS = 1 << 22  # `_pad` widens this much of a picture at a time
+BAND_PIXELS = 1 << 20  # `_pad` widens this much of a picture at a time, in each of its threads
+BAND_THREADS = 2
 RESCALE = 0.00392156862745098  # 1/255 as CLIP's preprocessor_config.json has it
 
 _ORIENTATION = 0x0112  # EXIF tag; the table says how to bring each value upright
@@ -44,10 +46,11 @@ _UPRIGHT = {
 }
 
 
-def load_image(source: ImageInput) -> Image.Image:
+def load_image(source: ImageInput, name: str = "") -> Image.Image:
     """Decode to RGB, uint8, upright, first frame; the result is new and carries no metadata.
 
     source: a path, an encoded file as bytes, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
+    name: what messages call it, if it is no path.
 
     EXIF orientation is applied (LLaVA's own code does not). Transparency lies on `BACKGROUND`. 16-bit grey is
     divided by 257 and rounded; 16-bit colour keeps its high byte, which is all Pillow delivers.
@@ -55,14 +58,11 @@ def load_image(source: ImageInput) -> Image.Image:
 
     Raises `MissingError` if there are no bytes to read, `ImageError` if they are not an acceptable picture.
     """
-    if isinstance(source, os.PathLike) and not isinstance(source, Path):
-        source = Path(os.fsdecode(source))
-    name = "The picture"  # what messages call it, if no file
-    if isinstance(source, str | Path):
-        name = _printable(source)
-        source = _read(source, name)
+    if isinstance(source, str | os.PathLike):
+        source, name = read_image(source)
     elif isinstance(source, ImageFile.ImageFile) and source.filename:
         name = _printable(os.fsdecode(source.filename))
+    name = name or "The picture"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on metadata are no news to the person
@@ -78,6 +78,14 @@ def load_image(source: ImageInput) -> Image.Image:
         if isinstance(source, Image.Image) and "closed" in str(error):
             raise ImageError(f"{name} is a Pillow image that was closed; ask before that, or open it again.") from error
         raise ImageError(f"{name} is damaged or cut off and cannot be decoded; get the file again.") from error
+
+
+def read_image(path: str | os.PathLike[str]) -> tuple[bytes, str]:
+    """A file's bytes, and what messages call it. Raises `MissingError`, or `ImageError` if it is too large."""
+    if not isinstance(path, str | Path):
+        path = Path(os.fsdecode(path))
+    name = _printable(path)
+    return _read(path, name), name
 
 
 def pixel_count(data: bytes) -> int:
@@ -128,12 +136,18 @@ def _pad(image: Image.Image, size: int, mean: tuple[float, float, float]) -> Ima
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     colour = (int(255 * mean[0]), int(255 * mean[1]), int(255 * mean[2]))  # truncated, as there
-    narrow = Image.new("RGB", (size, side), colour)
     rows = max(1, BAND_PIXELS // side)
-    for y in range(0, height, rows):
+
+    def narrowed(y: int) -> Image.Image:
         band = Image.new("RGB", (side, min(rows, height - y)), colour)
         band.paste(image.crop((0, y, width, y + band.height)), (left, 0))
-        narrow.paste(band.resize((size, band.height), Image.Resampling.BICUBIC), (0, top + y))
+        return band.resize((size, band.height), Image.Resampling.BICUBIC)
+
+    narrow = Image.new("RGB", (size, side), colour)
+    starts = range(0, height, rows)
+    with ThreadPoolExecutor(BAND_THREADS) as threads:  # Pillow resizes without Python's lock
+        for y, band in zip(starts, threads.map(narrowed, starts), strict=True):
+            narrow.paste(band, (0, top + y))
     return narrow.resize((size, size), Image.Resampling.BICUBIC)
 
 

@@ -54,9 +54,9 @@ class Embedder:
         self._early: dict[str, Embedding] = {}
         self._thread = ThreadPoolExecutor(1, "llava-edge vision")
 
-    def begin(self, pictures: Sequence[Picture], cancel: threading.Event) -> Future[None]:
-        """Embed in advance the pictures that are not known; without pictures, load what embeds them."""
-        return self._thread.submit(self._begin, pictures, cancel)
+    def begin(self, shown: Future[Sequence[Picture]] | None, cancel: threading.Event) -> Future[None]:
+        """Embed in advance those of the pictures that are not known; without any, load what embeds them."""
+        return self._thread.submit(self._begin, shown, cancel)
 
     def start(self, picture: Picture, run: Run, job: Job) -> Future[Array]:
         """Embed in the background: (positions, hidden size) float32. Raises `CancelledError` or `BundleError`."""
@@ -71,10 +71,11 @@ class Embedder:
         self._thread.shutdown()
         self._parts = None
 
-    def _begin(self, pictures: Sequence[Picture], cancel: threading.Event) -> None:
-        if not pictures:
+    def _begin(self, shown: Future[Sequence[Picture]] | None, cancel: threading.Event) -> None:
+        if shown is None:
             self._opened()
-        for picture in pictures:
+            return
+        for picture in shown.result():
             if self._known(picture) is None:
                 self._early[picture.key] = self._compute(picture, None, cancel)
 

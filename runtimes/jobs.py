@@ -157,6 +157,12 @@ class Owner:
         job = Job(run, _Cancel(cancel), self._thread.is_alive, dropped)
         return _Reader(job, lambda: self._queue(job))
 
+    def begin(self, run: Callable[[Job], None]) -> Stream:
+        """As `submit`, but queued now."""
+        job = Job(run, threading.Event(), self._thread.is_alive)
+        self._queue(job)
+        return _Reader(job)
+
     def submit_together(
         self, run: Callable[[list[Job]], None], cancel: threading.Event, count: int, dropped: Last
     ) -> list[Stream]:

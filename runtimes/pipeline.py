@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from llava_edge.runtimes.jobs import CLOSED, Job, Owner, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache
-from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare, taken
+from llava_edge.runtimes.pictures import RECENT_BYTES, Picture, Recent, check_budget, limited, taken
 from llava_edge.runtimes.prefill import Prefill, Segment, segments
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.speculation import Speculation
@@ -57,6 +58,7 @@ class Engine:
         self._draft: Draft | None = None
         self._prefill: Prefill | None = None
         self._cache = _open_cache(options.cache)
+        self._recent = Recent(bundle.manifest, RECENT_BYTES if options.cache else 0)
         self._owner = Owner(self._free, self._keep)
 
     @staticmethod
@@ -64,26 +66,31 @@ class Engine:
         bundle: Bundle,
         options: EngineOptions | None = None,
         *,
-        pictures: Sequence[Picture] = (),
+        pictures: Callable[[], Sequence[Picture]] | None = None,
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Engine:
         """Load all parts. `on_load` gets the loaded fraction, in a thread of the engine; what it raises stops loading.
 
-        pictures: what will be asked about first. They are embedded while the language model loads; if all are known
-            already, CLIP is not loaded before it is needed.
-        Raises `BundleError`, `UnavailableError`, `MemoryLimitError` or `UsageError`.
+        pictures: prepares what will be asked about first. It is called by this thread, and they are embedded, while the
+            language model loads; if all are known already, CLIP is not loaded before it is needed.
+        Raises `BundleError`, `UnavailableError`, `MemoryLimitError`, `UsageError`, and what `pictures` raises.
         """
         if options is not None and not isinstance(options, EngineOptions):
             raise UsageError(f"EngineOptions were expected, not {options!r:.60}.")
         engine = Engine(bundle, options or EngineOptions())
+        shown: Future[Sequence[Picture]] | None = Future() if pictures else None
         try:
-            for _ in engine._owner.submit(lambda job: engine._load(job.cancel, pictures, on_load), threading.Event()):
+            loading = engine._owner.begin(lambda job: engine._load(job.cancel, shown, on_load))
+            if pictures and shown:
+                shown.set_result(pictures())
+            for _ in loading:
                 pass
-        except Exception:  # Python must not end while another thread frees engines: that would abort the process
-            engine._owner.close()
-            raise
-        except BaseException:  # Ctrl-C does not wait until loading stops
-            engine._owner.close(wait=False)
+        except BaseException as error:
+            if shown:
+                shown.cancel()  # without effect if it has a result; else nobody may wait for one
+            # Ctrl-C does not wait until loading stops. Else Python must not end while another thread frees engines:
+            # that would abort the process.
+            engine._owner.close(wait=isinstance(error, Exception))
             raise
         atexit.register(engine._owner.close)
         return engine
@@ -172,12 +179,16 @@ class Engine:
         for _ in self._owner.submit(check, threading.Event()):
             pass
 
+    def prepare(self, image: ImageInput | Picture) -> Picture:
+        """Decode and preprocess an image, unless it was done lately. Raises `ImageError` or `MissingError`."""
+        return self._recent.prepare(image)
+
     def embed(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
         """What the language model is shown of a picture: (positions, hidden size) float32.
 
         Raises `ImageError`, `MissingError` or `BundleError`.
         """
-        picture = prepare(image, self.bundle.manifest)
+        picture = self.prepare(image)
         found = []
 
         def work(job: Job) -> None:
@@ -216,7 +227,12 @@ class Engine:
                 model.close()
         self._cache.close()
 
-    def _load(self, cancel: threading.Event, pictures: Sequence[Picture], on_load: Callable[[float], None]) -> None:
+    def _load(
+        self,
+        cancel: threading.Event,
+        shown: Future[Sequence[Picture]] | None,
+        on_load: Callable[[float], None],
+    ) -> None:
         start = time.perf_counter()
         probe.require_working_build()
         manifest = self.bundle.manifest
@@ -226,7 +242,7 @@ class Engine:
         self.context_size = self.preset.context
         threads = self.options.threads or devices.thread_count()[0]
         self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
-        embedding = self._embedder.begin(pictures, cancel)
+        embedding = self._embedder.begin(shown, cancel)
 
         def progress(fraction: float) -> bool:
             on_load(fraction)
@@ -240,7 +256,7 @@ class Engine:
         self._template = template(manifest.template)
         self._ends = {language.control_id(name) for name in self._template.stops}
         self._encode = prompt_encoder(language, manifest)
-        if not pictures:
+        if shown is None:
             embedding.result()
         self.load_ms = since(start)
 
@@ -314,7 +330,7 @@ class Engine:
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
             self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images), messages)
-        pictures = [limited(prepare(image, manifest), options, manifest) for image in images]
+        pictures = [limited(self.prepare(image), options, manifest) for image in images]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures], messages)
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
         run.image_ms = sum(picture.decode_milliseconds for picture in pictures)

@@ -22,9 +22,12 @@ import pytest
 from PIL import Image
 
 from llava_edge import Chat, Chunk, EngineOptions, Llava, Options, Result
+from llava_edge.bundle import Bundle
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UnavailableError, UsageError
+from llava_edge.models.micro import CONFIG
 from llava_edge.options import DEFAULT_PROMPT
 from llava_edge.prompt import Message
+from llava_edge.runtimes.pictures import Picture, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 RED = Image.new("RGB", (40, 30), "red")
@@ -61,6 +64,30 @@ def test_what_is_raised_while_a_model_loads_stops_it(micro_bundle: Path, capfd: 
     with Llava.load(micro_bundle, device="cpu", on_load=heard.append) as loaded:
         assert heard[-1] == 1
         assert loaded.ask("hi", options=Options(max_tokens=1)).completion_tokens == 1
+
+
+def test_pictures_are_read_while_the_model_loads(micro_bundle: Path) -> None:
+    begun, manifest = threading.Event(), Bundle.open(micro_bundle).manifest
+
+    def read() -> list[Picture]:
+        assert begun.wait(30)  # the model does not wait for them
+        return [prepare(RED, manifest)]
+
+    with Llava.load(micro_bundle, device="cpu", pictures=read, on_load=lambda fraction: begun.set()) as loaded:
+        assert loaded.ask("hi", RED, Options(max_tokens=1)).image_tokens == CONFIG.image_tokens
+
+
+@pytest.mark.parametrize("error", [ImageError("It is damaged."), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_pictures_that_cannot_be_had_stop_loading(error: BaseException, micro_bundle: Path) -> None:
+    def read() -> list[Picture]:
+        raise error
+
+    threads = set(threading.enumerate())
+    with pytest.raises(type(error)):
+        Llava.load(micro_bundle, device="cpu", pictures=read)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(30)
+        assert not thread.is_alive()  # nobody waits for pictures any more
 
 
 def test_embeddings_are_what_the_checkpoint_computes(micro_bundle: Path, micro_checkpoint: Path, llava: Llava) -> None:

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge import Llava
+from llava_edge import Llava, image
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.cache import Cache, user_cache
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options, Result
 from llava_edge.prompt import Message
-from llava_edge.runtimes import embedder, jobs, prefill
+from llava_edge.runtimes import embedder, jobs, pictures, prefill
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
@@ -51,8 +51,8 @@ def last_of(stream: Iterator[Any]) -> Result:
 
 
 @contextmanager
-def opened(bundle: Path, options: EngineOptions = CPU, pictures: tuple[Picture, ...] = ()) -> Iterator[Llava]:
-    with Llava.load(bundle, options, pictures=pictures) as llava:
+def opened(bundle: Path, options: EngineOptions = CPU, shown: tuple[Picture, ...] = ()) -> Iterator[Llava]:
+    with Llava.load(bundle, options, pictures=(lambda: shown) if shown else None) as llava:
         yield llava
 
 
@@ -239,11 +239,11 @@ def test_a_budget_is_part_of_the_key(micro_bundle: Path, plain: Llava) -> None:
 
 def test_pictures_embedded_while_loading(micro_bundle: Path, plain: Llava) -> None:
     shown = prepare(picture("red"), plain.bundle.manifest)
-    with opened(micro_bundle, pictures=(shown,)) as llava:
+    with opened(micro_bundle, shown=(shown,)) as llava:
         first = found(llava, ASK, [shown])
         assert first[2] == "miss"
         assert same(first, computed(plain, ASK, [shown]))
-    with opened(micro_bundle, pictures=(shown,)) as llava:
+    with opened(micro_bundle, shown=(shown,)) as llava:
         assert found(llava, ASK, [shown])[2] == "kv"
 
 
@@ -252,8 +252,50 @@ def test_clip_is_not_even_loaded_for_a_known_picture(micro_bundle: Path, monkeyp
     with opened(micro_bundle) as llava:
         found(llava, ASK, [shown])
     monkeypatch.setattr(embedder, "VisionEncoder", lambda *_, **__: pytest.fail("CLIP was loaded"))
-    with opened(micro_bundle, pictures=(shown,)) as llava:
+    with opened(micro_bundle, shown=(shown,)) as llava:
         assert found(llava, ASK, [shown])[2] == "kv"
+
+
+def test_a_file_is_decoded_once(micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[object] = []
+
+    def load_image(source: object, name: str = "") -> Image.Image:
+        decoded.append(source)
+        return image.load_image(source, name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pictures, "load_image", load_image)
+    one, other = tmp_path / "one.png", tmp_path / "other.png"
+    picture("red").save(one)
+    picture("blue").save(other)
+    with opened(micro_bundle) as llava:
+        first = found(llava, ASK, [one])
+        assert same(first, found(llava, ASK, [str(one)]))
+        assert same(first, found(llava, ASK, [one.read_bytes()]))
+        assert len(decoded) == 1
+        blue = found(llava, ASK, [other])
+        assert len(decoded) == 2
+        other.replace(one)
+        assert same(blue, found(llava, ASK, [one]))
+        assert len(decoded) == 2
+    with opened(micro_bundle, replace(CPU, cache=False)) as llava:
+        assert same(blue, found(llava, ASK, [one]))
+        assert same(blue, found(llava, ASK, [one]))
+        assert len(decoded) == 4
+
+
+def test_decoded_pictures_are_those_asked_for_last(micro_bundle: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(micro_bundle).manifest
+    names = [tmp_path / f"{colour}.png" for colour in ("red", "green", "blue")]
+    for name in names:
+        picture(name.stem).save(name)
+    size = prepare(names[0], manifest).crops.nbytes
+    recent = pictures.Recent(manifest, 2 * size)
+    red, green = recent.prepare(names[0]), recent.prepare(names[1])
+    assert recent.prepare(names[0]).crops is red.crops
+    recent.prepare(names[2])
+    assert recent.prepare(names[0]).crops is red.crops
+    assert recent.prepare(names[1]).crops is not green.crops
+    assert pictures.Recent(manifest, size - 1).prepare(names[0]).key == red.key  # larger than all that is kept
 
 
 # What may differ has another key.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import click
@@ -31,14 +32,14 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
 
     manifest = Bundle.open(resolve(model)).manifest
     check_budget(options, manifest)
-    pictures = [limited(prepare(picture_path(image), manifest), options, manifest) for image in images]
+    shown = cache(lambda: [limited(prepare(picture_path(image), manifest), options, manifest) for image in images])
     with status_line("Loading the model") as status:
-        llava = Llava.load(model, engine, pictures=pictures, on_load=status)
+        llava = Llava.load(model, engine, pictures=shown if images else None, on_load=status)
     with llava:
         click.echo(f"{llava.bundle.manifest.name} on {llava.device}. /help lists the commands.", err=True)
         advise(llava.device)
         repl = Repl(llava.chat(system, options), show, _waiting)
-        repl.add(pictures, list(images))
+        repl.add(shown(), list(images))
         repl.run()
 
 

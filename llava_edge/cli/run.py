@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,20 +63,19 @@ def run(
     from llava_edge.store import resolve
 
     started = process_start()
-    # Images are read before the model is loaded: a wrong file name should not cost a wait.
     manifest = Bundle.open(resolve(model)).manifest
     check_budget(options, manifest)
     if not images and prompts == (DEFAULT_PROMPT,):
         raise UsageError("There is no image to describe: name one with --image, or ask something else with --prompt.")
-    pictures = [limited(prepare(_image_source(image), manifest), options, manifest) for image in images]
+    shown = cache(lambda: [limited(prepare(_image_source(image), manifest), options, manifest) for image in images])
     with status_line("Loading the model") as status:
-        llava = Llava.load(model, engine, pictures=pictures, on_load=status)
+        llava = Llava.load(model, engine, pictures=shown if images else None, on_load=status)
     with llava:
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
         advise(llava.device)
-        for stream in llava.ask_many(prompts, pictures, options, system=system, started=started):
-            result = _answer(stream, "Looking at the image" if pictures else "Reading", quiet=as_json)
+        for stream in llava.ask_many(prompts, shown(), options, system=system, started=started):
+            result = _answer(stream, "Looking at the image" if images else "Reading", quiet=as_json)
             if as_json:
                 click.echo(json.dumps(asdict(result), ensure_ascii=False))
             elif result.finish_reason == "length":
