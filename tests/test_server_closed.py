@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 from serving import ROOT, Server, png, question, running
 
 from llava_edge.errors import UsageError
-from llava_edge.server import guard
+from llava_edge.server import guard, json_body
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem
 from llava_edge.server.serve import read_key
@@ -487,6 +488,39 @@ def test_bodies(server: Server) -> None:
     for body, status, says in cases:
         got, message = chat(body, server)
         assert (got, says in message) == (status, True), message
+
+
+def test_texts_are_told_from_what_is_between_them() -> None:
+    generator = random.Random(7)
+
+    def made(depth: int) -> Any:
+        kind = generator.randrange(6 if depth else 3)
+        if kind < 2:
+            return "".join(generator.choices('\\"[]{},:\n\x7fé/u0', k=generator.randrange(9)))
+        return generator.randrange(99) if kind == 2 else [made(depth - 1) for _ in range(generator.randrange(5))]
+
+    def emptied(value: Any) -> Any:
+        return "" if isinstance(value, str) else [emptied(one) for one in value] if isinstance(value, list) else value
+
+    for _ in range(300):
+        value = made(4)
+        for ascii_only in (True, False):
+            body = json.dumps(value, ensure_ascii=ascii_only).encode()
+            structure = json.dumps(emptied(value)).encode().replace(b'"', b"")
+            assert json_body._without_texts(body, Limits()) == structure
+            assert json_body.parse(b'{"a": ' + body + b"}", Limits()) == {"a": value}
+
+
+@pytest.mark.parametrize("piece", [b'"', b"\\", b'\\"', b'\\""', b'"",'])
+def test_refusing_a_body_takes_little_memory(piece: bytes) -> None:
+    body = piece * (Limits().body // 8 // len(piece))
+    tracemalloc.start()
+    try:
+        with pytest.raises(Problem):
+            json_body.parse(body, Limits())
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body) + 80 * Limits().structure
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_body_over_the_limit_is_answered(server: Server) -> None:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,29 @@ def test_what_the_child_says_is_not_trusted() -> None:
 
     for lie in lies:
         asyncio.run(hear(lie))
+
+
+def test_pictures_are_not_written_out() -> None:
+    """As text they take four times their size, and 30 ms for a photo: in an error that nobody reads, say."""
+    from llava_edge.server.limits import Limits
+    from llava_edge.server.requests import chat
+    from llava_edge.server.supervisor import Supervisor
+
+    class Photo(bytes):
+        def __repr__(self) -> str:
+            raise AssertionError("a picture was written out")
+
+    async def ask() -> list[dict[str, Any]]:
+        supervisor = Supervisor(Bundle.__new__(Bundle), EngineOptions(), Limits())
+        asked = replace(chat(question(), "micro", Limits()), images=(Photo(b"pixels"),))
+        events = supervisor.answer(asked)
+        first = asyncio.ensure_future(anext(events))
+        while not supervisor.queue_length:
+            await asyncio.sleep(0)
+        supervisor._waiting.popleft().say({"result": {}})
+        return [await first, *[said async for said in events]]
+
+    assert asyncio.run(ask()) == [{"result": {}}]
 
 
 # Leaving.

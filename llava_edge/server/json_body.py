@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any, NoReturn
 
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem, bad
 
-# The last one may have no end, which the parser refuses. Sought from each quote in it anew, it took minutes.
-_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-
 
 def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     """Parse. Raises `Problem` (400, 413) on anything but one plain JSON object in UTF-8."""
-    _check_structure(_TEXTS.sub(b"", body), limits)
+    _check_structure(_without_texts(body, limits), limits)
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
     except UnicodeDecodeError as error:
@@ -27,9 +23,26 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     return value
 
 
+def _without_texts(body: bytes, limits: Limits) -> bytes:
+    """What stands outside of quotes. Where a body is no JSON, the parser stops before it means anything else to it.
+
+    Without a regular expression, which takes 50 bytes of memory for each quote that it finds.
+    """
+    plain = body
+    if b"\\" in body:  # pictures have none
+        plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if plain.count(b'"') > 2 * limits.structure + 2:  # texts have something between them
+        raise _too_large(limits)
+    return b"".join(plain.split(b'"')[::2])
+
+
+def _too_large(limits: Limits) -> Problem:
+    return Problem(413, f"The body has more than {limits.structure} bytes of JSON that are not text.")
+
+
 def _check_structure(structure: bytes, limits: Limits) -> None:
     if len(structure) > limits.structure:
-        raise Problem(413, f"The body has more than {limits.structure} bytes of JSON that are not text.")
+        raise _too_large(limits)
     depth = 0
     for mark in structure:
         depth += (mark in b"[{") - (mark in b"]}")

@@ -119,7 +119,7 @@ class Supervisor:
         finally:
             timer.cancel()
             job.left.set()
-            with contextlib.suppress(ValueError):
+            if job in self._waiting:  # the error of removing it in vain would have all of a job in it, as text
                 self._waiting.remove(job)
 
     def _give_up(self, job: _Job) -> None:
