@@ -33,7 +33,7 @@ from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig, from_hf, to_hf
 from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llava import from_state
-from llava_edge.options import EngineOptions, FinishReason, Options
+from llava_edge.options import EngineOptions, FinishReason, Options, result_of
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message, encode, render
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.pictures import prepare
@@ -384,9 +384,7 @@ def test_a_stop_between_two_tiles(llava: Llava, monkeypatch: pytest.MonkeyPatch)
         return encoded[-1]
 
     monkeypatch.setattr(VisionEncoder, "encode", encode_then_stop)
-    final = list(llava.stream("?", image((81, 60)), cancel=cancel))[-1].final
-    assert final is not None
-    assert final.finish_reason == "cancelled"
+    assert result_of(llava.stream("?", image((81, 60)), cancel=cancel)).finish_reason == "cancelled"
     assert len(encoded) == 2  # of five
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from llava_edge import Chat, Chunk, EngineOptions, Llava, Options, Result
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UnavailableError, UsageError
-from llava_edge.options import DEFAULT_PROMPT
+from llava_edge.options import DEFAULT_PROMPT, result_of
 from llava_edge.prompt import Message
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,14 +119,12 @@ def test_a_system_text_stands_before_the_question(llava: Llava) -> None:
     few: Any = {"options": Options(max_tokens=24), "system": "Be brief."}
     wanted = llava.ask("What?", RED, few["options"])
     messages = [Message("system", "Be brief."), Message("user", "What?", 1)]
-    *_, last = llava.answer(messages, RED, few["options"])
-    assert last.final
-    assert last.final.text != wanted.text
-    streams = [list(llava.stream("What?", RED, **few)), *map(list, llava.ask_many(["What?"], RED, **few))]
+    system = result_of(llava.answer(messages, RED, few["options"]))
+    assert system.text != wanted.text
+    streams = [llava.stream("What?", RED, **few), *llava.ask_many(["What?"], RED, **few)]
     found = [llava.ask("What?", RED, **few), asyncio.run(llava.aask("What?", RED, **few))]
-    for result in (*found, *(chunks[-1].final for chunks in streams)):
-        assert result
-        assert (result.text, result.prompt_tokens) == (last.final.text, last.final.prompt_tokens)
+    for result in (*found, *map(result_of, streams)):
+        assert (result.text, result.prompt_tokens) == (system.text, system.prompt_tokens)
 
 
 def test_what_cannot_leave_its_process_says_so(llava: Llava) -> None:
@@ -401,12 +399,8 @@ def same_talk(llava: Llava, chat: Chat) -> None:
     images = [RED] * sum(message.images for message in chat.messages)
     plain = llava.chat(options=chat._options)
     plain.resume(chat.messages, images)
-    *_, last = plain.say("And now?")
-    *_, found = chat.say("And now?")
-    assert last.final
-    assert found.final
-    sizes = [(result.prompt_tokens, result.image_tokens) for result in (found.final, last.final)]
-    assert sizes[0] == sizes[1]
+    found, wanted = (result_of(talk.say("And now?")) for talk in (chat, plain))
+    assert (found.prompt_tokens, found.image_tokens) == (wanted.prompt_tokens, wanted.image_tokens)
 
 
 def test_a_turn_waits_for_the_one_that_was_left(llava: Llava) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.cache import Cache, user_cache
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
-from llava_edge.options import EngineOptions, Options, Result
+from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes import embedder, jobs, prefill
 from llava_edge.runtimes.language import Key, LanguageModel
@@ -44,16 +44,8 @@ def language_of(llava: Llava) -> LanguageModel:
     return found
 
 
-def last_of(stream: Iterator[Any]) -> Result:
-    result = list(stream)[-1].final
-    assert isinstance(result, Result)
-    return result
-
-
-@contextmanager
-def opened(bundle: Path, options: EngineOptions = CPU, pictures: tuple[Picture, ...] = ()) -> Iterator[Llava]:
-    with Llava.load(bundle, options, pictures=pictures) as llava:
-        yield llava
+def opened(bundle: Path, options: EngineOptions = CPU, pictures: tuple[Picture, ...] = ()) -> Llava:
+    return Llava.load(bundle, options, pictures=pictures)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +57,13 @@ def plain(micro_bundle: Path) -> Iterator[Llava]:
 def computed(llava: Llava, messages: list[Message], images: list[Any], options: Options = SHORT) -> tuple[str, Array]:
     """Answer and last logits if nothing is known."""
     language_of(llava).forget(0)
-    result = last_of(llava.answer(messages, images, options))
+    result = result_of(llava.answer(messages, images, options))
     assert result.cache == "miss"
     return result.text, language_of(llava).logits().copy()
 
 
 def found(llava: Llava, messages: list[Message], images: list[Any], options: Options = SHORT) -> tuple[str, Array, str]:
-    result = last_of(llava.answer(messages, images, options))
+    result = result_of(llava.answer(messages, images, options))
     return result.text, language_of(llava).logits().copy(), result.cache
 
 
@@ -340,7 +332,7 @@ def test_a_stopped_prefill_keeps_nothing(micro_bundle: Path, plain: Llava, monke
 
     with opened(micro_bundle) as llava:
         monkeypatch.setattr(LanguageModel, "evaluate_embeddings", stopped)
-        result = last_of(llava.answer(ASK, [picture("red")], SHORT, cancel=cancel))
+        result = result_of(llava.answer(ASK, [picture("red")], SHORT, cancel=cancel))
         assert result.finish_reason == "cancelled"
         monkeypatch.undo()
         again = found(llava, [Message("user", "What?", 1)], [picture("red")])

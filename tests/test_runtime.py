@@ -23,7 +23,7 @@ from llava_edge import Llava
 from llava_edge.api import Chat
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, read_manifest, write_manifest
 from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UnavailableError, UsageError
-from llava_edge.options import Chunk, EngineOptions, Options
+from llava_edge.options import Chunk, EngineOptions, Options, result_of
 from llava_edge.prompt import Message, Piece
 from llava_edge.runtimes import CancelledError, bindings, devices, probe
 from llava_edge.runtimes.decoding import Answer
@@ -459,9 +459,7 @@ def test_a_conversation_equals_the_same_messages_at_once(llava: Llava, micro_bun
 
 def test_a_turn_does_not_look_at_an_image_again(llava: Llava) -> None:
     chat = llava.chat(options=SHORT)
-    first, second = (list(chat.say("What?", images))[-1].final for images in ([picture("maroon")], []))
-    assert first is not None
-    assert second is not None
+    first, second = (result_of(chat.say("What?", images)) for images in ([picture("maroon")], []))
     assert first.image_tokens == second.image_tokens > 0
     assert first.timings.encode_ms > 0
     assert second.timings.encode_ms == 0
@@ -526,17 +524,14 @@ def test_cancelling_from_another_thread(llava: Llava) -> None:
     chunks = llava.stream("hello", options=Options(max_tokens=400), cancel=cancel)
     next(chunks)
     cancel.set()
-    final = list(chunks)[-1].final
-    assert final is not None
-    assert final.finish_reason == "cancelled"
+    assert result_of(chunks).finish_reason == "cancelled"
     assert llava.ask("hello", options=SHORT).text == wanted
 
 
 def test_cancelled_before_it_began(llava: Llava) -> None:
     cancel = threading.Event()
     cancel.set()
-    final = list(llava.stream("hello", picture("red"), cancel=cancel))[-1].final
-    assert final is not None
+    final = result_of(llava.stream("hello", picture("red"), cancel=cancel))
     assert (final.finish_reason, final.text, final.completion_tokens) == ("cancelled", "", 0)
 
 
