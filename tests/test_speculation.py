@@ -234,7 +234,7 @@ def test_numbers_that_are_not_finite_are_refused_in_a_batch(language: LanguageMo
     for token, row in zip([5, 6, 7], rows, strict=True):
         language.evaluate_tokens([token], NEVER)
         assert np.allclose(language.logits(), row, atol=1e-3)
-    values = language.library.llama_get_logits_ith(language._context, -1)
+    values = language.library.llama_get_logits_ith(language.context, -1)
     values[3] = float("nan")
     with pytest.raises(BundleError, match="not finite"):
         language.best()
