@@ -157,6 +157,11 @@ class Owner:
         job = Job(run, _Cancel(cancel), self._thread.is_alive, dropped)
         return _Reader(job, lambda: self._queue(job))
 
+    def do(self, run: Callable[[Job], None]) -> None:
+        """Run it in the thread, and wait for its end. Raises what it raises."""
+        for _ in self.submit(run, threading.Event()):
+            pass
+
     def submit_together(
         self, run: Callable[[list[Job]], None], cancel: threading.Event, count: int, dropped: Last
     ) -> list[Stream]:
