@@ -30,12 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RED = Image.new("RGB", (40, 30), "red")
 
 
-@pytest.fixture(scope="module")
-def llava(micro_bundle: Path) -> Iterator[Llava]:
-    with Llava.load(micro_bundle, device="cpu") as loaded:
-        yield loaded
-
-
 def test_the_device_can_be_named(micro_bundle: Path, llava: Llava) -> None:
     assert llava.device == "cpu (asked for)"
     with pytest.raises(UnavailableError, match="metal"):

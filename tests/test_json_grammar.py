@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,12 +17,6 @@ from llava_edge import Llava, Options
 from llava_edge.errors import UsageError
 from llava_edge.json_grammar import any_object, from_schema
 from llava_edge.runtimes.sampling import Sampler
-
-
-@pytest.fixture(scope="module")
-def llava(micro_bundle: Path) -> Iterator[Llava]:
-    with Llava.load(micro_bundle, device="cpu") as loaded:
-        yield loaded
 
 
 def said(llava: Llava, grammar: str, seed: int, longest: int = 200) -> Any:

@@ -16,16 +16,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_edge import EngineOptions, Llava, Options
+from llava_edge import Llava, Options
 from llava_edge.api import Chat
 from llava_edge.prompt import Message
 from llava_edge.repl import Repl
-
-
-@pytest.fixture(scope="module")
-def llava(micro_bundle: Path) -> Iterator[Llava]:
-    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1)) as loaded:
-        yield loaded
 
 
 def talk(llava: Llava, lines: list[str], monkeypatch: pytest.MonkeyPatch, tokens: int = 6) -> tuple[Chat, str]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import replace
 from importlib import metadata
@@ -41,19 +41,6 @@ CPU = EngineOptions(device="cpu", threads=1)
 SHORT = Options(max_tokens=24)
 ROOT = Path(__file__).parent.parent
 NEVER = threading.Event()
-
-
-@pytest.fixture(scope="module")
-def llava(micro_bundle: Path) -> Iterator[Llava]:
-    with Llava.load(micro_bundle, CPU) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def language(micro_bundle: Path) -> Iterator[LanguageModel]:
-    model = LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1)
-    yield model
-    model.close()
 
 
 def in_child(code: str, *arguments: Path, environment: dict[str, str] | None = None) -> str:

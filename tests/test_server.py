@@ -43,12 +43,6 @@ def create(client: Any) -> Any:
     return partial(client.chat.completions.create, model="micro")
 
 
-@pytest.fixture(scope="module")
-def llava(micro_bundle: Path) -> Iterator[Llava]:
-    with Llava.load(micro_bundle, device="cpu") as loaded:
-        yield loaded
-
-
 def user(text: str, *pictures: bytes) -> dict[str, Any]:
     message: dict[str, Any] = question(text, pictures)["messages"][0]
     return message

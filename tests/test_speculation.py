@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_edge import Llava
-from llava_edge.bundle import LANGUAGE
 from llava_edge.errors import BundleError
 from llava_edge.options import EngineOptions, Options, Result, Speculate
 from llava_edge.runtimes import speculation
@@ -29,13 +28,6 @@ WORDS = ("the", "red", "colour", "of", "a", "list:", "one,", "two,", "three,", "
 def llava(micro_bundle: Path) -> Iterator[Llava]:
     with Llava.load(micro_bundle, CPU) as loaded:
         yield loaded
-
-
-@pytest.fixture(scope="module")
-def language(micro_bundle: Path) -> Iterator[LanguageModel]:
-    model = LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1)
-    yield model
-    model.close()
 
 
 @pytest.fixture
