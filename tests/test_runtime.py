@@ -788,7 +788,10 @@ def test_options_at_their_limits_are_taken() -> None:
     Options(stop=("é" * 128,) * 16, repeat_penalty=10.0, frequency_penalty=2.0, presence_penalty=-2.0)
 
 
-@pytest.mark.parametrize("bad", [{"device": "tpu"}, {"threads": -1}, {"context": -5}, {"threads": True}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"device": "tpu"}, {"threads": -1}, {"context": -5}, {"threads": True}, {"preset": "fast"}, {"kv": "q4_0"}],
+)
 def test_engine_options_out_of_range(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"(?i)" + next(iter(bad))):
         EngineOptions(**bad)
