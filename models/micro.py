@@ -47,12 +47,7 @@ VOCABULARY = len(CONTROLS) + 256 + len(MERGES)
 
 CONFIG = LlavaConfig(
     vision=VisionConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        image_size=32, patch_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4
     ),
     text=TextConfig(
         vocab_size=VOCABULARY,
@@ -122,8 +117,5 @@ def _record(number: int, question: str, answer: str) -> dict[str, Any]:
     return {
         "id": f"{number:03d}",
         "image": f"{number:03d}.png",
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{question}"},
-            {"from": "gpt", "value": answer},
-        ],
+        "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
     }

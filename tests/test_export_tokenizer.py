@@ -250,10 +250,7 @@ def test_a_tokenizer_json_of_llama_is_its_sentencepiece(legacy: bool, tmp_path: 
         (
             {
                 "normalizer": {"type": "Sequence", "normalizers": [REPLACE, DOUBLE]},
-                "pre_tokenizer": {
-                    "type": "Sequence",
-                    "pretokenizers": [{**METASPACE, "prepend_scheme": "always"}],
-                },
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**METASPACE, "prepend_scheme": "always"}]},
             },
             "prefix",
         ),

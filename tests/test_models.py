@@ -21,12 +21,7 @@ from llava_edge.prompt import IMAGE_TOKEN_INDEX
 
 TINY = LlavaConfig(
     vision=VisionConfig(
-        image_size=28,
-        patch_size=7,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        image_size=28, patch_size=7, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
     ),
     text=TextConfig(
         vocab_size=100,

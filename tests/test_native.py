@@ -372,11 +372,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
         "kernels": list(ROUNDED),
         "problems": {},
         "types": {
-            kind: {
-                **dict.fromkeys(("many", "some", "sixteen"), race),
-                "eight": {"plain": 9.0},
-                "one": {"plain": 3.0},
-            }
+            kind: {**dict.fromkeys(("many", "some", "sixteen"), race), "eight": {"plain": 9.0}, "one": {"plain": 3.0}}
             for kind in TYPES
             for race in [bytes_too if takes("avx2-int8", kind) else many]
         },

@@ -59,10 +59,7 @@ STRINGS = {
     ),
     "llava_v1": (f"{ABOUT} USER: <image>\nWhat is this? ASSISTANT:", " A cat.</s>USER: Sure? ASSISTANT:"),
     "llava_v1_1": (f"{WAIV} USER: <image>\nWhat is this? ASSISTANT:", " A cat.</s>USER: Sure? ASSISTANT:"),
-    "llava_v0": (
-        f"{ABOUT}###Human: <image>\nWhat is this?###Assistant:",
-        " A cat.###Human: Sure?###Assistant:",
-    ),
+    "llava_v0": (f"{ABOUT}###Human: <image>\nWhat is this?###Assistant:", " A cat.###Human: Sure?###Assistant:"),
     "v0": (
         f"{ABOUT}###Human: {ENERGY[0]}###Assistant: {ENERGY[1]}###Human: <image>\nWhat is this?###Assistant:",
         " A cat.###Human: Sure?###Assistant:",
