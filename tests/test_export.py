@@ -6,7 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -294,14 +294,12 @@ def test_an_exported_transformers_model_answers_like_transformers(tie: bool, tmp
 
 
 def engine_logits(path: Path, before: list[int], embeds: np.ndarray[Any, Any], after: list[int]) -> Any:
-    engine, never = LanguageModel(path, context=128, threads=1), threading.Event()
-    try:
+    never = threading.Event()
+    with closing(LanguageModel(path, context=128, threads=1)) as engine:
         engine.evaluate_tokens(before, never)
         engine.evaluate_embeddings(embeds, [("picture", i) for i in range(len(embeds))], never)
         engine.evaluate_tokens(after, never)
         return engine.logits().copy()
-    finally:
-        engine.close()
 
 
 def rename(tensors: Mapping[str, Any], scheme: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from contextlib import closing
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -143,12 +144,9 @@ def test_every_answer_satisfies_its_schema(name: str, llava: Llava) -> None:
 def allows(llava: Llava, grammar: str, text: str) -> bool:
     """Whether llama.cpp lets the tokens of `text`, and then the end, pass."""
     language = llava._engine._speculation.language
-    sampler = Sampler(language, Options(grammar=grammar))
     tokens = [*language.tokenize(text), language.library.llama_vocab_eos(language.vocabulary)]
-    try:
+    with closing(Sampler(language, Options(grammar=grammar))) as sampler:
         return all(passes(language.library, sampler._grammar, token) for token in tokens)
-    finally:
-        sampler.close()
 
 
 def passes(library: Any, grammar: Any, token: int) -> bool:
