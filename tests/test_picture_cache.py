@@ -163,33 +163,23 @@ def watched(patch: pytest.MonkeyPatch) -> list[int]:
     return evaluated
 
 
+@pytest.mark.parametrize("restarted", [False, True])
 def test_the_text_before_a_picture_is_kept_for_the_next_picture(
-    micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
+    restarted: bool, micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    messages = [Message("system", "A long text. " * 5), *ASK]
-    with opened(micro_bundle) as llava:
-        found(llava, messages, [picture("red")])
-        with monkeypatch.context() as patch:
-            evaluated = watched(patch)
-            again = found(llava, messages, [picture("blue")], replace(SHORT, max_tokens=1))
-    assert again[2] == "miss"
-    assert len(evaluated) == 1  # the text behind the picture
-    assert same(again, computed(plain, messages, [picture("blue")], replace(SHORT, max_tokens=1)))
-
-
-def test_the_text_before_a_picture_is_kept_for_another_process(
-    micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    messages = [Message("system", "A long text. " * 5), *ASK]
-    with opened(micro_bundle) as llava:
-        found(llava, messages, [picture("red")])
-    assert len(entries("state")) == 2
-    with opened(micro_bundle) as llava, monkeypatch.context() as patch:
+    messages, short = [Message("system", "A long text. " * 5), *ASK], replace(SHORT, max_tokens=1)
+    llava = opened(micro_bundle)
+    found(llava, messages, [picture("red")])
+    if restarted:
+        llava.close()
+        assert len(entries("state")) == 2
+        llava = opened(micro_bundle)
+    with llava, monkeypatch.context() as patch:
         evaluated = watched(patch)
-        again = found(llava, messages, [picture("blue")], replace(SHORT, max_tokens=1))
+        again = found(llava, messages, [picture("blue")], short)
     assert again[2] == "miss"
     assert len(evaluated) == 1  # the text behind the picture
-    assert same(again, computed(plain, messages, [picture("blue")], replace(SHORT, max_tokens=1)))
+    assert same(again, computed(plain, messages, [picture("blue")], short))
 
 
 @pytest.mark.parametrize("questions", [1, 2])
