@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from processes import in_child
 
 from llava_edge import cli, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, VISION_DATA
@@ -58,7 +59,7 @@ def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[bytes]:
 
 def test_help_lists_every_command_and_imports_no_engine() -> None:
     code = "import sys; from llava_edge import cli; cli.execute(['--help']); print(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = in_child(code).stdout
     for name, text in cli.COMMANDS.items():
         assert name in out
         assert text in out

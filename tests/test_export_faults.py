@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import edit_config
+from processes import in_child
 from safetensors.numpy import load_file, save_file
 
 from llava_edge.bundle import LANGUAGE, MANIFEST, VISION_DATA, Bundle
@@ -430,8 +431,7 @@ def test_a_quantizer_that_cannot_write_says_why(micro_checkpoint: Path, tmp_path
         "except StorageError as error: print(error)\n"
     )
     export(ExportOptions(micro_checkpoint, tmp_path / "out", quant="f16", vision="fp32"))
-    command = [sys.executable, "-c", code, str(tmp_path / "out" / LANGUAGE), str(tmp_path / "quantized")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = in_child(code, tmp_path / "out" / LANGUAGE, tmp_path / "quantized")
     assert done.stdout.startswith("llama.cpp could not write")
     assert "MiB are free" in done.stdout
     assert done.stderr == ""

@@ -6,8 +6,6 @@ Oracles: formulas written here, Pillow used plainly, and transformers' image pro
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from images import Array, encode, exif, picture, png, smooth
 from PIL import Image, ImageOps
+from processes import in_child
 
 from llava_edge import image as image_module
 from llava_edge.bundle import Preprocessing
@@ -363,7 +362,7 @@ def test_bit_equal_to_transformers(processors: Any, width: int, height: int) -> 
 
 def test_import_brings_no_engine() -> None:
     code = "import sys, llava_edge.image; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = in_child(code).stdout.split()
     assert "PIL" in loaded
     assert not {"torch", "onnxruntime", "onnx", "llama_cpp", "gguf", "transformers", "tokenizers"} & set(loaded)
 
@@ -382,11 +381,9 @@ print(*sys.modules)
 """
     files = [FILES[name][0] for name in ("png rgb", "gif", "bmp rgb", "webp lossless", "jpeg")]
     lines = [data.hex() for data in (*files, b"GIF89a" + bytes(30), b"%!PS-Adobe-3.0 EPSF-3.0", b"8BPS")]
-    result = subprocess.run(
-        [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True, check=True
-    )
-    loaded = set(result.stdout.split())
-    assert result.stdout.count("refused") == 3
+    said = in_child(code, given="\n".join(lines)).stdout
+    loaded = set(said.split())
+    assert said.count("refused") == 3
     assert "PIL.WebPImagePlugin" in loaded
     assert not {f"PIL.{name}ImagePlugin" for name in ("Eps", "Psd", "Fits", "Pdf", "Jpeg2K", "Avif", "Ico")} & loaded
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from native_kernels import SCALES, Array, extreme_blocks, matrix, random_blocks, worst_error
+from processes import in_child
 
 from llava_edge.runtimes import devices, native
 from llava_edge.runtimes.native import build
@@ -273,10 +274,7 @@ def test_what_a_library_lacks_is_neither_asked_for_nor_used(
         flags=("-O1", "-Werror"),
     )
     assert not (tmp_path / native.OPERATOR).exists()
-    command = [sys.executable, "-c", CHECK, str(tmp_path / native.LIBRARY)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout.splitlines()[-1])
+    facts = json.loads(in_child(CHECK, tmp_path / native.LIBRARY).stdout.splitlines()[-1])
     assert facts["problems"] == {}
     assert facts["attention"] == {"many": {}, "eight": {}, "one": {}}
     for races in facts["types"].values():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from processes import in_child
 
 from llava_edge import Llava
 from llava_edge.bundle import LANGUAGE, Bundle
@@ -400,8 +399,8 @@ llava.ask("What?", Image.new("RGB", (48, 32), "red"), Options(max_tokens=8))
 
 
 def test_a_program_that_closes_nothing_leaves_it_on_disk(micro_bundle: Path, isolated_home: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", LEFT, micro_bundle], capture_output=True, text=True, check=True)
-    assert (ran.stdout, ran.stderr) == ("", "")
+    done = in_child(LEFT, micro_bundle)
+    assert (done.stdout, done.stderr) == ("", "")
     with opened(micro_bundle) as llava:
         assert found(llava, ASK, [picture("red")])[2] == "kv"
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from processes import in_child
 
 from llava_edge import Llava
 from llava_edge.api import Chat
@@ -41,13 +42,6 @@ CPU = EngineOptions(device="cpu", threads=1)
 SHORT = Options(max_tokens=24)
 ROOT = Path(__file__).parent.parent
 NEVER = threading.Event()
-
-
-def in_child(code: str, *arguments: Path, environment: dict[str, str] | None = None) -> str:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def text_of(chunks: Iterable[Chunk]) -> str:
@@ -640,10 +634,7 @@ class Watch:
             print("spins:", os.environ.get("GOMP_SPINCOUNT"), file=sys.stderr)
 sys.meta_path.insert(0, Watch())
 """
-    command = [sys.executable, "-c", watch + code, str(micro_bundle), str(micro_checkpoint)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[0] == "spins: 1000"
+    assert in_child(watch + code, micro_bundle, micro_checkpoint).stderr.splitlines()[0] == "spins: 1000"
 
 
 def test_versions_are_those_that_pip_knows() -> None:
@@ -681,7 +672,7 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(len(found), len(set(map(id, found))))
 """
-    assert in_child(code) == "4 1\n"
+    assert in_child(code).stdout == "4 1\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
@@ -701,7 +692,7 @@ with Llava.load(sys.argv[1]) as model:
 print(len({{line.split()[-1] for line in open("/proc/self/maps") if "libllama." in line}}))
 """
     there = first != "pass"
-    assert in_child(code, micro_bundle) == f"{there} {there}\nllama_n_ctx True\n1\n"
+    assert in_child(code, micro_bundle).stdout == f"{there} {there}\nllama_n_ctx True\n1\n"
 
 
 def test_numpys_threads_do_not_spin_after_a_product() -> None:
@@ -718,7 +709,7 @@ time.sleep(0.2)
 print(time.process_time() - begun)
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS")}
-    assert float(in_child(code, environment=environment)) < 0.02
+    assert float(in_child(code, environment=environment).stdout) < 0.02
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
@@ -727,13 +718,13 @@ def test_threads_follow_the_affinity() -> None:
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
         "from llava_edge.runtimes.devices import thread_count; print(thread_count()[0])"
     )
-    assert in_child(code) == "1\n"
+    assert in_child(code).stdout == "1\n"
 
 
 def test_process_start_is_before_now_and_not_long_ago() -> None:
     code = "import time; from llava_edge.runtimes import devices as d; print(time.monotonic() - d.process_start())"
     start = time.monotonic()
-    age = float(in_child(code))
+    age = float(in_child(code).stdout)
     assert 0 < age <= time.monotonic() - start + 0.05
 
 
@@ -827,7 +818,7 @@ print(float(language.logits().std()))
 
 def test_pytorch_and_llama_cpp_share_a_process(tmp_path: Path) -> None:
     """Both use AMX where there is one; each thread has one tile configuration, and PyTorch releases it."""
-    assert float(in_child(AFTER_TORCH, tmp_path / "model.gguf")) > 0
+    assert float(in_child(AFTER_TORCH, tmp_path / "model.gguf").stdout) > 0
 
 
 IN_ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import in_child
 from serving import ROOT, Server, png, question, running
 
 from llava_edge.bundle import Bundle
@@ -380,8 +381,7 @@ for name in ({str(tmp_path / "new")!r}, {str(micro_bundle / "new")!r}): os.unlin
 sandbox.enter(Path({str(micro_bundle)!r}), "cpu")
 print(before, {{name: outcome(do) for name, do in tries()}}, sep="\\n")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, after = map(eval, done.stdout.splitlines())
+    before, after = map(eval, in_child(code).stdout.splitlines())
     rings = {"io_uring": before["io_uring"]}  # some systems have it turned off
     assert before == dict.fromkeys(before, "works") | {"socket": "ConnectionRefusedError"} | rings
     if after["read"] != "denied":
