@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from statistics import median
 from typing import IO, Any
@@ -120,18 +120,13 @@ def _starter(name: str, command: Command) -> Callable[[], dict[str, Any] | None]
 
 def _read(process: subprocess.Popen[str], log: IO[str], name: str) -> str:
     """The next line that is an answer; empty, with the reason on stderr, if the process ended instead."""
-    for line in _lines(process):
-        if line == "ready" or line.startswith("{"):
-            return line
+    assert process.stdout
+    while line := process.stdout.readline():
+        if line == "ready\n" or line.startswith("{"):
+            return line.strip()
     log.seek(0)
     sys.stderr.write(f"{name} failed: {_last_line(log.read())}\n")
     return ""
-
-
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    assert process.stdout
-    while line := process.stdout.readline():
-        yield line.strip()
 
 
 def _last_line(text: str) -> str:

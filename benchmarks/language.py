@@ -1,15 +1,18 @@
-"""What each choice costs the language model: weights mapped or re-ordered, keys and values, batches, flash attention.
+"""What each choice costs the language model: weights mapped or re-ordered, whose kernels, keys and values, batches,
+flash attention.
 
     python benchmarks/language.py BUNDLE [BUNDLE ...] [--threads N] [--repeats N] [--positions N] [--only CHOICE]
 
 Each choice opens language.gguf in a process of its own, in turns with the others: time to load, to read a prompt of
-embeddings as a picture gives them, and for each token after it; private and file-backed memory at the end.
+embeddings as a picture gives them, and for each token after it; private and file-backed memory at the end. Build the
+native kernels before (`python -m llava_edge.runtimes.native`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import threading
 import time
@@ -33,12 +36,16 @@ CHOICES: dict[str, dict[str, Any]] = {
     "mapped, batches of 576": {"repack": False, "batch": 576},
     "re-ordered, batches of 576": {"repack": True, "batch": 576},
     "mapped, no flash attention": {"repack": False, "flash": 0},
+    "mapped, llama.cpp's kernels": {"repack": False, "native": "off"},
+    "re-ordered, llama.cpp's kernels": {"repack": True, "native": "off"},
 }
 SHOWN = ("load_ms", "prefill_ms", "token_ms", "private_mb", "file_mb")
 
 
 def work(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     choice = dict(CHOICES[arguments.worker])
+    if kernels := choice.pop("native", ""):
+        os.environ["LLAVA_EDGE_NATIVE"] = kernels
     _change(choice.pop("twice", False), choice.pop("flash", None))
     clock = time.process_time if arguments.processor_time else time.perf_counter
     never, start = threading.Event(), clock()

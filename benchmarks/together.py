@@ -14,8 +14,7 @@ import click
 
 from llava_edge import Llava
 from llava_edge.export.samples import pictures
-from llava_edge.options import EngineOptions, Options, Result
-from llava_edge.runtimes.jobs import Stream
+from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.store import DEFAULT_MODEL
 
 QUESTIONS = (
@@ -48,7 +47,7 @@ def main(model: str, threads: int, repeats: int, tokens: int, questions: Sequenc
             seconds: list[tuple[float, float]] = []
             for _ in range(repeats):
                 start = time.perf_counter()
-                together = [_last(stream) for stream in llava.ask_many(asked, image, options)]
+                together = [result_of(stream) for stream in llava.ask_many(asked, image, options)]
                 middle = time.perf_counter()
                 apart = [llava.ask(question, image, options) for question in asked]
                 seconds.append((middle - start, time.perf_counter() - middle))
@@ -56,12 +55,6 @@ def main(model: str, threads: int, repeats: int, tokens: int, questions: Sequenc
             equal = sum(a.text == b.text for a, b in zip(together, apart, strict=True))
             total = sum(result.completion_tokens for result in apart)
             print(f"{count:9} {total:7} {one:11.2f} {other:8.2f} {other / one:6.2f}  {equal} of {count}")
-
-
-def _last(stream: Stream) -> Result:
-    *_, chunk = stream
-    assert chunk.final is not None
-    return chunk.final
 
 
 if __name__ == "__main__":

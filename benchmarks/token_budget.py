@@ -98,7 +98,7 @@ def _follow(llava: Llava, rows: Array, answers: Sequence[Sequence[int]]) -> Iter
 def _asked(llava: Llava, rows: Array) -> Iterator[LanguageModel]:
     """The language model behind a picture and each of the questions."""
     engine, never = llava._engine, threading.Event()
-    language, _ = engine._opened()
+    language = engine._opened()
     keys: list[Key] = [("rows", i) for i in range(len(rows))]
     language.forget(0)
     for question in QUESTIONS:

@@ -10,6 +10,7 @@ it then said 39 - 4 (Q4_K_M, with or without an importance matrix), with the ada
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,7 @@ def write_adapter(low_rank: LowRank, config: TextConfig, path: Path, name: str) 
     import gguf
 
     targets = {source.removesuffix(".weight"): target for target, source in tensor_names(config).items()}
-    writer = gguf.GGUFWriter(path, "llama")
-    try:
+    with closing(gguf.GGUFWriter(path, "llama")) as writer:
         writer.add_type("adapter")
         writer.add_name(name)
         writer.add_string("adapter.type", "lora")
@@ -59,8 +59,6 @@ def write_adapter(low_rank: LowRank, config: TextConfig, path: Path, name: str) 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
-        writer.close()
 
 
 def read_back_adapter(language: Path, adapter: Path, checkpoint: Checkpoint) -> None:

@@ -61,11 +61,7 @@ _FLOAT32 = 1  # onnx.TensorProto.FLOAT
 
 
 def write_clip(
-    config: LlavaConfig,
-    tensors: Mapping[str, np.ndarray],
-    folder: Path,
-    precision: Precision,
-    fine_blocks: int = 0,
+    config: LlavaConfig, tensors: Mapping[str, np.ndarray], folder: Path, precision: Precision, fine_blocks: int = 0
 ) -> None:
     """Write `vision.onnx` and `vision.onnx.data` into `folder`.
 

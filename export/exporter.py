@@ -112,9 +112,7 @@ class ExportOptions:
 
 
 def export(
-    options: ExportOptions,
-    progress: Progress = lambda stage, share: None,
-    on_report: OnReport | None = None,
+    options: ExportOptions, progress: Progress = lambda stage, share: None, on_report: OnReport | None = None
 ) -> Manifest:
     """Make the bundle. `progress` gets the stage's name and its share done (None if unknown).
 

@@ -7,6 +7,7 @@ uses the embeddings. Tensors are read, converted and written one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,10 @@ def write_language(
     import gguf
 
     c = checkpoint.config.text
-    writer = gguf.GGUFWriter(path, "llama")
-    try:
+    with closing(gguf.GGUFWriter(path, "llama")) as writer:
         _write_fields(writer, c, name)
         vocabulary.write(writer)
         write_tensors(writer, checkpoint, tensor_names(c), gguf_tensor, progress)
-    finally:
-        writer.close()
 
 
 def write_tensors(

@@ -8,6 +8,7 @@ so that is written. Where llama.cpp still computes something else than LLaVA, te
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,10 @@ def write_mmproj(checkpoint: Checkpoint, path: Path, name: str) -> None:
 
     temp = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
-        writer = gguf.GGUFWriter(temp, ARCHITECTURE)
-        try:
+        with closing(gguf.GGUFWriter(temp, ARCHITECTURE)) as writer:
             _write_fields(writer, checkpoint, name)
             names = tensor_names(checkpoint.config)
             write_tensors(writer, checkpoint, names, lambda _, target, source: checkpoint.tensors[source])
-        finally:
-            writer.close()
         with temp.open("rb") as file:
             os.fsync(file.fileno())
         temp.replace(path)

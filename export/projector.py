@@ -8,6 +8,7 @@ their own because llama.cpp refuses a language file with extra tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +35,19 @@ def write_projector(config: LlavaConfig, tensors: Mapping[str, np.ndarray], path
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
-    writer.add_name(name)
-    writer.add_string(f"{ARCHITECTURE}.type", config.projector_type)
-    writer.add_uint32(f"{ARCHITECTURE}.input_length", config.vision.hidden_size)
-    writer.add_uint32(f"{ARCHITECTURE}.output_length", config.text.hidden_size)
     sources = tensor_names(config)
     halved = all(_halves_exactly(tensors[source]) for name, source in sources.items() if name.endswith(".weight"))
-    for target, source in sources.items():
-        tensor = tensors[source]
-        writer.add_tensor(target, tensor.astype(np.float16) if halved and target.endswith(".weight") else tensor)
-    try:
+    with closing(gguf.GGUFWriter(path, ARCHITECTURE)) as writer:
+        writer.add_name(name)
+        writer.add_string(f"{ARCHITECTURE}.type", config.projector_type)
+        writer.add_uint32(f"{ARCHITECTURE}.input_length", config.vision.hidden_size)
+        writer.add_uint32(f"{ARCHITECTURE}.output_length", config.text.hidden_size)
+        for target, source in sources.items():
+            tensor = tensors[source]
+            writer.add_tensor(target, tensor.astype(np.float16) if halved and target.endswith(".weight") else tensor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
-        writer.close()
     return "f16" if halved else "f32"
 
 

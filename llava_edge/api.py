@@ -6,7 +6,7 @@ Everything else (command line, chat) is written on top of this file. Knows no en
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from llava_edge.bundle import Bundle
 from llava_edge.errors import ContextOverflowError, UsageError
 from llava_edge.image import ImageInput
-from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result
+from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes.jobs import POLL_SECONDS, Stream
 from llava_edge.runtimes.pictures import Picture, copied, taken
@@ -66,7 +66,7 @@ class Llava:
 
         system: text in place of the model's own before the question; empty leaves that.
         """
-        return _last(self.stream(prompt, images, options, system=system))
+        return result_of(self.stream(prompt, images, options, system=system))
 
     def stream(
         self,
@@ -346,20 +346,9 @@ def _as_list(images: Images) -> list[ImageInput | Picture]:
     return [bytes(images) if isinstance(images, bytearray | memoryview) else images]
 
 
-def _last(chunks: Iterable[Chunk]) -> Result:
-    """Read to the end: what is kept of a picture is kept by then, also where the program ends next."""
-    result = next((chunk.final for chunk in list(chunks) if chunk.final is not None), None)
-    if result is None:
-        raise RuntimeError("the stream ended without a result")
-    return result
-
-
 async def _alast(stream: AsyncGenerator[Chunk, None]) -> Result:
     async with aclosing(stream) as chunks:
-        async for chunk in chunks:
-            if chunk.final is not None:
-                return chunk.final
-    raise RuntimeError("the stream ended without a result")
+        return result_of([chunk async for chunk in chunks])
 
 
 async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = False) -> AsyncGenerator[Chunk, None]:

@@ -361,9 +361,7 @@ def _no_constants(text: str) -> Any:
     raise ValueError(f"{text} is not a number JSON allows")
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)  # costs more than parsing a manifest
+_hints = functools.cache(get_type_hints)  # which cost more than parsing a manifest
 
 
 def _build(kind: Any, raw: Any, where: str) -> Any:

@@ -5,6 +5,7 @@ Knows nothing about engines, bundles or images.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -230,6 +231,13 @@ class Chunk:
     finish_reason: FinishReason | None = None
     final: Result | None = None
     chances: tuple[TokenChance, ...] = ()
+
+
+def result_of(chunks: Iterable[Chunk]) -> Result:
+    """Read a stream to its end: what is kept of a picture is kept by then, also where the program ends next."""
+    *_, last = chunks
+    assert last.final is not None
+    return last.final
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import Literal
 
 from llava_edge.errors import UsageError
@@ -229,7 +230,8 @@ def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
 def _labels(run: list[Piece], stretch: list[int], encode_text: EncodeText) -> list[int] | None:
     """Labels of a stretch of text; None on a mismatch."""
     labels: list[int] = []
-    groups = [(trained, "".join(piece.text for piece in group)) for trained, group in groupby(run, _is_trained)]
+    grouped = groupby(run, attrgetter("trained"))
+    groups = [(trained, "".join(piece.text for piece in group)) for trained, group in grouped]
     before = ""
     for i, (trained, text) in enumerate(groups):
         before += text
@@ -238,7 +240,3 @@ def _labels(run: list[Piece], stretch: list[int], encode_text: EncodeText) -> li
             return None
         labels += start[len(labels) :] if trained else [IGNORE_INDEX] * (len(start) - len(labels))
     return labels
-
-
-def _is_trained(piece: Piece) -> bool:
-    return piece.trained

@@ -109,10 +109,7 @@ class Repl:
         doing = "Looking at the image" if pictures else "Reading"
         before, shown = len(self._chat.messages), False
         try:
-            with (
-                self._waiting(doing) as begun,
-                contextlib.closing(self._chat.say(text, pictures)) as answer,
-            ):
+            with self._waiting(doing) as begun, contextlib.closing(self._chat.say(text, pictures)) as answer:
                 for chunk in answer:
                     begun()
                     shown = True

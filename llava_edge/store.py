@@ -16,9 +16,7 @@ from llava_edge.paths import exists
 
 DEFAULT_MODEL = "smol"
 
-KNOWN_MODELS = {
-    "smol": "CLIP ViT-B/16 and SmolLM2-135M, trained in this project",
-}
+KNOWN_MODELS = {"smol": "CLIP ViT-B/16 and SmolLM2-135M, trained in this project"}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
 
 COLOURS = {
@@ -37,38 +38,16 @@ def byte_symbols() -> list[str]:
 
 
 def tokenizer_json() -> dict[str, Any]:
-    """Byte-level BPE with digits split one by one, the kind SmolLM2 has (llama.cpp's pre-tokenizer `smollm`)."""
+    """The control tokens, the bytes and what is merged of them."""
     tokens = [*CONTROLS, *byte_symbols(), *(merge.replace(" ", "") for merge in MERGES)]
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": name, **added} for i, name in enumerate(CONTROLS)],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
-        },
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in MERGES],
-        },
-    }
+    return byte_level.tokenizer_json(tokens, MERGES, range(len(CONTROLS)))
 
 
 VOCABULARY = len(CONTROLS) + 256 + len(MERGES)
 
 CONFIG = LlavaConfig(
     vision=VisionConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        image_size=32, patch_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4
     ),
     text=TextConfig(
         vocab_size=VOCABULARY,
@@ -138,8 +117,5 @@ def _record(number: int, question: str, answer: str) -> dict[str, Any]:
     return {
         "id": f"{number:03d}",
         "image": f"{number:03d}.png",
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{question}"},
-            {"from": "gpt", "value": answer},
-        ],
+        "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
     }

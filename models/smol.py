@@ -22,6 +22,7 @@ import numpy as np
 
 from llava_edge import gguf, python
 from llava_edge.errors import DataError, UnavailableError
+from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
 from llava_edge.models.llama_gguf import language_values, tensor_names
 
@@ -167,53 +168,14 @@ def language_tensors(path: Path) -> Arrays:
 
 
 def tokenizer_json(path: Path) -> dict[str, Any]:
-    """The GGUF's vocabulary as a Hugging Face `tokenizer.json` (byte-level BPE, digits split one by one)."""
+    """The GGUF's vocabulary as a Hugging Face `tokenizer.json`."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
     tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
     merges: list[str] = fields["tokenizer.ggml.merges"].contents()
     types: list[int] = fields["tokenizer.ggml.token_type"].contents()
-    control = [i for i, kind in enumerate(types) if kind == 3]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": tokens[i],
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for i in control
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-            ],
-        },
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ", 1) for merge in merges],
-        },
-    }
+    return byte_level.tokenizer_json(tokens, merges, [i for i, kind in enumerate(types) if kind == 3])
 
 
 def base_checkpoint(folder: Path, parts: Path, talk: Talk = lambda line: None) -> Arrays:

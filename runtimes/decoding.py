@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from llava_edge.options import Chunk, FinishReason, Options
@@ -54,8 +55,7 @@ def decode(answer: Answer, options: Options, speculation: Speculation) -> Finish
     if _guessable(options):
         return _guessed(answer, speculation, always=options.speculate == "ngram")
     language = answer.language
-    sampler = Sampler(language, options)
-    try:
+    with closing(Sampler(language, options)) as sampler:
         while True:
             language.logits()  # refuses what is not finite
             token = sampler.sample()
@@ -63,8 +63,6 @@ def decode(answer: Answer, options: Options, speculation: Speculation) -> Finish
             if reason:
                 return reason
             language.evaluate_tokens([token], answer.job.cancel)
-    finally:
-        sampler.close()
 
 
 def _guessable(options: Options) -> bool:

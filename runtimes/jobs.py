@@ -163,6 +163,11 @@ class Owner:
         self._queue(job)
         return _Reader(job)
 
+    def do(self, run: Callable[[Job], None]) -> None:
+        """Run it in the thread, and wait for its end. Raises what it raises."""
+        for _ in self.submit(run, threading.Event()):
+            pass
+
     def submit_together(
         self, run: Callable[[list[Job]], None], cancel: threading.Event, count: int, dropped: Last
     ) -> list[Stream]:

@@ -82,11 +82,11 @@ class LanguageModel:
         self._gpu_layers = gpu_layers
         self._settings = [gpu_layers, repack, kv, *self.native.identity]
         self._model: Any = None
-        self._context: Any = None
+        self.context: Any = None
         self._path = path
         self._load(gpu_layers, repack, on_load)
-        self._vocabulary = self.library.llama_model_get_vocab(self._model)
-        self.vocab_size = int(self.library.llama_vocab_n_tokens(self._vocabulary))
+        self.vocabulary = self.library.llama_model_get_vocab(self._model)
+        self.vocab_size = int(self.library.llama_vocab_n_tokens(self.vocabulary))
         self.hidden_size = int(self.library.llama_model_n_embd(self._model))
         self._lora = self._load_adapter(adapter) if adapter is not None else None
         self._open_context()
@@ -98,11 +98,11 @@ class LanguageModel:
     def close(self) -> None:
         """Free everything; harmless when repeated."""
         self._thread.shutdown()
-        if self._context is not None:
+        if self.context is not None:
             self._tokens.free()
             self._embeddings.free()
-            self.library.llama_free(self._context)
-            self._context = None
+            self.library.llama_free(self.context)
+            self.context = None
         if self._model is not None:
             self.library.llama_model_free(self._model)
             self._model = None
@@ -114,7 +114,7 @@ class LanguageModel:
     def control_id(self, name: str) -> int:
         """Id of a control token such as `</s>`. Raises `BundleError` if the vocabulary has none of that name."""
         found = self._tokenize(name.encode(), special=True)
-        if len(found) == 1 and self.library.llama_vocab_is_control(self._vocabulary, found[0]):
+        if len(found) == 1 and self.library.llama_vocab_is_control(self.vocabulary, found[0]):
             return found[0]
         raise BundleError(f"{self._path} has no control token {name!r}, which the bundle's prompt template needs.")
 
@@ -123,7 +123,7 @@ class LanguageModel:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            written = self.library.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, False)
+            written = self.library.llama_token_to_piece(self.vocabulary, token, buffer, size, 0, False)
             if written >= 0:
                 return buffer.raw[:written]
             size = -written
@@ -131,11 +131,11 @@ class LanguageModel:
     def token_texts(self) -> list[str]:
         """Every token as the vocabulary writes it, e.g. `▁US`."""
         get = self.library.llama_vocab_get_text
-        return [get(self._vocabulary, i).decode("utf-8", "replace") for i in range(self.vocab_size)]
+        return [get(self.vocabulary, i).decode("utf-8", "replace") for i in range(self.vocab_size)]
 
     def ends(self, token: int) -> bool:
         """Whether the vocabulary marks a token as the end of an answer."""
-        return bool(self.library.llama_vocab_is_eog(self._vocabulary, token))
+        return bool(self.library.llama_vocab_is_eog(self.vocabulary, token))
 
     def common(self, keys: Sequence[Key]) -> int:
         """Length of the common beginning of memory and `keys`, always below `len(keys)`."""
@@ -154,8 +154,8 @@ class LanguageModel:
         """The first `count` positions that memory holds, in llama.cpp's own form."""
         api, saved = self.library, 1 + self.max_branches
         api.llama_memory_seq_cp(self._memory, _SEQUENCE, saved, 0, count)
-        state = np.empty(api.llama_state_seq_get_size(self._context, saved), np.uint8)
-        written = api.llama_state_seq_get_data(self._context, _bytes(state), len(state), saved)
+        state = np.empty(api.llama_state_seq_get_size(self.context, saved), np.uint8)
+        written = api.llama_state_seq_get_data(self.context, _bytes(state), len(state), saved)
         api.llama_memory_seq_rm(self._memory, saved, -1, -1)
         return state[:written].data
 
@@ -168,13 +168,13 @@ class LanguageModel:
         self.library.llama_memory_clear(self._memory, False)
         self.held.clear()
         source = _bytes(np.frombuffer(state, np.uint8))
-        read = self.library.llama_state_seq_set_data(self._context, source, len(state), _SEQUENCE)
+        read = self.library.llama_state_seq_set_data(self.context, source, len(state), _SEQUENCE)
         first = self.library.llama_memory_seq_pos_min(self._memory, _SEQUENCE)
         last = self.library.llama_memory_seq_pos_max(self._memory, _SEQUENCE)
         if (read, first, last) == (len(state), 0, len(keys) - 1):
             self.held = list(keys)
             return True
-        self.library.llama_free(self._context)
+        self.library.llama_free(self.context)
         self._open_context()
         return False
 
@@ -220,11 +220,11 @@ class LanguageModel:
 
     def show_states(self, shown: bool) -> None:
         """Let the next evaluations, of single tokens or all of a batch, keep the hidden states for `state`."""
-        self.library.llama_set_embeddings(self._context, shown)
+        self.library.llama_set_embeddings(self.context, shown)
 
     def state(self, row: int = -1) -> Array:
         """(hidden_size,) float32 that the logits of a row come from: a view, valid until the next evaluation."""
-        pointer = self.library.llama_get_embeddings_ith(self._context, row)
+        pointer = self.library.llama_get_embeddings_ith(self.context, row)
         values: Array = np.ctypeslib.as_array(pointer, (self.hidden_size,))
         return values
 
@@ -241,7 +241,7 @@ class LanguageModel:
         """(vocab_size,) float32 of the last position, or of one that `evaluate_all` appended: a view, valid until the
         next evaluation. Raises `BundleError` if a value is not finite, and forgets everything.
         """
-        pointer = self.library.llama_get_logits_ith(self._context, row)
+        pointer = self.library.llama_get_logits_ith(self.context, row)
         values: Array = np.ctypeslib.as_array(pointer, (self.vocab_size,))
         if not np.isfinite(values).all():
             # With its data: a hidden key counts with a weight of zero, which is no help against NaN.
@@ -260,16 +260,6 @@ class LanguageModel:
         folder = Path(self.library.__file__).parent / "lib"
         build = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
         return [build, devices.processor(), self.context_size, self._threads, self._settings, self.batch]
-
-    @property
-    def context(self) -> Any:
-        """The llama_context, for a `Sampler`."""
-        return self._context
-
-    @property
-    def vocabulary(self) -> Any:
-        """The llama_vocab, for a `Sampler`."""
-        return self._vocabulary
 
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
         api = self.library
@@ -314,21 +304,21 @@ class LanguageModel:
         # Nothing else reads values of 8 bits. And by itself llama.cpp leaves it off where another device takes it.
         if self._kv == "q8_0" or (self.native.few_attention and not self._gpu_layers):
             settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self._context = api.llama_init_from_model(self._model, settings)
-        if not self._context:
-            self._context = None
+        self.context = api.llama_init_from_model(self._model, settings)
+        if not self.context:
+            self.context = None
             self.close()
             raise MemoryLimitError(
                 f"llama.cpp cannot make a context of {self.context_size} positions: {last_error()} "
                 "Use a smaller --context."
             )
-        self._memory = api.llama_get_memory(self._context)
+        self._memory = api.llama_get_memory(self.context)
         self._cancel = threading.Event()
         self._abort = api.ggml_abort_callback(lambda _: self._cancel.is_set())
         self._never = api.ggml_abort_callback()
         if self._lora is not None:
             handles, one = (api.llama_adapter_lora_p_ctypes * 1)(self._lora), (ctypes.c_float * 1)(1.0)
-            if api.llama_set_adapters_lora(self._context, handles, 1, one):
+            if api.llama_set_adapters_lora(self.context, handles, 1, one):
                 self.close()
                 raise BundleError(f"llama.cpp cannot add the adapter of {self._path}: {last_error()}")
 
@@ -341,13 +331,13 @@ class LanguageModel:
         return loaded
 
     def _tokenize(self, text: bytes, special: bool) -> list[int]:
-        if self.library.llama_vocab_type(self._vocabulary) == self.library.LLAMA_VOCAB_TYPE_NONE:
+        if self.library.llama_vocab_type(self.vocabulary) == self.library.LLAMA_VOCAB_TYPE_NONE:
             raise BundleError(f"{self._path} has no tokenizer.")
         if len(text) > MAX_TEXT_BYTES:
             raise ContextOverflowError(f"The prompt has {len(text)} bytes; at most {MAX_TEXT_BYTES} are accepted.")
         room = len(text) + 2  # a token has at least one byte; one more for SentencePiece's dummy prefix
         buffer = (self.library.llama_token * room)()
-        count = self.library.llama_tokenize(self._vocabulary, text, len(text), buffer, room, False, special)
+        count = self.library.llama_tokenize(self.vocabulary, text, len(text), buffer, room, False, special)
         if count < 0:
             raise BundleError(
                 f"{self._path} needs {-count} tokens for a text of {len(text)} bytes: a broken vocabulary."
@@ -369,13 +359,13 @@ class LanguageModel:
             raise CancelledError
         self._cancel = cancel
         # The callback is asked between graph nodes and is Python, so a few tokens, which are quick, go without.
-        self.library.llama_set_abort_callback(self._context, self._never if quick else self._abort, None)
+        self.library.llama_set_abort_callback(self.context, self._never if quick else self._abort, None)
         if self._threads_vary:
             if not quick:
                 self._for_tokens.pause()
             threads = self._for_tokens.next() if quick else self._threads
-            self.library.llama_set_n_threads(self._context, threads, threads)
-        status = self._thread.submit(self.library.llama_decode, self._context, batch.handle).result()
+            self.library.llama_set_n_threads(self.context, threads, threads)
+        status = self._thread.submit(self.library.llama_decode, self.context, batch.handle).result()
         if status == _ABORTED:
             raise CancelledError
         if status:

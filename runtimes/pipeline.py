@@ -176,8 +176,7 @@ class Engine:
                     which = f"Question {number}: " if len(conversations) > 1 else ""
                     raise ContextOverflowError(f"{which}{error}") from error
 
-        for _ in self._owner.submit(check, threading.Event()):
-            pass
+        self._owner.do(check)
 
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image, unless it was done lately. Raises `ImageError` or `MissingError`."""
@@ -192,11 +191,10 @@ class Engine:
         found = []
 
         def work(job: Job) -> None:
-            _, embedder = self._opened()
-            found.append(embedder.start(picture, Run(0), job).result().copy())
+            assert self._embedder is not None
+            found.append(self._embedder.start(picture, Run(0), job).result().copy())
 
-        for _ in self._owner.submit(work, threading.Event()):
-            pass
+        self._owner.do(work)
         return found[0]
 
     def close(self) -> None:
@@ -221,8 +219,8 @@ class Engine:
         self._keep()
         if self._embedder is not None:
             self._embedder.close()
-            self._embedder = None
-        for model in (self._language, self._draft):
+        language, self._language = self._language, None
+        for model in (language, self._draft):
             if model is not None:
                 model.close()
         self._cache.close()
@@ -336,7 +334,7 @@ class Engine:
         run.image_ms = sum(picture.decode_milliseconds for picture in pictures)
         stream = TextStream((*options.stop, *self._template.stop_texts))
         limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
-        language, _ = self._opened()
+        language = self._opened()
         if options.grammar:
             Sampler(language, options).close()  # refuses what llama.cpp does not understand
         return segments(ids, pictures), Answer(language, self._ends, stream, limit, run, job, options.top_logprobs)
@@ -352,24 +350,12 @@ class Engine:
 
     def _answer_all(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
         while ready:
-            count = self._fitting(ready)
+            count = _fitting(ready)
             if count == 1:
                 self._answer_one(*ready[0], options)
             else:
                 self._answer_group(ready[:count], options)
             ready = ready[count:]
-
-    def _fitting(self, ready: Sequence[tuple[list[Segment], Answer]]) -> int:
-        """How many of the prompts, from the first on, can be answered in the same passes: 1 or more."""
-        language, _ = self._opened()
-        shared = ready[0][0][:-1]
-        used, count = sum(len(part.keys) for part in shared), 0
-        for parts, answer in ready[: language.max_branches]:
-            used += len(parts[-1].keys) + answer.limit
-            if not shared or parts[-1].picture is not None or parts[:-1] != shared or used > self.context_size:
-                break
-            count += 1
-        return max(count, 1)
 
     def _answer_group(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
         """Prompts that differ in their last segment, which is text."""
@@ -436,10 +422,10 @@ class Engine:
             f"{self.context_size}. Use {' or '.join(remedies)}."
         )
 
-    def _opened(self) -> tuple[LanguageModel, Embedder]:
-        if self._language is None or self._embedder is None:
+    def _opened(self) -> LanguageModel:
+        if self._language is None:
             raise UsageError(CLOSED)
-        return self._language, self._embedder
+        return self._language
 
 
 def check_request(
@@ -459,6 +445,18 @@ def check_request(
                 raise UsageError(f"A Message was expected, not {message!r:.60}.")
             if not isinstance(message.text, str):
                 raise UsageError(f"A text was expected for a message, not {message.text!r:.60}.")
+
+
+def _fitting(ready: Sequence[tuple[list[Segment], Answer]]) -> int:
+    """How many of the prompts, from the first on, can be answered in the same passes: 1 or more."""
+    shared, language = ready[0][0][:-1], ready[0][1].language
+    used, count = sum(len(part.keys) for part in shared), 0
+    for parts, answer in ready[: language.max_branches]:
+        used += len(parts[-1].keys) + answer.limit
+        if not shared or parts[-1].picture is not None or parts[:-1] != shared or used > language.context_size:
+            break
+        count += 1
+    return max(count, 1)
 
 
 def _seeded(options: Options | None) -> Options:

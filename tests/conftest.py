@@ -11,11 +11,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from llava_edge.runtimes import limit_spinning
+
+if TYPE_CHECKING:
+    from llava_edge import Llava
+    from llava_edge.runtimes.language import LanguageModel
 
 # Before numpy, torch or an engine starts its threads: the models here are too small to share.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -109,6 +114,26 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
         return Path(ready).parent
     return made_once(tmp_path_factory, "native", compile_all)
+
+
+@pytest.fixture(scope="module")
+def llava(micro_bundle: Path) -> Iterator[Llava]:
+    """`micro_bundle`, loaded for the tests of a file."""
+    from llava_edge import EngineOptions, Llava
+
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1)) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def language(micro_bundle: Path) -> Iterator[LanguageModel]:
+    """The language model of `micro_bundle` alone."""
+    from llava_edge.bundle import LANGUAGE
+    from llava_edge.runtimes.language import LanguageModel
+
+    model = LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1)
+    yield model
+    model.close()
 
 
 @pytest.fixture

@@ -27,14 +27,8 @@ def _testable(unit: build.Unit) -> build.Unit:
 
 UNITS = (*map(_testable, build.X86_64), build.Unit(str(Path(__file__).with_name("missing_instructions.cpp"))))
 
-SCALES = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q8_0": (0,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-}  # offsets of float16
+# Offsets of float16 in a block.
+SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
 
 class Attention(ctypes.Structure):
@@ -87,17 +81,7 @@ class Kernels:
         q, k, v, mask = (np.ascontiguousarray(values).copy() for values in (q, k, v, mask))
         out = np.full((q.shape[1], q.shape[0], q.shape[2]), 7, np.float32)
         a = Attention(
-            *(
-                _at(q),
-                q.strides[1],
-                q.strides[0],
-                _at(k),
-                k.strides[1],
-                k.strides[0],
-                _at(v),
-                v.strides[1],
-                v.strides[0],
-            ),
+            *(number for each in (q, k, v) for number in (_at(each), each.strides[1], each.strides[0])),
             *(_at(mask), mask.strides[0], _at(out), out.strides[0], out.strides[1]),
             *(q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2], q.shape[2] ** -0.5),
         )
@@ -120,6 +104,17 @@ def random_blocks(kind: str, columns: int, inner: int, numbers: np.random.Genera
         drawn = numbers.choice(scales, blocks.shape[:2]).astype(np.float16)
         blocks[:, :, offset : offset + 2] = drawn[..., None].view(np.uint8)
     return blocks.reshape(columns, -1)
+
+
+def extreme_blocks(kind: str, numbers: np.random.Generator) -> Array:
+    """(4, bytes of 512 values) uint8: all quants the largest in magnitude, for which sums of 16 bits may overflow."""
+    blocks = random_blocks(kind, 4, 512, numbers, np.array([1]))
+    parts = blocks.reshape(4, -1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1])
+    kept = {at: parts[:, :, at : at + 2].copy() for at in SCALES[kind]}
+    parts[:] = np.array([0xFF, 0x80, 0x7F, 0x01], np.uint8)[:, None, None]
+    for at, scale in kept.items():
+        parts[:, :, at : at + 2] = scale
+    return blocks
 
 
 def matrix(kind: str, blocks: Array) -> Array:

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+Answer = tuple[int, dict[str, str], bytes]
 
 
 @dataclass
@@ -32,17 +33,10 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
-    model: str = "micro"
-    key: str = ""
 
     def request(
-        self,
-        method: str,
-        path: str,
-        body: object = None,
-        headers: dict[str, str] | None = None,
-        timeout: float = 60,
-    ) -> tuple[int, dict[str, str], bytes]:
+        self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None, timeout: float = 60
+    ) -> Answer:
         """(status, headers, body) of one request on a connection of its own. `body`: bytes, or sent as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
@@ -54,9 +48,13 @@ class Server:
         finally:
             connection.close()
 
+    def chat(self, body: object, headers: dict[str, str] | None = None) -> Answer:
+        """`request` where a conversation goes on."""
+        return self.request("POST", "/v1/chat/completions", body, headers)
+
     def ask(self, text: str = "What colour?", images: tuple[bytes, ...] = (), **more: Any) -> dict[str, Any]:
         """The answer to a question, which must succeed."""
-        status, _, body = self.request("POST", "/v1/chat/completions", question(text, images, **more))
+        status, _, body = self.chat(question(text, images, **more))
         assert status == 200, (body, self.log.read_text()[-3000:])
         found: dict[str, Any] = json.loads(body)
         return found
@@ -125,6 +123,12 @@ def question(text: str = "What colour?", images: tuple[bytes, ...] = (), **more:
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(data)}} for data in images]
     content = [*parts, {"type": "text", "text": text}] if images else text
     return {"model": "micro", "messages": [{"role": "user", "content": content}], "max_tokens": 16, **more}
+
+
+def showing(source: object) -> dict[str, Any]:
+    """The body of a request with a picture, named by whatever is given."""
+    content = [{"type": "image_url", "image_url": source}]
+    return question() | {"messages": [{"role": "user", "content": content}]}
 
 
 def data_url(data: bytes, kind: str = "png") -> str:

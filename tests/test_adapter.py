@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,9 @@ def half(tensors: dict[str, Array]) -> dict[str, Array]:
 def logits(language: Path, adapter: Path | None = None) -> Array:
     import threading
 
-    engine = LanguageModel(language, adapter=adapter, context=64, threads=1)
-    try:
+    with closing(LanguageModel(language, adapter=adapter, context=64, threads=1)) as engine:
         engine.evaluate_tokens(engine.tokenize("What is it?"), threading.Event())
         return engine.logits().copy()
-    finally:
-        engine.close()
 
 
 def test_base_and_adapter_answer_as_the_merged_model(bundle: Path, merged: Path, low_rank: LowRank) -> None:

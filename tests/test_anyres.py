@@ -28,12 +28,11 @@ from llava_edge.errors import BundleError, CheckpointError, ContextOverflowError
 from llava_edge.export import parity
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
-from llava_edge.models import anyres as reference
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig, from_hf, to_hf
 from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llava import from_state
-from llava_edge.options import EngineOptions, FinishReason, Options
+from llava_edge.options import EngineOptions, FinishReason, Options, result_of
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message, encode, render
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.pictures import prepare
@@ -129,13 +128,17 @@ def test_crops_are_those_of_transformers_to_the_bit(size: Size) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-def test_embeddings_logits_and_greedy_tokens_equal_transformers(size: Size, theirs: Any, ours: Any) -> None:
+def test_embeddings_arrangement_logits_and_greedy_tokens_equal_transformers(size: Size, theirs: Any, ours: Any) -> None:
     pixels, sizes = their_pixels(TINY, image(size))
     with torch.no_grad():
         wanted = image_features(theirs, pixels, sizes)[0]
-        shown = ours.images(features(ours, image(size)), [size])
+        seen = features(ours, image(size))
+        shown = ours.images(seen, [size])
         assert shown[0].shape == wanted.shape
         assert float((shown[0] - wanted).abs().max()) <= 1e-5
+        rows = anyres.layout(size, preprocessing(TINY), TINY.image_tokens)
+        arranged = anyres.arrange(ours.projector(seen).numpy(), ours.image_newline.numpy(), rows)
+        assert np.abs(arranged - wanted.numpy()).max() <= 1e-5
         expanded = [[TINY.image_token_index] * len(wanted) if i == IMAGE_TOKEN_INDEX else [i] for i in IDS]
         ids = torch.tensor([[token for group in expanded for token in group]])
         logits = theirs(input_ids=ids, pixel_values=pixels, image_sizes=sizes).logits[0]
@@ -145,18 +148,7 @@ def test_embeddings_logits_and_greedy_tokens_equal_transformers(size: Size, thei
             input_ids=ids, pixel_values=pixels, image_sizes=sizes, max_new_tokens=16, do_sample=False,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-    greedy = ours.generate_greedy(IDS, features(ours, image(size)), 16, sizes=[size])
-    assert greedy == answer[0, ids.shape[1] :].tolist()
-
-
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-def test_the_runtime_arranges_as_transformers_does(size: Size, theirs: Any, ours: Any) -> None:
-    pixels, sizes = their_pixels(TINY, image(size))
-    with torch.no_grad():
-        wanted = image_features(theirs, pixels, sizes)[0].numpy()
-        embeds = ours.projector(features(ours, image(size))).numpy()
-    rows = anyres.layout(size, preprocessing(TINY), TINY.image_tokens)
-    assert np.abs(anyres.arrange(embeds, ours.image_newline.numpy(), rows) - wanted).max() <= 1e-5
+    assert ours.generate_greedy(IDS, seen, 16, sizes=[size]) == answer[0, ids.shape[1] :].tolist()
 
 
 def test_two_pictures_take_their_own_crops(ours: Any) -> None:
@@ -288,27 +280,6 @@ def test_parity_notices_a_wrong_order(
     assert failing(checkpoint, bundle) == {"arrangement"}
 
 
-@pytest.mark.parametrize("mistake", ["unpad skipped", "base last", "newline dropped", "tiles by column"])
-def test_the_comparison_with_transformers_notices(
-    mistake: str, theirs: Any, ours: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = (80, 60)
-    pixels, sizes = their_pixels(TINY, image(size))
-    if mistake == "unpad skipped":
-        monkeypatch.setattr(reference, "unpad", lambda seen, size: seen)
-    with torch.no_grad():
-        wanted = image_features(theirs, pixels, sizes)[0]
-        seen = features(ours, image(size))
-        if mistake == "tiles by column":
-            seen = seen[[0, 1, 3, 2, 4]]
-        shown = ours.images(seen, [size])[0]
-    if mistake == "base last":
-        shown = torch.cat([shown[16:], shown[:16]])
-    elif mistake == "newline dropped":
-        shown = shown[(shown != ours.image_newline).any(-1)]
-    assert shown.shape != wanted.shape or float((shown - wanted).abs().max()) > 1e-2
-
-
 @pytest.mark.parametrize("mistake", ["corner", "grey", "squeezed"])
 def test_parity_notices_wrong_tiles(
     mistake: str, checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
@@ -384,9 +355,7 @@ def test_a_stop_between_two_tiles(llava: Llava, monkeypatch: pytest.MonkeyPatch)
         return encoded[-1]
 
     monkeypatch.setattr(VisionEncoder, "encode", encode_then_stop)
-    final = list(llava.stream("?", image((81, 60)), cancel=cancel))[-1].final
-    assert final is not None
-    assert final.finish_reason == "cancelled"
+    assert result_of(llava.stream("?", image((81, 60)), cancel=cancel)).finish_reason == "cancelled"
     assert len(encoded) == 2  # of five
 
 

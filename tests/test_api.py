@@ -25,18 +25,12 @@ from llava_edge import Chat, Chunk, EngineOptions, Llava, Options, Result
 from llava_edge.bundle import Bundle
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UnavailableError, UsageError
 from llava_edge.models.micro import CONFIG
-from llava_edge.options import DEFAULT_PROMPT
+from llava_edge.options import DEFAULT_PROMPT, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes.pictures import Picture, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 RED = Image.new("RGB", (40, 30), "red")
-
-
-@pytest.fixture(scope="module")
-def llava(micro_bundle: Path) -> Iterator[Llava]:
-    with Llava.load(micro_bundle, device="cpu") as loaded:
-        yield loaded
 
 
 def test_the_device_can_be_named(micro_bundle: Path, llava: Llava) -> None:
@@ -146,14 +140,12 @@ def test_a_system_text_stands_before_the_question(llava: Llava) -> None:
     few: Any = {"options": Options(max_tokens=24), "system": "Be brief."}
     wanted = llava.ask("What?", RED, few["options"])
     messages = [Message("system", "Be brief."), Message("user", "What?", 1)]
-    *_, last = llava.answer(messages, RED, few["options"])
-    assert last.final
-    assert last.final.text != wanted.text
-    streams = [list(llava.stream("What?", RED, **few)), *map(list, llava.ask_many(["What?"], RED, **few))]
+    system = result_of(llava.answer(messages, RED, few["options"]))
+    assert system.text != wanted.text
+    streams = [llava.stream("What?", RED, **few), *llava.ask_many(["What?"], RED, **few)]
     found = [llava.ask("What?", RED, **few), asyncio.run(llava.aask("What?", RED, **few))]
-    for result in (*found, *(chunks[-1].final for chunks in streams)):
-        assert result
-        assert (result.text, result.prompt_tokens) == (last.final.text, last.final.prompt_tokens)
+    for result in (*found, *map(result_of, streams)):
+        assert (result.text, result.prompt_tokens) == (system.text, system.prompt_tokens)
 
 
 def test_what_cannot_leave_its_process_says_so(llava: Llava) -> None:
@@ -186,13 +178,18 @@ def test_a_conversation_kept_elsewhere_is_gone_on_with_or_refused(llava: Llava) 
     second.resume(first.messages, RED)
     kept = [*first.messages]
     long = [Message("user", "word " * 2000), kept[1]]
-    for messages, images, said in (
+    refused: list[tuple[Any, Any, str]] = [
         (kept, [], "room for 1 images"),
+        ([], RED, "room for 0 images"),
+        ([Message("system", "x")], RED, "room for 0 images"),
         (kept[:1], RED, "ends with a question"),
         (kept[1:], [], "must alternate"),
         (kept, b"no picture", "not a picture"),
         (long, [], "positions"),
-    ):
+        ("abc", (), "A list of Message"),
+        ([{"role": "user"}], (), "A Message"),
+    ]
+    for messages, images, said in refused:
         with pytest.raises((UsageError, ImageError, ContextOverflowError), match=said):
             second.resume(messages, images)
     assert second.messages == kept
@@ -216,14 +213,6 @@ def test_bytes_of_any_kind_are_one_picture(llava: Llava) -> None:
     for same in (bytearray(buffer.getvalue()), memoryview(buffer.getvalue())):
         found = llava.ask("?", same, Options(max_tokens=4))
         assert (found.text, found.prompt_tokens) == (wanted.text, wanted.prompt_tokens)
-
-
-def test_a_conversation_kept_elsewhere(llava: Llava) -> None:
-    messages = [Message("user", "What is it?", 1), Message("assistant", "red"), Message("user", "Why?")]
-    answer = "".join(chunk.text for chunk in llava.answer(messages, [RED], Options(max_tokens=8)))
-    assert answer
-    with pytest.raises(UsageError, match="room for 1 images"):
-        list(llava.answer(messages, []))
 
 
 def test_chances_are_the_softmax(llava: Llava) -> None:
@@ -428,12 +417,8 @@ def same_talk(llava: Llava, chat: Chat) -> None:
     images = [RED] * sum(message.images for message in chat.messages)
     plain = llava.chat(options=chat._options)
     plain.resume(chat.messages, images)
-    *_, last = plain.say("And now?")
-    *_, found = chat.say("And now?")
-    assert last.final
-    assert found.final
-    sizes = [(result.prompt_tokens, result.image_tokens) for result in (found.final, last.final)]
-    assert sizes[0] == sizes[1]
+    found, wanted = (result_of(talk.say("And now?")) for talk in (chat, plain))
+    assert (found.prompt_tokens, found.image_tokens) == (wanted.prompt_tokens, wanted.image_tokens)
 
 
 def test_a_turn_waits_for_the_one_that_was_left(llava: Llava) -> None:
@@ -453,20 +438,20 @@ def test_a_turn_waits_for_the_one_that_was_left(llava: Llava) -> None:
     assert len(chat.messages) == 4
 
 
-def test_turns_of_several_tasks_are_answered_one_after_another(llava: Llava) -> None:
+def test_turns_of_several_tasks_are_answered_in_their_order(llava: Llava) -> None:
     chat = llava.chat(options=FEW)
 
-    async def turn(text: str, images: Any = ()) -> None:
-        async for _ in chat.asay(text, images):
+    async def turn(number: int, images: Any) -> None:
+        await asyncio.sleep(0.02 * number)
+        async for _ in chat.asay(f"Question {number}?", images):
             pass
 
     async def run() -> None:
-        await asyncio.gather(turn("one", RED), turn("two"), turn("three", RED))
+        await asyncio.gather(turn(0, RED), turn(1, ()), turn(2, RED))
 
     asyncio.run(run())
-    assert sorted((message.text, message.images) for message in chat.messages[::2]) == [
-        ("one", 1), ("three", 1), ("two", 0),
-    ]  # fmt: skip
+    turns = [(message.text, message.images) for message in chat.messages[::2]]
+    assert turns == [("Question 0?", 1), ("Question 1?", 0), ("Question 2?", 1)]
     same_talk(llava, chat)
 
 
@@ -571,31 +556,3 @@ def test_onnx_runtime_tells_nobody(micro_bundle: Path, tmp_path: Path) -> None:
     assert files(load, "ours") == []
     if not files("import onnxruntime", "theirs"):
         pytest.skip("this onnxruntime has no telemetry")
-
-
-def test_awaited_turns_are_answered_in_their_order(llava: Llava) -> None:
-    chat = llava.chat(options=FEW)
-
-    async def turn(number: int) -> None:
-        await asyncio.sleep(0.02 * number)
-        async for _ in chat.asay(f"Question {number}?"):
-            pass
-
-    async def run() -> None:
-        await asyncio.gather(*(turn(number) for number in range(4)))
-
-    asyncio.run(run())
-    assert [message.text for message in chat.messages[::2]] == [f"Question {number}?" for number in range(4)]
-
-
-def test_a_conversation_that_cannot_be_gone_on_with_is_refused(llava: Llava) -> None:
-    chat = llava.chat(options=FEW)
-    for messages, images, problem in (
-        ([], RED, "room for 0 images"),
-        ([Message("system", "x")], RED, "room for 0 images"),
-        ("abc", (), "A list of Message"),
-        ([{"role": "user"}], (), "A Message"),
-    ):
-        with pytest.raises(UsageError, match=problem):
-            chat.resume(messages, images)  # type: ignore[arg-type]
-    assert list(chat.say("And now?", RED))

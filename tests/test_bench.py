@@ -63,9 +63,8 @@ def report(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """The micro bundle really measured, once as it is and once in a way that cannot work."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVA_EDGE_HOME", str(tmp_path_factory.mktemp("home")))
-        yield measure(
-            Plan([micro_bundle], (1,), (0, TOO_LONG), (0,), "cpu", "hi", 6, repeats=1, warmup=0, limits=False),
-        )
+        plan = Plan([micro_bundle], (1,), (0, TOO_LONG), device="cpu", prompt="hi", max_tokens=6, repeats=1, warmup=0)
+        yield measure(replace(plan, limits=False))
 
 
 def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
@@ -76,17 +75,9 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
     asked = {"timings": timings, "cache": cache, "image_tokens": 10, "prompt_tokens": 20, "completion_tokens": 4}
     asked |= {"text_known": 3, "accepted_tokens": 0}
     memory = {"peak_rss_bytes": 300, "private_bytes": 200, "file_bytes": 100}
-    times = {
-        "start_ms": milliseconds,
-        "load_ms": milliseconds,
-        "cold_ms": 8 * milliseconds,
-        "device": "cpu",
-        "crops": 1,
-        "projected": 40,
-        "integer_projector": False,
-        "kv": "f16",
-    }
-    return {**times, "questions": dict.fromkeys(QUESTIONS, asked), "memory": memory}
+    process = {"start_ms": milliseconds, "load_ms": milliseconds, "cold_ms": 8 * milliseconds, "device": "cpu"}
+    process |= {"crops": 1, "projected": 40, "integer_projector": False, "kv": "f16"}
+    return {**process, "questions": dict.fromkeys(QUESTIONS, asked), "memory": memory}
 
 
 def made(*milliseconds: float, peaks: dict[str, dict[str, float]] | None = None, **other: Any) -> Report:
@@ -274,10 +265,8 @@ def test_limits_are_measured_with_products_that_are_right(monkeypatch: pytest.Mo
     monkeypatch.setattr(limits, "SECONDS", 0.001)
     monkeypatch.setattr(limits, "MAX_BYTES", 1 << 20)
     numbers = np.random.default_rng(0)
-    weights, rows = (
-        numbers.integers(-127, 128, (32, 200), np.int8),
-        numbers.integers(0, limits.LARGEST + 1, (6, 32), np.uint8),
-    )
+    weights = numbers.integers(-127, 128, (32, 200), np.int8)
+    rows = numbers.integers(0, limits.LARGEST + 1, (6, 32), np.uint8)
     session = limits._session("MatMulInteger", limits._UINT8, limits._INT8, limits._INT32, weights, 1)
     assert np.array_equal(session.run(None, {"a": rows})[0], rows.astype(np.int32) @ weights.astype(np.int32))
     assert limits._kernels_rate(1) == 0  # none is built in the tests' home
@@ -355,15 +344,10 @@ def test_ratios_are_of_medians_and_sure_only_beyond_the_spread(
 
 def test_only_the_same_configuration_is_compared() -> None:
     assert compare(made(1), made(1, identity="1" * 64))
-    for other in (
-        {"threads": 2},
-        {"context": 64},
-        {"image_tokens": 9},
-        {"quantization": "q4_0"},
-        {"vision": "fp32"},
-        {"model": "n"},
-    ):
-        assert not compare(made(1), made(1, **other))
+    other: dict[str, Any] = {"threads": 2, "context": 64, "image_tokens": 9, "model": "n"}
+    other |= {"quantization": "q4_0", "vision": "fp32"}
+    for name, value in other.items():
+        assert not compare(made(1), made(1, **{name: value})), name
     assert "nothing to compare" in comparison([], "old.json")
 
 
@@ -413,11 +397,8 @@ def test_csv_has_every_number(report: Report) -> None:
     assert len(rows) == len(known)
     for row in rows:
         stage = known[row["question"], row["stage"]]
-        assert [float(row[name]) for name in ("median_ms", "low_ms", "high_ms")] == [
-            stage.median,
-            stage.low,
-            stage.high,
-        ]
+        found = tuple(float(row[name]) for name in ("median_ms", "low_ms", "high_ms"))
+        assert found == (stage.median, stage.low, stage.high)
         assert row["model"] == "micro"
 
 
@@ -471,6 +452,11 @@ def execute(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
     return code, captured.out, captured.err
 
 
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_child", lambda task: pytest.fail("a process was started"))
+
+
 ONCE = ("--repeats", "1", "--warmup", "0", "--no-limits", "--threads", "1", "--prompt", "hi", "--max-tokens", "2")
 
 
@@ -484,17 +470,14 @@ def test_when_nothing_works_the_json_is_there_and_the_code_is_that_of_the_error(
     assert "Nothing could be measured. The prompt needs" in err
 
 
+@pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize("setting", [("--context", str(TOO_LONG)), ("--image-tokens", "9999")])
 def test_what_the_model_refuses_is_said_as_run_says_it_before_anything_runs(
-    setting: tuple[str, str], micro_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    setting: tuple[str, str], micro_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "_child", lambda task: pytest.fail("a process was started"))
-    assert execute(capsys, "--model", micro_bundle, *setting) == (2, "", said_by_run(capsys, micro_bundle, *setting))
-
-
-def said_by_run(capsys: pytest.CaptureFixture[str], model: Path, *setting: str) -> str:
-    assert cli.execute(["run", "--model", str(model), "--prompt", "hi", *setting]) == 2
-    return capsys.readouterr().err
+    assert cli.execute(["run", "--model", str(micro_bundle), "--prompt", "hi", *setting]) == 2
+    said = capsys.readouterr().err
+    assert execute(capsys, "--model", micro_bundle, *setting) == (2, "", said)
 
 
 def test_a_sweep_of_which_some_fail_says_so(micro_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -530,6 +513,7 @@ def test_a_file_that_cannot_be_written_costs_no_measurement(
     assert page_file.read_text("utf-8").startswith("<!doctype html>")
 
 
+@pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -540,9 +524,8 @@ def test_a_file_that_cannot_be_written_costs_no_measurement(
 )
 def test_other_questions_are_not_compared(
     changed: dict[str, Any], says: str, report: Report, micro_bundle: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(runner, "_child", lambda task: pytest.fail("a process was started"))
     old = tmp_path / "old.json"
     old.write_text(replace(report, settings=report.settings | changed).to_json(), "utf-8")
     code, out, err = execute(capsys, "--model", micro_bundle, *AS_MEASURED, "--compare", old)
@@ -568,6 +551,7 @@ def test_a_comparison_says_what_else_changed(
     assert err.startswith(f"llava-edge: {other} has no configuration of this run")
 
 
+@pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -587,10 +571,8 @@ def test_a_comparison_says_what_else_changed(
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(
-    arguments: tuple[str, ...], code: int, micro_bundle: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(runner, "_child", lambda task: pytest.fail("a process was started"))
+    arguments: tuple[str, ...], code: int, micro_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found, out, err = execute(capsys, "--model", micro_bundle, *arguments)
     assert (found, out) == (code, "")
     assert "Traceback" not in err
@@ -598,18 +580,9 @@ def test_what_is_wrong_is_said_before_anything_runs(
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to see the child")
 def test_ctrl_c_ends_the_child_too(micro_bundle: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "llava_edge",
-        "bench",
-        "--model",
-        str(micro_bundle),
-        "--repeats",
-        "99",
-        "--no-limits",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "llava_edge", "bench", "--model", str(micro_bundle), "--repeats", "99"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([*command, "--no-limits"], cwd=ROOT, stdout=pipe, stderr=pipe)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     wait_until(lambda: children.read_text("utf-8") != "")
     child = children.read_text("utf-8").split()[0]

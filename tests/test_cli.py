@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from processes import in_child
 
 from llava_edge import cli, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, VISION_DATA
@@ -58,7 +59,7 @@ def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[bytes]:
 
 def test_help_lists_every_command_and_imports_no_engine() -> None:
     code = "import sys; from llava_edge import cli; cli.execute(['--help']); print(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = in_child(code).stdout
     for name, text in cli.COMMANDS.items():
         assert name in out
         assert text in out
@@ -263,7 +264,6 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--nonsense"], 2, "--nonsense"),
     (["run", "--model", "{}"], 2, "--image"),
     (["train", "{}/vision.onnx"], 65, "is not a training recipe"),
-    (["serve", "--model", "{}", "--timeout", "nan"], 2, "--timeout"),
     (["run", "--max-tokens", "many"], 2, "many"),
     (["run", "--model", "{}", "--max-tokens", "0"], 2, "--max-tokens is 0;"),
     (["run", "--model", "{}", "--max-tokens", "-1"], 2, "--max-tokens is -1;"),
@@ -289,15 +289,8 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "{}/language.gguf"], 65, "give its folder, {}."),
     (["run", "--model", __file__], 65, "the folder of a bundle was expected"),
     *(
-        ([*command, ""], 66, "'' is neither a bundle folder nor a model name; known models: smol.")
-        for command in (
-            ["run", "--model"],
-            ["chat", "--model"],
-            ["serve", "--model"],
-            ["bench", "--model"],
-            ["info"],
-            ["verify"],
-        )
+        ([*command.split(), ""], 66, "'' is neither a bundle folder nor a model name; known models: smol.")
+        for command in ("run --model", "chat --model", "serve --model", "bench --model", "info", "verify")
     ),
     (["run"], 66, "llava-edge models pull smol"),
     (["chat"], 66, "llava-edge models pull smol"),
@@ -305,17 +298,9 @@ BAD: list[tuple[list[str], int, str]] = [
     (["verify"], 66, "llava-edge models pull smol"),
     (["verify", "/"], 65, "not a bundle"),
     (["info", "no-such"], 66, "known models"),
-    (
-        ["info", "llava-hf/llava-1.5-7b-hf"],
-        66,
-        "'llava-hf/llava-1.5-7b-hf' is not here, and",
-    ),
+    (["info", "llava-hf/llava-1.5-7b-hf"], 66, "'llava-hf/llava-1.5-7b-hf' is not here, and"),
     (["models", "pull", "llava-hf/llava-1.5-7b-hf"], 66, "downloads no model but its own"),
-    (
-        ["export", "llava-hf/llava-1.5-7b-hf", "out"],
-        66,
-        "but its own: download it, then give the folder",
-    ),
+    (["export", "llava-hf/llava-1.5-7b-hf", "out"], 66, "but its own: download it, then give the folder"),
     (["export", "https://example.org/x", "out"], 66, "'https://example.org/x' is not here, and"),
     (["export", "{}", "out", "--base", "lmsys/vicuna-7b-v1.5"], 66, "'lmsys/vicuna-7b-v1.5' is not here, and"),
     (["export", "{}", "out", "--vision-tower", "openai/clip"], 66, "'openai/clip' is not here, and"),
@@ -421,14 +406,7 @@ def test_a_reader_that_leaves(micro_bundle: Path) -> None:
     assert err == b""
 
 
-def test_outputs_that_cannot_be_created(photo: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments, remedy in (
-        (("train", "micro", "--out", photo), "--out"),
-        (("train", "micro", "--data", photo / "data"), "--data"),
-    ):
-        code, _, err = run(*arguments)
-        assert (code, err.count("\n")) == (73, 1)
-        assert remedy in err
+def test_a_home_that_cannot_be_created(photo: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_EDGE_HOME", str(photo))
     for command in (("train", "micro"), ("models", "pull", "smol")):
         code, _, err = run(*command)
@@ -464,21 +442,15 @@ def test_a_failed_answer_leaves_stdout_empty(micro_bundle: Path, photo: Path, tm
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes the stream")
 def test_closed_streams_and_a_plain_locale(micro_bundle: Path) -> None:
-    command = (
-        f'"{sys.executable}" -m llava_edge run --model "{micro_bundle}" {" ".join(LIGHT)} --max-tokens 4 --prompt hi'
-    )
+    command = f'"{sys.executable}" -m llava_edge run --model "{micro_bundle}" --max-tokens 4 --prompt hi'
+    command += f" {' '.join(LIGHT)}"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     talk = b"(cut off after 4 tokens: --max-tokens allows no more)\n"
     closed = b"llava-edge: Standard output is closed.\n"
-    for redirect, wanted in (
-        ("", (0, talk)),
-        ("<&-", (0, talk)),
-        ("2>&-", (0, b"")),
-        (">&-", (74, closed)),
-        (">&- 2>&- <&-", (74, b"")),
-    ):
+    wanted = {"": (0, talk), "<&-": (0, talk), "2>&-": (0, b""), ">&-": (74, closed), ">&- 2>&- <&-": (74, b"")}
+    for redirect, outcome in wanted.items():
         done = subprocess.run(f"{command} {redirect}", shell=True, cwd=ROOT, env=environment, capture_output=True)
-        assert (done.returncode, done.stderr) == wanted, redirect
+        assert (done.returncode, done.stderr) == outcome, redirect
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -505,9 +477,8 @@ def test_an_unwritable_stdout(micro_bundle: Path) -> None:
 
 
 def test_chat_reads_questions_from_stdin(micro_bundle: Path, photo: Path) -> None:
-    process = start(
-        "chat", "--model", micro_bundle, *LIGHT, "--max-tokens", "4", "--image", photo, stdin=subprocess.PIPE
-    )
+    few = ("--max-tokens", "4", *LIGHT)
+    process = start("chat", "--model", micro_bundle, *few, "--image", photo, stdin=subprocess.PIPE)
     out, err = process.communicate(b"What?\nAnd?\n/quit\nnever\n", timeout=60)
     assert process.returncode == 0
     assert out
@@ -520,9 +491,8 @@ def test_verify_measures_a_bundle_against_its_checkpoint(
     code, out, err = run("verify", micro_bundle, "--against", micro_checkpoint, "--json")
     assert code == 0, err
     rows = {row["stage"]: row for row in json.loads(out)["parity"]}
-    assert {"pixels", "clip fp32", "attention fp32", "projector", "embeddings", "logits q8_0", "greedy q8_0"} == set(
-        rows
-    )
+    exact = {"pixels", "clip fp32", "attention fp32", "projector", "embeddings"}
+    assert set(rows) == exact | {"logits q8_0", "greedy q8_0"}
     assert all(row["passed"] for row in rows.values())
     other = write_checkpoint(tmp_path / "other", seed=1)
     code, _, err = run("verify", micro_bundle, "--against", other)
@@ -536,8 +506,6 @@ def test_verify_refuses_a_checkpoint_of_other_sizes(micro_bundle: Path, tmp_path
     code, _, err = run("verify", micro_bundle, "--against", write_checkpoint(tmp_path / "other", config=config))
     assert code == 65
     assert "is not made from" in err
-    code, _, err = run("verify", micro_bundle, "--base", tmp_path)
-    assert code == 2
 
 
 @pytest.mark.parametrize("part", [VISION_DATA, PROJECTOR, LANGUAGE])
@@ -631,8 +599,7 @@ def test_doctor_survives_a_build_that_dies(tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "_ctypes_extensions.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    process = start("doctor", env=environment)
+    process = start("doctor", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     out, err = process.communicate(timeout=120)
     assert process.returncode == 69
     assert b"SIGILL" in out
@@ -643,9 +610,7 @@ def test_doctor_survives_a_build_that_dies(tmp_path: Path) -> None:
 
 
 def test_doctor_names_a_missing_engine(tmp_path: Path) -> None:
-    (tmp_path / "onnxruntime.py").write_text(
-        "raise ImportError('libonnxruntime.so.1: cannot open shared object file')\n"
-    )
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('cannot open shared object file')\n")
     process = start("doctor", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 69

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -29,10 +28,8 @@ TOKENS = micro.CONFIG.image_tokens
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(json.dumps(micro.tokenizer_json()), "utf-8")
-    return load_tokenizer(path)
+def tokenizer(micro_checkpoint: Path) -> Tokenizer:
+    return load_tokenizer(micro_checkpoint / "tokenizer.json")
 
 
 def chat(*turns: str, image: str | None = "a.png") -> dict[str, object]:

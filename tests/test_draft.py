@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,13 +39,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = open_checkpoint(micro.write_checkpoint(folder / "checkpoint", tensors=micro.random_tensors(seed=9)))
     write_language(checkpoint, read_tokenizer(checkpoint.tokenizer, checkpoint.config), folder / "other.gguf", "other")
     return folder / "other.gguf"
-
-
-@pytest.fixture(scope="module")
-def language(micro_bundle: Path) -> Iterator[LanguageModel]:
-    model = LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1)
-    yield model
-    model.close()
 
 
 def load(bundle: Path, draft: Path) -> Llava:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,8 @@ from llava_edge.prompt import Message, encode, render
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(json.dumps(micro.tokenizer_json()), "utf-8")
-    return load_tokenizer(path)
+def tokenizer(micro_checkpoint: Path) -> Tokenizer:
+    return load_tokenizer(micro_checkpoint / "tokenizer.json")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from processes import in_child
 from safetensors.numpy import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaForConditionalGeneration
+from towers import TOWER, clip_tower, relative, some_pixels
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 from transformers import LlavaConfig as HfLlavaConfig
 
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, ParityRow
@@ -28,11 +30,10 @@ from llava_edge.export import clip_onnx, exporter, llm_gguf, parity, tower
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, ParityError, export
-from llava_edge.export.names import classic_name
 from llava_edge.export.quantize import Quant, quantize
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import llama_gguf, micro
-from llava_edge.models.config import LlavaConfig, VisionConfig
+from llava_edge.models.config import LlavaConfig
 from llava_edge.models.shapes import VISION_PREFIX, vision_shapes
 from llava_edge.runtimes import devices
 from llava_edge.runtimes import projector as runtime_projector
@@ -42,32 +43,10 @@ from llava_edge.runtimes.vision import VisionEncoder
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
-TOWER = VisionConfig(
-    image_size=48, patch_size=8, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4
-)
-
-
-def clip_tower(seed: int = 0) -> tuple[CLIPVisionModel, Tensors]:
-    """transformers' CLIP with random weights, large enough for activations and norms to matter."""
-    torch.manual_seed(seed)
-    settings = {name: getattr(TOWER, name) for name in vars(TOWER)}
-    tower = CLIPVisionModel(CLIPVisionConfig(**settings)).eval()
-    for parameter in tower.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.15)
-    return tower, {classic_name(name): value.numpy() for name, value in tower.state_dict().items()}
-
 
 def run_onnx(folder: Path, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     session = onnxruntime.InferenceSession(folder / VISION, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(["features"], {"pixels": pixels})[0])
-
-
-def relative(ours: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
-    return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
-
-
-def some_pixels(count: int = 2) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(3).standard_normal((count, 3, 48, 48)).astype(np.float32)
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 1, 0])
@@ -77,9 +56,9 @@ def test_the_tower_computes_the_hidden_state_that_transformers_does(layer: int, 
     config = LlavaConfig(vision=TOWER, vision_feature_layer=layer, feature=feature)
     write_clip(config, tensors, tmp_path, "fp32")
     with torch.no_grad():
-        states = tower(torch.from_numpy(some_pixels()), output_hidden_states=True).hidden_states
+        states = tower(torch.from_numpy(some_pixels(2)), output_hidden_states=True).hidden_states
     wanted = states[layer].numpy()[:, 1 if feature == "patch" else 0 :]
-    ours = run_onnx(tmp_path, some_pixels())
+    ours = run_onnx(tmp_path, some_pixels(2))
     assert ours.shape == (2, config.image_tokens, 64)
     assert relative(ours, wanted) < 3e-6
     others = [state.numpy()[:, 1 if feature == "patch" else 0 :] for state in states]
@@ -90,10 +69,10 @@ def test_pooling_averages_neighbouring_patches(tmp_path: Path) -> None:
     tower, tensors = clip_tower()
     write_clip(LlavaConfig(vision=TOWER, image_pool=2), tensors, tmp_path, "fp32")
     with torch.no_grad():
-        state = tower(torch.from_numpy(some_pixels()), output_hidden_states=True).hidden_states[-2][:, 1:]
+        state = tower(torch.from_numpy(some_pixels(2)), output_hidden_states=True).hidden_states[-2][:, 1:]
         grid = state.transpose(1, 2).reshape(2, 64, 6, 6)
         wanted = torch.nn.functional.avg_pool2d(grid, 2).flatten(2).transpose(1, 2).numpy()
-    assert relative(run_onnx(tmp_path, some_pixels()), wanted) < 3e-6
+    assert relative(run_onnx(tmp_path, some_pixels(2)), wanted) < 3e-6
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -140,8 +119,8 @@ def test_precisions_cost_what_they_should(precision: Precision, limit: float, tm
     for name in ("fp32", precision):
         (tmp_path / name).mkdir(exist_ok=True)
         write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path / name, name)
-    wanted = run_onnx(tmp_path / "fp32", some_pixels(1))
-    error = relative(run_onnx(tmp_path / precision, some_pixels(1)), wanted)
+    wanted = run_onnx(tmp_path / "fp32", some_pixels())
+    error = relative(run_onnx(tmp_path / precision, some_pixels()), wanted)
     assert error <= limit
     assert precision == "fp32" or error > 1e-6  # otherwise nothing was reduced
 
@@ -166,7 +145,7 @@ def test_int8_multiplies_integers_only_and_early_blocks_can_be_finer(tmp_path: P
     tensors = clip_tower()[1]
     errors = []
     write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path, "fp32")
-    wanted = run_onnx(tmp_path, some_pixels(1))
+    wanted = run_onnx(tmp_path, some_pixels())
     for fine_blocks, products in ((0, 16), (1, 20), (2, 24)):
         write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path, "int8", fine_blocks)
         settings = onnxruntime.SessionOptions()
@@ -177,7 +156,7 @@ def test_int8_multiplies_integers_only_and_early_blocks_can_be_finer(tmp_path: P
         kinds = Counter(node.op_type for node in nodes)
         assert kinds["MatMulIntegerToFloat"] == products
         assert kinds["MatMul"] + kinds["FusedMatMul"] == 5  # of attention; no weight is multiplied in float32
-        errors.append(relative(session.run(None, {"pixels": some_pixels(1)})[0], wanted))
+        errors.append(relative(session.run(None, {"pixels": some_pixels()})[0], wanted))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3  # what activations of 14 bits leave
 
@@ -216,13 +195,13 @@ def test_int8_products_are_exact_with_the_largest_weights_on_this_processor(tmp_
     found = []
     for precision in ("fp32", "int8"):
         write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path, precision)
-        found.append(run_onnx(tmp_path, some_pixels(1)))
+        found.append(run_onnx(tmp_path, some_pixels()))
     assert relative(found[1], found[0]) < 2e-2
     settings = onnxruntime.SessionOptions()
     settings.add_session_config_entry("session.disable_prepacking", "1")
     settings.log_severity_level = 3
     session = onnxruntime.InferenceSession(tmp_path / VISION, settings, providers=["CPUExecutionProvider"])
-    assert np.array_equal(session.run(["features"], {"pixels": some_pixels(1)})[0], found[1])
+    assert np.array_equal(session.run(["features"], {"pixels": some_pixels()})[0], found[1])
 
 
 def test_outliers_among_the_activations_do_not_blur_the_rest(tmp_path: Path) -> None:
@@ -239,7 +218,7 @@ def test_outliers_among_the_activations_do_not_blur_the_rest(tmp_path: Path) -> 
     outputs = []
     for precision in ("fp32", "int8"):
         write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path, precision)
-        outputs.append(run_onnx(tmp_path, some_pixels(1)))
+        outputs.append(run_onnx(tmp_path, some_pixels()))
     assert relative(outputs[1], outputs[0]) < 1e-2
 
 
@@ -303,7 +282,7 @@ def test_an_exported_transformers_model_answers_like_transformers(tie: bool, tmp
     manifest = export(ExportOptions(save_hf(model, tmp_path / "hf"), out, quant="f16", vision="fp32"))
     assert all(row.passed for row in manifest.parity)
     bundle = Bundle.open(out)
-    before, after, pixels = [1, 20, 30, 40], [50, 60, 70], some_pixels(1)
+    before, after, pixels = [1, 20, 30, 40], [50, 60, 70], some_pixels()
     ids = torch.tensor([before + [287] * manifest.vision.image_tokens + after])
     with torch.no_grad():
         wanted = model(input_ids=ids, pixel_values=torch.from_numpy(pixels)).logits[0, -1].numpy()
@@ -316,14 +295,12 @@ def test_an_exported_transformers_model_answers_like_transformers(tie: bool, tmp
 
 
 def engine_logits(path: Path, before: list[int], embeds: np.ndarray[Any, Any], after: list[int]) -> Any:
-    engine, never = LanguageModel(path, context=128, threads=1), threading.Event()
-    try:
+    never = threading.Event()
+    with closing(LanguageModel(path, context=128, threads=1)) as engine:
         engine.evaluate_tokens(before, never)
         engine.evaluate_embeddings(embeds, [("picture", i) for i in range(len(embeds))], never)
         engine.evaluate_tokens(after, never)
         return engine.logits().copy()
-    finally:
-        engine.close()
 
 
 def rename(tensors: Mapping[str, Any], scheme: str) -> dict[str, Any]:
@@ -633,16 +610,8 @@ def strain(row: ParityRow) -> float:
 
 
 def test_without_torch_the_bundle_is_made_and_says_so(micro_checkpoint: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; sys.modules['torch'] = None; from llava_edge.cli import main; "
-        f"main(['export', {str(micro_checkpoint)!r}, {str(tmp_path / 'out')!r}])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "torch is not installed" in done.stderr
+    code = "import sys; sys.modules['torch'] = None; from llava_edge.cli import main; main(['export', *sys.argv[1:]])"
+    assert "torch is not installed" in in_child(code, micro_checkpoint, tmp_path / "out").stderr
     manifest = Bundle.open(tmp_path / "out").manifest
     assert manifest.parity == []
     assert (tmp_path / "out" / PROJECTOR).is_file()

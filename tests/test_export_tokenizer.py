@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -121,12 +122,9 @@ def test_sentencepiece_comes_out_token_by_token(tmp_path: Path) -> None:
     config = spm_folder(tmp_path)
     vocabulary = read_tokenizer(tmp_path, config)
     original = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
-    language = engine(tmp_path, vocabulary)
-    try:
+    with closing(engine(tmp_path, vocabulary)) as language:
         wrong = [text for text in TEXTS if language.tokenize(text) != original.encode(text)]
         pieces = [language.piece(i) for i in original.encode("Der Fuchs🙂")]
-    finally:
-        language.close()
     assert wrong == []
     assert b"".join(pieces).decode() == " Der Fuchs🙂"  # the dummy prefix is part of the first piece
 
@@ -159,12 +157,9 @@ def test_added_tokens_and_padding_rows(tmp_path: Path) -> None:
     assert vocabulary.tokens[-1] == "[PAD511]"
     assert len(vocabulary.tokens) == len(vocabulary.types) == len(vocabulary.scores) == 512
     assert not vocabulary.add_bos
-    language = engine(tmp_path, vocabulary)
-    try:
+    with closing(engine(tmp_path, vocabulary)) as language:
         assert language.control_id("<image>") == 480
         assert 480 not in language.tokenize("a <image> typed by a user")
-    finally:
-        language.close()
 
 
 @pytest.mark.parametrize(
@@ -234,11 +229,8 @@ def test_a_tokenizer_json_of_llama_is_its_sentencepiece(legacy: bool, tmp_path: 
     wanted = read_tokenizer(tmp_path / "source", config)
     assert replace(vocabulary, scores=wanted.scores) == wanted
     original = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
-    language = engine(tmp_path, vocabulary)
-    try:
+    with closing(engine(tmp_path, vocabulary)) as language:
         assert [text for text in TEXTS if language.tokenize(text) != original.encode(text)] == []
-    finally:
-        language.close()
 
 
 @pytest.mark.parametrize(
@@ -250,10 +242,7 @@ def test_a_tokenizer_json_of_llama_is_its_sentencepiece(legacy: bool, tmp_path: 
         (
             {
                 "normalizer": {"type": "Sequence", "normalizers": [REPLACE, DOUBLE]},
-                "pre_tokenizer": {
-                    "type": "Sequence",
-                    "pretokenizers": [{**METASPACE, "prepend_scheme": "always"}],
-                },
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**METASPACE, "prepend_scheme": "always"}]},
             },
             "prefix",
         ),
@@ -341,13 +330,10 @@ def test_byte_level_bpe_comes_out_token_by_token(pre: str, tmp_path: Path) -> No
     raw = json.loads(bpe(pre))
     raw["added_tokens"] = []  # in prompts, user text never becomes a control token
     original = Tokenizer.from_str(json.dumps(raw))
-    language = engine(tmp_path, vocabulary)
-    try:
+    with closing(engine(tmp_path, vocabulary)) as language:
         wrong = [text for text in TEXTS if language.tokenize(text) != original.encode(text).ids]
         assert [language.control_id(name) for name in micro.CONTROLS] == [0, 1, 2]
         assert b"".join(language.piece(i) for i in language.tokenize("Köln 🙂\n")).decode() == "Köln 🙂\n"
-    finally:
-        language.close()
     assert wrong == []
 
 

@@ -17,12 +17,13 @@ from pairs import published, write_mmproj
 from llava_edge import Llava, Options
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle
 from llava_edge.cli import cli
-from llava_edge.errors import CannotCreateError, CheckpointError, LlavaEdgeError
+from llava_edge.errors import CannotCreateError, CheckpointError, LlavaEdgeError, StorageError
 from llava_edge.export import gguf_pair, llm_gguf
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, ParityError, export
 from llava_edge.export.gguf_pair import open_pair
 from llava_edge.export.mmproj import check_mmproj
+from llava_edge.export.mmproj import write_mmproj as write_ours
 from llava_edge.export.quantize import quantize
 from llava_edge.export.tensors import StoredTensor
 from llava_edge.models import llama_gguf, micro
@@ -431,15 +432,12 @@ def test_what_an_mmproj_cannot_say_is_refused(change: dict[str, Any], said: str,
         check_mmproj(replace(CONFIG, **change), tmp_path / "mmproj.gguf", False)
 
 
-def test_a_failed_write_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any) -> Array:
+def test_a_failed_write_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    def fail() -> Array:
         raise OSError(28, "No space left on device")
 
     checkpoint = open_checkpoint(source)
-    checkpoint.tensors._stored["multi_modal_projector.linear_2.bias"] = StoredTensor((256,), lambda: fail(None))
-    from llava_edge.errors import StorageError
-    from llava_edge.export.mmproj import write_mmproj as write_ours
-
+    checkpoint.tensors._stored["multi_modal_projector.linear_2.bias"] = StoredTensor((256,), fail)
     with pytest.raises(StorageError, match="No space left"):
         write_ours(checkpoint, tmp_path / "mmproj.gguf", "micro")
     assert list(tmp_path.iterdir()) == []

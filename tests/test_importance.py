@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,25 +98,20 @@ def test_a_tied_head_weighs_the_embeddings(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["token_embd.weight"], states[0].square().mean(0).numpy(), rtol=1e-5)
 
 
-class Watched(Mapping[str, Array]):
-    """A checkpoint's tensors that knows which of its arrays are still in memory."""
+class Watched(UserDict[str, Array]):
+    """A checkpoint's tensors that knows which of the arrays it gave are still in memory."""
 
     def __init__(self, tensors: Mapping[str, Array]) -> None:
-        self.tensors, self.reads, self.most = tensors, list[str](), 0
+        super().__init__(tensors)
+        self.reads, self.most = list[str](), 0
         self._alive: weakref.WeakValueDictionary[str, Array] = weakref.WeakValueDictionary()
 
     def __getitem__(self, name: str) -> Array:
-        array = self.tensors[name].copy()
+        array = self.data[name].copy()
         self.reads.append(name)
         self._alive[name] = array
         self.most = max(self.most, sum(item.size for item in self._alive.values()))
         return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:

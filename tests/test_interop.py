@@ -23,6 +23,7 @@ import torch
 from pairs import published
 from pairs import write_mmproj as write_reference
 from PIL import Image
+from towers import relative
 
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.export.checkpoint import open_checkpoint
@@ -105,10 +106,6 @@ def with_the_defect(model: Llava, pixels: Array, blocks: int) -> Array:
             x = layer(x)
         inner = torch.nn.functional.gelu(layers.get_submodule("linear_1")(x[:, 1:]), approximate="tanh")
         return np.asarray(layers.get_submodule("linear_2")(inner)[0].numpy())
-
-
-def relative(found: Array, wanted: Array) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 def test_our_file_loads_and_only_the_class_token_is_misplaced(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator
+from contextlib import closing
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,12 +18,6 @@ from llava_edge import Llava, Options
 from llava_edge.errors import UsageError
 from llava_edge.json_grammar import any_object, from_schema
 from llava_edge.runtimes.sampling import Sampler
-
-
-@pytest.fixture(scope="module")
-def llava(micro_bundle: Path) -> Iterator[Llava]:
-    with Llava.load(micro_bundle, device="cpu") as loaded:
-        yield loaded
 
 
 def said(llava: Llava, grammar: str, seed: int, longest: int = 200) -> Any:
@@ -151,12 +144,9 @@ def test_every_answer_satisfies_its_schema(name: str, llava: Llava) -> None:
 def allows(llava: Llava, grammar: str, text: str) -> bool:
     """Whether llama.cpp lets the tokens of `text`, and then the end, pass."""
     language = llava._engine._speculation.language
-    sampler = Sampler(language, Options(grammar=grammar))
     tokens = [*language.tokenize(text), language.library.llama_vocab_eos(language.vocabulary)]
-    try:
+    with closing(Sampler(language, Options(grammar=grammar))) as sampler:
         return all(passes(language.library, sampler._grammar, token) for token in tokens)
-    finally:
-        sampler.close()
 
 
 def passes(library: Any, grammar: Any, token: int) -> bool:

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
-from native_kernels import SCALES, UNITS, Kernels, matrix, random_blocks, worst_error
+from native_kernels import UNITS, Kernels, extreme_blocks, matrix, random_blocks, worst_error
+from processes import in_child
 
 from llava_edge import gguf
 from llava_edge.errors import UnavailableError
@@ -50,13 +50,8 @@ ROUNDED = {
     "avx2-int8": (256, 0.5 / 127, 0.0),
     "avx2": INT16,
 }
-RANDOM_ERROR = {
-    "int8": 2e-2,
-    "bf16": 5e-3,
-    "avx2": 2e-3,
-    "avxvnni": 2e-3,
-    "avx512vnni": 2e-3,
-}  # relative, root of mean square
+# Relative, root of mean square.
+RANDOM_ERROR = {"int8": 2e-2, "bf16": 5e-3, "avx2": 2e-3, "avxvnni": 2e-3, "avx512vnni": 2e-3}
 TAKEN = {
     "avx2-int8": set(TYPES) - {"F16", "Q8_0"},
     "avxvnni-int8": set(TYPES) - {"F16"},
@@ -170,14 +165,9 @@ def test_what_is_not_finite_is_not_hidden(kernels: Kernels, kernel: str, bad: fl
 
 @pytest.mark.parametrize(("kernel", "kind"), BYTES)
 def test_the_extreme_values_of_bytes(kernels: Kernels, kernel: str, kind: str) -> None:
-    """All the largest in magnitude: sums of 16 bits must not overflow, and whole numbers times +-127 are exact."""
+    """Whole numbers times +-127 are exact."""
     numbers = np.random.default_rng(6)
-    blocks = random_blocks(kind, 4, 512, numbers, np.array([1]))
-    parts = blocks.reshape(4, -1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1])
-    kept = {at: parts[:, :, at : at + 2].copy() for at in SCALES[kind]}
-    parts[:] = np.array([0xFF, 0x80, 0x7F, 0x01], np.uint8)[:, None, None]
-    for at, scale in kept.items():
-        parts[:, :, at : at + 2] = scale
+    blocks = extreme_blocks(kind, numbers)
     x = np.where(numbers.random((3, 512)) < 0.5, -1, 1).astype(np.float32)
     x[0], x[1] = 1, -1
     expected = x.astype(np.float64) @ matrix(kind, blocks).T
@@ -353,12 +343,9 @@ print(json.dumps({"reason": model.native.reason, "used": model.native.used, "sto
 """
 
 
-def whole(model: Path, home: Path, setting: str = "") -> dict[str, Any]:
+def whole(model: Path, setting: str = "") -> dict[str, Any]:
     """What a process of its own computes, since a backend stays in its process."""
-    environment = {**os.environ, "LLAVA_EDGE_HOME": str(home), "LLAVA_EDGE_NATIVE": setting}
-    command = [sys.executable, "-c", WHOLE, str(model)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = in_child(WHOLE, model, environment={**os.environ, "LLAVA_EDGE_NATIVE": setting})
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -372,11 +359,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
         "kernels": list(ROUNDED),
         "problems": {},
         "types": {
-            kind: {
-                **dict.fromkeys(("many", "some", "sixteen"), race),
-                "eight": {"plain": 9.0},
-                "one": {"plain": 3.0},
-            }
+            kind: {**dict.fromkeys(("many", "some", "sixteen"), race), "eight": {"plain": 9.0}, "one": {"plain": 3.0}}
             for kind in TYPES
             for race in [bytes_too if takes("avx2-int8", kind) else many]
         },
@@ -413,21 +396,20 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Path, isolated_home: Path) -> None:
-    stock = whole(grouped, isolated_home)
+def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Path) -> None:
+    stock = whole(grouped)
     assert not stock["used"]
     assert "Not built" in stock["reason"]
     races = {kind: race | {"one": {"plain": 3.0, "few": 1.0}} for kind, race in found_out()["types"].items()}
     install(built, types=races)
     for kernel, bound in (("avx2", 1.5e-2), ("amx-bf16", 1.5e-2), ("avx2-int8", 5e-3)):
-        ours = whole(grouped, isolated_home, kernel)
+        ours = whole(grouped, kernel)
         assert kernel in ours["reason"]
         assert "few rows of" in ours["reason"]
         assert ours["used"]
         for found, expected in zip(ours["logits"], stock["logits"], strict=True):
-            assert (
-                0 < relative(found, expected) < bound
-            )  # llama.cpp rounds activations to 8 bits, as only the last does
+            # llama.cpp rounds activations to 8 bits, as only the last does.
+            assert 0 < relative(found, expected) < bound
         assert ours["stopped"]
         assert ours["again"]
         assert ours["held"] == 70
@@ -439,7 +421,7 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ("Q4_0", kernel, 16) in choice.choose(found_out(), kernel).many
     # Kept pictures are not another kernel's.
     assert choice.choose(found_out(), "avx2").identity != choice.choose(found_out(), "amx-bf16").identity
-    off = whole(grouped, isolated_home, "off")
+    off = whole(grouped, "off")
     assert off["logits"] == stock["logits"]
     assert "Turned off" in off["reason"]
 
@@ -483,48 +465,37 @@ print(loaded / room, (private() - before) / room)
 
 
 def test_memory_is_cleared(built: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", CLEARED, str(built)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_child(CLEARED, built)
 
 
-def test_a_context_takes_memory_as_it_is_filled(built: Path, grouped: Path, isolated_home: Path) -> None:
+def test_a_context_takes_memory_as_it_is_filled(built: Path, grouped: Path) -> None:
     """Of 65,536 positions, after 1,000; llama.cpp alone takes all of it at once."""
     install(built)
 
     def taken(setting: str) -> list[float]:
-        environment = {**os.environ, "LLAVA_EDGE_HOME": str(isolated_home), "LLAVA_EDGE_NATIVE": setting}
-        command = [sys.executable, "-c", TAKEN_BY_A_CONTEXT, str(grouped)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        done = in_child(TAKEN_BY_A_CONTEXT, grouped, environment={**os.environ, "LLAVA_EDGE_NATIVE": setting})
         return [float(share) for share in done.stdout.split()]
 
     assert min(taken("off")) > 0.9
     assert max(taken("")) < 0.5
 
 
-def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: Path, isolated_home: Path) -> None:
+def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: Path) -> None:
     folder = install(built, sha256="0" * 64)
-    found = whole(grouped, isolated_home)
+    found = whole(grouped)
     assert not found["used"]
     assert found["reason"] == "Not used: their file has changed since they were tried."
     shutil.rmtree(folder)
     folder = install(built)
     (folder / "kernels.so").unlink()
-    assert not whole(grouped, isolated_home)["used"]
-    for damaged in (
-        '{"problems": 1}',
-        '{"problems": []}',
-        "[]",
-        json.dumps(found_out(types=[])),
-        json.dumps(found_out(types={})),
-    ):
+    assert not whole(grouped)["used"]
+    wrong = [json.dumps(found_out(types=[])), json.dumps(found_out(types={}))]
+    for damaged in ('{"problems": 1}', '{"problems": []}', "[]", *wrong):
         (folder / "state.json").write_text(damaged, "utf-8")
         assert native.status().reason == "Not used: what was found out about them is damaged."
 
 
-def test_what_was_loaded_first_is_used_to_the_end(
-    built: Path, monkeypatch: pytest.MonkeyPatch, isolated_home: Path
-) -> None:
+def test_what_was_loaded_first_is_used_to_the_end(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By two models that are loaded at the same time, and by later ones, since the backend is the process's."""
     install(built)
     language.library()
@@ -619,8 +590,7 @@ print(check.attention_problem(ggml, library, 9))
 
 def test_the_self_test_passes_right_kernels_and_finds_wrong_ones(built: Path) -> None:
     """In a process of its own; the wrong ones give everything 10 % too large."""
-    done = subprocess.run([sys.executable, "-c", SELF_TEST, str(built)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = in_child(SELF_TEST, built)
     products, attention, taken, wrong_product, wrong_attention = done.stdout.splitlines()
     assert products == str([""] * (len(ROUNDED) - 2 + 1))
     assert attention == str([""] * 2)
@@ -667,10 +637,8 @@ def test_what_is_not_faster_is_not_used() -> None:
     types["Q5_K"] |= {"one": {"plain": 1.0, "few": 1.2}, "eight": {"plain": 9.0, "few": 3.0}}  # decoding would suffer
     assert choice.choose(found_out(types=types)).few == ("Q4_0", "Q6_K")
     equal = dict.fromkeys(("plain", *ROUNDED), 1.0)
-    slow = {
-        kind: {"many": equal, "some": equal, "sixteen": equal, "eight": {"plain": 1.0}, "one": {"plain": 1.0}}
-        for kind in TYPES
-    }
+    race = {"many": equal, "some": equal, "sixteen": equal, "eight": {"plain": 1.0}, "one": {"plain": 1.0}}
+    slow = dict.fromkeys(TYPES, race)
     nothing = choice.choose(found_out(types=slow, attention=slow_attention))
     assert not nothing.used
     assert nothing.reason == "Not used: llama.cpp's own kernels are as fast here."
@@ -692,13 +660,8 @@ def test_what_was_not_used_for_long_goes_when_something_is_built(isolated_home: 
     top = isolated_home / "native"
     build = ("kernels.so", "state.json")
     gone = [aged(top / ("a" * 32), 61, *build), aged(top / ("b" * 32), 61)]
-    stays = [
-        aged(top / ("c" * 32), 59, *build),
-        aged(top / ("d" * 31), 61, *build),
-        aged(top / ("D" * 32), 61, *build),
-        aged(top / "somebody's", 61, *build),
-        aged(top / ("e" * 32), 61, *build),
-    ]
+    others = ("d" * 31, "D" * 32, "somebody's", "e" * 32)
+    stays = [aged(top / ("c" * 32), 59, *build), *(aged(top / name, 61, *build) for name in others)]
     elsewhere = aged(tmp_path / "elsewhere", 61, *build)
     (top / ("f" * 32)).symlink_to(elsewhere)
     work = aged(tmp_path / "work", 61, *build)
@@ -748,14 +711,13 @@ def test_a_person_is_told_once_that_kernels_can_be_built(command: str, micro_bun
         ours, theirs = pty.openpty()
         environment = {**os.environ, **changed}
         line = [sys.executable, "-m", "llava_edge", *arguments]
-        subprocess.run(
-            line, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs, check=True
-        )
+        nothing = subprocess.DEVNULL
+        subprocess.run(line, env=environment, stdin=nothing, stdout=nothing, stderr=theirs, check=True)
         os.close(theirs)
         shown = os.read(ours, 100_000)
         os.close(ours)
         assert shown.count(f"to build them, run: {choice.COMMAND})".encode()) == told
-        piped = subprocess.run(line, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        piped = subprocess.run(line, env=environment, stdin=nothing, capture_output=True, check=True)
         assert choice.COMMAND.encode() not in piped.stderr
 
 
@@ -803,14 +765,14 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_set_up_builds_tries_and_uses_them(grouped: Path, isolated_home: Path) -> None:
+def test_set_up_builds_tries_and_uses_them(grouped: Path) -> None:
     said: list[str] = []
     found = native.prepare(said.append)
     assert len(said) == 2
     assert found == native.status()
     state = json.loads((native.place() / "state.json").read_text("utf-8"))
     assert state["problems"] == {}
-    assert whole(grouped, isolated_home)["used"] == found.used
+    assert whole(grouped)["used"] == found.used
 
 
 def test_a_preset_counts_no_copies_that_are_not_made(

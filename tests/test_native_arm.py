@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from native_kernels import SCALES, Array, matrix, random_blocks, worst_error
+from native_kernels import SCALES, Array, extreme_blocks, matrix, random_blocks, worst_error
+from processes import in_child
 
 from llava_edge.runtimes import devices, native
 from llava_edge.runtimes.native import build
@@ -142,18 +143,12 @@ def any_block() -> list[Product]:
 
 
 def extreme_bytes() -> list[Product]:
-    """All the largest in magnitude: whole numbers times +-127 are exact."""
+    """Whole numbers times +-127 are exact."""
     numbers, products = np.random.default_rng(3), []
     x = np.where(numbers.random((3, 512)) < 0.5, -1, 1).astype(np.float32)
     x[0], x[1] = 1, -1
     for kind in TAKEN:
-        blocks = random_blocks(kind, 4, 512, numbers, np.array([1]))
-        parts = blocks.reshape(4, -1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1])
-        kept = {at: parts[:, :, at : at + 2].copy() for at in SCALES[kind]}
-        parts[:] = np.array([0xFF, 0x80, 0x7F, 0x01], np.uint8)[:, None, None]
-        for at, scale in kept.items():
-            parts[:, :, at : at + 2] = scale
-        products.append(Product(kind, blocks, x))
+        products.append(Product(kind, extreme_blocks(kind, numbers), x))
     return products
 
 
@@ -279,10 +274,7 @@ def test_what_a_library_lacks_is_neither_asked_for_nor_used(
         flags=("-O1", "-Werror"),
     )
     assert not (tmp_path / native.OPERATOR).exists()
-    command = [sys.executable, "-c", CHECK, str(tmp_path / native.LIBRARY)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout.splitlines()[-1])
+    facts = json.loads(in_child(CHECK, tmp_path / native.LIBRARY).stdout.splitlines()[-1])
     assert facts["problems"] == {}
     assert facts["attention"] == {"many": {}, "eight": {}, "one": {}}
     for races in facts["types"].values():

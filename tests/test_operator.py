@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from processes import in_child
 
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError
@@ -29,11 +30,6 @@ if build.compiler() is None:
     pytest.skip("there is no C++ compiler", allow_module_level=True)
 
 CPU = "CPUExecutionProvider"
-
-
-@pytest.fixture
-def built(native_build: Path) -> Path:
-    return native_build
 
 
 @pytest.fixture(scope="module", params=["wide", "avx2"])
@@ -61,10 +57,10 @@ def quantized(micro_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def installed(built: Path, isolated_home: Path) -> Iterator[Path]:
+def installed(native_build: Path, isolated_home: Path) -> Iterator[Path]:
     """What `native.prepare` leaves behind, but for races; the folder."""
     folder = native.place()
-    shutil.copytree(built, folder)
+    shutil.copytree(native_build, folder)
     races = {"plain": 2.0, "ours": 1.0}
     state = {"problems": {}, "operator": native._sha256(folder / native.OPERATOR), "projector": races}
     (folder / "state.json").write_text(json.dumps(state), "utf-8")
@@ -139,38 +135,36 @@ def test_layers_of_the_projector(library: Path, kind: type, rows: int, inner: in
     assert not operator.projects(weight.T)
 
 
-def test_no_thread_stays(built: Path) -> None:
+def test_no_thread_stays(native_build: Path) -> None:
     """OpenMP's would: one team more, and libgomp lets llama.cpp's threads sleep wherever they wait, 5 times as slow."""
     code = f"""
 import os
 from pathlib import Path
 import numpy as np
 from llava_edge.runtimes.native import operator
-library, x = Path({str(built / native.OPERATOR)!r}), np.ones((64, 64), np.float32)
+library, x = Path({str(native_build / native.OPERATOR)!r}), np.ones((64, 64), np.float32)
 before = len(os.listdir("/proc/self/task"))
 operator.project(library, x, x, x[0], threads=3)
 operator.attention(library, np.ones((1, 4, 96), np.float32), 2, threads=3)
 operator.linear(library, x, np.ones((64, 64), np.int8), x[0], x[0], threads=3)
 print(len(os.listdir("/proc/self/task")) - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "0\n"
+    assert in_child(code).stdout == "0\n"
 
 
-def test_threads_that_cannot_be_started_are_done_without(built: Path) -> None:
+def test_threads_that_cannot_be_started_are_done_without(native_build: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
 import numpy as np
 from llava_edge.runtimes.native import operator
-library, x = Path({str(built / native.OPERATOR)!r}), np.ones((64, 64), np.float32)
+library, x = Path({str(native_build / native.OPERATOR)!r}), np.ones((64, 64), np.float32)
 expected = operator.project(library, x, x, x[0])
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20),) * 2)
 print((operator.project(library, x, x, x[0], threads=64) == expected).all())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
+    assert in_child(code).stdout == "True\n"
 
 
 def test_the_projector_is_the_same_by_our_kernel(quantized: Bundle, installed: Path) -> None:
@@ -352,7 +346,7 @@ def test_what_is_no_such_model_stays(quantized: Bundle, micro_bundle: Path) -> N
     ],
 )
 def test_the_operator_refuses_what_does_not_fit(
-    built: Path, x: tuple[int, ...], inner: int, scale: int, problem: str
+    native_build: Path, x: tuple[int, ...], inner: int, scale: int, problem: str
 ) -> None:
     """Whoever made the graph: nothing is read that is not there."""
     numbers = np.random.default_rng(0)
@@ -366,7 +360,7 @@ def test_the_operator_refuses_what_does_not_fit(
         [onnx.helper.make_tensor_value_info("y", float32, None)],
         [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    session = opened(built, graph)
+    session = opened(native_build, graph)
     if problem:
         with pytest.raises(Exception, match=problem):
             session.run(None, {"x": values})
@@ -378,7 +372,7 @@ def test_the_operator_refuses_what_does_not_fit(
 @pytest.mark.parametrize(
     ("shape", "problem"), [((2, 5, 96), ""), ((1, 5, 90), "no such heads"), ((5, 96), "another rank")]
 )
-def test_the_operator_refuses_other_heads(built: Path, shape: tuple[int, ...], problem: str) -> None:
+def test_the_operator_refuses_other_heads(native_build: Path, shape: tuple[int, ...], problem: str) -> None:
     qkv = np.random.default_rng(0).standard_normal(shape, np.float32)
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Attention", ["x"], ["y"], domain="llava_edge", threads=1, heads=2)],
@@ -386,21 +380,21 @@ def test_the_operator_refuses_other_heads(built: Path, shape: tuple[int, ...], p
         [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
     )
-    session = opened(built, graph)
+    session = opened(native_build, graph)
     if problem:
         with pytest.raises(Exception, match=problem):
             session.run(None, {"x": qkv})
         return
     (found,) = session.run(None, {"x": qkv})
-    assert (found == operator.attention(built / native.OPERATOR, qkv, 2)).all()
+    assert (found == operator.attention(native_build / native.OPERATOR, qkv, 2)).all()
 
 
-def opened(built: Path, graph: Any) -> Any:
+def opened(native_build: Path, graph: Any) -> Any:
     """A session of a graph that uses our operators."""
     versions = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("llava_edge", 1)]
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
-    settings.register_custom_ops_library(str(built / native.OPERATOR))
+    settings.register_custom_ops_library(str(native_build / native.OPERATOR))
     raw = onnx.helper.make_model(graph, opset_imports=versions, ir_version=8).SerializeToString()
     return onnxruntime.InferenceSession(raw, settings, providers=[CPU])
 
@@ -432,11 +426,12 @@ def test_without_it_the_standard_operators_compute(quantized: Bundle, isolated_h
     assert (found == VisionEncoder(quantized, 1, CPU).encode(image)).all()
 
 
-def test_the_self_test_finds_a_wrong_one(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check.operator_problem(built / native.OPERATOR) == ""
+def test_the_self_test_finds_a_wrong_one(native_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = native_build / native.OPERATOR
+    assert check.operator_problem(path) == ""
     real = operator.linear
     monkeypatch.setattr(operator, "linear", lambda *inputs: real(*inputs) * 1.1)
-    assert check.operator_problem(built / native.OPERATOR).startswith("An operator for ONNX Runtime is off by 1.0e-01")
+    assert check.operator_problem(path).startswith("An operator for ONNX Runtime is off by 1.0e-01")
 
 
 def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

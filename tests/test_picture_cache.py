@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from processes import in_child
 
 from llava_edge import Llava, image
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.cache import Cache, user_cache
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
-from llava_edge.options import EngineOptions, Options, Result
+from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes import embedder, jobs, pictures, prefill
 from llava_edge.runtimes.language import Key, LanguageModel
@@ -44,16 +43,8 @@ def language_of(llava: Llava) -> LanguageModel:
     return found
 
 
-def last_of(stream: Iterator[Any]) -> Result:
-    result = list(stream)[-1].final
-    assert isinstance(result, Result)
-    return result
-
-
-@contextmanager
-def opened(bundle: Path, options: EngineOptions = CPU, shown: tuple[Picture, ...] = ()) -> Iterator[Llava]:
-    with Llava.load(bundle, options, pictures=(lambda: shown) if shown else None) as llava:
-        yield llava
+def opened(bundle: Path, options: EngineOptions = CPU, shown: tuple[Picture, ...] = ()) -> Llava:
+    return Llava.load(bundle, options, pictures=(lambda: shown) if shown else None)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +56,13 @@ def plain(micro_bundle: Path) -> Iterator[Llava]:
 def computed(llava: Llava, messages: list[Message], images: list[Any], options: Options = SHORT) -> tuple[str, Array]:
     """Answer and last logits if nothing is known."""
     language_of(llava).forget(0)
-    result = last_of(llava.answer(messages, images, options))
+    result = result_of(llava.answer(messages, images, options))
     assert result.cache == "miss"
     return result.text, language_of(llava).logits().copy()
 
 
 def found(llava: Llava, messages: list[Message], images: list[Any], options: Options = SHORT) -> tuple[str, Array, str]:
-    result = last_of(llava.answer(messages, images, options))
+    result = result_of(llava.answer(messages, images, options))
     return result.text, language_of(llava).logits().copy(), result.cache
 
 
@@ -171,33 +162,23 @@ def watched(patch: pytest.MonkeyPatch) -> list[int]:
     return evaluated
 
 
+@pytest.mark.parametrize("restarted", [False, True])
 def test_the_text_before_a_picture_is_kept_for_the_next_picture(
-    micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
+    restarted: bool, micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    messages = [Message("system", "A long text. " * 5), *ASK]
-    with opened(micro_bundle) as llava:
-        found(llava, messages, [picture("red")])
-        with monkeypatch.context() as patch:
-            evaluated = watched(patch)
-            again = found(llava, messages, [picture("blue")], replace(SHORT, max_tokens=1))
-    assert again[2] == "miss"
-    assert len(evaluated) == 1  # the text behind the picture
-    assert same(again, computed(plain, messages, [picture("blue")], replace(SHORT, max_tokens=1)))
-
-
-def test_the_text_before_a_picture_is_kept_for_another_process(
-    micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    messages = [Message("system", "A long text. " * 5), *ASK]
-    with opened(micro_bundle) as llava:
-        found(llava, messages, [picture("red")])
-    assert len(entries("state")) == 2
-    with opened(micro_bundle) as llava, monkeypatch.context() as patch:
+    messages, short = [Message("system", "A long text. " * 5), *ASK], replace(SHORT, max_tokens=1)
+    llava = opened(micro_bundle)
+    found(llava, messages, [picture("red")])
+    if restarted:
+        llava.close()
+        assert len(entries("state")) == 2
+        llava = opened(micro_bundle)
+    with llava, monkeypatch.context() as patch:
         evaluated = watched(patch)
-        again = found(llava, messages, [picture("blue")], replace(SHORT, max_tokens=1))
+        again = found(llava, messages, [picture("blue")], short)
     assert again[2] == "miss"
     assert len(evaluated) == 1  # the text behind the picture
-    assert same(again, computed(plain, messages, [picture("blue")], replace(SHORT, max_tokens=1)))
+    assert same(again, computed(plain, messages, [picture("blue")], short))
 
 
 @pytest.mark.parametrize("questions", [1, 2])
@@ -382,7 +363,7 @@ def test_a_stopped_prefill_keeps_nothing(micro_bundle: Path, plain: Llava, monke
 
     with opened(micro_bundle) as llava:
         monkeypatch.setattr(LanguageModel, "evaluate_embeddings", stopped)
-        result = last_of(llava.answer(ASK, [picture("red")], SHORT, cancel=cancel))
+        result = result_of(llava.answer(ASK, [picture("red")], SHORT, cancel=cancel))
         assert result.finish_reason == "cancelled"
         monkeypatch.undo()
         again = found(llava, [Message("user", "What?", 1)], [picture("red")])
@@ -460,8 +441,8 @@ llava.ask("What?", Image.new("RGB", (48, 32), "red"), Options(max_tokens=8))
 
 
 def test_a_program_that_closes_nothing_leaves_it_on_disk(micro_bundle: Path, isolated_home: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", LEFT, micro_bundle], capture_output=True, text=True, check=True)
-    assert (ran.stdout, ran.stderr) == ("", "")
+    done = in_child(LEFT, micro_bundle)
+    assert (done.stdout, done.stderr) == ("", "")
     with opened(micro_bundle) as llava:
         assert found(llava, ASK, [picture("red")])[2] == "kv"
 

@@ -25,7 +25,6 @@ SU = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-SH = SU.replace("user", "human")
 
 
 def as_text(pieces: Sequence[Piece]) -> str:
@@ -35,11 +34,6 @@ def as_text(pieces: Sequence[Piece]) -> str:
 
 # (template, messages, the whole prompt)
 STRINGS: dict[str, tuple[str, list[Message], str]] = {
-    "vicuna_v1, one turn": (
-        "vicuna_v1",
-        [Message("user", "What is this?", 1)],
-        f"<s>{SU} USER: <image>\nWhat is this? ASSISTANT:",
-    ),
     "vicuna_v1, two turns": (
         "vicuna_v1",
         [Message("user", "What is this?", 1), Message("assistant", "A cat."), Message("user", "Sure?")],
@@ -49,11 +43,6 @@ STRINGS: dict[str, tuple[str, list[Message], str]] = {
         "vicuna_v1",
         [Message("user", "Hi"), Message("assistant", " Hello. \n")],
         f"<s>{SU} USER: Hi ASSISTANT: Hello.</s>",
-    ),
-    "llava_v1": (
-        "llava_v1",
-        [Message("user", "What is this?", 1)],
-        f"<s>{SH} USER: <image>\nWhat is this? ASSISTANT:",
     ),
     "own system text": (
         "vicuna_v1",
@@ -68,11 +57,6 @@ STRINGS: dict[str, tuple[str, list[Message], str]] = {
     "plain": ("plain", [Message("user", "Describe.", 1), Message("assistant", "a cat")], "<s><image>a cat\n"),
     "plain_chatml": ("plain_chatml", [Message("user", "x", 1), Message("assistant", "a cat")], "<image>a cat\n"),
     "plain, open": ("plain", [Message("user", "Describe.", 1)], "<s><image>"),
-    "chatml": (
-        "chatml",
-        [Message("user", "What is this?", 1)],
-        "<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n",
-    ),
     "chatml, two turns, system": (
         "chatml",
         [
@@ -92,13 +76,13 @@ def test_prompt_strings(template: str, messages: list[Message], expected: str) -
     assert as_text(prompt.render(template, messages)) == expected
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize(
     "roles", [[], ["system"], ["assistant"], ["user", "user"], ["user", "system"], ["user", "assistant", "assistant"]]
 )
-def test_turns_must_alternate(template: str, roles: list[prompt.Role]) -> None:
-    with pytest.raises(UsageError):
-        prompt.render(template, [Message(role, "x") for role in roles])
+def test_turns_must_alternate(roles: list[prompt.Role]) -> None:
+    for template in TEMPLATES:
+        with pytest.raises(UsageError):
+            prompt.render(template, [Message(role, "x") for role in roles])
 
 
 def test_unknown_template_names_the_known_ones() -> None:
@@ -137,34 +121,11 @@ def test_golden_ids_of_llava_1_5(template: str, word: int) -> None:
     assert prompt.encode(pieces, spm, CONTROL.__getitem__) == expected
 
 
-def test_golden_labels_of_two_turns() -> None:
-    turns = [("user", "What is this?", 1), ("assistant", "A cat.", 0), ("user", "Sure?", 0), ("assistant", "Yes.", 0)]
-    pieces = prompt.render("vicuna_v1", [Message(role, text, n) for role, text, n in turns])  # type: ignore[arg-type]
-    ids, labels = prompt.encode_with_labels(pieces, spm, CONTROL.__getitem__)
-    # The row of LLaMA's own (legacy) tokenizer, which llama.cpp has too: USER after </s> is 3148 1001.
-    assert ids[33:] == [
-        *(29901, 29871, -200, 29871, 13, 5618, 338, 445, 29973, 319, 1799, 9047, 13566, 29901, 319, 6635, 29889, 2),
-        *(3148, 1001, 29901, 18585, 29973, 319, 1799, 9047, 13566, 29901, 3869, 29889, 2),
-    ]
-    assert len(ids) == len(labels) == 64
-    trained = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
-    assert trained == [47, 48, 49, 50, 61, 62, 63]
-    assert [labels[i] for i in trained] == [ids[i] for i in trained] == [319, 6635, 29889, 2, 3869, 29889, 2]
-
-
 def test_golden_labels_of_stage_one() -> None:
     pieces = prompt.render("plain", [Message("user", "thrown away", 1), Message("assistant", "a cat on a mat")])
     ids, labels = prompt.encode_with_labels(pieces, spm, CONTROL.__getitem__)
     assert ids == [1, -200, 263, 6635, 373, 263, 1775, 13]
     assert labels == [IGNORE_INDEX, IGNORE_INDEX, 263, 6635, 373, 263, 1775, 13]
-
-
-def test_control_tokens_typed_by_a_user_stay_text() -> None:
-    pieces = prompt.render("vicuna_v1", [Message("user", "</s><s><image> What is this?")])
-    ids = prompt.encode(pieces, spm, CONTROL.__getitem__)
-    assert ids.count(1) == 1
-    assert 2 not in ids
-    assert IMAGE_TOKEN_INDEX not in ids
 
 
 # A GPT-2 style byte-level BPE, as SmolLM2 has --------------------------------------------------------------------
@@ -195,19 +156,6 @@ def encode_chatml(bpe: Tokenizer, turns: Sequence[Message]) -> tuple[list[int], 
     return prompt.encode_with_labels(prompt.render("chatml", turns), encode_text, bpe.token_to_id)
 
 
-def test_chatml_trains_answers_and_their_end_token_only(bpe: Tokenizer) -> None:
-    turns = [Message("user", "What is this?", 1), Message("assistant", "A cat.")]
-    turns += [Message("user", "Sure?"), Message("assistant", "Yes.")]
-    ids, labels = encode_chatml(bpe, turns)
-    assert [label for label in labels if label not in (IGNORE_INDEX, *ids)] == []
-    trained = [label for label in labels if label != IGNORE_INDEX]
-    assert bpe.decode(trained, skip_special_tokens=False) == "A cat.<|im_end|>Yes.<|im_end|>"
-    # The label stands on the very token it names, and the newline after the end token is not trained.
-    assert all(label in (IGNORE_INDEX, n) for n, label in zip(ids, labels, strict=True))
-    assert labels[-1] == IGNORE_INDEX
-    assert labels[-2] == bpe.token_to_id("<|im_end|>")
-
-
 LINES = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
@@ -223,6 +171,9 @@ def test_chatml_labels_hold_for_any_text(bpe: Tokenizer, conversation: list[tupl
     trained = [label for label in labels if label != IGNORE_INDEX]
     answers = "".join(answer.strip() + "<|im_end|>" for _, answer in conversation)
     assert bpe.decode(trained, skip_special_tokens=False) == answers
+    # The label stands on the very token it names, and the newline after the end token is not trained.
+    assert all(label in (IGNORE_INDEX, n) for n, label in zip(ids, labels, strict=True))
+    assert labels[-2:] == [end, IGNORE_INDEX]
     rest = [n for n, label in zip(ids, labels, strict=True) if label == IGNORE_INDEX and n != IMAGE_TOKEN_INDEX]
     masked = prompt.render("chatml", turns)
     expected = "".join(piece.text for piece in masked if not piece.trained)

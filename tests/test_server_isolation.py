@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import in_child
 from serving import ROOT, Server, png, question, running
 
 from llava_edge.bundle import Bundle
@@ -277,7 +278,7 @@ def test_a_full_queue_refuses_at_once(micro_bundle: Path, tmp_path: Path) -> Non
         waiting = [server.start(question("Hello", max_tokens=2)) for _ in range(2)]
         server.wait_until(lambda: server.health()["queue"] == 2)
         for _ in range(20):
-            status, headers, body = server.request("POST", "/v1/chat/completions", question())
+            status, headers, body = server.chat(question())
             assert (status, json.loads(body)["error"]["type"]) == (503, "overloaded_error")
             assert int(headers["retry-after"]) > 0
         busy.close()
@@ -290,7 +291,7 @@ def test_time_limits_of_queue_and_answer(micro_bundle: Path, tmp_path: Path) -> 
         busy = server.start(question("Hello", stream=True, max_tokens=1 << 20, response_format={"type": "json_object"}))
         server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 2)
         started = time.monotonic()
-        status = server.request("POST", "/v1/chat/completions", question())[0]
+        status = server.chat(question())[0]
         said = read_all(busy)
         assert time.monotonic() - started < 10
         if b"[DONE]" not in said:  # this machine is not too fast for the limit
@@ -325,19 +326,8 @@ def test_a_model_that_cannot_be_loaded_is_said(bundle_copy: Path, tmp_path: Path
     data = bytearray(language.read_bytes())
     data[:4] = b"XXXX"
     language.write_bytes(data)
-    command = [
-        sys.executable,
-        "-m",
-        "llava_edge",
-        "serve",
-        "--model",
-        str(bundle_copy),
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "llava_edge", "serve", "--model", str(bundle_copy), "--port", "0"]
+    done = subprocess.run([*command, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 65
     assert done.stderr.count("\n") == 1
     assert "language.gguf" in done.stderr
@@ -415,15 +405,13 @@ for name in ({str(tmp_path / "new")!r}, {str(micro_bundle / "new")!r}): os.unlin
 sandbox.enter(Path({str(micro_bundle)!r}), "cpu")
 print(before, {{name: outcome(do) for name, do in tries()}}, sep="\\n")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, after = map(eval, done.stdout.splitlines())
+    before, after = map(eval, in_child(code).stdout.splitlines())
     rings = {"io_uring": before["io_uring"]}  # some systems have it turned off
     assert before == dict.fromkeys(before, "works") | {"socket": "ConnectionRefusedError"} | rings
     if after["read"] != "denied":
         pytest.skip("this kernel has no Landlock")
-    assert after == dict.fromkeys(after, "denied") | dict.fromkeys(
-        ("own", "own limits", "own thread", "own kernels"), "works"
-    )
+    allowed = ("own", "own limits", "own thread", "own kernels")
+    assert after == dict.fromkeys(after, "denied") | dict.fromkeys(allowed, "works")
 
 
 @linux

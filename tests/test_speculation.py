@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_edge import Llava
-from llava_edge.bundle import LANGUAGE
 from llava_edge.errors import BundleError
 from llava_edge.options import EngineOptions, Options, Result, Speculate
 from llava_edge.runtimes import speculation
@@ -29,13 +28,6 @@ WORDS = ("the", "red", "colour", "of", "a", "list:", "one,", "two,", "three,", "
 def llava(micro_bundle: Path) -> Iterator[Llava]:
     with Llava.load(micro_bundle, CPU) as loaded:
         yield loaded
-
-
-@pytest.fixture(scope="module")
-def language(micro_bundle: Path) -> Iterator[LanguageModel]:
-    model = LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1)
-    yield model
-    model.close()
 
 
 @pytest.fixture
@@ -234,7 +226,7 @@ def test_numbers_that_are_not_finite_are_refused_in_a_batch(language: LanguageMo
     for token, row in zip([5, 6, 7], rows, strict=True):
         language.evaluate_tokens([token], NEVER)
         assert np.allclose(language.logits(), row, atol=1e-3)
-    values = language.library.llama_get_logits_ith(language._context, -1)
+    values = language.library.llama_get_logits_ith(language.context, -1)
     values[3] = float("nan")
     with pytest.raises(BundleError, match="not finite"):
         language.best()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import UserDict
 from dataclasses import replace
 from typing import Any
 
@@ -17,21 +17,16 @@ from llava_edge.prompt import IMAGE_TOKEN_INDEX
 Array = np.ndarray[Any, Any]
 
 
-class Counting(Mapping[str, Array]):
+class Counting(UserDict[str, Array]):
     """Tensors that remember what was read."""
 
     def __init__(self, tensors: dict[str, Array]) -> None:
-        self.tensors, self.read = tensors, list[str]()
+        super().__init__(tensors)
+        self.read: list[str] = []
 
     def __getitem__(self, name: str) -> Array:
         self.read.append(name)
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+        return self.data[name]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -47,6 +42,6 @@ def test_it_computes_the_whole_models_logits(tied: bool) -> None:
     ours = streamed.logits(config, tensors, embeds, start=2)
     assert max(tensors.read.count(name) for name in tensors if ".layers." in name) == 1
     with torch.no_grad():
-        model = from_state(config, tensors.tensors)
+        model = from_state(config, tensors.data)
         whole = model([*before, IMAGE_TOKEN_INDEX, *after], torch.from_numpy(pixels))
     np.testing.assert_allclose(ours, whole.numpy()[2:], atol=2e-5)

@@ -23,7 +23,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizer
 from llava_edge import prompt
 from llava_edge.bundle import Bundle
 from llava_edge.export.exporter import ExportOptions, export
-from llava_edge.options import EngineOptions, Options
+from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import AfterControl, EncodeText, Message, Piece
 from llava_edge.runtimes import after_control
 from llava_edge.runtimes.language import LanguageModel
@@ -59,10 +59,7 @@ STRINGS = {
     ),
     "llava_v1": (f"{ABOUT} USER: <image>\nWhat is this? ASSISTANT:", " A cat.</s>USER: Sure? ASSISTANT:"),
     "llava_v1_1": (f"{WAIV} USER: <image>\nWhat is this? ASSISTANT:", " A cat.</s>USER: Sure? ASSISTANT:"),
-    "llava_v0": (
-        f"{ABOUT}###Human: <image>\nWhat is this?###Assistant:",
-        " A cat.###Human: Sure?###Assistant:",
-    ),
+    "llava_v0": (f"{ABOUT}###Human: <image>\nWhat is this?###Assistant:", " A cat.###Human: Sure?###Assistant:"),
     "v0": (
         f"{ABOUT}###Human: {ENERGY[0]}###Assistant: {ENERGY[1]}###Human: <image>\nWhat is this?###Assistant:",
         " A cat.###Human: Sure?###Assistant:",
@@ -272,13 +269,11 @@ def test_an_exported_chat_is_as_long_as_transformers_says(
     (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}), "utf-8")
     manifest = export(ExportOptions(folder, tmp_path / "bundle", quant="f16", vision="fp32"))
     assert (manifest.after_control, manifest.image_markers) == (way, ["<im_start>", "<im_end>"])
-    engine = Engine.open(Bundle.open(tmp_path / "bundle"), EngineOptions(device="cpu", threads=1))
-    with engine:
-        chunks = list(engine.generate([Q1, A1, Q2], [Image.new("RGB", (32, 32))], Options(max_tokens=1)))
+    with Engine.open(Bundle.open(tmp_path / "bundle"), EngineOptions(device="cpu", threads=1)) as engine:
+        found = result_of(engine.generate([Q1, A1, Q2], [Image.new("RGB", (32, 32))], Options(max_tokens=1)))
     text = "".join(STRINGS["vicuna_v1"]).replace("<image>", "<im_start><image><im_end>")
     wanted = len(tokenizer_image_token(oracle(oracles, way), text, True)) - 1 + manifest.vision.image_tokens
-    assert chunks[-1].final is not None
-    assert chunks[-1].final.prompt_tokens == wanted
+    assert found.prompt_tokens == wanted
 
 
 # What a user may type ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from PIL import Image
 from llava_edge import Llava
 from llava_edge.bundle import LANGUAGE
 from llava_edge.errors import BundleError, ContextOverflowError, UsageError
-from llava_edge.options import EngineOptions, Options, Result, TokenChance
+from llava_edge.options import EngineOptions, Options, Result, TokenChance, result_of
 from llava_edge.runtimes import decoding
 from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.language import MAX_BRANCHES, LanguageModel
@@ -49,12 +49,7 @@ def passes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def together(llava: Llava, questions: list[str], options: Options, images: Any = RED) -> list[Result]:
-    found = []
-    for stream in llava.ask_many(questions, images, options):
-        *_, last = stream
-        assert last.final is not None
-        found.append(last.final)
-    return found
+    return [result_of(stream) for stream in llava.ask_many(questions, images, options)]
 
 
 def test_a_token_budget_is_shared(llava: Llava, passes: list[int]) -> None:

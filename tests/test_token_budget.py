@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from images import picture
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from towers import TOWER, clip_tower, relative, some_pixels
+from transformers import CLIPVisionModel
 
 from llava_edge import Llava, token_budget
 from llava_edge.bundle import VISION, Manifest, read_manifest, write_manifest
@@ -28,10 +29,9 @@ from llava_edge.cli import execute
 from llava_edge.errors import BundleError, UsageError
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, export
-from llava_edge.export.names import classic_name
 from llava_edge.models import micro
 from llava_edge.models.clip import VisionTower
-from llava_edge.models.config import LlavaConfig, VisionConfig
+from llava_edge.models.config import LlavaConfig
 from llava_edge.models.evaluate import Question
 from llava_edge.models.llava import from_state
 from llava_edge.models.streamed import load_part
@@ -46,9 +46,6 @@ Array = np.ndarray[Any, Any]
 
 CPU = EngineOptions(device="cpu", threads=1, cache=False)
 RED = picture(40, 32, seed=1)
-TOWER = VisionConfig(
-    image_size=48, patch_size=8, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4
-)
 BUDGET_8 = Options(max_tokens=12, image_tokens=8)
 
 
@@ -153,21 +150,6 @@ def test_the_lot_is_drawn_by_its_seed() -> None:
 # --- the attention -----------------------------------------------------------------------------------------------
 
 
-def attending_clip(seed: int = 0) -> tuple[CLIPVisionModel, dict[str, Array]]:
-    """transformers' CLIP with random weights that make it look at some patches more than at others."""
-    torch.manual_seed(seed)
-    settings = {name: getattr(TOWER, name) for name in vars(TOWER)}
-    tower = CLIPVisionModel(CLIPVisionConfig(**settings, attn_implementation="eager")).eval()
-    for parameter in tower.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.15)
-    return tower, {classic_name(name): value.numpy() for name, value in tower.state_dict().items()}
-
-
-def some_pixels() -> Array:
-    """One picture: an int8 graph takes no more at a time."""
-    return np.random.default_rng(3).standard_normal((1, 3, 48, 48)).astype(np.float32)
-
-
 def their_attention(tower: CLIPVisionModel, config: LlavaConfig) -> list[Array]:
     """The class token's row of every block, (1, image_tokens), as transformers has it."""
     with torch.no_grad():
@@ -184,10 +166,6 @@ def outputs(folder: Path, *names: str, file: str = VISION) -> list[Array]:
     return cast("list[Array]", session.run(list(names), {"pixels": some_pixels()}))
 
 
-def relative(ours: Array, wanted: Array) -> float:
-    return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
-
-
 CHOICES = {
     "LLaVA-1.5": LlavaConfig(vision=TOWER),
     "last layer": LlavaConfig(vision=TOWER, vision_feature_layer=-1),
@@ -198,7 +176,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("config", CHOICES.values(), ids=CHOICES.keys())
 def test_the_attention_is_transformers_of_the_block_behind_the_features(config: LlavaConfig, tmp_path: Path) -> None:
-    tower, tensors = attending_clip()
+    tower, tensors = clip_tower()
     write_clip(config, tensors, tmp_path, "fp32")
     theirs = their_attention(tower, config)
     [found] = outputs(tmp_path, "attention")
@@ -214,7 +192,7 @@ def test_the_attention_is_transformers_of_the_block_behind_the_features(config: 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp16", 2e-3), ("int8", 5e-2)])
 def test_the_attention_in_other_precisions(precision: Precision, limit: float, tmp_path: Path) -> None:
-    tower, tensors = attending_clip()
+    tower, tensors = clip_tower()
     write_clip(CHOICES["LLaVA-1.5"], tensors, tmp_path, precision)
     [found] = outputs(tmp_path, "attention")
     assert 1e-6 < relative(found, their_attention(tower, CHOICES["LLaVA-1.5"])[1]) <= limit
@@ -222,7 +200,7 @@ def test_the_attention_in_other_precisions(precision: Precision, limit: float, t
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_features_are_the_same_bit_for_bit_in_a_graph_without_attention(precision: Precision, tmp_path: Path) -> None:
-    write_clip(CHOICES["LLaVA-1.5"], attending_clip()[1], tmp_path, precision)
+    write_clip(CHOICES["LLaVA-1.5"], clip_tower()[1], tmp_path, precision)
     model = onnx.load(tmp_path / VISION, load_external_data=False)
     before = len(model.graph.node)
     del model.graph.output[1:]
@@ -241,7 +219,7 @@ def test_features_are_the_same_bit_for_bit_in_a_graph_without_attention(precisio
 
 
 def test_a_tower_without_blocks_has_no_attention(tmp_path: Path) -> None:
-    write_clip(LlavaConfig(vision=TOWER, vision_feature_layer=0), attending_clip()[1], tmp_path, "fp32")
+    write_clip(LlavaConfig(vision=TOWER, vision_feature_layer=0), clip_tower()[1], tmp_path, "fp32")
     assert [item.name for item in onnx.load(tmp_path / VISION, load_external_data=False).graph.output] == ["features"]
 
 

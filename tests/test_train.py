@@ -121,11 +121,7 @@ def test_a_changed_recipe_is_another_one(tmp_path: Path) -> None:
     out = folders(tmp_path)
     train_recipe(recipe, out, stop_after=2)
     log = (out.run / "log.jsonl").read_text()
-    for changes in (
-        {"projector_learning_rate": 1.0},
-        {"epochs": 2.0},
-        {"records": "questions.json"},
-    ):
+    for changes in ({"projector_learning_rate": 1.0}, {"epochs": 2.0}, {"records": "questions.json"}):
         with pytest.raises(DataError, match="another recipe"):
             train_recipe(replace(recipe, stages=(replace(align, **changes),)), out)
     with pytest.raises(DataError, match="another recipe"):

@@ -15,10 +15,10 @@ from typing import Any
 
 from llava_edge.bundle import Bundle
 from llava_edge.errors import LlavaEdgeError
-from llava_edge.options import EngineOptions, Options, Result
+from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes import devices, limits, native
-from llava_edge.runtimes.pictures import Picture, limited, prepare
+from llava_edge.runtimes.pictures import limited, prepare
 from llava_edge.runtimes.pipeline import Engine
 
 
@@ -33,6 +33,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     device, threads, context, preset = (task[name] for name in ("device", "threads", "context", "preset"))
     options = EngineOptions(device, threads, context, preset, cache=Path(task["cache"]))
     wanted = Options(max_tokens=task["max_tokens"], image_tokens=task["image_tokens"])
+    asked = [Message("user", task["prompt"], 1)]
     begun = time.monotonic()
     # As `llava-edge run` does: the first picture is read and encoded while the language model loads.
     first, *_ = pictures = {name: Path(path) for name, path in task["pictures"].items()}
@@ -40,12 +41,12 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     with Engine.open(bundle, options, pictures=prepared) as engine:
         loaded = time.monotonic()
         [shown] = prepared()
-        found = {first: _ask(engine, shown, task["prompt"], wanted)}
+        found = {first: result_of(engine.generate(asked, [shown], wanted))}
         cold = (loaded - born) * 1000 + found[first].timings.ttft_ms
         for name in list(pictures)[1:]:
-            found[name] = _ask(engine, pictures[name], task["prompt"], wanted)
+            found[name] = result_of(engine.generate(asked, [pictures[name]], wanted))
         # Text before the picture stays in memory from one question to the next, which no result says.
-        text = engine.encode_prompt([Message("user", task["prompt"], 1)]).index(IMAGE_TOKEN_INDEX)
+        text = engine.encode_prompt(asked).index(IMAGE_TOKEN_INDEX)
         return {
             "start_ms": (begun - born) * 1000,
             "load_ms": engine.load_ms,
@@ -60,14 +61,6 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
             },
             "memory": asdict(devices.memory_use()),
         }
-
-
-def _ask(engine: Engine, picture: Path | Picture, prompt: str, options: Options) -> Result:
-    """The result when the stream has ended, as `Llava.ask` returns it."""
-    *_, last = engine.generate([Message("user", prompt, 1)], [picture], options)
-    if last.final is None:
-        raise RuntimeError("the stream ended without a result")
-    return last.final
 
 
 def main() -> None:

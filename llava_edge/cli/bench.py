@@ -66,9 +66,7 @@ def bench(
     llava-edge bench --threads 1,2 --repeats 7 > now.json
     llava-edge bench --compare before.json --html report.html
     """
-    _check(prompt, max_tokens, threads, contexts, csv_file, html_file)
-    for count in budgets:
-        Options(image_tokens=count)
+    _check(prompt, max_tokens, threads, contexts, budgets, csv_file, html_file)
     from llava_edge.bench.compare import asked_otherwise, compare, in_common, other_conditions
     from llava_edge.bench.page import page
     from llava_edge.bench.records import read_report
@@ -121,8 +119,9 @@ def _write(*files: tuple[Path | None, Callable[[], str]]) -> None:
 
 
 def _check(
-    prompt: str, max_tokens: int, threads: tuple[int, ...], contexts: tuple[int, ...], *files: Path | None
-) -> None:
+    prompt: str, max_tokens: int, threads: tuple[int, ...], contexts: tuple[int, ...], budgets: tuple[int, ...],
+    *files: Path | None,
+) -> None:  # fmt: skip
     """Refuse before minutes of measuring what would fail after them."""
     if not prompt.strip():
         raise UsageError("The prompt is empty; give a question with --prompt.")
@@ -131,6 +130,8 @@ def _check(
         EngineOptions(threads=count)
     for size in contexts:
         EngineOptions(context=size)
+    for budget in budgets:
+        Options(image_tokens=budget)
     for file in files:
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise CannotCreateError(f"{file} cannot be written: it is a folder, or its folder does not exist.")

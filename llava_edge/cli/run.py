@@ -99,8 +99,7 @@ def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
     finally:
         if shown:
             click.echo()
-    if final is None:
-        raise RuntimeError("the stream ended without a result")
+    assert final is not None
     return final
 
 

@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 @click.option("--mmproj", type=click.Path(path_type=Path), help="As for export, if the checkpoint is a GGUF.")
 @click.option("--json", "as_json", is_flag=True, help="Print the parity table as one JSON object on stdout.")
 def verify(
-    bundle: str,
-    against: Path | None,
-    base: Path | None,
-    vision_tower: Path | None,
-    mmproj: Path | None,
-    as_json: bool,
+    bundle: str, against: Path | None, base: Path | None, vision_tower: Path | None, mmproj: Path | None, as_json: bool
 ) -> None:
     """Check every byte of BUNDLE, a folder or model name, against the hashes in its manifest.
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from llava_edge.errors import UsageError
 from llava_edge.server.problems import Problem
 
-Headers = Iterable[tuple[bytes, bytes]]
+Headers = list[tuple[bytes, bytes]]
 _NAMES = ("localhost", "127.0.0.1", "[::1]")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 _FOREIGN = "Pages of other origins may not use this server. Start it with --allow-origin to let one use the API."
@@ -41,48 +41,45 @@ class Guard:
 
     def check(self, method: str, target: bytes, headers: Headers) -> None:
         """Raises `Problem` (400, 401, 403, 415) unless the request may go on."""
-        found = list(headers)
-        self._check_host(target, found)
-        if not self._page(target, found):
-            self._check_origin(method, target, found)
-        if self.key and target != b"/health" and not self.is_preflight(method, target, found):
-            self._check_key(found)
+        self._check_host(target, headers)
+        if not self._page(target, headers):
+            self._check_origin(method, target, headers)
+        if self.key and target != b"/health" and not self.is_preflight(method, target, headers):
+            self._check_key(headers)
         if method in ("POST", "PUT"):
-            _check_content(found)
+            _check_content(headers)
 
     def is_preflight(self, method: str, target: bytes, headers: Headers) -> bool:
         """Whether a browser asks, for an allowed page and always without a key, what it may send."""
-        found = list(headers)
-        asks = method == "OPTIONS" and bool(_all(found, b"access-control-request-method"))
-        return asks and bool(self._page(target, found))
+        asks = method == "OPTIONS" and bool(_all(headers, b"access-control-request-method"))
+        return asks and bool(self._page(target, headers))
 
-    def sharing(self, method: str, target: bytes, headers: Headers) -> list[tuple[bytes, bytes]]:
+    def sharing(self, method: str, target: bytes, headers: Headers) -> Headers:
         """The CORS headers of an answer, whatever it is: a page shall be able to read why it was refused."""
-        found = list(headers)
-        page = self._page(target, found)
+        page = self._page(target, headers)
         shared = [(b"vary", b"Origin")] if self.pages else []
         if page:
             shared.append((b"access-control-allow-origin", page.encode("ascii")))
-        if self.is_preflight(method, target, found):
-            wanted = ", ".join(_all(found, b"access-control-request-headers")).encode("latin-1")
+        if self.is_preflight(method, target, headers):
+            wanted = ", ".join(_all(headers, b"access-control-request-headers")).encode("latin-1")
             shared += [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-allow-headers", wanted)]
             shared.append((b"access-control-max-age", b"600"))
         return shared
 
-    def _page(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> str:
+    def _page(self, target: bytes, headers: Headers) -> str:
         """The allowed origin whose page asks for something that it may use; empty if there is none."""
         path, origins = target.partition(b"?")[0], _all(headers, b"origin")
         is_api = path.startswith(b"/v1/") or path == b"/health"
         return origins[0] if is_api and len(origins) == 1 and origins[0] in self.pages else ""
 
-    def _check_host(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    def _check_host(self, target: bytes, headers: Headers) -> None:
         values = _all(headers, b"host")
         if len(values) != 1 or values[0].lower() not in self.hosts:
             raise Problem(403, "This server does not answer to that Host. Start it with --allow-host to add one.")
         if not target.startswith(b"/"):
             raise Problem(400, "The request's target must be a path.")
 
-    def _check_origin(self, method: str, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    def _check_origin(self, method: str, target: bytes, headers: Headers) -> None:
         origins = {f"http://{host}" for host in self.hosts} | {f"https://{name.lower()}" for name in self.allowed}
         if any(value.lower() not in origins for value in _all(headers, b"origin")):
             raise Problem(403, _FOREIGN)
@@ -90,7 +87,7 @@ class Guard:
         if any(site not in ("same-origin", "none") for site in _all(headers, b"sec-fetch-site")) and not follows_a_link:
             raise Problem(403, _FOREIGN)
 
-    def _check_key(self, headers: list[tuple[bytes, bytes]]) -> None:
+    def _check_key(self, headers: Headers) -> None:
         """`Bearer KEY`, or as browsers ask for it: `Basic`, any name and the key as password."""
         values = _all(headers, b"authorization")
         scheme, _, given = values[0].partition(" ") if len(values) == 1 else ("", "", "")
@@ -142,7 +139,7 @@ def is_loopback(address: str) -> bool:
         raise UsageError(f"--host {address!r} is not an IP address; 127.0.0.1 is this machine only.") from None
 
 
-def _check_content(headers: list[tuple[bytes, bytes]]) -> None:
+def _check_content(headers: Headers) -> None:
     kinds = [value.partition(";")[0].strip().lower() for value in _all(headers, b"content-type")]
     if kinds != ["application/json"]:
         raise Problem(415, "The content type must be application/json.")
@@ -150,5 +147,5 @@ def _check_content(headers: list[tuple[bytes, bytes]]) -> None:
         raise Problem(415, "The body must not be compressed.")
 
 
-def _all(headers: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
+def _all(headers: Headers, name: bytes) -> list[str]:
     return [value.decode("latin-1").strip() for key, value in headers if key == name]
