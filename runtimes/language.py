@@ -12,7 +12,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
 from llava_edge.runtimes import CancelledError, bindings, devices, limit_spinning, mapping, native
 from llava_edge.runtimes.batch import Batch
+from llava_edge.runtimes.jobs import Worker
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.threads import Threads
 
@@ -68,7 +68,7 @@ class LanguageModel:
         # llama.cpp sets the AMX tile configuration once in each thread. Whatever else uses AMX in that thread (PyTorch
         # in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL. So it computes in a
         # thread where nobody else does.
-        self._thread = ThreadPoolExecutor(1, "llama.cpp")
+        self._thread = Worker("llama.cpp")
         self.context_size = context
         self.held: list[Key] = []
         self.batch = batch
