@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,6 +128,18 @@ class LanguageModel:
             if written >= 0:
                 return buffer.raw[:written]
             size = -written
+
+    @cached_property
+    def unseen(self) -> Array:
+        """Ids of tokens that have no bytes and end no answer: control tokens, and the unknown one."""
+        library = self.library
+        kinds = library.LLAMA_TOKEN_ATTR_CONTROL | library.LLAMA_TOKEN_ATTR_UNKNOWN
+        unseen = [
+            token
+            for token in range(self.vocab_size)
+            if library.llama_vocab_get_attr(self.vocabulary, token) & kinds and not self.ends(token)
+        ]
+        return np.array(unseen, np.intp)
 
     def token_texts(self) -> list[str]:
         """Every token as the vocabulary writes it, e.g. `▁US`."""
