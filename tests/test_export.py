@@ -592,7 +592,7 @@ def test_the_command_shows_stages_and_the_worst_row_last(micro_checkpoint: Path,
     from llava_edge.cli import cli
 
     out = tmp_path / "bundle"
-    result = CliRunner().invoke(cli, ["export", str(micro_checkpoint), str(out), "--quant", "q4_0", "--json"])
+    result = CliRunner().invoke(cli, ["export", str(micro_checkpoint), str(out), "--quant", "Q4_0", "--json"])
     assert result.exit_code == 0, result.output
     manifest = json.loads(result.stdout)
     assert manifest["name"] == "bundle"

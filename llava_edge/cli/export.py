@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--quant",
-    type=click.Choice(["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"]),
+    type=click.Choice(["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"], case_sensitive=False),  # llama.cpp writes Q4_K_M
     default="q4_k_m",
     show_default=True,
     help="Of the language model.",
