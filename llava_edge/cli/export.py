@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,7 +143,8 @@ def export(
     if as_json:
         click.echo(json.dumps(asdict(manifest) | ({"report": asdict(reports[0])} if reports else {})))
     size = sum(entry.size for entry in manifest.files.values())
-    click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: llava-edge run --model {out} --image photo.jpg", err=True)
+    run = f"llava-edge run --model {shlex.quote(str(out))} --image photo.jpg"
+    click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: {run}", err=True)
 
 
 @contextmanager
