@@ -191,7 +191,7 @@ def _check(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
     if missing:
         raise CheckpointError(
             f"The prompt template {config.template!r} needs the special tokens {', '.join(missing)}, "
-            f"which the tokenizer in {folder} does not have; set another template in config.json under llava_edge."
+            f"which the tokenizer in {folder} does not have; name the one that the model was trained with: --template."
         )
     missing = [text for text in config.image_markers if text not in control]
     if missing:

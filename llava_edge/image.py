@@ -12,8 +12,8 @@ from __future__ import annotations
 import io
 import os
 import stat
+import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +144,24 @@ def _pad(image: Image.Image, size: int, mean: tuple[float, float, float]) -> Ima
         return band.resize((size, band.height), Image.Resampling.BICUBIC)
 
     narrow = Image.new("RGB", (size, side), colour)
-    starts = range(0, height, rows)
-    with ThreadPoolExecutor(BAND_THREADS) as threads:  # Pillow resizes without Python's lock
-        for y, band in zip(starts, threads.map(narrowed, starts), strict=True):
-            narrow.paste(band, (0, top + y))
+    starts = iter(range(0, height, rows))  # each thread takes the next one
+    failed: list[BaseException] = []
+
+    def fill() -> None:
+        try:
+            for y in starts:
+                narrow.paste(narrowed(y), (0, top + y))
+        except BaseException as error:  # noqa: BLE001 - raised below
+            failed.append(error)
+
+    # Pillow resizes without Python's lock. A pool of concurrent.futures would refuse once the main thread has ended.
+    threads = [threading.Thread(target=fill, daemon=True) for _ in range(BAND_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
     return narrow.resize((size, size), Image.Resampling.BICUBIC)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_edge.bundle import MANIFEST
 from llava_edge.errors import MissingError
-from llava_edge.paths import exists
+from llava_edge.paths import exists, meant
 
 DEFAULT_MODEL = "smol"
 
@@ -30,11 +30,11 @@ class Entry:
 
 def home() -> Path:
     """The cache folder: $LLAVA_EDGE_HOME, or llava-edge below $XDG_CACHE_HOME or ~/.cache. It may not exist yet."""
-    if named := os.environ.get("LLAVA_EDGE_HOME"):
-        return Path(named)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "llava-edge"
     try:
+        if named := os.environ.get("LLAVA_EDGE_HOME"):
+            return Path(named).expanduser()  # what sets it need not be a shell
+        if base := os.environ.get("XDG_CACHE_HOME"):
+            return Path(base) / "llava-edge"
         return Path.home() / ".cache" / "llava-edge"
     except RuntimeError as error:
         raise MissingError("There is no home folder; set LLAVA_EDGE_HOME to a folder for models.") from error
@@ -65,8 +65,8 @@ def resolve(model: str | Path) -> Path:
     name = str(model)
     if not isinstance(model, Path) and _is_name(name) and _is_installed(name):
         return models_folder() / name
-    if name.strip() and exists(Path(name)):
-        return Path(name)
+    if name.strip() and exists(path := meant(name)):
+        return Path(path)
     if name in KNOWN_MODELS:
         looked = f" in {models_folder()}, where LLAVA_EDGE_HOME says" if os.environ.get("LLAVA_EDGE_HOME") else ""
         raise MissingError(f"Model {name!r} is not installed{looked}. Run 'llava-edge models pull {name}'.")

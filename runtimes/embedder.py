@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from llava_edge import anyres, token_budget
 from llava_edge.bundle import PROJECTOR, VISION, VISION_DATA, Bundle
 from llava_edge.runtimes import CancelledError, devices, native
-from llava_edge.runtimes.jobs import Job
+from llava_edge.runtimes.jobs import Job, Worker
 from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache, digest, identity
 from llava_edge.runtimes.pictures import Budget, Picture
@@ -52,7 +52,7 @@ class Embedder:
         self._identity = _identity(bundle, setting, provider, self._library)
         self._parts: tuple[VisionEncoder, Projector] | None = None
         self._early: dict[str, Embedding] = {}
-        self._thread = ThreadPoolExecutor(1, "llava-edge vision")
+        self._thread = Worker("llava-edge vision")
 
     def begin(self, shown: Future[Sequence[Picture]] | None, cancel: threading.Event) -> Future[None]:
         """Embed in advance those of the pictures that are not known; without any, load what embeds them."""

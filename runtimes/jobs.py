@@ -1,21 +1,25 @@
 """One thread that owns the engines: callers queue up, each reads its own stream and can stop its own job.
 
-Knows nothing about what the jobs do.
+Also the threads that it hands parts of its work to. Knows nothing about what the jobs do.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_edge.errors import UsageError
 from llava_edge.options import Chunk
 
 Stream = Generator[Chunk, None, None]
 Last = Callable[[], Chunk]
+Tasks = queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
+T = TypeVar("T")
 
 CLOSED = "The engine is closed; load another one."
 FORKED = "The engine is not in this process, which was forked from its own; load one here."
@@ -221,3 +225,45 @@ class Owner:
             for one in (job, *job.others):
                 one.output.put(end)
         self._last()
+
+
+class Worker:
+    """A thread that does one thing after the other until `shutdown`, which Python's end and nobody's use of it do, too.
+
+    One of concurrent.futures takes no more work once the main thread has ended, when others may still read answers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._tasks: Tasks = queue.SimpleQueue()
+        thread = threading.Thread(target=_work, args=(self._tasks,), name=name, daemon=True)
+        thread.start()
+        self._finish = weakref.finalize(self, _finish, self._tasks, thread)
+
+    def submit(self, run: Callable[..., T], *args: Any) -> Future[T]:
+        """Have it done after what was submitted before. Raises RuntimeError after `shutdown`."""
+        if not self._finish.alive:
+            raise RuntimeError("the thread has ended")
+        future: Future[T] = Future()
+        self._tasks.put((future, run, args))
+        return future
+
+    def shutdown(self) -> None:
+        """End it after what was submitted. Harmless when repeated."""
+        self._finish()
+
+
+def _work(tasks: Tasks) -> None:
+    """Holds neither the `Worker` nor what was done, so that they can be collected."""
+    while (task := tasks.get()) is not None:
+        future, run, args = task
+        try:
+            future.set_result(run(*args))
+        except BaseException as error:  # noqa: BLE001 - who waits for the future gets it
+            future.set_exception(error)
+        del task, future, run, args
+
+
+def _finish(tasks: Tasks, thread: threading.Thread) -> None:
+    tasks.put(None)
+    if thread is not threading.current_thread():
+        thread.join()

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
 from llava_edge.runtimes import CancelledError, bindings, devices, limit_spinning, mapping, native
 from llava_edge.runtimes.batch import Batch
+from llava_edge.runtimes.jobs import Worker
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.threads import Threads
 
@@ -68,7 +69,7 @@ class LanguageModel:
         # llama.cpp sets the AMX tile configuration once in each thread. Whatever else uses AMX in that thread (PyTorch
         # in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL. So it computes in a
         # thread where nobody else does.
-        self._thread = ThreadPoolExecutor(1, "llama.cpp")
+        self._thread = Worker("llama.cpp")
         self.context_size = context
         self.held: list[Key] = []
         self.batch = batch
@@ -127,6 +128,18 @@ class LanguageModel:
             if written >= 0:
                 return buffer.raw[:written]
             size = -written
+
+    @cached_property
+    def unseen(self) -> Array:
+        """Ids of tokens that have no bytes and end no answer: control tokens, and the unknown one."""
+        library = self.library
+        kinds = library.LLAMA_TOKEN_ATTR_CONTROL | library.LLAMA_TOKEN_ATTR_UNKNOWN
+        unseen = [
+            token
+            for token in range(self.vocab_size)
+            if library.llama_vocab_get_attr(self.vocabulary, token) & kinds and not self.ends(token)
+        ]
+        return np.array(unseen, np.intp)
 
     def token_texts(self) -> list[str]:
         """Every token as the vocabulary writes it, e.g. `▁US`."""

@@ -10,13 +10,13 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from llava_edge import __version__
 from llava_edge.bundle import Bundle
 from llava_edge.cache import Cache
+from llava_edge.runtimes.jobs import Worker
 
 RECENT = 64 << 20  # bytes in memory: seven pictures of LLaVA-1.5-7B, hundreds of the default model
 WAITING = 1 << 30  # bytes that may wait to be written; what comes on top is not kept
@@ -47,7 +47,7 @@ class PictureCache:
         self._recent: OrderedDict[str, Payload] = OrderedDict()
         self._waiting: dict[str, Payload] = {}
         self._lock = threading.Lock()
-        self._writer = ThreadPoolExecutor(1, "llava-edge cache")
+        self._writer = Worker("llava-edge cache")
 
     @property
     def keeps(self) -> bool:
@@ -75,10 +75,7 @@ class PictureCache:
             if len(payload) + sum(map(len, self._waiting.values())) > WAITING:
                 return
             self._waiting[key] = payload
-        try:
-            self._writer.submit(self._write, key, about, payload)
-        except RuntimeError:  # Python is ending and starts no more threads
-            self._write(key, about, payload)
+        self._writer.submit(self._write, key, about, payload)
 
     def close(self) -> None:
         """Wait until all is written. Harmless when repeated."""

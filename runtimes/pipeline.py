@@ -445,6 +445,8 @@ def check_request(
                 raise UsageError(f"A Message was expected, not {message!r:.60}.")
             if not isinstance(message.text, str):
                 raise UsageError(f"A text was expected for a message, not {message.text!r:.60}.")
+            if not isinstance(message.images, int) or message.images < 0:
+                raise UsageError(f"A number of images was expected for a message, not {message.images!r:.60}.")
 
 
 def _fitting(ready: Sequence[tuple[list[Segment], Answer]]) -> int:

@@ -58,6 +58,7 @@ class Sampler:
         logits = self._language.logits(row)
         tokens = np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])  # llama_token_data
         tokens["id"], tokens["logit"] = np.arange(len(logits)), logits
+        tokens["logit"][self._language.unseen] = -np.inf  # llama.cpp takes them for their names, which answers lack
         pointer = tokens.ctypes.data_as(ctypes.POINTER(self._library.llama_token_data))
         choice = self._library.llama_token_data_array(pointer, len(tokens), -1, False)
         self._library.llama_sampler_apply(self._grammar, ctypes.byref(choice))

@@ -117,6 +117,10 @@ WRONG: dict[str, Any] = {
     "messages": lambda llava: list(llava.answer(["hi"])),
     "no messages": lambda llava: list(llava.answer(None)),
     "raw message": lambda llava: list(llava.answer([{"role": "user", "content": "hi"}])),
+    "picture in a message": lambda llava: list(llava.answer([Message("user", "hi", "a.jpg")])),  # type: ignore[arg-type]
+    "less than no pictures": lambda llava: list(
+        llava.answer([Message("user", "hi", 2), Message("assistant", "x"), Message("user", "y", -1)], [RED])
+    ),
     "picture in an answer": lambda llava: list(llava.answer([*HI, Message("assistant", "x", 1), *HI], [RED])),
     "no question": lambda llava: list(llava.answer([*HI, Message("assistant", "x")])),
     "load": lambda llava: Llava.load(llava.bundle.folder, Options()),  # type: ignore[arg-type]

@@ -123,6 +123,8 @@ def test_answers_of_a_form(micro_bundle: Path, tmp_path: Path, run: Run) -> None
     ask = ("run", "--model", micro_bundle, "--prompt", "A colour?", *LIGHT)
     code, out, err = run(*ask, "--json-schema", f"'{tmp_path / 'item.json'}'")
     assert (code, json.loads(out)["colour"] in ("red", "blue")) == (0, True), err
+    (tmp_path / "item.json").write_text(json.dumps(SCHEMA), "utf-8-sig")  # as some editors write it
+    assert run(*ask, "--json-schema", tmp_path / "item.json")[:2] == (0, out)
     code, out, err = run(*ask, "--grammar", tmp_path / "form.gbnf")
     assert (code, out in ("yes!\n", "no!\n")) == (0, True), err
     assert run(*ask, "--max-tokens", 8)[1] not in ("yes!\n", "no!\n")

@@ -591,15 +591,15 @@ def test_the_worst_picture_and_position_decide() -> None:
 def test_the_command_shows_stages_and_the_worst_row_last(micro_checkpoint: Path, tmp_path: Path) -> None:
     from llava_edge.cli import cli
 
-    out = tmp_path / "bundle"
-    result = CliRunner().invoke(cli, ["export", str(micro_checkpoint), str(out), "--quant", "q4_0", "--json"])
+    out = tmp_path / "a bundle"
+    result = CliRunner().invoke(cli, ["export", str(micro_checkpoint), str(out), "--quant", "Q4_0", "--json"])
     assert result.exit_code == 0, result.output
     manifest = json.loads(result.stdout)
-    assert manifest["name"] == "bundle"
+    assert manifest["name"] == "a bundle"
     assert manifest["language"]["quantization"] == "q4_0"
     lines = result.stderr.splitlines()
     assert [line for line in lines if "quantizing to q4_0" in line]
-    assert lines[-1].endswith("--image photo.jpg")
+    assert lines[-1].endswith(f"Try: llava-edge run --model '{out}' --image photo.jpg")
     rows = [ParityRow(**row) for row in manifest["parity"]]
     assert [line.split("  ")[0] for line in lines[-1 - len(rows) : -1]] == [row.stage for row in rows]
     assert strain(rows[-1]) == max(map(strain, rows))

@@ -14,7 +14,7 @@ import pytest
 
 from llava_edge.errors import ImageError, UsageError
 from llava_edge.options import Chunk, Result
-from llava_edge.runtimes.jobs import Job, Owner
+from llava_edge.runtimes.jobs import Job, Owner, Worker
 
 SOON = 5.0  # seconds in which everything here happens
 LAST = Chunk("", 0, "stop", cast(Result, object()), ())
@@ -198,3 +198,16 @@ def test_an_unread_stream_does_nothing(owner: Owner) -> None:
     owner.submit(ran.append, threading.Event()).close()
     list(owner.submit(finish, threading.Event()))
     assert ran == []
+
+
+def test_a_worker_ends_when_it_is_shut_down_or_forgotten() -> None:
+    one, other = Worker("one"), Worker("other")
+    threads = [worker.submit(threading.current_thread).result(SOON) for worker in (one, other)]
+    failing = one.submit(int, "none")
+    one.shutdown()
+    one.shutdown()
+    assert isinstance(failing.exception(SOON), ValueError)
+    with pytest.raises(RuntimeError, match="ended"):
+        one.submit(int)
+    del other
+    assert not any(thread.is_alive() for thread in threads)

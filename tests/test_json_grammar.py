@@ -240,6 +240,12 @@ def test_objects_and_recursion_are_json(llava: Llava) -> None:
     assert values
 
 
+def test_no_control_token_stands_for_its_name(llava: Llava) -> None:
+    for seed in range(12):
+        options = Options(grammar='root ::= "<|im_start|>"', temperature=3.0, seed=seed, max_tokens=20)
+        assert llava.ask("?", options=options).text == "<|im_start|>"
+
+
 def test_the_grammar_counts(llava: Llava) -> None:
     """Without it the same draw is no JSON."""
     answer = llava.ask("?", options=Options(temperature=3.0, seed=0, max_tokens=20))

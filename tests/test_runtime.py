@@ -821,6 +821,37 @@ def test_pytorch_and_llama_cpp_share_a_process(tmp_path: Path) -> None:
     assert float(in_child(AFTER_TORCH, tmp_path / "model.gguf").stdout) > 0
 
 
+AFTER_MAIN = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from llava_edge import Llava, Options
+def ask():
+    next(answer)
+    started.set()
+    with ThreadPoolExecutor(1) as pool:
+        while True:  # until Python knows that the main thread has ended
+            try:
+                pool.submit(int)
+            except RuntimeError:
+                break
+    print(len(list(answer)), len(list(llava.stream("Hello", sys.argv[2], limit))))
+llava, started = Llava.load(sys.argv[1], device="cpu"), threading.Event()
+limit = Options(200, grammar='root ::= "a"{99}')
+answer = llava.stream("Hello", options=limit)
+threading.Thread(target=ask).start()
+started.wait()
+"""
+
+
+def test_a_thread_gets_its_answers_when_the_main_one_has_ended(micro_bundle: Path, tmp_path: Path) -> None:
+    """Python waits for it."""
+    picture = tmp_path / "new.png"
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(picture)
+    command = [sys.executable, "-c", AFTER_MAIN, str(micro_bundle), str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert (done.stdout, done.stderr) == ("99 100\n", "")
+
+
 IN_ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 

@@ -218,6 +218,11 @@ def test_without_the_option_no_answer_speaks_of_origins(server: Server) -> None:
             assert (cors(headers), headers.get("vary")) == ({}, None)
 
 
+def test_another_method_is_told_which_there_are(server: Server) -> None:
+    status, headers, _ = server.request("OPTIONS", "/v1/models")
+    assert (status, {method.strip() for method in headers["allow"].split(",")}) == (405, {"GET", "HEAD"})
+
+
 NO_ORIGINS = ["*", "null", "", "localhost:3000", "http://", "http://a:3000/", "file://", "http://a/b", "http://a b"]
 NO_ORIGINS += ["http://*.a.com", "http://a,http://b", "http://u@a"]
 

@@ -23,6 +23,8 @@ def test_home_follows_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert store.home() == tmp_path / "own"
+    monkeypatch.setenv("LLAVA_EDGE_HOME", "~/models")  # as service managers and .env files leave it
+    assert store.home() == tmp_path / "me" / "models"
     monkeypatch.delenv("LLAVA_EDGE_HOME")
     assert store.home() == tmp_path / "cache" / "llava-edge"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -73,6 +75,8 @@ def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     assert store.resolve("mine") == installed
     assert store.resolve("./mine").resolve() == tmp_path / "mine"
+    monkeypatch.setenv("HOME", str(tmp_path))  # shells leave `--model=~/mine` as it is
+    assert store.resolve("~/mine") == store.resolve(Path("~/mine")) == tmp_path / "mine"
     assert store.resolve(tmp_path / "mine") == tmp_path / "mine"
     assert store.resolve(Path("mine")) == Path("mine")  # a Path is never a name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--quant",
-    type=click.Choice(["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"]),
+    type=click.Choice(["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"], case_sensitive=False),  # llama.cpp writes Q4_K_M
     default="q4_k_m",
     show_default=True,
     help="Of the language model.",
@@ -142,7 +143,8 @@ def export(
     if as_json:
         click.echo(json.dumps(asdict(manifest) | ({"report": asdict(reports[0])} if reports else {})))
     size = sum(entry.size for entry in manifest.files.values())
-    click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: llava-edge run --model {out} --image photo.jpg", err=True)
+    run = f"llava-edge run --model {shlex.quote(str(out))} --image photo.jpg"
+    click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: {run}", err=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -116,7 +117,7 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
         "image_tokens": config.image_tokens,
         **asdict(config),
         "files": files,
-        "export with": f"llava-edge export {path} OUT",
+        "export with": f"llava-edge export {shlex.quote(str(path))} OUT",
     }
 
 

@@ -124,7 +124,7 @@ def _form(json_schema: str | None, grammar: str | None) -> str:
 def _text_of(name: str, flag: str) -> str:
     path = Path(meant(name))
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except FileNotFoundError as error:
         raise MissingError(f"{flag} names {name!r}, which does not exist.") from error
     except (OSError, ValueError) as error:
