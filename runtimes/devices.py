@@ -208,10 +208,17 @@ class Others:
     def __init__(self) -> None:
         self._begun, self._taken = time.monotonic(), others_seconds()
 
+    def passed(self) -> float:
+        """Seconds until now."""
+        return time.monotonic() - self._begun
+
+    def processors(self) -> float:
+        """Of those that this process may use, 1.0 is one for the whole time; 0 elsewhere than on Linux."""
+        return (others_seconds() - self._taken) / self.passed()
+
     def share(self) -> float:
-        """Of the time of the processors that this process may use; 0 elsewhere than on Linux."""
-        passed = time.monotonic() - self._begun
-        return (others_seconds() - self._taken) / passed / len(_allowed_cpus())
+        """`processors` as a share of all that this process may use."""
+        return self.processors() / len(_allowed_cpus())
 
 
 def others_seconds() -> float:

@@ -30,6 +30,9 @@ Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
 
 BATCH = 512  # positions evaluated at once, unless more are asked for; a cancelled prompt stops within one such chunk
+# Multiplications of a product with a square matrix, about 3 ms of a thread: then those who are free take more parts of
+# it than one who shares its processor, and all threads pay. In smaller ones all wait for that one, see threads.py.
+SMALL = 1 << 28
 MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a prompt of this size fits no context anyway
 MAX_BRANCHES = 8  # as many rows as `speculation.WIDTH`: more gain little, and their answers wait for each other
 _SEQUENCE = 0
@@ -76,7 +79,7 @@ class LanguageModel:
         # One more sequence is memory itself, and one what `save` saves of it. llama.cpp aborts with more than room.
         self.max_branches = max(0, min(MAX_BRANCHES, context - 2, batch - 2))
         self._threads = threads
-        self._for_tokens = Threads(threads)
+        self._team = Threads(threads)
         # With the same bits: llama.cpp's own attention divides float16 keys among its threads.
         self._threads_vary = not gpu_layers and self.native.few_attention and (kv == "q8_0" or native.attends(header))
         self._kv = kv
@@ -200,6 +203,7 @@ class LanguageModel:
 
     def evaluate_embeddings(self, rows: Array, keys: Sequence[Key], cancel: threading.Event) -> None:
         """Append image embeddings (n, hidden size) float32, known by `keys`. Raises `CancelledError`."""
+        self._team.pause()  # CLIP, whose threads compute until now, had processors that ours waited for
         for start in range(0, len(rows), self.batch):
             part = list(keys[start : start + self.batch])
             self._embeddings.values[: len(part)] = rows[start : start + self.batch]
@@ -374,9 +378,10 @@ class LanguageModel:
         # The callback is asked between graph nodes and is Python, so a few tokens, which are quick, go without.
         self.library.llama_set_abort_callback(self.context, self._never if quick else self._abort, None)
         if self._threads_vary:
-            if not quick:
-                self._for_tokens.pause()
-            threads = self._for_tokens.next() if quick else self._threads
+            small = batch.handle.n_tokens * self.hidden_size**2 < SMALL
+            if not small:
+                self._team.pause()
+            threads = self._team.next() if small else self._threads
             self.library.llama_set_n_threads(self.context, threads, threads)
         status = self._thread.submit(self.library.llama_decode, self.context, batch.handle).result()
         if status == _ABORTED:

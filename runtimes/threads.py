@@ -1,4 +1,4 @@
-"""How many threads compute the next token: fewer while other programs keep processors busy.
+"""How many threads compute the next token, or a short text: fewer while other programs keep processors busy.
 
 Threads wait for each other hundreds of times for each token, so that one which shares its processor with another
 program holds up all. Linux says how long threads that could compute had to wait for a processor, and how long
@@ -11,23 +11,30 @@ import os
 import time
 from pathlib import Path
 
+from llava_edge.runtimes.devices import Others
+
 WINDOW = 0.1  # seconds between two looks, over which times are added up
 CROWDED = 0.15  # of that time: threads that waited so long for processors are too many
+BUSY = 0.75  # of a processor, that others took while a model was loaded: one thread less to begin with
 IDLE = 0.8  # of that time: a processor with nothing to do for so long can take one thread more
 LONGEST = 64  # windows until a thread more is tried again, after several that had to be taken back
 
 
 class Threads:
-    """A number from 1 to `most`; that until something was measured."""
+    """A number from 1 to `most`: that, or by what others take until the first `next`, until something was measured."""
 
     def __init__(self, most: int) -> None:
         self.most = self.count = most
+        self._others: Others | None = Others()
         self._seen: tuple[float, float, float] | None = None  # at the beginning of a window
         self._told = most > 1 and self._look() is not None  # whether this system says what is needed
         self._patience, self._calm = 1, 0  # windows without crowding that a thread more takes, and that there were
 
     def next(self) -> int:
         """The number for the next pass of a token, or few."""
+        if self._others and self._others.passed() >= WINDOW:
+            self.count = max(1, self.most - int(self._others.processors() + 1 - BUSY))
+        self._others = None
         if not self._told or (self._seen and time.monotonic() - self._seen[0] < WINDOW):
             return self.count
         before, self._seen = self._seen, self._look()

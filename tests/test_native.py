@@ -317,11 +317,18 @@ for token in tokens[:8]:
 model.forget(300)
 numbers = []
 for i, token in enumerate(tokens[:8]):
-    model._for_tokens._told, model._for_tokens.count = False, 1 + i % 2
+    model._team._told, model._team.count = False, 1 + i % 2
     model.evaluate_tokens([token], never)
     numbers.append(bool((model.logits() == alone[i][0]).all()))
-model._for_tokens.count = 2
-model.forget(300)
+texts = []
+for model._team.count in (1, 2):
+    model.forget(0)
+    for length in (17, 33, 5, 31):
+        model.evaluate_tokens((tokens * 2)[:length], never)
+        texts.append(model.logits().tobytes())
+    texts.append(bytes(model.save(86)))
+model.forget(0)
+model.evaluate_tokens((tokens * 5)[:300], never)
 rows = model.evaluate_all(tokens[:8], never)
 same = all((rows[i] == alone[i][0]).all() and (model.state(i) == alone[i][1]).all() for i in range(8))
 model.show_states(False)
@@ -339,7 +346,7 @@ with Branches(model, 3) as branches:
     together = [bool((model.logits(row) == apart[row]).all()) for row in range(3)]
 print(json.dumps({"reason": model.native.reason, "used": model.native.used, "stopped": stopped, "again": again,
                   "held": held, "refused": refused, "recovered": recovered, "same": bool(same), "together": together,
-                  "numbers": numbers, "logits": [first.tolist(), second.tolist()]}))
+                  "numbers": numbers, "texts": texts[:5] == texts[5:], "logits": [first.tolist(), second.tolist()]}))
 """
 
 
@@ -417,6 +424,7 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ours["same"]  # guesses need that
         assert ours["together"] == [True] * 3  # an answer among others
         assert ours["numbers"] == [True] * 8  # threads come and go with other programs
+        assert ours["texts"]
         assert ours["recovered"]  # no NaN that was left in memory counts
         assert ("Q4_0", kernel, 16) in choice.choose(found_out(), kernel).many
     # Kept pictures are not another kernel's.

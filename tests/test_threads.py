@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
+from llava_edge.runtimes import language as model
+from llava_edge.runtimes.devices import Others
+from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.threads import LONGEST, Threads
 
 QUIET, BUSY = (0.0, 1.5), (0.6, 0.0)  # processors' worth of waiting, and of idleness, during a window
@@ -27,6 +32,35 @@ def decided(most: int, windows: Sequence[tuple[float, float]]) -> list[int]:
 
 def test_each_crowded_window_takes_a_thread_away_but_the_last() -> None:
     assert decided(4, [BUSY] * 5) == [3, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("passed", "others", "expected"), [(0.3, 0.9, 3), (0.3, 0.6, 4), (0.3, 9, 1), (0.05, 9, 4)])
+def test_it_begins_with_what_others_leave(
+    passed: float, others: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Others, "passed", lambda self: passed)
+    monkeypatch.setattr(Others, "processors", lambda self: others)
+    threads = Threads(4)
+    assert [threads.next(), threads.next()] == [expected] * 2
+
+
+def test_texts_of_small_models_are_left_to_threads_that_do_not_wait(
+    language: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(language.library, "llama_set_n_threads", lambda context, one, many: used.append(many))
+    monkeypatch.setattr(language, "_threads_vary", True)
+    monkeypatch.setattr(language, "_threads", 5)
+    monkeypatch.setattr(language._team, "next", lambda: 3)
+    never = threading.Event()
+    language.forget(0)
+    language.evaluate_tokens([5] * 20, never)
+    monkeypatch.setattr(model, "SMALL", 20 * language.hidden_size**2)
+    language.evaluate_tokens([5] * 20, never)
+    language.evaluate_tokens([5], never)
+    language.evaluate_embeddings(np.zeros((19, language.hidden_size), np.float32), [("", i) for i in range(19)], never)
+    language.forget(0)
+    assert used == [3, 5, 3, 3]
 
 
 def test_all_threads_compute_while_nobody_waits() -> None:
