@@ -42,18 +42,18 @@ class Llava:
         options: EngineOptions | None = None,
         *,
         device: Device | None = None,
-        pictures: Callable[[], Sequence[Picture]] | None = None,
+        pictures: Sequence[Callable[[], Picture]] = (),
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Llava:
         """Open a bundle folder, or a model pulled before, by name.
 
         on_load: gets the loaded fraction, 0 to 1, in another thread. What it raises stops loading and is raised here:
             the way to cancel it.
-        pictures: prepares those that will be asked about first; they are read and encoded while the model loads.
+        pictures: each prepares one that will be asked about first; they are read and encoded while the model loads.
         device: short for `EngineOptions(device=...)`. Weights are mapped: what two processes or two `Llava` load of the
         same bundle is in memory once, except for what the preset "latency" copies (`EngineOptions.preset`).
         Raises `MissingError`, `BundleError`, `UnavailableError`, `MemoryLimitError`, `UsageError`, or what
-        `pictures` raises.
+        one of `pictures` raises.
         """
         if device is not None:
             options = replace(options or EngineOptions(), device=device)

@@ -54,7 +54,7 @@ class Embedder:
         self._early: dict[str, Embedding] = {}
         self._thread = Worker("llava-edge vision")
 
-    def begin(self, shown: Future[Sequence[Picture]] | None, cancel: threading.Event) -> Future[None]:
+    def begin(self, shown: Sequence[Future[Picture]], cancel: threading.Event) -> Future[None]:
         """Embed in advance those of the pictures that are not known; without any, load what embeds them."""
         return self._thread.submit(self._begin, shown, cancel)
 
@@ -71,11 +71,10 @@ class Embedder:
         self._thread.shutdown()
         self._parts = None
 
-    def _begin(self, shown: Future[Sequence[Picture]] | None, cancel: threading.Event) -> None:
-        if shown is None:
+    def _begin(self, shown: Sequence[Future[Picture]], cancel: threading.Event) -> None:
+        if not shown:
             self._opened()
-            return
-        for picture in shown.result():
+        for picture in map(Future.result, shown):
             if self._known(picture) is None:
                 self._early[picture.key] = self._compute(picture, None, cancel)
 

@@ -66,28 +66,28 @@ class Engine:
         bundle: Bundle,
         options: EngineOptions | None = None,
         *,
-        pictures: Callable[[], Sequence[Picture]] | None = None,
+        pictures: Sequence[Callable[[], Picture]] = (),
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Engine:
         """Load all parts. `on_load` gets the loaded fraction, in a thread of the engine; what it raises stops loading.
 
-        pictures: prepares what will be asked about first. It is called by this thread, and they are embedded, while the
-            language model loads; if all are known already, CLIP is not loaded before it is needed.
+        pictures: each prepares one that will be asked about first. They are called by this thread, and the pictures
+            embedded, while the language model loads; if all are known, CLIP is not loaded before it is needed.
         Raises `BundleError`, `UnavailableError`, `MemoryLimitError`, `UsageError`, and what `pictures` raises.
         """
         if options is not None and not isinstance(options, EngineOptions):
             raise UsageError(f"EngineOptions were expected, not {options!r:.60}.")
         engine = Engine(bundle, options or EngineOptions())
-        shown: Future[Sequence[Picture]] | None = Future() if pictures else None
+        shown: list[Future[Picture]] = [Future() for _ in pictures]
         try:
             loading = engine._owner.begin(lambda job: engine._load(job.cancel, shown, on_load))
-            if pictures and shown:
-                shown.set_result(pictures())
+            for future, read in zip(shown, pictures, strict=True):
+                future.set_result(read())
             for _ in loading:
                 pass
         except BaseException as error:
-            if shown:
-                shown.cancel()  # without effect if it has a result; else nobody may wait for one
+            for future in shown:
+                future.cancel()  # without effect if it has a result; else nobody may wait for one
             # Ctrl-C does not wait until loading stops. Else Python must not end while another thread frees engines:
             # that would abort the process.
             engine._owner.close(wait=isinstance(error, Exception))
@@ -226,10 +226,7 @@ class Engine:
         self._cache.close()
 
     def _load(
-        self,
-        cancel: threading.Event,
-        shown: Future[Sequence[Picture]] | None,
-        on_load: Callable[[float], None],
+        self, cancel: threading.Event, shown: Sequence[Future[Picture]], on_load: Callable[[float], None]
     ) -> None:
         start = time.perf_counter()
         probe.require_working_build()
@@ -254,7 +251,7 @@ class Engine:
         self._template = template(manifest.template)
         self._ends = {language.control_id(name) for name in self._template.stops}
         self._encode = prompt_encoder(language, manifest)
-        if shown is None:
+        if not shown:
             embedding.result()
         self.load_ms = since(start)
 

@@ -63,22 +63,22 @@ def test_what_is_raised_while_a_model_loads_stops_it(micro_bundle: Path, capfd: 
 def test_pictures_are_read_while_the_model_loads(micro_bundle: Path) -> None:
     begun, manifest = threading.Event(), Bundle.open(micro_bundle).manifest
 
-    def read() -> list[Picture]:
-        assert begun.wait(30)  # the model does not wait for them
-        return [prepare(RED, manifest)]
+    def read() -> Picture:
+        assert begun.wait(30)  # the model does not wait for it
+        return prepare(RED, manifest)
 
-    with Llava.load(micro_bundle, device="cpu", pictures=read, on_load=lambda fraction: begun.set()) as loaded:
+    with Llava.load(micro_bundle, device="cpu", pictures=[read], on_load=lambda fraction: begun.set()) as loaded:
         assert loaded.ask("hi", RED, Options(max_tokens=1)).image_tokens == CONFIG.image_tokens
 
 
 @pytest.mark.parametrize("error", [ImageError("It is damaged."), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 def test_pictures_that_cannot_be_had_stop_loading(error: BaseException, micro_bundle: Path) -> None:
-    def read() -> list[Picture]:
+    def read() -> Picture:
         raise error
 
     threads = set(threading.enumerate())
     with pytest.raises(type(error)):
-        Llava.load(micro_bundle, device="cpu", pictures=read)
+        Llava.load(micro_bundle, device="cpu", pictures=[read, read])
     for thread in set(threading.enumerate()) - threads:
         thread.join(30)
         assert not thread.is_alive()  # nobody waits for pictures any more

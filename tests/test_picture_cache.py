@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +43,8 @@ def language_of(llava: Llava) -> LanguageModel:
     return found
 
 
-def opened(bundle: Path, options: EngineOptions = CPU, shown: tuple[Picture, ...] = ()) -> Llava:
-    return Llava.load(bundle, options, pictures=(lambda: shown) if shown else None)
+def opened(bundle: Path, options: EngineOptions = CPU, shown: Sequence[Callable[[], Picture]] = ()) -> Llava:
+    return Llava.load(bundle, options, pictures=shown)
 
 
 @pytest.fixture(scope="module")
@@ -220,11 +220,11 @@ def test_a_budget_is_part_of_the_key(micro_bundle: Path, plain: Llava) -> None:
 
 def test_pictures_embedded_while_loading(micro_bundle: Path, plain: Llava) -> None:
     shown = prepare(picture("red"), plain.bundle.manifest)
-    with opened(micro_bundle, shown=(shown,)) as llava:
+    with opened(micro_bundle, shown=[lambda: shown]) as llava:
         first = found(llava, ASK, [shown])
         assert first[2] == "miss"
         assert same(first, computed(plain, ASK, [shown]))
-    with opened(micro_bundle, shown=(shown,)) as llava:
+    with opened(micro_bundle, shown=[lambda: shown]) as llava:
         assert found(llava, ASK, [shown])[2] == "kv"
 
 
@@ -233,7 +233,7 @@ def test_clip_is_not_even_loaded_for_a_known_picture(micro_bundle: Path, monkeyp
     with opened(micro_bundle) as llava:
         found(llava, ASK, [shown])
     monkeypatch.setattr(embedder, "VisionEncoder", lambda *_, **__: pytest.fail("CLIP was loaded"))
-    with opened(micro_bundle, shown=(shown,)) as llava:
+    with opened(micro_bundle, shown=[lambda: shown]) as llava:
         assert found(llava, ASK, [shown])[2] == "kv"
 
 

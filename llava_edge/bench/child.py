@@ -37,10 +37,10 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     begun = time.monotonic()
     # As `llava-edge run` does: the first picture is read and encoded while the language model loads.
     first, *_ = pictures = {name: Path(path) for name, path in task["pictures"].items()}
-    prepared = cache(lambda: [limited(prepare(pictures[first], bundle.manifest), wanted, bundle.manifest)])
-    with Engine.open(bundle, options, pictures=prepared) as engine:
+    prepared = cache(lambda: limited(prepare(pictures[first], bundle.manifest), wanted, bundle.manifest))
+    with Engine.open(bundle, options, pictures=[prepared]) as engine:
         loaded = time.monotonic()
-        [shown] = prepared()
+        shown = prepared()
         found = {first: result_of(engine.generate(asked, [shown], wanted))}
         cold = (loaded - born) * 1000 + found[first].timings.ttft_ms
         for name in list(pictures)[1:]:

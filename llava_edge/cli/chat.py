@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import click
@@ -32,14 +32,14 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
 
     manifest = Bundle.open(resolve(model)).manifest
     check_budget(options, manifest)
-    shown = cache(lambda: [limited(prepare(picture_path(image), manifest), options, manifest) for image in images])
+    read = cache(lambda image: limited(prepare(picture_path(image), manifest), options, manifest))
     with status_line("Loading the model") as status:
-        llava = Llava.load(model, engine, pictures=shown if images else None, on_load=status)
+        llava = Llava.load(model, engine, pictures=[partial(read, image) for image in images], on_load=status)
     with llava:
         click.echo(f"{llava.bundle.manifest.name} on {llava.device}. /help lists the commands.", err=True)
         advise(llava.device)
         repl = Repl(llava.chat(system, options), show, _waiting)
-        repl.add(shown(), list(images))
+        repl.add(list(map(read, images)), list(images))
         repl.run()
 
 

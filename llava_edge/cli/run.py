@@ -6,7 +6,7 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,14 +67,14 @@ def run(
     check_budget(options, manifest)
     if not images and prompts == (DEFAULT_PROMPT,):
         raise UsageError("There is no image to describe: name one with --image, or ask something else with --prompt.")
-    shown = cache(lambda: [limited(prepare(_image_source(image), manifest), options, manifest) for image in images])
+    read = cache(lambda image: limited(prepare(_image_source(image), manifest), options, manifest))
     with status_line("Loading the model") as status:
-        llava = Llava.load(model, engine, pictures=shown if images else None, on_load=status)
+        llava = Llava.load(model, engine, pictures=[partial(read, image) for image in images], on_load=status)
     with llava:
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
         advise(llava.device)
-        for stream in llava.ask_many(prompts, shown(), options, system=system, started=started):
+        for stream in llava.ask_many(prompts, list(map(read, images)), options, system=system, started=started):
             result = _answer(stream, "Looking at the image" if images else "Reading", quiet=as_json)
             if as_json:
                 click.echo(json.dumps(asdict(result), ensure_ascii=False))
