@@ -141,13 +141,16 @@ class _Reader(Stream):
 
 
 class Owner:
-    """The thread. `pause` runs in it when nobody has asked for a while, `last` when it ends."""
+    """The thread. `pause` runs in it when nobody has asked for a while, `last` when it ends.
 
-    def __init__(self, last: Callable[[], None], pause: Callable[[], None] = lambda: None) -> None:
+    It holds no job that is done: what jobs refer to, an engine that nobody uses any more, can be collected.
+    """
+
+    def __init__(self, last: Callable[[], object]) -> None:
+        self.pause: Callable[[], None] = lambda: None
         self._last = last
-        self._pause = pause
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what closes it can be a collection, anywhere in its thread
         self._closed = False
         self._at_work: Job | None = None
         self._thread = threading.Thread(target=self._serve, name="llava-edge engine", daemon=True)
@@ -205,26 +208,34 @@ class Owner:
         try:
             return self._jobs.get(timeout=PAUSE_SECONDS)
         except queue.Empty:
-            self._pause()
+            self.pause()
             return self._jobs.get()
 
     def _serve(self) -> None:
-        while (job := self._next()) is not None:
-            if not job.turn.begin():
-                continue
-            end: BaseException | None = None
-            with self._lock:
-                self._at_work = job
-                if self._closed:
-                    end = UsageError(CLOSED)
-            try:
-                if end is None:
-                    job.run(job)
-            except BaseException as error:  # noqa: BLE001 - the caller gets it
-                end = error
-            for one in (job, *job.others):
-                one.output.put(end)
+        while self._serve_one():
+            pass
         self._last()
+
+    def _serve_one(self) -> bool:
+        """Whether there may be another one."""
+        job = self._next()
+        if job is None or not job.turn.begin():
+            return job is not None
+        end: BaseException | None = None
+        with self._lock:
+            self._at_work = job
+            if self._closed:
+                end = UsageError(CLOSED)
+        try:
+            if end is None:
+                job.run(job)
+        except BaseException as error:  # noqa: BLE001 - the caller gets it
+            end = error
+        with self._lock:
+            self._at_work = None
+        for one in (job, *job.others):
+            one.output.put(end)
+        return True
 
 
 class Worker:

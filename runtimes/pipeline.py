@@ -10,8 +10,10 @@ import atexit
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +46,10 @@ MAX_BATCH = 1024  # a batch's working memory grows with it: 13 MB for 64 positio
 
 
 class Engine:
-    """Open it with `Engine.open`; it is safe to call from several threads, which are served in turn."""
+    """Open it with `Engine.open`; it is safe to call from several threads, which are served in turn.
+
+    If nobody closes it, it is when nobody holds it any more, or at the end of Python: its thread holds parts of it only.
+    """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self.bundle = bundle
@@ -55,11 +60,13 @@ class Engine:
         self.context_size = 0
         self._embedder: Embedder | None = None
         self._language: LanguageModel | None = None
-        self._draft: Draft | None = None
         self._prefill: Prefill | None = None
         self._cache = _open_cache(options.cache)
         self._recent = Recent(bundle.manifest, RECENT_BYTES if options.cache else 0)
-        self._owner = Owner(self._free, self._keep)
+        self._parts = ExitStack()
+        self._parts.callback(self._cache.close)
+        self._owner = Owner(self._parts.close)
+        weakref.finalize(self, self._owner.close, wait=False).atexit = False
 
     @staticmethod
     def open(
@@ -200,7 +207,7 @@ class Engine:
     def close(self) -> None:
         """Cancel the request in work, refuse those that wait, keep what is to be kept, and free the engines.
 
-        Harmless when repeated, and done at the end of Python if it was not before.
+        Harmless when repeated.
         """
         self._owner.close()
         atexit.unregister(self._owner.close)
@@ -210,20 +217,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _keep(self) -> None:
-        if self._prefill is not None:
-            self._prefill.keep()
-
-    def _free(self) -> None:
-        self._keep()
-        if self._embedder is not None:
-            self._embedder.close()
-        language, self._language = self._language, None
-        for model in (language, self._draft):
-            if model is not None:
-                model.close()
-        self._cache.close()
 
     def _load(
         self, cancel: threading.Event, shown: Sequence[Future[Picture]], on_load: Callable[[float], None]
@@ -237,6 +230,7 @@ class Engine:
         self.context_size = self.preset.context
         threads = self.options.threads or devices.thread_count()[0]
         self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
+        self._parts.callback(self._embedder.close)
         embedding = self._embedder.begin(shown, cancel)
 
         def progress(fraction: float) -> bool:
@@ -244,10 +238,14 @@ class Engine:
             return not cancel.is_set()
 
         language = self._load_language(threads, batch, progress)
+        draft = None
         if self.options.draft:
-            self._draft = Draft(Path(self.options.draft), language, threads, repack=self.preset.repack)
-        self._speculation = Speculation(language, self._draft)
+            draft = Draft(Path(self.options.draft), language, threads, repack=self.preset.repack)
+            self._parts.callback(draft.close)
+        self._speculation = Speculation(language, draft)
         self._prefill = Prefill(self.bundle, language, self._embedder, self._cache)
+        self._parts.callback(self._prefill.keep)
+        self._owner.pause = self._prefill.keep
         self._template = template(manifest.template)
         self._ends = {language.control_id(name) for name in self._template.stops}
         self._encode = prompt_encoder(language, manifest)
@@ -284,6 +282,7 @@ class Engine:
             verbose=self.options.verbose,
             on_load=progress,
         )
+        self._parts.callback(language.close)
         found, wanted = (language.hidden_size, language.vocab_size), (expected.hidden_size, expected.vocab_size)
         if found != wanted:
             raise BundleError(
@@ -420,7 +419,7 @@ class Engine:
         )
 
     def _opened(self) -> LanguageModel:
-        if self._language is None:
+        if self._language is None or self._language.context is None:
             raise UsageError(CLOSED)
         return self._language
 

@@ -84,6 +84,31 @@ def test_pictures_that_cannot_be_had_stop_loading(error: BaseException, micro_bu
         assert not thread.is_alive()  # nobody waits for pictures any more
 
 
+def test_a_model_that_nothing_refers_to_is_freed(micro_bundle: Path) -> None:
+    def own() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread not in before}
+
+    before, short = set(threading.enumerate()), Options(max_tokens=2)
+    dropped = Llava.load(micro_bundle, device="cpu")
+    answer = dropped.ask("What is it?", RED, short).text
+    threads = own()
+    assert len(threads) >= 3
+    dropped = Llava.load(micro_bundle, device="cpu")  # as a cell of a notebook that is run again
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    chat = dropped.chat(options=short)
+    del dropped
+    assert "".join(chunk.text for chunk in chat.say("What is it?", RED)) == answer
+    del chat
+    stream = Llava.load(micro_bundle, device="cpu").stream("What is it?", RED, short)
+    assert "".join(chunk.text for chunk in stream) == answer
+    del stream
+    for thread in own():
+        thread.join(30)
+        assert not thread.is_alive()
+
+
 def test_embeddings_are_what_the_checkpoint_computes(micro_bundle: Path, micro_checkpoint: Path, llava: Llava) -> None:
     """CLIP and projector by transformers, on the same pixels."""
     import torch
