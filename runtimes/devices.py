@@ -70,7 +70,7 @@ def lacking(device: str) -> str:
 
 def thread_count() -> tuple[int, str]:
     """Threads to compute with, and why: physical cores this process may use, within its CPU quota."""
-    allowed = _allowed_cpus()
+    allowed = allowed_cpus()
     cores = _physical_cores(allowed)
     reason = f"{cores} physical cores of {len(allowed)} processors this process may use"
     quota = _cpu_quota()
@@ -80,7 +80,8 @@ def thread_count() -> tuple[int, str]:
     return cores, reason
 
 
-def _allowed_cpus() -> set[int]:
+def allowed_cpus() -> set[int]:
+    """Numbers of the processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
@@ -99,18 +100,16 @@ def _physical_cores(allowed: set[int]) -> int:
 
 
 def _cpu_quota() -> float | None:
-    """Processors' worth of time in this process's cgroup (v2, then v1), or None without a limit."""
-    for line in _read("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            words = _read(f"/sys/fs/cgroup{path}/cpu.max").split() or _read("/sys/fs/cgroup/cpu.max").split()
-        elif "cpu" in controllers.split(","):
-            words = [_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
+    """Processors' worth of time that this process's cgroups leave it, or None without a limit."""
+    quotas = []
+    for folder, unified in _groups("cpu"):
+        if unified:
+            words = _read(f"{folder}/cpu.max").split()
         else:
-            continue
+            words = [_read(f"{folder}/cpu.cfs_{name}_us") for name in ("quota", "period")]
         if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
-            return int(words[0]) / int(words[1])
-    return None
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
 
 
 @functools.cache
@@ -145,8 +144,9 @@ def available_memory() -> int | None:
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             limits.append(int(line.split()[1]) * 1024)
-    for folder, names in _memory_groups():
-        limit, used = (_read(f"{folder}/{name}") for name in names)
+    for folder, unified in _groups("memory"):
+        names = ("max", "current") if unified else ("limit_in_bytes", "usage_in_bytes")
+        limit, used = (_read(f"{folder}/memory.{name}") for name in names)
         if limit.isdigit() and used.isdigit():
             # Files that were read or written count as used until something else needs the memory.
             fields = dict(line.split(maxsplit=1) for line in _read(f"{folder}/memory.stat").splitlines() if " " in line)
@@ -169,8 +169,8 @@ def address_space() -> int | None:
     return max(0, limit - int(pages) * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _memory_groups() -> list[tuple[str, tuple[str, str]]]:
-    """Folders of this process's cgroups, each with its parents, and the names of limit and use in them (v2, then v1).
+def _groups(controller: str) -> list[tuple[str, bool]]:
+    """Folders of this process's cgroups, each with its parents, and whether they are of version 2.
 
     In a container the path may be the one outside, which is not there; the topmost folder is then its own.
     """
@@ -178,13 +178,13 @@ def _memory_groups() -> list[tuple[str, tuple[str, str]]]:
     for line in _read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            top, names = "/sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            top, names = "/sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            top = "/sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = f"/sys/fs/cgroup/{controller}"
         else:
             continue
         own = PurePosixPath(path)
-        found += [(f"{top}{part}".rstrip("/"), names) for part in map(str, (own, *own.parents))]
+        found += [(f"{top}{part}".rstrip("/"), not controllers) for part in map(str, (own, *own.parents))]
     return found
 
 
@@ -218,12 +218,12 @@ class Others:
 
     def share(self) -> float:
         """`processors` as a share of all that this process may use."""
-        return self.processors() / len(_allowed_cpus())
+        return self.processors() / len(allowed_cpus())
 
 
 def others_seconds() -> float:
     """What others have taken so far of the processors that this process may use; 0 elsewhere than on Linux."""
-    allowed = {f"cpu{number}" for number in _allowed_cpus()}
+    allowed = {f"cpu{number}" for number in allowed_cpus()}
     rows = [words for line in _read("/proc/stat").splitlines() if (words := line.split()) and words[0] in allowed]
     # All but idle and waiting for disks, see proc(5).
     ticks = sum(sum(map(int, words[1:4])) + sum(map(int, words[6:9])) for words in rows)

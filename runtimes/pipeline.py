@@ -48,7 +48,7 @@ MAX_BATCH = 1024  # a batch's working memory grows with it: 13 MB for 64 positio
 class Engine:
     """Open it with `Engine.open`; it is safe to call from several threads, which are served in turn.
 
-    If nobody closes it, it is when nobody holds it any more, or at the end of Python: its thread holds parts of it only.
+    Closed by `close`, when Python ends, and when nothing refers to it any more: its thread refers to its parts alone.
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:

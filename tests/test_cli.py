@@ -208,6 +208,17 @@ def test_the_device_is_named_where_it_is_of_interest(micro_bundle: Path, run: Ru
     assert re.fullmatch(r"device: [^.]*; preset: memory \(asked for\)\n", err)
 
 
+def test_more_threads_than_processors_are_said_to_be_slow(
+    micro_bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_edge.cli.arguments.allowed_cpus", lambda: {0, 3})
+    common = ("run", "--model", micro_bundle, "--prompt", "hi", "--max-tokens", "1", "--json", "--threads")
+    assert run(*common, "2")[2] == ""
+    code, _, err = run(*common, "3")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "3 threads wait for each other on 2 processors" in err
+
+
 class _Stdin:
     """Standard input with bytes in it."""
 

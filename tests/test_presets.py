@@ -97,6 +97,26 @@ def test_the_tightest_of_all_groups_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert devices.available_memory() == 470_000_000
 
 
+def test_the_tightest_quota_of_all_groups_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/self/cgroup": "0::/user.slice/app.scope/inner",
+        "/sys/fs/cgroup/user.slice/cpu.max": "600000 100000",
+        "/sys/fs/cgroup/user.slice/app.scope/cpu.max": "150000 100000",
+        "/sys/fs/cgroup/user.slice/app.scope/inner/cpu.max": "max 100000",
+    }
+    monkeypatch.setattr(devices, "_read", lambda path: files.get(str(path), ""))
+    monkeypatch.setattr(devices, "allowed_cpus", lambda: set(range(8)))
+    assert devices.thread_count() == (1, "the CPU quota of this process is 1.5 processors")
+    files = {
+        "/proc/self/cgroup": "3:cpu,cpuacct:/docker/abc\n7:memory:/docker/abc",
+        "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000",
+        "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+    }
+    assert devices.thread_count()[0] == 3
+    files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1"  # none
+    assert devices.thread_count()[0] == 8
+
+
 def test_clips_second_copy_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = gguf.read(four_bits(tmp_path))
     monkeypatch.setattr(devices, "available_memory", lambda: 1 << 30)

@@ -28,7 +28,7 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 
 @pytest.fixture(scope="module")
 def server(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(micro_bundle, tmp_path_factory.mktemp("server")) as started:
+    with running(micro_bundle, tmp_path_factory.mktemp("server"), "--host", "localhost") as started:
         yield started
 
 

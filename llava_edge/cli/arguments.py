@@ -13,6 +13,7 @@ import click
 from llava_edge.errors import DataError, UnavailableError, UsageError, install
 from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import is_file, meant
+from llava_edge.runtimes.devices import allowed_cpus
 from llava_edge.store import DEFAULT_MODEL, refuse_download
 
 Command = Callable[..., Any]
@@ -99,7 +100,11 @@ def engine_options_from(values: dict[str, Any]) -> EngineOptions:
     draft = values["draft"]
     if draft is not None and not draft.strip():
         raise UsageError(f"--draft is {draft!r}; a GGUF file was expected.")
-    return EngineOptions(**{name: values[name] for name in _ENGINE})
+    engine = EngineOptions(**{name: values[name] for name in _ENGINE})
+    if engine.threads > (processors := len(allowed_cpus())):
+        slow = f"{engine.threads} threads wait for each other on {processors} processors"
+        click.echo(f"({slow}, which takes many times as long; leave --threads out, or give fewer)", err=True)
+    return engine
 
 
 def with_flag(sentence: str) -> str:

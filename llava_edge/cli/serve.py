@@ -63,6 +63,7 @@ def serve(
     # Taken out: the model's process need not know it.
     key = read_key(api_key_file, os.environ.pop("LLAVA_EDGE_API_KEY", ""))
     limits = Limits(queue=queue, requests=max(64, 2 * queue), answer_seconds=timeout)
+    host = "127.0.0.1" if host == "localhost" else host
     settings = Settings(host, port, key, insecure_no_key, allow_host, allow_origin, limits)
     bundle = Bundle.open(resolve(model))
     with status_line("Loading the model") as status:
