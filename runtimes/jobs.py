@@ -100,7 +100,7 @@ class Job:
 
 
 class _Reader(Stream):
-    """The stream of a job, which `start` queues. Left before its last chunk, even unread, it cancels the job."""
+    """The stream of a job, which `start` queues. Left before its last chunk or end, even unread, it cancels the job."""
 
     def __init__(self, job: Job, start: Callable[[], None] | None = None) -> None:
         self._job = job
@@ -121,6 +121,7 @@ class _Reader(Stream):
             self.close()
             raise
         if item is None:
+            self._whole = True
             self.close()
             raise StopIteration
         self._whole = item.final is not None

@@ -231,6 +231,7 @@ class Engine:
         threads = self.options.threads or devices.thread_count()[0]
         self._embedder = Embedder(self.bundle, self._vision(threads), self.choice.provider, self._cache)
         self._parts.callback(self._embedder.close)
+        self._parts.callback(cancel.set)  # what is embedded in advance may take longer than loading
         embedding = self._embedder.begin(shown, cancel)
 
         def progress(fraction: float) -> bool:

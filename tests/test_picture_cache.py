@@ -22,7 +22,7 @@ from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
-from llava_edge.runtimes import embedder, jobs, pictures, prefill
+from llava_edge.runtimes import embedder, jobs, pictures, prefill, tune
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
@@ -226,6 +226,22 @@ def test_pictures_embedded_while_loading(micro_bundle: Path, plain: Llava) -> No
         assert same(first, computed(plain, ASK, [shown]))
     with opened(micro_bundle, shown=[lambda: shown]) as llava:
         assert found(llava, ASK, [shown])[2] == "kv"
+
+
+def test_embedding_goes_on_when_the_model_is_loaded(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, loaded = prepare(picture("red"), Bundle.open(micro_bundle).manifest), threading.Event()
+
+    def late(*arguments: Any) -> Any:
+        assert loaded.wait(30)
+        return tune.opened(*arguments)
+
+    monkeypatch.setattr(embedder, "opened", late)
+    with opened(micro_bundle, shown=[lambda: shown]) as llava:
+        loaded.set()
+        part = llava._engine._embedder
+        assert part is not None
+        part._thread.submit(bool).result(30)  # after what was begun while it was loaded
+        assert list(part._early) == [shown.key]
 
 
 def test_clip_is_not_even_loaded_for_a_known_picture(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
