@@ -32,6 +32,7 @@ from llava_edge.errors import UsageError
 
 LIMIT = 4 << 30  # bytes in all, unless $LLAVA_EDGE_CACHE_MIB says otherwise; the least recently used goes first
 FREE_FLOOR = 2 << 30  # bytes that are left free on the disk
+UNSEEN = 64  # of so many parts of the limit one is written between two looks at all entries, each of which takes time
 _FORMAT = b"LLEDGE\x00\x01"
 _HEADER = struct.Struct("<8sIQ32s")
 _MAX_ABOUT = 1 << 12
@@ -53,13 +54,15 @@ class Entry:
 class Cache:
     """A folder of entries, shared by any number of processes.
 
-    limit: bytes; entries are removed, least recently used first, so that no more is kept.
+    limit: bytes; entries are removed, least recently used first, so that no more is kept, but for a part of `UNSEEN`
+        by each process that others do not see yet.
     """
 
     def __init__(self, folder: Path, limit: int = LIMIT, floor: int = FREE_FLOOR) -> None:
         self.folder = folder
         self.limit = limit
         self._floor = floor
+        self._room = 0  # bytes that may be kept before the next look at what others keep
 
     def get(self, key: str) -> bytes | None:
         """The payload kept under `key`, verified; None if there is none. A damaged entry is removed."""
@@ -102,7 +105,8 @@ class Cache:
     def entries(self) -> list[Entry]:
         """All entries, the most recently used first. Their payloads are not checked."""
         found = []
-        for path, info in self._files():
+        for item, info in self._files():
+            path = Path(item.path)
             about = _about(path) if len(path.name) == _KEY_LENGTH else {"kind": "unfinished"}
             found.append(Entry(path, about, info.st_size, info.st_mtime))
         return sorted(found, key=lambda entry: entry.used, reverse=True)
@@ -125,32 +129,38 @@ class Cache:
             entry.path.unlink(missing_ok=True)
         return len(entries), sum(entry.size for entry in entries)
 
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Entries, and what other processes have not finished."""
+    def _files(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+        """Entries, and what others have not finished. Not as paths: making thousands takes longer than all else."""
         try:
             with os.scandir(self.folder) as found:
                 for item in found:
                     if len(item.name) == _KEY_LENGTH or item.name.endswith(".tmp"):
-                        yield Path(item.path), item.stat(follow_symlinks=False)
+                        yield item, item.stat(follow_symlinks=False)
         except OSError:
             return
 
     def _make_room(self, size: int) -> bool:
         """Remove what was not used for longest until `size` more bytes may be kept; whether they may."""
+        free = shutil.disk_usage(self.folder).free
+        if size <= self._room and free - size >= self._floor:
+            self._room -= size
+            return True
         files = sorted(self._files(), key=lambda file: file[1].st_mtime)
         kept = sum(info.st_size for _, info in files)
-        free = shutil.disk_usage(self.folder).free
+        unseen = self.limit // UNSEEN
+        most = self.limit if kept + size <= self.limit else self.limit - unseen
         if size > self.limit or free + kept - size < self._floor:
             return False  # not even without all others
         now = time.time()
-        for path, info in files:
-            unfinished = path.suffix == ".tmp"
+        for item, info in files:
+            unfinished = item.name.endswith(".tmp")
             if unfinished and now - info.st_mtime < _ABANDONED:
                 continue
-            if unfinished or kept + size > self.limit or free - size < self._floor:
-                path.unlink(missing_ok=True)
+            if unfinished or kept + size > most or free - size < self._floor:
+                Path(item.path).unlink(missing_ok=True)
                 kept -= info.st_size
                 free += info.st_size
+        self._room = min(max(self.limit - kept - size, 0), unseen)
         return kept + size <= self.limit and free - size >= self._floor
 
     def _secret(self) -> bytes:

@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -168,12 +169,15 @@ class LanguageModel:
 
     def save(self, count: int) -> memoryview:
         """The first `count` positions that memory holds, in llama.cpp's own form."""
-        api, saved = self.library, 1 + self.max_branches
-        api.llama_memory_seq_cp(self._memory, _SEQUENCE, saved, 0, count)
-        state = np.empty(api.llama_state_seq_get_size(self.context, saved), np.uint8)
-        written = api.llama_state_seq_get_data(self.context, _bytes(state), len(state), saved)
-        api.llama_memory_seq_rm(self._memory, saved, -1, -1)
+        with self._first(count) as saved:
+            state = np.empty(self.library.llama_state_seq_get_size(self.context, saved), np.uint8)
+            written = self.library.llama_state_seq_get_data(self.context, _bytes(state), len(state), saved)
         return state[:written].data
+
+    def saved_size(self, count: int) -> int:
+        """Bytes of what `save` returns."""
+        with self._first(count) as saved:
+            return int(self.library.llama_state_seq_get_size(self.context, saved))
 
     def restore(self, state: bytes | memoryview, keys: Sequence[Key]) -> bool:
         """Let memory hold what `save` returned when it held `keys`; whether that worked.
@@ -277,6 +281,16 @@ class LanguageModel:
         folder = Path(self.library.__file__).parent / "lib"
         build = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
         return [build, devices.processor(), self.context_size, self._threads, self._settings, self.batch]
+
+    @contextmanager
+    def _first(self, count: int) -> Iterator[int]:
+        """A sequence of the first `count` positions that memory holds."""
+        first = 1 + self.max_branches
+        self.library.llama_memory_seq_cp(self._memory, _SEQUENCE, first, 0, count)
+        try:
+            yield first
+        finally:
+            self.library.llama_memory_seq_rm(self._memory, first, -1, -1)
 
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
         api = self.library

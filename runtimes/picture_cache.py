@@ -50,9 +50,11 @@ class PictureCache:
         self._writer = Worker("llava-edge cache")
 
     @property
-    def keeps(self) -> bool:
-        """Whether it keeps anything at all."""
-        return self._disk is not None or self._room > 0
+    def room(self) -> int:
+        """Bytes of the largest payload that would be kept now; a larger one need not be made."""
+        with self._lock:
+            waiting = sum(map(len, self._waiting.values()))
+        return max(self._room, WAITING - waiting if self._disk is not None else 0)
 
     def get(self, key: str) -> Payload | None:
         """What was put under `key`, here or in another process."""

@@ -104,7 +104,8 @@ class Prefill:
         """
         with suppress(MemoryError):
             for keys in self._new:
-                if self._cache.keeps and self._language.held[: len(keys)] == keys:
+                room = self._cache.room
+                if room and self._language.held[: len(keys)] == keys and self._language.saved_size(len(keys)) <= room:
                     about = {"model": self._name, "kind": "state", "positions": str(len(keys))}
                     self._cache.put(self._key(keys), about, self._language.save(len(keys)))
         self._new.clear()

@@ -11,9 +11,10 @@ import numpy as np
 
 from llava_edge.errors import UsageError
 from llava_edge.options import Options, TokenChance
-from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.language import Array, LanguageModel
 
 MOST_NESTED = 200  # parentheses of a grammar; llama.cpp's stack ends at some ten thousand
+LOOK = 256  # likeliest tokens shown to a grammar first: llama.cpp takes 0.1 us for each that there is
 WINDOW = 64  # last tokens of an answer that penalties look at, llama.cpp's default
 
 
@@ -28,6 +29,7 @@ class Sampler:
     def __init__(self, language: LanguageModel, options: Options) -> None:
         self._library = library = language.library
         self._language = language
+        self._greedy = options.greedy
         self._chain: Any = None
         self._grammar = self._read_grammar(options.grammar) if options.grammar else None
         self._chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
@@ -59,13 +61,28 @@ class Sampler:
         tokens = np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])  # llama_token_data
         tokens["id"], tokens["logit"] = np.arange(len(logits)), logits
         tokens["logit"][self._language.unseen] = -np.inf  # llama.cpp takes them for their names, which answers lack
+        if self._greedy:
+            likely = tokens.copy()
+            self._apply(self._chain, likely)  # the penalties
+            likely = likely[_highest(likely["logit"], LOOK)]
+            if self._leaves_any(likely):
+                return int(likely["id"][likely["logit"].argmax()])
+        if not self._leaves_any(tokens):
+            raise UsageError("The model has no token that continues what the grammar, or JSON schema, allows here.")
+        choice = self._apply(self._chain, tokens)
+        return int(choice.data[choice.selected].id)
+
+    def _leaves_any(self, tokens: Array) -> bool:
+        """Let the grammar set the logits of tokens that it does not allow to -inf; whether it allows one."""
+        self._apply(self._grammar, tokens)
+        return bool(np.isfinite(tokens["logit"]).any())
+
+    def _apply(self, part: Any, tokens: Array) -> Any:
+        """Let a sampler change the tokens, and select one if it is the last of a chain."""
         pointer = tokens.ctypes.data_as(ctypes.POINTER(self._library.llama_token_data))
         choice = self._library.llama_token_data_array(pointer, len(tokens), -1, False)
-        self._library.llama_sampler_apply(self._grammar, ctypes.byref(choice))
-        if not np.isfinite(tokens["logit"]).any():
-            raise UsageError("The model has no token that continues what the grammar, or JSON schema, allows here.")
-        self._library.llama_sampler_apply(self._chain, ctypes.byref(choice))
-        return int(choice.data[choice.selected].id)
+        self._library.llama_sampler_apply(part, ctypes.byref(choice))
+        return choice
 
     def _read_grammar(self, text: str) -> Any:
         if _depth(text) > MOST_NESTED:
@@ -115,6 +132,16 @@ def chance(language: LanguageModel, token: int, top: int, row: int) -> TokenChan
     logits = language.logits(row).astype(np.float64)
     highest = logits.max()
     logprobs = logits - highest - np.log(np.exp(logits - highest).sum())
-    best = np.argsort(-logprobs, kind="stable")[:top]
     piece = language.piece
-    return TokenChance(piece(token), float(logprobs[token]), tuple((piece(int(i)), float(logprobs[i])) for i in best))
+    best = tuple((piece(int(i)), float(logprobs[i])) for i in _highest(logprobs, top))
+    return TokenChance(piece(token), float(logprobs[token]), best)
+
+
+def _highest(values: Array, count: int) -> Array:
+    """Where they are, the highest first, the first of equals before the others. Sorting all would take as long as a
+    small model takes for a token.
+    """
+    count = min(count, len(values))
+    least = np.partition(values, -count)[-count] if count else np.inf
+    places = np.flatnonzero(values >= least)
+    return places[np.argsort(-values[places], kind="stable")][:count]

@@ -17,6 +17,7 @@ from PIL import Image
 from llava_edge import Llava, Options
 from llava_edge.errors import UsageError
 from llava_edge.json_grammar import any_object, from_schema
+from llava_edge.runtimes import sampling
 from llava_edge.runtimes.sampling import Sampler
 
 
@@ -346,6 +347,30 @@ def test_a_grammar_that_is_only_itself_is_refused_by_the_engine(llava: Llava) ->
     with pytest.raises(UsageError, match="grammar"):
         llava.ask("?", options=Options(grammar='root ::= root | "x"', max_tokens=4))
     assert llava.ask("?", options=Options(max_tokens=2)).text
+
+
+@pytest.mark.parametrize("change", [{}, {"repeat_penalty": 2.0, "presence_penalty": 1.5}], ids=["plain", "penalties"])
+@pytest.mark.parametrize("grammar", ["root ::= [a-h ]{20}", "root ::= [^\\x00]{20}", any_object(), from_schema(SHORT)])
+def test_a_grammar_looks_at_the_likeliest_tokens_first(
+    grammar: str, change: dict[str, float], llava: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at all of them takes as long as a small model takes for a token. The answer is the same."""
+    shown, real = list[int](), Sampler._leaves_any
+
+    def noticed(self: Sampler, tokens: Any) -> bool:
+        shown.append(len(tokens))
+        return real(self, tokens)
+
+    monkeypatch.setattr(Sampler, "_leaves_any", noticed)
+    options = Options(grammar=grammar, max_tokens=24, **change)  # type: ignore[arg-type]
+    answers, looks = [], []
+    for most in (0, 1, 64):  # at 0 the whole vocabulary is looked at for each token
+        monkeypatch.setattr(sampling, "LOOK", most)
+        answers.append(llava.ask("?", options=options).text)
+        looks.append(sum(shown))
+        shown.clear()
+    assert answers[0] == answers[1] == answers[2]
+    assert looks[2] < looks[0] / 2 or not grammar.startswith("root ::= [^")
 
 
 @pytest.mark.parametrize("grammar", ['root ::= "\\x04"', from_schema({"enum": ["\U00050000"]})], ids=["byte", "schema"])

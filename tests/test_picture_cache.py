@@ -22,7 +22,7 @@ from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
-from llava_edge.runtimes import embedder, jobs, pictures, prefill, tune
+from llava_edge.runtimes import embedder, jobs, picture_cache, pictures, prefill, tune
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
@@ -444,6 +444,42 @@ def test_it_is_kept_when_nobody_asks_any_more_or_memory_is_needed(
     with opened(micro_bundle, replace(CPU, cache=False)) as llava:
         assert [found(llava, ASK, [picture(name)])[2] for name in ("red", "blue")] == ["miss", "miss"]
     assert not saved
+
+
+def test_what_would_not_be_kept_is_not_saved(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be hundreds of megabytes, and the next picture would wait for them."""
+    room = 1 << 14
+    sizes, save = list[int](), LanguageModel.save
+
+    def noticed(language: LanguageModel, count: int) -> memoryview:
+        state = save(language, count)
+        assert len(state) == language.saved_size(count)
+        sizes.append(len(state))
+        return state
+
+    monkeypatch.setattr(LanguageModel, "save", noticed)
+    with opened(micro_bundle, replace(CPU, cache="memory")) as llava:
+        found(llava, ASK, [picture("red")])
+        found(llava, ASK, [picture("blue")])
+        assert max(sizes) > room
+        sizes.clear()
+        llava._engine._cache._room = room
+        found(llava, ASK, [picture("green")])
+    assert not any(size > room for size in sizes)
+
+
+def test_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [PictureCache(None, recent=size).room for size in (0, 10)] == [0, 10]
+    monkeypatch.setattr(picture_cache, "WAITING", 12)
+    written = threading.Event()
+    monkeypatch.setattr(Cache, "put", lambda *_: written.wait(20))
+    kept = PictureCache(Cache(tmp_path), recent=10)
+    assert kept.room == 12
+    kept.put("key", {}, b"12345")
+    assert kept.room == 10
+    written.set()
+    kept.close()
+    assert kept.room == 12
 
 
 LEFT = """
