@@ -234,7 +234,7 @@ class Chunk:
 
 
 def result_of(chunks: Iterable[Chunk]) -> Result:
-    """Read a stream to its end: what is kept of a picture is kept by then, also where the program ends next."""
+    """Read a stream to its end; its last chunk has the result."""
     *_, last = chunks
     assert last.final is not None
     return last.final

@@ -21,7 +21,7 @@ LONGEST = 64  # windows until a thread more is tried again, after several that h
 
 
 class Threads:
-    """A number from 1 to `most`: that, or by what others take until the first `next`, until something was measured."""
+    """A number from 1 to `most`. It begins with what others leave, as far as that is known."""
 
     def __init__(self, most: int) -> None:
         self.most = self.count = most

@@ -34,6 +34,14 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
 
 
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What is read of /proc and /sys, by path; others are empty."""
+    found: dict[str, str] = {}
+    monkeypatch.setattr(devices, "_read", lambda path: found.get(str(path), ""))
+    return found
+
+
 def four_bits(folder: Path) -> Path:
     """A language model of a quarter of a megabyte whose weights llama.cpp re-orders."""
     path = folder / "q4_0.gguf"
@@ -61,23 +69,22 @@ def test_auto_is_fast_where_there_is_room_and_small_where_there_is_not(
         assert f"{needed // MIB} of " in chosen.reason
 
 
-def test_what_a_container_holds_of_files_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
+def test_what_a_container_holds_of_files_is_free(files: dict[str, str]) -> None:
+    files |= {
         "/proc/self/cgroup": "0::/",
         "/proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n",
         "/sys/fs/cgroup/memory.max": "4000000000",
         "/sys/fs/cgroup/memory.current": "3990000000",
         "/sys/fs/cgroup/memory.stat": "anon 90000000\nactive_file 1000000000\ninactive_file 2500000000\nshmem 7\n",
     }
-    monkeypatch.setattr(devices, "_read", lambda path: files.get(str(path), ""))
     assert devices.available_memory() == 3_510_000_000
     files["/sys/fs/cgroup/memory.max"] = "max"
     assert devices.available_memory() == 8_192_000_000
 
 
-def test_the_tightest_of_all_groups_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tightest_of_all_groups_counts(files: dict[str, str]) -> None:
     """systemd's MemoryMax limits a group within others; the first version has folders and names of its own."""
-    files = {
+    files |= {
         "/proc/self/cgroup": "0::/user.slice/app.scope/inner",
         "/proc/meminfo": "MemAvailable: 8000000 kB\n",
         "/sys/fs/cgroup/memory.max": "max",
@@ -85,9 +92,9 @@ def test_the_tightest_of_all_groups_counts(monkeypatch: pytest.MonkeyPatch) -> N
         "/sys/fs/cgroup/user.slice/app.scope/memory.current": "100000000",
         "/sys/fs/cgroup/user.slice/app.scope/inner/memory.max": "max",
     }
-    monkeypatch.setattr(devices, "_read", lambda path: files.get(str(path), ""))
     assert devices.available_memory() == 400_000_000
-    files = {
+    files.clear()
+    files |= {
         "/proc/self/cgroup": "3:cpu,cpuacct:/\n7:memory:/docker/abc\n0::/",
         "/sys/fs/cgroup/memory/memory.limit_in_bytes": "700000000",  # a container's own, whose path is the one outside
         "/sys/fs/cgroup/memory/memory.usage_in_bytes": "300000000",
@@ -97,17 +104,17 @@ def test_the_tightest_of_all_groups_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert devices.available_memory() == 470_000_000
 
 
-def test_the_tightest_quota_of_all_groups_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
+def test_the_tightest_quota_of_all_groups_counts(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    files |= {
         "/proc/self/cgroup": "0::/user.slice/app.scope/inner",
         "/sys/fs/cgroup/user.slice/cpu.max": "600000 100000",
         "/sys/fs/cgroup/user.slice/app.scope/cpu.max": "150000 100000",
         "/sys/fs/cgroup/user.slice/app.scope/inner/cpu.max": "max 100000",
     }
-    monkeypatch.setattr(devices, "_read", lambda path: files.get(str(path), ""))
     monkeypatch.setattr(devices, "allowed_cpus", lambda: set(range(8)))
     assert devices.thread_count() == (1, "the CPU quota of this process is 1.5 processors")
-    files = {
+    files.clear()
+    files |= {
         "/proc/self/cgroup": "3:cpu,cpuacct:/docker/abc\n7:memory:/docker/abc",
         "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000",
         "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
