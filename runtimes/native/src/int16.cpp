@@ -32,10 +32,10 @@
 namespace native {
 namespace {
 
-constexpr bool TWOS = !VNNI;
+constexpr bool TWOS = !VNNI || Lanes::count == 16;
 constexpr int INNER = 256, PAIRS = INNER / 2;
 constexpr int COLUMNS = 2 * Lanes::count;
-constexpr int ROWS = TWOS ? 4 : Lanes::count == 8 ? 6 : 12;
+constexpr int ROWS = TWOS ? Lanes::count / 2 : 6;
 constexpr int PLACES = Lanes::count;  // in a tile, of pairs of its rows; with TWOS of firsts, then of seconds
 constexpr int STEPS = TWOS ? PAIRS / 2 : PAIRS;
 constexpr int SCALES = 16;  // room for ROWS numbers that keeps 64 bytes' alignment
@@ -154,25 +154,19 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
     if (TWOS) part(panel, inner);
 }
 
-#if defined(NATIVE_WIDE) || defined(__AVXVNNI__)
+// left, right += (first of x + second of w) * (second of x + first of w), for two registers of columns
+#if defined(NATIVE_WIDE)
 
-void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left, Lanes *right) {
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) left[i] = right[i] = Lanes::zero();
-    for (int p = 0; p < inner / 2; p++) {
-        const Lanes a = Lanes::load(panel.pairs[p]), b = Lanes::load(panel.pairs[p] + Lanes::count);
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++) {
-            const Lanes x = Lanes::same(tile.pairs[p][i]);
-            left[i].add_pairs(a, x);
-            right[i].add_pairs(b, x);
-        }
-    }
+inline __attribute__((always_inline)) void add_twos(Lanes &left, Lanes &right, const int32_t *x, const Lanes (&first)[2],
+                                                    const Lanes (&second)[2]) {
+    const Lanes a = Lanes::same(x[0]), b = Lanes::same(x[ROWS]);
+    left.add_pairs(a.with_pairs(second[0]), b.with_pairs(first[0]));
+    right.add_pairs(a.with_pairs(second[1]), b.with_pairs(first[1]));
 }
 
-#else
+#elif !defined(__AVXVNNI__)
 
-// left, right += (first of x + second of w) * (second of x + first of w), for 16 columns; by hand, or gcc moves registers around
+// By hand, or gcc moves registers around.
 inline __attribute__((always_inline)) void add_twos(Lanes &left, Lanes &right, const int32_t *x, const Lanes (&first)[2],
                                                     const Lanes (&second)[2]) {
     __m256i a, b, c, d;
@@ -186,13 +180,33 @@ inline __attribute__((always_inline)) void add_twos(Lanes &left, Lanes &right, c
               [x0] "m"(x[0]), [x1] "m"(x[ROWS]));
 }
 
+#endif
+
+#if defined(__AVXVNNI__)
+
+void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left, Lanes *right) {
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++) left[i] = right[i] = Lanes::zero();
+    for (int p = 0; p < inner / 2; p++) {
+        const Lanes a = Lanes::load(panel.pairs[p]), b = Lanes::load(panel.pairs[p] + Lanes::count);
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++) {
+            const Lanes x = Lanes::same(tile.pairs[p][i]);
+            left[i].add_pairs(a, x);
+            right[i].add_pairs(b, x);
+        }
+    }
+}
+
+#else
+
 inline __attribute__((always_inline)) void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left,
                                                         Lanes *right) {
-    const __m256i low = load256(panel.starts), high = load256(panel.starts + Lanes::count);
-#pragma GCC unroll 4
+    const Lanes low = Lanes::load(panel.starts), high = Lanes::load(panel.starts + Lanes::count);
+#pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
-        const __m256i own = _mm256_set1_epi32(tile.starts[i]);
-        left[i].v = _mm256_add_epi32(low, own), right[i].v = _mm256_add_epi32(high, own);
+        const Lanes own = Lanes::same(tile.starts[i]);
+        left[i] = low.with(own), right[i] = high.with(own);
     }
     for (int s = 0; s < inner / 4; s += 4)
 #pragma GCC unroll 4
@@ -200,7 +214,7 @@ inline __attribute__((always_inline)) void add_products(const Tile &tile, const 
             const int32_t *w = panel.pairs[2 * j];
             const Lanes first[2] = {Lanes::load(w), Lanes::load(w + Lanes::count)};
             const Lanes second[2] = {Lanes::load(w + COLUMNS), Lanes::load(w + COLUMNS + Lanes::count)};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < ROWS; i++) add_twos(left[i], right[i], &tile.pairs[j][i], first, second);
         }
 }
@@ -213,7 +227,7 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
     Lanes left[ROWS], right[ROWS];
     add_products(tile, panel, inner, left, right);
     const Floats a = Floats::load(panel.scales), b = Floats::load(panel.scales + Lanes::count);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++, sums += COLUMNS) {
         add_scaled(left[i].floats(), a, tile.scales[i], first, sums);
         add_scaled(right[i].floats(), b, tile.scales[i], first, sums + Lanes::count);

@@ -25,7 +25,7 @@ namespace {
 
 constexpr int INNER = 256, STEPS = INNER / 4, BLOCKS = INNER / 32;
 constexpr int COLUMNS = 2 * Lanes::count;
-constexpr int ROWS = Lanes::count == 8 ? 6 : 12;
+constexpr int ROWS = 6;
 constexpr int PLACES = (ROWS + 7) / 8 * 8;  // of rows in a tile: eight are transposed at once
 
 bool takes(int type) {
@@ -214,7 +214,6 @@ void multiply_by_blocks(const Tile &tile, const Panel &panel, int blocks, bool f
 // SCALED: values with one scale. GROUP: of these, as many as add up before they are multiplied by it
 template <int SCALED, int GROUP>
 void multiply_by_256(const Tile &tile, const Panel &panel, bool first, float *sums) {
-    alignas(64) int32_t totals[ROWS][COLUMNS];
     Lanes low[ROWS], high[ROWS];
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) low[i] = high[i] = Lanes::zero();
@@ -232,22 +231,22 @@ void multiply_by_256(const Tile &tile, const Panel &panel, bool first, float *su
         add_scaled(low[i].floats(), c, tile.scales[0][i], first, sums + i * COLUMNS);
         add_scaled(high[i].floats(), d, tile.scales[0][i], first, sums + i * COLUMNS + Lanes::count);
     }
-    memset(totals, 0, sizeof totals);
+    Totals tl[ROWS], th[ROWS];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) tl[i] = Totals::zero(), th[i] = Totals::zero();
     for (int g = 0; g < INNER / GROUP; g++) {
         add_steps<GROUP / 4, false>(tile, panel, g * GROUP / 4, low, high);
         const int32_t *factors = panel.factors[g * GROUP / SCALED];
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
-            Totals p = Totals::load(totals[i]), q = Totals::load(totals[i] + Lanes::count);
-            p.add(low[i], factors), q.add(high[i], factors + Lanes::count);
-            p.store(totals[i]), q.store(totals[i] + Lanes::count);
+            tl[i].add(low[i], factors), th[i].add(high[i], factors + Lanes::count);
         }
     }
     const Floats a = Floats::load(panel.scales[0]), b = Floats::load(panel.scales[0] + Lanes::count);
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) {
-        add_scaled(Totals::load(totals[i]).floats(), a, tile.scales[0][i], false, sums + i * COLUMNS);
-        add_scaled(Totals::load(totals[i] + Lanes::count).floats(), b, tile.scales[0][i], false, sums + i * COLUMNS + Lanes::count);
+        add_scaled(tl[i].floats(), a, tile.scales[0][i], false, sums + i * COLUMNS);
+        add_scaled(th[i].floats(), b, tile.scales[0][i], false, sums + i * COLUMNS + Lanes::count);
     }
 }
 

@@ -38,9 +38,20 @@ struct Lanes {
     static Lanes zero() { return {_mm512_setzero_si512()}; }
     static Lanes load(const int32_t *p) { return {_mm512_load_si512(p)}; }
     static Lanes same(int32_t x) { return {_mm512_set1_epi32(x)}; }
-    void add_pairs(Lanes a, Lanes b) { v = _mm512_dpwssd_epi32(v, a.v, b.v); }
-    void add_bytes(Lanes w, Lanes x) { v = _mm512_dpbusd_epi32(v, w.v, x.v); }
-    static Lanes bytes(Lanes w, Lanes x) { return {_mm512_dpbusd_epi32(_mm512_setzero_si512(), w.v, x.v)}; }
+    Lanes with(Lanes b) const { return {_mm512_add_epi32(v, b.v)}; }
+    Lanes with_pairs(Lanes b) const {
+        Lanes y;
+        __asm__("vpaddw %2, %1, %0" : "=v"(y.v) : "v"(v), "v"(b.v));
+        return y;
+    }
+    // gcc puts the intrinsics in an order in which sums no longer fit its registers.
+    void add_pairs(Lanes a, Lanes b) { __asm__("vpdpwssd %2, %1, %0" : "+v"(v) : "v"(a.v), "v"(b.v)); }
+    void add_bytes(Lanes w, Lanes x) { __asm__("vpdpbusd %2, %1, %0" : "+v"(v) : "v"(w.v), "v"(x.v)); }
+    static Lanes bytes(Lanes w, Lanes x) {
+        Lanes y = zero();
+        y.add_bytes(w, x);
+        return y;
+    }
     Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
 };
 
@@ -80,9 +91,22 @@ struct Lanes {
         for (int i = 0; i < 16; i++) y.v[i] = x;
         return y;
     }
-    void add_pairs(Lanes a, Lanes b) {
+    Lanes with(Lanes b) const {
+        Lanes y;
+        for (int i = 0; i < 16; i++) y.v[i] = int32_t(uint32_t(v[i]) + uint32_t(b.v[i]));
+        return y;
+    }
+    Lanes with_pairs(Lanes b) const {
+        Lanes y;
+        for (int i = 0; i < 16; i++) {
+            const uint32_t low = (uint32_t(v[i]) + uint32_t(b.v[i])) & 0xffff, high = (v[i] >> 16) + (b.v[i] >> 16);
+            y.v[i] = int32_t(high << 16 | low);
+        }
+        return y;
+    }
+    void add_pairs(Lanes a, Lanes b) {  // what leaves 32 bits is lost, as in the instruction
         for (int i = 0; i < 16; i++)
-            v[i] += int16_t(a.v[i]) * int16_t(b.v[i]) + (a.v[i] >> 16) * (b.v[i] >> 16);
+            v[i] = int32_t(uint32_t(v[i]) + int16_t(a.v[i]) * int16_t(b.v[i]) + (a.v[i] >> 16) * (b.v[i] >> 16));
     }
     void add_bytes(Lanes w, Lanes x) {
         for (int i = 0; i < 16; i++)
@@ -118,6 +142,7 @@ struct Lanes {
     static Lanes zero() { return {_mm256_setzero_si256()}; }
     static Lanes load(const int32_t *p) { return {_mm256_load_si256(reinterpret_cast<const __m256i *>(p))}; }
     static Lanes same(int32_t x) { return {_mm256_set1_epi32(x)}; }
+    Lanes with(Lanes b) const { return {_mm256_add_epi32(v, b.v)}; }
     void store(int32_t *p) const { _mm256_store_si256(reinterpret_cast<__m256i *>(p), v); }
     Floats floats() const { return {_mm256_cvtepi32_ps(v)}; }
     // gcc reorders the intrinsics until twelve sums no longer fit its sixteen registers: a third of the speed.
@@ -161,6 +186,7 @@ inline void add_scaled(Floats v, Floats scales, float scale, bool first, float *
 struct Totals {
     Floats v;
     static __m256i factors(__m256i x) { return _mm256_castps_si256(_mm256_cvtepi32_ps(x)); }
+    static Totals zero() { return {Floats::zero()}; }
     static Totals load(const int32_t *p) { return {Floats::load(reinterpret_cast<const float *>(p))}; }
     void store(int32_t *p) const { v.store(reinterpret_cast<float *>(p)); }
     void add(Lanes group, const int32_t *factors) { v.add(group.floats(), Floats::load(reinterpret_cast<const float *>(factors))); }
@@ -171,6 +197,7 @@ inline Floats whole(Lanes group) { return group.floats(); }
 struct Totals {
     Lanes v;
     static __m256i factors(__m256i x) { return twice(x); }
+    static Totals zero() { return {Lanes::zero()}; }
     static Totals load(const int32_t *p) { return {Lanes::load(p)}; }
     void store(int32_t *p) const { v.store(p); }
     void add(Lanes group, const int32_t *factors) { v.add_pairs(group, Lanes::load(factors)); }
