@@ -7,9 +7,11 @@ before or afterwards, gets all of it as ever; the shared library is one.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 import threading
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -20,6 +22,7 @@ from llava_edge import python
 from llava_edge.errors import UnavailableError
 
 _NEEDED = "llama_cpp._ctypes_extensions"  # the one module of the package that the bindings import
+_CUDA = ("cudart", "cublasLt", "cublas", "nvrtc", "curand", "cufft", "cudnn")  # what needs another stands behind it
 
 
 _executing = threading.Lock()  # two copies of the bindings would not know each other's types
@@ -40,6 +43,19 @@ def onnxruntime() -> Any:
         return import_module("onnxruntime")
     except ImportError as error:
         raise _lacking("onnxruntime", error, f"{sys.executable} -m pip install onnxruntime") from error
+
+
+def load_cuda() -> None:
+    """Open CUDA's libraries where pip puts them (`onnxruntime-gpu[cuda,cudnn]`), which the loader does not search.
+
+    Opened once, they are found by name. `onnxruntime.preload_dlls` does the same, but prints to stdout.
+    """
+    spec = find_spec("nvidia")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
+    for name in _CUDA:
+        for path in sorted(found for folder in folders for found in folder.glob(f"*/lib/lib{name}.so.*")):
+            with suppress(OSError):  # ONNX Runtime says what it lacks
+                ctypes.CDLL(str(path))
 
 
 def _lacking(project: str, error: Exception, fix: str) -> UnavailableError:

@@ -135,6 +135,12 @@ def int8_saturates() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
+def multiplies_bytes() -> bool:
+    """Whether ONNX Runtime's products of bytes are as fast as ours: with AMX, and perhaps with AVX-VNNI alone."""
+    flags = processor()[1]
+    return not int8_saturates() and ("amx_int8" in flags or "avx512_vnni" not in flags)
+
+
 _FILES = ("active_file", "inactive_file")  # of memory.stat
 
 

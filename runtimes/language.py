@@ -84,7 +84,7 @@ class LanguageModel:
         # With the same bits: llama.cpp's own attention divides float16 keys among its threads.
         self._threads_vary = not gpu_layers and self.native.few_attention and (kv == "q8_0" or native.attends(header))
         self._kv = kv
-        self._gpu_layers = gpu_layers
+        self.on_gpu = gpu_layers != 0
         self._settings = [gpu_layers, repack, kv, *self.native.identity]
         self._model: Any = None
         self.context: Any = None
@@ -306,6 +306,9 @@ class LanguageModel:
 
         settings = api.llama_model_default_params()
         settings.n_gpu_layers = gpu_layers
+        none = (ctypes.c_void_p * 1)()  # or llama.cpp lends large products to a GPU whatever is said of layers
+        if not gpu_layers:
+            settings.devices = ctypes.addressof(none)
         settings.load_mode = api.LLAMA_LOAD_MODE_MMAP
         settings.use_extra_bufts = repack
         callback = api.llama_progress_callback(progress)
@@ -333,7 +336,7 @@ class LanguageModel:
         if self._kv == "q8_0":
             settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
         # Nothing else reads values of 8 bits. And by itself llama.cpp leaves it off where another device takes it.
-        if self._kv == "q8_0" or (self.native.few_attention and not self._gpu_layers):
+        if self._kv == "q8_0" or (self.native.few_attention and not self.on_gpu):
             settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.context = api.llama_init_from_model(self._model, settings)
         if not self.context:

@@ -20,7 +20,7 @@ import numpy as np
 
 from llava_edge.protobuf import encode
 from llava_edge.runtimes import bindings, devices, language, native
-from llava_edge.runtimes.native import check
+from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.native.ggml import Ggml, Weights
 from llava_edge.runtimes.native.library import DEVICE
 
@@ -65,7 +65,7 @@ def _kernels_rate(threads: int) -> float:
     kinds = [kind for kind, kernel, _ in native.activate().many if kernel.endswith("-int8")]
     if not kinds:
         return 0.0
-    rows, columns, inner = check.MANY
+    rows, columns, inner = choice.MANY
     ggml, x = Ggml(), np.ones((rows, inner), np.float32)
     rates = []
     for kind in kinds:

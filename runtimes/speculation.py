@@ -120,6 +120,9 @@ class Speculation:
         self.draft = draft
         self.bits = SameBits()
         self.costs = Costs()
+        # llama.cpp's kernels for GPUs change with more than the width and the block that verdicts are about. Nobody has
+        # looked how: there guesses have to be asked for.
+        self.trusted = not language.on_gpu or draft is not None
 
     def width(self, start: int, most: float) -> int:
         """Tokens in the pass at position `start` that promises most, and costs up to `most`; 0 if there is none."""

@@ -10,11 +10,17 @@ import numpy as np
 
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError, UnavailableError
-from llava_edge.runtimes import CancelledError, bindings, devices
+from llava_edge.runtimes import CancelledError, bindings, devices, float_graph
 from llava_edge.runtimes import native as native_kernels
 from llava_edge.runtimes.native import operator
 
 Array = np.ndarray[Any, Any]
+
+# The graph has one convolution: a search for its fastest way costs more than it ever wins. And memory is taken as
+# needed, not doubled each time: the language model wants it, too.
+PROVIDER_OPTIONS = {
+    "CUDAExecutionProvider": {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+}
 
 
 class VisionEncoder:
@@ -46,9 +52,18 @@ class VisionEncoder:
         name = _utf8(self._path)
         graph = self._with_operator(settings, threads) if native else None
         self.native = graph is not None
+        if provider != "CPUExecutionProvider":
+            graph = self._in_float(settings)
+        if provider == "CUDAExecutionProvider":
+            bindings.load_cuda()
+        wanted = provider, PROVIDER_OPTIONS.get(provider, {})
+        # Widened at use, weights take a quarter of the GPU's memory.
+        left_out = {"ConstantFolding"} if provider == "CUDAExecutionProvider" and graph else None
         try:
             # enable_fallback=0: otherwise a failure prints to stdout and goes on with another provider.
-            self._session = ort.InferenceSession(graph or name, settings, providers=[provider], enable_fallback=0)
+            self._session = ort.InferenceSession(
+                graph or name, settings, providers=[wanted], disabled_optimizers=left_out, enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime raises a dozen kinds, UnicodeDecodeError among them
             raise BundleError(f"ONNX Runtime cannot load {self._path}: {_first_line(error)}") from error
         if self._session.get_providers()[0] != provider:
@@ -64,11 +79,27 @@ class VisionEncoder:
             graph = operator.with_operators(self._path.read_bytes(), threads)
             if graph is not None:
                 settings.register_custom_ops_library(_utf8(library))
-                folder = _utf8(self._path.parent)
-                settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+                self._weights_beside(settings)
         except Exception:  # noqa: BLE001 - ONNX Runtime says what is wrong with a damaged file
             return None
         return graph
+
+    def _in_float(self, settings: Any) -> bytes | None:
+        """The graph with float32 products, if it has int8 ones."""
+        if self._part.precision != "int8":
+            return None
+        try:
+            graph = float_graph.in_float(self._path.read_bytes())
+        except (ValueError, IndexError):  # ONNX Runtime says what is wrong with a damaged file
+            return None
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")  # or activations are rounded again
+        self._weights_beside(settings)
+        return graph
+
+    def _weights_beside(self, settings: Any) -> None:
+        """For a graph that is not read from its own place."""
+        folder = _utf8(self._path.parent)
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
 
     def encode(self, pixels: Array, run: Any = None) -> Array:
         """(3, S, S) float32 -> (image_tokens, width) float32.

@@ -641,6 +641,11 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert choice.reordering_pays(found, {"F32", "Q4_K", "IQ4_NL"})
     types["Q4_0"]["one"]["few"] = 1.0
     assert not choice.reordering_pays(choice.choose(found_out(types=types)), {"F32", "Q4_0"})
+    # What a picture's prompt wins outweighs what an answer loses, or not.
+    for won, reorders in (2.0, True), (40.0, False):
+        types["Q4_0"] = types["Q4_0"] | {"many": {"plain": won, "avx2": won / 2, "repacked": won}}
+        types["Q4_0"]["one"] = {"plain": 2.0, "few": 1.2, "repacked": 1.0}
+        assert choice.reordering_pays(choice.choose(found_out(types=types)), {"Q4_0"}) == reorders
     types["Q6_K"] |= {"one": {"plain": 1.0, "few": 1.0}, "eight": {"plain": 9.0, "few": 3.0}}
     types["Q5_K"] |= {"one": {"plain": 1.0, "few": 1.2}, "eight": {"plain": 9.0, "few": 3.0}}  # decoding would suffer
     assert choice.choose(found_out(types=types)).few == ("Q4_0", "Q6_K")

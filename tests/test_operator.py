@@ -443,8 +443,11 @@ def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: p
     assert {item.native for item in found} == {True, False}
     assert tune.known(quantized) == found
     assert "our operator" in str(found[0])
-    monkeypatch.setattr(devices, "int8_saturates", lambda: False)  # ONNX Runtime has fast products there
-    assert not tune.untuned(quantized, 1).native
+    monkeypatch.setattr(devices, "int8_saturates", lambda: False)
+    monkeypatch.setattr(native, "operator_library", lambda: installed / native.OPERATOR)
+    for flags, ours in (["avx_vnni"], False), (["avx512_vnni"], True), (["avx512_vnni", "amx_int8"], False):
+        monkeypatch.setattr(devices, "processor", lambda flags=flags: ("a processor", flags))
+        assert tune.untuned(quantized, 1).native == ours
 
 
 def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

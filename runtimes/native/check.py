@@ -19,6 +19,7 @@ import numpy as np
 
 from llava_edge.runtimes import devices, language, projector
 from llava_edge.runtimes.native import OPERATOR, operator
+from llava_edge.runtimes.native.choice import MANY, ONE
 from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
@@ -27,8 +28,8 @@ BOUND, OTHERS_BOUND = {"int8": 2e-2, "bf16": 5e-3, FEW: 2e-2}, 2e-3
 ATTENTION_BOUND = 1e-2
 
 REPEATS, SECONDS = 5, 0.4  # of a race: both at least, since what takes a millisecond is easily disturbed
-MANY, SOME, SIXTEEN = (512, 2048, 4096), (64, 2048, 4096), (16, 2048, 4096)  # rows, columns, inner
-ONE, EIGHT = (1, 16384, 4096), (8, 4096, 4096)  # 37 and 9 MB at 4 bits
+SOME, SIXTEEN = (64, 2048, 4096), (16, 2048, 4096)  # rows, columns, inner
+EIGHT = (8, 4096, 4096)
 ADAPTER = (4096, 64)  # columns, inner: for few rows float16 means adapters
 ATTENTION = {"many": (16, 512, 512), "eight": (32, 8, 640), "one": (32, 1, 640)}  # heads, queries, keys
 ATTENTION_WIDTH = 128

@@ -75,10 +75,10 @@ class Graph:
         raw = [value for number, value in self._parts if number == _INITIALIZER and isinstance(value, bytes)]
         return {_text(value, 8): _constant(value) for value in raw}
 
-    def with_nodes(self, nodes: Iterable[Node], domain: str) -> bytes:
+    def with_nodes(self, nodes: Iterable[Node], domain: str = "") -> bytes:
         """The model with these nodes in place of its own, but for those and the constants that no output needs.
 
-        domain: of operators that it may use besides its own.
+        domain: of operators that it may use besides the standard ones.
         """
         wanted = {_text(value, 1) for number, value in self._parts if number == _OUTPUT and isinstance(value, bytes)}
         kept: list[Node] = []
@@ -94,7 +94,9 @@ class Graph:
         )
         body = b"".join([*(encode(_NODE, node.raw) for node in reversed(kept)), *others])
         head = b"".join(encode(number, value) for number, value in self._whole if number != _GRAPH)
-        return head + encode(_OPSETS, encode(1, domain.encode()) + encode(2, 1)) + encode(_GRAPH, body)
+        if domain:
+            head += encode(_OPSETS, encode(1, domain.encode()) + encode(2, 1))
+        return head + encode(_GRAPH, body)
 
     @cached_property
     def _whole(self) -> list[protobuf.Field]:

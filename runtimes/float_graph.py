@@ -1,0 +1,31 @@
+"""vision.onnx in int8 -> the same in float32, for graphics processors, which have no use for our integer products.
+
+ONNX Runtime's providers for them compute MatMulInteger on the processor, each time with a copy there and back. So every
+linear layer becomes one product with weights that are widened on the way; the file, a quarter as large, stays as it is.
+"""
+
+from __future__ import annotations
+
+from llava_edge.runtimes.native.onnx_bytes import Graph, Node
+from llava_edge.runtimes.native.steps import Layer, Steps
+
+
+def in_float(model: bytes) -> bytes:
+    """The model with float32 products in place of int8 ones; others stay. Raises `ValueError` or `IndexError`."""
+    graph = Graph(model)
+    steps = Steps(graph)
+    layers = steps.layers() | steps.finer()
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        layer = layers.get(node.outputs[0])
+        nodes += [node] if layer is None else _products(layer, node.outputs[0])
+    return graph.with_nodes(nodes)
+
+
+def _products(layer: Layer, out: str) -> list[Node]:
+    weight, product = f"{out}/weight", f"{out}/product"
+    return [
+        Node.make("DequantizeLinear", "", [layer.weight, layer.scale], weight, {"axis": 1}),
+        Node.make("MatMul", "", [layer.x, weight], product),
+        Node.make("Add", "", [product, layer.bias], out),
+    ]
