@@ -100,6 +100,17 @@ def trained_micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def colours(trained_micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`trained_micro` exported, with an int8 tower and a language model in 4 bits: it answers in a word."""
+    from llava_edge.export.exporter import ExportOptions, export
+
+    def make(folder: Path) -> None:
+        export(ExportOptions(checkpoint=trained_micro, out=folder, quant="q4_0", vision="int8", name="colours"))
+
+    return made_once(tmp_path_factory, "colours", make)
+
+
+@pytest.fixture(scope="session")
 def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the native libraries as tests build them; $LLAVA_EDGE_TEST_NATIVE names another one's kernels."""
     from native_kernels import UNITS

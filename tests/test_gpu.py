@@ -60,16 +60,6 @@ def cuda() -> None:
         pytest.skip(lacks)
 
 
-@pytest.fixture(scope="module")
-def colours(trained_micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained micro model, with an int8 tower and 4 bits of language: it names the colour of a picture."""
-    from llava_edge.export.exporter import ExportOptions, export
-
-    out = tmp_path_factory.mktemp("colours") / "bundle"
-    export(ExportOptions(checkpoint=trained_micro, out=out, quant="q4_0", vision="int8", name="colours"))
-    return out
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
 def test_features_are_those_of_the_processor(colours: Path) -> None:

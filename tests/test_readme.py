@@ -108,12 +108,12 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("code", [code for code in EXAMPLES if "http://" not in code])
 def test_python_examples_run(
-    code: str, micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    code: str, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As written, in a folder with the photo they name; the micro model stands in for `smol`."""
+    """As written, in a folder with the photo they name; the trained micro model stands in for `smol`."""
     models = tmp_path / "home" / "models"
     models.mkdir(parents=True)
-    (models / "smol").symlink_to(micro_bundle)
+    (models / "smol").symlink_to(colours)
     monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "home"))
     Image.new("RGB", (60, 40), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

@@ -191,6 +191,14 @@ def test_guessing_ends_where_it_does_not_pay(unproven: Llava, monkeypatch: pytes
     assert always.drafted_tokens > 20 * auto.drafted_tokens
 
 
+def test_on_a_gpu_guesses_have_to_be_asked_for(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = llava._engine._speculation.language
+    monkeypatch.setattr(language, "on_gpu", True)
+    monkeypatch.setattr(llava._engine, "_speculation", speculation.Speculation(language))
+    guesses = {how: ask(llava, "again again again", how, 24).drafted_tokens for how in ("auto", "ngram")}
+    assert guesses["auto"] == 0 < guesses["ngram"]
+
+
 def test_limits_and_stop_texts_in_the_middle_of_a_batch(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ask(unproven, PROMPT, "off", 40)
     guess_from(monkeypatch, tokens_of(unproven, PROMPT, 40))
