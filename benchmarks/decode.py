@@ -47,7 +47,7 @@ def ours(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
         model.keep([])
         model.evaluate_tokens(prompt(arguments), never)
         run = Run(time.monotonic())
-        answer = Answer(model, set(), TextStream(()), arguments.tokens, run, Job(lambda job: None, never))
+        answer = Answer(model, set(), TextStream(()), arguments.tokens, run, Job(lambda job: None, never, lambda: True))
         start = clock()
         decode(answer, Options(speculate="off"), speculation)
         return _rate(run.tokens - 1, clock() - start)

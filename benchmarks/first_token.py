@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from interleave import fresh, report
 
@@ -52,7 +53,7 @@ def theirs(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     url = "data:image/jpeg;base64," + base64.b64encode(arguments.image.read_bytes()).decode()
     content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": QUESTION}]
-    messages = [{"role": "system", "content": arguments.system}, {"role": "user", "content": content}]
+    messages: Any = [{"role": "system", "content": arguments.system}, {"role": "user", "content": content}]
     llama.create_chat_completion(messages=messages, max_tokens=1, temperature=0)
     print(json.dumps({"at": time.monotonic(), "positions": llama.n_tokens}))
 

@@ -25,10 +25,11 @@ import numpy as np
 from llava_edge import Llava
 from llava_edge.bundle import Bundle
 from llava_edge.export.samples import pictures
+from llava_edge.image import ImageInput
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes.language import Key, LanguageModel
-from llava_edge.runtimes.pictures import check_budget, limited, prepare
+from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 Array = np.ndarray[Any, Any]
@@ -56,7 +57,7 @@ def main(model: str, images: Sequence[Path], tokens: int, budgets: Sequence[int]
     with Llava.load(model, EngineOptions(device="cpu", cache=False)) as llava:
         for options in ways.values():
             check_budget(options, llava.bundle.manifest)
-        shown = list(images) or pictures()
+        shown: list[ImageInput | Picture] = [*images] or [*pictures()]
         for number, image in enumerate(shown):
             print(f"picture {number + 1} of {len(shown)}", file=sys.stderr)
             picture = prepare(image, llava.bundle.manifest)
