@@ -46,8 +46,8 @@ class Options:
         which `Result.seed` tells.
     stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
     speculate: guess tokens from what was said before and check several in one pass. Greedy answers are the same with
-        and without, and only those use it. "auto" stops where it does not pay, and guesses nothing on a GPU unless a
-        draft model is given; "ngram" never stops.
+        and without (docs/gpu.md), and only those use it. "auto" stops where it does not pay, and guesses nothing on a
+        GPU unless a draft model is given; "ngram" never stops.
     grammar: the only form an answer may have, in llama.cpp's GBNF; `llava_edge.from_schema` writes one. Empty: any.
     top_logprobs: report how likely each token was, and this many of the likeliest in its place. None: do not.
     image_tokens: positions that a picture may take; 0 is all of them. Fewer are faster and show less.

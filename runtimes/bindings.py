@@ -22,7 +22,7 @@ from llava_edge import python
 from llava_edge.errors import UnavailableError
 
 _NEEDED = "llama_cpp._ctypes_extensions"  # the one module of the package that the bindings import
-_CUDA = ("cudart", "cublasLt", "cublas", "nvrtc", "curand", "cufft", "cudnn")  # what needs another stands behind it
+_CUDA = ("cudart", "cublasLt", "cublas", "nvrtc", "curand", "cufft", "cudnn")  # what another needs stands before it
 
 
 _executing = threading.Lock()  # two copies of the bindings would not know each other's types
@@ -46,7 +46,8 @@ def onnxruntime() -> Any:
 
 
 def load_cuda() -> None:
-    """Open CUDA's libraries where pip puts them (`onnxruntime-gpu[cuda,cudnn]`), which the loader does not search.
+    """Open CUDA's libraries where pip puts them (`onnxruntime-gpu[cuda,cudnn]`), which the loader does not search: all
+    versions that are there.
 
     Opened once, they are found by name. `onnxruntime.preload_dlls` does the same, but prints to stdout.
     """

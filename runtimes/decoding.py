@@ -52,7 +52,7 @@ class Answer:
 
 def decode(answer: Answer, options: Options, speculation: Speculation) -> FinishReason:
     """Sample until a token of `ends`, a stop text or `limit` tokens. Raises `CancelledError`."""
-    if _guessable(options) and (speculation.trusted or options.speculate == "ngram"):
+    if _guessable(options) and (speculation.unasked or options.speculate == "ngram"):
         return _guessed(answer, speculation, always=options.speculate == "ngram")
     language = answer.language
     with closing(Sampler(language, options)) as sampler:

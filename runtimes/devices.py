@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from llava_edge.errors import UnavailableError
 from llava_edge.options import Device, Memory
+from llava_edge.protobuf import encode
 from llava_edge.runtimes import bindings
 
 BUSY = 0.15  # of the processors' time: what is measured beside so much does not hold for a quiet machine
@@ -63,9 +64,34 @@ def lacking(device: str) -> str:
         return "llama.cpp finds no such device."
     ort = bindings.onnxruntime()
     if _PROVIDERS[device] not in ort.get_available_providers():
-        package = "onnxruntime-gpu" if device == "cuda" else "onnxruntime for macOS"
+        package = "onnxruntime-gpu[cuda,cudnn]" if device == "cuda" else "onnxruntime for macOS"
         return f"ONNX Runtime has no {_PROVIDERS[device]} (install {package})."
+    if device == "cuda" and not _starts(_PROVIDERS[device]):
+        return "ONNX Runtime finds no CUDA or cuDNN that it can use (install onnxruntime-gpu[cuda,cudnn])."
     return ""
+
+
+def _starts(provider: str) -> bool:
+    """Whether ONNX Runtime can use a provider that it was compiled with: it takes the processor if it cannot."""
+    bindings.load_cuda()
+    ort = bindings.onnxruntime()
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4  # it says so on stderr, too
+    name, kind = encode(1, b"x"), encode(2, encode(1, encode(1, 1)))  # of a float32 of any shape
+    graph = encode(1, name + encode(2, b"y") + encode(4, b"Identity")) + encode(2, b"try")
+    graph += encode(11, name + kind) + encode(12, encode(1, b"y") + kind)
+    model = encode(1, 8) + encode(7, graph) + encode(8, encode(2, 17))
+    try:
+        return bool(ort.InferenceSession(model, settings, providers=[provider]).get_providers()[0] == provider)
+    except Exception:  # noqa: BLE001 - a dozen kinds
+        return False
+
+
+def graphics() -> list[str]:
+    """NVIDIA's graphics processors and their driver, as Linux names them; empty elsewhere."""
+    folders = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    lines = [line for path in folders for line in _read(str(path)).splitlines() if line.startswith("Model:")]
+    return [*lines, _read("/proc/driver/nvidia/version")] if lines else []
 
 
 def thread_count() -> tuple[int, str]:

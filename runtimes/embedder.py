@@ -150,4 +150,6 @@ def _identity(bundle: Bundle, setting: Setting, provider: str, library: Path | N
     parts = [asdict(manifest.preprocessing), asdict(manifest.vision), asdict(manifest.projector)]
     operator = str(native.operator_library()) if setting.native else ""  # its folder is named by all it depends on
     settings = [setting.threads, setting.prepack, operator, str(library), provider]
+    if provider != "CPUExecutionProvider":
+        settings += ["float32", devices.graphics()]
     return [identity(bundle, *files), parts, engine, devices.processor(), *settings]

@@ -1,20 +1,25 @@
 """vision.onnx in int8 -> the same in float32, for graphics processors, which have no use for our integer products.
 
-ONNX Runtime's providers for them compute MatMulInteger on the processor, each time with a copy there and back. So every
+ONNX Runtime's CUDA provider leaves MatMulInteger to the processor, each time with a copy there and back. So every
 linear layer becomes one product with weights that are widened on the way; the file, a quarter as large, stays as it is.
 """
 
 from __future__ import annotations
 
 from llava_edge.runtimes.native.onnx_bytes import Graph, Node
-from llava_edge.runtimes.native.steps import Layer, Steps
+from llava_edge.runtimes.native.steps import WITH_GRAPHS, Layer, Steps
 
 
-def in_float(model: bytes) -> bytes:
-    """The model with float32 products in place of int8 ones; others stay. Raises `ValueError` or `IndexError`."""
+def in_float(model: bytes) -> bytes | None:
+    """The model with float32 products in place of int8 ones; None if it has no such layer.
+
+    Raises `ValueError` or `IndexError` if it is not an ONNX model.
+    """
     graph = Graph(model)
     steps = Steps(graph)
     layers = steps.layers() | steps.finer()
+    if not layers or any(node.kind in WITH_GRAPHS for node in graph.nodes):
+        return None
     nodes: list[Node] = []
     for node in graph.nodes:
         layer = layers.get(node.outputs[0])

@@ -280,7 +280,8 @@ class LanguageModel:
         """What its results depend on besides files and prompt: this build of llama.cpp, processor and settings."""
         folder = Path(self.library.__file__).parent / "lib"
         build = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
-        return [build, devices.processor(), self.context_size, self._threads, self._settings, self.batch]
+        computes = [devices.processor(), devices.graphics()] if self.on_gpu else devices.processor()
+        return [build, computes, self.context_size, self._threads, self._settings, self.batch]
 
     @contextmanager
     def _first(self, count: int) -> Iterator[int]:

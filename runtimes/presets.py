@@ -122,8 +122,8 @@ def kv_width(header: Gguf) -> int:
 
 
 def _copied_bytes(header: Gguf) -> int:
-    """What llama.cpp copies if it may; 0 where that does not pay, the native kernels being as fast on mapped weights or
-    re-ordered ones no faster.
+    """What llama.cpp copies if it may; 0 where that does not pay: a picture and an answer take hardly longer with the
+    native kernels on mapped weights, or re-ordered ones are no faster.
 
     With AVX2 alone, re-ordered Q4_K took 17 % more time for a prompt than mapped, 7 % less for a token, and four times
     the time to load; Q4_0 took 23 % and 14 % less (Zen 4, one thread, 7B sizes; `benchmarks/language.py`).

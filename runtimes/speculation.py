@@ -1,10 +1,10 @@
 """Several tokens of a greedy answer in one pass: guessed from what was said before, or by a draft model, and kept where
 the model agrees.
 
-An answer is the same, bit for bit, with and without it. A batch may be computed by other kernels than a single token,
-and their last digits can turn a near tie. So batches are used only where they were seen to give the very bits of
-single tokens (`SameBits`), and as wide as pays on this machine (`Costs`). Knows nothing about text, stop texts or
-sampling.
+An answer is the same, bit for bit, with and without it (on a GPU that is not known). A batch may be computed by other
+kernels than a single token, and their last digits can turn a near tie. So batches are used only where they were seen to
+give the very bits of single tokens (`SameBits`), and as wide as pays on this machine (`Costs`). Knows nothing about
+text, stop texts or sampling.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ class Speculation:
         self.draft = draft
         self.bits = SameBits()
         self.costs = Costs()
-        # llama.cpp's kernels for GPUs change with more than the width and the block that verdicts are about. Nobody has
-        # looked how: there guesses have to be asked for.
-        self.trusted = not language.on_gpu or draft is not None
+        # Whether "auto" guesses. llama.cpp's kernels for GPUs may change with more than the width and the block that
+        # verdicts are about, which nobody has looked into: there guesses have to be asked for.
+        self.unasked = not language.on_gpu or draft is not None
 
     def width(self, start: int, most: float) -> int:
         """Tokens in the pass at position `start` that promises most, and costs up to `most`; 0 if there is none."""

@@ -50,14 +50,13 @@ class VisionEncoder:
         # The language model computes next: threads that spin for more work would take its cores.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         name = _utf8(self._path)
-        graph = self._with_operator(settings, threads) if native else None
+        on_cpu = provider == "CPUExecutionProvider"
+        graph = self._with_operator(settings, threads) if on_cpu and native else None
         self.native = graph is not None
-        if provider != "CPUExecutionProvider":
+        if not on_cpu:
             graph = self._in_float(settings)
-        if provider == "CUDAExecutionProvider":
-            bindings.load_cuda()
         wanted = provider, PROVIDER_OPTIONS.get(provider, {})
-        # Widened at use, weights take a quarter of the GPU's memory.
+        # Widened at use, weights take a quarter of the GPU's memory. CoreML has no step for that.
         left_out = {"ConstantFolding"} if provider == "CUDAExecutionProvider" and graph else None
         try:
             # enable_fallback=0: otherwise a failure prints to stdout and goes on with another provider.
@@ -90,10 +89,11 @@ class VisionEncoder:
             return None
         try:
             graph = float_graph.in_float(self._path.read_bytes())
-        except (ValueError, IndexError):  # ONNX Runtime says what is wrong with a damaged file
+        except (OSError, ValueError, IndexError):  # ONNX Runtime says what is wrong with a damaged file
             return None
-        settings.add_session_config_entry("session.disable_quant_qdq", "1")  # or activations are rounded again
-        self._weights_beside(settings)
+        if graph is not None:
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")  # or activations are rounded again
+            self._weights_beside(settings)
         return graph
 
     def _weights_beside(self, settings: Any) -> None:

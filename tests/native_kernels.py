@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from llava_edge.runtimes import devices, language
+from llava_edge.runtimes import language
 from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -21,7 +21,7 @@ def _testable(unit: build.Unit) -> build.Unit:
     """Every kernel on every machine: AVX-512 in plain C++ where the processor has none, AMX and AVX-VNNI with
     instructions that something else computes where the processor refuses them."""
     if unit.kernel == "AVX512VNNI":
-        if "avx512_vnni" in devices.processor()[1]:
+        if {"avx512_vnni", "avx512bw", "avx512dq", "avx512vl"} <= set(Path("/proc/cpuinfo").read_text().split()):
             # gcc 12 warns of its own header, which makes numbers undefined that it then does not use.
             return replace(unit, flags=(*unit.flags, "-Wno-uninitialized", "-Wno-maybe-uninitialized"))
         return replace(unit, flags=(*build.AVX2, "-DNATIVE_WIDE"))

@@ -552,7 +552,8 @@ def half_precision(seed: int) -> Tensors:
 def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Path) -> None:
     """64 tokens behind a picture, 20 models. llama.cpp rounds activations to float16, so that where a random model's
     two best tokens are within 0.5 % of the logits' spread either may win; everywhere else float16 gives the same. How
-    many such places there are depends on the processor's kernels: 5 of 1,300 with AVX2 alone, 7 with AVX-512."""
+    many such places there are depends on the processor's kernels: 5 of 1,300 with AVX2 alone, 7 with AVX-512.
+    13 are let pass."""
     image = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32) * 0.5
     agreements: dict[str, list[float]] = {"f16": [], "q8_0": []}
     for seed in range(20):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,9 +18,10 @@ from towers import TOWER, clip_tower, relative, some_pixels
 
 from llava_edge import EngineOptions, Llava, Options
 from llava_edge.bundle import LANGUAGE, VISION, Bundle
+from llava_edge.errors import BundleError, MemoryLimitError
 from llava_edge.export.clip_onnx import write_clip
 from llava_edge.models.config import LlavaConfig
-from llava_edge.runtimes import devices, float_graph
+from llava_edge.runtimes import devices, float_graph, language
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.vision import VisionEncoder
 
@@ -35,7 +38,8 @@ def test_an_int8_tower_in_float_multiplies_no_integers_and_gives_what_its_weight
         (tmp_path / name).mkdir()
         write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path / name, name, fine_blocks if name == "int8" else 0)
     changed = tmp_path / "int8" / "changed.onnx"
-    changed.write_bytes(float_graph.in_float((tmp_path / "int8" / VISION).read_bytes()))
+    changed.write_bytes(float_graph.in_float((tmp_path / "int8" / VISION).read_bytes()) or b"")
+    assert float_graph.in_float((tmp_path / "fp32" / VISION).read_bytes()) is None
     onnx.checker.check_model(changed)
     kinds = Counter(node.op_type for node in onnx.load(changed, load_external_data=False).graph.node)
     assert kinds["MatMulInteger"] == kinds["QuantizeLinear"] == 0
@@ -51,6 +55,62 @@ def test_an_int8_tower_in_float_multiplies_no_integers_and_gives_what_its_weight
     for output in (0, 1):  # features, attention
         assert relative(found[output], int8[output]) < 2e-3  # what rounding activations costs
         assert relative(found[output], wanted[output]) < (1e-4 if fine_blocks == 2 else 2e-2)
+
+
+def test_graphs_with_graphs_of_their_own_stay(tmp_path: Path) -> None:
+    """What only those use would be left out."""
+    write_clip(LlavaConfig(vision=TOWER), clip_tower()[1], tmp_path, "int8")
+    model = onnx.load(tmp_path / VISION, load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("If", ["on"], ["out"]))
+    assert float_graph.in_float(model.SerializeToString()) is None
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_what_cuda_is_asked_for(
+    precision: str, colours: Path, micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def session(graph: Any, settings: Any, **kwargs: Any) -> Any:
+        asked.update(kwargs, graph=graph, settings=settings)
+        raise RuntimeError("nothing here is a GPU")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    bundle = Bundle.open(colours if precision == "int8" else micro_bundle)
+    with pytest.raises(BundleError, match="nothing here is a GPU"):
+        VisionEncoder(bundle, 1, "CUDAExecutionProvider", native=True)
+    (provider, options), *others = asked["providers"]
+    assert (provider, others) == ("CUDAExecutionProvider", [])
+    assert options["arena_extend_strategy"] == "kSameAsRequested"
+    if precision == "int8":
+        kinds = {node.op_type for node in onnx.load_from_string(asked["graph"]).graph.node}
+        assert not kinds & {"MatMulInteger", "Linear"}
+        assert asked["disabled_optimizers"] == {"ConstantFolding"}
+        assert asked["settings"].get_session_config_entry("session.disable_quant_qdq") == "1"
+    else:
+        assert asked["graph"] == str(bundle.part(VISION))
+        assert not asked["disabled_optimizers"]
+
+
+@pytest.mark.parametrize("gpu_layers", [0, -1])
+def test_llama_cpp_is_shown_no_gpu_unless_layers_are_for_one(
+    gpu_layers: int, micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, shown = language.library(), list[Any]()
+    real = api.llama_model_load_from_file
+
+    def load(path: bytes, settings: Any) -> Any:
+        listed = settings.devices and ctypes.cast(settings.devices, ctypes.POINTER(ctypes.c_void_p))[0]
+        shown.append((settings.devices is None, listed))
+        return real(path, settings)
+
+    monkeypatch.setattr(api, "llama_model_load_from_file", load)
+    LanguageModel(micro_bundle / LANGUAGE, context=64, threads=1, gpu_layers=gpu_layers).close()
+    assert shown == [(True, None) if gpu_layers else (False, None)]
+
+
+def test_a_provider_that_starts_is_known_to() -> None:
+    assert devices._starts("CPUExecutionProvider")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +193,6 @@ def test_the_processor_computes_alone_if_that_is_asked_for(colours: Path) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
-def test_a_model_too_large_for_it_is_refused_in_a_sentence(colours: Path) -> None:
-    with pytest.raises(Exception, match=r"too little memory|cannot make a context"):
-        LanguageModel(colours / LANGUAGE, context=1 << 26, threads=1, gpu_layers=-1)
+def test_a_context_too_large_for_it_is_refused_in_a_sentence(colours: Path) -> None:
+    with pytest.raises(MemoryLimitError, match="cannot make a context"):
+        LanguageModel(colours / LANGUAGE, context=1 << 30, threads=1, gpu_layers=-1)

@@ -9,6 +9,7 @@ build.py     sources -> libraries             check.py     is it right, does it 
 choice.py    what is used after that, and why
 ggml.py      one operation of ggml at a time  library.py   the library's own functions
 operator.py  vision.onnx with our operators   onnx_bytes.py  its graph, read and written
+steps.py     which of its nodes are one step of CLIP
 """
 
 from __future__ import annotations

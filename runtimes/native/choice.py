@@ -16,8 +16,9 @@ COMMAND = "python -m llava_edge.runtimes.native"
 CROWDED = f"Tried beside other programs, so that the choice may be wrong: run '{COMMAND}' when the machine is quiet."
 GAIN = 1.05  # a kernel is used from here on
 ONE_KEPT = 0.9  # of llama.cpp's speed with one row, where a kernel wins with eight: repeats differ by 7 %
-MANY, ONE = (512, 2048, 4096), (1, 16384, 4096)  # rows, columns, inner of two races
+MANY, ONE = (512, 2048, 4096), (1, 16384, 4096)  # rows, columns, inner of two races; 5 and 37 MB at 4 bits
 PROMPT, ANSWER = 576, 128  # positions of a picture and tokens of an answer, for which all weights are read
+COPY = 0.95  # of the time that both take with mapped weights: what a copy, which takes memory and time, has to save
 OPT_IN = {"amx-int8"}  # less exact: only if $LLAVA_EDGE_NATIVE names it
 
 
@@ -27,7 +28,8 @@ class Status:
 
     many: types of weights, each with the kernel that takes its products and from how many rows on; few: types whose
     products of fewer rows, 31 at most, are taken. attention, few_attention: of 32 queries or more, and of fewer.
-    mapped: types that llama.cpp need not re-order, because what is used is as fast without, or because it cannot.
+    mapped: types that llama.cpp need not re-order, because a picture and an answer take hardly longer without, or
+    because it cannot.
     """
 
     reason: str
@@ -120,7 +122,7 @@ def _few_pay(one: dict[str, float], eight: dict[str, float], ours: str) -> bool:
 
 
 def _mapped_suffices(race: dict[str, dict[str, float]], best: str) -> bool:
-    """Whether a picture and an answer take no longer with weights of a type as they are mapped than re-ordered by
+    """Whether a picture and an answer take hardly longer with weights of a type as they are mapped than re-ordered by
     llama.cpp, if it does that.
 
     An Intel Xeon with AMX, 8 threads, 8 blocks of a 7B in Q4_K: 1.0 s for 600 positions and 30 ms a token, re-ordered
@@ -130,7 +132,8 @@ def _mapped_suffices(race: dict[str, dict[str, float]], best: str) -> bool:
     if "repacked" not in many or "repacked" not in one:
         return True
     ours = many[best] if pays(many, best) else many["plain"]
-    return _whole(ours, min(one["plain"], one.get(FEW, one["plain"]))) <= _whole(many["repacked"], one["repacked"])
+    mapped = _whole(ours, min(one["plain"], one.get(FEW, one["plain"])))
+    return COPY * mapped <= _whole(many["repacked"], one["repacked"])
 
 
 def _whole(many: float, one: float) -> float:

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.runtimes.native.onnx_bytes import INT8, Constant, Graph, Node
-from llava_edge.runtimes.native.steps import Steps
+from llava_edge.runtimes.native.onnx_bytes import Graph, Node
+from llava_edge.runtimes.native.steps import WITH_GRAPHS, Steps
 
 DOMAIN = "llava_edge"
 MULTIPLE, FLOATS = 16, 32  # of the inner dimension, for src/int16.cpp: with weights of 8 bits, and with floats
 MAX_WIDTH = 256  # of a head (src/vision_attention.cpp)
-_WITH_GRAPHS = {"If", "Loop", "Scan", "SequenceMap"}  # of their own, which may use values of the whole one
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -36,18 +35,14 @@ def with_operators(model: bytes, threads: int) -> bytes | None:
     ours = {
         out: Node.make("Linear", DOMAIN, layer.inputs, out, {"threads": threads})
         for out, layer in steps.layers().items()
-        if _takes(graph.constants[layer.weight])
+        if graph.constants[layer.weight].shape[0] % MULTIPLE == 0
     }
-    if not ours or any(node.kind in _WITH_GRAPHS for node in graph.nodes):
+    if not ours or any(node.kind in WITH_GRAPHS for node in graph.nodes):
         return None
     for out, (qkv, heads, width) in steps.attentions().items():
         if width <= MAX_WIDTH and width % MULTIPLE == 0:
             ours[out] = Node.make("Attention", DOMAIN, [qkv], out, {"threads": threads, "heads": heads})
     return graph.with_nodes([ours.get(node.outputs[0], node) for node in graph.nodes], DOMAIN)
-
-
-def _takes(weight: Constant) -> bool:
-    return weight.type == INT8 and weight.shape[0] % MULTIPLE == 0 and weight.shape[0] > 0
 
 
 def linear(

@@ -9,6 +9,7 @@ import numpy as np
 
 from llava_edge.runtimes.native.onnx_bytes import FLOAT, INT8, Constant, Graph, Node
 
+WITH_GRAPHS = {"If", "Loop", "Scan", "SequenceMap"}  # of their own, which may use values of the whole one
 _NOTHING = Constant((), 0, ())
 
 
@@ -87,7 +88,7 @@ class Steps:
     def _columns(self, weight: str, scale: str) -> int:
         """How many outputs such weights make; 0 if they are others."""
         of, factors = self._constant(weight), self._constant(scale)
-        columns = of.shape[1] if len(of.shape) == 2 and of.type == INT8 else 0
+        columns = of.shape[1] if len(of.shape) == 2 and of.shape[0] and of.type == INT8 else 0
         return columns if (factors.shape, factors.type) == ((columns,), FLOAT) else 0
 
     def _scale(self, rounded: Node, product: Node, scaled: Node) -> str:

@@ -7,19 +7,19 @@
 //
 // A panel has, for each pair of inner values, the two int16 of each of its columns next to each other: one int32 lane for
 // each column, so that sums need no shuffling. A tile has, for each pair, the two int16 of each of its rows, to be
-// broadcast. AVX-VNNI: 6 rows x 16 columns are 12 sums; two registers of weights and one broadcast make 15. AVX-512: 12 x 32
-// are 24 of 32 registers. A panel has 8 or 16 KB and stays in the first-level cache; the activations of one inner block
-// (300 KB at 576 rows) and the sums of four panels (150 KB) stay in the second-level cache.
+// broadcast. AVX-VNNI: 6 rows x 16 columns are 12 sums; two registers of weights and one broadcast make 15. A panel has 8 or
+// 16 KB and stays in the first-level cache; the activations of one inner block (300 KB at 576 rows) and the sums of four panels
+// (150 KB) stay in the second-level cache.
 //
-// With AVX2 alone everything waits for the multiplier, which half of the pipes have, and additions are cheap. So half of the
-// multiplications are spared (S. Winograd, "A new algorithm for inner product", 1968): with inner values taken in twos,
+// With AVX2 alone, and with AVX-512 on AMD's Zen 4, everything waits for the multiplier, which half of the pipes have, and
+// additions are cheap. So half of the multiplications are spared (S. Winograd, "A new algorithm for inner product", 1968): with inner values taken in twos,
 //
 //   sum of x0 * w0 + x1 * w1 = sum of (x0 + w1) * (x1 + w0) - sum of x0 * x1 - sum of w0 * w1
 //
 // where the last two sums are a row's and a column's own, and where the result's sum starts. All are integers, and what
 // leaves 32 bits on the way comes back: the result is that of plain products, bit for bit. Pairs are here of two values'
 // firsts, then of their seconds; 4 rows x 16 columns are 8 sums, which four registers of weights, two broadcasts and two
-// factors make 16.
+// factors make 16. AVX-512: 8 rows x 32 columns are 16 sums, and as many others leave room.
 
 #include <algorithm>
 

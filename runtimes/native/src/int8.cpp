@@ -11,7 +11,8 @@
 //
 // A panel has, for each four inner values, the four bytes of each of its columns next to each other: one lane of 32 bits for
 // each column, so that sums need no shuffling. A tile has, for each four, the bytes of each of its rows, to be broadcast.
-// AVX2: 6 rows x 16 columns are 12 sums; two registers of weights, one broadcast and one product make 16. AVX-512: 12 x 32.
+// 6 rows x 16 columns are 12 sums; two registers of weights, one broadcast and one product make the 16 of AVX2. AVX-512 has 32,
+// and room for the 12 sums of scaled groups as well.
 // Q8_0 is left to int16.cpp where there is no VNNI: two products of eight bits do not fit int16.
 
 #include "kernels.h"
@@ -26,7 +27,7 @@ namespace {
 constexpr int INNER = 256, STEPS = INNER / 4, BLOCKS = INNER / 32;
 constexpr int COLUMNS = 2 * Lanes::count;
 constexpr int ROWS = 6;
-constexpr int PLACES = (ROWS + 7) / 8 * 8;  // of rows in a tile: eight are transposed at once
+constexpr int PLACES = 8;  // of rows in a tile: so many are transposed at once
 
 bool takes(int type) {
     return type == Q4_0 || type == Q4_1 || type == Q4_K || type == Q5_K || type == Q6_K || (VNNI && type == Q8_0);
@@ -168,7 +169,7 @@ inline __attribute__((always_inline)) void add_steps(const Tile &tile, const Pan
 #pragma GCC unroll 8
     for (int j = 0; j < COUNT; j++) {
         const Lanes a = Lanes::load(panel.bytes[s + j]), b = Lanes::load(panel.bytes[s + j] + Lanes::count);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) {
             const Lanes x = Lanes::same(tile.bytes[s + j][i]);
             if (j || STARTS) low[i].add_bytes(a, x), high[i].add_bytes(b, x);
@@ -181,14 +182,14 @@ inline __attribute__((always_inline)) void add_steps(const Tile &tile, const Pan
 void start_with_minima(const Tile &tile, const Panel &panel, int blocks, bool first, float *sums) {
     for (int n = 0; n < COLUMNS; n += Lanes::count) {
         Floats s[ROWS];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) s[i] = first ? Floats::zero() : Floats::load(sums + i * COLUMNS + n);
         for (int g = 0; g < blocks; g++) {
             const Floats a = Floats::load(panel.minima[g] + n);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
             for (int i = 0; i < ROWS; i++) s[i].add(a, tile.shares[g][i]);
         }
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) s[i].store(sums + i * COLUMNS + n);
     }
 }
@@ -199,11 +200,11 @@ void multiply_by_blocks(const Tile &tile, const Panel &panel, int blocks, bool f
     else if (first) memset(sums, 0, ROWS * COLUMNS * sizeof(float));
     for (int g = 0; g < blocks; g++) {
         Lanes low[ROWS], high[ROWS];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int i = 0; i < ROWS && !MINIMA; i++) low[i] = high[i] = Lanes::same(tile.sums[g][i]);
         add_steps<8, !MINIMA>(tile, panel, 8 * g, low, high);
         const Floats a = Floats::load(panel.scales[g]), b = Floats::load(panel.scales[g] + Lanes::count);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) {
             add_scaled(whole(low[i]), a, tile.scales[g][i], false, sums + i * COLUMNS);
             add_scaled(whole(high[i]), b, tile.scales[g][i], false, sums + i * COLUMNS + Lanes::count);
@@ -215,38 +216,36 @@ void multiply_by_blocks(const Tile &tile, const Panel &panel, int blocks, bool f
 template <int SCALED, int GROUP>
 void multiply_by_256(const Tile &tile, const Panel &panel, bool first, float *sums) {
     Lanes low[ROWS], high[ROWS];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++) low[i] = high[i] = Lanes::zero();
     for (int g = 0; g < INNER / SCALED / 2; g++) {
         const Lanes a = Lanes::load(panel.pairs[g]), b = Lanes::load(panel.pairs[g] + Lanes::count);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) {
             const Lanes x = Lanes::same(tile.sums[g][i]);
             low[i].add_pairs(a, x), high[i].add_pairs(b, x);
         }
     }
     const Floats c = Floats::load(panel.scales[1]), d = Floats::load(panel.scales[1] + Lanes::count);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++) {
         add_scaled(low[i].floats(), c, tile.scales[0][i], first, sums + i * COLUMNS);
         add_scaled(high[i].floats(), d, tile.scales[0][i], first, sums + i * COLUMNS + Lanes::count);
     }
-    Totals tl[ROWS], th[ROWS];
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) tl[i] = Totals::zero(), th[i] = Totals::zero();
+    Totals low_totals[ROWS], high_totals[ROWS];
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++) low_totals[i] = high_totals[i] = Totals::zero();
     for (int g = 0; g < INNER / GROUP; g++) {
         add_steps<GROUP / 4, false>(tile, panel, g * GROUP / 4, low, high);
         const int32_t *factors = panel.factors[g * GROUP / SCALED];
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++) {
-            tl[i].add(low[i], factors), th[i].add(high[i], factors + Lanes::count);
-        }
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++) low_totals[i].add(low[i], factors), high_totals[i].add(high[i], factors + Lanes::count);
     }
     const Floats a = Floats::load(panel.scales[0]), b = Floats::load(panel.scales[0] + Lanes::count);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++) {
-        add_scaled(tl[i].floats(), a, tile.scales[0][i], false, sums + i * COLUMNS);
-        add_scaled(th[i].floats(), b, tile.scales[0][i], false, sums + i * COLUMNS + Lanes::count);
+        add_scaled(low_totals[i].floats(), a, tile.scales[0][i], false, sums + i * COLUMNS);
+        add_scaled(high_totals[i].floats(), b, tile.scales[0][i], false, sums + i * COLUMNS + Lanes::count);
     }
 }
 

@@ -1,5 +1,5 @@
 // One register of lanes of 32 bits, for int8.cpp and int16.cpp: AVX2, AVX-VNNI or AVX-512 VNNI, as the compiler's flags say;
-// and plain C++ in place of the last where NATIVE_WIDE comes without it, so that its order of work is tested on every machine.
+// and plain C++ in place of the last where NATIVE_WIDE comes without it, so that its order of work is tested on machines without it.
 //
 // Products of bytes add up in int32 with VNNI, four in a lane. With AVX2 alone they add up in int16, two sums in a lane,
 // which hold 16 products of 4 bits and 7, 8 of 5 bits, 4 of 6: then they have to be taken together. Its product of pairs
@@ -143,7 +143,6 @@ struct Lanes {
     static Lanes load(const int32_t *p) { return {_mm256_load_si256(reinterpret_cast<const __m256i *>(p))}; }
     static Lanes same(int32_t x) { return {_mm256_set1_epi32(x)}; }
     Lanes with(Lanes b) const { return {_mm256_add_epi32(v, b.v)}; }
-    void store(int32_t *p) const { _mm256_store_si256(reinterpret_cast<__m256i *>(p), v); }
     Floats floats() const { return {_mm256_cvtepi32_ps(v)}; }
     // gcc reorders the intrinsics until twelve sums no longer fit its sixteen registers: a third of the speed.
 #if defined(__AVXVNNI__)
@@ -187,8 +186,6 @@ struct Totals {
     Floats v;
     static __m256i factors(__m256i x) { return _mm256_castps_si256(_mm256_cvtepi32_ps(x)); }
     static Totals zero() { return {Floats::zero()}; }
-    static Totals load(const int32_t *p) { return {Floats::load(reinterpret_cast<const float *>(p))}; }
-    void store(int32_t *p) const { v.store(reinterpret_cast<float *>(p)); }
     void add(Lanes group, const int32_t *factors) { v.add(group.floats(), Floats::load(reinterpret_cast<const float *>(factors))); }
     Floats floats() const { return v; }
 };
@@ -198,8 +195,6 @@ struct Totals {
     Lanes v;
     static __m256i factors(__m256i x) { return twice(x); }
     static Totals zero() { return {Lanes::zero()}; }
-    static Totals load(const int32_t *p) { return {Lanes::load(p)}; }
-    void store(int32_t *p) const { v.store(p); }
     void add(Lanes group, const int32_t *factors) { v.add_pairs(group, Lanes::load(factors)); }
     Floats floats() const { return v.floats(); }
 };
