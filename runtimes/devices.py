@@ -76,7 +76,7 @@ def _starts(provider: str) -> bool:
     bindings.load_cuda()
     ort = bindings.onnxruntime()
     settings = ort.SessionOptions()
-    settings.log_severity_level = 4  # it says so on stderr, too
+    settings.log_severity_level = 4  # why CUDA does not start is said on stderr all the same
     name, kind = encode(1, b"x"), encode(2, encode(1, encode(1, 1)))  # of a float32 of any shape
     graph = encode(1, name + encode(2, b"y") + encode(4, b"Identity")) + encode(2, b"try")
     graph += encode(11, name + kind) + encode(12, encode(1, b"y") + kind)
@@ -161,7 +161,7 @@ def int8_saturates() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
-def multiplies_bytes() -> bool:
+def int8_is_fast() -> bool:
     """Whether ONNX Runtime's products of bytes are as fast as ours: with AMX, and perhaps with AVX-VNNI alone."""
     flags = processor()[1]
     return not int8_saturates() and ("amx_int8" in flags or "avx512_vnni" not in flags)

@@ -59,7 +59,7 @@ def untuned(bundle: Bundle, threads: int) -> Setting:
     Our operator was 1.5 to 1.7 times as fast as ONNX Runtime on AVX2 without VNNI, 1.5 to 2 times with AVX-512 VNNI
     (AMD Zen 4), and no faster where ONNX Runtime uses AMX.
     """
-    pays = bundle.manifest.vision.precision == "int8" and not devices.multiplies_bytes()
+    pays = bundle.manifest.vision.precision == "int8" and not devices.int8_is_fast()
     return Setting(threads, False, native=pays and native.operator_library() is not None)
 
 

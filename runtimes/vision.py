@@ -29,7 +29,8 @@ class VisionEncoder:
     Raises `BundleError` if the file does not do what the manifest says, `UnavailableError` if ONNX Runtime would
     silently use another provider than the one asked for.
     prepack: let it keep weights rearranged for this processor: a private copy of all of them, made now.
-    native: compute int8 linear layers and attention by our operators, where tried and right (`native.operator`).
+    native: compute int8 linear layers and attention by our operators, where tried and right (`native.operator`), on the
+        processor. Other providers compute int8 layers in float32 (`float_graph`).
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class VisionEncoder:
         if not on_cpu:
             graph = self._in_float(settings)
         wanted = provider, PROVIDER_OPTIONS.get(provider, {})
-        # Widened at use, weights take a quarter of the GPU's memory. CoreML has no step for that.
+        # Weights that are widened at use take a quarter of the memory. CoreML has no step for that.
         left_out = {"ConstantFolding"} if provider == "CUDAExecutionProvider" and graph else None
         try:
             # enable_fallback=0: otherwise a failure prints to stdout and goes on with another provider.

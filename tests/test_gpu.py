@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from PIL import Image
 from processes import in_child
 from towers import TOWER, clip_tower, relative, some_pixels
 
@@ -134,8 +135,6 @@ def test_features_are_those_of_the_processor(colours: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
 def test_it_answers_as_the_processor_does(colours: Path) -> None:
-    from PIL import Image
-
     answers = {}
     for device in ("cpu", "cuda"):
         with Llava.load(colours, EngineOptions(device=device, cache=False)) as llava:

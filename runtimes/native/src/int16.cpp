@@ -12,7 +12,8 @@
 // (150 KB) stay in the second-level cache.
 //
 // With AVX2 alone, and with AVX-512 on AMD's Zen 4, everything waits for the multiplier, which half of the pipes have, and
-// additions are cheap. So half of the multiplications are spared (S. Winograd, "A new algorithm for inner product", 1968): with inner values taken in twos,
+// additions are cheap. So half of the multiplications are spared (S. Winograd, "A new algorithm for inner product", 1968):
+// with inner values taken in twos,
 //
 //   sum of x0 * w0 + x1 * w1 = sum of (x0 + w1) * (x1 + w0) - sum of x0 * x1 - sum of w0 * w1
 //

@@ -1,8 +1,9 @@
 // CLIP's attention: out = softmax(q . k / sqrt(width)) . v for each head, where every position sees all of them.
 //
 // Both products are those of int16.cpp's kernel. A thread takes a head, packs its keys and values once, as if they were
-// weights, and then some queries at a time, one tile: their scores (9 KB for 4 queries and 577 keys, 18 for 8 with AVX-512) stay in the first-level
-// cache, the packed keys and values in the second. ONNX Runtime's steps write and read scores of all heads: 21 MB a layer.
+// weights, and then some queries at a time, one tile: their scores (9 KB for 4 queries and 577 keys, 18 for 8 with AVX-512)
+// stay in the first-level cache, the packed keys and values in the second. ONNX Runtime's steps write and read scores of all
+// heads: 21 MB a layer.
 
 #include <atomic>
 #include <cmath>
