@@ -60,25 +60,25 @@ class Projector:
     def project(self, features: Array) -> Array:
         """(image_tokens, vision width) float32 -> (image_tokens, hidden size) float32, C-contiguous and finite."""
         values = features
-        for number, (weight, bias) in enumerate(self._layers):
-            if number:
-                for first in range(0, len(values), ROWS):
-                    values[first : first + ROWS] = gelu(values[first : first + ROWS])
-            values = self._layer(values, weight, bias)
+        for number, (weight, bias) in enumerate(self._layers, 1):
+            values = self._layer(values, weight, bias, then_gelu=number < len(self._layers))
         if not np.isfinite(values).all():
             raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
         return np.ascontiguousarray(values, np.float32)
 
-    def _layer(self, values: Array, weight: Array, bias: Array) -> Array:
-        """values @ weight.T + bias, by our kernel where it takes the layer."""
+    def _layer(self, values: Array, weight: Array, bias: Array, then_gelu: bool) -> Array:
+        """values @ weight.T + bias and GELU of it, by our kernel where it takes the layer."""
         if self._library is not None and operator.projects(weight):
             try:
-                return operator.project(self._library, values, weight, bias, self._threads)
+                return operator.project(self._library, values, weight, bias, self._threads, then_gelu)
             except OSError as error:  # its file has gone, or there is no memory
                 raise UnavailableError(
                     f"The native kernel for the projector failed: {error}. Try again, or set LLAVA_EDGE_NATIVE=off."
                 ) from error
-        return linear(values, weight, bias)
+        values = linear(values, weight, bias)
+        for first in range(0, len(values) if then_gelu else 0, ROWS):
+            values[first : first + ROWS] = gelu(values[first : first + ROWS])
+        return values
 
 
 def linear(values: Array, weight: Array, bias: Array) -> Array:

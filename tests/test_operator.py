@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError
 from llava_edge.runtimes import devices, embedder, native, tune
 from llava_edge.runtimes.native import build, check, operator
-from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.projector import Projector, gelu
 from llava_edge.runtimes.vision import VisionEncoder
 
 if sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1]:
@@ -77,6 +78,10 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+def quick_gelu(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x / (1 + np.exp(np.minimum(-1.702 * x, 700))))
+
+
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 16, 1), (7, 48, 35), (50, 768, 64), (13, 272, 130)])
 def test_products_of_every_shape(library: Path, rows: int, inner: int, columns: int) -> None:
     numbers = np.random.default_rng(0)
@@ -84,11 +89,27 @@ def test_products_of_every_shape(library: Path, rows: int, inner: int, columns: 
     weight = numbers.integers(-127, 128, (inner, columns), np.int8)
     scale, bias = numbers.random(columns, np.float32), numbers.standard_normal(columns, np.float32)
     found = operator.linear(library, x, weight, scale, bias, threads=2)
-    assert relative(found, x.astype(np.float64) @ weight * scale + bias) < 3e-4
+    expected = x.astype(np.float64) @ weight * scale + bias
+    assert relative(found, expected) < 3e-4
+    found = operator.linear(library, x, weight, scale, bias, quick_gelu=True)
+    assert np.linalg.norm(found - quick_gelu(expected)) < 3e-4 * np.linalg.norm(expected)
     x[0, 3] = np.nan
-    found = operator.linear(library, x, weight, scale, bias)
-    assert np.isnan(found[0]).all()
-    assert np.isfinite(found[1:]).all()
+    for activated in (False, True):
+        found = operator.linear(library, x, weight, scale, bias, quick_gelu=activated)
+        assert np.isnan(found[0]).all()
+        assert np.isfinite(found[1:]).all()
+
+
+def test_activations_at_both_ends(library: Path) -> None:
+    """Products of nothing, so that what is activated is the bias: from beyond what e^x reaches to about zero."""
+    bias = np.array([-300, -88, -20, -3, -0.75, -1e-3, 0, 1e-3, 0.75, 3, 20, 88, 300], np.float32)
+    x, n = np.zeros((2, 32), np.float32), len(bias)
+    found = operator.linear(library, x, np.ones((32, n), np.int8), np.ones(n, np.float32), bias, quick_gelu=True)
+    wide = bias.astype(np.float64)
+    assert np.allclose(found, quick_gelu(wide), 1e-6, 1e-30)
+    found = operator.project(library, x, np.ones((n, 32), np.float32), bias, gelu=True)
+    exact = [value / 2 * math.erfc(-value / math.sqrt(2)) for value in wide]
+    assert np.allclose(found, exact, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +150,10 @@ def test_layers_of_the_projector(library: Path, kind: type, rows: int, inner: in
     x, bias = numbers.standard_normal((rows, inner), np.float32), numbers.standard_normal(columns, np.float32)
     weight: np.ndarray = numbers.standard_normal((columns, inner), np.float32).astype(kind)
     found = operator.project(library, x, weight, bias, threads=2)
-    assert relative(found, x.astype(np.float64) @ weight.T + bias) < 1e-3
+    expected = x.astype(np.float64) @ weight.T + bias
+    assert relative(found, expected) < 1e-3
+    found = operator.project(library, x, weight, bias, gelu=True)
+    assert np.linalg.norm(found - gelu(expected.astype(np.float32))) < 1e-3 * np.linalg.norm(expected)
     assert operator.projects(weight)
     assert not operator.projects(weight[:, 1:])
     assert not operator.projects(weight.T)
@@ -203,6 +227,9 @@ def test_every_linear_layer_and_attention_is_one_node(quantized: Bundle) -> None
     assert len(attention) == len([node for node in before.node if node.name.startswith("Softmax")]) - 1 > 0
     assert all(node.domain == "llava_edge" and node.attribute[0].i == 3 for node in linear + attention)
     assert not [node for node in after.node if "Integer" in node.op_type or "Quantize" in node.op_type]
+    activated = [node for node in linear if "quick_gelu" in {item.name for item in node.attribute}]
+    assert len(activated) == len([node for node in before.node if node.op_type == "Sigmoid"]) > 0
+    assert not [node for node in after.node if node.op_type == "Sigmoid"]
     read = {name for node in after.node for name in node.input}
     assert {item.name for item in after.initializer} <= read
     assert [item.name for item in after.output] == [item.name for item in before.output]
@@ -273,6 +300,36 @@ def test_what_is_no_such_layer_stays(quantized: Bundle, change: Callable[[Any], 
     kinds = [node.op_type for node in onnx.load_from_string(changed).graph.node]
     assert kinds.count("Linear") == layers - 1
     assert kinds.count("MatMulInteger") == 2
+
+
+def other_factor(graph: Any) -> None:
+    first(graph, "Sigmoid", "Mul").input[1] = "scalar_1.0"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(1, np.float32), "scalar_1.0"))
+
+
+def gate_of_another(graph: Any) -> None:
+    gates = [node for node in graph.node if node.op_type == "Sigmoid"]
+    activated = next(node for node in graph.node if gates[0].output[0] in node.input)
+    activated.input[1] = activated.input[0]
+
+
+def used_twice(graph: Any) -> None:
+    gate = first(graph, "Sigmoid", "Mul")
+    graph.node.append(onnx.helper.make_node("Identity", [gate.input[0]], ["again"]))
+    graph.output.append(onnx.helper.make_tensor_value_info("again", onnx.TensorProto.FLOAT, None))
+
+
+@pytest.mark.parametrize("change", [other_factor, gate_of_another, used_twice])
+def test_what_is_no_such_activation_stays(quantized: Bundle, change: Callable[[Any], None]) -> None:
+    model = onnx.load_from_string(Path(quantized.part(VISION)).read_bytes())
+    layers = sum(node.op_type == "MatMulInteger" for node in model.graph.node) // 2
+    gates = sum(node.op_type == "Sigmoid" for node in model.graph.node)
+    change(model.graph)
+    changed = operator.with_operators(model.SerializeToString(), 1)
+    assert changed is not None
+    linear = [node for node in onnx.load_from_string(changed).graph.node if node.op_type == "Linear"]
+    assert len(linear) == layers
+    assert sum(len(node.attribute) == 2 for node in linear) == gates - 1
 
 
 def other_scale(graph: Any) -> None:

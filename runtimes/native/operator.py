@@ -1,9 +1,10 @@
 """vision.onnx with our operators; the shared library beside the kernels has them (src/operators.cpp).
 
 The exporter writes a linear layer in int8 as two integer products and a dozen of steps around them, and attention as a
-dozen more (export/clip_onnx.py). Here each becomes one node: `llava_edge.Linear` with x, weight, scale and bias, and
-`llava_edge.Attention` with queries, keys and values side by side. The file stays as it is; what is loaded is a copy of
-the graph in memory, and weights are mapped from vision.onnx.data as before.
+dozen more (export/clip_onnx.py). Here each becomes one node: `llava_edge.Linear` with x, weight, scale and bias, which
+does quick-GELU as well where that follows, and `llava_edge.Attention` with queries, keys and values side by side. The
+file stays as it is; what is loaded is a copy of the graph in memory, and weights are mapped from vision.onnx.data as
+before.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ def with_operators(model: bytes, threads: int) -> bytes | None:
     """
     graph = Graph(model)
     steps = Steps(graph)
-    ours = {
-        out: Node.make("Linear", DOMAIN, layer.inputs, out, {"threads": threads})
-        for out, layer in steps.layers().items()
-        if graph.constants[layer.weight].shape[0] % MULTIPLE == 0
+    layers = {
+        out: layer for out, layer in steps.layers().items() if graph.constants[layer.weight].shape[0] % MULTIPLE == 0
     }
+    ours = {out: Node.make("Linear", DOMAIN, layer.inputs, out, {"threads": threads}) for out, layer in layers.items()}
+    for out, before in steps.quick_gelus().items():
+        if before in layers:
+            inputs, attributes = layers[before].inputs, {"threads": threads, "quick_gelu": 1}
+            ours[out] = Node.make("Linear", DOMAIN, inputs, out, attributes)
     if not ours or any(node.kind in WITH_GRAPHS for node in graph.nodes):
         return None
     for out, (qkv, heads, width) in steps.attentions().items():
@@ -52,13 +56,14 @@ def linear(
     scale: Array,
     bias: Array,
     threads: int = 1,
+    quick_gelu: bool = False,
 ) -> Array:
-    """(rows, inner) -> (rows, columns): (x @ weight) * scale + bias, as the operator computes it.
+    """(rows, inner) -> (rows, columns): (x @ weight) * scale + bias, and quick-GELU of it, as the operator computes it.
 
     Raises `OSError` if it cannot.
     """
     out = np.empty((len(x), weight.shape[1]), np.float32)
-    _call(library, "linear", x, weight, scale, bias, out, len(x), *weight.shape[::-1], threads)
+    _call(library, "linear", x, weight, scale, bias, quick_gelu, out, len(x), *weight.shape[::-1], threads)
     return out
 
 
@@ -78,11 +83,16 @@ def projects(weight: np.ndarray[Any, Any]) -> bool:
     return weight.dtype in (np.float16, np.float32) and weight.flags.c_contiguous and weight.shape[1] % FLOATS == 0
 
 
-def project(library: Path, x: Array, weight: np.ndarray[Any, Any], bias: Array, threads: int = 1) -> Array:
-    """(rows, inner) -> (rows, out): x @ weight.T + bias by the operators' kernel. Raises `OSError` if it cannot."""
+def project(
+    library: Path, x: Array, weight: np.ndarray[Any, Any], bias: Array, threads: int = 1, gelu: bool = False
+) -> Array:
+    """(rows, inner) -> (rows, out): x @ weight.T + bias, and GELU of it, by the operators' kernel.
+
+    Raises `OSError` if it cannot.
+    """
     out, halves = np.empty((len(x), len(weight)), np.float32), weight.dtype == np.float16
     x, bias = (np.ascontiguousarray(array, np.float32) for array in (x, bias))
-    _call(library, "project", halves, x, weight, bias, out, len(x), *weight.shape, threads)
+    _call(library, "project", halves, x, weight, bias, gelu, out, len(x), *weight.shape, threads)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from llava_edge.runtimes.native.onnx_bytes import FLOAT, INT8, Constant, Graph, Node
 
 WITH_GRAPHS = {"If", "Loop", "Scan", "SequenceMap"}  # of their own, which may use values of the whole one
+QUICK_GELU = float(np.float32(1.702))
 _NOTHING = Constant((), 0, ())
 
 
@@ -49,6 +51,19 @@ class Steps:
     def attentions(self) -> dict[str, tuple[str, int, int]]:
         """Output of each attention -> queries, keys and values side by side; how many heads, and their width."""
         return {node.outputs[0]: found for node in self._nodes if (found := self._attention(node))}
+
+    def quick_gelus(self) -> dict[str, str]:
+        """Output of each x * sigmoid(1.702 x) -> x, if nothing else uses that."""
+        found = {node.outputs[0]: x for node in self._nodes if (x := self._quick_gelu(node))}
+        uses = Counter(name for node in self._nodes for name in node.inputs)
+        return {output: x for output, x in found.items() if uses[x] == 2}
+
+    def _quick_gelu(self, node: Node) -> str:
+        if node.kind != "Mul":
+            return ""
+        gate = self._trace(node.inputs[1], "Sigmoid", "Mul")
+        known = gate and gate[1].inputs[0] == node.inputs[0] and self._values(gate[1].inputs[1]) == (QUICK_GELU,)
+        return node.inputs[0] if known else ""
 
     def _layer(self, node: Node) -> Layer | None:
         """If the node's sum is (product of the first term * scale + bias) + the second's."""

@@ -21,6 +21,9 @@
 // leaves 32 bits on the way comes back: the result is that of plain products, bit for bit. Pairs are here of two values'
 // firsts, then of their seconds; 4 rows x 16 columns are 8 sums, which four registers of weights, two broadcasts and two
 // factors make 16. AVX-512: 8 rows x 32 columns are 16 sums, and as many others leave room.
+//
+// With 512 bits there are two pipes, one of which multiplies: a plain product keeps that one busy for two cycles, one with half
+// of the multiplications both for one and a half. So three rows of eight, among the others, have plain products.
 
 #include <algorithm>
 
@@ -41,6 +44,8 @@ constexpr int PLACES = Lanes::count;  // in a tile, of pairs of its rows; with T
 constexpr int STEPS = TWOS ? PAIRS / 2 : PAIRS;
 constexpr int SCALES = 16;  // room for ROWS numbers that keeps 64 bytes' alignment
 constexpr int ACTIVATION_LIMIT = 8191;
+
+constexpr bool plain(int row) { return Lanes::count == 16 && row % 3 == 1; }  // 11 cycles for 8 rows instead of 12
 
 // 10 bits and a sign with 256 inner values, 12 with 64 or fewer.
 float weight_limit(int inner) { return float(std::min(4095, INT32_MAX / ACTIVATION_LIMIT / inner)); }
@@ -81,6 +86,7 @@ void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
     alignas(64) int16_t values[PLACES][INNER];
     if (!TWOS) memset(values[ROWS], 0, (PLACES - ROWS) * sizeof values[0]);
     for (int i = 0; i < ROWS; i++) {
+        for (int k = 0; k < inner; k += 16) _mm_prefetch(x + i * stride + INNER + k, _MM_HINT_T0);  // the block after this one
         tile.scales[i] = i < rows ? quantize(x + i * stride, inner, ACTIVATION_LIMIT, values[i]) : 0;
         if (i >= rows) memset(values[i], 0, sizeof values[i]);
         if (TWOS) tile.starts[i] = part(values[i], inner, ROWS * INNER);
@@ -93,24 +99,34 @@ void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
 
 bool takes(int type) { return type == BYTES_ACROSS || type == F32 || unpacks(type); }
 
-// Two rows of bytes, of two inner values -> pairs of int16
+// 16 bytes of a row, of which `there` are its own
+__m256i bytes16(const char *row, int there) {
+    if (there >= 16) return _mm256_cvtepi8_epi16(load128(row));
+    alignas(16) char padded[16] = {};
+    memcpy(padded, row, std::max(there, 0));
+    return _mm256_cvtepi8_epi16(load128(padded));
+}
+
+// Two rows, side by side
+void put_pairs(__m256i a, __m256i b, int32_t *pairs) {
+    const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+    put256(_mm256_permute2x128_si256(low, high, 0x20), pairs);
+    put256(_mm256_permute2x128_si256(low, high, 0x31), pairs + 8);
+}
+
+// Rows of bytes, one for each inner value. The ones after this block are fetched: they lie far apart.
 void unpack_across(const Product &product, int column, int columns, int k, int inner, Panel &panel) {
+    constexpr int SECOND = TWOS ? 2 : 1;  // that makes a pair with the first of four
+    const size_t stride = product.w_stride;
+    const char *w = product.w + k * stride + column;
     for (int n = 0; n < COLUMNS; n++) panel.scales[n] = 1;
-    for (int n = 0; n < COLUMNS; n += 16) {
-        const char *w = product.w + k * product.w_stride + column + n;
-        for (int p = 0; p < inner / 2; p++, w += 2 * product.w_stride) {
-            alignas(16) char padded[2][16] = {};
-            const char *first = w, *second = w + product.w_stride;
-            if (n + 16 > columns) {
-                const int there = columns > n ? columns - n : 0;
-                memcpy(padded[0], first, there);
-                memcpy(padded[1], second, there);
-                first = padded[0], second = padded[1];
-            }
-            const __m256i a = _mm256_cvtepi8_epi16(load128(first)), b = _mm256_cvtepi8_epi16(load128(second));
-            const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-            put256(_mm256_permute2x128_si256(low, high, 0x20), &panel.pairs[p][n]);
-            put256(_mm256_permute2x128_si256(low, high, 0x31), &panel.pairs[p][n + 8]);
+    for (int p = 0; p < inner / 2; p += 2, w += 4 * stride) {
+        for (int i = 0; i < 4; i++) _mm_prefetch(w + (INNER + i) * stride, _MM_HINT_T1);
+        for (int n = 0; n < COLUMNS; n += 16) {
+            __m256i v[4];
+            for (int i = 0; i < 4; i++) v[i] = bytes16(w + i * stride + n, columns - n);
+            put_pairs(v[0], v[SECOND], &panel.pairs[p][n]);
+            put_pairs(v[3 - SECOND], v[3], &panel.pairs[p + 1][n]);
         }
     }
 }
@@ -135,24 +151,32 @@ void unpack_rows(const Product &product, int column, int columns, int k, int inn
 
 // Two rows of pairs -> one of firsts, one of seconds
 void part(Panel &panel, int inner) {
-    for (int n = 0; n < COLUMNS; n += 8) {
-        __m256i start = _mm256_setzero_si256();
+    for (int n = 0; n < COLUMNS; n += 8)
         for (int p = 0; p < inner / 2; p += 2) {
             const __m256i a = load256(&panel.pairs[p][n]), b = load256(&panel.pairs[p + 1][n]);
-            const __m256i first = firsts(a, b), second = seconds(a, b);
-            put256(first, &panel.pairs[p][n]);
-            put256(second, &panel.pairs[p + 1][n]);
-            start = _mm256_sub_epi32(start, _mm256_madd_epi16(first, second));
+            put256(firsts(a, b), &panel.pairs[p][n]);
+            put256(seconds(a, b), &panel.pairs[p + 1][n]);
         }
+}
+
+void add_up(Panel &panel, int inner) {
+    for (int n = 0; n < COLUMNS; n += 8) {
+        __m256i start = _mm256_setzero_si256();
+        for (int p = 0; p < inner / 2; p += 2)
+            start = _mm256_sub_epi32(start, _mm256_madd_epi16(load256(&panel.pairs[p][n]), load256(&panel.pairs[p + 1][n])));
         put256(start, &panel.starts[n]);
     }
 }
 
 void unpack(const Product &product, int column, int columns, int k, int inner, void *out) {
     Panel &panel = *static_cast<Panel *>(out);
-    if (product.type == BYTES_ACROSS) unpack_across(product, column, columns, k, inner, panel);
-    else unpack_rows(product, column, columns, k, inner, panel);
-    if (TWOS) part(panel, inner);
+    if (product.type == BYTES_ACROSS) {
+        unpack_across(product, column, columns, k, inner, panel);
+    } else {
+        unpack_rows(product, column, columns, k, inner, panel);
+        if (TWOS) part(panel, inner);
+    }
+    if (TWOS) add_up(panel, inner);
 }
 
 // left, right += (first of x + second of w) * (second of x + first of w), for two registers of columns
@@ -201,13 +225,22 @@ void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left, 
 
 #else
 
+// left, right += first of x * first of w + second of x * second of w
+inline __attribute__((always_inline)) void add_plain(Lanes &left, Lanes &right, const int32_t *x, const Lanes (&first)[2],
+                                                     const Lanes (&second)[2]) {
+    const Lanes a = Lanes::same(x[0]), b = Lanes::same(x[ROWS]);
+    left.add_pairs(a, first[0]), right.add_pairs(a, first[1]);
+    left.add_pairs(b, second[0]), right.add_pairs(b, second[1]);
+}
+
 inline __attribute__((always_inline)) void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left,
                                                         Lanes *right) {
     const Lanes low = Lanes::load(panel.starts), high = Lanes::load(panel.starts + Lanes::count);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
         const Lanes own = Lanes::same(tile.starts[i]);
-        left[i] = low.with(own), right[i] = high.with(own);
+        if (plain(i)) left[i] = right[i] = Lanes::zero();
+        else left[i] = low.with(own), right[i] = high.with(own);
     }
     for (int s = 0; s < inner / 4; s += 4)
 #pragma GCC unroll 4
@@ -216,7 +249,9 @@ inline __attribute__((always_inline)) void add_products(const Tile &tile, const 
             const Lanes first[2] = {Lanes::load(w), Lanes::load(w + Lanes::count)};
             const Lanes second[2] = {Lanes::load(w + COLUMNS), Lanes::load(w + COLUMNS + Lanes::count)};
 #pragma GCC unroll 8
-            for (int i = 0; i < ROWS; i++) add_twos(left[i], right[i], &tile.pairs[j][i], first, second);
+            for (int i = 0; i < ROWS; i++)
+                if (plain(i)) add_plain(left[i], right[i], &tile.pairs[j][i], first, second);
+                else add_twos(left[i], right[i], &tile.pairs[j][i], first, second);
         }
 }
 

@@ -9,6 +9,14 @@
 
 namespace native {
 
+// What else shall become of some of a product's results while they are in the cache: `rows` x `columns` from `column` on.
+struct Finish {
+    virtual void block(float *y, size_t stride, int rows, int column, int columns) const = 0;
+
+protected:
+    ~Finish() = default;
+};
+
 struct Product {
     int type;            // of w, a ggml_type
     const char *w;       // columns rows of blocks
@@ -18,6 +26,7 @@ struct Product {
     float *y;            // rows x columns
     size_t y_stride;     // floats from row to row
     int rows, columns, inner;
+    const Finish *finish = nullptr;
 };
 
 // A way to compute products of many rows. Weights are unpacked once, a panel (some columns, one block of the inner

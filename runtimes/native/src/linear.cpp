@@ -1,13 +1,50 @@
-// Linear layers of CLIP and of the projector: y = (x @ W) * scale + bias, in place of what ONNX Runtime or numpy would compute.
+// Linear layers of CLIP and of the projector: y = activation((x @ W) * scale + bias), in place of what ONNX Runtime or numpy would compute.
 //
 // CLIP's W is (inner, columns) int8 as vision.onnx stores it, with a scale for each column; the projector's is (columns, inner)
 // float16 or float32 as projector.gguf stores it, without. The kernel is that of int16.cpp: activations keep 13 bits, which
 // CLIP needs.
 
+#include <cstring>
+
+#include "attention.h"
 #include "formats.h"
 #include "operators.h"
 
 namespace native {
+
+namespace {
+
+// x * sigmoid(1.702 x)
+__m256 quick_gelu(__m256 x) {
+    const __m256 one = _mm256_set1_ps(1), z = _mm256_mul_ps(x, _mm256_set1_ps(1.702f));
+    const __m256 e = exponential(_mm256_or_ps(z, _mm256_set1_ps(-0.0f)));  // of -|z|
+    return _mm256_div_ps(_mm256_mul_ps(x, _mm256_blendv_ps(one, e, z)), _mm256_add_ps(one, e));
+}
+
+// x/2 (1 + erf(x/sqrt 2)); erf by Abramowitz and Stegun 7.1.26, off by 1.5e-7 at most, as in projector.py.
+__m256 gelu(__m256 x) {
+    const __m256 one = _mm256_set1_ps(1), away = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(away, _mm256_set1_ps(0.3275911f / 1.41421356f), one));
+    __m256 tail = _mm256_set1_ps(1.061405429f);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+        tail = _mm256_fmadd_ps(tail, t, _mm256_set1_ps(c));
+    const __m256 e = exponential(_mm256_mul_ps(_mm256_mul_ps(x, x), _mm256_set1_ps(-0.5f)));
+    tail = _mm256_mul_ps(_mm256_mul_ps(tail, t), _mm256_mul_ps(e, _mm256_set1_ps(0.5f)));  // what lies beyond |x|
+    return _mm256_mul_ps(x, _mm256_blendv_ps(_mm256_sub_ps(one, tail), tail, x));
+}
+
+template <class F>
+void each(float *y, int count, F with) {
+    int n = 0;
+    for (; n + 8 <= count; n += 8) _mm256_storeu_ps(y + n, with(_mm256_loadu_ps(y + n)));
+    if (n == count) return;
+    float rest[8] = {};
+    memcpy(rest, y + n, (count - n) * sizeof *y);
+    _mm256_storeu_ps(rest, with(_mm256_loadu_ps(rest)));
+    memcpy(y + n, rest, (count - n) * sizeof *y);
+}
+
+}  // namespace
 
 Scratch &scratch() {
     thread_local Scratch own;
@@ -20,17 +57,20 @@ const Kernel *pairs_kernel() {
     return nullptr;
 }
 
-bool linear(const Product &p, const float *scale, const float *bias, Team &team) {
+void Layer::block(float *y, size_t stride, int rows, int column, int columns) const {
+    for (; rows > 0; rows--, y += stride) {
+        const float *const a = scale ? scale + column : nullptr, *const b = bias + column;
+        if (a) for (int n = 0; n < columns; n++) y[n] = y[n] * a[n] + b[n];
+        else for (int n = 0; n < columns; n++) y[n] += b[n];
+        if (activation == QUICK_GELU) each(y, columns, quick_gelu);
+        else if (activation == GELU) each(y, columns, gelu);
+    }
+}
+
+bool linear(Product p, const Layer &layer, Team &team) {
     const Kernel *const kernel = pairs_kernel();
-    if (!kernel || !multiply(*kernel, p, team, scratch())) return false;
-    team.each([&](int member) {
-        for (int m = member * p.rows / team.size; m < (member + 1) * p.rows / team.size; m++) {
-            float *y = p.y + m * p.y_stride;
-            if (scale) for (int n = 0; n < p.columns; n++) y[n] = y[n] * scale[n] + bias[n];
-            else for (int n = 0; n < p.columns; n++) y[n] += bias[n];
-        }
-    });
-    return true;
+    p.finish = &layer;
+    return kernel && multiply(*kernel, p, team, scratch());
 }
 
 }  // namespace native
@@ -38,23 +78,23 @@ bool linear(const Product &p, const float *scale, const float *bias, Team &team)
 extern "C" {
 
 // Of a layer of CLIP, for tests and for the check.
-EXPORT int llava_edge_native_linear(const float *x, const char *w, const float *scale, const float *bias, float *y, int rows,
-                                    int columns, int inner, int threads) {
+EXPORT int llava_edge_native_linear(const float *x, const char *w, const float *scale, const float *bias, int quick_gelu,
+                                    float *y, int rows, int columns, int inner, int threads) {
     using namespace native;
     if (inner % 16) return false;  // int16.cpp rounds so many at once
     const Product p{BYTES_ACROSS, w, size_t(columns), x, size_t(inner), y, size_t(columns), rows, columns, inner};
     Passing team(threads);
-    return linear(p, scale, bias, team);
+    return linear(p, {scale, bias, quick_gelu ? QUICK_GELU : NONE}, team);
 }
 
 // Of a layer of the projector.
-EXPORT int llava_edge_native_project(int halves, const float *x, const char *w, const float *bias, float *y, int rows,
-                                     int columns, int inner, int threads) {
+EXPORT int llava_edge_native_project(int halves, const float *x, const char *w, const float *bias, int gelu, float *y,
+                                     int rows, int columns, int inner, int threads) {
     using namespace native;
     if (inner % 32) return false;  // int16.cpp unpacks so many at once
     const size_t stride = size_t(inner) * (halves ? 2 : 4);
     const Product p{halves ? F16 : F32, w, stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
     Passing team(threads);
-    return linear(p, nullptr, bias, team);
+    return linear(p, {nullptr, bias, gelu ? GELU : NONE}, team);
 }
 }

@@ -1,7 +1,7 @@
 // Two operators for ONNX Runtime, for processors on which the standard ones are slow:
 //
 // Linear     x: (batch, positions, inner) float32, W: (inner, columns) int8, scale and bias: (columns,) float32
-//            -> (batch, positions, columns): see linear.cpp. In place of the two integer products and the dozen of steps around
+//            -> (batch, positions, columns), and quick-GELU of it if so asked: see linear.cpp. In place of the two integer products and the dozen of steps around
 //            them that say the same in standard operators.
 // Attention  qkv: (batch, positions, 3 * heads * width) float32 -> (batch, positions, heads * width): see vision_attention.cpp.
 
@@ -18,7 +18,7 @@ namespace {
 
 struct Operator {
     const OrtApi *api;
-    int threads, heads;
+    int threads, heads, quick_gelu;
 };
 
 // ONNX Runtime's own threads, which would otherwise spin for work on the processors that others need.
@@ -80,7 +80,8 @@ void *compute_linear(void *made, void *context) {
                     static_cast<const float *>(data[0]), size_t(inner), y, size_t(columns),
                     int(batch * rows), int(columns), int(inner)};
     Threads team(own.threads, own.api, context);
-    if (!linear(p, static_cast<const float *>(data[2]), static_cast<const float *>(data[3]), team))
+    const Layer layer(static_cast<const float *>(data[2]), static_cast<const float *>(data[3]), own.quick_gelu ? QUICK_GELU : NONE);
+    if (!linear(p, layer, team))
         return failed(own.api, "llava_edge.Linear: out of memory.");
     return nullptr;
 }
@@ -102,14 +103,15 @@ void *compute_attention(void *made, void *context) {
     return nullptr;
 }
 
-int attribute(const OrtApi *api, const void *info, const char *name, int most) {
-    int64_t value = 1;
+int attribute(const OrtApi *api, const void *info, const char *name, int least, int most) {
+    int64_t value = least;
     if (void *status = call<ATTRIBUTE_INT>(api, info, name, &value)) call<RELEASE_STATUS>(api, status);
-    return int(std::clamp<int64_t>(value, 1, most));
+    return int(std::clamp<int64_t>(value, least, most));
 }
 
 void *create(const OrtCustomOp *, const OrtApi *api, const void *info) {
-    return new Operator{api, attribute(api, info, "threads", 512), attribute(api, info, "heads", 1 << 14)};
+    return new Operator{api, attribute(api, info, "threads", 1, 512), attribute(api, info, "heads", 1, 1 << 14),
+                        attribute(api, info, "quick_gelu", 0, 1)};
 }
 
 int zero(const OrtCustomOp *, size_t) { return 0; }

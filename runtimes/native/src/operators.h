@@ -33,8 +33,19 @@ Scratch &scratch();
 // The kernel of int16.cpp for this processor; null if there is none.
 const Kernel *pairs_kernel();
 
-// scale: null if the weights need none. False, with nothing computed, if there is no memory.
-bool linear(const Product &, const float *scale, const float *bias, Team &);
+enum Activation { NONE, QUICK_GELU, GELU };
+
+// y -> activation(y * scale + bias); scale: null if the weights need none.
+struct Layer final : Finish {
+    const float *scale, *bias;
+    Activation activation;
+
+    Layer(const float *factors, const float *added, Activation then) : scale(factors), bias(added), activation(then) {}
+    void block(float *y, size_t stride, int rows, int column, int columns) const override;
+};
+
+// False, with nothing computed, if there is no memory.
+bool linear(Product, const Layer &, Team &);
 
 // Attention of all positions with all: (batch, positions, 3 * heads * width) -> (batch, positions, heads * width).
 // q, k and v stand next to each other, each of them head by head.

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "formats.h"
 #include "kernels.h"
@@ -33,6 +34,8 @@ Scratch::~Scratch() {
 
 namespace {
 
+constexpr int MOST_SUMS = 32 * 32;  // of any kernel
+
 int up(int a, int b) { return (a + b - 1) / b; }
 size_t up64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -53,22 +56,29 @@ struct Plan {
     }
 
     // sums: [panel of the block][tile]
-    void block(int b, char *panel, float *const all) const {
+    void block(int b, char *panel, float *const sums_of_all) const {
         const int first = b * columns, end = std::min(first + columns, p.columns);
         for (int k = 0; k < p.inner; k += kernel.inner_block) {
-            float *s = all;
+            float *s = sums_of_all;
             for (int n = first; n < end; n += kernel.panel_columns) {
-                kernel.unpack(p, n, std::min(kernel.panel_columns, end - n), k, inner(k), panel);
-                for (int t = 0; t < tiles; t++, s += sums()) kernel.multiply(p.type, tile(k, t), panel, inner(k), k == 0, s);
+                const int width = std::min(kernel.panel_columns, end - n);
+                kernel.unpack(p, n, width, k, inner(k), panel);
+                for (int t = 0; t < tiles; t++, s += sums()) {
+                    kernel.multiply(p.type, tile(k, t), panel, inner(k), k == 0, s);
+                    if (k + inner(k) == p.inner) store(s, t, n, width);
+                }
             }
         }
-        const float *s = all;
-        for (int n = first; n < end; n += kernel.panel_columns)
-            for (int t = 0; t < tiles; t++, s += sums()) {
-                const int row = t * kernel.tile_rows;
-                kernel.store(s, p.y + row * p.y_stride + n, p.y_stride, std::min(kernel.tile_rows, p.rows - row),
-                             std::min(kernel.panel_columns, end - n));
-            }
+    }
+
+    void store(const float *s, int t, int column, int width) const {
+        const int row = t * kernel.tile_rows, rows = std::min(kernel.tile_rows, p.rows - row);
+        float *y = p.y + row * p.y_stride + column;
+        if (!p.finish) return kernel.store(s, y, p.y_stride, rows, width);
+        alignas(64) float block[MOST_SUMS];  // what lies in `y` is not waited for
+        kernel.store(s, block, kernel.panel_columns, rows, width);
+        p.finish->block(block, kernel.panel_columns, rows, column, width);
+        for (int i = 0; i < rows; i++) memcpy(y + i * p.y_stride, block + i * kernel.panel_columns, width * sizeof *y);
     }
 };
 
