@@ -184,7 +184,8 @@ def test_the_extreme_values_of_bytes(kernels: Kernels, kernel: str, kind: str) -
 )
 def test_products_of_few_rows(kernels: Kernels, kind: str, chunk: int, inner: int) -> None:
     numbers, of_x = np.random.default_rng(4), 0.0 if kind == "F16" else 0.5 / 127
-    for rows, columns, blocks_in_row, scales in ((1, 1, 1, EXTREME), (5, 7, 3, EXTREME), (31, 70, 16, EXTREME[4:5])):
+    shapes = ((1, 1, 1, EXTREME), (5, 7, 3, EXTREME), (11, 36, 2, EXTREME), (31, 70, 16, EXTREME[4:5]))
+    for rows, columns, blocks_in_row, scales in shapes:
         blocks = random_blocks(kind, columns, inner * blocks_in_row, numbers, scales)
         x = numbers.standard_normal((rows, inner * blocks_in_row), np.float32)
         w = matrix(kind, blocks)
@@ -211,6 +212,25 @@ def test_the_extreme_values_of_few_rows(kernels: Kernels, kind: str) -> None:
     x[0] = 1
     expected = x.astype(np.float64) @ matrix(kind, blocks).T
     np.testing.assert_allclose(kernels.multiply("few", kind, blocks, x), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("scale", [0x7F, 0x80, 0xFF])
+def test_the_largest_whole_numbers_of_few_rows(kernels: Kernels, kind: str, scale: int) -> None:
+    """Every value and every scale at its end: what is added up before float32 has to have room."""
+    numbers = np.random.default_rng(6)
+    blocks = random_blocks(kind, 33, 512, numbers, np.array([1]))
+    parts = blocks.reshape(33 * 2, -1)
+    parts[:, slice(0, 208) if kind == "Q6_K" else slice(4, None)] = 0xFF
+    parts[:, slice(192, 208) if kind == "Q6_K" else slice(4, 16)] = scale
+    for rows in (1, 2, 3, 9):
+        x = np.where(numbers.random((rows, 512)) < 0.5, -1, 1).astype(np.float32)
+        x[0] = 1
+        expected = x.astype(np.float64) @ matrix(kind, blocks).T
+        found = kernels.multiply("few", kind, blocks, x)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(matrix(kind, blocks)).sum(1).max())
+        for row in range(rows):
+            assert (kernels.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
 
 
 @pytest.mark.parametrize(

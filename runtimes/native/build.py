@@ -48,6 +48,7 @@ X86_64 = (
     Unit("amx_int8.cpp", kernel="AMX"),
     Unit("attention.cpp"),
     Unit("few.cpp"),
+    Unit("few_wide.cpp", (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE"), "AVX512VNNI"),
     Unit("few_attention.cpp"),
     Unit("product.cpp"),
     *(Unit(source) for source in _OPERATORS),

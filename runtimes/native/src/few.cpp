@@ -6,9 +6,12 @@
 
 #include <omp.h>
 
+#include <algorithm>
+
 #include "few_16.h"
 #include "few_256.h"
 #include "few_32.h"
+#include "few_wide.h"
 #include "kernels.h"
 
 namespace native {
@@ -18,17 +21,24 @@ namespace {
 constexpr int64_t MOST_HALVES = 1 << 20;
 
 template <int R>
-void rows(int type, const char *row, const Part128 *x, int next, int blocks, float *out) {
-    if (type == Q4_0) rows_of_32<Q4_0, R>(row, x, next, blocks, out);
-    else if (type == Q4_1) rows_of_32<Q4_1, R>(row, x, next, blocks, out);
-    else rows_of_32<Q8_0, R>(row, x, next, blocks, out);
+void rows(int type, const char *row, const Part128 *x, int step, int blocks, float *out) {
+    if (type == Q4_0) rows_of_32<Q4_0, R>(row, x, step, blocks, out);
+    else if (type == Q4_1) rows_of_32<Q4_1, R>(row, x, step, blocks, out);
+    else rows_of_32<Q8_0, R>(row, x, step, blocks, out);
+}
+
+bool wide_works() {
+    static const bool works = wide && wide->works();
+    return works;
 }
 
 template <int R>
-void rows(int type, const char *row, const Part256 *x, int next, int blocks, float *out) {
-    if (type == Q4_K) rows_q45_k<R, false>(row, x, next, blocks, out);
-    else if (type == Q5_K) rows_q45_k<R, true>(row, x, next, blocks, out);
-    else rows_q6_k<R>(row, x, next, blocks, out);
+void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
+    if (type == Q5_K) rows_q45_k<R, true, ByLane<R>>(row, x, step, blocks, out);
+    else if (type == Q4_K && wide_works()) rows_q45_k<R, false, ByBlock<R>>(row, x, step, blocks, out);
+    else if (type == Q4_K) rows_q45_k<R, false, ByLane<R>>(row, x, step, blocks, out);
+    else if (wide_works()) rows_q6_k<R, ByBlock<R>>(row, x, step, blocks, out);
+    else rows_q6_k<R, ByLane<R>>(row, x, step, blocks, out);
 }
 
 // with(from, to) for all columns. An adapter has hundreds of products too small for more than one thread.
@@ -43,23 +53,33 @@ void in_columns(const Product &p, int threads, F with) {
     }
 }
 
+// 16 columns at a time, as long as there are so many; returns the first one that is left.
+int in_wide_steps(const Product &, int from, int, const Part128 *, int) { return from; }
+int in_wide_steps(const Product &p, int from, int to, const Part256 *x, int blocks) {
+    const auto take = p.type == Q4_K ? wide->q4_k : wide->q6_k;
+    for (; from + WIDE <= to; from += WIDE)
+        take(p.w + size_t(from) * p.w_stride, p.w_stride, x, p.rows, blocks, p.y + from, p.y_stride);
+    return from;
+}
+
+bool goes_wide(const Product &p) { return p.rows >= LEAST_WIDE && (p.type == Q4_K || p.type == Q6_K) && wide_works(); }
+
+// x: [part][row]
 template <class Part>
 bool multiply_rounded(const Product &p, int threads, Scratch &scratch) {
-    constexpr int BLOCKS = Part::BLOCKS;
-    const int blocks = p.inner / 32, parts = (blocks + BLOCKS - 1) / BLOCKS;
+    constexpr int VALUES = Part::VALUES;
+    const int parts = (p.inner + VALUES - 1) / VALUES;
     Part *x = reinterpret_cast<Part *>(scratch.need(size_t(p.rows) * parts * sizeof(Part)));
     if (!x) return false;
     for (int m = 0; m < p.rows; m++)
-        for (int b = 0; b < parts; b++) {
-            const int there = blocks - BLOCKS * b < BLOCKS ? blocks - BLOCKS * b : BLOCKS;
-            take(p.x + m * p.x_stride + b * BLOCKS * 32, there, x[m * parts + b]);
-        }
+        for (int b = 0; b < parts; b++)
+            take(p.x + m * p.x_stride + b * VALUES, std::min(VALUES, p.inner - b * VALUES), x[b * p.rows + m]);
+    const int blocks = p.inner / block_values(p.type);
     in_columns(p, threads, [&](int from, int to) {
+        if (goes_wide(p)) from = in_wide_steps(p, from, to, x, blocks);
         for (int n = from; n < to; n++) {
             const char *row = p.w + size_t(n) * p.w_stride;
-            column(p, n, [&](auto count, int m, float *y) {
-                rows<count()>(p.type, row, x + size_t(m) * parts, parts, blocks, y);
-            });
+            column(p, n, [&](auto count, int m, float *y) { rows<count()>(p.type, row, x + m, p.rows, blocks, y); });
         }
     });
     return true;

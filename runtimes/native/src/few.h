@@ -7,6 +7,23 @@
 #include "rounding.h"
 
 namespace native {
+
+struct Part128 {  // 128 activations, for formats of 32 values
+    static constexpr int VALUES = 128;
+    struct Pair {  // 64 of them: halves of a register belong to the first 32 and to the others
+        int8_t low[2][16], high[2][16];
+    } pairs[2];
+    float scales[4], sums[4];  // sums: of each 32, as rounded
+};
+
+struct alignas(64) Part256 {  // 256 activations, for formats of 256 values
+    static constexpr int VALUES = 256;
+    int8_t values[256];
+    int16_t sums[8];     // of each 32
+    int16_t halves[16];  // of each 16
+    float scale;
+};
+
 namespace {
 
 // Weights of a row that is computed with R rows of activations, before they are needed. One or two rows of activations read
@@ -18,25 +35,9 @@ inline void fetch(const char *weights, int bytes) {
         for (int i = 0; i < bytes; i += 64) _mm_prefetch(weights + AHEAD + i, _MM_HINT_T0);
 }
 
-struct Part128 {  // 128 activations, for formats of 32 values
-    static constexpr int BLOCKS = 4;  // of 32 values
-    struct Pair {  // 64 of them: halves of a register belong to the first 32 and to the others
-        int8_t low[2][16], high[2][16];
-    } pairs[2];
-    float scales[4], sums[4];  // sums: of each 32, as rounded
-};
-
-struct alignas(64) Part256 {  // 256 activations, for formats of 256 values
-    static constexpr int BLOCKS = 8;
-    int8_t values[256];
-    int16_t sums[8];     // of each 32
-    int16_t halves[16];  // of each 16
-    float scale;
-};
-
-void take(const float *x, int blocks, Part128 &part) {  // up to 4 blocks; the others are zero
+inline void take(const float *x, int there, Part128 &part) {  // a multiple of 32; the others are zero
     part = {};
-    for (int b = 0; b < blocks; b++) {
+    for (int b = 0; b < there / 32; b++) {
         Part128::Pair &pair = part.pairs[b / 2];
         int8_t values[32];
         part.scales[b] = quantize8(x + 32 * b, 32, values);
@@ -48,7 +49,7 @@ void take(const float *x, int blocks, Part128 &part) {  // up to 4 blocks; the o
     }
 }
 
-void take(const float *x, int, Part256 &part) {
+inline void take(const float *x, int, Part256 &part) {
     part.scale = quantize8(x, 256, part.values);
     for (int j = 0; j < 8; j++) {
         int sums[2] = {0, 0};

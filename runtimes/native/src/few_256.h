@@ -1,5 +1,5 @@
-// One row of weights in Q4_K, Q5_K or Q6_K with R rows of activations, `next` parts apart: what is unpacked meets all of
-// them, and each gets what it would get alone, operation by operation.
+// One row of weights in Q4_K, Q5_K or Q6_K with R rows of activations: what is unpacked meets all of them, and each gets what
+// it would get alone, operation by operation. x: [block][row], `step` parts from block to block.
 //
 // Q4_K, Q5_K: products of each group of 32 times its 6-bit scale add up in int32; minima meet the sums of the groups'
 // activations. Q6_K: the same for groups of 16 and their 8-bit scales; its -32 meets the sums of 16.
@@ -23,13 +23,83 @@ inline void add(__m256i &sums, __m256i q, const int8_t *x, __m256i scales) {
     }
 }
 
-template <int R, bool FIFTH>
-void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *out) {
-    const __m256i low = _mm256_set1_epi8(15);
-    __m256 sum[R];
+// What becomes of a block's sums: of products in eight lanes, to be multiplied by d, and of minima in four, by -dmin.
+
+// Lanes stay apart until the end of the row.
+template <int R>
+struct ByLane {
+    __m256 sums[R];
     __m128 minima[R];
-    for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps(), minima[r] = _mm_setzero_ps();
-    for (blocks /= 8; blocks > 0; blocks--, row += FIFTH ? 176 : 144, x++) {
+
+    ByLane() {
+        for (int r = 0; r < R; r++) sums[r] = _mm256_setzero_ps(), minima[r] = _mm_setzero_ps();
+    }
+    void add(const __m256i *whole, __m128 d, const Part256 *x) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const __m128 both = _mm_mul_ps(d, _mm_set1_ps(x[r].scale));
+            sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_broadcastss_ps(both), sums[r]);
+        }
+    }
+    void add(const __m256i *whole, const __m128i *least, __m128 d_and_dmin, const Part256 *x) {
+        add(whole, d_and_dmin, x);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const __m128 both = _mm_mul_ps(d_and_dmin, _mm_set1_ps(x[r].scale));
+            minima[r] = _mm_fmadd_ps(_mm_cvtepi32_ps(least[r]), _mm_permute_ps(both, 0x55), minima[r]);
+        }
+    }
+    void store(float *out, bool) {
+        for (int r = 0; r < R; r++) sums[r] = _mm256_sub_ps(sums[r], _mm256_set_m128(_mm_setzero_ps(), minima[r]));
+        totals<R>(sums, out);
+    }
+};
+
+// Each block's sum is one whole number first. In whatever order that came about, its float32 is the same: what few_wide.cpp
+// needs beside it.
+template <int R>
+struct ByBlock {
+    __m128 sums = _mm_setzero_ps(), minima = _mm_setzero_ps();  // of a row each; R = 1: both in the former
+
+    static __m128i four_of(__m256i v) { return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); }
+    static __m128i wholes(const __m128i *v) {
+        const __m128i pairs = _mm_hadd_epi32(v[0], v[R > 1 ? 1 : 0]);
+        return R < 3 ? _mm_hadd_epi32(pairs, pairs) : _mm_hadd_epi32(pairs, _mm_hadd_epi32(v[2], v[R > 3 ? 3 : 2]));
+    }
+    static __m128i wholes(const __m256i *v) {
+        __m128i four[R];
+        for (int r = 0; r < R; r++) four[r] = four_of(v[r]);
+        return wholes(four);
+    }
+    static __m128 scales(const Part256 *x) {
+        if (R == 1) return _mm_set1_ps(x[0].scale);
+        return _mm_setr_ps(x[0].scale, x[1].scale, R > 2 ? x[2].scale : 0, R > 3 ? x[3].scale : 0);
+    }
+    static void add(__m128i whole, __m128 both, __m128 &to) { to = _mm_fmadd_ps(_mm_cvtepi32_ps(whole), both, to); }
+
+    void add(const __m256i *whole, __m128 d, const Part256 *x) {
+        add(wholes(whole), _mm_mul_ps(_mm_permute_ps(d, 0), scales(x)), sums);
+    }
+    void add(const __m256i *whole, const __m128i *least, __m128 d_and_dmin, const Part256 *x) {
+        if (R == 1) {
+            const __m128i pairs = _mm_hadd_epi32(four_of(whole[0]), least[0]);
+            return add(_mm_hadd_epi32(pairs, pairs), _mm_mul_ps(d_and_dmin, scales(x)), sums);
+        }
+        add(whole, d_and_dmin, x);
+        add(wholes(least), _mm_mul_ps(_mm_permute_ps(d_and_dmin, 0x55), scales(x)), minima);
+    }
+    void store(float *out, bool with_minima) {
+        alignas(16) float all[4];
+        _mm_store_ps(all, R > 1 || !with_minima ? _mm_sub_ps(sums, minima) : _mm_sub_ps(sums, _mm_movehdup_ps(sums)));
+        for (int r = 0; r < R; r++) out[r] = all[r];
+    }
+};
+
+template <int R, bool FIFTH, class Totals>
+void rows_q45_k(const char *row, const Part256 *x, int step, int blocks, float *out) {
+    const __m256i low = _mm256_set1_epi8(15);
+    Totals all;
+    for (; blocks > 0; blocks--, row += FIFTH ? 176 : 144, x += step) {
         fetch<R>(row, FIFTH ? 176 : 144);
         uint64_t groups, least;
         group_scales(reinterpret_cast<const uint8_t *>(row) + 4, groups, least);
@@ -50,39 +120,32 @@ void rows_q45_k(const char *row, const Part256 *x, int next, int blocks, float *
             const __m256i a_scale = _mm256_set1_epi32(scales[j]), b_scale = _mm256_set1_epi32(scales[j + 1]);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                const int8_t *values = x[r * next].values + 32 * j;
+                const int8_t *values = x[r].values + 32 * j;
                 add<R>(whole[r], a, values, a_scale);
                 add<R>(whole[r], b, values + 32, b_scale);
             }
         }
+        __m128i below[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) below[r] = _mm_madd_epi16(lowest, load128(x[r].sums));
         int head;
         memcpy(&head, row, 4);
-        const __m128 d_and_dmin = _mm_cvtph_ps(_mm_cvtsi32_si128(head));
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const Part256 &part = x[r * next];
-            const __m128i least = _mm_madd_epi16(lowest, load128(part.sums));
-            const __m128 both = _mm_mul_ps(d_and_dmin, _mm_set1_ps(part.scale));
-            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_broadcastss_ps(both), sum[r]);
-            minima[r] = _mm_fmadd_ps(_mm_cvtepi32_ps(least), _mm_permute_ps(both, 0x55), minima[r]);
-        }
+        all.add(whole, below, _mm_cvtph_ps(_mm_cvtsi32_si128(head)), x);
     }
-    for (int r = 0; r < R; r++) sum[r] = _mm256_sub_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), minima[r]));
-    totals<R>(sum, out);
+    all.store(out, true);
 }
 
-template <int R>
-void rows_q6_k(const char *row, const Part256 *x, int next, int blocks, float *out) {
+template <int R, class Totals>
+void rows_q6_k(const char *row, const Part256 *x, int step, int blocks, float *out) {
     const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(0x30);
-    __m256 sum[R];
-    for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps();
-    for (blocks /= 8; blocks > 0; blocks--, row += 210, x++) {
+    Totals all;
+    for (; blocks > 0; blocks--, row += 210, x += step) {
         fetch<R>(row, 210);
         const __m256i scales = _mm256_cvtepi8_epi16(load128(row + 192));  // of 16 groups of 16
         const __m256i halves[2] = {_mm256_permute4x64_epi64(scales, 0x44), _mm256_permute4x64_epi64(scales, 0xee)};
         __m256i whole[R];
         for (int r = 0; r < R; r++) {  // -32 in each value
-            const __m256i sums = _mm256_slli_epi32(_mm256_madd_epi16(scales, load256(x[r * next].halves)), 5);
+            const __m256i sums = _mm256_slli_epi32(_mm256_madd_epi16(scales, load256(x[r].halves)), 5);
             whole[r] = _mm256_sub_epi32(_mm256_setzero_si256(), sums);
         }
 #pragma GCC unroll 2
@@ -98,15 +161,12 @@ void rows_q6_k(const char *row, const Part256 *x, int next, int blocks, float *o
                 const __m256i scale = _mm256_shuffle_epi8(halves[h], at);
                 at = _mm256_add_epi8(at, _mm256_set1_epi8(4));
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) add<R>(whole[r], q, x[r * next].values + 128 * h + 32 * g, scale);
+                for (int r = 0; r < R; r++) add<R>(whole[r], q, x[r].values + 128 * h + 32 * g, scale);
             }
         }
-        const float d = half(row + 208);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_set1_ps(d * x[r * next].scale), sum[r]);
+        all.add(whole, _mm_set1_ps(half(row + 208)), x);
     }
-    totals<R>(sum, out);
+    all.store(out, false);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// One row of weights in Q4_0, Q4_1 or Q8_0 with R rows of activations, `next` parts apart: what is unpacked meets all of
-// them, and each gets what it would get alone, operation by operation.
+// One row of weights in Q4_0, Q4_1 or Q8_0 with R rows of activations: what is unpacked meets all of them, and each gets what
+// it would get alone, operation by operation. x: [part][row], `step` parts from one to the next.
 //
 // Four blocks at a time, two of them in a register, one in each half: their first 16 values, then their last 16, each times
 // 16 activations. Half-bytes are unsigned; the minimum of Q4_1, and the -8 of Q4_0 as a minimum of -8 scales, meets the
@@ -56,7 +56,7 @@ inline void heads(const char *a, const char *b, const char *c, const char *d, __
 }
 
 template <int TYPE, int R>
-void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *out) {
+void rows_of_32(const char *row, const Part128 *x, int step, int blocks, float *out) {
     constexpr int BYTES = block_bytes(TYPE);
     const __m256i first = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), second = _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3);
     __m256 sum[R];
@@ -68,7 +68,7 @@ void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *
         const Two p = two<TYPE>(a, b), q = all() == 4 ? two<TYPE>(c, d) : Two();
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const Part128 &part = x[r * next];
+            const Part128 &part = x[r];
             const __m256 scales = _mm256_castps128_ps256(_mm_mul_ps(weights, _mm_loadu_ps(part.scales)));
             const __m256 p_sums = _mm256_cvtepi32_ps(products<TYPE>(p, part.pairs[0]));
             sum[r] = _mm256_fmadd_ps(p_sums, _mm256_permutevar8x32_ps(scales, first), sum[r]);
@@ -81,7 +81,7 @@ void rows_of_32(const char *row, const Part128 *x, int next, int blocks, float *
     };
     constexpr std::integral_constant<int, 4> four{};
     constexpr std::integral_constant<int, 2> one_or_two{};
-    for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x++) {
+    for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x += step) {
         fetch<R>(row, 4 * BYTES);
         add(four, row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }

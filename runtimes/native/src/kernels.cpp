@@ -1,6 +1,8 @@
 // The kernels there are, the preferred ones first.
 #include "kernels.h"
 
+#include "few_wide.h"
+
 namespace native {
 
 extern const Kernel amx_bf16, amx_int8;
@@ -33,5 +35,12 @@ const Kernel *const kernels[] = {
 #endif
     nullptr,
 };
+
+extern const Wide wide_few;
+#ifdef NATIVE_HAS_AVX512VNNI
+const Wide *const wide = &wide_few;
+#else
+const Wide *const wide = nullptr;
+#endif
 
 }  // namespace native
