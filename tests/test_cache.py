@@ -8,11 +8,13 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -121,6 +123,28 @@ def test_an_entry_of_somebody_elses_making_is_refused(kept: Cache, tmp_path: Pat
     assert foreign.put(KEY, ABOUT, b"harm")
     shutil.copy(foreign.folder / KEY, kept.folder / KEY)
     assert kept.get(KEY) is None
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_payload_of_many_parts(kept: Cache, monkeypatch: pytest.MonkeyPatch, threads: bool) -> None:
+    """Each is checked while the next one is read, by a second thread if the system gives one."""
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("llava_edge.cache._PART", 1000)
+    if not threads:
+        monkeypatch.setattr(threading.Thread, "start", refused)
+    large = np.random.default_rng(0).bytes(10_500)
+    for damaged in (None, 0, 999, 1000, 5432, 10_499):
+        assert kept.put(OTHER, ABOUT, large)
+        path = kept.folder / OTHER
+        raw = bytearray(path.read_bytes())
+        if damaged is not None:
+            raw[damaged - len(large)] ^= 1
+            path.write_bytes(raw)
+        assert kept.get(OTHER) == (large if damaged is None else None)
+        assert path.exists() == (damaged is None)
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
