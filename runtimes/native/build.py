@@ -44,7 +44,7 @@ X86_64 = (
             Unit(source, (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE"), "AVX512VNNI"),
         )
     ),
-    Unit("amx_bf16.cpp", kernel="AMX"),
+    Unit("amx_bf16.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
     Unit("amx_int8.cpp", kernel="AMX"),
     Unit("attention.cpp"),
     Unit("few.cpp"),

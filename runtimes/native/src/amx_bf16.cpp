@@ -8,8 +8,8 @@
 // by; the activations of one inner block (600 KB at 576 rows) stay in the second-level cache, which has 2 MB where there is
 // AMX, and so do the sums of 8 panels (590 KB).
 //
-// 4-bit blocks become bfloat16 by a table: the 16 possible values of a block are computed once, then two byte shuffles pick
-// the low and the high byte of 32 values.
+// 4-bit blocks become bfloat16 by a table: the 16 possible values of a block are computed once, and one instruction of AVX-512,
+// which all processors with AMX have, picks 32 of them.
 
 #include "kernels.h"
 #include "rounding.h"
@@ -27,8 +27,50 @@ struct Step {  // of one inner block: two tiles of 16 x 64 bytes
 
 inline void store256(void *p, __m256i v) { _mm256_store_si256(static_cast<__m256i *>(p), v); }
 
+#if defined(__AVX512BF16__)
+
+bool vectors_work() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+inline __m256i sixteen(const float *v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(v))); }
+
+// 32 signed bytes: the first 16 times one scale, the others times the other
+inline void put_scaled(__m256i bytes, float first, float second, uint16_t *out) {
+    const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    const __m512 scaled = _mm512_mul_ps(a, _mm512_set1_ps(first));
+    _mm512_store_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, _mm512_set1_ps(second)), scaled)));
+}
+
+// The values q * scale + offset of q = 0..15
+struct Table {
+    __m512i values;  // in the lower half: no index is larger than 15
+    Table(float scale, float offset) {
+        const __m512 q = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512 v = _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(offset));
+        values = _mm512_castsi256_si512(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+    }
+    void look_up(__m256i q, uint16_t *out) const {
+        _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(q), values));
+    }
+};
+
+#else  // tests, on other processors
+
+bool vectors_work() { return true; }
+
 inline __m256i sixteen(const float *v) {
     return _mm256_set_m128i(bfloat16(_mm256_loadu_ps(v + 8)), bfloat16(_mm256_loadu_ps(v)));
+}
+
+inline void put_scaled(__m256i bytes, float first, float second, uint16_t *out) {
+    alignas(32) float values[32];
+    widen<true>(_mm256_castsi256_si128(bytes), _mm256_set1_ps(first), _mm256_setzero_ps(), values);
+    widen<true>(_mm256_extracti128_si256(bytes, 1), _mm256_set1_ps(second), _mm256_setzero_ps(), values + 16);
+    store256(out, sixteen(values));
+    store256(out + 16, sixteen(values + 16));
 }
 
 // The values q * scale + offset of q = 0..15, as tables of low and high bytes
@@ -50,6 +92,12 @@ struct Table {
     }
 };
 
+#endif
+
+inline __m256 bytes_as_floats(uint64_t bytes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes))));
+}
+
 // One row of weights: `out` is its place in the first step, those of the following ones are sizeof(Step) apart.
 void unpack_row_bf16(int type, const char *row, int k, int inner, uint16_t *out) {
     constexpr int NEXT = sizeof(Step) / sizeof(uint16_t);
@@ -67,14 +115,31 @@ void unpack_row_bf16(int type, const char *row, int k, int inner, uint16_t *out)
     } else if (type == Q4_K) {
         b += k / 256 * 144;
         for (int i = 0; i < inner; i += 256, b += 144) {
-            const float d = half(b), dmin = half(b + 2);
+            uint64_t scales, minima;  // eight bytes each
+            group_scales(b + 4, scales, minima);
+            alignas(32) float scale[8], offset[8];
+            _mm256_store_ps(scale, _mm256_mul_ps(_mm256_set1_ps(half(b)), bytes_as_floats(scales)));
+            _mm256_store_ps(offset, _mm256_mul_ps(_mm256_set1_ps(-half(b + 2)), bytes_as_floats(minima)));
             for (int j = 0; j < 8; j++, out += NEXT) {
-                int scale, minimum;
-                group_scale(b + 4, j, scale, minimum);
                 const __m256i q = load256(b + 16 + 32 * (j / 2));
-                Table(d * scale, -(dmin * minimum)).look_up(_mm256_and_si256(j & 1 ? _mm256_srli_epi16(q, 4) : q, mask), out);
+                Table(scale[j], offset[j]).look_up(_mm256_and_si256(j & 1 ? _mm256_srli_epi16(q, 4) : q, mask), out);
             }
         }
+    } else if (type == Q6_K) {
+        b += k / 256 * 210;
+        for (int i = 0; i < inner; i += 256, b += 210) {
+            const __m128i bytes = load128(b + 192);
+            const __m256 d = _mm256_set1_ps(half(b + 208));
+            alignas(32) float scales[16];
+            _mm256_store_ps(scales, _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))));
+            const __m128i others = _mm_unpackhi_epi64(bytes, bytes);
+            _mm256_store_ps(scales + 8, _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(others))));
+#pragma GCC unroll 8
+            for (int g = 0; g < 8; g++, out += NEXT) put_scaled(six_bits(b, g / 4, g % 4), scales[2 * g], scales[2 * g + 1], out);
+        }
+    } else if (type == Q8_0) {
+        b += k / 32 * 34;
+        for (int i = 0; i < inner; i += 32, b += 34, out += NEXT) put_scaled(load256(b + 2), half(b), half(b), out);
     } else {
         alignas(32) float values[INNER];
         unpack_row(type, row, k, inner, values);
@@ -108,6 +173,9 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
     for (int n = 0; n < COLUMNS; n++) {
         uint16_t *row = steps->tile[n / 16][n % 16];
         if (n < columns) {
+            const int values = block_values(product.type), size = product.type == F16 ? 64 : block_bytes(product.type);
+            const char *next = product.w + (column + n) * product.w_stride + size_t(k + inner) / values * size;
+            for (int at = 0; at < inner / values * size; at += 64) _mm_prefetch(next + at, _MM_HINT_T1);
             unpack_row_bf16(product.type, product.w + (column + n) * product.w_stride, k, inner, row);
         } else {
             for (int s = 0; s < inner / STEP; s++) memset(steps[s].tile[n / 16][n % 16], 0, STEP * sizeof(uint16_t));
@@ -136,7 +204,7 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
     tile_store<0>(sums, 64), tile_store<1>(sums + 256, 64), tile_store<2>(sums + 512, 64), tile_store<3>(sums + 768, 64);
 }
 
-bool works() { return tiles_work(BF16_BIT); }
+bool works() { return vectors_work() && tiles_work(BF16_BIT); }
 
 }  // namespace
 

@@ -92,25 +92,26 @@ inline void unpack_q5_k(const uint8_t *b, float *out) {
     }
 }
 
-// Each half of 128 values has 64 bytes of low bits and 32 of high ones; group g of 32 has the high bits 2g, 2g + 1.
+// 32 values of Q6_K. Each half of 128 has 64 bytes of low bits and 32 of high ones; group g of 32 has the high bits 2g, 2g + 1.
+inline __m256i six_bits(const uint8_t *b, int half, int g) {
+    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(3);
+    const __m256i x = load256(b + 64 * half + 32 * (g & 1)), high = load256(b + 128 + 32 * half);
+    const __m256i y = _mm256_and_si256(_mm256_srli_epi16(high, 2 * g), two);
+    const __m256i q = _mm256_or_si256(_mm256_and_si256(g & 2 ? _mm256_srli_epi16(x, 4) : x, low), _mm256_slli_epi16(y, 4));
+    return _mm256_sub_epi8(q, _mm256_set1_epi8(32));
+}
+
 inline void unpack_q6_k(const uint8_t *b, float *out) {
-    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(3), middle = _mm256_set1_epi8(32);
     const int8_t *scales = reinterpret_cast<const int8_t *>(b) + 192;
     const float d = half(b + 208);
     const __m256 zero = _mm256_setzero_ps();
-    for (int h = 0; h < 2; h++) {
-        const __m256i high = load256(b + 128 + 32 * h);
+    for (int h = 0; h < 2; h++)
         for (int g = 0; g < 4; g++, out += 32) {
-            __m256i x = load256(b + 64 * h + 32 * (g & 1));
-            if (g & 2) x = _mm256_srli_epi16(x, 4);
-            const __m256i y = _mm256_and_si256(_mm256_srl_epi16(high, _mm_cvtsi32_si128(2 * g)), two);
-            x = _mm256_or_si256(_mm256_and_si256(x, low), _mm256_slli_epi16(y, 4));
-            x = _mm256_sub_epi8(x, middle);
+            const __m256i x = six_bits(b, h, g);
             const int8_t *s = scales + 8 * h + 2 * g;
             widen<true>(_mm256_castsi256_si128(x), _mm256_set1_ps(d * s[0]), zero, out);
             widen<true>(_mm256_extracti128_si256(x, 1), _mm256_set1_ps(d * s[1]), zero, out + 16);
         }
-    }
 }
 
 // out[0..inner) = values k to k + inner of a row; both multiples of the type's block.
