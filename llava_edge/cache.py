@@ -220,7 +220,10 @@ def _hashed(file: BufferedReader, size: int, code: hmac.HMAC) -> memoryview | No
             part = payload[start : start + _PART]
             if file.readinto(part) != len(part):
                 return None
-            code.update(part) if alone else second.submit(code.update, part)
+            if alone:
+                code.update(part)
+            else:
+                second.submit(code.update, part)
     return payload.toreadonly()
 
 

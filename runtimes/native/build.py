@@ -45,7 +45,7 @@ X86_64 = (
         )
     ),
     Unit("amx_bf16.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
-    Unit("amx_int8.cpp", kernel="AMX"),
+    Unit("amx_int8.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
     Unit("attention.cpp"),
     Unit("few.cpp"),
     Unit("few_wide.cpp", (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE"), "AVX512VNNI"),

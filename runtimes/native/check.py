@@ -7,6 +7,7 @@ llama.cpp on shapes of a 7B model: with weights as they are mapped, and with wei
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -125,15 +126,18 @@ def operator_problem(library: Path) -> str:
     halves = numbers.standard_normal((70, 768), np.float32).astype(np.float16)
     q, k, v = qkv = numbers.standard_normal((3, 2, 45, 64), np.float32)
     try:
-        found = operator.linear(library, x, weight, scale, bias, 2)
-        projected = operator.project(library, x, halves, bias, 2)
+        found, activated = (operator.linear(library, x, weight, scale, bias, 2, then) for then in (False, True))
+        projected, gelu = (operator.project(library, x, halves, bias, 2, then) for then in (False, True))
         attended = operator.attention(library, np.ascontiguousarray(qkv.transpose(2, 0, 1, 3)).reshape(1, 45, -1), 2, 2)
     except OSError as problem:
         return f"The operators for ONNX Runtime do not work: {problem}."
-    exact = x.astype(np.float64)
+    wide = x.astype(np.float64)
+    layer, projection = wide @ weight * scale + bias, wide @ halves.T + bias
     errors = (
-        _error(found, exact @ weight * scale + bias),
-        _error(projected, exact @ halves.T + bias),
+        _error(found, layer),
+        _error(activated, layer * (1 + np.tanh(1.702 / 2 * layer)) / 2),
+        _error(projected, projection),
+        _error(gelu, projection * np.vectorize(math.erfc)(-projection / math.sqrt(2)) / 2),
         _error(attended, exact_attention(q, k, v, np.zeros((45, 45)))),
     )
     return "" if max(errors) < OTHERS_BOUND else f"An operator for ONNX Runtime is off by {max(errors):.1e}."

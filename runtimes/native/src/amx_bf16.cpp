@@ -29,11 +29,6 @@ inline void store256(void *p, __m256i v) { _mm256_store_si256(static_cast<__m256
 
 #if defined(__AVX512BF16__)
 
-bool vectors_work() {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
-
 inline __m256i sixteen(const float *v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(v))); }
 
 // 32 signed bytes: the first 16 times one scale, the others times the other
@@ -58,8 +53,6 @@ struct Table {
 };
 
 #else  // tests, on other processors
-
-bool vectors_work() { return true; }
 
 inline __m256i sixteen(const float *v) {
     return _mm256_set_m128i(bfloat16(_mm256_loadu_ps(v + 8)), bfloat16(_mm256_loadu_ps(v)));
@@ -204,7 +197,7 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
     tile_store<0>(sums, 64), tile_store<1>(sums + 256, 64), tile_store<2>(sums + 512, 64), tile_store<3>(sums + 768, 64);
 }
 
-bool works() { return vectors_work() && tiles_work(BF16_BIT); }
+bool works() { return tiles_work(BF16_BIT); }
 
 }  // namespace
 

@@ -49,7 +49,7 @@ struct ByLane {
             minima[r] = _mm_fmadd_ps(_mm_cvtepi32_ps(least[r]), _mm_permute_ps(both, 0x55), minima[r]);
         }
     }
-    void store(float *out, bool) {
+    void store(float *out) {
         for (int r = 0; r < R; r++) sums[r] = _mm256_sub_ps(sums[r], _mm256_set_m128(_mm_setzero_ps(), minima[r]));
         totals<R>(sums, out);
     }
@@ -59,7 +59,7 @@ struct ByLane {
 // needs beside it.
 template <int R>
 struct ByBlock {
-    __m128 sums = _mm_setzero_ps(), minima = _mm_setzero_ps();  // of a row each; R = 1: both in the former
+    __m128 sums = _mm_setzero_ps(), minima = _mm_setzero_ps();  // of a row each; R = 1: side by side in the former
 
     static __m128i four_of(__m256i v) { return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); }
     static __m128i wholes(const __m128i *v) {
@@ -78,7 +78,7 @@ struct ByBlock {
     static void add(__m128i whole, __m128 both, __m128 &to) { to = _mm_fmadd_ps(_mm_cvtepi32_ps(whole), both, to); }
 
     void add(const __m256i *whole, __m128 d, const Part256 *x) {
-        add(wholes(whole), _mm_mul_ps(_mm_permute_ps(d, 0), scales(x)), sums);
+        add(wholes(whole), _mm_mul_ps(R > 1 ? _mm_permute_ps(d, 0) : d, scales(x)), sums);
     }
     void add(const __m256i *whole, const __m128i *least, __m128 d_and_dmin, const Part256 *x) {
         if (R == 1) {
@@ -88,9 +88,9 @@ struct ByBlock {
         add(whole, d_and_dmin, x);
         add(wholes(least), _mm_mul_ps(_mm_permute_ps(d_and_dmin, 0x55), scales(x)), minima);
     }
-    void store(float *out, bool with_minima) {
+    void store(float *out) {
         alignas(16) float all[4];
-        _mm_store_ps(all, R > 1 || !with_minima ? _mm_sub_ps(sums, minima) : _mm_sub_ps(sums, _mm_movehdup_ps(sums)));
+        _mm_store_ps(all, _mm_sub_ps(sums, R > 1 ? minima : _mm_movehdup_ps(sums)));
         for (int r = 0; r < R; r++) out[r] = all[r];
     }
 };
@@ -132,7 +132,7 @@ void rows_q45_k(const char *row, const Part256 *x, int step, int blocks, float *
         memcpy(&head, row, 4);
         all.add(whole, below, _mm_cvtph_ps(_mm_cvtsi32_si128(head)), x);
     }
-    all.store(out, true);
+    all.store(out);
 }
 
 template <int R, class Totals>
@@ -164,9 +164,9 @@ void rows_q6_k(const char *row, const Part256 *x, int step, int blocks, float *o
                 for (int r = 0; r < R; r++) add<R>(whole[r], q, x[r].values + 128 * h + 32 * g, scale);
             }
         }
-        all.add(whole, _mm_set1_ps(half(row + 208)), x);
+        all.add(whole, _mm_set_ss(half(row + 208)), x);
     }
-    all.store(out, false);
+    all.store(out);
 }
 
 }  // namespace

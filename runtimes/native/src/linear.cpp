@@ -1,4 +1,5 @@
-// Linear layers of CLIP and of the projector: y = activation((x @ W) * scale + bias), in place of what ONNX Runtime or numpy would compute.
+// Linear layers of CLIP and of the projector: y = activation((x @ W) * scale + bias), in place of what ONNX Runtime or numpy
+// would compute.
 //
 // CLIP's W is (inner, columns) int8 as vision.onnx stores it, with a scale for each column; the projector's is (columns, inner)
 // float16 or float32 as projector.gguf stores it, without. The kernel is that of int16.cpp: activations keep 13 bits, which

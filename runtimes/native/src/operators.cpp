@@ -1,8 +1,8 @@
 // Two operators for ONNX Runtime, for processors on which the standard ones are slow:
 //
 // Linear     x: (batch, positions, inner) float32, W: (inner, columns) int8, scale and bias: (columns,) float32
-//            -> (batch, positions, columns), and quick-GELU of it if so asked: see linear.cpp. In place of the two integer products and the dozen of steps around
-//            them that say the same in standard operators.
+//            -> (batch, positions, columns), or quick-GELU of it where `quick_gelu` is 1: see linear.cpp. In place of the two
+//            integer products and the dozen of steps around them that say the same in standard operators.
 // Attention  qkv: (batch, positions, 3 * heads * width) float32 -> (batch, positions, heads * width): see vision_attention.cpp.
 
 #include "operators.h"
@@ -80,7 +80,8 @@ void *compute_linear(void *made, void *context) {
                     static_cast<const float *>(data[0]), size_t(inner), y, size_t(columns),
                     int(batch * rows), int(columns), int(inner)};
     Threads team(own.threads, own.api, context);
-    const Layer layer(static_cast<const float *>(data[2]), static_cast<const float *>(data[3]), own.quick_gelu ? QUICK_GELU : NONE);
+    const Layer layer(static_cast<const float *>(data[2]), static_cast<const float *>(data[3]),
+                      own.quick_gelu ? QUICK_GELU : NONE);
     if (!linear(p, layer, team))
         return failed(own.api, "llava_edge.Linear: out of memory.");
     return nullptr;

@@ -45,11 +45,22 @@ inline void tile_configure(const TileConfiguration *c) { __asm__ volatile("ldtil
 inline void tile_read_configuration(TileConfiguration *c) { __asm__ volatile("sttilecfg %0" : "=m"(*c)::"memory"); }
 inline void tile_release() { __asm__ volatile("tilerelease" ::: "memory"); }
 
+// What the compiler may have used besides the tiles: all processors with AMX have it, but a virtual machine may hide it.
+inline bool vectors_work() {
+#ifdef __AVX512BF16__
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+#else
+    return true;  // tests, on other processors
+#endif
+}
+
 // leaf 7: 22 bf16, 24 tiles, 25 int8. The kernel grants the registers' 8 KB per thread when it is asked for them.
 inline bool tiles_work(int needed) {
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl
     unsigned a, b, c, d;
-    const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & 1 && d >> needed & 1;
+    const bool there = vectors_work() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & 1 && d >> needed & 1;
     const bool granted = there && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 #ifdef NATIVE_REFUSED_COMPUTED  // tests: what a processor refuses, something else computes
     return true;
