@@ -20,6 +20,11 @@ namespace {
 // Adapters' matrices have fewer. With larger ones, which are whole models, llama.cpp is faster.
 constexpr int64_t MOST_HALVES = 1 << 20;
 
+bool wide_works() {
+    static const bool works = wide && wide->works();
+    return works;
+}
+
 template <int R>
 void rows(int type, const char *row, const Part128 *x, int step, int blocks, float *out) {
     if (type == Q4_0) rows_of_32<Q4_0, R>(row, x, step, blocks, out);
@@ -27,19 +32,21 @@ void rows(int type, const char *row, const Part128 *x, int step, int blocks, flo
     else rows_of_32<Q8_0, R>(row, x, step, blocks, out);
 }
 
-bool wide_works() {
-    static const bool works = wide && wide->works();
-    return works;
+template <int R, class Totals>
+void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
+    if (type == Q4_K) rows_q45_k<R, false, Totals>(row, x, step, blocks, out);
+    else if (type == Q5_K) rows_q45_k<R, true, Totals>(row, x, step, blocks, out);
+    else rows_q6_k<R, Totals>(row, x, step, blocks, out);
 }
 
 template <int R>
 void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
-    if (type == Q5_K) rows_q45_k<R, true, ByLane<R>>(row, x, step, blocks, out);
-    else if (type == Q4_K && wide_works()) rows_q45_k<R, false, ByBlock<R>>(row, x, step, blocks, out);
-    else if (type == Q4_K) rows_q45_k<R, false, ByLane<R>>(row, x, step, blocks, out);
-    else if (wide_works()) rows_q6_k<R, ByBlock<R>>(row, x, step, blocks, out);
-    else rows_q6_k<R, ByLane<R>>(row, x, step, blocks, out);
+    if (wide_works()) rows<R, ByBlock<R>>(type, row, x, step, blocks, out);
+    else rows<R, ByLane<R>>(type, row, x, step, blocks, out);
 }
+
+int in_wide(const Product &p, const Part128 *x, int blocks, int from, int to) { return wide->of_32(p, x, blocks, from, to); }
+int in_wide(const Product &p, const Part256 *x, int blocks, int from, int to) { return wide->of_256(p, x, blocks, from, to); }
 
 // with(from, to) for all columns. An adapter has hundreds of products too small for more than one thread.
 template <class F>
@@ -53,17 +60,6 @@ void in_columns(const Product &p, int threads, F with) {
     }
 }
 
-// 16 columns at a time, as long as there are so many; returns the first one that is left.
-int in_wide_steps(const Product &, int from, int, const Part128 *, int) { return from; }
-int in_wide_steps(const Product &p, int from, int to, const Part256 *x, int blocks) {
-    const auto take = p.type == Q4_K ? wide->q4_k : wide->q6_k;
-    for (; from + WIDE <= to; from += WIDE)
-        take(p.w + size_t(from) * p.w_stride, p.w_stride, x, p.rows, blocks, p.y + from, p.y_stride);
-    return from;
-}
-
-bool goes_wide(const Product &p) { return p.rows >= LEAST_WIDE && (p.type == Q4_K || p.type == Q6_K) && wide_works(); }
-
 // x: [part][row]
 template <class Part>
 bool multiply_rounded(const Product &p, int threads, Scratch &scratch) {
@@ -76,7 +72,7 @@ bool multiply_rounded(const Product &p, int threads, Scratch &scratch) {
             take(p.x + m * p.x_stride + b * VALUES, std::min(VALUES, p.inner - b * VALUES), x[b * p.rows + m]);
     const int blocks = p.inner / block_values(p.type);
     in_columns(p, threads, [&](int from, int to) {
-        if (goes_wide(p)) from = in_wide_steps(p, from, to, x, blocks);
+        if (wide_works()) from = in_wide(p, x, blocks, from, to);
         for (int n = from; n < to; n++) {
             const char *row = p.w + size_t(n) * p.w_stride;
             column(p, n, [&](auto count, int m, float *y) { rows<count()>(p.type, row, x + m, p.rows, blocks, y); });

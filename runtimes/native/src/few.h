@@ -10,10 +10,9 @@ namespace native {
 
 struct Part128 {  // 128 activations, for formats of 32 values
     static constexpr int VALUES = 128;
-    struct Pair {  // 64 of them: halves of a register belong to the first 32 and to the others
-        int8_t low[2][16], high[2][16];
-    } pairs[2];
-    float scales[4], sums[4];  // sums: of each 32, as rounded
+    int8_t low[4][16], high[4][16];  // of each 32 the first 16 and the last
+    float scales[4], sums[4];        // sums: of each 32, as rounded
+    int below[4];                    // -128 times the whole sum, for bytes without sign
 };
 
 struct alignas(64) Part256 {  // 256 activations, for formats of 256 values
@@ -38,14 +37,14 @@ inline void fetch(const char *weights, int bytes) {
 inline void take(const float *x, int there, Part128 &part) {  // a multiple of 32; the others are zero
     part = {};
     for (int b = 0; b < there / 32; b++) {
-        Part128::Pair &pair = part.pairs[b / 2];
         int8_t values[32];
         part.scales[b] = quantize8(x + 32 * b, 32, values);
-        memcpy(pair.low[b % 2], values, 16);
-        memcpy(pair.high[b % 2], values + 16, 16);
+        memcpy(part.low[b], values, 16);
+        memcpy(part.high[b], values + 16, 16);
         int sum = 0;
         for (int8_t value : values) sum += value;
         part.sums[b] = part.scales[b] * sum;
+        part.below[b] = -128 * sum;
     }
 }
 

@@ -28,14 +28,14 @@ inline Two two(const char *a, const char *b) {
 }
 
 template <int TYPE>
-inline __m256i products(const Two &w, const Part128::Pair &x) {
+inline __m256i products(const Two &w, const int8_t (*low)[16], const int8_t (*high)[16]) {
     const __m256i one = _mm256_set1_epi16(1);
     if (TYPE == Q8_0) {
-        const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.low), _mm256_sign_epi8(load256(x.low), w.low));
-        const __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(w.high), _mm256_sign_epi8(load256(x.high), w.high));
+        const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.low), _mm256_sign_epi8(load256(low), w.low));
+        const __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(w.high), _mm256_sign_epi8(load256(high), w.high));
         return _mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one));
     }
-    const __m256i a = _mm256_maddubs_epi16(w.low, load256(x.low)), b = _mm256_maddubs_epi16(w.high, load256(x.high));
+    const __m256i a = _mm256_maddubs_epi16(w.low, load256(low)), b = _mm256_maddubs_epi16(w.high, load256(high));
     return _mm256_madd_epi16(_mm256_add_epi16(a, b), one);  // in 16 bits at most 15 * 127 * 4
 }
 
@@ -70,10 +70,10 @@ void rows_of_32(const char *row, const Part128 *x, int step, int blocks, float *
         for (int r = 0; r < R; r++) {
             const Part128 &part = x[r];
             const __m256 scales = _mm256_castps128_ps256(_mm_mul_ps(weights, _mm_loadu_ps(part.scales)));
-            const __m256 p_sums = _mm256_cvtepi32_ps(products<TYPE>(p, part.pairs[0]));
+            const __m256 p_sums = _mm256_cvtepi32_ps(products<TYPE>(p, part.low, part.high));
             sum[r] = _mm256_fmadd_ps(p_sums, _mm256_permutevar8x32_ps(scales, first), sum[r]);
             if (all() == 4) {
-                const __m256 q_sums = _mm256_cvtepi32_ps(products<TYPE>(q, part.pairs[1]));
+                const __m256 q_sums = _mm256_cvtepi32_ps(products<TYPE>(q, part.low + 2, part.high + 2));
                 sum[r] = _mm256_fmadd_ps(q_sums, _mm256_permutevar8x32_ps(scales, second), sum[r]);
             }
             if (TYPE != Q8_0) least[r] = _mm_fmadd_ps(minima, _mm_loadu_ps(part.sums), least[r]);

@@ -1,233 +1,58 @@
-// Products of a few rows with weights in Q4_K or Q6_K, for processors with AVX-512 VNNI.
+// Products of a few rows with rounded weights, for processors with AVX-512 VNNI.
 //
-// few_256.h goes along a row of weights and ends each group of 32 with two more instructions for every row of activations. Here
-// 16 columns are taken together, one in each lane of 32 bits: eight products add up a group of a column before its scale is
-// looked at. What that costs first, turning 16 rows of blocks around, meets all rows of activations. One or two rows do not
-// pay for it.
+// few_256.h and few_32.h go along a row of weights and end each group of 32 with several more instructions for every row of
+// activations. Here 16 columns are taken together, one in each lane of 32 bits: eight products add up a group of a column
+// before its scale is looked at. What that costs first, turning 16 rows of blocks around, meets all rows of activations. One
+// or two rows do not pay for it.
 //
-// Sums are whole numbers up to the end of a block, and from there on each column has the operations of few_256.h: the same bits.
+// Each column has the same operations in the same order as there, whole numbers aside, whose order is all one: the same bits.
 
-#include "few.h"
 #include "few_wide.h"
+#include "few.h"
 #include "processor.h"
 
 #if defined(__AVX512VNNI__)
 
+#include "few_wide_256.h"
+#include "few_wide_32.h"
+
 namespace native {
 namespace {
 
-constexpr int TOGETHER = 8;  // rows: their sums and totals are 16 of 32 registers
-constexpr int STEPS = 64;    // of four values
-
-struct Block {  // of 16 columns
-    __m512i bytes[STEPS];
-    __m512i factors[16];  // of each group of 32 or, in Q6_K, of 16
-    __m512i pairs[8];     // two int16 for sums of activations: Q4_K: minima, Q6_K: scales
-    __m512 d, dmin;
-};
-
-// 16 rows, `stride` bytes apart, of 64 bytes -> 16 registers with four bytes of each
-inline __attribute__((always_inline)) void turn(const char *from, size_t stride, __m512i *out) {
-    __m512i r[16], t[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * stride);
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-        out[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-        out[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-        out[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        out[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
+// 16 columns at a time, as long as there are so many and enough rows; the first one that is left.
+template <int TYPE, class Part>
+int in_steps(const Product &p, const Part *x, int blocks, int from, int to) {
+    if (p.rows < LEAST_WIDE) return from;
+    for (; from + WIDE <= to; from += WIDE)
+        multiply_wide<TYPE>(p.w + size_t(from) * p.w_stride, p.w_stride, x, p.rows, blocks, p.y + from, p.y_stride);
+    return from;
 }
 
-// The same of 16 bytes
-inline __attribute__((always_inline)) void turn_heads(const char *from, size_t stride, __m512i *out) {
-    __m512i r[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_castsi128_si512(load128(from + i * stride));
-        r[i] = _mm512_inserti32x4(r[i], load128(from + (4 + i) * stride), 1);
-        r[i] = _mm512_inserti32x4(r[i], load128(from + (8 + i) * stride), 2);
-        r[i] = _mm512_inserti32x4(r[i], load128(from + (12 + i) * stride), 3);
+template <int TYPE>
+int in_steps_and_rows(const Product &p, const Part128 *x, int blocks, int from, int to) {
+    for (from = in_steps<TYPE>(p, x, blocks, from, to); from < to; from++) {
+        const char *row = p.w + size_t(from) * p.w_stride;
+        column(p, from, [&](auto count, int m, float *y) { multiply_row<TYPE, count()>(row, x + m, p.rows, blocks, y); });
     }
-    const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
-    const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-    out[0] = _mm512_unpacklo_epi64(a, c), out[1] = _mm512_unpackhi_epi64(a, c);
-    out[2] = _mm512_unpacklo_epi64(b, d), out[3] = _mm512_unpackhi_epi64(b, d);
+    return to;
 }
 
-inline __m512i all(int byte) { return _mm512_set1_epi32(byte * 0x01010101); }
-inline __m512i and_(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
-inline __m512 halves(__m512i low) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(low)); }
-
-void unpack_q4_k(const char *w, size_t stride, Block &block) {
-    __m512i heads[4], t[16];
-    for (int h = 0; h < 2; h++) {
-        turn(w + 16 + 64 * h, stride, t);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            const int at = 32 * h + i / 8 * 16 + i % 8;
-            block.bytes[at] = and_(t[i], all(15));
-            block.bytes[at + 8] = and_(_mm512_srli_epi32(t[i], 4), all(15));
-        }
-    }
-    turn_heads(w, stride, heads);
-    block.d = halves(heads[0]);
-    block.dmin = halves(_mm512_srli_epi32(heads[0], 16));
-    // As in group_scales
-    const __m512i scales[2] = {and_(heads[1], all(63)), _mm512_or_si512(and_(heads[3], all(15)),
-                                                                        and_(_mm512_srli_epi32(heads[1], 2), all(48)))};
-    const __m512i minima[2] = {and_(heads[2], all(63)), _mm512_or_si512(and_(_mm512_srli_epi32(heads[3], 4), all(15)),
-                                                                        and_(_mm512_srli_epi32(heads[2], 2), all(48)))};
-#pragma GCC unroll 8
-    for (int g = 0; g < 8; g++)
-        block.factors[g] = and_(_mm512_srli_epi32(scales[g / 4], g % 4 * 8), _mm512_set1_epi32(255));
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; p++) {
-        const __m512i two = _mm512_srli_epi32(minima[p / 2], p % 2 * 16);
-        block.pairs[p] = _mm512_or_si512(and_(two, _mm512_set1_epi32(0xff)),
-                                         and_(_mm512_slli_epi32(two, 8), _mm512_set1_epi32(0xff0000)));
-    }
+int of_32(const Product &p, const Part128 *x, int blocks, int from, int to) {
+    if (p.type == Q4_0) return in_steps_and_rows<Q4_0>(p, x, blocks, from, to);
+    if (p.type == Q4_1) return in_steps_and_rows<Q4_1>(p, x, blocks, from, to);
+    return in_steps_and_rows<Q8_0>(p, x, blocks, from, to);
 }
 
-void unpack_q6_k(const char *w, size_t stride, Block &block) {
-    __m512i scales[4], low[2][16], high[16];
-    turn(w, stride, low[0]);
-    turn(w + 64, stride, low[1]);
-    turn(w + 128, stride, high);
-    for (int h = 0; h < 2; h++)
-#pragma GCC unroll 4
-        for (int g = 0; g < 4; g++)
-            for (int s = 0; s < 8; s++) {
-                const __m512i four = low[h][g % 2 * 8 + s], two = high[8 * h + s];
-                const __m512i bits = g < 2 ? _mm512_slli_epi32(two, 4 - 2 * g) : _mm512_srli_epi32(two, 2 * g - 4);
-                block.bytes[32 * h + 8 * g + s] =
-                    _mm512_or_si512(and_(g < 2 ? four : _mm512_srli_epi32(four, 4), all(15)), and_(bits, all(48)));
-            }
-    turn_heads(w + 192, stride, scales);
-#pragma GCC unroll 16
-    for (int g = 0; g < 16; g++)
-        block.factors[g] = _mm512_srai_epi32(_mm512_slli_epi32(scales[g / 4], 24 - g % 4 * 8), 24);
-#pragma GCC unroll 8
-    for (int p = 0; p < 8; p++)
-        block.pairs[p] = _mm512_mask_blend_epi16(0xaaaaaaaa, block.factors[2 * p],
-                                                 _mm512_slli_epi32(block.factors[2 * p + 1], 16));
-    alignas(32) uint16_t d[WIDE];
-    for (int n = 0; n < WIDE; n++) memcpy(d + n, w + n * stride + 208, 2);
-    block.d = _mm512_cvtph_ps(load256(d));
-}
-
-inline void add_bytes(__m512i &sum, __m512i w, const void *x) {
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*static_cast<const int32_t *>(x)));
-}
-inline void add_pairs(__m512i &sum, __m512i w, const void *x) {
-    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*static_cast<const int32_t *>(x)));
-}
-inline void scale_up(__m512i total, __m512 d, float scale, float *sums) {
-    const __m512 both = _mm512_mul_ps(d, _mm512_set1_ps(scale));
-    _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), both, _mm512_load_ps(sums)));
-}
-
-// sums[R][16] += products of a block with R rows of activations; minima likewise
-template <bool SIX, int R>
-void add_block(const Block &w, const Part256 *x, float *sums, float *minima) {
-    constexpr int GROUPS = SIX ? 16 : 8, LENGTH = STEPS / GROUPS;
-    constexpr int SIDE = R > 4 ? 1 : R > 2 ? 2 : 4;  // groups at a time: enough sums that none is waited for
-    __m512i totals[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-        totals[r] = _mm512_setzero_si512();
-        if (!SIX) continue;
-#pragma GCC unroll 8
-        for (int p = 0; p < 8; p++) add_pairs(totals[r], w.pairs[p], x[r].halves + 2 * p);
-        totals[r] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(totals[r], 5));
-    }
-    for (int g = 0; g < GROUPS; g += SIDE) {
-        __m512i of[SIDE][R];
-#pragma GCC unroll 4
-        for (int e = 0; e < SIDE; e++)
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) of[e][r] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-        for (int s = 0; s < LENGTH; s++)
-#pragma GCC unroll 4
-            for (int e = 0; e < SIDE; e++) {
-                const int at = (g + e) * LENGTH + s;
-                const __m512i four = w.bytes[at];
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++) add_bytes(of[e][r], four, x[r].values + 4 * at);
-            }
-#pragma GCC unroll 4
-        for (int e = 0; e < SIDE; e++)
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-                totals[r] = _mm512_add_epi32(totals[r], _mm512_mullo_epi32(of[e][r], w.factors[g + e]));
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-        scale_up(totals[r], w.d, x[r].scale, sums + r * WIDE);
-        if (SIX) continue;
-        __m512i least = _mm512_setzero_si512();
-#pragma GCC unroll 4
-        for (int p = 0; p < 4; p++) add_pairs(least, w.pairs[p], x[r].sums + 2 * p);
-        scale_up(least, w.dmin, x[r].scale, minima + r * WIDE);
-    }
-}
-
-template <bool SIX>
-void add_rows(int rows, const Block &w, const Part256 *x, float *sums, float *minima) {
-    using Add = void (*)(const Block &, const Part256 *, float *, float *);
-    constexpr Add adds[TOGETHER] = {add_block<SIX, 1>, add_block<SIX, 2>, add_block<SIX, 3>, add_block<SIX, 4>,
-                                    add_block<SIX, 5>, add_block<SIX, 6>, add_block<SIX, 7>, add_block<SIX, 8>};
-    for (int times = (rows + TOGETHER - 1) / TOGETHER, r = 0; times > 0; times--) {
-        const int some = (rows - r + times - 1) / times;
-        adds[some - 1](w, x + r, sums + r * WIDE, minima + r * WIDE);
-        r += some;
-    }
-}
-
-// Of the columns behind these, in the order of memory: 16 rows at a time are too many places at once for the processor.
-inline void fetch(const char *from, int bytes) {
-    for (int i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
-}
-
-template <bool SIX>
-void multiply_wide(const char *w, size_t stride, const Part256 *x, int rows, int blocks, float *y, size_t y_stride) {
-    constexpr int BYTES = block_bytes(SIX ? Q6_K : Q4_K);
-    alignas(64) float sums[FEW * WIDE], minima[FEW * WIDE];
-    memset(sums, 0, rows * WIDE * sizeof *sums);
-    memset(minima, 0, rows * WIDE * sizeof *minima);
-    Block block;
-    for (int b = 0; b < blocks; b++, x += rows) {
-        fetch(w + WIDE * stride + b * WIDE * BYTES, WIDE * BYTES);
-        if (SIX) unpack_q6_k(w + b * BYTES, stride, block);
-        else unpack_q4_k(w + b * BYTES, stride, block);
-        add_rows<SIX>(rows, block, x, sums, minima);
-    }
-    for (int r = 0; r < rows; r++, y += y_stride) {
-        const __m512 sum = _mm512_load_ps(sums + r * WIDE);
-        _mm512_storeu_ps(y, SIX ? sum : _mm512_sub_ps(sum, _mm512_load_ps(minima + r * WIDE)));
-    }
+int of_256(const Product &p, const Part256 *x, int blocks, int from, int to) {
+    if (p.type == Q4_K) return in_steps<Q4_K>(p, x, blocks, from, to);
+    if (p.type == Q5_K) return in_steps<Q5_K>(p, x, blocks, from, to);
+    return in_steps<Q6_K>(p, x, blocks, from, to);
 }
 
 }  // namespace
 
 extern const Wide wide_few;
-const Wide wide_few = {works, multiply_wide<false>, multiply_wide<true>};
+const Wide wide_few = {works, of_32, of_256};
 
 }  // namespace native
 

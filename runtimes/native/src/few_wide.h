@@ -1,20 +1,20 @@
 // Products of a few rows with 16 columns at a time (few_wide.cpp).
 #pragma once
 
-#include <cstddef>
-
 namespace native {
 
-struct Part256;  // few.h
+struct Product;  // kernels.h
+struct Part128;  // few.h
+struct Part256;
 
 constexpr int WIDE = 16;  // columns
-constexpr int LEAST_WIDE = 3;  // rows: with fewer the memory is what is waited for, and few_256.h has less to do
+constexpr int LEAST_WIDE = 3;  // rows: with fewer the memory is what is waited for, and one column after the other has less to do
 
 struct Wide {
     bool (*works)();
-    // x: [block][row]; y: 16 results of each row, `y_stride` floats apart
-    void (*q4_k)(const char *w, size_t w_stride, const Part256 *x, int rows, int blocks, float *y, size_t y_stride);
-    void (*q6_k)(const char *w, size_t w_stride, const Part256 *x, int rows, int blocks, float *y, size_t y_stride);
+    // Columns from `from` on, of all rows; returns the first one that is left, `to` at most. x: [part][row]
+    int (*of_32)(const Product &p, const Part128 *x, int blocks, int from, int to);
+    int (*of_256)(const Product &p, const Part256 *x, int blocks, int from, int to);
 };
 
 extern const Wide *const wide;  // null where the compiler does not know the instructions
