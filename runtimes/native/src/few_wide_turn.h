@@ -54,7 +54,7 @@ inline __attribute__((always_inline)) void turn_short(F from, __m512i *out) {
     out[2] = _mm512_unpacklo_epi64(b, d), out[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-inline __m512i all(int byte) { return _mm512_set1_epi32(byte * 0x01010101); }
+inline __m512i all(int byte) { return _mm512_set1_epi8(char(byte)); }
 inline __m512i and_(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
 inline __m512 halves(__m512i low) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(low)); }
 
