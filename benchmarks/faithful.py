@@ -5,7 +5,9 @@
 CONVERSATIONS.json: as LLaVA is trained on, with pictures relative to its folder. Every answer token is predicted from
 what stands before it, once with the native kernels and once without, behind the same image embeddings; printed are the
 perplexity of the given answers, by both, the mean KL divergence between both, and for how many tokens the likeliest is
-the same. Needs the extra `train`, which reads the conversations.
+the same. A third process shows how far llama.cpp's own kernels move if each embedding changes by a millionth: rounding
+activations to 8 bits turns any difference into one of that size. Needs the extra `train`, to read the
+conversations.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import tempfile
 from contextlib import closing
 from math import exp
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.export import held_out
-from llava_edge.export.report import compare
+from llava_edge.export.report import Array, compare
 from llava_edge.runtimes import devices
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.store import DEFAULT_MODEL, resolve
@@ -35,38 +38,55 @@ from llava_edge.store import DEFAULT_MODEL, resolve
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--limit", default=200, show_default=True, help="Conversations at most.")
 @click.option("--logits", type=click.Path(path_type=Path), hidden=True)
-def main(data: Path, model: str, limit: int, logits: Path | None) -> None:
-    """Compare in two processes, of which the second is told not to use the native kernels."""
+@click.option("--moved", is_flag=True, hidden=True)
+def main(data: Path, model: str, limit: int, logits: Path | None, moved: bool) -> None:
+    """Compare processes that are told to use the native kernels or not to."""
     bundle = Bundle.open(resolve(model))
     if logits is not None:
-        _predict(bundle, data, limit, logits)
+        _predict(bundle, data, limit, logits, moved)
         return
     with tempfile.TemporaryDirectory() as folder:
         found = []
-        for native in ("off", ""):
-            path = Path(folder) / f"logits-{native or 'native'}.npz"
-            options = ["--model", model, "--limit", str(limit), "--logits", str(path)]
+        for native, moved in (("off", False), ("", False), ("off", True)):
+            path = Path(folder) / "logits.npz"
+            options = ["--model", model, "--limit", str(limit), "--logits", str(path), *["--moved"] * moved]
             environment = {**os.environ, "LLAVA_EDGE_NATIVE": native}
             subprocess.run([sys.executable, __file__, str(data), *options], check=True, env=environment)
             with np.load(path) as arrays:
                 found.append(dict(arrays))
-    known, native_ones = found
-    if not np.array_equal(known["targets"], native_ones["targets"]):
-        raise click.ClickException("The two processes predicted different tokens: the file has changed meanwhile.")
-    ours, stock = [], []
-    for target, one, other in zip(known["targets"], known["logits"], native_ones["logits"], strict=True):
-        ours.append(compare(one[None], other[None], [target])[0])
-        stock.append(compare(one[None], one[None], [target])[0])
-    kl, loss, same = np.mean(ours, 0)
-    plain, perplexity = exp(np.mean(stock, 0)[1]), exp(loss)
-    click.echo(f"{len(ours)} answer tokens. {native_ones['kernels']}", err=True)
-    click.echo(f"perplexity: llama.cpp's {plain:.5f}, ours {perplexity:.5f}", err=True)
-    click.echo(f"KL divergence {kl:.6f} nats; the same likeliest token: {same:.2%}", err=True)
-    changed = {"perplexity_changed": perplexity / plain - 1, "kl": float(kl), "same": float(same)}
-    click.echo(json.dumps({"tokens": len(ours), **changed}))
+    stock, ours, moved_stock = found
+    plain = exp(_scores(stock, stock)[1])
+    click.echo(f"{len(stock['targets'])} answer tokens. {ours['kernels']}", err=True)
+    click.echo(f"llama.cpp's own kernels: perplexity {plain:.5f}", err=True)
+    shown = {}
+    for name, other in (("native", ours), ("llama.cpp, embeddings moved", moved_stock)):
+        kl, loss, same = _scores(stock, other)
+        click.echo(f"{name}: {exp(loss):.5f}, KL divergence {kl:.6f} nats, same likeliest token {same:.2%}", err=True)
+        shown[name] = {"perplexity_changed": exp(loss) / plain - 1, "kl": kl, "same": same}
+    click.echo(json.dumps({"tokens": len(stock["targets"]), "perplexity": plain, **shown}))
 
 
-def _predict(bundle: Bundle, data: Path, limit: int, to: Path) -> None:
+def _scores(stock: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """Means of `compare` over all answer tokens, one at a time: distributions in float64 are large."""
+    if not np.array_equal(stock["targets"], other["targets"]):
+        raise click.ClickException("Two processes predicted different tokens: the file has changed meanwhile.")
+    rows = zip(stock["logits"], other["logits"], stock["targets"], strict=True)
+    return [float(mean) for mean in np.mean([compare(a[None], b[None], [token])[0] for a, b, token in rows], 0)]
+
+
+class _Moved(held_out.Pictures):
+    """Pictures' embeddings, each number changed by about a millionth of itself."""
+
+    def __init__(self, pictures: held_out.Pictures) -> None:
+        self._still = pictures
+
+    def __getitem__(self, name: str) -> Array:
+        rows = self._still[name]
+        moved: Array = rows * (1 + 1e-6 * np.random.default_rng(0).standard_normal(rows.shape))
+        return moved.astype(np.float32)
+
+
+def _predict(bundle: Bundle, data: Path, limit: int, to: Path, moved: bool) -> None:
     """Write logits of all answer tokens, the tokens, and what computed them."""
     path = bundle.part(LANGUAGE)
     rows, targets = [], []
@@ -76,8 +96,9 @@ def _predict(bundle: Bundle, data: Path, limit: int, to: Path) -> None:
         samples = samples[::step][:limit]
         context, threads = max(len(sample.keys) for sample in samples), devices.thread_count()[0]
         with closing(LanguageModel(path, adapter=bundle.adapter, context=context, threads=threads)) as engine:
+            shown = _Moved(pictures) if moved else pictures
             for sample in samples:
-                rows += [row.astype(np.float32) for row in held_out.predictions(engine, sample, pictures)]
+                rows += [row.astype(np.float32) for row in held_out.predictions(engine, sample, shown)]
                 targets += sample.targets
             np.savez(to, logits=np.stack(rows), targets=np.array(targets), kernels=engine.native.reason)
 
