@@ -5,9 +5,8 @@
 CONVERSATIONS.json: as LLaVA is trained on, with pictures relative to its folder. Every answer token is predicted from
 what stands before it, once with the native kernels and once without, behind the same image embeddings; printed are the
 perplexity of the given answers, by both, the mean KL divergence between both, and for how many tokens the likeliest is
-the same. A third process shows how far llama.cpp's own kernels move if each embedding changes by a millionth: rounding
-activations to 8 bits turns any difference into one of that size. Needs the extra `train`, to read the
-conversations.
+the same. A third process shows how far llama.cpp's own kernels move if each number of the embeddings changes by a
+millionth: rounding activations to 8 bits turns any difference into one of that size. Needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ def main(data: Path, model: str, limit: int, logits: Path | None, moved: bool) -
         return
     with tempfile.TemporaryDirectory() as folder:
         found = []
-        for native, moved in (("off", False), ("", False), ("off", True)):
+        for native, more in (("off", []), ("", []), ("off", ["--moved"])):
             path = Path(folder) / "logits.npz"
-            options = ["--model", model, "--limit", str(limit), "--logits", str(path), *["--moved"] * moved]
+            options = ["--model", model, "--limit", str(limit), "--logits", str(path), *more]
             environment = {**os.environ, "LLAVA_EDGE_NATIVE": native}
             subprocess.run([sys.executable, __file__, str(data), *options], check=True, env=environment)
             with np.load(path) as arrays:

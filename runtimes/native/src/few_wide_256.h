@@ -8,7 +8,7 @@
 namespace native {
 namespace {
 
-constexpr int STEPS = 64;    // of four values
+constexpr int STEPS = 64;  // of four values
 
 struct Block {  // of 16 columns
     __m512i bytes[STEPS];
@@ -29,9 +29,11 @@ void unpack_q45_k(const char *w, size_t stride, Block &block) {
             block.bytes[at] = and_(t[i], all(15));
             block.bytes[at + 8] = and_(_mm512_srli_epi32(t[i], 4), all(15));
             if (!FIFTH) continue;
-            const __m512i bits = fifths[i % 8];
-            block.bytes[at] = _mm512_or_si512(block.bytes[at], and_(_mm512_rolv_epi32(bits, _mm512_set1_epi32(36 - group)), all(16)));
-            block.bytes[at + 8] = _mm512_or_si512(block.bytes[at + 8], and_(_mm512_rolv_epi32(bits, _mm512_set1_epi32(35 - group)), all(16)));
+            const auto fifth = [&](int j) {  // of group j, where its 16 is
+                return and_(_mm512_rolv_epi32(fifths[i % 8], _mm512_set1_epi32(36 - j)), all(16));
+            };
+            block.bytes[at] = _mm512_or_si512(block.bytes[at], fifth(group));
+            block.bytes[at + 8] = _mm512_or_si512(block.bytes[at + 8], fifth(group + 1));
         }
     }
     turn_short([&](int n) { return load128(w + n * stride); }, heads);

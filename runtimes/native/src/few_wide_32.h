@@ -63,9 +63,8 @@ void add_four(const Four &w, const Part128 *x, float *sums, size_t next) {
             for (int e = 0; e < SIDE; e++) {
                 const __m512i bytes = w.bytes[b + e][s];
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
+                for (int r = 0; r < R; r++)
                     add_bytes(of[e][r], bytes, (s < 4 ? x[r].low : x[r].high)[b + e] + s % 4 * 4);
-                }
             }
 #pragma GCC unroll 4
         for (int e = 0; e < SIDE; e++)
