@@ -154,6 +154,7 @@ class Operation:
         self._buffers: list[int] = []
         self._contexts: list[int] = []
         self._inputs: list[tuple[int, bytes]] = []
+        self._read: list[int] = []
         self._context = self._new_context()
         self._backend = ggml.pointer("ggml_backend_dev_init", device, None)
         registry = ggml.pointer("ggml_backend_dev_backend_reg", device)
@@ -195,11 +196,17 @@ class Operation:
             return None
         for made, data in self._inputs:  # not before: buffers of re-ordered weights crash on types they do not take
             self._ggml.number("ggml_backend_tensor_set", made, data, ctypes.c_size_t(0), ctypes.c_size_t(len(data)))
+            self._read.append(made)
         self._inputs.clear()
         self._allocate(self._context)
         self._graph = self._ggml.pointer("ggml_new_graph", self._context)
         self._ggml.number("ggml_build_forward_expand", self._graph, self._node)
         return self
+
+    def memory(self) -> list[tuple[int, int]]:
+        """Address and size of each tensor that it reads."""
+        call = self._ggml
+        return [(call.pointer("ggml_get_data", made), call.number("ggml_nbytes", made)) for made in self._read]
 
     def seconds(self) -> float:
         """Compute it once; how long that took."""

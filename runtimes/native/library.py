@@ -22,6 +22,7 @@ class Library:
         self._functions.llava_edge_native_use.argtypes = (
             *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
         )
+        self._functions.llava_edge_native_forget.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
     def kernels(self) -> list[str]:
         """Names of those that this processor can run, preferred ones first."""
@@ -57,6 +58,10 @@ class Library:
     def attends(self) -> bool:
         """Whether there is attention. Afterwards nothing is used."""
         return self._can(attention=True, few_attention=True)
+
+    def forget(self, address: int, size: int) -> None:
+        """Take memory out of the processor's caches, where it knows how to."""
+        self._functions.llava_edge_native_forget(address, size)
 
     def _can(self, *arguments: Any, **named: Any) -> bool:
         try:

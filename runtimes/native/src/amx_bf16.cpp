@@ -4,9 +4,9 @@
 // unpacking a row of blocks writes whole 64-byte rows and needs no transposition. Activations are the second operand, pairs
 // of inner values for 16 rows, and are transposed once when they are packed. Four sums of 16 x 16 use each operand twice.
 //
-// An inner block is 512: a panel of 32 columns then has 32 KB and stays in the first-level cache together with what streams
-// by; the activations of one inner block (600 KB at 576 rows) stay in the second-level cache, which has 2 MB where there is
-// AMX, and so do the sums of 8 panels (590 KB).
+// An inner block is 256: a panel of 32 columns then has 16 KB and stays in the first-level cache (48 KB where there is AMX)
+// together with a tile of activations, 16 KB too, and its sums. The activations of one inner block (300 KB at 576 rows) stay
+// in the second-level cache, which has 2 MB there, and so do the sums of 8 panels (590 KB).
 //
 // 4-bit blocks become bfloat16 by a table: the 16 possible values of a block are computed once, and one instruction of AVX-512,
 // which all processors with AMX have, picks 32 of them.
@@ -18,7 +18,7 @@
 namespace native {
 namespace {
 
-constexpr int INNER = 512, STEP = 32, STEPS = INNER / STEP;
+constexpr int INNER = 256, STEP = 32, STEPS = INNER / STEP;
 constexpr int ROWS = 32, COLUMNS = 32;
 
 struct Step {  // of one inner block: two tiles of 16 x 64 bytes
@@ -184,16 +184,7 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
     } else {
         tile_load<0>(sums, 64), tile_load<1>(sums + 256, 64), tile_load<2>(sums + 512, 64), tile_load<3>(sums + 768, 64);
     }
-    for (int s = 0; s < inner / STEP; s++) {
-        tile_load<4>(w[s].tile[0], 64);
-        tile_load<6>(x[s].tile[0], 64);
-        tile_bf16<0, 4, 6>();
-        tile_load<7>(x[s].tile[1], 64);
-        tile_bf16<1, 4, 7>();
-        tile_load<5>(w[s].tile[1], 64);
-        tile_bf16<2, 5, 6>();
-        tile_bf16<3, 5, 7>();
-    }
+    multiply_steps<BFLOAT16>(w, x, inner / STEP);
     tile_store<0>(sums, 64), tile_store<1>(sums + 256, 64), tile_store<2>(sums + 512, 64), tile_store<3>(sums + 768, 64);
 }
 

@@ -81,17 +81,7 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
     alignas(64) int32_t whole[4][16][16];
     for (int c = 0; c * SCALED < inner; c++, first = false) {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-        for (int s = 0; s < steps_of(values_of(inner, c)); s++) {
-            const Step &a = w.steps[c][s], &b = x.steps[c][s];
-            tile_load<4>(a.tile[0], 64);
-            tile_load<6>(b.tile[0], 64);
-            tile_int8<0, 4, 6>();
-            tile_load<7>(b.tile[1], 64);
-            tile_int8<1, 4, 7>();
-            tile_load<5>(a.tile[1], 64);
-            tile_int8<2, 5, 6>();
-            tile_int8<3, 5, 7>();
-        }
+        multiply_steps<INT8>(w.steps[c], x.steps[c], steps_of(values_of(inner, c)));
         tile_store<0>(whole[0], 64), tile_store<1>(whole[1], 64), tile_store<2>(whole[2], 64), tile_store<3>(whole[3], 64);
         for (int q = 0; q < 4; q++)
             for (int n = 0; n < 16; n++) {

@@ -5,6 +5,10 @@
 #include <cstring>
 #include <string>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 using namespace native;
 
 static const Kernel *find(const char *name) {
@@ -48,6 +52,16 @@ EXPORT int llava_edge_native_use(const int8_t *many, const uint8_t *least, uint6
     }
     use(wanted);
     return 1;
+}
+
+// Out of the caches: weights of a model are read from memory, and a race over some that lie in caches says little of that.
+EXPORT void llava_edge_native_forget(const char *memory, size_t bytes) {
+#ifdef __x86_64__
+    for (size_t i = 0; i < bytes; i += 64) _mm_clflush(memory + i);
+    _mm_mfence();
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 // One product; the kernel "few" is the one for few rows.

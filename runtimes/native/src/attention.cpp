@@ -2,9 +2,9 @@
 //
 // A thread takes one head and a run of queries, few enough that their scores against all keys stay in the second-level
 // cache: softmax then needs no second thought about maxima. Both products are tiles of 6 queries x 16 keys or values,
-// twelve sums in registers. Keys are turned into panels [width][16] and values into panels [256 keys][16], float32, 8 to 16
-// KB each, and used by all queries of the run. Keys behind the last visible one of a run are not looked at: half of the
-// work where the mask is causal.
+// twelve sums in registers. Keys are turned into panels [width][16] and values into panels [128 keys][16], float32, 8 KB each
+// where heads have a width of 128, and used by all queries of the run. Keys behind the last visible one of a run are not
+// looked at: half of the work where the mask is causal.
 
 #include <omp.h>
 
@@ -12,12 +12,13 @@
 #include <atomic>
 
 #include "attention.h"
+#include "rounding.h"
 
 namespace native {
 namespace {
 
 constexpr int ROWS = 6, COLUMNS = 16;
-constexpr int KEYS = 256;  // of a panel of values
+constexpr int KEYS = 128;  // of a panel of values
 constexpr int MAX_QUERIES = 16 * ROWS, MAX_WIDTH = 256;
 
 // c[6][16] (+)= a[6][count] * b[count][16]; rows of a and c are `a_row` and `c_row` floats apart
@@ -51,7 +52,7 @@ struct Run {
     float *const q;       // [queries][width], scaled
     float *const scores;  // [queries][stride]
     float *const out;     // [queries][width]
-    float *const panel;   // keys [width][16], or values [256][16]
+    float *const panel;   // keys [width][16], or values [width / 16][128][16]
     const int stride;
 
     void take_queries(int head, int first, int queries, int padded) const {
@@ -66,42 +67,43 @@ struct Run {
 
     void score(int shared, int keys, int padded) const {
         for (int j = 0; j < keys; j += COLUMNS) {
-            for (int c = 0; c < COLUMNS; c++) {
-                alignas(32) float key[MAX_WIDTH];
-                const bool there = j + c < a.keys;
-                const uint16_t *row = halves(a.k + shared * a.k_head + size_t(j + c) * a.k_row);
-                for (int d = 0; d < a.width; d += 8)
-                    _mm256_store_ps(key + d, there ? _mm256_cvtph_ps(load128(row + d)) : _mm256_setzero_ps());
-                for (int d = 0; d < a.width; d++) panel[d * COLUMNS + c] = key[d];
-            }
+            alignas(32) int32_t floats[8][8];
+            for (int c = 0; c < COLUMNS; c += 8)
+                for (int d = 0; d < a.width; d += 8) {
+                    for (int i = 0; i < 8; i++) {
+                        const uint16_t *row = halves(a.k + shared * a.k_head + size_t(j + c + i) * a.k_row) + d;
+                        const __m256 eight = j + c + i < a.keys ? _mm256_cvtph_ps(load128(row)) : _mm256_setzero_ps();
+                        put256(_mm256_castps_si256(eight), floats[i]);
+                    }
+                    transpose(floats[0], 8, reinterpret_cast<int32_t *>(panel) + d * COLUMNS + c, COLUMNS);
+                }
             for (int i = 0; i < padded; i += ROWS)
                 tile<false>(q + i * a.width, a.width, panel, a.width, scores + size_t(i) * stride + j, stride);
         }
     }
 
     void weigh(int shared, int keys, int padded) const {
-        for (int d = 0; d < a.width; d += COLUMNS)
-            for (int j = 0; j < keys; j += KEYS) {
-                const int count = std::min(KEYS, keys - j);
-                for (int i = 0; i < count; i++) {
-                    const bool there = j + i < a.keys;
-                    const uint16_t *row = halves(a.v + shared * a.v_head + size_t(j + i) * a.v_row) + d;
-                    for (int c = 0; c < COLUMNS; c += 8)
-                        _mm256_store_ps(panel + i * COLUMNS + c,
-                                        there ? _mm256_cvtph_ps(load128(row + c)) : _mm256_setzero_ps());
-                }
-                for (int i = 0; i < padded; i += ROWS) {
-                    const float *weights = scores + size_t(i) * stride + j;
-                    float *c = out + i * a.width + d;
-                    if (j) tile<true>(weights, stride, panel, count, c, a.width);
-                    else tile<false>(weights, stride, panel, count, c, a.width);
-                }
+        for (int j = 0; j < keys; j += KEYS) {
+            const int count = std::min(KEYS, keys - j);
+            for (int i = 0; i < count; i++) {
+                const uint16_t *row = halves(a.v + shared * a.v_head + size_t(j + i) * a.v_row);
+                for (int d = 0; d < a.width; d += 8)
+                    _mm256_store_ps(panel + d / COLUMNS * KEYS * COLUMNS + i * COLUMNS + d % COLUMNS,
+                                    j + i < a.keys ? _mm256_cvtph_ps(load128(row + d)) : _mm256_setzero_ps());
             }
+            for (int d = 0; d < a.width; d += COLUMNS)
+                for (int i = 0; i < padded; i += ROWS) {
+                    const float *weights = scores + size_t(i) * stride + j, *values = panel + d * KEYS;
+                    float *c = out + i * a.width + d;
+                    if (j) tile<true>(weights, stride, values, count, c, a.width);
+                    else tile<false>(weights, stride, values, count, c, a.width);
+                }
+        }
     }
 
-    void compute(int head, int first, int queries) const {
+    void compute(int head, int first, int queries, int seen) const {
         const int shared = head / (a.heads / a.shared_heads), padded = (queries + ROWS - 1) / ROWS * ROWS;
-        const int keys = (visible(a, first, queries) + COLUMNS - 1) / COLUMNS * COLUMNS;
+        const int keys = (seen + COLUMNS - 1) / COLUMNS * COLUMNS;
         float inverse[MAX_QUERIES];
         take_queries(head, first, queries, padded);
         score(shared, keys, padded);
@@ -110,7 +112,10 @@ struct Run {
         if (keys) weigh(shared, keys, padded);
         for (int i = 0; i < queries; i++) {
             float *row = reinterpret_cast<float *>(a.out + size_t(first + i) * a.out_row + head * a.out_head);
-            for (int d = 0; d < a.width; d++) row[d] = keys && inverse[i] ? out[i * a.width + d] * inverse[i] : 0;
+            const bool some = keys && inverse[i];
+            const __m256 factor = _mm256_set1_ps(inverse[i]);
+            for (int d = 0; d < a.width; d += 8)
+                _mm256_storeu_ps(row + d, some ? _mm256_mul_ps(_mm256_loadu_ps(out + i * a.width + d), factor) : _mm256_setzero_ps());
         }
     }
 };
@@ -123,7 +128,7 @@ bool attend(const Attention &a, int threads, Scratch &scratch) {
     const int stride = (a.keys + 15) / 16 * 16;
     const int run = std::clamp(SCORES / stride / ROWS * ROWS, ROWS, MAX_QUERIES);
     const int runs = (a.queries + run - 1) / run;
-    const size_t q = size_t(run) * a.width, scores = size_t(run) * stride, panel = COLUMNS * std::max(KEYS, a.width);
+    const size_t q = size_t(run) * a.width, scores = size_t(run) * stride, panel = size_t(KEYS) * a.width;
     const size_t own = ((2 * q + scores + panel) * sizeof(float) + 63) / 64 * 64;
     char *memory = scratch.need(threads * own);
     if (!memory) return false;
@@ -133,9 +138,11 @@ bool attend(const Attention &a, int threads, Scratch &scratch) {
         float *mine = reinterpret_cast<float *>(memory + omp_get_thread_num() * own);
         const Run work{a, mine + panel, mine + panel + 2 * q, mine + panel + q, mine, stride};
         // The last queries see the most: they come first.
+        int last = -1, seen = 0;  // all heads of a run see the same
         for (int i; (i = next.fetch_add(1)) < runs * a.heads;) {
-            const int first = (runs - 1 - i / a.heads) * run;
-            work.compute(i % a.heads, first, std::min(run, a.queries - first));
+            const int first = (runs - 1 - i / a.heads) * run, queries = std::min(run, a.queries - first);
+            if (first != last) seen = visible(a, first, queries), last = first;
+            work.compute(i % a.heads, first, queries, seen);
         }
     }
     return true;

@@ -155,7 +155,10 @@ void multiply_row(const char *row, const Part128 *x, int step, int blocks, float
             else sums[r] = _mm_add_ps(sums[r], _mm_fmadd_ps(of, scale, _mm_mul_ps(minima, _mm_loadu_ps(part.sums))));
         }
     };
-    for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x += step) add(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
+    for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x += step) {
+        fetch<R>(row, 4 * BYTES);
+        add(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
+    }
     if (blocks) add(row, blocks > 1 ? row + BYTES : NO_BLOCK, blocks > 2 ? row + 2 * BYTES : NO_BLOCK, NO_BLOCK);
     for (int r = 0; r < R; r++) out[r] = total(_mm256_zextps128_ps256(sums[r]));
 }
