@@ -1,8 +1,8 @@
 // Products of many rows: who computes what, for any kernel.
 //
-// All of a team pack the activations; then each takes blocks of columns until there are none. Within a block the inner
+// All of a team pack the activations; then each takes blocks of panels until there are none. Within a block the inner
 // dimension is the outer loop, so that the packed activations of one inner block are read from the second-level cache for
-// all panels but the first.
+// all panels but the first. Blocks get smaller towards the end, so that nobody waits long for the last.
 
 #include <sys/mman.h>
 
@@ -42,8 +42,8 @@ size_t up64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 struct Plan {
     const Kernel &kernel;
     const Product &p;
-    const int tiles, blocks, columns;  // columns: of a block
-    char *const packed;                // [inner block][tile]
+    const int tiles, panels;
+    char *const packed;  // [inner block][tile]
 
     int inner(int k) const { return std::min(kernel.inner_block, p.inner - k); }
     char *tile(int k, int t) const { return packed + (size_t(k / kernel.inner_block) * tiles + t) * kernel.tile_bytes; }
@@ -55,9 +55,17 @@ struct Plan {
             kernel.pack(p.type, p.x + row * p.x_stride + k, p.x_stride, rows, inner(k), tile(k, t));
     }
 
+    // The next block, of panels `first` to `end`; none are left if they are equal.
+    int take(std::atomic<int> &next, int threads, int &end) const {
+        int first = next;
+        do end = std::min(first + std::clamp((panels - first) / (2 * threads), 1, kernel.block_panels), panels);
+        while (first < panels && !next.compare_exchange_weak(first, end));
+        return first;
+    }
+
     // sums: [panel of the block][tile]
-    void block(int b, char *panel, float *const sums_of_all) const {
-        const int first = b * columns, end = std::min(first + columns, p.columns);
+    void block(int first_panel, int end_panel, char *panel, float *const sums_of_all) const {
+        const int first = first_panel * kernel.panel_columns, end = std::min(end_panel * kernel.panel_columns, p.columns);
         for (int k = 0; k < p.inner; k += kernel.inner_block) {
             float *s = sums_of_all;
             for (int n = first; n < end; n += kernel.panel_columns) {
@@ -90,17 +98,14 @@ void OpenMp::run(void (*task)(void *, size_t), void *data) {
 }
 
 bool multiply(const Kernel &kernel, const Product &p, Team &team, Scratch &scratch) {
-    // Narrower blocks where there would be too few for the team to end together.
-    int panels = kernel.block_panels;
-    while (panels > 1 && up(p.columns, panels * kernel.panel_columns) < 4 * team.size) panels /= 2;
-    const int columns = panels * kernel.panel_columns, tiles = up(p.rows, kernel.tile_rows);
+    const int tiles = up(p.rows, kernel.tile_rows), panels = up(p.columns, kernel.panel_columns);
     const size_t packed = size_t(up(p.inner, kernel.inner_block)) * tiles * kernel.tile_bytes;
-    const size_t sums = up64(size_t(columns) * tiles * kernel.tile_rows * sizeof(float));
-    const size_t own = up64(kernel.panel_bytes) + sums;
+    const size_t sums = size_t(std::min(panels, kernel.block_panels)) * kernel.panel_columns * tiles * kernel.tile_rows;
+    const size_t own = up64(kernel.panel_bytes) + up64(sums * sizeof(float));
     char *memory = scratch.need(packed + team.size * own);
     if (!memory) return false;
-    const Plan plan{kernel, p, tiles, up(p.columns, columns), columns, memory};
-    std::atomic<int> next_tile{0}, next_block{0};
+    const Plan plan{kernel, p, tiles, panels, memory};
+    std::atomic<int> next_tile{0}, next_panel{0};
     team.each([&](int) {
         for (int t; (t = next_tile.fetch_add(1)) < plan.tiles;) plan.pack(t);
     });
@@ -108,8 +113,8 @@ bool multiply(const Kernel &kernel, const Product &p, Team &team, Scratch &scrat
         alignas(64) char kept[64];
         if (kernel.enter) kernel.enter(kept);
         char *panel = memory + packed + member * own;
-        for (int b; (b = next_block.fetch_add(1)) < plan.blocks;)
-            plan.block(b, panel, reinterpret_cast<float *>(panel + up64(kernel.panel_bytes)));
+        for (int first, end; (first = plan.take(next_panel, team.size, end)) < panels;)
+            plan.block(first, end, panel, reinterpret_cast<float *>(panel + up64(kernel.panel_bytes)));
         if (kernel.leave) kernel.leave(kept);
     });
     return true;
