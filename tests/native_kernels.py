@@ -21,19 +21,23 @@ Array = np.ndarray[Any, Any]
 _QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 
 
+_FOUND = set(Path("/proc/cpuinfo").read_text().split())
+_WIDE = {"avx512bw", "avx512dq", "avx512vl"} <= _FOUND
+HAS_VNNI512 = _WIDE and "avx512_vnni" in _FOUND
+
+
 def _testable(unit: build.Unit) -> build.Unit:
     """Every kernel on every machine: AVX-512 in plain C++, or AVX2, where the processor has none, AMX and AVX-VNNI with
     instructions that something else computes where the processor refuses them."""
-    found = set(Path("/proc/cpuinfo").read_text().split())
-    wide = {"avx512bw", "avx512dq", "avx512vl"} <= found
     if unit.kernel == "AVX512VNNI":
-        real = wide and "avx512_vnni" in found
-        return replace(unit, flags=(*unit.flags, *_QUIET) if real else (*build.AVX2, "-DNATIVE_WIDE"))
-    flags = build.AVX2 if unit.kernel == "AMX" and not (wide and "avx512_bf16" in found) else unit.flags
+        return replace(unit, flags=(*unit.flags, *_QUIET) if HAS_VNNI512 else (*build.AVX2, "-DNATIVE_WIDE"))
+    flags = build.AVX2 if unit.kernel == "AMX" and not (_WIDE and "avx512_bf16" in _FOUND) else unit.flags
     return replace(unit, flags=(*flags, *_QUIET, "-DNATIVE_REFUSED_COMPUTED"))
 
 
 UNITS = (*map(_testable, build.X86_64), build.Unit(str(Path(__file__).with_name("missing_instructions.cpp"))))
+
+ATTENTIONS = ("few", "avx2", "avx512vnni")
 
 # Offsets of float16 in a block.
 SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
@@ -83,9 +87,9 @@ class Kernels:
         assert done
         return y
 
-    def attend(self, q: Array, k: Array, v: Array, mask: Array, threads: int = 1, *, few: bool = False) -> Array:
-        """Of q (heads, queries, width), k and v (shared heads, keys, width): (queries, heads, width). few: by the one
-        for few queries."""
+    def attend(self, way: str, q: Array, k: Array, v: Array, mask: Array, threads: int = 1) -> Array:
+        """Of q (heads, queries, width), k and v (shared heads, keys, width): (queries, heads, width). way: one of
+        `ATTENTIONS`, of which AVX-512's takes widths that are multiples of 32."""
         q, k, v, mask = (np.ascontiguousarray(values).copy() for values in (q, k, v, mask))
         out = np.full((q.shape[1], q.shape[0], q.shape[2]), 7, np.float32)
         a = Attention(
@@ -93,7 +97,7 @@ class Kernels:
             *(_at(mask), mask.strides[0], _at(out), out.strides[0], out.strides[1]),
             *(q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2], q.shape[2] ** -0.5),
         )
-        assert self._library.llava_edge_native_attend(ctypes.byref(a), few, threads)
+        assert self._library.llava_edge_native_attend(way.encode(), ctypes.byref(a), threads)
         return out
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native_kernels import UNITS, Kernels, extreme_blocks, matrix, random_blocks, worst_error
+from native_kernels import ATTENTIONS, HAS_VNNI512, UNITS, Kernels, extreme_blocks, matrix, random_blocks, worst_error
 from processes import in_child
 
 from llava_edge import gguf
@@ -239,9 +239,12 @@ def test_the_largest_whole_numbers_of_few_rows(kernels: Kernels, kind: str, scal
 )
 def test_attention(kernels: Kernels, heads: int, shared: int, queries: int, keys: int, width: int) -> None:
     inputs = check.attention_inputs(heads, shared, queries, keys, width)
-    for few in (False, True):
-        found = kernels.attend(*inputs, threads=2, few=few)
-        np.testing.assert_allclose(found, check.exact_attention(*inputs), rtol=0, atol=3e-6)
+    ways = ATTENTIONS if width % 32 == 0 else ATTENTIONS[:2]
+    found = {way: kernels.attend(way, *inputs, threads=2) for way in ways}
+    for way in ways:
+        np.testing.assert_allclose(found[way], check.exact_attention(*inputs), rtol=0, atol=3e-6)
+    if HAS_VNNI512 and "avx512vnni" in found:
+        assert (found["avx512vnni"] == found["avx2"]).all()
 
 
 @pytest.mark.parametrize(("heads", "shared", "keys", "width"), [(9, 3, 257, 64), (4, 4, 70, 128), (2, 1, 9, 80)])
@@ -250,41 +253,41 @@ def test_a_query_gets_the_same_bits_alone_and_among_others(
 ) -> None:
     """Whatever lies behind what it sees, too: room that llama.cpp adds, and tokens that were guessed wrongly."""
     q, k, v, mask = check.attention_inputs(heads, shared, 8, keys, width)
-    together = kernels.attend(q, k, v, mask, few=True)
+    together = kernels.attend("few", q, k, v, mask)
     for query in range(8):
         seen = keys - 7 + query
-        alone = kernels.attend(q[:, [query]], k[:, :seen], v[:, :seen], mask[[query], :seen], few=True)
+        alone = kernels.attend("few", q[:, [query]], k[:, :seen], v[:, :seen], mask[[query], :seen])
         assert (alone[0] == together[query]).all()
         longer_k, longer_v = (
             np.pad(part[:, :seen], ((0, 0), (0, 60), (0, 0)), constant_values=np.nan) for part in (k, v)
         )
         hidden = np.pad(mask[[query], :seen], ((0, 0), (0, 60)), constant_values=-np.inf)
-        assert (kernels.attend(q[:, [query]], longer_k, longer_v, hidden, few=True)[0] == alone[0]).all()
+        assert (kernels.attend("few", q[:, [query]], longer_k, longer_v, hidden)[0] == alone[0]).all()
 
 
-@pytest.mark.parametrize(("few", "queries"), [(True, 5), (False, 40)])
-def test_tokens_of_other_answers_between_the_keys_change_no_bit(kernels: Kernels, few: bool, queries: int) -> None:
+@pytest.mark.parametrize(("way", "queries"), [("few", 5), ("avx2", 40), ("avx512vnni", 40)])
+def test_tokens_of_other_answers_between_the_keys_change_no_bit(kernels: Kernels, way: str, queries: int) -> None:
     q, k, v, mask = check.attention_inputs(4, 2, queries, 150, 64)
     places = np.arange(150) * 4 // 3
     wide_k, wide_v = (np.full((2, places[-1] + 1, 64), 50, np.float16) for _ in "kv")
     wide_k[:, places], wide_v[:, places] = k, v
     hidden = np.full((queries, places[-1] + 1), -np.inf, np.float16)
     hidden[:, places] = mask
-    assert (kernels.attend(q, wide_k, wide_v, hidden, few=few) == kernels.attend(q, k, v, mask, few=few)).all()
+    assert (kernels.attend(way, q, wide_k, wide_v, hidden) == kernels.attend(way, q, k, v, mask)).all()
 
 
-@pytest.mark.parametrize("few", [False, True])
-def test_attention_with_large_scores_and_hidden_rows(kernels: Kernels, few: bool) -> None:
+@pytest.mark.parametrize("way", ATTENTIONS)
+def test_attention_with_large_scores_and_hidden_rows(kernels: Kernels, way: str) -> None:
     q, k, v, mask = check.attention_inputs(2, 1, 20, 64, 64)
     q *= 40  # scores of more than a hundred: nearly one key for each query
     mask[3] = -np.inf  # a padded query sees nothing
     seen = np.delete(np.arange(20), 3)
-    found = kernels.attend(q, k, v, mask, few=few)
+    found = kernels.attend(way, q, k, v, mask)
     assert (found[3] == 0).all()
     expected = check.exact_attention(q[:, seen], k, v, mask[seen])
     np.testing.assert_allclose(found[seen], expected, rtol=0, atol=1e-4)
     q[0, 5, 7] = np.nan
-    found = kernels.attend(q, k, v, mask, few=few)
+    found = kernels.attend(way, q, k, v, mask)
     assert np.isnan(found[5, 0]).all()
     assert np.isfinite(np.delete(found[:, 0], 5, 0)).all()
 

@@ -33,6 +33,7 @@ class Unit:
 
 _OPERATORS = ("operators.cpp", "linear.cpp", "vision_attention.cpp")  # in ONNX Runtime's library alone
 _VECTORS = ("int8.cpp", "int16.cpp")  # each compiled for every set of instructions
+_VNNI512 = (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE")
 
 X86_64 = (
     *(
@@ -41,14 +42,15 @@ X86_64 = (
         for unit in (
             Unit(source),
             Unit(source, (*AVX2, "-mavxvnni"), "AVXVNNI"),
-            Unit(source, (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE"), "AVX512VNNI"),
+            Unit(source, _VNNI512, "AVX512VNNI"),
         )
     ),
     Unit("amx_bf16.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
     Unit("amx_int8.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
     Unit("attention.cpp"),
+    Unit("attention.cpp", _VNNI512, "AVX512VNNI"),
     Unit("few.cpp"),
-    Unit("few_wide.cpp", (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE"), "AVX512VNNI"),
+    Unit("few_wide.cpp", _VNNI512, "AVX512VNNI"),
     Unit("few_attention.cpp"),
     Unit("product.cpp"),
     *(Unit(source) for source in _OPERATORS),

@@ -74,7 +74,11 @@ EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *
     return found && found->takes(type) && inner % block_values(type) == 0 && multiply(*found, p, team, scratch);
 }
 
-EXPORT int llava_edge_native_attend(const Attention *a, int few, int threads) {
-    return few ? attend_few(*a, threads, scratch) : attend(*a, threads, scratch);
+// The same for attention, of many queries by the instructions that it uses.
+EXPORT int llava_edge_native_attend(const char *name, const Attention *a, int threads) {
+    if (!strcmp(name, "few")) return attend_few(*a, threads, scratch);
+    for (const ManyQueries *const *way = attentions; *way; way++)
+        if (!strcmp((*way)->name, name)) return (*way)->works() && (*way)->takes(a->width) && (*way)->attend(*a, threads, scratch);
+    return 0;
 }
 }

@@ -1,10 +1,10 @@
-// Attention of many queries at once, in float32 with AVX2.
+// Attention of many queries at once, in float32, with AVX2 or AVX-512: the same bits, since a lane of a register is a key.
 //
 // A thread takes one head and a run of queries, few enough that their scores against all keys stay in the second-level
-// cache: softmax then needs no second thought about maxima. Both products are tiles of 6 queries x 16 keys or values,
-// twelve sums in registers. Keys are turned into panels [width][16] and values into panels [128 keys][16], float32, 8 KB each
-// where heads have a width of 128, and used by all queries of the run. Keys behind the last visible one of a run are not
-// looked at: half of the work where the mask is causal.
+// cache: softmax then needs no second thought about maxima. Both products are tiles of 6 queries x 16 keys or values, or of
+// 12 x 32: 12 sums in registers, or 24. Keys are turned into panels [width][16 or 32] and values into panels
+// [128 keys][16 or 32], float32, 8 or 16 KB each where heads have a width of 128, and used by all queries of the run. Keys
+// behind the last visible one of a run are not looked at: half of the work where the mask is causal.
 
 #include <omp.h>
 
@@ -12,37 +12,38 @@
 #include <atomic>
 
 #include "attention.h"
+#include "lanes.h"
+#include "processor.h"
 #include "rounding.h"
 
 namespace native {
 namespace {
 
-constexpr int ROWS = 6, COLUMNS = 16;
+constexpr int COLUMNS = 2 * Lanes::count, ROWS = Lanes::count == 16 ? 12 : 6;
 constexpr int KEYS = 128;  // of a panel of values
-constexpr int MAX_QUERIES = 16 * ROWS, MAX_WIDTH = 256;
+constexpr int MAX_QUERIES = 96, MAX_WIDTH = 256;
 
-// c[6][16] (+)= a[6][count] * b[count][16]; rows of a and c are `a_row` and `c_row` floats apart
+// c[ROWS][COLUMNS] (+)= a[ROWS][count] * b[count][COLUMNS]; rows of a and c are `a_row` and `c_row` floats apart
 template <bool Add>
 inline void tile(const float *a, size_t a_row, const float *b, int count, float *c, size_t c_row) {
-    __m256 left[ROWS], right[ROWS];
-#pragma GCC unroll 6
+    Floats left[ROWS], right[ROWS];
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) {
-        left[i] = Add ? _mm256_loadu_ps(c + i * c_row) : _mm256_setzero_ps();
-        right[i] = Add ? _mm256_loadu_ps(c + i * c_row + 8) : _mm256_setzero_ps();
+        left[i] = Add ? Floats::load(c + i * c_row) : Floats::zero();
+        right[i] = Add ? Floats::load(c + i * c_row + COLUMNS / 2) : Floats::zero();
     }
     for (int k = 0; k < count; k++, b += COLUMNS) {
-        const __m256 x = _mm256_load_ps(b), y = _mm256_load_ps(b + 8);
-#pragma GCC unroll 6
+        const Floats x = Floats::load(b), y = Floats::load(b + COLUMNS / 2);
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
-            const __m256 v = _mm256_broadcast_ss(a + i * a_row + k);
-            left[i] = _mm256_fmadd_ps(v, x, left[i]);
-            right[i] = _mm256_fmadd_ps(v, y, right[i]);
+            const float v = a[i * a_row + k];
+            left[i].add(x, v), right[i].add(y, v);
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) {
-        _mm256_storeu_ps(c + i * c_row, left[i]);
-        _mm256_storeu_ps(c + i * c_row + 8, right[i]);
+        left[i].store(c + i * c_row);
+        right[i].store(c + i * c_row + COLUMNS / 2);
     }
 }
 
@@ -52,7 +53,7 @@ struct Run {
     float *const q;       // [queries][width], scaled
     float *const scores;  // [queries][stride]
     float *const out;     // [queries][width]
-    float *const panel;   // keys [width][16], or values [width / 16][128][16]
+    float *const panel;   // keys [width][COLUMNS], or values [width / COLUMNS][KEYS][COLUMNS]
     const int stride;
 
     void take_queries(int head, int first, int queries, int padded) const {
@@ -120,12 +121,10 @@ struct Run {
     }
 };
 
-}  // namespace
+bool takes(int width) { return width % COLUMNS == 0 && width <= MAX_WIDTH; }
 
-bool attends(int width) { return width % COLUMNS == 0 && width <= MAX_WIDTH; }
-
-bool attend(const Attention &a, int threads, Scratch &scratch) {
-    const int stride = (a.keys + 15) / 16 * 16;
+bool attend_many(const Attention &a, int threads, Scratch &scratch) {
+    const int stride = (a.keys + COLUMNS - 1) / COLUMNS * COLUMNS;
     const int run = std::clamp(SCORES / stride / ROWS * ROWS, ROWS, MAX_QUERIES);
     const int runs = (a.queries + run - 1) / run;
     const size_t q = size_t(run) * a.width, scores = size_t(run) * stride, panel = size_t(KEYS) * a.width;
@@ -147,5 +146,10 @@ bool attend(const Attention &a, int threads, Scratch &scratch) {
     }
     return true;
 }
+
+}  // namespace
+
+extern const ManyQueries KERNEL(attention);
+const ManyQueries KERNEL(attention) = {INSTRUCTIONS, works, takes, attend_many};
 
 }  // namespace native

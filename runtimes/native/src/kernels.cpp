@@ -1,4 +1,4 @@
-// The kernels there are, the preferred ones first.
+// The kernels there are, the preferred ones first, and which attention is taken.
 #include "kernels.h"
 
 #include "few_wide.h"
@@ -35,6 +35,27 @@ const Kernel *const kernels[] = {
 #endif
     nullptr,
 };
+
+extern const ManyQueries attention_avx2, attention_avx512vnni;
+
+const ManyQueries *const attentions[] = {
+#ifdef NATIVE_HAS_AVX512VNNI
+    &attention_avx512vnni,
+#endif
+#ifdef __x86_64__
+    &attention_avx2,
+#endif
+    nullptr,
+};
+
+static const ManyQueries *attention(int width) {
+    const ManyQueries *const *a = attentions;
+    while (*a && !((*a)->works() && (*a)->takes(width))) a++;
+    return *a;
+}
+
+bool attends(int width) { return attention(width); }
+bool attend(const Attention &a, int threads, Scratch &scratch) { return attention(a.width)->attend(a, threads, scratch); }
 
 extern const Wide wide_few;
 #ifdef NATIVE_HAS_AVX512VNNI

@@ -66,6 +66,17 @@ struct Attention {
     float scale;
 };
 
+// A way to compute it for many queries.
+struct ManyQueries {
+    const char *name;
+    bool (*works)();           // on this processor
+    bool (*takes)(int width);  // of a head
+    bool (*attend)(const Attention &, int threads, struct Scratch &);
+};
+
+// Null-terminated, preferred ones first.
+extern const ManyQueries *const attentions[];
+
 constexpr int FEW = 31;  // rows or queries: at most so many for multiply_few and attend_few
 
 // Memory that is kept between calls and grows; all of a backend's calls come from one thread.
