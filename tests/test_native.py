@@ -131,6 +131,18 @@ def test_inner_dimensions_of_a_multiple_of_32(kernels: Kernels, kernel: str) -> 
         assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *rounded(kernel, kind))).all()
 
 
+@pytest.mark.parametrize("kernel", ROUNDED)
+def test_threads_share_a_product_of_many_columns(kernels: Kernels, kernel: str) -> None:
+    """Several blocks of as many panels as a kernel takes at once, and what is left."""
+    numbers = np.random.default_rng(8)
+    blocks = random_blocks("Q4_0", 1250, 256, numbers, np.array([0.01]))
+    x = numbers.standard_normal((40 if kernel != "few" else 5, 256), np.float32)
+    alone = kernels.multiply(kernel, "Q4_0", blocks, x)
+    assert (kernels.multiply(kernel, "Q4_0", blocks, x, threads=3) == alone).all()
+    w = matrix("Q4_0", blocks)
+    assert (np.abs(alone - x.astype(np.float64) @ w.T) <= worst_error(x, w, *rounded(kernel, "Q4_0"))).all()
+
+
 @given(seed=st.integers(0, 1 << 32), kind=st.sampled_from(sorted(TYPES)), power=st.integers(-12, 12))
 def test_any_block_and_any_activation(kernels: Kernels, seed: int, kind: str, power: int) -> None:
     """Random bytes, scales from nothing to the largest, activations with outliers: never further off than stated."""
@@ -235,7 +247,14 @@ def test_the_largest_whole_numbers_of_few_rows(kernels: Kernels, kind: str, scal
 
 @pytest.mark.parametrize(
     ("heads", "shared", "queries", "keys", "width"),
-    [(1, 1, 1, 1, 16), (4, 2, 45, 96, 64), (6, 1, 7, 300, 80), (2, 2, 100, 523, 128), (1, 1, 9, 2000, 256)],
+    [
+        (1, 1, 1, 1, 16),
+        (4, 2, 45, 96, 64),
+        (6, 1, 7, 300, 80),
+        (2, 2, 100, 523, 128),
+        (1, 1, 9, 2000, 256),
+        (2, 1, 97, 1100, 32),
+    ],
 )
 def test_attention(kernels: Kernels, heads: int, shared: int, queries: int, keys: int, width: int) -> None:
     inputs = check.attention_inputs(heads, shared, queries, keys, width)
@@ -274,6 +293,24 @@ def test_tokens_of_other_answers_between_the_keys_change_no_bit(kernels: Kernels
     hidden = np.full((queries, places[-1] + 1), -np.inf, np.float16)
     hidden[:, places] = mask
     assert (kernels.attend(way, q, wide_k, wide_v, hidden) == kernels.attend(way, q, k, v, mask)).all()
+
+
+@pytest.mark.parametrize("way", ATTENTIONS)
+@pytest.mark.parametrize("behind", [70, 80])
+def test_what_lies_behind_what_all_see_is_not_looked_at(kernels: Kernels, way: str, behind: int) -> None:
+    q, k, v, mask = check.attention_inputs(2, 2, 20, 128, 64)
+    mask[:, 70:] = -np.inf
+    k[:, behind:], v[:, behind:] = np.nan, np.nan
+    seen = (q, k[:, :70], v[:, :70], mask[:, :70])
+    assert (kernels.attend(way, q, k, v, mask) == kernels.attend(way, *seen)).all()
+
+
+@pytest.mark.parametrize("way", ATTENTIONS[1:])
+def test_queries_that_see_less_than_those_before_them(kernels: Kernels, way: str) -> None:
+    q, k, v, mask = check.attention_inputs(2, 1, 193, 300, 32)
+    backwards = np.ascontiguousarray(mask[::-1])
+    found = kernels.attend(way, q, k, v, backwards)
+    np.testing.assert_allclose(found, check.exact_attention(q, k, v, backwards), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("way", ATTENTIONS)
@@ -627,7 +664,7 @@ def test_the_self_test_passes_right_kernels_and_finds_wrong_ones(built: Path) ->
     assert attention == str([""] * 2)
     assert taken == str([False, False, False, False, True, False])
     assert wrong_product.startswith("avx2 is off by 1.0e-01")
-    assert wrong_attention.startswith("Attention of 9 queries is off by 1.0e-01")
+    assert wrong_attention.startswith("Attention of 9 queries in heads of 64 is off by 1.0e-01")
 
 
 def test_a_race_beside_other_programs_is_said_to_be_one() -> None:

@@ -57,7 +57,8 @@ EXPORT int llava_edge_native_use(const int8_t *many, const uint8_t *least, uint6
 // Out of the caches: weights of a model are read from memory, and a race over some that lie in caches says little of that.
 EXPORT void llava_edge_native_forget(const char *memory, size_t bytes) {
 #ifdef __x86_64__
-    for (size_t i = 0; i < bytes; i += 64) _mm_clflush(memory + i);
+    for (const char *line = memory; line < memory + bytes; line += 64) _mm_clflush(line);
+    if (bytes) _mm_clflush(memory + bytes - 1);
     _mm_mfence();
 #else
     (void)memory, (void)bytes;
@@ -76,9 +77,9 @@ EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *
 
 // The same for attention, of many queries by the instructions that it uses.
 EXPORT int llava_edge_native_attend(const char *name, const Attention *a, int threads) {
-    if (!strcmp(name, "few")) return attend_few(*a, threads, scratch);
-    for (const ManyQueries *const *way = attentions; *way; way++)
-        if (!strcmp((*way)->name, name)) return (*way)->works() && (*way)->takes(a->width) && (*way)->attend(*a, threads, scratch);
-    return 0;
+    if (!strcmp(name, "few")) return attends(a->width) && attend_few(*a, threads, scratch);
+    const ManyQueries *const *way = attentions;
+    while (*way && strcmp((*way)->name, name)) way++;
+    return *way && (*way)->works() && (*way)->takes(a->width) && (*way)->attend(*a, threads, scratch);
 }
 }

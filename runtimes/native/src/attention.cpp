@@ -1,6 +1,7 @@
-// Attention of many queries at once, in float32, with AVX2 or AVX-512: the same bits, since a lane of a register is a key.
+// Attention of many queries at once, in float32, with AVX2 or AVX-512: the same bits, since each lane of a register has the
+// sums of its own key, and then of its own place in a value.
 //
-// A thread takes one head and a run of queries, few enough that their scores against all keys stay in the second-level
+// A thread takes one head and a run of queries, few enough that up to 8,192 keys their scores stay in the second-level
 // cache: softmax then needs no second thought about maxima. Both products are tiles of 6 queries x 16 keys or values, or of
 // 12 x 32: 12 sums in registers, or 24. Keys are turned into panels [width][16 or 32] and values into panels
 // [128 keys][16 or 32], float32, 8 or 16 KB each where heads have a width of 128, and used by all queries of the run. Keys
@@ -66,14 +67,15 @@ struct Run {
         }
     }
 
-    void score(int shared, int keys, int padded) const {
+    // keys: `seen` of them are looked at, up to a multiple of COLUMNS
+    void score(int shared, int keys, int seen, int padded) const {
         for (int j = 0; j < keys; j += COLUMNS) {
             alignas(32) int32_t floats[8][8];
             for (int c = 0; c < COLUMNS; c += 8)
                 for (int d = 0; d < a.width; d += 8) {
                     for (int i = 0; i < 8; i++) {
                         const uint16_t *row = halves(a.k + shared * a.k_head + size_t(j + c + i) * a.k_row) + d;
-                        const __m256 eight = j + c + i < a.keys ? _mm256_cvtph_ps(load128(row)) : _mm256_setzero_ps();
+                        const __m256 eight = j + c + i < seen ? _mm256_cvtph_ps(load128(row)) : _mm256_setzero_ps();
                         put256(_mm256_castps_si256(eight), floats[i]);
                     }
                     transpose(floats[0], 8, reinterpret_cast<int32_t *>(panel) + d * COLUMNS + c, COLUMNS);
@@ -83,14 +85,14 @@ struct Run {
         }
     }
 
-    void weigh(int shared, int keys, int padded) const {
+    void weigh(int shared, int keys, int seen, int padded) const {
         for (int j = 0; j < keys; j += KEYS) {
             const int count = std::min(KEYS, keys - j);
             for (int i = 0; i < count; i++) {
                 const uint16_t *row = halves(a.v + shared * a.v_head + size_t(j + i) * a.v_row);
                 for (int d = 0; d < a.width; d += 8)
                     _mm256_store_ps(panel + d / COLUMNS * KEYS * COLUMNS + i * COLUMNS + d % COLUMNS,
-                                    j + i < a.keys ? _mm256_cvtph_ps(load128(row + d)) : _mm256_setzero_ps());
+                                    j + i < seen ? _mm256_cvtph_ps(load128(row + d)) : _mm256_setzero_ps());
             }
             for (int d = 0; d < a.width; d += COLUMNS)
                 for (int i = 0; i < padded; i += ROWS) {
@@ -107,16 +109,17 @@ struct Run {
         const int keys = (seen + COLUMNS - 1) / COLUMNS * COLUMNS;
         float inverse[MAX_QUERIES];
         take_queries(head, first, queries, padded);
-        score(shared, keys, padded);
+        score(shared, keys, seen, padded);
         for (int i = 0; i < padded; i++)
-            inverse[i] = soften(mask_of(a, first + std::min(i, queries - 1)), scores + size_t(i) * stride, keys, a.keys);
-        if (keys) weigh(shared, keys, padded);
+            inverse[i] = soften(mask_of(a, first + std::min(i, queries - 1)), scores + size_t(i) * stride, keys, seen);
+        if (keys) weigh(shared, keys, seen, padded);
         for (int i = 0; i < queries; i++) {
             float *row = reinterpret_cast<float *>(a.out + size_t(first + i) * a.out_row + head * a.out_head);
-            const bool some = keys && inverse[i];
             const __m256 factor = _mm256_set1_ps(inverse[i]);
-            for (int d = 0; d < a.width; d += 8)
-                _mm256_storeu_ps(row + d, some ? _mm256_mul_ps(_mm256_loadu_ps(out + i * a.width + d), factor) : _mm256_setzero_ps());
+            for (int d = 0; d < a.width; d += 8) {
+                const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(out + i * a.width + d), factor);
+                _mm256_storeu_ps(row + d, inverse[i] ? value : _mm256_setzero_ps());
+            }
         }
     }
 };

@@ -46,15 +46,13 @@ void rows(int type, const char *row, const Part256 *x, int step, int blocks, flo
 int in_wide(const Product &p, const Part128 *x, int blocks, int from, int to) { return wide->of_32(p, x, blocks, from, to); }
 int in_wide(const Product &p, const Part256 *x, int blocks, int from, int to) { return wide->of_256(p, x, blocks, from, to); }
 
-// with(from, to) for all columns, in runs that each thread takes when it is done with another: on a busy host the slowest
-// would be waited for. An adapter has hundreds of products too small for more than one thread.
+// with(from, to) for all columns. An adapter has hundreds of products too small for more than one thread.
 template <class F>
 void in_columns(const Product &p, int threads, F with) {
-    constexpr int64_t SHARES = 16, LEAST = 16;  // runs of a thread; columns of a run, what the wide kernels take at once
-    const int64_t columns = p.columns, run = std::max(LEAST, columns / (threads * SHARES) / LEAST * LEAST);
-    if (columns * p.inner * p.rows < 1 << 15) return with(0, p.columns);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t from = 0; from < columns; from += run) with(int(from), int(std::min(columns, from + run)));
+    if (int64_t(p.columns) * p.inner * p.rows < 1 << 15) return with(0, p.columns);
+    Runs runs{(p.columns + WIDE - 1) / WIDE, threads, p.columns};
+#pragma omp parallel num_threads(threads)
+    for (int first, end; (first = runs.take(end)) < runs.all;) with(first * WIDE, std::min(end * WIDE, p.columns));
 }
 
 // x: [part][row]

@@ -55,7 +55,10 @@ static const ManyQueries *attention(int width) {
 }
 
 bool attends(int width) { return attention(width); }
-bool attend(const Attention &a, int threads, Scratch &scratch) { return attention(a.width)->attend(a, threads, scratch); }
+bool attend(const Attention &a, int threads, Scratch &scratch) {
+    const ManyQueries *taken = attention(a.width);
+    return taken && taken->attend(a, threads, scratch);
+}
 
 extern const Wide wide_few;
 #ifdef NATIVE_HAS_AVX512VNNI

@@ -4,6 +4,7 @@
 // are weights as they lie in a GGUF file, one row of blocks for each output.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -16,6 +17,8 @@ struct Finish {
 protected:
     ~Finish() = default;
 };
+
+struct Scratch;
 
 struct Product {
     int type;            // of w, a ggml_type
@@ -71,7 +74,7 @@ struct ManyQueries {
     const char *name;
     bool (*works)();           // on this processor
     bool (*takes)(int width);  // of a head
-    bool (*attend)(const Attention &, int threads, struct Scratch &);
+    bool (*attend)(const Attention &, int threads, Scratch &);
 };
 
 // Null-terminated, preferred ones first.
@@ -104,6 +107,24 @@ protected:
 struct OpenMp final : Team {
     explicit OpenMp(int threads) : Team(threads) {}
     void run(void (*task)(void *, size_t), void *data) override;
+};
+
+// Things in a row that a team shares. Each member takes some of those that are left when it is done with others, fewer towards
+// the end: on a busy host the slowest member would be waited for.
+struct Runs {
+    const int all, members, most;  // most: to be taken at once
+    std::atomic<int> next{0};
+
+    // The first one of a run that ends before `end`; `all` if none are left.
+    int take(int &end) {
+        int first = next;
+        do {
+            const int some = (all - first) / (2 * members);
+            end = first + (some < 1 ? 1 : some < most ? some : most);
+            if (end > all) end = all;
+        } while (first < all && !next.compare_exchange_weak(first, end));
+        return first;
+    }
 };
 
 // They return false, with nothing computed, if there is no memory.

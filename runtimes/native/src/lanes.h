@@ -1,4 +1,4 @@
-// One register of lanes of 32 bits, for int8.cpp and int16.cpp: AVX2, AVX-VNNI or AVX-512 VNNI, as the compiler's flags say;
+// One register of lanes of 32 bits, for int8.cpp, int16.cpp and attention.cpp: AVX2, AVX-VNNI or AVX-512 VNNI, as the compiler's flags say;
 // and plain C++ in place of the last where NATIVE_WIDE comes without it, so that its order of work is tested on other machines.
 //
 // Products of bytes add up in int32 with VNNI, four in a lane. With AVX2 alone they add up in int16, two sums in a lane,

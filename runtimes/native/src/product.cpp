@@ -2,7 +2,7 @@
 //
 // All of a team pack the activations; then each takes blocks of panels until there are none. Within a block the inner
 // dimension is the outer loop, so that the packed activations of one inner block are read from the second-level cache for
-// all panels but the first. Blocks get smaller towards the end, so that nobody waits long for the last.
+// all panels but the first.
 
 #include <sys/mman.h>
 
@@ -42,7 +42,7 @@ size_t up64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 struct Plan {
     const Kernel &kernel;
     const Product &p;
-    const int tiles, panels;
+    const int tiles;
     char *const packed;  // [inner block][tile]
 
     int inner(int k) const { return std::min(kernel.inner_block, p.inner - k); }
@@ -53,14 +53,6 @@ struct Plan {
         const int row = t * kernel.tile_rows, rows = std::min(kernel.tile_rows, p.rows - row);
         for (int k = 0; k < p.inner; k += kernel.inner_block)
             kernel.pack(p.type, p.x + row * p.x_stride + k, p.x_stride, rows, inner(k), tile(k, t));
-    }
-
-    // The next block, of panels `first` to `end`; none are left if they are equal.
-    int take(std::atomic<int> &next, int threads, int &end) const {
-        int first = next;
-        do end = std::min(first + std::clamp((panels - first) / (2 * threads), 1, kernel.block_panels), panels);
-        while (first < panels && !next.compare_exchange_weak(first, end));
-        return first;
     }
 
     // sums: [panel of the block][tile]
@@ -104,8 +96,9 @@ bool multiply(const Kernel &kernel, const Product &p, Team &team, Scratch &scrat
     const size_t own = up64(kernel.panel_bytes) + up64(sums * sizeof(float));
     char *memory = scratch.need(packed + team.size * own);
     if (!memory) return false;
-    const Plan plan{kernel, p, tiles, panels, memory};
-    std::atomic<int> next_tile{0}, next_panel{0};
+    const Plan plan{kernel, p, tiles, memory};
+    std::atomic<int> next_tile{0};
+    Runs blocks{panels, team.size, kernel.block_panels};
     team.each([&](int) {
         for (int t; (t = next_tile.fetch_add(1)) < plan.tiles;) plan.pack(t);
     });
@@ -113,7 +106,7 @@ bool multiply(const Kernel &kernel, const Product &p, Team &team, Scratch &scrat
         alignas(64) char kept[64];
         if (kernel.enter) kernel.enter(kept);
         char *panel = memory + packed + member * own;
-        for (int first, end; (first = plan.take(next_panel, team.size, end)) < panels;)
+        for (int first, end; (first = blocks.take(end)) < panels;)
             plan.block(first, end, panel, reinterpret_cast<float *>(panel + up64(kernel.panel_bytes)));
         if (kernel.leave) kernel.leave(kept);
     });
