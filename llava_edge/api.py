@@ -24,7 +24,8 @@ from llava_edge.runtimes.pictures import Picture, copied, taken
 from llava_edge.runtimes.pipeline import Engine, check_request, check_slots
 from llava_edge.store import DEFAULT_MODEL, resolve
 
-Images = ImageInput | bytearray | memoryview | Picture | Sequence[ImageInput | Picture] | None
+Shown = ImageInput | bytearray | memoryview | Picture
+Images = Shown | Sequence[Shown] | None
 
 _BEGIN_ANEW = "A new conversation begins with /reset, in Python Chat.reset()."
 
@@ -156,18 +157,18 @@ class Llava:
         shown = [copied(image) for image in _as_list(images)]
         return _awaited(lambda cancel: self.stream(prompt, shown, options, system=system, cancel=cancel))
 
-    def embed_image(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
+    def embed_image(self, image: Shown) -> np.ndarray[Any, Any]:
         """What the language model sees of a picture: (positions, hidden size) float32, CLIP and projector applied.
 
         Raises `ImageError`, `MissingError` or `BundleError`.
         """
-        return self._engine.embed(image)
+        return self._engine.embed(_as_bytes(image))
 
-    def aembed_image(self, image: ImageInput | Picture) -> Coroutine[Any, Any, np.ndarray[Any, Any]]:
+    def aembed_image(self, image: Shown) -> Coroutine[Any, Any, np.ndarray[Any, Any]]:
         """`embed_image` without blocking the event loop."""
         import asyncio
 
-        return asyncio.to_thread(self.embed_image, copied(image))
+        return asyncio.to_thread(self.embed_image, copied(_as_bytes(image)))
 
     def chat(self, system: str = "", options: Options | None = None) -> Chat:
         """Begin a conversation. An empty `system` leaves the model's own system text."""
@@ -305,9 +306,9 @@ class Chat:
 
         return _awaited(turn, settle=True)
 
-    def prepare(self, image: ImageInput | Picture) -> Picture:
+    def prepare(self, image: Shown) -> Picture:
         """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""
-        return self._engine.prepare(image)
+        return self._engine.prepare(_as_bytes(image))
 
 
 @contextmanager
@@ -342,8 +343,12 @@ def _as_list(images: Images) -> list[ImageInput | Picture]:
     if images is None:
         return []
     if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
-        return list(images)
-    return [bytes(images) if isinstance(images, bytearray | memoryview) else images]
+        return [_as_bytes(image) for image in images]
+    return [_as_bytes(images)]
+
+
+def _as_bytes(image: Shown) -> ImageInput | Picture:
+    return bytes(image) if isinstance(image, bytearray | memoryview) else image
 
 
 async def _alast(stream: AsyncGenerator[Chunk, None]) -> Result:

@@ -22,7 +22,7 @@ from PIL import Image, ImageFile, WebPImagePlugin  # noqa: F401 - without WebP, 
 
 from llava_edge.bundle import Preprocessing, Square
 from llava_edge.errors import ImageError, LlavaEdgeError, MissingError
-from llava_edge.image_format import ACCEPTED, format_of, is_whole, what_it_is
+from llava_edge.image_format import ACCEPTED, BASE64, format_of, is_whole, what_it_is
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray[Any, Any]
 
@@ -202,6 +202,8 @@ def _read(path: str | Path, name: str) -> bytes:
             problem = f"{name[:20]}... is a data: URL, not a file; the bytes in it were expected."
         elif start.startswith(("http:", "https:")):
             problem = f"{name} is a web address, not a file; download the picture first."
+        elif str(path).startswith(BASE64):
+            problem = f"{name[:20]}... is base64 text, not a file; pass the bytes that base64.b64decode makes of it."
         elif isinstance(error, FileNotFoundError | NotADirectoryError):
             problem = f"{name} does not exist; the path of a picture was expected."
         else:

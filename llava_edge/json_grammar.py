@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava_edge.errors import UsageError
+from llava_edge.json_apart import TYPES, apart, is_of
 from llava_edge.json_numbers import MOST, MOST_BOUND, integers, numbers
 
 MAX_RULES = 500
@@ -22,7 +23,6 @@ MAX_DEPTH = 32
 
 _DESCRIBING = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
 _DESCRIBING |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
-_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _KEYWORDS = {
     "object": {"properties", "required", "additionalProperties"},
@@ -86,12 +86,14 @@ class _Converter:
             return "value"
         for word, method in (("$ref", self._ref), ("const", self._const), ("enum", self._enum)):
             if word in words:
-                _only(words - {word, "type"}, path)
-                return method(_of_type(schema, word, path), path, depth)
+                _only(words - {word, "type"}, path, word)
+                return method(self._of_type(schema, word, path), path, depth)
         for word in ("anyOf", "oneOf", "allOf"):
             if word in words:
-                _only(words - {word}, path)
+                _only(words - {word}, path, word)
                 options = _list(schema[word], f"{path}/{word}")
+                if word == "oneOf" and not apart(options, lambda target: self._find(target, path)):
+                    raise _refused(path, "uses 'oneOf' of schemas that one answer may satisfy two of; use 'anyOf'")
                 if word == "allOf" and len(options) > 1:
                     raise _refused(path, "uses 'allOf' of several schemas, which answers cannot be held to")
                 return self._either(
@@ -101,9 +103,9 @@ class _Converter:
 
     def _typed(self, schema: dict[str, Any], words: set[str], path: str, depth: int) -> str:
         _only(words - {"type"}.union(*_KEYWORDS.values()), path)
-        kinds = schema.get("type", [kind for kind in _TYPES if words & _KEYWORDS.get(kind, set())])
+        kinds = schema.get("type", [kind for kind in TYPES if words & _KEYWORDS.get(kind, set())])
         kinds = kinds if isinstance(kinds, list) else [kinds]
-        if not kinds or not all(kind in _TYPES for kind in kinds):
+        if not kinds or not all(kind in TYPES for kind in kinds):
             raise _refused(path, f"has the type {_short(schema.get('type'))}, which JSON does not have")
         _only(words - {"type"}.union(*(_KEYWORDS.get(kind, set()) for kind in kinds)), path)
         kinds = [kind for kind in kinds if kind != "integer" or "number" not in kinds]
@@ -135,6 +137,21 @@ class _Converter:
             self.rules[name] = self.convert(self._find(target, path), target, depth + 1)
             self._open.discard(target)
         return self._refs[target]
+
+    def _of_type(self, schema: dict[str, Any], word: str, path: str) -> object:
+        """The schema's `const`, `enum` or `$ref`. Raises `UsageError` if its `type` says something else beside."""
+        if "type" not in schema:
+            return schema[word]
+        if word == "$ref":
+            target = self._find(schema[word], path) if isinstance(schema[word], str) else None
+            if not isinstance(target, dict) or target.get("type") != schema["type"]:
+                _only({"type"}, path, word)
+            return schema[word]
+        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        values = [schema[word]] if word == "const" else _list(schema[word], path)
+        if wrong := [value for value in values if not any(is_of(value, kind) for kind in kinds)]:
+            raise _refused(path, f"allows {_short(wrong[0])}, which is not of its type")
+        return schema[word]
 
     def _find(self, target: str, path: str) -> object:
         found: Any = self._root
@@ -246,27 +263,6 @@ def _literal(value: object, path: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _of_type(schema: dict[str, Any], word: str, path: str) -> object:
-    """The schema's `const`, `enum` or `$ref`. Raises `UsageError` if its `type` says something else beside."""
-    kinds = schema.get("type")
-    if kinds is None or word == "$ref":  # what it refers to has its own
-        return schema[word]
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    values = [schema[word]] if word == "const" else _list(schema[word], path)
-    if wrong := [value for value in values if not any(_is(value, kind) for kind in kinds)]:
-        raise _refused(path, f"allows {_short(wrong[0])}, which is not of its type")
-    return schema[word]
-
-
-def _is(value: object, kind: object) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if isinstance(value, int | float) and kind in ("number", "integer"):
-        return kind == "number" or isinstance(value, int) or value.is_integer()
-    kinds = {"object": dict, "array": list, "string": str}
-    return (kind == "null" and value is None) or isinstance(value, kinds.get(str(kind), ()))
-
-
 def _list(value: object, path: str) -> list[Any]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_CHOICES:
         raise _refused(path, f"needs a list of 1 to {MAX_CHOICES} choices")
@@ -307,9 +303,12 @@ def _times(low: int, high: int | None) -> str:
     return f"{{{low},{'' if high is None else high}}}"
 
 
-def _only(left: set[str], path: str) -> None:
-    if left:
-        raise _refused(path, f"uses {_short(min(left))}, which answers cannot be held to")
+def _only(left: set[str], path: str, beside: str = "") -> None:
+    if not left:
+        return
+    if beside:
+        raise _refused(path, f"uses {_short(min(left))} beside {beside!r}, and answers cannot be held to both at once")
+    raise _refused(path, f"uses {_short(min(left))}, which answers cannot be held to")
 
 
 def _refused(path: str, what: str) -> UsageError:

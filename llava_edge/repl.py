@@ -187,7 +187,7 @@ def _read_line() -> str | None:
         except EOFError:
             click.echo(err=True)
             return None
-    return sys.stdin.readline() or None
+    return sys.stdin.readline().removeprefix("\ufeff") or None  # a byte order mark is no text
 
 
 def _remark(text: str) -> None:

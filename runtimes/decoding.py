@@ -74,12 +74,13 @@ def _guessable(options: Options) -> bool:
 def decode_together(
     answers: Sequence[Answer],
     tails: Sequence[Sequence[int]],
-    options: Options,
+    options: Sequence[Options],
     done: Callable[[Answer, FinishReason], None],
 ) -> None:
     """Answer prompts that begin with what memory holds and end with `tails`: one token of each answer in a pass.
 
-    `done` is called as soon as an answer is complete. Raises `CancelledError` when the first one's job is cancelled.
+    options: of each. `done` is called as soon as an answer is complete. Raises `CancelledError` when the first one's
+    job is cancelled.
     """
     language, cancel = answers[0].language, answers[0].job.cancel
     samplers: list[Sampler] = []
@@ -97,8 +98,8 @@ def decode_together(
 
     try:
         with Branches(language, len(answers)) as branches:
-            for number, tail in enumerate(tails):
-                samplers.append(Sampler(language, options))
+            for number, (tail, its) in enumerate(zip(tails, options, strict=True)):
+                samplers.append(Sampler(language, its))
                 start = time.perf_counter()
                 branches.extend(number + 1, tail, cancel)
                 answers[number].run.prefill_ms += since(start)

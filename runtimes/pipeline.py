@@ -152,15 +152,17 @@ class Engine:
         if not conversations:
             return []
         start = time.monotonic() if started is None else started
-        wanted = _seeded(options)
+        wanted = [_seeded(options) for _ in conversations]
 
         def work(jobs: list[Job]) -> None:
-            pairs = zip(jobs, conversations, strict=True)
-            ready = [self._ready(job, messages, pictures, wanted, Run(start, wanted.seed)) for job, messages in pairs]
+            ready = [
+                self._ready(job, messages, pictures, its, Run(start, its.seed))
+                for job, messages, its in zip(jobs, conversations, wanted, strict=True)
+            ]
             self._answer_all(ready, wanted)
 
         def dropped() -> Chunk:
-            return self._last_chunk("", "cancelled", Run(start, wanted.seed))
+            return self._last_chunk("", "cancelled", Run(start, wanted[0].seed))
 
         return self._owner.submit_together(work, cancel or threading.Event(), len(conversations), dropped)
 
@@ -345,16 +347,17 @@ class Engine:
             reason = "cancelled"
         self._finish(answer, reason)
 
-    def _answer_all(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
+    def _answer_all(self, ready: Sequence[tuple[list[Segment], Answer]], options: Sequence[Options]) -> None:
+        """options: of each; only their seeds differ."""
         while ready:
             count = _fitting(ready)
             if count == 1:
-                self._answer_one(*ready[0], options)
+                self._answer_one(*ready[0], options[0])
             else:
-                self._answer_group(ready[:count], options)
-            ready = ready[count:]
+                self._answer_group(ready[:count], options[:count])
+            ready, options = ready[count:], options[count:]
 
-    def _answer_group(self, ready: Sequence[tuple[list[Segment], Answer]], options: Options) -> None:
+    def _answer_group(self, ready: Sequence[tuple[list[Segment], Answer]], options: Sequence[Options]) -> None:
         """Prompts that differ in their last segment, which is text."""
         answers = [answer for _, answer in ready]
         tails = [[key for key in parts[-1].keys if isinstance(key, int)] for parts, _ in ready]

@@ -240,9 +240,12 @@ def test_bytes_of_any_kind_are_one_picture(llava: Llava) -> None:
     buffer = io.BytesIO()
     RED.save(buffer, "PNG")
     wanted = llava.ask("?", buffer.getvalue(), Options(max_tokens=4))
+    embedded = llava.embed_image(buffer.getvalue())
     for same in (bytearray(buffer.getvalue()), memoryview(buffer.getvalue())):
-        found = llava.ask("?", same, Options(max_tokens=4))
-        assert (found.text, found.prompt_tokens) == (wanted.text, wanted.prompt_tokens)
+        for images in (same, [same]):
+            found = llava.ask("?", images, Options(max_tokens=4))
+            assert (found.text, found.prompt_tokens) == (wanted.text, wanted.prompt_tokens)
+        assert (llava.embed_image(same) == embedded).all()
 
 
 def test_chances_are_the_softmax(llava: Llava) -> None:

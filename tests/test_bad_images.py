@@ -68,6 +68,7 @@ MISLABELLED = {  # content -> a word the sentence must have
     "html, indented": (b"\n\n  <HTML>", "web page"),
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     "data url": (b"data:image/png;base64,iVBORw0KGgo=", "data: URL"),
+    "base64": (b"iVBORw0KGgoAAAANSUhEUgAA", "is base64 text; pass what base64.b64decode"),
     "zip": (b"PK\x03\x04" + bytes(40), "ZIP"),
     "gzip": (b"\x1f\x8b\x08\0" + bytes(20), "gzip"),
     "7z": (b"7z\xbc\xaf\x27\x1c", "7-Zip"),
@@ -216,6 +217,12 @@ def test_a_data_url_is_no_file(length: int) -> None:
         MissingError, match=r"^data:image/jpeg;base... is a data: URL, not a file; the bytes in it were"
     ):
         load_image("data:image/jpeg;base64," + "/9j/" * length)
+
+
+@pytest.mark.parametrize("length", [1, 99])
+def test_base64_is_no_file(length: int) -> None:
+    with pytest.raises(MissingError, match=r"^iVBORw0KGgoiVBORw0KG?.*\.\.\. is base64 text, not a file"):
+        load_image("iVBORw0KGgo" * 2 * length)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sockets of POSIX")

@@ -324,10 +324,12 @@ def test_without_limits_or_on_another_device_there_are_no_shares() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "ratio", "verdict"),
     [
-        ((10, 20, 30), (10, 20, 30), 1.0, "no difference beyond the spread"),
-        ((30, 40, 50), (15, 20, 25), 2.0, "faster"),
-        ((15, 20, 25), (30, 40, 50), 0.5, "slower"),
-        ((20, 40, 50), (15, 20, 25), 2.0, "no difference beyond the spread"),
+        ((10, 20, 20, 30), (10, 20, 20, 30), 1.0, "no difference beyond the spread"),
+        ((30, 40, 40, 50), (15, 20, 20, 25), 2.0, "faster"),
+        ((15, 20, 20, 25), (30, 40, 40, 50), 0.5, "slower"),
+        ((20, 40, 40, 50), (15, 20, 20, 25), 2.0, "no difference beyond the spread"),
+        ((40,), (20,), 2.0, "too few repeats to tell: 4 on both sides would do"),
+        ((30, 40, 40, 50), (15, 20, 25), 2.0, "too few repeats to tell: 4 on both sides would do"),
     ],
 )
 def test_ratios_are_of_medians_and_sure_only_beyond_the_spread(

@@ -414,12 +414,57 @@ def test_equal_choices_are_one() -> None:
         ({"type": "integer", "const": float("inf")}, "not of its type"),
         ({"type": "number", "const": float("inf")}, "number that JSON does not have"),
         ({"type": "object", "properties": {}, "required": [["a"]]}, "no name"),
+        ({"$defs": {"x": {"type": "integer"}}, "$ref": "#/$defs/x", "type": "string"}, "'type' beside '\\$ref'"),
+        ({"type": "string", "anyOf": [{"const": "x"}]}, "'type' beside 'anyOf'"),
+        ({"enum": ["x"], "maxLength": 0}, "'maxLength' beside 'enum'"),
     ],
     ids=str,
 )
 def test_what_would_break_the_schema_is_refused(schema: Any, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         from_schema(schema)
+
+
+def _kind(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"kind": {"type": "string", "const": name}, **more}, "required": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"type": "integer"}, {"type": ["string", "null"]}, {"type": "object"}],
+        [{"const": "a"}, {"enum": ["b", 1]}, {"const": True}],
+        [_kind("a", x={"type": "integer"}), _kind("b"), {"anyOf": [_kind("c"), {"type": "null"}]}],
+        [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+    ],
+    ids=str,
+)
+def test_one_of_schemas_that_share_nothing(options: list[Any]) -> None:
+    """The third and fourth are pydantic's unions with a discriminator."""
+    either = {"$defs": {"a": _kind("a"), "b": _kind("b")}}
+    assert from_schema(either | {"oneOf": options}) == from_schema(either | {"anyOf": options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"type": "integer"}, {"type": "number"}],
+        [{"const": 1}, {"const": 1.0}],
+        [{"const": [1]}, {"const": [1.0]}],
+        [{"type": "string", "maxLength": 3}, {"type": "string", "minLength": 3}],
+        [{"type": "object", "properties": {"a": {"const": 1}}}, {"type": "object", "properties": {"a": {"const": 2}}}],
+        [_kind("a"), {"properties": {"kind": {"const": "b"}}, "required": ["kind"]}],
+        [{}, {"type": "string"}],
+        [{"type": "null"}, {"$ref": "#/$defs/self"}],
+        [{"const": i} for i in range(200)],
+        [{"type": "object", "required": 5, "properties": {}}, {"type": "object", "required": [[]], "properties": []}],
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_one_of_schemas_that_may_share_something_is_refused(options: list[Any]) -> None:
+    itself = {"anyOf": [{"$ref": "#/$defs/self"}, {"$ref": "#/$defs/self"}]}
+    with pytest.raises(UsageError, match="use 'anyOf'"):
+        from_schema({"$defs": {"self": itself}, "oneOf": options})
 
 
 def test_a_schema_that_only_describes_allows_everything() -> None:

@@ -265,8 +265,10 @@ def test_without_a_seed_an_answer_is_drawn_anew_and_can_be_repeated(llava: Llava
     assert len({result.text for result in results}) > 1
     for result in results:
         assert llava.ask("hello", options=replace(drawn, seed=result.seed)).text == result.text
-    together = [chunk.final for stream in llava.ask_many(["hello", "you"], options=drawn) for chunk in stream]
-    for question, found in zip(("hello", "you"), filter(None, together), strict=True):
+    questions = ["hello", "hello", "hello", "you"]
+    together = [chunk.final for stream in llava.ask_many(questions, options=drawn) for chunk in stream if chunk.final]
+    assert len({found.seed for found in together if found}) == 4
+    for question, found in zip(questions, filter(None, together), strict=True):
         assert llava.ask(question, options=replace(drawn, seed=found.seed)).text == found.text
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from serving import ROOT, Server, png, question, running, showing
 
-from llava_edge.errors import UsageError
+from llava_edge.errors import MissingError, UsageError
 from llava_edge.server import guard, json_body
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem
@@ -385,7 +385,6 @@ def test_the_right_key(locked: Server) -> None:
         (["--host", "::"], "a key is needed"),
         (["--host", "192.0.2.1"], "a key is needed"),
         (["--host", "example.com"], "not an IP address"),
-        (["--api-key-file", "nowhere"], "cannot be read"),
         (["--api-key-file", os.devnull], "is empty"),
         (["--allow-host", "*.local"], "is no host name"),
         (["--allow-host", "http://box"], "is no host name"),
@@ -396,6 +395,14 @@ def test_settings_that_would_open_it(options: list[str], says: str, micro_bundle
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
+
+
+def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="No such file"):
+        read_key(tmp_path / "key", "")
+    (tmp_path / "key").write_bytes(b"\xff")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        read_key(tmp_path / "key", "")
 
 
 def test_one_of_two_keys_is_not_chosen(tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 from llava_edge.bench.records import Configuration, Measured, Report, Stage
 
+ENOUGH = 4  # samples on both sides: with three, one in ten pairs of equal series does not overlap; with four, one in 35
+
 
 @dataclass(frozen=True)
 class Ratio:
     """old / new of one stage: 2 is twice as fast as before.
 
     ratio: of the medians. low, high: of the extremes, the fastest old by the slowest new sample and the reverse.
+    samples: that the side with fewer has.
     """
 
     label: str
@@ -24,10 +27,13 @@ class Ratio:
     ratio: float
     low: float
     high: float
+    samples: int
 
     @property
     def verdict(self) -> str:
-        """ "faster" or "slower" only if every old sample is on one side of every new one."""
+        """ "faster" or "slower" only if every old sample is on one side of every new one, and there are enough."""
+        if self.samples < ENOUGH:
+            return f"too few repeats to tell: {ENOUGH} on both sides would do"
         if self.low > 1:
             return "faster"
         return "slower" if self.high < 1 else "no difference beyond the spread"
@@ -91,5 +97,6 @@ def _key(configuration: Configuration) -> tuple[object, ...]:
 
 
 def _ratio(label: str, question: str, name: str, old: Stage, new: Stage) -> Ratio:
+    samples = min(len(old.samples), len(new.samples))
     return Ratio(label, question, name, old.median, new.median, old.median / new.median, old.low / new.high,
-                 old.high / new.low)  # fmt: skip
+                 old.high / new.low, samples)  # fmt: skip

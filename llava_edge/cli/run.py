@@ -144,7 +144,7 @@ def _prompt_texts(prompts: tuple[str, ...], images: tuple[str, ...]) -> tuple[st
 def _prompt_text(prompt: str) -> str:
     if prompt == "-":
         try:
-            prompt = read_stdin().decode("utf-8")
+            prompt = read_stdin().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"The prompt on standard input is not UTF-8: {error.reason}.") from error
     if not prompt.strip():

@@ -84,7 +84,6 @@ class Reply:
             "tokens": [_text(chance[0]) for chance in chances],
             "token_logprobs": [chance[1] for chance in chances],
             "top_logprobs": [{_text(top): logprob for top, logprob in chance[2]} for chance in chances],
-            "text_offset": [],
         }
 
 

@@ -153,6 +153,10 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
         raise bad(f"{name} is not supported by this server; {instead}.", name)
 
 
+_LONGEST = ("max_completion_tokens", "max_tokens", "n_predict")
+_PENALTY = ("repeat_penalty", "repetition_penalty")
+
+
 def _options(body: Mapping[str, Any], chances: Any) -> Options:
     """Greedy unless a temperature is given; then drawn anew each time unless a seed is given."""
     given = {
@@ -161,7 +165,7 @@ def _options(body: Mapping[str, Any], chances: Any) -> Options:
         "top_p": body.get("top_p"),
         "top_k": 0 if body.get("top_k") == -1 else body.get("top_k"),  # both are all, for vLLM and llama.cpp's server
         "min_p": body.get("min_p"),
-        "repeat_penalty": _first(body, "repeat_penalty", "repetition_penalty"),
+        "repeat_penalty": _first(body, _PENALTY),
         "frequency_penalty": body.get("frequency_penalty"),
         "presence_penalty": body.get("presence_penalty"),
         "image_tokens": body.get("image_tokens"),
@@ -173,17 +177,19 @@ def _options(body: Mapping[str, Any], chances: Any) -> Options:
     try:
         return Options(**{name: value for name, value in given.items() if value is not None})
     except UsageError as error:
-        param = next((name for name in given if name in str(error)), None)
-        raise bad(str(error), param) from error
+        param = next((name for name in given if name in str(error)), "")
+        names = {"max_tokens": _LONGEST, "repeat_penalty": _PENALTY}.get(param, (param,))
+        said = next((name for name in names if body.get(name) is not None), param)
+        raise bad(str(error).replace(param, said), said or None) from error
 
 
 def _longest(body: Mapping[str, Any]) -> Any:
     """By whichever name it is given; -1 is no limit but the context's, as for llama.cpp's server."""
-    longest = _first(body, "max_completion_tokens", "max_tokens", "n_predict")
+    longest = _first(body, _LONGEST)
     return MAX_TOKENS if longest == -1 else longest
 
 
-def _first(body: Mapping[str, Any], *names: str) -> Any:
+def _first(body: Mapping[str, Any], names: Sequence[str]) -> Any:
     """What is given by one of several names."""
     return next((body[name] for name in names if body.get(name) is not None), None)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_edge import python, store
 from llava_edge.bundle import Bundle
-from llava_edge.errors import UnavailableError, UsageError, install
+from llava_edge.errors import MissingError, UnavailableError, UsageError, install
 from llava_edge.options import EngineOptions
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
@@ -138,15 +138,20 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def read_key(file: Path | None, environment: str) -> str:
-    """The key from a file or the environment. Raises `UsageError` when both give one or the file cannot be read."""
+    """The key from a file or the environment.
+
+    Raises `UsageError` when both give one or the file is no key, `MissingError` if it cannot be read.
+    """
     if file is None:
         return environment
     if environment:
         raise UsageError("There is a key in $LLAVA_EDGE_API_KEY and one in --api-key-file; give one of them.")
     try:
         key = file.read_text("utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read as a key file.") from error
+    except OSError as error:
+        raise MissingError(f"The key file {file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UsageError(f"{file} cannot be read as a key file: it is not UTF-8.") from error
     if not key:
         raise UsageError(f"{file} is empty; a key was expected in it.")
     return key
