@@ -120,7 +120,7 @@ class Llava:
         cancel: threading.Event | None,
         started: float | None,
     ) -> Iterator[Stream]:
-        pictures = [self._engine.prepare(source) for source in sources]
+        pictures = self._engine.prepare_all(sources)
         for text in prompts:
             _check_question(text, pictures)
         conversations = [_asked(system, text, pictures) for text in prompts]
@@ -240,7 +240,7 @@ class Chat:
         check_request([messages])
         if messages and messages[-1].role == "user":
             raise UsageError("The conversation ends with a question; one that ends with an answer was expected.")
-        shown = [self.prepare(image) for image in _as_list(images)]
+        shown = self._engine.prepare_all(_as_list(images))
         check_slots(messages, shown)
         if any(message.role != "system" for message in messages):
             self._engine.require_room([messages], shown, self._options)
@@ -261,7 +261,7 @@ class Chat:
     def _turn(self, text: str, images: Sequence[ImageInput | Picture], cancel: threading.Event | None) -> Stream:
         with _alone(self._open):
             messages, pictures = self.messages, self._pictures
-            new = [self.prepare(image) for image in images]
+            new = self._engine.prepare_all(images)
             shown = [*pictures, *new]
             _check_question(text, shown)
             turn = Message("user", text, len(new))

@@ -9,6 +9,8 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +23,13 @@ from llava_edge.bundle import Manifest
 from llava_edge.errors import UsageError
 from llava_edge.image import MAX_PIXELS, ImageInput, load_image, read_image
 from llava_edge.options import Options, TokenMethod
+from llava_edge.runtimes import devices
 from llava_edge.runtimes.measured import since
 
 Array = np.ndarray[Any, Any]
 
 RECENT_BYTES = 1 << 25  # 24 pictures of 336 x 336
+SIDE_BY_SIDE = 4  # pictures that are decoded at once: a phone's photo takes 50 MB on the way
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +105,25 @@ class Recent:
         self._keep(key, picture)
         whole, decoding = (0.0, 0.0) if known else (picture.milliseconds, picture.decode_milliseconds)
         return replace(picture, milliseconds=reading + whole, decode_milliseconds=reading + decoding)
+
+    def prepare_all(self, sources: Sequence[ImageInput | Picture]) -> list[Picture]:
+        """Each as `prepare`, side by side; their times are shares of what all took. Raises the first one's error."""
+        new = [source for source in sources if not isinstance(source, Picture)]
+        count = min(len(new), len(devices.allowed_cpus()), SIDE_BY_SIDE)
+        if count < 2:
+            return [self.prepare(source) for source in sources]
+        start = time.perf_counter()
+        try:
+            with ThreadPoolExecutor(count) as pool:
+                found = list(pool.map(self.prepare, new))
+        except RuntimeError:  # the system gives no more threads
+            found = [self.prepare(source) for source in new]
+        share = min(1.0, since(start) / sum(picture.milliseconds for picture in found))
+        made = (
+            replace(each, milliseconds=share * each.milliseconds, decode_milliseconds=share * each.decode_milliseconds)
+            for each in found
+        )
+        return [source if isinstance(source, Picture) else next(made) for source in sources]
 
     def _keep(self, key: bytes, picture: Picture) -> None:
         with self._lock:

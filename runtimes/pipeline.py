@@ -191,6 +191,10 @@ class Engine:
         """Decode and preprocess an image, unless it was done lately. Raises `ImageError` or `MissingError`."""
         return self._recent.prepare(image)
 
+    def prepare_all(self, images: Sequence[ImageInput | Picture]) -> list[Picture]:
+        """Several, side by side. Raises the first one's error."""
+        return self._recent.prepare_all(images)
+
     def embed(self, image: ImageInput | Picture) -> np.ndarray[Any, Any]:
         """What the language model is shown of a picture: (positions, hidden size) float32.
 
@@ -327,7 +331,7 @@ class Engine:
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
             self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images), messages)
-        pictures = [limited(self.prepare(image), options, manifest) for image in images]
+        pictures = [limited(picture, options, manifest) for picture in self.prepare_all(images)]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures], messages)
         run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
         run.image_ms = sum(picture.decode_milliseconds for picture in pictures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,11 +19,12 @@ from processes import in_child
 from llava_edge import Llava, image
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.cache import Cache, user_cache
+from llava_edge.errors import MissingError
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
-from llava_edge.runtimes import embedder, jobs, picture_cache, pictures, prefill, tune
+from llava_edge.runtimes import devices, embedder, jobs, picture_cache, pictures, prefill, tune
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
@@ -293,6 +295,51 @@ def test_decoded_pictures_are_those_asked_for_last(micro_bundle: Path, tmp_path:
     assert recent.prepare(names[0]).crops is red.crops
     assert recent.prepare(names[1]).crops is not green.crops
     assert pictures.Recent(manifest, size - 1).prepare(names[0]).key == red.key  # larger than all that is kept
+
+
+class _Full:
+    """What a system without another thread does."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Full:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, *_: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_pictures_side_by_side_are_what_each_is_alone(
+    full: bool, micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "allowed_cpus", lambda: {0, 1, 2})
+    if full:
+        monkeypatch.setattr(pictures, "ThreadPoolExecutor", _Full)
+    manifest = Bundle.open(micro_bundle).manifest
+    picture("red").save(tmp_path / "red.png")
+    ready = replace(prepare(picture("green"), manifest), milliseconds=77.0)
+    sources: list[Any] = [
+        tmp_path / "red.png",
+        picture("blue"),
+        ready,
+        np.array(picture("black")),
+        tmp_path / "red.png",
+    ]
+    recent = pictures.Recent(manifest, 1 << 20)
+    start = time.perf_counter()
+    made = recent.prepare_all(sources)
+    taken = (time.perf_counter() - start) * 1000
+    assert [each.key for each in made] == [prepare(each, manifest).key for each in sources]
+    assert made[2] is ready
+    assert 0 < sum(each.milliseconds for each in made) - 77 <= taken
+    assert all(each.decode_milliseconds <= each.milliseconds for each in made)
+    with pytest.raises(MissingError, match="first"):
+        recent.prepare_all([picture("red"), tmp_path / "first.png", b"second", picture("blue")])
 
 
 # What may differ has another key.
