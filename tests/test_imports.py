@@ -19,7 +19,18 @@ AREAS = ("export", "models", "runtimes")
 
 # What each part of llava_edge may import, besides itself. SHARED modules import only one another.
 SHARED = {
-    *("anyres", "bundle", "cache", "errors", "gguf", "image", "image_format", "json_grammar", "json_numbers"),
+    *(
+        "anyres",
+        "bundle",
+        "cache",
+        "errors",
+        "gguf",
+        "image",
+        "image_format",
+        "json_apart",
+        "json_grammar",
+        "json_numbers",
+    ),
     *("options", "paths", "prompt", "protobuf", "python", "saved", "store", "templates", "token_budget"),
 }
 ALLOWED = {

@@ -31,6 +31,7 @@ from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.measured import Run
+from llava_edge.runtimes.overheard import overhear, repeat
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.projector import gelu
 from llava_edge.runtimes.sampling import Sampler
@@ -876,3 +877,18 @@ def test_a_folder_may_have_any_name_that_is_utf8(
         assert done.returncode == 65
         assert "rename its folder" in said
         assert said.count("\n") == 1
+
+
+def test_standard_error_is_overheard_and_then_what_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    assert overhear(lambda: os.write(2, b"wrong\n")) == (6, "wrong\n")
+    with pytest.raises(ZeroDivisionError):
+        overhear(lambda: os.write(2, b"lost") // 0)
+    repeat("said before\n")
+    os.write(2, b"said behind\n")
+    assert capfd.readouterr().err == "said before\nsaid behind\n"
+
+
+def test_without_a_standard_error_nothing_is_overheard() -> None:
+    code = "import os; from llava_edge.runtimes.overheard import overhear, repeat; os.close(2); repeat('x'); "
+    done = in_child(code + "print(overhear(lambda: 5))")
+    assert done.stdout == "(5, '')\n"
