@@ -121,6 +121,7 @@ def test_a_whole_answer_that_died_is_an_error(server: Server) -> None:
     os.kill(server.child(), signal.SIGKILL)
     said = read_all(waiting)
     assert said.startswith(b"HTTP/1.1 500 ")
+    assert b"x-should-retry: false\r\n" in said.lower()  # or the client asks again what ended the process
     assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "crash"
 
 

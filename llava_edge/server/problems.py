@@ -30,8 +30,9 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with it."""
-        return {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        """What goes with it. OpenAI's clients ask twice more by themselves, which what ends a process shall not be."""
+        wait = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        return wait | ({"X-Should-Retry": "false"} if self.code == "crash" else {})
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> Problem:
