@@ -78,8 +78,6 @@ EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *
 // The same for attention, of many queries by the instructions that it uses.
 EXPORT int llava_edge_native_attend(const char *name, const Attention *a, int threads) {
     if (!strcmp(name, "few")) return attends(a->width) && attend_few(*a, threads, scratch);
-    const ManyQueries *const *way = attentions;
-    while (*way && strcmp((*way)->name, name)) way++;
-    return *way && (*way)->works() && (*way)->takes(a->width) && (*way)->attend(*a, threads, scratch);
+    return attend_by(name, *a, threads, scratch);
 }
 }

@@ -155,4 +155,31 @@ bool attend_many(const Attention &a, int threads, Scratch &scratch) {
 extern const ManyQueries KERNEL(attention);
 const ManyQueries KERNEL(attention) = {INSTRUCTIONS, works, takes, attend_many};
 
+#ifndef NATIVE_WIDE
+
+template <class F>
+static const ManyQueries *first_that(F suits) {
+    for (const ManyQueries *each : {wide_attention, &attention_avx2})
+        if (each && each->works() && suits(*each)) return each;
+    return nullptr;
+}
+
+static const ManyQueries *of_width(int width) {
+    return first_that([&](const ManyQueries &each) { return each.takes(width); });
+}
+
+bool attends(int width) { return of_width(width); }
+
+bool attend(const Attention &a, int threads, Scratch &scratch) {
+    const ManyQueries *taken = of_width(a.width);
+    return taken && taken->attend(a, threads, scratch);
+}
+
+bool attend_by(const char *name, const Attention &a, int threads, Scratch &scratch) {
+    const ManyQueries *taken = first_that([&](const ManyQueries &each) { return !strcmp(each.name, name); });
+    return taken && taken->takes(a.width) && taken->attend(a, threads, scratch);
+}
+
+#endif
+
 }  // namespace native

@@ -1,4 +1,4 @@
-// The kernels there are, the preferred ones first, and which attention is taken.
+// The kernels there are, the preferred ones first.
 #include "kernels.h"
 
 #include "few_wide.h"
@@ -36,35 +36,14 @@ const Kernel *const kernels[] = {
     nullptr,
 };
 
-extern const ManyQueries attention_avx2, attention_avx512vnni;
-
-const ManyQueries *const attentions[] = {
-#ifdef NATIVE_HAS_AVX512VNNI
-    &attention_avx512vnni,
-#endif
-#ifdef __x86_64__
-    &attention_avx2,
-#endif
-    nullptr,
-};
-
-static const ManyQueries *attention(int width) {
-    const ManyQueries *const *a = attentions;
-    while (*a && !((*a)->works() && (*a)->takes(width))) a++;
-    return *a;
-}
-
-bool attends(int width) { return attention(width); }
-bool attend(const Attention &a, int threads, Scratch &scratch) {
-    const ManyQueries *taken = attention(a.width);
-    return taken && taken->attend(a, threads, scratch);
-}
-
 extern const Wide wide_few;
+extern const ManyQueries attention_avx512vnni;
 #ifdef NATIVE_HAS_AVX512VNNI
 const Wide *const wide = &wide_few;
+const ManyQueries *const wide_attention = &attention_avx512vnni;
 #else
 const Wide *const wide = nullptr;
+const ManyQueries *const wide_attention = nullptr;
 #endif
 
 }  // namespace native

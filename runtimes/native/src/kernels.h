@@ -77,8 +77,7 @@ struct ManyQueries {
     bool (*attend)(const Attention &, int threads, Scratch &);
 };
 
-// Null-terminated, preferred ones first.
-extern const ManyQueries *const attentions[];
+extern const ManyQueries *const wide_attention;  // preferred; null where the compiler does not know the instructions
 
 constexpr int FEW = 31;  // rows or queries: at most so many for multiply_few and attend_few
 
@@ -131,6 +130,7 @@ struct Runs {
 bool multiply(const Kernel &, const Product &, Team &, Scratch &);
 bool multiply_few(const Product &, int threads, Scratch &);  // rows <= FEW
 bool attend(const Attention &, int threads, Scratch &);
+bool attend_by(const char *name, const Attention &, int threads, Scratch &);  // false, too, if that does not work here
 bool attend_few(const Attention &, int threads, Scratch &);  // as exact, made for queries <= FEW
 
 bool unpacks(int type);        // is it a type that kernels read?
