@@ -125,8 +125,8 @@ def _mapped_suffices(race: dict[str, dict[str, float]], best: str) -> bool:
     """Whether a picture and an answer take hardly longer with weights of a type as they are mapped than re-ordered by
     llama.cpp, if it does that.
 
-    An Intel Xeon with AMX, 8 threads, 8 blocks of a 7B in Q4_K: 1.0 s for 600 positions and 30 ms a token, re-ordered
-    2.1 s and 52 ms, though in the race, whose weights lie in that processor's caches, a token took a third more.
+    An Intel Xeon with AMX, 8 threads, 8 blocks of a 7B in Q4_0: 0.92 s for 600 positions and 29 ms a token, re-ordered
+    2.0 s and 29 ms, though a race of single rows alone would have chosen the copy (0.66 ms beside 0.74).
     """
     many, one = race["many"], race["one"]
     if "repacked" not in many or "repacked" not in one:

@@ -4,6 +4,7 @@
 // are weights as they lie in a GGUF file, one row of blocks for each output.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -118,9 +119,7 @@ struct Runs {
     int take(int &end) {
         int first = next;
         do {
-            const int some = (all - first) / (2 * members);
-            end = first + (some < 1 ? 1 : some < most ? some : most);
-            if (end > all) end = all;
+            end = std::min(all, first + std::clamp((all - first) / (2 * members), 1, most));
         } while (first < all && !next.compare_exchange_weak(first, end));
         return first;
     }
