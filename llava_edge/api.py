@@ -348,6 +348,7 @@ def _as_list(images: Images) -> list[ImageInput | Picture]:
 
 
 def _as_bytes(image: Shown) -> ImageInput | Picture:
+    """A buffer as what it holds now: its owner may write to it."""
     return bytes(image) if isinstance(image, bytearray | memoryview) else image
 
 

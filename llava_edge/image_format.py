@@ -12,8 +12,9 @@ CONVERT_HEIC = "convert it, say by 'heif-convert photo.heic photo.jpg'"
 
 _MAGICS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"BM": "BMP"}
 
-# (offset, first bytes, what it is): only to tell a person what they have. The first match counts.
 BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # what JPEG, PNG, GIF and WebP begin with in it
+
+# (offset, first bytes, what it is): only to tell a person what they have. The first match counts.
 _OTHER_KINDS = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the picture itself (run 'git lfs pull' to get it)"),
     (0, b"\x89PNG", "a PNG picture that a transfer in text mode has damaged"),

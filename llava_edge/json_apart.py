@@ -58,22 +58,27 @@ class _Pairs:
         return self._find(target) if isinstance(target, str) else schema
 
 
+def _values(schema: dict[str, Any]) -> list[Any] | None:
+    """What a schema lists; None if it lists nothing."""
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return values if isinstance(values, list) else None
+
+
 def _constants(schema: dict[str, Any]) -> set[str] | None:
     """The values that alone satisfy a schema, as text; None if there are others, or objects or lists among them."""
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if not isinstance(values, list) or any(isinstance(value, dict | list) for value in values):
+    values = _values(schema)
+    if values is None or any(isinstance(value, dict | list) for value in values):
         return None
     return {json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values}
 
 
 def _kinds(schema: dict[str, Any]) -> set[str]:
     """Types of what may satisfy a schema, integers as numbers; all if it does not say."""
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if isinstance(values, list):
+    values, said = _values(schema), schema.get("type", list(TYPES))
+    if values is not None:
         kinds = [kind for kind in TYPES for value in values if is_of(value, kind)]
     else:
-        kinds = schema.get("type", list(TYPES))
-        kinds = list(map(str, kinds if isinstance(kinds, list) else [kinds]))
+        kinds = list(map(str, said if isinstance(said, list) else [said]))
     return {"number" if kind == "integer" else kind for kind in kinds}
 
 

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TypeVar
 
 LONGEST = 1 << 16  # bytes that are looked at
@@ -17,20 +17,20 @@ T = TypeVar("T")
 
 def overhear(call: Callable[[], T]) -> tuple[T, str]:
     """What a short call returns, and what was written to standard error meanwhile, by other threads, too."""
-    with _lock:
+    with _lock, ExitStack() as stack:
         try:
-            kept, file = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+            file = stack.enter_context(tempfile.TemporaryFile())
+            kept = os.dup(2)
         except OSError:  # no standard error, or no place for a file: then it goes where it would
             return call(), ""
-        with file:
-            os.dup2(file.fileno(), 2)
-            try:
-                result = call()
-            finally:
-                os.dup2(kept, 2)
-                os.close(kept)
-            file.seek(0)
-            return result, file.read(LONGEST).decode("utf-8", "replace")
+        os.dup2(file.fileno(), 2)
+        try:
+            result = call()
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        file.seek(0)
+        return result, file.read(LONGEST).decode("utf-8", "replace")
 
 
 def repeat(said: str) -> None:

@@ -108,28 +108,30 @@ class Recent:
 
     def prepare_all(self, sources: Sequence[ImageInput | Picture]) -> list[Picture]:
         """Each as `prepare`, side by side; their times are shares of what all took. Raises the first one's error."""
-        new = [source for source in sources if not isinstance(source, Picture)]
-        count = min(len(new), len(devices.allowed_cpus()), SIDE_BY_SIDE)
+        count = sum(not isinstance(source, Picture) for source in sources)
+        count = min(count, len(devices.allowed_cpus()), SIDE_BY_SIDE)
         if count < 2:
             return [self.prepare(source) for source in sources]
         start = time.perf_counter()
         try:
             with ThreadPoolExecutor(count) as pool:
-                found = list(pool.map(self.prepare, new))
+                pictures = list(pool.map(self.prepare, sources))
         except RuntimeError:  # the system gives no more threads
-            found = [self.prepare(source) for source in new]
-        share = min(1.0, since(start) / sum(picture.milliseconds for picture in found))
-        made = (
-            replace(each, milliseconds=share * each.milliseconds, decode_milliseconds=share * each.decode_milliseconds)
-            for each in found
-        )
-        return [source if isinstance(source, Picture) else next(made) for source in sources]
+            pictures = [self.prepare(source) for source in sources]
+        new = [picture for source, picture in zip(sources, pictures, strict=True) if picture is not source]
+        share = min(1.0, since(start) / sum(picture.milliseconds for picture in new))
+        return [_in_share(picture, share) if picture in new else picture for picture in pictures]
 
     def _keep(self, key: bytes, picture: Picture) -> None:
         with self._lock:
             self._pictures[key] = picture
             while sum(kept.crops.nbytes for kept in self._pictures.values()) > self._limit:
                 del self._pictures[next(iter(self._pictures))]
+
+
+def _in_share(picture: Picture, share: float) -> Picture:
+    times = share * picture.milliseconds, share * picture.decode_milliseconds
+    return replace(picture, milliseconds=times[0], decode_milliseconds=times[1])
 
 
 def taken(source: ImageInput | Picture, manifest: Manifest) -> ImageInput | Picture:

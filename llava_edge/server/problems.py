@@ -30,7 +30,7 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with it. OpenAI's clients ask twice more by themselves, which what ends a process shall not be."""
+        """What goes with it. OpenAI's clients repeat by themselves what failed; not what ended the model's process."""
         wait = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
         return wait | ({"X-Should-Retry": "false"} if self.code == "crash" else {})
 

@@ -155,7 +155,7 @@ bool attend_many(const Attention &a, int threads, Scratch &scratch) {
 extern const ManyQueries KERNEL(attention);
 const ManyQueries KERNEL(attention) = {INSTRUCTIONS, works, takes, attend_many};
 
-#ifndef NATIVE_WIDE
+#ifndef NATIVE_WIDE  // which of the two is taken
 
 template <class F>
 static const ManyQueries *first_that(F suits) {

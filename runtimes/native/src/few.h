@@ -26,8 +26,8 @@ struct alignas(64) Part256 {  // 256 activations, for formats of 256 values
 namespace {
 
 // Weights, before they are needed, while a row of them is computed with R rows of activations. With one or two that makes a
-// Xeon 1.5 times as fast and costs Zen 4, which reads as fast as memory gives anyway, next to nothing; with more any processor
-// looks less far ahead by itself.
+// Xeon almost 1.5 times as fast and costs Zen 4, which reads as fast as memory gives anyway, next to nothing; with more any
+// processor looks less far ahead by itself.
 template <int R>
 inline void fetch(const char *weights, int bytes) {
     constexpr int AHEAD = R > 2 ? 4096 : 2048;
