@@ -65,8 +65,7 @@ def main() -> None:
     ggml, path = Ggml(), native.place() / native.LIBRARY
     library = Library(path)
     taken = [(kind, asked.kernel, 32) for kind in TYPES if library.takes(asked.kernel, kind)]
-    few, attention = [kind for kind in TYPES if library.takes(FEW, kind)], library.attends()
-    library.use(taken, few, attention)
+    library.use(taken, [kind for kind in TYPES if library.takes(FEW, kind)], attention=True)
     if not ggml.load_backend(path):
         parser.error(f"ggml does not accept {path}")
     for kind in asked.types:

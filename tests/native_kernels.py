@@ -37,8 +37,6 @@ def _testable(unit: build.Unit) -> build.Unit:
 
 UNITS = (*map(_testable, build.X86_64), build.Unit(str(Path(__file__).with_name("missing_instructions.cpp"))))
 
-ATTENTIONS = ("few", "avx2", "avx512vnni")
-
 # Offsets of float16 in a block.
 SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
@@ -88,8 +86,8 @@ class Kernels:
         return y
 
     def attend(self, way: str, q: Array, k: Array, v: Array, mask: Array, threads: int = 1) -> Array:
-        """Of q (heads, queries, width), k and v (shared heads, keys, width): (queries, heads, width). way: one of
-        `ATTENTIONS`, of which AVX-512's takes widths that are multiples of 32."""
+        """Of q (heads, queries, width), k and v (shared heads, keys, width): (queries, heads, width). way: "few" or
+        the instructions for many queries; those of AVX-512 take widths that are multiples of 32."""
         q, k, v, mask = (np.ascontiguousarray(values).copy() for values in (q, k, v, mask))
         out = np.full((q.shape[1], q.shape[0], q.shape[2]), 7, np.float32)
         a = Attention(

@@ -23,14 +23,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native_kernels import ATTENTIONS, HAS_VNNI512, UNITS, Kernels, extreme_blocks, matrix, random_blocks, worst_error
+from native_kernels import UNITS, Kernels, extreme_blocks, matrix, random_blocks, worst_error
 from processes import in_child
 
 from llava_edge import gguf
 from llava_edge.errors import UnavailableError
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import devices, language, native, presets
-from llava_edge.runtimes.native import build, check, choice
+from llava_edge.runtimes.native import build, choice
 from llava_edge.runtimes.native.ggml import TYPES
 
 if sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1]:
@@ -244,90 +244,6 @@ def test_the_largest_whole_numbers_of_few_rows(kernels: Kernels, kind: str, scal
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(matrix(kind, blocks)).sum(1).max())
         for row in range(rows):
             assert (kernels.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
-
-
-@pytest.mark.parametrize(
-    ("heads", "shared", "queries", "keys", "width"),
-    [
-        (1, 1, 1, 1, 16),
-        (4, 2, 45, 96, 64),
-        (6, 1, 7, 300, 80),
-        (2, 2, 100, 523, 128),
-        (1, 1, 9, 2000, 256),
-        (2, 1, 97, 1100, 32),
-    ],
-)
-def test_attention(kernels: Kernels, heads: int, shared: int, queries: int, keys: int, width: int) -> None:
-    inputs = check.attention_inputs(heads, shared, queries, keys, width)
-    ways = ATTENTIONS if width % 32 == 0 else ATTENTIONS[:2]
-    found = {way: kernels.attend(way, *inputs, threads=2) for way in ways}
-    for way in ways:
-        np.testing.assert_allclose(found[way], check.exact_attention(*inputs), rtol=0, atol=3e-6)
-    if HAS_VNNI512 and "avx512vnni" in found:
-        assert (found["avx512vnni"] == found["avx2"]).all()
-
-
-@pytest.mark.parametrize(("heads", "shared", "keys", "width"), [(9, 3, 257, 64), (4, 4, 70, 128), (2, 1, 9, 80)])
-def test_a_query_gets_the_same_bits_alone_and_among_others(
-    kernels: Kernels, heads: int, shared: int, keys: int, width: int
-) -> None:
-    """Whatever lies behind what it sees, too: room that llama.cpp adds, and tokens that were guessed wrongly."""
-    q, k, v, mask = check.attention_inputs(heads, shared, 8, keys, width)
-    together = kernels.attend("few", q, k, v, mask)
-    for query in range(8):
-        seen = keys - 7 + query
-        alone = kernels.attend("few", q[:, [query]], k[:, :seen], v[:, :seen], mask[[query], :seen])
-        assert (alone[0] == together[query]).all()
-        longer_k, longer_v = (
-            np.pad(part[:, :seen], ((0, 0), (0, 60), (0, 0)), constant_values=np.nan) for part in (k, v)
-        )
-        hidden = np.pad(mask[[query], :seen], ((0, 0), (0, 60)), constant_values=-np.inf)
-        assert (kernels.attend("few", q[:, [query]], longer_k, longer_v, hidden)[0] == alone[0]).all()
-
-
-@pytest.mark.parametrize(("way", "queries"), [("few", 5), ("avx2", 40), ("avx512vnni", 40)])
-def test_tokens_of_other_answers_between_the_keys_change_no_bit(kernels: Kernels, way: str, queries: int) -> None:
-    q, k, v, mask = check.attention_inputs(4, 2, queries, 150, 64)
-    places = np.arange(150) * 4 // 3
-    wide_k, wide_v = (np.full((2, places[-1] + 1, 64), 50, np.float16) for _ in "kv")
-    wide_k[:, places], wide_v[:, places] = k, v
-    hidden = np.full((queries, places[-1] + 1), -np.inf, np.float16)
-    hidden[:, places] = mask
-    assert (kernels.attend(way, q, wide_k, wide_v, hidden) == kernels.attend(way, q, k, v, mask)).all()
-
-
-@pytest.mark.parametrize("way", ATTENTIONS)
-@pytest.mark.parametrize("behind", [70, 80])
-def test_what_lies_behind_what_all_see_is_not_looked_at(kernels: Kernels, way: str, behind: int) -> None:
-    q, k, v, mask = check.attention_inputs(2, 2, 20, 128, 64)
-    mask[:, 70:] = -np.inf
-    k[:, behind:], v[:, behind:] = np.nan, np.nan
-    seen = (q, k[:, :70], v[:, :70], mask[:, :70])
-    assert (kernels.attend(way, q, k, v, mask) == kernels.attend(way, *seen)).all()
-
-
-@pytest.mark.parametrize("way", ATTENTIONS[1:])
-def test_queries_that_see_less_than_those_before_them(kernels: Kernels, way: str) -> None:
-    q, k, v, mask = check.attention_inputs(2, 1, 193, 300, 32)
-    backwards = np.ascontiguousarray(mask[::-1])
-    found = kernels.attend(way, q, k, v, backwards)
-    np.testing.assert_allclose(found, check.exact_attention(q, k, v, backwards), rtol=0, atol=3e-6)
-
-
-@pytest.mark.parametrize("way", ATTENTIONS)
-def test_attention_with_large_scores_and_hidden_rows(kernels: Kernels, way: str) -> None:
-    q, k, v, mask = check.attention_inputs(2, 1, 20, 64, 64)
-    q *= 40  # scores of more than a hundred: nearly one key for each query
-    mask[3] = -np.inf  # a padded query sees nothing
-    seen = np.delete(np.arange(20), 3)
-    found = kernels.attend(way, q, k, v, mask)
-    assert (found[3] == 0).all()
-    expected = check.exact_attention(q[:, seen], k, v, mask[seen])
-    np.testing.assert_allclose(found[seen], expected, rtol=0, atol=1e-4)
-    q[0, 5, 7] = np.nan
-    found = kernels.attend(way, q, k, v, mask)
-    assert np.isnan(found[5, 0]).all()
-    assert np.isfinite(np.delete(found[:, 0], 5, 0)).all()
 
 
 WHOLE = """
@@ -825,8 +741,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         "PYTHONMALLOC": "malloc",
         "LLAVA_EDGE_TEST_NATIVE": str(path),
     }
-    names = "(products or inner or any_block or finite or attention) and not self_test and not sanitizers"
-    files = [__file__, str(Path(__file__).with_name("test_operator.py"))]
+    names = "(products or inner or any_block or finite or attention) and not (self_test or sanitizers or aarch64)"
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("native", "native_attention", "operator")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names, *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

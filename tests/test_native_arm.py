@@ -1,6 +1,6 @@
-"""The native kernels for ARM against float64, compiled for it and run in an emulator: what they compute, not how fast.
+"""The products of the native kernels for ARM against float64, in an emulator: what they compute, not how fast.
 
-And a library without kernels for few rows and attention, as it is there, built for the machine that runs the tests.
+And a library without kernels for few rows, as it is there, built for the machine that runs the tests.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from emulator import Emulated, compiled, emulated, run
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from native_kernels import SCALES, Array, extreme_blocks, matrix, random_blocks, worst_error
 from processes import in_child
 
 from llava_edge.runtimes import devices, native
-from llava_edge.runtimes.native import build
+from llava_edge.runtimes.native import build, check
 from llava_edge.runtimes.native.ggml import TYPES
-
-COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
-LIBRARIES = "/usr/aarch64-linux-gnu"
-emulated = pytest.mark.skipif(
-    not (COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64-static to run code for ARM"
-)
 
 TAKEN = sorted(set(TYPES) - {"F16"})
 KERNELS = {"i8mm-int8": "max", "dotprod-int8": "cortex-a76"}  # each with a processor that has no more than it needs
@@ -70,35 +64,9 @@ def nearest(x: Array, chunk: int) -> Array:
     return found
 
 
-def compiled(folder: Path, *flags: str) -> Path:
-    """All units for aarch64 as one library, as `build.build` links them but for ggml, which nothing here calls; and
-    the program that computes with it."""
-    assert COMPILER
-    headers = build.package().parent / "include"
-    common = [COMPILER, *build.FLAGS, "-Werror", *flags, f"-I{headers}", f"-I{build.SOURCES}"]
-    objects = []
-    for number, unit in enumerate(build.AARCH64):
-        objects.append(str(folder / f"{number}.o"))
-        subprocess.run([*common, *unit.flags, "-c", str(build.SOURCES / unit.source), "-o", objects[-1]], check=True)
-    listed, library, program = str(build.SOURCES / "kernels.cpp"), str(folder / "kernels.so"), folder / "program"
-    defined = [f"-DNATIVE_HAS_{unit.kernel}" for unit in build.AARCH64 if unit.kernel]
-    subprocess.run([*common, *defined, "-shared", "-Wl,-z,lazy", *objects, listed, "-o", library], check=True)
-    source = str(Path(__file__).with_name("native_arm.cpp"))
-    lazily = ("-Wl,-z,lazy", "-Wl,--unresolved-symbols=ignore-all", f"-Wl,-rpath,{folder}")
-    subprocess.run([*common, "-fvisibility=default", source, library, *lazily, "-o", str(program)], check=True)
-    return program
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(tmp_path_factory.mktemp("arm"))
-
-
-def run(program: Path, *arguments: str, processor: str = "max", given: bytes = b"") -> bytes:
-    command = [str(EMULATOR), "-L", LIBRARIES, "-cpu", processor, str(program), *arguments]
-    done = subprocess.run(command, input=given, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
 
 
 def multiplied(program: Path, products: Sequence[Product], kernel: str, processor: str = "") -> list[Array | None]:
@@ -229,6 +197,10 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
     program = compiled(tmp_path, *SANITIZED)
     for kernel in KERNELS:
         assert all(are_right(products, multiplied(program, products, kernel)))
+    for way, queries in (("few", 9), ("neon", 45)):
+        inputs = check.attention_inputs(4, 2, queries, 523, 80)
+        found = Emulated(program).attend(way, *inputs, threads=2)
+        np.testing.assert_allclose(found, check.exact_attention(*inputs), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +238,7 @@ check.main(sys.argv[1])
 def test_what_a_library_lacks_is_neither_asked_for_nor_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated_home: Path
 ) -> None:
-    common = [unit for unit in build.AARCH64 if not unit.kernel]
+    common = [build.Unit(unit.source) for unit in build.AARCH64 if not unit.kernel]
     build.build(
         tmp_path / native.LIBRARY,
         tmp_path / native.OPERATOR,
@@ -276,15 +248,17 @@ def test_what_a_library_lacks_is_neither_asked_for_nor_used(
     assert not (tmp_path / native.OPERATOR).exists()
     facts = json.loads(in_child(CHECK, tmp_path / native.LIBRARY).stdout.splitlines()[-1])
     assert facts["problems"] == {}
-    assert facts["attention"] == {"many": {}, "eight": {}, "one": {}}
+    assert all(set(race) == {"plain", "ours"} for race in facts["attention"].values())
     for races in facts["types"].values():
         assert {"plain", "avx2"} <= set(races["many"])
         assert not any("few" in race for race in races.values())
         races["many"]["plain"] = 1e9
+    for race in facts["attention"].values():
+        race["plain"] = 1e9
     monkeypatch.setattr(build, "build", lambda target, operator: shutil.copy(tmp_path / native.LIBRARY, target))
     monkeypatch.setattr(native, "_check", lambda library: facts)
     found = native.prepare()
     assert {kind for kind, _, _ in found.many} == set(TYPES)
-    assert (found.few, found.attention, found.few_attention) == ((), False, False)
-    assert "few" not in found.reason
+    assert (found.few, found.attention, found.few_attention) == ((), True, True)
+    assert "few rows" not in found.reason
     assert native.operator_library() is None

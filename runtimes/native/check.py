@@ -49,8 +49,7 @@ def main(path: str) -> None:
     for kernel in [*library.kernels(), FEW]:
         if problem := product_problem(ggml, library, kernel):
             facts["problems"][kernel] = problem
-    attends = library.attends()
-    for name, queries in (("attention", 45), ("few attention", 9)) if attends else ():
+    for name, queries in (("attention", 45), ("few attention", 9)):
         if problem := attention_problem(ggml, library, queries):
             facts["problems"][name] = problem
     its_operator = Path(path).with_name(OPERATOR)
@@ -70,9 +69,7 @@ def main(path: str) -> None:
             "eight": _race_products(ggml, library, kind, eight, few, threads),
             "one": _race_products(ggml, library, kind, one, few, threads),
         }
-    facts["attention"] = {
-        name: _race_attention(ggml, library, *ATTENTION[name], threads) if attends else {} for name in ATTENTION
-    }
+    facts["attention"] = {name: _race_attention(ggml, library, *shape, threads) for name, shape in ATTENTION.items()}
     facts["crowded"] = others.share() > devices.BUSY
     sys.stdout.write(json.dumps(facts) + "\n")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -53,20 +52,13 @@ class Library:
 
     def takes(self, kernel: str, kind: str) -> bool:
         """Whether a kernel takes weights of a type. Afterwards nothing is used."""
-        return self._can(few=[kind]) if kernel == FEW else self._can([(kind, kernel, 1)])
-
-    def attends(self) -> bool:
-        """Whether there is attention. Afterwards nothing is used."""
-        return self._can(attention=True, few_attention=True)
-
-    def forget(self, address: int, size: int) -> None:
-        """Take memory out of the processor's caches, where it knows how to."""
-        self._functions.llava_edge_native_forget(address, size)
-
-    def _can(self, *arguments: Any, **named: Any) -> bool:
         try:
-            self.use(*arguments, **named)
+            self.use(few=[kind]) if kernel == FEW else self.use([(kind, kernel, 1)])
         except ValueError:
             return False
         self.use()
         return True
+
+    def forget(self, address: int, size: int) -> None:
+        """Take memory out of the processor's caches, where it knows how to."""
+        self._functions.llava_edge_native_forget(address, size)

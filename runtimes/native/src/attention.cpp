@@ -1,5 +1,5 @@
-// Attention of many queries at once, in float32, with AVX2 or AVX-512: the same bits, since each lane of a register has the
-// sums of its own key, and then of its own place in a value.
+// Attention of many queries at once, in float32, with AVX2, AVX-512 or NEON. The first two give the same bits, since each lane of
+// a register has the sums of its own key, and then of its own place in a value.
 //
 // A thread takes one head and a run of queries, few enough that up to 8,192 keys their scores stay in the second-level
 // cache: softmax then needs no second thought about maxima. Both products are tiles of 6 queries x 16 keys or values, or of
@@ -13,14 +13,20 @@
 #include <atomic>
 
 #include "attention.h"
-#include "lanes.h"
 #include "processor.h"
-#include "rounding.h"
+#ifdef NATIVE_WIDE
+#include "lanes.h"
+#endif
 
 namespace native {
 namespace {
 
-constexpr int COLUMNS = 2 * Lanes::count, ROWS = Lanes::count == 16 ? 12 : 6;
+#ifdef NATIVE_WIDE
+constexpr int COLUMNS = 32, ROWS = 12;
+#else
+using Floats = Eight;
+constexpr int COLUMNS = 16, ROWS = 6;
+#endif
 constexpr int KEYS = 128;  // of a panel of values
 constexpr int MAX_QUERIES = 96, MAX_WIDTH = 256;
 
@@ -58,27 +64,24 @@ struct Run {
     const int stride;
 
     void take_queries(int head, int first, int queries, int padded) const {
-        const __m256 scale = _mm256_set1_ps(a.scale);
         for (int i = 0; i < padded; i++) {
             const char *row = a.q + head * a.q_head + size_t(first + std::min(i, queries - 1)) * a.q_row;
             for (int d = 0; d < a.width; d += 8)
-                _mm256_storeu_ps(q + i * a.width + d,
-                                 _mm256_mul_ps(scale, _mm256_loadu_ps(reinterpret_cast<const float *>(row) + d)));
+                (Eight::load(floats(row) + d) * Eight::same(a.scale)).store(q + i * a.width + d);
         }
     }
 
     // keys: `seen` of them are looked at, up to a multiple of COLUMNS
     void score(int shared, int keys, int seen, int padded) const {
         for (int j = 0; j < keys; j += COLUMNS) {
-            alignas(32) int32_t floats[8][8];
+            Eight rows[8];
             for (int c = 0; c < COLUMNS; c += 8)
                 for (int d = 0; d < a.width; d += 8) {
                     for (int i = 0; i < 8; i++) {
                         const uint16_t *row = halves(a.k + shared * a.k_head + size_t(j + c + i) * a.k_row) + d;
-                        const __m256 eight = j + c + i < seen ? _mm256_cvtph_ps(load128(row)) : _mm256_setzero_ps();
-                        put256(_mm256_castps_si256(eight), floats[i]);
+                        rows[i] = j + c + i < seen ? Eight::load(row) : Eight::zero();
                     }
-                    transpose(floats[0], 8, reinterpret_cast<int32_t *>(panel) + d * COLUMNS + c, COLUMNS);
+                    transpose(rows, panel + d * COLUMNS + c, COLUMNS);
                 }
             for (int i = 0; i < padded; i += ROWS)
                 tile<false>(q + i * a.width, a.width, panel, a.width, scores + size_t(i) * stride + j, stride);
@@ -90,9 +93,10 @@ struct Run {
             const int count = std::min(KEYS, keys - j);
             for (int i = 0; i < count; i++) {
                 const uint16_t *row = halves(a.v + shared * a.v_head + size_t(j + i) * a.v_row);
-                for (int d = 0; d < a.width; d += 8)
-                    _mm256_store_ps(panel + d / COLUMNS * KEYS * COLUMNS + i * COLUMNS + d % COLUMNS,
-                                    j + i < seen ? _mm256_cvtph_ps(load128(row + d)) : _mm256_setzero_ps());
+                for (int d = 0; d < a.width; d += 8) {
+                    const Eight part = j + i < seen ? Eight::load(row + d) : Eight::zero();
+                    part.store(panel + d / COLUMNS * KEYS * COLUMNS + i * COLUMNS + d % COLUMNS);
+                }
             }
             for (int d = 0; d < a.width; d += COLUMNS)
                 for (int i = 0; i < padded; i += ROWS) {
@@ -115,10 +119,9 @@ struct Run {
         if (keys) weigh(shared, keys, seen, padded);
         for (int i = 0; i < queries; i++) {
             float *row = reinterpret_cast<float *>(a.out + size_t(first + i) * a.out_row + head * a.out_head);
-            const __m256 factor = _mm256_set1_ps(inverse[i]);
             for (int d = 0; d < a.width; d += 8) {
-                const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(out + i * a.width + d), factor);
-                _mm256_storeu_ps(row + d, inverse[i] ? value : _mm256_setzero_ps());
+                const Eight value = Eight::load(out + i * a.width + d) * Eight::same(inverse[i]);
+                (inverse[i] ? value : Eight::zero()).store(row + d);
             }
         }
     }
@@ -159,7 +162,7 @@ const ManyQueries KERNEL(attention) = {INSTRUCTIONS, works, takes, attend_many};
 
 template <class F>
 static const ManyQueries *first_that(F suits) {
-    for (const ManyQueries *each : {wide_attention, &attention_avx2})
+    for (const ManyQueries *each : {wide_attention, &KERNEL(attention)})
         if (each && each->works() && suits(*each)) return each;
     return nullptr;
 }

@@ -1,4 +1,4 @@
-// Attention of one query, or few, in float32 with AVX2: decoding.
+// Attention of one query, or few, in float32 with AVX2 or NEON: decoding.
 //
 // Each query gets the same bits alone and among others, which guessing tokens relies on (runtimes/speculation.py): its sums
 // are its own, in the order of the keys, and a hidden key, wherever it lies, adds nothing (runtimes/branches.py). A thread
@@ -16,39 +16,33 @@ namespace {
 
 constexpr int GROUP = 32;  // keys widened together
 
-inline __m256 wide(const float *p) { return _mm256_load_ps(p); }
-inline __m256 wide(const uint16_t *p) { return _mm256_cvtph_ps(load128(p)); }
-
 // out[8] = query . key of eight keys
 template <class T>
 inline void score8(const float *query, const T *const keys[8], int width, float *out) {
-    __m256 s[8];
+    Eight s[8];
 #pragma GCC unroll 8
-    for (int c = 0; c < 8; c++) s[c] = _mm256_setzero_ps();
+    for (int c = 0; c < 8; c++) s[c] = Eight::zero();
     for (int d = 0; d < width; d += 8) {
-        const __m256 q = _mm256_load_ps(query + d);
+        const Eight q = Eight::load(query + d);
 #pragma GCC unroll 8
-        for (int c = 0; c < 8; c++) s[c] = _mm256_fmadd_ps(q, wide(keys[c] + d), s[c]);
+        for (int c = 0; c < 8; c++) s[c].add(q, Eight::load(keys[c] + d));
     }
-    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
-    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
-    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
+    sums(s).store(out);
 }
 
 // out[8 * N] += sum over keys of weight * value
 template <int N, class T>
 inline void weigh(const float *weights, const T *const values[], int count, int column, float *out) {
-    __m256 s[N];
+    Eight s[N];
 #pragma GCC unroll 8
-    for (int c = 0; c < N; c++) s[c] = _mm256_load_ps(out + column + 8 * c);
+    for (int c = 0; c < N; c++) s[c] = Eight::load(out + column + 8 * c);
     for (int i = 0; i < count; i++) {
-        const __m256 w = _mm256_broadcast_ss(weights + i);
         const T *value = values[i] + column;
 #pragma GCC unroll 8
-        for (int c = 0; c < N; c++) s[c] = _mm256_fmadd_ps(w, wide(value + 8 * c), s[c]);
+        for (int c = 0; c < N; c++) s[c].add(Eight::load(value + 8 * c), weights[i]);
     }
 #pragma GCC unroll 8
-    for (int c = 0; c < N; c++) _mm256_store_ps(out + column + 8 * c, s[c]);
+    for (int c = 0; c < N; c++) s[c].store(out + column + 8 * c);
 }
 
 struct Head {
@@ -66,23 +60,21 @@ struct Head {
         for (int i = 0; i < count; i++) {
             rows[i] = halves(base + size_t(std::min(j + i, keys - 1)) * row_bytes);
             const char *later = base + size_t(std::min(j + count + i, keys - 1)) * row_bytes;
-            for (int d = 0; d < 2 * a.width; d += 64) _mm_prefetch(later + d, _MM_HINT_T1);
+            for (int d = 0; d < 2 * a.width; d += 64) __builtin_prefetch(later + d, 0, 2);
         }
         if (queries == 1) return with(rows);
         const float *widened[GROUP];
         for (int i = 0; i < count; i++) {
             widened[i] = panel + i * a.width;
-            for (int d = 0; d < a.width; d += 8) _mm256_store_ps(panel + i * a.width + d, wide(rows[i] + d));
+            for (int d = 0; d < a.width; d += 8) Eight::load(rows[i] + d).store(panel + i * a.width + d);
         }
         with(widened);
     }
 
     void take_queries() const {
-        const __m256 scale = _mm256_set1_ps(a.scale);
         for (int i = 0; i < queries; i++) {
-            const float *row = reinterpret_cast<const float *>(a.q + head * a.q_head + size_t(first + i) * a.q_row);
-            for (int d = 0; d < a.width; d += 8)
-                _mm256_store_ps(q + i * a.width + d, _mm256_mul_ps(scale, _mm256_loadu_ps(row + d)));
+            const float *row = floats(a.q + head * a.q_head + size_t(first + i) * a.q_row);
+            for (int d = 0; d < a.width; d += 8) (Eight::load(row + d) * Eight::same(a.scale)).store(q + i * a.width + d);
         }
     }
 

@@ -92,12 +92,12 @@ void pack(int type, const float *x, size_t stride, int rows, int inner, void *ou
 }
 
 // Columns as they are unpacked, to be transposed.
-struct Eight {
+struct EightColumns {
     uint8_t bytes[8][INNER];
     int32_t factors[8][2 * BLOCKS], pairs[8][BLOCKS];
 };
 
-void unpack_by_blocks(int type, const uint8_t *b, int blocks, int i, Eight &eight, Panel &panel, int n) {
+void unpack_by_blocks(int type, const uint8_t *b, int blocks, int i, EightColumns &eight, Panel &panel, int n) {
     const int size = block_bytes(type);
     for (int g = 0; g < blocks; g++, b += size) {
         panel.scales[g][n] = half(b);
@@ -107,7 +107,7 @@ void unpack_by_blocks(int type, const uint8_t *b, int blocks, int i, Eight &eigh
     }
 }
 
-void unpack_six(const uint8_t *b, int i, Eight &eight, Panel &panel, int n) {
+void unpack_six(const uint8_t *b, int i, EightColumns &eight, Panel &panel, int n) {
     panel.scales[0][n] = panel.scales[1][n] = half(b + 208);
     const __m128i scales = load128(b + 192);
     put256(Totals::factors(_mm256_cvtepi8_epi32(scales)), eight.factors[i]);
@@ -121,7 +121,7 @@ void unpack_six(const uint8_t *b, int i, Eight &eight, Panel &panel, int n) {
     }
 }
 
-void unpack_four_or_five(int type, const uint8_t *b, int i, Eight &eight, Panel &panel, int n) {
+void unpack_four_or_five(int type, const uint8_t *b, int i, EightColumns &eight, Panel &panel, int n) {
     panel.scales[0][n] = half(b);
     panel.scales[1][n] = -half(b + 2);
     uint64_t scales, minima;  // eight bytes each
@@ -142,7 +142,7 @@ void unpack_four_or_five(int type, const uint8_t *b, int i, Eight &eight, Panel 
 void unpack(const Product &product, int column, int columns, int k, int inner, void *out) {
     Panel &panel = *static_cast<Panel *>(out);
     const int type = product.type;
-    alignas(32) Eight eight;
+    alignas(32) EightColumns eight;
     if (columns < COLUMNS) memset(&panel, 0, sizeof panel), memset(&eight, 0, sizeof eight);
     for (int n = 0; n < COLUMNS; n += 8) {
         for (int i = 0; i < 8 && n + i < columns; i++) {

@@ -1,4 +1,4 @@
-// One register of lanes of 32 bits, for int8.cpp, int16.cpp and attention.cpp: AVX2, AVX-VNNI or AVX-512 VNNI, as the compiler's flags say;
+// One register of lanes of 32 bits, for int8.cpp, int16.cpp and, in its widest form, attention.cpp: AVX2, AVX-VNNI or AVX-512 VNNI, as the compiler's flags say;
 // and plain C++ in place of the last where NATIVE_WIDE comes without it, so that its order of work is tested on other machines.
 //
 // Products of bytes add up in int32 with VNNI, four in a lane. With AVX2 alone they add up in int16, two sums in a lane,
@@ -6,6 +6,7 @@
 // does that and can multiply by a whole number on the way.
 #pragma once
 
+#include "eight.h"
 #include "unpack.h"
 
 #include <cstdint>
@@ -126,15 +127,7 @@ struct Lanes {
 
 #else
 
-struct Floats {
-    __m256 v;
-    static Floats zero() { return {_mm256_setzero_ps()}; }
-    static Floats load(const float *p) { return {_mm256_load_ps(p)}; }
-    void store(float *p) const { _mm256_store_ps(p, v); }
-    void add(Floats a, float b) { v = _mm256_fmadd_ps(a.v, _mm256_set1_ps(b), v); }
-    void add(Floats a, Floats b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
-    void scale(float b) { v = _mm256_mul_ps(v, _mm256_set1_ps(b)); }
-};
+using Floats = Eight;
 
 struct Lanes {
     static constexpr int count = 8;

@@ -18,7 +18,7 @@ namespace {
 // x * sigmoid(1.702 x)
 __m256 quick_gelu(__m256 x) {
     const __m256 one = _mm256_set1_ps(1), z = _mm256_mul_ps(x, _mm256_set1_ps(1.702f));
-    const __m256 e = exponential(_mm256_or_ps(z, _mm256_set1_ps(-0.0f)));  // of -|z|
+    const __m256 e = exponential({_mm256_or_ps(z, _mm256_set1_ps(-0.0f))}).v;  // of -|z|
     return _mm256_div_ps(_mm256_mul_ps(x, _mm256_blendv_ps(one, e, z)), _mm256_add_ps(one, e));
 }
 
@@ -29,7 +29,7 @@ __m256 gelu(__m256 x) {
     __m256 tail = _mm256_set1_ps(1.061405429f);
     for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
         tail = _mm256_fmadd_ps(tail, t, _mm256_set1_ps(c));
-    const __m256 e = exponential(_mm256_mul_ps(_mm256_mul_ps(x, x), _mm256_set1_ps(-0.5f)));
+    const __m256 e = exponential({_mm256_mul_ps(_mm256_mul_ps(x, x), _mm256_set1_ps(-0.5f))}).v;
     tail = _mm256_mul_ps(_mm256_mul_ps(tail, t), _mm256_mul_ps(e, _mm256_set1_ps(0.5f)));  // what lies beyond |x|
     return _mm256_mul_ps(x, _mm256_blendv_ps(_mm256_sub_ps(one, tail), tail, x));
 }

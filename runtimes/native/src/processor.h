@@ -8,17 +8,24 @@
 #elif defined(__AVXVNNI__)
 #define INSTRUCTIONS "avxvnni"
 #define KERNEL(kind) kind##_avxvnni
-#else
+#elif defined(__x86_64__)
 #define INSTRUCTIONS "avx2"
 #define KERNEL(kind) kind##_avx2
+#else
+#define INSTRUCTIONS "neon"
+#define KERNEL(kind) kind##_neon
 #endif
 
 namespace native {
 namespace {
 
 inline bool works() {
+#ifdef __x86_64__
     __builtin_cpu_init();
-#if defined(NATIVE_WIDE) && defined(__AVX512VNNI__)
+#endif
+#if !defined(__x86_64__)
+    return true;  // every aarch64 has NEON
+#elif defined(NATIVE_WIDE) && defined(__AVX512VNNI__)
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #elif defined(NATIVE_WIDE) || (defined(__AVXVNNI__) && defined(NATIVE_REFUSED_COMPUTED))

@@ -1,6 +1,7 @@
 // float32 -> integers with a scale, or bfloat16; and the transposition that puts values of several rows side by side.
 #pragma once
 
+#include "eight.h"
 #include "unpack.h"
 
 namespace native {
@@ -47,23 +48,9 @@ inline float quantize8(const float *v, int count, int8_t *out) {
 
 // 8 rows of 8 int32, `from` apart -> 8 columns, `to` apart
 inline void transpose(const int32_t *in, size_t from, int32_t *out, size_t to) {
-    __m256i r[8], t[8];
-    for (int i = 0; i < 8; i++) r[i] = load256(in + i * from);
-    for (int i = 0; i < 4; i++) {
-        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm256_store_si256(reinterpret_cast<__m256i *>(out + i * to), _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
-        _mm256_store_si256(reinterpret_cast<__m256i *>(out + (i + 4) * to),
-                           _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
-    }
+    Eight rows[8];
+    for (int i = 0; i < 8; i++) rows[i] = Eight::load(reinterpret_cast<const float *>(in + i * from));  // bits, whatever they say
+    transpose(rows, reinterpret_cast<float *>(out), to);
 }
 
 // 8 floats -> 8 bfloat16, to the nearest, ties to even; NaN stays NaN

@@ -118,7 +118,7 @@ private:
         std::fill(scores + a.positions, scores + stride, -INFINITY);
         __m256 most = _mm256_loadu_ps(scores), sum = _mm256_setzero_ps();
         for (size_t j = 8; j < stride; j += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(scores + j));
-        const __m256 maximum = _mm256_set1_ps(largest(most)), scale = _mm256_set1_ps(1.44269504f / std::sqrt(float(a.width)));
+        const __m256 maximum = _mm256_set1_ps(Eight{most}.largest()), scale = _mm256_set1_ps(1.44269504f / std::sqrt(float(a.width)));
         for (size_t j = 0; j < stride; j += 8) {
             const __m256 e = power_of_two(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(scores + j), maximum), scale));
             _mm256_storeu_ps(scores + j, e);

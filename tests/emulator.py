@@ -1,0 +1,61 @@
+"""The native kernels compiled for ARM and run in an emulator, through native_arm.cpp."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from native_kernels import Array
+
+from llava_edge.runtimes.native import build
+
+COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+LIBRARIES = "/usr/aarch64-linux-gnu"
+emulated = pytest.mark.skipif(
+    not (COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64-static to run code for ARM"
+)
+
+
+def compiled(folder: Path, *flags: str) -> Path:
+    """All units for aarch64 as one library, as `build.build` links them but for ggml, which nothing here calls; and
+    the program that computes with it."""
+    assert COMPILER
+    headers = build.package().parent / "include"
+    common = [COMPILER, *build.FLAGS, "-Werror", *flags, f"-I{headers}", f"-I{build.SOURCES}"]
+    objects = []
+    for number, unit in enumerate(build.AARCH64):
+        objects.append(str(folder / f"{number}.o"))
+        subprocess.run([*common, *unit.flags, "-c", str(build.SOURCES / unit.source), "-o", objects[-1]], check=True)
+    listed, library, program = str(build.SOURCES / "kernels.cpp"), str(folder / "kernels.so"), folder / "program"
+    defined = [f"-DNATIVE_HAS_{unit.kernel}" for unit in build.AARCH64 if unit.kernel]
+    subprocess.run([*common, *defined, "-shared", "-Wl,-z,lazy", *objects, listed, "-o", library], check=True)
+    source = str(Path(__file__).with_name("native_arm.cpp"))
+    lazily = ("-Wl,-z,lazy", "-Wl,--unresolved-symbols=ignore-all", f"-Wl,-rpath,{folder}")
+    subprocess.run([*common, "-fvisibility=default", source, library, *lazily, "-o", str(program)], check=True)
+    return program
+
+
+def run(program: Path, *arguments: str, processor: str = "max", given: bytes = b"") -> bytes:
+    command = [str(EMULATOR), "-L", LIBRARIES, "-cpu", processor, str(program), *arguments]
+    done = subprocess.run(command, input=given, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+class Emulated:
+    """A program that `compiled` made, in place of `native_kernels.Kernels`."""
+
+    def __init__(self, program: Path) -> None:
+        self._program = program
+
+    def attend(self, way: str, q: Array, k: Array, v: Array, mask: Array, threads: int = 1) -> Array:
+        """As `native_kernels.Kernels.attend`."""
+        head = np.array([len(q), len(k), q.shape[1], k.shape[1], q.shape[2], threads], np.int32)
+        halves = [part.astype(np.float16).tobytes() for part in (k, v, mask)]
+        given = b"".join([head.tobytes(), q.astype(np.float32).tobytes(), *halves])
+        said = run(self._program, "attention", way, given=given)
+        assert np.frombuffer(said, np.int32, 1)[0]
+        return np.frombuffer(said, np.float32, offset=4).reshape(q.shape[1], q.shape[0], q.shape[2])

@@ -1,0 +1,151 @@
+"""Attention of the native kernels against float64: on this machine, and compiled for ARM in an emulator."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from emulator import Emulated, compiled, emulated
+from native_kernels import HAS_VNNI512, Array, Kernels
+
+from llava_edge.runtimes import devices, native
+from llava_edge.runtimes.native import build, check
+
+Attend = Callable[..., Array]  # of queries, keys, values, mask
+
+here = pytest.mark.skipif(
+    sys.platform != "linux"
+    or platform.machine() != "x86_64"
+    or "f16c" not in devices.processor()[1]
+    or build.compiler() is None,
+    reason="needs Linux on x86-64 with AVX2, and a C++ compiler",
+)
+FEW = [pytest.param(("here", "few"), marks=here), pytest.param(("aarch64", "few"), marks=emulated)]
+MANY = [
+    pytest.param(("here", "avx2"), marks=here),
+    pytest.param(("here", "avx512vnni"), marks=here),
+    pytest.param(("aarch64", "neon"), marks=emulated),
+]
+
+
+def ways(values: Sequence[object]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("way", values, ids=lambda way: "-".join(way))
+
+
+@pytest.fixture(scope="module")
+def kernels(native_build: Path) -> Kernels:
+    return Kernels(Path(os.environ.get("LLAVA_EDGE_TEST_NATIVE", native_build / native.LIBRARY)))
+
+
+@pytest.fixture(scope="module")
+def for_arm(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    return Emulated(compiled(tmp_path_factory.mktemp("arm")))
+
+
+@pytest.fixture
+def attend(way: tuple[str, str], request: pytest.FixtureRequest) -> Attend:
+    machine, name = way
+    there: Kernels | Emulated = request.getfixturevalue("kernels" if machine == "here" else "for_arm")
+    return partial(there.attend, name)
+
+
+@ways([*FEW, *MANY])
+@pytest.mark.parametrize(
+    ("heads", "shared", "queries", "keys", "width"),
+    [
+        (1, 1, 1, 1, 16),
+        (4, 2, 45, 96, 64),
+        (6, 1, 7, 300, 80),
+        (2, 2, 100, 523, 128),
+        (1, 1, 9, 2000, 256),
+        (2, 1, 97, 1100, 32),
+    ],
+)
+def test_attention(
+    attend: Attend, way: tuple[str, str], heads: int, shared: int, queries: int, keys: int, width: int
+) -> None:
+    inputs = check.attention_inputs(heads, shared, queries, keys, width)
+    if way[1] == "avx512vnni" and width % 32:
+        with pytest.raises(AssertionError):
+            attend(*inputs)
+        return
+    found = attend(*inputs, threads=2)
+    np.testing.assert_allclose(found, check.exact_attention(*inputs), rtol=0, atol=3e-6)
+
+
+@here
+@pytest.mark.skipif(not HAS_VNNI512, reason="this processor lacks AVX-512 VNNI")
+def test_both_widths_of_registers_give_the_same_bits(kernels: Kernels) -> None:
+    for shape in ((4, 2, 45, 96, 64), (2, 2, 100, 523, 128), (1, 1, 9, 2000, 256), (2, 1, 97, 1100, 32)):
+        inputs = check.attention_inputs(*shape)
+        assert (kernels.attend("avx512vnni", *inputs, threads=2) == kernels.attend("avx2", *inputs)).all()
+
+
+@ways(FEW)
+@pytest.mark.parametrize(("heads", "shared", "keys", "width"), [(9, 3, 257, 64), (4, 4, 70, 128), (2, 1, 9, 80)])
+def test_a_query_gets_the_same_bits_alone_and_among_others(
+    attend: Attend, heads: int, shared: int, keys: int, width: int
+) -> None:
+    """Whatever lies behind what it sees, too: room that llama.cpp adds, and tokens that were guessed wrongly."""
+    q, k, v, mask = check.attention_inputs(heads, shared, 8, keys, width)
+    together = attend(q, k, v, mask)
+    for query in range(8):
+        seen = keys - 7 + query
+        alone = attend(q[:, [query]], k[:, :seen], v[:, :seen], mask[[query], :seen])
+        assert (alone[0] == together[query]).all()
+        longer_k, longer_v = (
+            np.pad(part[:, :seen], ((0, 0), (0, 60), (0, 0)), constant_values=np.nan) for part in (k, v)
+        )
+        hidden = np.pad(mask[[query], :seen], ((0, 0), (0, 60)), constant_values=-np.inf)
+        assert (attend(q[:, [query]], longer_k, longer_v, hidden)[0] == alone[0]).all()
+
+
+@ways([*FEW, *MANY])
+def test_tokens_of_other_answers_between_the_keys_change_no_bit(attend: Attend, way: tuple[str, str]) -> None:
+    queries = 5 if way[1] == "few" else 40
+    q, k, v, mask = check.attention_inputs(4, 2, queries, 150, 64)
+    places = np.arange(150) * 4 // 3
+    wide_k, wide_v = (np.full((2, places[-1] + 1, 64), 50, np.float16) for _ in "kv")
+    wide_k[:, places], wide_v[:, places] = k, v
+    hidden = np.full((queries, places[-1] + 1), -np.inf, np.float16)
+    hidden[:, places] = mask
+    assert (attend(q, wide_k, wide_v, hidden) == attend(q, k, v, mask)).all()
+
+
+@ways([*FEW, *MANY])
+@pytest.mark.parametrize("behind", [70, 80])
+def test_what_lies_behind_what_all_see_is_not_looked_at(attend: Attend, behind: int) -> None:
+    q, k, v, mask = check.attention_inputs(2, 2, 20, 128, 64)
+    mask[:, 70:] = -np.inf
+    k[:, behind:], v[:, behind:] = np.nan, np.nan
+    assert (attend(q, k, v, mask) == attend(q, k[:, :70], v[:, :70], mask[:, :70])).all()
+
+
+@ways(MANY)
+def test_queries_that_see_less_than_those_before_them(attend: Attend) -> None:
+    q, k, v, mask = check.attention_inputs(2, 1, 193, 300, 32)
+    backwards = np.ascontiguousarray(mask[::-1])
+    expected = check.exact_attention(q, k, v, backwards)
+    np.testing.assert_allclose(attend(q, k, v, backwards), expected, rtol=0, atol=3e-6)
+
+
+@ways([*FEW, *MANY])
+def test_attention_with_large_scores_and_hidden_rows(attend: Attend) -> None:
+    q, k, v, mask = check.attention_inputs(2, 1, 20, 64, 64)
+    q *= 40  # scores of more than a hundred: nearly one key for each query
+    mask[3] = -np.inf  # a padded query sees nothing
+    seen = np.delete(np.arange(20), 3)
+    found = attend(q, k, v, mask)
+    assert (found[3] == 0).all()
+    expected = check.exact_attention(q[:, seen], k, v, mask[seen])
+    np.testing.assert_allclose(found[seen], expected, rtol=0, atol=1e-4)
+    q[0, 5, 7] = np.nan
+    found = attend(q, k, v, mask)
+    assert np.isnan(found[5, 0]).all()
+    assert np.isfinite(np.delete(found[:, 0], 5, 0)).all()
