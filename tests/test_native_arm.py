@@ -1,6 +1,6 @@
 """The products of the native kernels for ARM against float64, in an emulator: what they compute, not how fast.
 
-And a library without kernels for few rows, as it is there, built for the machine that runs the tests.
+And a library without operators for ONNX Runtime, as it is there, built for the machine that runs the tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from llava_edge.runtimes.native import build, check
 from llava_edge.runtimes.native.ggml import TYPES
 
 TAKEN = sorted(set(TYPES) - {"F16"})
-KERNELS = {"i8mm-int8": "max", "dotprod-int8": "cortex-a76"}  # each with a processor that has no more than it needs
+KERNELS = {"i8mm-int8": "max", "dotprod-int8": "cortex-a76"}
+PROCESSORS = KERNELS | {"few": "cortex-a76"}  # each with one that has no more than it needs
 WITHOUT = "cortex-a72"  # either
 EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 SANITIZED = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all")
@@ -76,7 +77,8 @@ def multiplied(program: Path, products: Sequence[Product], kernel: str, processo
         (rows, inner), (columns, size) = product.x.shape, product.blocks.shape
         head = np.array([TYPES[product.kind], rows, columns, inner, size, product.threads], np.int32)
         given += head.tobytes() + product.blocks.tobytes() + product.x.astype(np.float32).tobytes()
-    said, found, at = run(program, kernel, processor=processor or KERNELS[kernel], given=given), list[Array | None](), 0
+    said = run(program, kernel, processor=processor or PROCESSORS[kernel], given=given)
+    found, at = list[Array | None](), 0
     for product in products:
         shape = (len(product.x), len(product.blocks))
         taken = np.frombuffer(said, np.int32, 1, at)[0]
@@ -124,11 +126,16 @@ def are_right(products: Sequence[Product], found: Sequence[Array | None]) -> lis
     return [product.is_right(values) for product, values in zip(products, found, strict=True)]
 
 
+def taken_by(kernel: str, products: Sequence[Product]) -> list[Product]:
+    """With no more rows than it takes."""
+    return [replace(product, x=product.x[:31]) for product in products] if kernel == "few" else list(products)
+
+
 @emulated
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PROCESSORS)
 @pytest.mark.parametrize("some", [every_shape, any_block, extreme_bytes])
 def test_products_are_what_rounding_explains(program: Path, some: Callable[[], list[Product]], kernel: str) -> None:
-    products = some()
+    products = taken_by(kernel, some())
     found = multiplied(program, products, kernel)
     assert are_right(products, found) == [True] * len(products)
     for product, values in zip(products, found, strict=True):
@@ -141,11 +148,11 @@ def test_products_are_what_rounding_explains(program: Path, some: Callable[[], l
 
 
 @emulated
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PROCESSORS)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_wrong_product_is_seen(program: Path, axis: int, kernel: str) -> None:
     """Rows or columns that have changed places, or inner values that meet the next group's."""
-    products = [product for product in every_shape() if product.x.shape == (45, 1280)]
+    products = taken_by(kernel, [product for product in every_shape() if product.x.shape == (45, 1280)])
     asked = [replace(product, x=np.roll(product.x, 32, 1)) if axis == 2 else product for product in products]
     found = [
         values if values is None or axis == 2 else np.roll(values, 1, axis)
@@ -155,7 +162,7 @@ def test_a_wrong_product_is_seen(program: Path, axis: int, kernel: str) -> None:
 
 
 @emulated
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PROCESSORS)
 def test_what_is_not_finite_is_not_hidden(program: Path, kernel: str) -> None:
     numbers = np.random.default_rng(3)
     for kind in TAKEN:
@@ -178,11 +185,40 @@ def test_what_is_not_finite_is_not_hidden(program: Path, kernel: str) -> None:
 
 
 @emulated
+def test_a_row_gets_the_same_bits_alone_and_among_others(program: Path) -> None:
+    numbers = np.random.default_rng(4)
+    for kind in [*TAKEN, "F16"]:
+        blocks = random_blocks(kind, 33, 768, numbers, np.array([0.01, -0.02, 0.005]))
+        x = numbers.standard_normal((9, 768), np.float32)
+        alone = [Product(kind, blocks, x[row : row + 1]) for row in range(9)]
+        together, *single = multiplied(program, [Product(kind, blocks, x, threads=2), *alone], "few")
+        assert together is not None
+        for row, found in enumerate(single):
+            assert found is not None
+            assert (found[0] == together[row]).all()
+
+
+@emulated
+@pytest.mark.parametrize(("columns", "inner"), [(64, 8), (5, 64), (33, 520)])
+def test_halves_as_of_an_adapter(program: Path, columns: int, inner: int) -> None:
+    """In float32: nothing is rounded."""
+    numbers = np.random.default_rng(5)
+    product = Product(
+        "F16",
+        random_blocks("F16", columns, inner, numbers, np.array([0.01])),
+        numbers.standard_normal((7, inner), np.float32),
+    )
+    (found,) = multiplied(program, [product], "few")
+    assert found is not None
+    np.testing.assert_allclose(found, product.exact(), rtol=0, atol=1e-6)
+
+
+@emulated
 def test_what_there_is_not_is_not_taken(program: Path) -> None:
-    """float16, and few rows: left to llama.cpp. Without the instructions nothing works, and nothing crashes."""
+    """Many rows of float16: left to llama.cpp. Without the instructions nothing works, and nothing crashes."""
     x = np.ones((2, 256), np.float32)
     halves, bytes_ = Product("F16", np.zeros((3, 512), np.uint8), x), Product("Q8_0", np.zeros((3, 272), np.uint8), x)
-    assert multiplied(program, [bytes_], "few", "max") == [None]
+    assert multiplied(program, [bytes_, halves], "few", WITHOUT) == [None, None]
     for kernel, processor in KERNELS.items():
         assert multiplied(program, [halves], kernel) == [None]
         assert multiplied(program, [bytes_], kernel, WITHOUT) == [None]
@@ -195,8 +231,9 @@ def test_what_there_is_not_is_not_taken(program: Path) -> None:
 def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
     products = [*every_shape(), *any_block(), *extreme_bytes()]
     program = compiled(tmp_path, *SANITIZED)
-    for kernel in KERNELS:
-        assert all(are_right(products, multiplied(program, products, kernel)))
+    for kernel in PROCESSORS:
+        some = taken_by(kernel, products)
+        assert all(are_right(some, multiplied(program, some, kernel)))
     for way, queries in (("few", 9), ("neon", 45)):
         inputs = check.attention_inputs(4, 2, queries, 523, 80)
         found = Emulated(program).attend(way, *inputs, threads=2)
@@ -235,7 +272,7 @@ check.main(sys.argv[1])
     reason="the other kernels are for Linux on x86-64 with AVX2 only",
 )
 @pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
-def test_what_a_library_lacks_is_neither_asked_for_nor_used(
+def test_operators_that_are_not_there_are_neither_tried_nor_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated_home: Path
 ) -> None:
     common = [build.Unit(unit.source) for unit in build.AARCH64 if not unit.kernel]
@@ -248,17 +285,12 @@ def test_what_a_library_lacks_is_neither_asked_for_nor_used(
     assert not (tmp_path / native.OPERATOR).exists()
     facts = json.loads(in_child(CHECK, tmp_path / native.LIBRARY).stdout.splitlines()[-1])
     assert facts["problems"] == {}
-    assert all(set(race) == {"plain", "ours"} for race in facts["attention"].values())
+    assert "projector" not in facts
     for races in facts["types"].values():
-        assert {"plain", "avx2"} <= set(races["many"])
-        assert not any("few" in race for race in races.values())
         races["many"]["plain"] = 1e9
-    for race in facts["attention"].values():
-        race["plain"] = 1e9
     monkeypatch.setattr(build, "build", lambda target, operator: shutil.copy(tmp_path / native.LIBRARY, target))
     monkeypatch.setattr(native, "_check", lambda library: facts)
     found = native.prepare()
     assert {kind for kind, _, _ in found.many} == set(TYPES)
-    assert (found.few, found.attention, found.few_attention) == ((), True, True)
-    assert "few rows" not in found.reason
     assert native.operator_library() is None
+    assert native.projector_library() is None

@@ -1,12 +1,9 @@
 // Sums of 8 rows x 4 columns in eight registers, for arm_int8.cpp, as the compiler's flags say: by smmla (FEAT_I8MM), which
 // multiplies 2 rows x 8 signed bytes by 2 columns x 8, so that a register has two rows with two columns each; or by sdot
 // (FEAT_DotProd), which multiplies four bytes of a row by those of 4 columns, so that a register has one row.
-//
-// And whether this processor has the instruction, and how its kernel is called: INSTRUCTIONS in its name, KERNEL(x) in C++.
 #pragma once
 
 #include <arm_neon.h>
-#include <sys/auxv.h>
 
 #include <cstdint>
 
@@ -22,11 +19,6 @@ using Floats = float32x4_t[SUMS];
 // add<COUNT>: sums += products of COUNT steps of eight values.
 
 #ifdef __ARM_FEATURE_MATMUL_INT8
-
-#define INSTRUCTIONS "i8mm"
-#define KERNEL(kind) kind##_i8mm
-
-inline bool works() { return getauxval(AT_HWCAP2) >> 13 & 1; }  // HWCAP2_I8MM, which older headers lack
 
 inline float32x4_t columns_of(int i, const float *p) { return vcombine_f32(vld1_f32(p + i % 2 * 2), vld1_f32(p + i % 2 * 2)); }
 inline int32x4_t columns_of(int i, const int32_t *p) { return vcombine_s32(vld1_s32(p + i % 2 * 2), vld1_s32(p + i % 2 * 2)); }
@@ -45,11 +37,6 @@ inline __attribute__((always_inline)) void add(const int8_t (*x)[ROWS][8], const
 }
 
 #else
-
-#define INSTRUCTIONS "dotprod"
-#define KERNEL(kind) kind##_dotprod
-
-inline bool works() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP
 
 inline float32x4_t columns_of(int, const float *p) { return vld1q_f32(p); }
 inline int32x4_t columns_of(int, const int32_t *p) { return vld1q_s32(p); }

@@ -18,15 +18,16 @@
 // bytes of each of its rows, a panel those of each of four columns.
 
 #include "arm.h"
+#include "arm_rounding.h"
 #include "formats.h"
 #include "kernels.h"
+#include "processor.h"
 
 namespace native {
 namespace {
 
 constexpr int INNER = 256, STEPS = INNER / 8, BLOCKS = INNER / 32;
 constexpr int COLUMNS = 16, QUADS = COLUMNS / 4;
-constexpr float LEAST = 1e-30f;  // below it the inverse scale would not be finite: taken for zero
 
 bool takes(int type) { return unpacks(type) && type != F16; }
 bool by_blocks(int type) { return block_values(type) == 32; }  // with a scale of activations for each 32
@@ -46,26 +47,6 @@ struct alignas(64) Panel {
     int8_t bytes[QUADS][STEPS][4][8];
 };
 
-// out = round(v / scale), ties to even; returns scale. NaN if a value is not finite, so that the result says it.
-float quantize(const float *v, int count, int8_t *out) {
-    uint32x4_t most = vdupq_n_u32(0);  // as integers, magnitudes of floats order like the floats, infinity and NaN last
-    for (int i = 0; i < count; i += 4) most = vmaxq_u32(most, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(v + i))));
-    const uint32_t bits = vmaxvq_u32(most);
-    float magnitude;
-    memcpy(&magnitude, &bits, sizeof magnitude);
-    if (bits >= 0x7f800000 || magnitude < LEAST) {
-        memset(out, 0, count);
-        return bits >= 0x7f800000 ? __builtin_nanf("") : 0;
-    }
-    const float inverse = 127 / magnitude;
-    for (int i = 0; i < count; i += 8) {
-        const int32x4_t a = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(v + i), inverse));
-        const int32x4_t b = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(v + i + 4), inverse));
-        vst1_s8(out + i, vmovn_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b))));
-    }
-    return magnitude / 127;
-}
-
 void pack(int type, const float *x, size_t stride, int rows, int inner, void *out) {
     Tile &tile = *static_cast<Tile *>(out);
     const int scaled = by_blocks(type) ? 32 : inner;
@@ -73,7 +54,7 @@ void pack(int type, const float *x, size_t stride, int rows, int inner, void *ou
     for (int i = 0; i < ROWS; i++) {
         for (int k = 0; k < inner; k += scaled) {
             float *scale = tile.scales[k / 32][i];
-            scale[0] = scale[1] = i < rows ? quantize(x + i * stride + k, scaled, row + k) : 0;
+            scale[0] = scale[1] = i < rows ? quantize8(x + i * stride + k, scaled, row + k) : 0;
         }
         if (i >= rows) memset(row, 0, sizeof row);
         for (int b = 0; b < inner / 32; b++) {
@@ -83,12 +64,6 @@ void pack(int type, const float *x, size_t stride, int rows, int inner, void *ou
         }
         for (int s = 0; s < inner / 8; s++) memcpy(tile.bytes[s][i], row + 8 * s, 8);
     }
-}
-
-float half(const uint8_t *p) {
-    __fp16 value;
-    memcpy(&value, p, 2);
-    return value;
 }
 
 // Column n of a panel; w: its values, as they follow each other

@@ -36,6 +36,11 @@ struct Eight {
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
         return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
     }
+    float sum() const {
+        __m128 m = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        m = _mm_add_ps(m, _mm_movehl_ps(m, m));
+        return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
+    }
 };
 
 inline Eight operator+(Eight a, Eight b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -119,6 +124,7 @@ struct Eight {
                 vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(high), bias), 23))};
     }
     float largest() const { return vmaxnmvq_f32(vmaxnmq_f32(low, high)); }
+    float sum() const { return vaddvq_f32(vaddq_f32(low, high)); }
 };
 
 inline Eight operator+(Eight a, Eight b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }

@@ -7,41 +7,21 @@
 #include <algorithm>
 
 #include "few_16.h"
-#include "few_256.h"
-#include "few_32.h"
 #include "few_wide.h"
 #include "kernels.h"
+#include "processor.h"
+#ifdef __x86_64__
+#include "few_256.h"
+#include "few_32.h"
+#else
+#include "arm_few.h"
+#endif
 
 namespace native {
 namespace {
 
 // Adapters' matrices have fewer. With larger ones, which are whole models, llama.cpp is faster.
 constexpr int64_t MOST_HALVES = 1 << 20;
-
-bool wide_works() {
-    static const bool works = wide && wide->works();
-    return works;
-}
-
-template <int R>
-void rows(int type, const char *row, const Part128 *x, int step, int blocks, float *out) {
-    if (type == Q4_0) rows_of_32<Q4_0, R>(row, x, step, blocks, out);
-    else if (type == Q4_1) rows_of_32<Q4_1, R>(row, x, step, blocks, out);
-    else rows_of_32<Q8_0, R>(row, x, step, blocks, out);
-}
-
-template <int R, class Totals>
-void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
-    if (type == Q4_K) rows_q45_k<R, false, Totals>(row, x, step, blocks, out);
-    else if (type == Q5_K) rows_q45_k<R, true, Totals>(row, x, step, blocks, out);
-    else rows_q6_k<R, Totals>(row, x, step, blocks, out);
-}
-
-template <int R>
-void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
-    if (wide_works()) rows<R, ByBlock<R>>(type, row, x, step, blocks, out);
-    else rows<R, ByLane<R>>(type, row, x, step, blocks, out);
-}
 
 int in_wide(const Product &p, const Part128 *x, int blocks, int from, int to) { return wide->of_32(p, x, blocks, from, to); }
 int in_wide(const Product &p, const Part256 *x, int blocks, int from, int to) { return wide->of_256(p, x, blocks, from, to); }
@@ -79,6 +59,8 @@ bool multiply_rounded(const Product &p, int threads, Scratch &scratch) {
 }  // namespace
 
 bool takes_few(int type, int64_t columns, int64_t inner) {
+    static const bool here = works();
+    if (!here) return false;
     if (type == F16) return inner % 8 == 0 && columns * inner <= MOST_HALVES;
     return unpacks(type) && inner % block_values(type) == 0;
 }

@@ -4,7 +4,11 @@
 #include <type_traits>
 
 #include "kernels.h"
+#ifdef __x86_64__
 #include "rounding.h"
+#else
+#include "arm_rounding.h"
+#endif
 
 namespace native {
 
@@ -31,7 +35,7 @@ namespace {
 template <int R>
 inline void fetch(const char *weights, int bytes) {
     constexpr int AHEAD = R > 2 ? 4096 : 2048;
-    for (int i = 0; i < bytes; i += 64) _mm_prefetch(weights + AHEAD + i, _MM_HINT_T0);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(weights + AHEAD + i);
 }
 
 inline void take(const float *x, int there, Part128 &part) {  // a multiple of 32; the others are zero
@@ -56,26 +60,6 @@ inline void take(const float *x, int, Part256 &part) {
         for (int i = 0; i < 2; i++) part.halves[2 * j + i] = int16_t(sums[i]);
         part.sums[j] = int16_t(sums[0] + sums[1]);
     }
-}
-
-inline float total(__m256 v) {
-    __m128 m = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    m = _mm_add_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
-}
-
-// Of R registers; of four at once, in the same order of sums.
-template <int R>
-inline void totals(const __m256 *v, float *out) {
-    if (R < 4) {
-        for (int r = 0; r < R; r++) out[r] = total(v[r]);
-        return;
-    }
-    __m128 m[4], pairs[2];
-    for (int r = 0; r < 4; r++) m[r] = _mm_add_ps(_mm256_castps256_ps128(v[r]), _mm256_extractf128_ps(v[r], 1));
-    for (int i = 0; i < 2; i++)
-        pairs[i] = _mm_add_ps(_mm_movelh_ps(m[2 * i], m[2 * i + 1]), _mm_movehl_ps(m[2 * i + 1], m[2 * i]));
-    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(pairs[0], pairs[1], 0x88), _mm_shuffle_ps(pairs[0], pairs[1], 0xdd)));
 }
 
 // Column `n` of a product, four rows at a time: with(R, m, y) computes R of them, from row m on. From the fifth on the weights

@@ -2,6 +2,7 @@
 // each gets what it would get alone, operation by operation.
 #pragma once
 
+#include "eight.h"
 #include "few.h"
 
 namespace native {
@@ -9,17 +10,17 @@ namespace {
 
 template <int R>
 inline void rows_of_halves(const uint16_t *w, const float *x, size_t next, int inner, float *out) {
-    __m256 even[R], odd[R];
-    for (int r = 0; r < R; r++) even[r] = odd[r] = _mm256_setzero_ps();
-    const auto eight = [&](int k, __m256 (&sum)[R]) {
-        const __m256 v = _mm256_cvtph_ps(load128(w + k));
+    Eight even[R], odd[R];
+    for (int r = 0; r < R; r++) even[r] = odd[r] = Eight::zero();
+    const auto eight = [&](int k, Eight (&sums)[R]) {
+        const Eight v = Eight::load(w + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sum[r] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + r * next + k), sum[r]);
+        for (int r = 0; r < R; r++) sums[r].add(v, Eight::load(x + r * next + k));
     };
     int k = 0;
     for (; k + 16 <= inner; k += 16) eight(k, even), eight(k + 8, odd);
     if (k < inner) eight(k, even);
-    for (int r = 0; r < R; r++) out[r] = total(_mm256_add_ps(even[r], odd[r]));
+    for (int r = 0; r < R; r++) out[r] = (even[r] + odd[r]).sum();
 }
 
 void multiply_halves(const Product &p, int from, int to) {  // columns

@@ -5,7 +5,8 @@
 // activations. Q6_K: the same for groups of 16 and their 8-bit scales; its -32 meets the sums of 16.
 #pragma once
 
-#include "few.h"
+#include "few_totals.h"
+#include "few_wide.h"
 
 namespace native {
 namespace {
@@ -167,6 +168,19 @@ void rows_q6_k(const char *row, const Part256 *x, int step, int blocks, float *o
         all.add(whole, _mm_set_ss(half(row + 208)), x);
     }
     all.store(out);
+}
+
+template <int R, class Totals>
+void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
+    if (type == Q4_K) rows_q45_k<R, false, Totals>(row, x, step, blocks, out);
+    else if (type == Q5_K) rows_q45_k<R, true, Totals>(row, x, step, blocks, out);
+    else rows_q6_k<R, Totals>(row, x, step, blocks, out);
+}
+
+template <int R>
+void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
+    if (wide_works()) rows<R, ByBlock<R>>(type, row, x, step, blocks, out);
+    else rows<R, ByLane<R>>(type, row, x, step, blocks, out);
 }
 
 }  // namespace

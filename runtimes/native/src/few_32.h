@@ -6,7 +6,7 @@
 // activations' sums. Bytes are signed, and the instruction wants one factor unsigned: signs go to the activations.
 #pragma once
 
-#include "few.h"
+#include "few_totals.h"
 
 namespace native {
 namespace {
@@ -89,6 +89,13 @@ void rows_of_32(const char *row, const Part128 *x, int step, int blocks, float *
     else if (blocks) add(one_or_two, row, blocks > 1 ? row + BYTES : NO_BLOCK, NO_BLOCK, NO_BLOCK);
     for (int r = 0; r < R; r++) sum[r] = _mm256_add_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), least[r]));
     totals<R>(sum, out);
+}
+
+template <int R>
+void rows(int type, const char *row, const Part128 *x, int step, int blocks, float *out) {
+    if (type == Q4_0) rows_of_32<Q4_0, R>(row, x, step, blocks, out);
+    else if (type == Q4_1) rows_of_32<Q4_1, R>(row, x, step, blocks, out);
+    else rows_of_32<Q8_0, R>(row, x, step, blocks, out);
 }
 
 }  // namespace

@@ -19,4 +19,9 @@ struct Wide {
 
 extern const Wide *const wide;  // null where the compiler does not know the instructions
 
+inline bool wide_works() {
+    static const bool works = wide && wide->works();
+    return works;
+}
+
 }  // namespace native

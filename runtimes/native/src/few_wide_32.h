@@ -110,7 +110,7 @@ void multiply_wide(const char *w, size_t stride, const Part128 *x, int rows, int
         for (int n = 0; n < WIDE; n++) memcpy(last[n], w + n * stride, left * BYTES / 4);
         add(last[0], BYTES);
     }
-    for (int r = 0; r < rows; r++, y += y_stride) {  // as in total()
+    for (int r = 0; r < rows; r++, y += y_stride) {  // as in Eight::sum()
         const float *of = sums + r * WIDE;
         const __m512 even = _mm512_add_ps(_mm512_load_ps(of), _mm512_load_ps(of + 2 * next));
         _mm512_storeu_ps(y, _mm512_add_ps(even, _mm512_add_ps(_mm512_load_ps(of + next), _mm512_load_ps(of + 3 * next))));
@@ -160,7 +160,7 @@ void multiply_row(const char *row, const Part128 *x, int step, int blocks, float
         add(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }
     if (blocks) add(row, blocks > 1 ? row + BYTES : NO_BLOCK, blocks > 2 ? row + 2 * BYTES : NO_BLOCK, NO_BLOCK);
-    for (int r = 0; r < R; r++) out[r] = total(_mm256_zextps128_ps256(sums[r]));
+    for (int r = 0; r < R; r++) out[r] = Eight{_mm256_zextps128_ps256(sums[r])}.sum();
 }
 
 }  // namespace

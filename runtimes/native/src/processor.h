@@ -2,6 +2,10 @@
 // And how its kernel is called: INSTRUCTIONS in its name, KERNEL(x) in C++.
 #pragma once
 
+#ifndef __x86_64__
+#include <sys/auxv.h>
+#endif
+
 #if defined(NATIVE_WIDE)
 #define INSTRUCTIONS "avx512vnni"
 #define KERNEL(kind) kind##_avx512vnni
@@ -11,6 +15,12 @@
 #elif defined(__x86_64__)
 #define INSTRUCTIONS "avx2"
 #define KERNEL(kind) kind##_avx2
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#define INSTRUCTIONS "i8mm"
+#define KERNEL(kind) kind##_i8mm
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define INSTRUCTIONS "dotprod"
+#define KERNEL(kind) kind##_dotprod
 #else
 #define INSTRUCTIONS "neon"
 #define KERNEL(kind) kind##_neon
@@ -23,7 +33,11 @@ inline bool works() {
 #ifdef __x86_64__
     __builtin_cpu_init();
 #endif
-#if !defined(__x86_64__)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return getauxval(AT_HWCAP2) >> 13 & 1;  // HWCAP2_I8MM, which older headers lack
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#elif !defined(__x86_64__)
     return true;  // every aarch64 has NEON
 #elif defined(NATIVE_WIDE) && defined(__AVX512VNNI__)
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
