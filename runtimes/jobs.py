@@ -5,6 +5,7 @@ Also the threads that it hands parts of its work to. Knows nothing about what th
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import weakref
@@ -198,6 +199,10 @@ class Owner:
         if wait and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def close_at_exit(self) -> None:
+        """Have Python wait for the thread when it ends, which would abort while engines are being freed."""
+        atexit.register(self.close)
+
     def _queue(self, job: Job) -> None:
         with self._lock:
             if self._closed or not self._thread.is_alive():
@@ -216,6 +221,7 @@ class Owner:
         while self._serve_one():
             pass
         self._last()
+        atexit.unregister(self.close)  # or it would keep what `pause` refers to: the parts of an engine, and its cache
 
     def _serve_one(self) -> bool:
         """Whether there may be another one."""

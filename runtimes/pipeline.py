@@ -6,7 +6,6 @@ free for Ctrl-C. Knows nothing about command lines, files of images (image.py do
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import time
@@ -99,7 +98,7 @@ class Engine:
             # that would abort the process.
             engine._owner.close(wait=isinstance(error, Exception))
             raise
-        atexit.register(engine._owner.close)
+        engine._owner.close_at_exit()
         return engine
 
     def generate(
@@ -216,7 +215,6 @@ class Engine:
         Harmless when repeated.
         """
         self._owner.close()
-        atexit.unregister(self._owner.close)
 
     def __enter__(self) -> Engine:
         return self

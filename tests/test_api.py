@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import io
 import math
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,12 +94,15 @@ def test_a_model_that_nothing_refers_to_is_freed(micro_bundle: Path) -> None:
     before, short = set(threading.enumerate()), Options(max_tokens=2)
     dropped = Llava.load(micro_bundle, device="cpu")
     answer = dropped.ask("What is it?", RED, short).text
+    pictures = weakref.ref(dropped._engine._cache)
     threads = own()
     assert len(threads) >= 3
     dropped = Llava.load(micro_bundle, device="cpu")  # as a cell of a notebook that is run again
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive()
+    gc.collect()
+    assert pictures() is None  # which may hold 64 MiB
     chat = dropped.chat(options=short)
     del dropped
     assert "".join(chunk.text for chunk in chat.say("What is it?", RED)) == answer
