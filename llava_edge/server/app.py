@@ -127,7 +127,7 @@ class App:
     async def _show_metrics(self, request: Request) -> Response:
         supervisor = self._supervisor
         text = self._metrics.text(
-            up=float(supervisor.state == "ok"),
+            up=int(supervisor.state == "ok"),
             crashes_total=supervisor.crashes,
             starts_total=supervisor.starts,
             queue_length=supervisor.queue_length,

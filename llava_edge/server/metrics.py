@@ -50,9 +50,8 @@ class Metrics:
             for (key, labels), value in sorted(values.items()):
                 if key == name:
                     inside = ",".join(f'{label}="{text}"' for label, text in labels)
-                    lines.append(
-                        f"llava_edge_{name}{{{inside}}} {value:g}" if inside else f"llava_edge_{name} {value:g}"
-                    )
+                    # All digits: of a rounded counter, what it grew by since a minute ago would be rounded to nothing.
+                    lines.append(f"llava_edge_{name}{{{inside}}} {value}" if inside else f"llava_edge_{name} {value}")
         return "\n".join(lines) + "\n"
 
     def _add(self, name: str, amount: Any, **labels: str) -> None:
