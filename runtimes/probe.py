@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from llava_edge import python, store
-from llava_edge.errors import StorageError, UnavailableError
+from llava_edge.errors import MissingError, StorageError, UnavailableError
 from llava_edge.runtimes import bindings, devices
 
 REBUILD = (
@@ -85,19 +86,18 @@ def require_working_build() -> None:
     if "amx_int8" not in devices.processor()[1] or python.frozen():
         return
     try:
-        note = store.home() / "builds" / _build_id()
-        if note.exists():
+        note = _note()
+        if note is not None and note.exists():
             return
         report = check("llama_cpp")
     except (ImportError, OSError):
         return
     if report.problem:
         raise UnavailableError(f"{report.problem} Its build is broken; run: {report.fix}")
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
-    except OSError:
-        pass  # a read-only home costs the check each time, nothing else
+    with suppress(OSError):  # a read-only home, or none, costs the check each time, nothing else
+        if note is not None:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
 
 
 def child(engine: str) -> None:
@@ -196,6 +196,14 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def _note() -> Path | None:
+    """The file that says that this build works; None without a home for it. Raises `ImportError` or `OSError`."""
+    build = _build_id()
+    with suppress(MissingError):
+        return store.home() / "builds" / build
+    return None
 
 
 def _build_id() -> str:

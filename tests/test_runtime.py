@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pwd
 import subprocess
 import sys
 import threading
@@ -751,6 +752,17 @@ def test_on_amx_the_build_is_checked_once_before_it_is_used(
     monkeypatch.setattr(probe, "check", lambda engine: pytest.fail("asked again"))
     probe.require_working_build()
     assert note.exists()
+
+
+def test_on_amx_a_user_without_a_home_gets_answers(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is run with a number that is nobody's."""
+    monkeypatch.setattr(devices, "processor", lambda: ("a processor", ["amx_int8"]))
+    monkeypatch.setattr(probe, "check", probe.Report)
+    for name in ("LLAVA_EDGE_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with Llava.load(micro_bundle, CPU) as llava:
+        assert llava.ask("What is it?", picture("red"), SHORT).text
 
 
 BAD_OPTIONS: list[dict[str, Any]] = [
