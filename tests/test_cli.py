@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from PIL import Image
 from processes import in_child
@@ -558,6 +559,18 @@ def test_info_of_a_gguf_file_and_a_checkpoint(micro_bundle: Path, micro_checkpoi
     code, out, _ = run("info", micro_checkpoint, "--json")
     assert code == 0
     assert json.loads(out)["text"]["num_hidden_layers"] == 2
+
+
+def test_info_shows_nothing_that_steers_the_terminal(run: Run, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "stranger.gguf", "llama")
+    writer.add_string("tokenizer.chat_template", "\x1b[2J\x1b]0;title\x07USER:\nASSISTANT:\x9b2J")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    code, out, _ = run("info", tmp_path / "stranger.gguf")
+    assert code == 0
+    assert "[2J]0;titleUSER:ASSISTANT:2J" in out
+    assert out.replace("\n", "").isprintable()
 
 
 def test_models_are_listed_and_used_by_name(micro_bundle: Path, run: Run) -> None:

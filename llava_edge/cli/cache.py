@@ -9,6 +9,7 @@ from dataclasses import asdict
 import click
 
 from llava_edge.cache import Entry, user_cache
+from llava_edge.cli.terminal import one_line
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
@@ -49,8 +50,7 @@ def _typed(about: dict[str, str]) -> dict[str, str | int]:
 def _line(entry: Entry) -> str:
     kind, positions, model = (entry.about.get(name, "?") for name in ("kind", "positions", "model"))
     size, age = f"{entry.size / 1e6:.1f} MB", _ago(entry.used)
-    line = f"{entry.path.name[:12]}  {kind:10}  {size:>9}  {positions:>5} positions  {age:>7}  {model}"
-    return "".join(character for character in line if character.isprintable())
+    return one_line(f"{entry.path.name[:12]}  {kind:10}  {size:>9}  {positions:>5} positions  {age:>7}  {model}")
 
 
 def _ago(then: float) -> str:

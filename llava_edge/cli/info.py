@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from llava_edge.bundle import MANIFEST, Bundle, Manifest
+from llava_edge.cli.terminal import one_line
 from llava_edge.errors import DataError, UsageError
 from llava_edge.store import DEFAULT_MODEL, resolve
 
@@ -128,5 +129,5 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
         if isinstance(value, dict):
             lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{name:{width}}  {value}")
+            lines.append(one_line(f"{indent}{name:{width}}  {value}"))
     return lines

@@ -22,6 +22,11 @@ def show(text: str) -> None:
     click.echo(text, nl=False, color=True)  # or click would cut escapes out of what goes into a file
 
 
+def one_line(text: str) -> str:
+    """What a file says of itself, without ends of lines and control characters."""
+    return "".join(mark for mark in text if mark.isprintable())
+
+
 def advise(device: str) -> None:
     """Tell a person at a terminal that native kernels can be built, as after an update that changed them."""
     from llava_edge.runtimes import native
