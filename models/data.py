@@ -70,10 +70,13 @@ def read_records(path: Path) -> list[Record]:
         raise MissingError(f"{path} does not exist; a JSON array of LLaVA conversations was expected.")
     try:
         records = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(records, list) or not records:
         raise DataError(f"{path} should hold a JSON array of conversation records, one at least.")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or not isinstance(record.get("image", ""), str):
+            raise DataError(f"{path} has {record!r:.60} at place {number}; a record, its image a text, was expected.")
     return records
 
 
