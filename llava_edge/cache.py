@@ -118,6 +118,9 @@ class Cache:
         """Why nothing more is kept, as a sentence; empty if something may be."""
         if not self.limit:
             return "nothing is kept: its limit is 0."
+        with contextlib.suppress(OSError):  # it is not there yet
+            if not _is_private(self.folder):
+                return f"nothing is kept: {self.folder} is a link or another user's; a folder of yours was expected."
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
         free = shutil.disk_usage(there).free
         if free + sum(info.st_size for _, info in self._files()) >= self._floor:

@@ -63,6 +63,14 @@ def test_what_is_somebody_elses_is_not_read(name: str, kept: Cache) -> None:
     assert kept.get(KEY) is None
 
 
+def test_why_nothing_is_kept_behind_a_link_is_said(kept: Cache, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(kept.folder)
+    linked = Cache(tmp_path / "link", floor=0)
+    assert not linked.put(OTHER, {}, PAYLOAD)
+    assert "a link" in linked.obstacle()
+    assert Cache(kept.folder, floor=0).obstacle() == ""
+
+
 def test_a_long_description_costs_no_entry(kept: Cache) -> None:
     """A model may have any name."""
     assert kept.put(KEY, {"model": "long" * 5000}, PAYLOAD)
