@@ -75,7 +75,7 @@ class Embedder:
         if not shown:
             self._opened()
         for picture in map(Future.result, shown):
-            if self._known(picture) is None:
+            if picture.key not in self._early and self._known(picture) is None:
                 self._early[picture.key] = self._compute(picture, None, cancel)
 
     def _embed(self, picture: Picture, run: Run, job: Job) -> Array:
