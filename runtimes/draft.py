@@ -18,17 +18,19 @@ from llava_edge.runtimes.language import Key, LanguageModel
 class Draft:
     """The model in a GGUF file of text alone.
 
-    repack: as of `LanguageModel`.
+    repack, verbose: as of `LanguageModel`.
     Raises `MissingError`, `BundleError`, or `UsageError` if its vocabulary is not `target`'s: one of them may have more
     tokens at the end.
     """
 
-    def __init__(self, path: Path, target: LanguageModel, threads: int, *, repack: bool = True) -> None:
+    def __init__(
+        self, path: Path, target: LanguageModel, threads: int, *, repack: bool = True, verbose: bool = False
+    ) -> None:
         if not path.is_file():
             raise MissingError(f"There is no draft model {path}; a GGUF file was expected.")
         trained = gguf.read(path).number("llama.context_length", 1, 1 << 24)
         context = min(target.context_size, trained)
-        self._language = LanguageModel(path, context=context, threads=threads, repack=repack)
+        self._language = LanguageModel(path, context=context, threads=threads, repack=repack, verbose=verbose)
         self._tokens = min(target.vocab_size, self._language.vocab_size)
         pairs = zip(self._language.token_texts(), target.token_texts(), strict=False)
         different = next((i for i, (mine, other) in enumerate(pairs) if mine != other), None)

@@ -245,7 +245,8 @@ class Engine:
         language = self._load_language(threads, batch, progress)
         draft = None
         if self.options.draft:
-            draft = Draft(Path(self.options.draft), language, threads, repack=self.preset.repack)
+            path, verbose = Path(self.options.draft), self.options.verbose
+            draft = Draft(path, language, threads, repack=self.preset.repack, verbose=verbose)
             self._parts.callback(draft.close)
         self._speculation = Speculation(language, draft)
         self._prefill = Prefill(self.bundle, language, self._embedder, self._cache)

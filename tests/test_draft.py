@@ -150,6 +150,15 @@ def test_what_cannot_be_a_draft_is_refused(
         Draft(tmp_path / "swapped.gguf", language, threads=1)
 
 
+def test_its_log_is_shown_where_the_engines_are(
+    micro_bundle: Path, other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verbose in (True, False):
+        options = EngineOptions(device="cpu", threads=1, cache=False, draft=other, verbose=verbose)
+        with Llava.load(micro_bundle, options):
+            assert (other.name in capsys.readouterr().err) == verbose
+
+
 def test_the_command_takes_one(micro_bundle: Path, tmp_path: Path) -> None:
     RED.save(tmp_path / "red.png")
     run = ["run", "--model", str(micro_bundle), "--image", str(tmp_path / "red.png"), "--prompt", "a list:", "--json"]
