@@ -66,18 +66,21 @@ CONFIG = LlavaConfig(
 
 
 def random_tensors(config: LlavaConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint under classic Hugging Face names, drawn with numpy; norms near one."""
+    """Every tensor of a checkpoint under classic Hugging Face names, drawn with numpy."""
     from llava_edge.models.shapes import tensor_shapes
 
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     for name, shape in tensor_shapes(config).items():
-        draw = rng.standard_normal(shape, dtype=np.float32)
-        if "norm" in name.split(".")[-2:][0]:
-            tensors[name] = (0.1 * draw + (1.0 if name.endswith("weight") else 0.0)).astype(np.float32)
-        else:
-            tensors[name] = draw * np.float32(0.6 * shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+        tensors[name] = scaled(name, shape, rng.standard_normal(shape, dtype=np.float32))
     return tensors
+
+
+def scaled(name: str, shape: tuple[int, ...], drawn: np.ndarray) -> np.ndarray:
+    """Standard normal numbers -> a tensor's: norms near one, matrices such that activations keep their size."""
+    if "norm" in name.split(".")[-2:][0]:
+        return (0.1 * drawn + (1.0 if name.endswith("weight") else 0.0)).astype(np.float32)
+    return drawn * np.float32(0.6 * shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
 
 
 def write_checkpoint(

@@ -85,14 +85,8 @@ def _write_shard(path: Path, shapes: Shapes, rng: np.random.Generator) -> None:
 
 
 def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Norms near one, matrices scaled so that activations keep their size."""
-    count = int(np.prod(shape))
-    values = rng.standard_normal(min(count, _DRAWN), dtype=np.float32)
-    if "norm" in name.rsplit(".", 2)[-2]:
-        values = 0.1 * values + (1.0 if name.endswith("weight") else 0.0)
-    else:
-        values *= 0.6 * shape[-1] ** -0.5 if len(shape) > 1 else 0.1
-    return np.resize(values.astype(np.float16), shape)
+    drawn = rng.standard_normal(min(int(np.prod(shape)), _DRAWN), dtype=np.float32)
+    return np.resize(micro.scaled(name, shape, drawn).astype(np.float16), shape)
 
 
 @click.command()

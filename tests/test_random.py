@@ -10,6 +10,7 @@ import pytest
 
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.models import micro, random
+from llava_edge.models.config import LlavaConfig
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
 
 
@@ -35,13 +36,19 @@ def test_geometries_have_the_published_numbers_of_parameters(geometry: str, proj
         assert count(vision_shapes(config)) == 303_507_456
 
 
-def test_a_small_one_opens_as_a_checkpoint_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+TILED = replace(micro.CONFIG, square="anyres", grids=((32, 64),), merge="spatial_unpad")
+
+
+@pytest.mark.parametrize("config", [micro.CONFIG, TILED], ids=["1.5", "1.6"])
+def test_a_small_one_opens_as_a_checkpoint_in_shards(
+    config: LlavaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(random, "SHARD_BYTES", 1_000_000)
     monkeypatch.setattr(random, "_DRAWN", 1000)
-    folder = random.write_random(tmp_path, micro.CONFIG)
+    folder = random.write_random(tmp_path, config)
     assert len(list(folder.glob("*.safetensors"))) > 2
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.config == micro.CONFIG
+    assert checkpoint.config == config
     weight = checkpoint.tensors["language_model.model.layers.1.mlp.up_proj.weight"]
     assert 0.5 < float(weight.std()) * 16 < 0.7
     assert abs(float(checkpoint.tensors["language_model.model.norm.weight"].mean()) - 1) < 0.05
