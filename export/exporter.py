@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import get_args
@@ -121,6 +122,7 @@ def export(
     Raises `MissingError` or `CheckpointError` for the source, `CannotCreateError` for the target, `StorageError` when
     the disk fails, `UnavailableError` when an engine does; parity above its limits is a `CheckpointError`.
     """
+    require_extra()
     out = Path(os.path.realpath(options.out.parent)) / options.out.name
     if out.name in ("", "..", "."):
         raise CannotCreateError(f"{options.out} is not a name for a bundle folder.")
@@ -155,6 +157,12 @@ def export(
                 f"Writing the bundle failed: {error.filename or temp}: {error.strerror or error}. {out} is unchanged."
             ) from error
     return manifest
+
+
+def require_extra() -> None:
+    """Raises `ModuleNotFoundError` without our extra [export]: now, not when what needs it is written."""
+    for package in ("gguf", "onnx", "safetensors"):
+        import_module(package)
 
 
 def open_source(options: ExportOptions) -> Checkpoint:

@@ -11,7 +11,7 @@ from llava_edge.bundle import Manifest, Provenance, read_manifest
 from llava_edge.errors import UsageError
 from llava_edge.export.adapter import LowRank
 from llava_edge.export.checkpoint import LanguageFile
-from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.export.exporter import ExportOptions, export, require_extra
 from llava_edge.export.publish import check_target
 from llava_edge.models import smol
 
@@ -26,6 +26,7 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
     """
     if name != "smol":
         raise UsageError(f"There is no model {name!r} to pull; known: smol.")
+    require_extra()
     check_target(target, force=True)
     parts = store.home() / "parts"
     parts.mkdir(parents=True, exist_ok=True)

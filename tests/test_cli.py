@@ -431,6 +431,19 @@ def test_a_home_that_cannot_be_created(photo: Path, run: Run, monkeypatch: pytes
         assert "LLAVA_EDGE_HOME" in err
 
 
+@pytest.mark.parametrize("lacking", ["onnx", "gguf", "safetensors"])
+def test_without_the_extra_it_is_named_before_anything_is_done(
+    lacking: str, micro_checkpoint: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, lacking, None)
+    monkeypatch.setattr("llava_edge.models.smol.fetch", lambda *_: pytest.fail("downloaded"))
+    for command in (("models", "pull", "smol"), ("export", micro_checkpoint, tmp_path / "out")):
+        code, _, err = run(*command)
+        assert (code, err.count("\n")) == (69, 1)
+        assert lacking in err
+        assert "pip install '.[export]'" in err
+
+
 def test_a_recipe_without_stages(tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty.toml").write_text("", "utf-8")
     code, _, err = run("train", str(tmp_path / "empty.toml"))

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from llava_edge.cli.arguments import CheckpointPath, needing
 from llava_edge.cli.terminal import ended_cleanly, status_line
-from llava_edge.errors import CannotCreateError, UnavailableError, UsageError, install
+from llava_edge.errors import CannotCreateError, UsageError
 
 if TYPE_CHECKING:
     from llava_edge.bundle import ParityRow
@@ -104,8 +104,8 @@ def export(
         raise UsageError("A GGUF's language model is kept as it is; leave out --quant.")
     if mmproj and (imatrix or calibrate or report_file):
         raise UsageError("A GGUF's language model is kept as it is; leave out --imatrix, --calibrate and --report.")
-    with needing("export", "Exporting"):
-        from llava_edge.export import exporter
+    from llava_edge.export import exporter
+
     options = exporter.ExportOptions(
         checkpoint=checkpoint,
         out=out,
@@ -130,13 +130,11 @@ def export(
     if report_file and not report_file.parent.is_dir():
         raise CannotCreateError(f"{report_file.parent} is not a folder; choose another place for the report.")
     try:
-        with ended_cleanly(), _stages() as progress:
+        with needing("export", "Exporting"), ended_cleanly(), _stages() as progress:
             manifest = exporter.export(options, progress, reports.append if report_file else None)
     except exporter.ParityError as error:
         show_parity(error.rows)
         raise
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"Exporting needs {error.name}. {install('export')}") from error
     show_parity(manifest.parity)
     if report_file:
         _write_report(report_file, reports[0])

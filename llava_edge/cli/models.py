@@ -65,12 +65,13 @@ def _tune(folder: Path) -> None:
 
 
 def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
+    from llava_edge.export.pull import pull
+
     target = store.models_folder() / name
-    with needing("export", "Pulling a model"):
-        from llava_edge.export.pull import pull
     home = store.home()
     if problem := store.unwritable(home) or store.unwritable(target.parent):
         raise CannotCreateError(f"{home} cannot be written to ({problem}); set LLAVA_EDGE_HOME to a folder of yours.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    pull(name, target, progress)
+    with needing("export", "Pulling a model"):
+        pull(name, target, progress)
     return target

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llava_edge.cli.arguments import CheckpointPath
+from llava_edge.cli.arguments import CheckpointPath, needing
 from llava_edge.cli.terminal import status_line
-from llava_edge.errors import CheckpointError, UnavailableError, UsageError, install
+from llava_edge.errors import CheckpointError, UnavailableError, UsageError
 from llava_edge.store import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -78,12 +78,9 @@ def _measure(
     opened: Bundle, against: Path, base: Path | None, vision_tower: Path | None, mmproj: Path | None
 ) -> list[ParityRow]:
     from llava_edge.cli.export import show_parity
+    from llava_edge.export import parity
+    from llava_edge.export.exporter import ExportOptions, open_source
 
-    try:
-        from llava_edge.export import parity
-        from llava_edge.export.exporter import ExportOptions, open_source
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"--against needs {error.name}. {install('train')}") from error
     why_not = parity.obstacle()
     if why_not:
         raise UnavailableError(why_not)
@@ -91,7 +88,8 @@ def _measure(
     options = ExportOptions(
         against, opened.folder, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template
     )
-    checkpoint = open_source(options)
+    with needing("export", "--against"):  # of a GGUF
+        checkpoint = open_source(options)
     parity.check_fits(opened, checkpoint)
     with status_line(f"Measuring {opened.folder} against {against}") as status:
         rows = parity.parity(
