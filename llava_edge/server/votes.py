@@ -7,7 +7,6 @@ No client can name the file, and pictures are not in it.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,14 +25,13 @@ _ROLES = {
 
 
 class Votes:
-    """The file `path`. Off until `on` is set."""
+    """The file `path`, for the event loop alone. Off until `on` is set."""
 
     def __init__(self, path: Path, model: str, layout: Template) -> None:
         self.path = path
         self.on = False
         self._model = model
         self._layout = layout
-        self._lock = threading.Lock()
 
     def add(self, body: Mapping[str, Any], address: str) -> None:
         """Append {"type", "messages": [[role, text], ...]}. Raises `Problem` if it is off, malformed or full."""
@@ -50,15 +48,14 @@ class Votes:
             "ip": address,
         }
         line = json.dumps(record).encode("ascii") + b"\n"
-        with self._lock:
-            if self.size() + len(line) > MAX_BYTES:
-                raise Problem(507, "The log is full. Export and delete it.")
-            try:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                with self.path.open("ab") as file:
-                    file.write(line)
-            except OSError as error:
-                raise Problem(507, f"The log cannot be written: {error.strerror}.") from error
+        if self.size() + len(line) > MAX_BYTES:
+            raise Problem(507, "The log is full. Export and delete it.")
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(line)
+        except OSError as error:
+            raise Problem(507, f"The log cannot be written: {error.strerror}.") from error
 
     def read(self) -> bytes:
         """All lines."""
