@@ -414,7 +414,7 @@ def _bytes(array: Array) -> Any:
 
 _errors: deque[str] = deque(maxlen=4)
 _keep: list[Any] = []  # callbacks that C holds pointers to
-_WARNING, _ERROR = 3, 4  # ggml_log_level
+_ERROR = 4  # of ggml_log_level
 _verbose = False
 
 
