@@ -35,7 +35,10 @@ _KEYWORDS = {
 _BASE = {
     "comma": '"," " "?',
     "colon": '":" " "?',
-    "char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})',
+    "char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" (bmp | pair))',
+    "bmp": "[0-9a-cA-Ce-fE-F] hex{3} | [dD] [0-7] hex{2}",
+    "pair": r'[dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}',  # of surrogates: one character
+    "hex": "[0-9a-fA-F]",
     "string": r'"\"" char* "\""',
     "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
     "number": 'integer ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?',
@@ -241,7 +244,7 @@ class _Converter:
         return f'"{{" {self._rule(begin)} "}}"'
 
     def _rule(self, expression: str) -> str:
-        """The name of the rule with this expression; a single name or literal stays what it is."""
+        """The name of the rule with this expression; a single name stays what it is."""
         if expression in self._names:
             return self._names[expression]
         if expression == '""' or expression.isidentifier():

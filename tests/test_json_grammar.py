@@ -197,6 +197,18 @@ def test_numbers_of_a_range_and_no_others(
     assert not any(allows(llava, grammar, text) for text in ("", "-", "00", ".5", "0.", "1.e5", "01.5"))
 
 
+def test_escapes_are_characters_and_halves_of_a_pair_are_not(llava: Llava) -> None:
+    one, more = (from_schema({"type": "string", "minLength": low, "maxLength": low}) for low in (1, 2))
+    whole = [r"\u00e9", r"\uD7FF", r"\ue000", r"\uffff", r"\ud83d\uDE00", r"\uDbff\udfff", "é", "😀", r"\n"]
+    halves = [r"\ud83d", r"\uDE00", r"\ud83d\n", r"\ud83dx", r"\ude00\ud83d", r"\ud83d\ud83d", r"\ud83d\u00e9"]
+    for text in whole:
+        assert allows(llava, one, f'"{text}"'), text
+        assert allows(llava, more, f'"{text}{text}"'), text
+        assert not allows(llava, more, f'"{text}"'), text
+    for text in halves:
+        assert not any(allows(llava, grammar, f'"{text}"') for grammar in (one, more)), text
+
+
 def test_fields_of_pydantic_are_followed(llava: Llava) -> None:
     pydantic = pytest.importorskip("pydantic", reason="pydantic is not installed")
     field = pydantic.Field
