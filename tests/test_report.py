@@ -158,5 +158,6 @@ def test_what_cannot_be_measured_on_is_said(float16: Path, micro_bundle: Path, t
         held_out.conversations(tmp_path / "text.json", Bundle.open(micro_bundle), float16, tmp_path)
     with pytest.raises(MissingError):
         held_out.conversations(tmp_path / "none.json", Bundle.open(micro_bundle), float16, tmp_path)
-    options = ["export", str(tmp_path), str(tmp_path / "out"), "--report", str(tmp_path / "no" / "report.md")]
-    assert isinstance(CliRunner().invoke(cli, options).exception, CannotCreateError)
+    for place in (tmp_path / "no" / "report.md", tmp_path):
+        options = ["export", str(tmp_path), str(tmp_path / "out"), "--report", str(place)]
+        assert isinstance(CliRunner().invoke(cli, options).exception, CannotCreateError)

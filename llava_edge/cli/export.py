@@ -127,8 +127,8 @@ def export(
     reports: list[Report] = []
     if report_data and not report_file:
         raise UsageError("--report-data is what a report measures on; name the report's file with --report.")
-    if report_file and not report_file.parent.is_dir():
-        raise CannotCreateError(f"{report_file.parent} is not a folder; choose another place for the report.")
+    if report_file and (report_file.is_dir() or not report_file.parent.is_dir()):
+        raise CannotCreateError(f"{report_file} cannot be written: it is a folder, or its folder does not exist.")
     try:
         with needing("export", "Exporting"), ended_cleanly(), _stages() as progress:
             manifest = exporter.export(options, progress, reports.append if report_file else None)
