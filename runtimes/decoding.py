@@ -16,6 +16,8 @@ from llava_edge.runtimes.sampling import Sampler, chance, penalizes
 from llava_edge.runtimes.speculation import Guessing, Speculation
 from llava_edge.runtimes.text import TextStream
 
+MOST_CHANCES = 64  # of tokens that wait for text: white space that begins an answer has none, however long it is
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -40,7 +42,7 @@ class Answer:
         if self.top_logprobs is not None:
             run.chances.append(chance(self.language, token, self.top_logprobs, row))
         text = self.stream.feed(self.language.piece(token))
-        if text:
+        if text or len(run.chances) >= MOST_CHANCES:
             run.text += text
             self.job.output.put(Chunk(text, run.unseen, chances=tuple(run.chances)))
             run.unseen = 0

@@ -265,6 +265,15 @@ def test_chances_are_the_softmax(llava: Llava) -> None:
     assert all(not chunk.chances for chunk in llava.stream("Hello", options=Options(max_tokens=3)))
 
 
+def test_chances_of_white_space_that_begins_an_answer_come_in_pieces(llava: Llava) -> None:
+    """Or the server's process for the model would say more in one line than its parent reads."""
+    options = Options(max_tokens=300, top_logprobs=20, grammar=r'root ::= "\n"{200} "a"')
+    chunks = list(llava.stream("hi", options=options))
+    assert result_of(chunks).text == "a"
+    assert sum(len(chunk.chances) for chunk in chunks) == result_of(chunks).completion_tokens
+    assert max(len(chunk.chances) for chunk in chunks) < 100
+
+
 def test_the_likeliest_tokens_are_found_without_sorting_all(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorting a vocabulary takes as long as a small model takes for a token. Of equals the first come first."""
     values = np.random.default_rng(0).integers(0, 40, 500) / 8
