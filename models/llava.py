@@ -1,7 +1,8 @@
 """LLaVA: CLIP tower, projector and LLaMA joined by the `<image>` splice.
 
-The reference that exports are measured against, and what the trainer trains. State dict names are Hugging
-Face's classic ones (`vision_tower.vision_model.`, `multi_modal_projector.`, `language_model.`).
+What the trainer trains, and the whole that tests compare with; exports are measured against its modules in `streamed`.
+State dict names are Hugging Face's classic ones (`vision_tower.vision_model.`, `multi_modal_projector.`,
+`language_model.`).
 """
 
 from __future__ import annotations
