@@ -184,6 +184,9 @@ def test_logprobs(create: Any) -> None:
 def test_completions(client: Any, llava: Llava) -> None:
     made = client.completions.create(model="micro", prompt="Hello", max_tokens=8)
     assert made.choices[0].text == llava.ask("Hello", options=Options(max_tokens=8)).text
+    with pytest.raises(openai.BadRequestError, match=r"logprobs is 99") as caught:
+        client.completions.create(model="micro", prompt="Hello", logprobs=99)
+    assert caught.value.param == "logprobs"
     parts = client.completions.create(model="micro", prompt="Hello", max_tokens=8, stream=True)
     assert "".join(part.choices[0].text for part in parts) == made.choices[0].text
 

@@ -155,6 +155,7 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
 
 _LONGEST = ("max_completion_tokens", "max_tokens", "n_predict")
 _PENALTY = ("repeat_penalty", "repetition_penalty")
+_CHANCES = ("top_logprobs", "logprobs")  # the second: how many, in /v1/completions
 
 
 def _options(body: Mapping[str, Any], chances: Any) -> Options:
@@ -178,7 +179,7 @@ def _options(body: Mapping[str, Any], chances: Any) -> Options:
         return Options(**{name: value for name, value in given.items() if value is not None})
     except UsageError as error:
         param = next((name for name in given if name in str(error)), "")
-        names = {"max_tokens": _LONGEST, "repeat_penalty": _PENALTY}.get(param, (param,))
+        names = {"max_tokens": _LONGEST, "repeat_penalty": _PENALTY, "top_logprobs": _CHANCES}.get(param, (param,))
         said = next((name for name in names if body.get(name) is not None), param)
         raise bad(str(error).replace(param, said), said or None) from error
 
