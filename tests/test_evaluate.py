@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from llava_edge.cli import cli
 from llava_edge.cli import eval as cli_eval
+from llava_edge.errors import LlavaEdgeError
 from llava_edge.models import micro
 from llava_edge.models.data import load_tokenizer
 from llava_edge.models.evaluate import Question, TorchJudge, ask_all, majority, question_sets, shuffled
@@ -104,3 +109,29 @@ def test_fewer_questions_are_spread_over_the_whole_set() -> None:
         assert chosen[-1] >= 100 - 100 // limit - 1 or limit == 1
         assert len(set(np.diff(chosen))) <= 1
     assert cli_eval._thin(questions, None) == questions
+
+
+@pytest.fixture
+def held_out(pictures: Path) -> list[str]:
+    """A command line up to the bundles, about one kind of grocery."""
+    items = [Item("red.png", "grocery", split, "Royal Gala", "Apple") for split in ("train", "val")]
+    (pictures / "items.jsonl").write_text("".join(json.dumps(asdict(item)) + "\n" for item in items), "utf-8")
+    (pictures / "labels.jsonl").touch()
+    return ["eval", "--photos", str(pictures), "--data", str(pictures)]
+
+
+def test_each_bundle_has_a_column(micro_bundle: Path, bundle_copy: Path, held_out: list[str]) -> None:
+    """Two of the same precisions, a copy even: neither hides the other."""
+    done = CliRunner().invoke(cli, [*held_out, "--bundle", str(micro_bundle), "--bundle", str(bundle_copy)])
+    assert done.exit_code == 0, done.stderr
+    head = done.stdout.splitlines()[0]
+    assert [head.count(f"{bundle}, q8_0 + fp32") for bundle in (micro_bundle, bundle_copy)] == [1, 1]
+
+
+@pytest.mark.parametrize("wrong", [["--bundle", "no-such"], ["--image-tokens", "99"]])
+def test_nothing_is_judged_for_minutes_that_ends_in_an_error(
+    micro_bundle: Path, held_out: list[str], wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_eval, "_judge_bundle", lambda *_: pytest.fail("the first bundle was judged"))
+    done = CliRunner().invoke(cli, [*held_out, "--bundle", str(micro_bundle), *wrong])
+    assert isinstance(done.exception, LlavaEdgeError)

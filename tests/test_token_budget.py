@@ -396,7 +396,7 @@ def test_a_bundle_is_judged_once_for_each_budget_and_method(micro_bundle: Path, 
         }
     sets = {ending: [Question("red.png", "?", answer)] for ending, answer in answers.items()}
     scores = cli_eval._judge_bundle(str(micro_bundle), tmp_path, sets, variants, lambda label: lambda done, total: None)
-    name = "bundle q8_0 + fp32"
+    name = f"{micro_bundle}, q8_0 + fp32"
     assert [score.name for score in scores[:: len(sets)]] == [
         name, f"{name}, cls 9", f"{name}, cls 4", f"{name}, pool 9", f"{name}, pool 4",
     ]  # fmt: skip

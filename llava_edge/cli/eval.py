@@ -60,13 +60,16 @@ def eval(
     """
     if not bundles and checkpoint is None:
         raise UsageError("Name at least one --bundle or a --checkpoint to judge.")
+    variants = _variants(budgets, methods)
+    _check(bundles, variants)
     with needing("train", "Evaluation"):
         from llava_edge.models.evaluate import judge_checkpoint, majority, question_sets
         from llava_edge.models.sources import collect
     data = data or store.home() / "data" / "smol"
     items = collect(data, photos)
-    sets = {name: _thin(questions, limit) for name, questions in question_sets(items).items()}
     train = question_sets(items, "train")
+    asked = {name: _thin(questions, limit) for name, questions in question_sets(items).items()}
+    sets = {name: questions for name, questions in asked.items() if questions and train[name]}
     with status_line("eval") as status:
 
         def progress(label: str) -> Progress:
@@ -76,7 +79,7 @@ def eval(
         if checkpoint is not None:
             scores += judge_checkpoint(checkpoint, data, sets, progress, _talk)
         for bundle in bundles:
-            scores += _judge_bundle(bundle, data, sets, _variants(budgets, methods), progress)
+            scores += _judge_bundle(bundle, data, sets, variants, progress)
     if as_json:
         click.echo(json.dumps([{**asdict(score), "accuracy": score.accuracy} for score in scores]))
     else:
@@ -101,6 +104,17 @@ def _variants(budgets: Sequence[int], methods: Sequence[TokenMethod]) -> dict[st
     return variants
 
 
+def _check(bundles: Sequence[str], variants: dict[str, Options]) -> None:
+    """Refuse before minutes of judging the others what a bundle cannot be asked."""
+    from llava_edge.bundle import Bundle
+    from llava_edge.runtimes.pictures import check_budget
+
+    for bundle in bundles:
+        manifest = Bundle.open(store.resolve(bundle)).manifest
+        for options in variants.values():
+            check_budget(options, manifest)
+
+
 def _judge_bundle(
     bundle: str,
     data: Path,
@@ -111,7 +125,9 @@ def _judge_bundle(
     from llava_edge.api import Llava
 
     with Llava.load(bundle, EngineOptions(cache=False)) as model:  # nobody asks about these pictures again
-        name = f"bundle {model.bundle.manifest.language.quantization} + {model.bundle.manifest.vision.precision}"
+        manifest = model.bundle.manifest
+        # As it was called, because others may have its precisions, and copies its name.
+        name = f"{bundle}, {manifest.language.quantization} + {manifest.vision.precision}"
         return [
             score
             for ending, options in variants.items()
