@@ -26,7 +26,7 @@ from pathlib import Path
 from PIL import Image, ImageEnhance
 
 from llava_edge import python
-from llava_edge.errors import MissingError, UnavailableError, UsageError
+from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError
 
 EASY_VQA = "easy-vqa==1.0"
 EMOJI_STYLES = {"noto": "1.2.9", "fluent-emoji": "1.2.7", "fluent-emoji-flat": "1.2.6", "twemoji": "1.2.5"}
@@ -34,6 +34,7 @@ HELD_OUT_STYLE = "twemoji"
 EMOJIBASE = "emojibase-data@17.0.0"
 TUXPAINT = "tuxpaint-stamps-default"
 SIDE = 224  # px of rendered vector pictures
+KINDS = {"GroceryStoreDataset": "grocery", "clothing-dataset-small": "clothing", "imagenet-sample-images": "objects"}
 VIEWS = {"grocery": 2}  # changed copies of each training photo; some products have 15 photos only
 
 
@@ -53,7 +54,7 @@ class Item:
 def collect(folder: Path, photos: Path) -> list[Item]:
     """Fetch, unpack and render everything into `folder`; returns all items. A second call reads items.jsonl.
 
-    Raises `MissingError`, `UnavailableError`, or `UsageError` if the folder was made with other photos.
+    Raises `MissingError`, `UnavailableError`, `DataError`, or `UsageError` if the folder was made with other photos.
     """
     require_photos(photos, folder)
     listing = folder / "items.jsonl"
@@ -95,19 +96,47 @@ def require_photos(photos: Path, folder: Path) -> None:
         raise UsageError(f"{folder} was made with the photos in {where}; {instead}, or pass another --data.")
 
 
+def _labels(path: Path) -> list[dict[str, str]]:
+    """What is said of each photo. Raises `DataError` with the line that cannot be used."""
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            right = row["source"] in KINDS and row["split"] in ("train", "val")
+            right = right and all(isinstance(row[name], str) for name in ("image", "label", "category"))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            right = False
+        if not right:
+            raise DataError(
+                f"{path}, line {number}: an object with image, label and category, split (train or val) and source "
+                f"({', '.join(KINDS)}) was expected."
+            )
+        rows.append(row)
+    return rows
+
+
+def _descriptions(path: Path) -> dict[str, str]:
+    """Texts for the labels of groceries. Raises `MissingError` or `DataError`."""
+    try:
+        found = json.loads(path.read_text("utf-8", "replace"))
+    except FileNotFoundError as error:
+        raise MissingError(
+            f"{path} does not exist; a JSON object, from labels of groceries to texts, was expected."
+        ) from error
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise DataError(f"{path} should hold a JSON object from labels of groceries to texts.")
+    return found
+
+
 def _photos(folder: Path, photos: Path) -> Iterator[Item]:
+    rows, descriptions = _labels(photos / "labels.jsonl"), _descriptions(photos / "grocery_descriptions.json")
     link = folder / "photos"
     if not link.exists():
         link.symlink_to(photos.resolve())
-    descriptions = json.loads((photos / "grocery_descriptions.json").read_text("utf-8"))
-    kinds = {
-        "GroceryStoreDataset": "grocery",
-        "clothing-dataset-small": "clothing",
-        "imagenet-sample-images": "objects",
-    }
-    for line in (photos / "labels.jsonl").read_text("utf-8").splitlines():
-        row = json.loads(line)
-        kind, name = kinds[row["source"]], f"photos/{row['image']}"
+    for row in rows:
+        kind, name = KINDS[row["source"]], f"photos/{row['image']}"
         text = descriptions.get(row["label"], "") if kind == "grocery" else ""
         yield Item(name, kind, row["split"], row["label"], row["category"], text)
         if row["split"] == "train":

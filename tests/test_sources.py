@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from images import encode, picture
 
-from llava_edge.errors import MissingError, UsageError
+from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.models import sources
 from llava_edge.models.conversations import write_records
 from llava_edge.models.evaluate import question_sets
@@ -104,6 +104,26 @@ def test_each_source_holds_out_what_the_model_card_says(items: list[Item]) -> No
         assert "-train-" in item.image or "/train/" in item.image or item.text in set(EMOJI_STYLES) - {HELD_OUT_STYLE}
     assert {item.source for item in held_out} == set(ROUNDS) - {"tuxpaint"}
     assert {item.source for item in trained} == set(ROUNDS) - {"tuxpaint"}
+
+
+@pytest.mark.parametrize(
+    "line", ["", "label", "[]", '{"image": "a.jpg"}', '{"image": "a", "source": [], "split": "val", "label": "x"}']
+)
+def test_a_line_about_photos_that_cannot_be_used_is_named(photos: Path, tmp_path: Path, line: str) -> None:
+    labels = photos / "labels.jsonl"
+    labels.write_text("\n".join([labels.read_text("utf-8"), line, "{}"]), "utf-8")
+    with pytest.raises(DataError, match=r"labels\.jsonl, line 31: an object with image, .* was expected"):
+        collect(tmp_path / "data", photos)
+
+
+def test_texts_of_groceries_that_are_missing_or_none_are_said(photos: Path, tmp_path: Path) -> None:
+    texts = photos / "grocery_descriptions.json"
+    texts.write_text('["A tasty thing."]', "utf-8")
+    with pytest.raises(DataError, match="from labels of groceries to texts"):
+        collect(tmp_path / "data", photos)
+    texts.unlink()
+    with pytest.raises(MissingError, match="from labels of groceries to texts"):
+        collect(tmp_path / "data", photos)
 
 
 def test_a_caption_of_tuxpaint_is_on_one_side_with_all_its_pictures(items: list[Item]) -> None:
