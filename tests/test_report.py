@@ -158,6 +158,27 @@ def test_what_cannot_be_measured_on_is_said(float16: Path, micro_bundle: Path, t
         held_out.conversations(tmp_path / "text.json", Bundle.open(micro_bundle), float16, tmp_path)
     with pytest.raises(MissingError):
         held_out.conversations(tmp_path / "none.json", Bundle.open(micro_bundle), float16, tmp_path)
-    for place in (tmp_path / "no" / "report.md", tmp_path):
-        options = ["export", str(tmp_path), str(tmp_path / "out"), "--report", str(place)]
-        assert isinstance(CliRunner().invoke(cli, options).exception, CannotCreateError)
+    options = ["export", str(tmp_path), str(tmp_path / "out"), "--report", str(tmp_path / "no" / "report.md")]
+    assert isinstance(CliRunner().invoke(cli, options).exception, CannotCreateError)
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_anything_is_measured(
+    micro_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """Nor may it be written into the bundle, which could then not be replaced, or over what it measures on."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    kept = data.read_bytes()
+    for out, path, why in (
+        ("out", tmp_path / "folder", "is a folder"),
+        ("folder", tmp_path / "folder" / "report.md", "would be in the bundle"),
+        ("folder", tmp_path / "link" / "report.md", "would be in the bundle"),
+        ("out", data, "is what the report measures on"),
+    ):
+        arguments = ["export", str(micro_checkpoint), str(tmp_path / out)]
+        done = CliRunner().invoke(cli, [*arguments, "--report", str(path), "--report-data", str(data)])
+        assert isinstance(done.exception, CannotCreateError)
+        assert why in str(done.exception)
+    assert data.read_bytes() == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+    assert list((tmp_path / "folder").iterdir()) == []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from llava_edge import store
 from llava_edge.cli.arguments import CheckpointPath, needing
 from llava_edge.cli.terminal import ended_cleanly, status_line
 from llava_edge.errors import CannotCreateError, UsageError
@@ -127,8 +128,8 @@ def export(
     reports: list[Report] = []
     if report_data and not report_file:
         raise UsageError("--report-data is what a report measures on; name the report's file with --report.")
-    if report_file and (report_file.is_dir() or not report_file.parent.is_dir()):
-        raise CannotCreateError(f"{report_file} cannot be written: it is a folder, or its folder does not exist.")
+    if report_file:
+        _check_report(report_file, out, report_data)
     try:
         with needing("export", "Exporting"), ended_cleanly(), _stages() as progress:
             manifest = exporter.export(options, progress, reports.append if report_file else None)
@@ -143,6 +144,20 @@ def export(
     size = sum(entry.size for entry in manifest.files.values())
     run = f"llava-edge run --model {shlex.quote(str(out))} --image photo.jpg"
     click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: {run}", err=True)
+
+
+def _check_report(path: Path, out: Path, data: Path | None) -> None:
+    """Refuse before hours of measuring what would lose the report, or spoil something else with it."""
+    if not path.parent.is_dir():
+        raise CannotCreateError(f"{path.parent} is not a folder; choose another place for the report.")
+    if path.is_dir():
+        raise CannotCreateError(f"{path} is a folder; name a file for the report.")
+    if out.resolve() in path.resolve().parents:
+        raise CannotCreateError(f"{path} would be in the bundle {out}; choose a place outside of it for the report.")
+    if data and path.resolve() == data.resolve():
+        raise CannotCreateError(f"{path} is what the report measures on; choose another name for the report.")
+    if problem := store.unwritable(path.parent):
+        raise CannotCreateError(f"{path} cannot be written ({problem}); choose another place for the report.")
 
 
 @contextmanager
