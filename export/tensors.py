@@ -54,6 +54,7 @@ def has_weights(folder: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `CheckpointError` with the reason."""
+    refuse_stand_in(path)
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -86,13 +87,18 @@ def _join(files: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     return joined
 
 
-def open_file(path: Path) -> dict[str, StoredTensor]:
+def refuse_stand_in(path: Path) -> None:
+    """Raises `CheckpointError` for what lies in a file's place where it was not downloaded."""
     with path.open("rb") as file:
         start = file.read(200)
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' in the folder.")
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' in the folder.")
     if start.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path} is a web page, not weights; download the file itself.")
+        raise CheckpointError(f"{path} is a web page, not the file itself; download it again.")
+
+
+def open_file(path: Path) -> dict[str, StoredTensor]:
+    refuse_stand_in(path)
     return _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from llava_edge import protobuf
 from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.export import llama_json
-from llava_edge.export.tensors import read_json
+from llava_edge.export.tensors import read_json, refuse_stand_in
 from llava_edge.models.config import LlavaConfig
 from llava_edge.prompt import AfterControl
 from llava_edge.templates import template
@@ -207,6 +207,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     value: Any
+    refuse_stand_in(path)
     try:
         for field, value in protobuf.fields(path.read_bytes()):
             if field == 1:

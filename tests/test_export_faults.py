@@ -162,6 +162,18 @@ def test_damaged_weights_are_one_sentence(content: bytes, said: str, checkpoint:
         open_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "preprocessor_config.json"])
+def test_what_was_not_downloaded_is_said_of_any_file(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    """`git lfs pull --include '*.safetensors'` leaves pointers in the place of tokenizers."""
+    for content, said in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><title>404</title>", "web page"),
+    ):
+        (checkpoint / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{name} is a .*{said}"):
+            export(ExportOptions(checkpoint, tmp_path / "out"))
+
+
 def test_weights_without_their_end_or_with_an_endless_header(checkpoint: Path) -> None:
     path = checkpoint / WEIGHTS
     os.truncate(path, path.stat().st_size - 1000)
