@@ -141,7 +141,11 @@ class Cache:
             with os.scandir(self.folder) as found:
                 for item in found:
                     if len(item.name) == _KEY_LENGTH or item.name.endswith(".tmp"):
-                        yield item, item.stat(follow_symlinks=False)
+                        try:
+                            info = item.stat(follow_symlinks=False)
+                        except FileNotFoundError:  # removed or finished by another process since it was listed
+                            continue
+                        yield item, info
         except OSError:
             return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -230,6 +231,24 @@ def test_the_disk_is_never_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert kept.get(OTHER) is not None  # its place would not be enough
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 10_500))
     assert kept.put(KEY, {}, bytes(1000))
+
+
+def test_an_entry_that_another_process_removes_hides_no_other(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or `cache clear` would leave some, and the limit would be kept to by those that were seen."""
+    listed = os.scandir
+
+    def removed_meanwhile(folder: Path) -> contextlib.AbstractContextManager[list[os.DirEntry[str]]]:
+        found = sorted(listed(folder), key=lambda item: item.name)
+        (kept.folder / gone).unlink(missing_ok=True)
+        return contextlib.nullcontext(found)
+
+    gone = "00" * 32
+    assert kept.put(gone, ABOUT, PAYLOAD)
+    monkeypatch.setattr("llava_edge.cache.os.scandir", removed_meanwhile)
+    assert [entry.path.name for entry in kept.entries()] == [KEY]
+    assert kept.put(gone, ABOUT, PAYLOAD)
+    assert kept.clear()[0] == 1
+    assert kept.get(KEY) is None
 
 
 def test_files_that_were_never_finished_go(kept: Cache) -> None:
