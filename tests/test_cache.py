@@ -64,12 +64,36 @@ def test_what_is_somebody_elses_is_not_read(name: str, kept: Cache) -> None:
     assert kept.get(KEY) is None
 
 
-def test_why_nothing_is_kept_behind_a_link_is_said(kept: Cache, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(kept.folder)
-    linked = Cache(tmp_path / "link", floor=0)
-    assert not linked.put(OTHER, {}, PAYLOAD)
-    assert "a link" in linked.obstacle()
-    assert Cache(kept.folder, floor=0).obstacle() == ""
+def test_a_link_to_a_folder_is_as_good_as_one(kept: Cache, tmp_path: Path) -> None:
+    kept.folder.rename(tmp_path / "large disk")
+    kept.folder.symlink_to(tmp_path / "large disk")
+    assert kept.get(KEY) == PAYLOAD
+    assert kept.put(OTHER, ABOUT, PAYLOAD)
+    assert kept.obstacle() == ""
+    (tmp_path / "large disk").chmod(0o755)
+    assert kept.get(OTHER) == PAYLOAD
+    assert stat.S_IMODE((tmp_path / "large disk").stat().st_mode) == 0o700
+
+
+def test_why_nothing_is_kept_is_said(kept: Cache, tmp_path: Path) -> None:
+    assert kept.obstacle() == ""
+    assert Cache(tmp_path / "later", floor=0).obstacle() == ""
+    shutil.rmtree(kept.folder)
+    kept.folder.touch()
+    assert "cannot be written to (Not a directory)" in kept.obstacle()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_of_somebody_else_is_said(linked: bool, kept: Cache, tmp_path: Path) -> None:
+    """As after a single `sudo llava-edge run`; and a link to one of ours that another user made is none of ours."""
+    if linked:
+        kept.folder.rename(tmp_path / "ours")
+        kept.folder.symlink_to(tmp_path / "ours")
+    os.chown(kept.folder, 1, 1, follow_symlinks=False)
+    assert kept.get(KEY) is None
+    assert not kept.put(OTHER, ABOUT, PAYLOAD)
+    assert "belongs to another user" in kept.obstacle()
 
 
 def test_a_long_description_costs_no_entry(kept: Cache) -> None:
