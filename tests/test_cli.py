@@ -586,6 +586,16 @@ def test_info_shows_nothing_that_steers_the_terminal(run: Run, tmp_path: Path) -
     assert out.replace("\n", "").isprintable()
 
 
+def test_info_does_not_promise_an_export_that_would_fail(run: Run, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint")
+    assert "export with" in run("info", tmp_path / "checkpoint")[1]
+    (tmp_path / "checkpoint" / "tokenizer.json").unlink()
+    code, out, _ = run("info", tmp_path / "checkpoint")
+    assert code == 0
+    assert re.search(r"^needs .* has no tokenizer", out, re.MULTILINE)
+    assert "export with" not in out
+
+
 def test_models_are_listed_and_used_by_name(micro_bundle: Path, run: Run) -> None:
     assert "smol (default)  not installed" in run("models", "list")[1]
     store.models_folder().mkdir(parents=True)

@@ -7,14 +7,17 @@ import shlex
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llava_edge.bundle import MANIFEST, Bundle, Manifest
 from llava_edge.cli.terminal import one_line
-from llava_edge.errors import DataError, UsageError
+from llava_edge.errors import CheckpointError, DataError, MissingError, UsageError
 from llava_edge.store import DEFAULT_MODEL, resolve
+
+if TYPE_CHECKING:
+    from llava_edge.export.checkpoint import Checkpoint
 
 
 @click.command()
@@ -118,8 +121,19 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
         "image_tokens": config.image_tokens,
         **asdict(config),
         "files": files,
-        "export with": f"llava-edge export {shlex.quote(str(path))} OUT",
+        **_next(path, checkpoint),
     }
+
+
+def _next(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """How to export it, or what an export would say of its tokenizer."""
+    from llava_edge.export.tokenizer import read_tokenizer
+
+    try:
+        read_tokenizer(checkpoint.tokenizer, checkpoint.config)
+    except (CheckpointError, MissingError) as error:
+        return {"needs": str(error)}
+    return {"export with": f"llava-edge export {shlex.quote(str(path))} OUT"}
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
