@@ -555,6 +555,13 @@ def test_verify_finds_one_flipped_bit(part: str, bundle_copy: Path, run: Run) ->
     assert part in err
 
 
+def test_a_command_that_is_proposed_can_be_pasted(run: Run, tmp_path: Path) -> None:
+    spaced = tmp_path / "my file.gguf"
+    spaced.touch()
+    for arguments in ([spaced], ["run", spaced], ["run", "--model", spaced, "--prompt", "Why?"]):
+        assert f" '{spaced}'" in run(*arguments)[2]
+
+
 def test_info_of_a_bundle(micro_bundle: Path, run: Run) -> None:
     code, out, _ = run("info", micro_bundle)
     manifest = json.loads((micro_bundle / MANIFEST).read_text())

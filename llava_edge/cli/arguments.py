@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,7 +124,7 @@ class AboutPictures(click.Command):
         if rest and not ctx.resilient_parsing:
             if is_file(rest[0]):
                 raise click.UsageError(
-                    f"{rest[0]!r} has no option before it; for a picture use --image {rest[0]}.", ctx
+                    f"{rest[0]!r} has no option before it; for a picture use --image {shlex.quote(rest[0])}.", ctx
                 )
             raise click.UsageError(
                 f"{rest[0]!r} has no option before it; pictures are given with --image, questions with --prompt.", ctx

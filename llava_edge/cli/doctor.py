@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -123,7 +124,7 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
     from llava_edge.cli.terminal import status_line
     from llava_edge.runtimes import tune
 
-    again = "llava-edge doctor --tune" + ("" if model == store.DEFAULT_MODEL else f" --model {model}")
+    again = "llava-edge doctor --tune" + ("" if model == store.DEFAULT_MODEL else f" --model {shlex.quote(model)}")
     if measure:
         try:
             with status_line("Measuring how pictures are encoded fastest") as status:
