@@ -153,8 +153,9 @@ def export(
             publish.check_target(out, options.force)
             publish.publish(temp, out)
         except OSError as error:
+            reason = error.strerror or f"{error}, as when the disk is full"  # numpy names bytes, but no reason
             raise StorageError(
-                f"Writing the bundle failed: {error.filename or temp}: {error.strerror or error}. {out} is unchanged."
+                f"Writing the bundle failed: {error.filename or temp}: {reason}. {out} is unchanged."
             ) from error
     return manifest
 
