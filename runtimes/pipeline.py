@@ -332,8 +332,9 @@ class Engine:
             self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images), messages)
         pictures = [limited(picture, options, manifest) for picture in self.prepare_all(images)]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures], messages)
-        run.preprocess_ms = sum(picture.milliseconds for picture in pictures)
-        run.image_ms = sum(picture.decode_milliseconds for picture in pictures)
+        once = {picture.key: picture for picture in pictures}.values()  # one that is shown twice was prepared once
+        run.preprocess_ms = sum(picture.milliseconds for picture in once)
+        run.image_ms = sum(picture.decode_milliseconds for picture in once)
         stream = TextStream((*options.stop, *self._template.stop_texts))
         limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
         language = self._opened()

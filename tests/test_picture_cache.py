@@ -231,6 +231,21 @@ def test_pictures_embedded_while_loading(micro_bundle: Path, plain: Llava) -> No
         assert found(llava, ASK, [shown])[2] == "kv"
 
 
+def test_a_picture_shown_twice_is_encoded_and_counted_once(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, computing = prepare(picture("red"), Bundle.open(micro_bundle).manifest), embedder.Embedder._compute
+    keys: list[str] = []
+
+    def counted(self: embedder.Embedder, picture: Picture, *rest: Any) -> embedder.Embedding:
+        keys.append(picture.key)
+        return computing(self, picture, *rest)
+
+    monkeypatch.setattr(embedder.Embedder, "_compute", counted)
+    with opened(micro_bundle, shown=[lambda: shown] * 3) as llava:
+        result = result_of(llava.answer([Message("user", "What is it?", 3)], [shown] * 3))
+    assert keys == [shown.key]
+    assert result.timings.preprocess_ms == shown.milliseconds
+
+
 def test_embedding_goes_on_when_the_model_is_loaded(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown, loaded = prepare(picture("red"), Bundle.open(micro_bundle).manifest), threading.Event()
 
