@@ -135,8 +135,8 @@ def export(
     language = checkpoint.language_file or read_tokenizer(checkpoint.tokenizer, checkpoint.config)
     publish.check_target(out, options.force)
     if options.emit_mmproj:
-        check_mmproj(checkpoint.config, options.emit_mmproj, options.force)
         _check_apart(options, out)
+        check_mmproj(checkpoint.config, options.emit_mmproj, options.force)
     probe.require_working_build()
     if options.imatrix or on_report:
         importance.check(options.calibrate)

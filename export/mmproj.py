@@ -12,7 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from llava_edge.errors import CannotCreateError, CheckpointError, StorageError
+from llava_edge import gguf as header
+from llava_edge.errors import CannotCreateError, CheckpointError, LlavaEdgeError, StorageError
 from llava_edge.export import projector
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.llm_gguf import write_tensors
@@ -65,10 +66,19 @@ def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
                 f"No mmproj file can be made of a model that {fault}: llama.cpp would compute something else. "
                 "Leave out --emit-mmproj."
             )
-    if path.is_dir() or (path.exists() and not force):
+    if os.path.lexists(path) and not _is_picture_encoder(path):
+        raise CannotCreateError(f"{path} exists and is no picture encoder for llama.cpp; choose another name.")
+    if os.path.lexists(path) and not force:
         raise CannotCreateError(f"{path} exists already; use --force to replace it, or choose another name.")
     if not path.parent.is_dir():
         raise CannotCreateError(f"{path.parent} is not a folder, so {path.name} cannot be created there.")
+
+
+def _is_picture_encoder(path: Path) -> bool:
+    try:
+        return path.is_file() and header.read(path).architecture == ARCHITECTURE
+    except LlavaEdgeError:
+        return False
 
 
 def write_mmproj(checkpoint: Checkpoint, path: Path, name: str) -> None:

@@ -140,6 +140,18 @@ def test_files_that_are_read_are_not_written_over(pair: tuple[Path, Path], tmp_p
     assert (language.read_bytes(), mmproj.read_bytes()) == before
 
 
+def test_nothing_but_a_picture_encoder_is_written_over(source: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """--force or not: neither a file of the checkpoint, nor another model, nor a folder."""
+    (tmp_path / "folder").mkdir()
+    for target in (source / "config.json", pair[0], tmp_path / "folder"):
+        before = target.read_bytes() if target.is_file() else None
+        for force in ((), ("--force",)):
+            done = command(source, tmp_path / "out", *force, "--emit-mmproj", target)
+            assert isinstance(done.exception, CannotCreateError), done.output
+            assert "is no picture encoder for llama.cpp" in str(done.exception)
+        assert (target.read_bytes() if target.is_file() else None) == before
+
+
 def test_a_quantized_pair_of_a_trained_model_still_answers(trained_micro: Path, tmp_path: Path) -> None:
     export(ExportOptions(trained_micro, tmp_path / "direct", quant="f16", vision="fp32"))
     quantize(tmp_path / "direct" / LANGUAGE, tmp_path / "model.gguf", "q8_0", 1)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 @click.option("--mmproj", type=click.Path(path_type=Path), help="CHECKPOINT is a GGUF; this is its picture encoder.")
 @click.option("--emit-mmproj", type=click.Path(path_type=Path), help="Also write the picture encoder for llama.cpp.")
 @click.option("--name", default="", help="Of the model; the name of OUT unless given.")
-@click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a bundle, and what --emit-mmproj wrote before.")
 @click.option("--force-publish", is_flag=True, help="Publish even if a stage differs from PyTorch too much.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="For quantizing; 0 is all cores.")
 @click.option("--imatrix", is_flag=True, help="Spend the bits of 4 and 5 bit weights where pictures need them.")
