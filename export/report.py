@@ -24,6 +24,8 @@ from llava_edge.export.quantize import Quant, quantize
 
 Array = np.ndarray[Any, Any]
 
+TITLE = "# What quantization costs"  # what a report begins with
+
 MEASURED: tuple[tuple[Quant, bool], ...] = (
     ("f16", False),
     ("q8_0", False),  # takes no notice of a matrix
@@ -137,7 +139,7 @@ def markdown(report: Report) -> str:
     """The table, with what one has to know to read it."""
     plain = report.rows[0].perplexity
     lines = [
-        f"# What quantization costs {report.name}",
+        f"{TITLE} {report.name}",
         "",
         f"Language model alone, by llama.cpp, on {report.tokens} answer tokens: {report.held_out}.",
         f"Image-aware files were quantized with an importance matrix from {report.calibration}.",

@@ -165,15 +165,16 @@ def test_what_cannot_be_measured_on_is_said(float16: Path, micro_bundle: Path, t
 def test_a_report_that_could_not_be_written_is_refused_before_anything_is_measured(
     micro_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Nor may it be written into the bundle, which could then not be replaced, or over what it measures on."""
+    """Nor may it be written into the bundle, which could then not be replaced, or over anything but a report."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     kept = data.read_bytes()
     for out, path, why in (
-        ("out", tmp_path / "folder", "is a folder"),
+        ("out", tmp_path / "folder", "is no earlier report"),
+        ("out", micro_checkpoint / "config.json", "is no earlier report"),
         ("folder", tmp_path / "folder" / "report.md", "would be in the bundle"),
         ("folder", tmp_path / "link" / "report.md", "would be in the bundle"),
-        ("out", data, "is what the report measures on"),
+        ("out", data, "is no earlier report"),
     ):
         arguments = ["export", str(micro_checkpoint), str(tmp_path / out)]
         done = CliRunner().invoke(cli, [*arguments, "--report", str(path), "--report-data", str(data)])

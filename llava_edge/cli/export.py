@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -129,7 +130,7 @@ def export(
     if report_data and not report_file:
         raise UsageError("--report-data is what a report measures on; name the report's file with --report.")
     if report_file:
-        _check_report(report_file, out, report_data)
+        _check_report(report_file, out)
     try:
         with needing("export", "Exporting"), ended_cleanly(), _stages() as progress:
             manifest = exporter.export(options, progress, reports.append if report_file else None)
@@ -146,18 +147,24 @@ def export(
     click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: {run}", err=True)
 
 
-def _check_report(path: Path, out: Path, data: Path | None) -> None:
+def _check_report(path: Path, out: Path) -> None:
     """Refuse before hours of measuring what would lose the report, or spoil something else with it."""
     if not path.parent.is_dir():
         raise CannotCreateError(f"{path.parent} is not a folder; choose another place for the report.")
-    if path.is_dir():
-        raise CannotCreateError(f"{path} is a folder; name a file for the report.")
     if out.resolve() in path.resolve().parents:
         raise CannotCreateError(f"{path} would be in the bundle {out}; choose a place outside of it for the report.")
-    if data and path.resolve() == data.resolve():
-        raise CannotCreateError(f"{path} is what the report measures on; choose another name for the report.")
-    if problem := store.unwritable(path.parent):
-        raise CannotCreateError(f"{path} cannot be written ({problem}); choose another place for the report.")
+    if path.is_dir() or (path.is_file() and not _may_be_replaced(path)):
+        raise CannotCreateError(f"{path} exists and is no earlier report; choose another name.")
+    if not os.access(path, os.W_OK) if path.exists() else store.unwritable(path.parent):
+        raise CannotCreateError(f"{path} cannot be written to; choose another place for the report.")
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """An earlier report, or an empty file."""
+    from llava_edge.export.report import TITLE
+
+    with path.open("rb") as file:
+        return file.read(len(TITLE)) in (TITLE.encode(), b"")
 
 
 @contextmanager
