@@ -75,6 +75,7 @@ def bench(
     from llava_edge.cli.terminal import status_line
 
     picture = None if image is None else Path(picture_path(image))
+    _check_apart([file for file in (csv_file, html_file) if file], [*older, *([picture] if picture else [])])
     plan = Plan(models or (DEFAULT_MODEL,), threads, contexts, budgets, device, prompt, max_tokens, picture, repeats,
                 warmup, limits, presets)  # fmt: skip
     earlier = {str(path): read_report(path) for path in older}
@@ -116,6 +117,14 @@ def _write(*files: tuple[Path | None, Callable[[], str]]) -> None:
                 problems.append(f"{path} cannot be written: {error.strerror}.")
     if problems:
         raise StorageError(" ".join(problems))
+
+
+def _check_apart(written: list[Path], read: list[Path]) -> None:
+    """Raises `CannotCreateError` if a file would be written over another one, or over one that is read."""
+    places = [file.resolve() for file in (*written, *read)]
+    for number, file in enumerate(written):
+        if places[number] in places[number + 1 :]:
+            raise CannotCreateError(f"{file} is named for something else, too; choose another name.")
 
 
 def _check(
