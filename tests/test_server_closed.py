@@ -562,6 +562,13 @@ def test_slow_clients_are_left(micro_bundle: Path, tmp_path: Path) -> None:
         assert server.text("Hello")
 
 
+def test_who_is_late_with_a_body_is_told_so_at_its_limit(micro_bundle: Path, tmp_path: Path) -> None:
+    with running(micro_bundle, tmp_path, limits="body_seconds=3") as server:
+        start = time.monotonic()
+        assert status_of(server.raw(server.post + b"Content-Length: 100\r\n\r\n{")) == 408
+        assert time.monotonic() - start < 5.5  # not after the limit twice
+
+
 def test_who_leaves_within_a_body_is_no_bug(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(server.post + b"Content-Length: 100\r\n\r\n{")

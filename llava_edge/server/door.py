@@ -23,6 +23,7 @@ _HEADERS = [
     (b"cache-control", b"no-store"),
 ]
 _UNLOGGED = (("/health", 200), ("/metrics", 200))  # asked every few seconds
+_HARDLY_WAITED_FOR = (401, 403, 408)  # who may not be here, or had the time for its body already
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 
 
@@ -64,9 +65,7 @@ class Door:
                 await Response(status_code=204)(scope, visit.receive, visit.send)
             else:
                 await self._work(scope, visit)
-        except Problem as problem:  # it counts for none, and who may not be here is hardly waited for
-            if problem.status in (401, 403):
-                visit.patience = self._limits.refused_seconds
+        except Problem as problem:  # it counts for none
             await problem_response(problem)(scope, visit.receive, visit.send)
         finally:
             route = scope["path"] if scope["path"] in self._paths else "(other)"
@@ -99,8 +98,8 @@ class _Visit:
     def __init__(self, receive: Receive, send: Send, limits: Limits, headers: list[tuple[bytes, bytes]]) -> None:
         self._receive = receive
         self._send = send
+        self._limits = limits
         self._headers = headers
-        self.patience = limits.body_seconds
         self._read = False  # the whole body
         self.status = 0
 
@@ -118,8 +117,10 @@ class _Visit:
 
     async def _closing(self) -> list[tuple[bytes, Any]]:
         """Take in what is left of the body: a client that still sends would lose the answer in a reset."""
+        limits = self._limits
+        patience = limits.refused_seconds if self.status in _HARDLY_WAITED_FOR else limits.body_seconds
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(patience):
                 while not self._read:
                     await self.receive()
         return [] if self._read else [(b"connection", b"close")]

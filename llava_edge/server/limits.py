@@ -22,7 +22,7 @@ class Limits:
     head: int = 16 << 10  # request line and headers
     head_seconds: float = 10.0
     body_seconds: float = 30.0
-    refused_seconds: float = 1.0  # that who may not be here gets to send what its answer does not depend on
+    refused_seconds: float = 1.0  # that who may not be here, or is late, gets for what its answer does not need
     queue_seconds: float = 60.0
     answer_seconds: float = 600.0
     stall_seconds: float = 30.0  # of a client that does not read
