@@ -322,6 +322,25 @@ def test_the_child_ends_with_the_server(number: int, code: int, micro_bundle: Pa
         assert "Traceback" not in server.log.read_text()
 
 
+@linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_whose_answer_the_end_of_the_server_breaks_off_is_told(
+    number: int, micro_bundle: Path, tmp_path: Path, long_answer: dict[str, Any]
+) -> None:
+    with running(micro_bundle, tmp_path) as server:
+        streaming = begun(server.start(long_answer))
+        waiting = server.start(question("Hello"))
+        os.kill(server.child(), signal.SIGSTOP)  # so that neither answer ends by itself
+        server.wait_until(lambda: server.health()["queue"] == 1)
+        server.process.send_signal(number)
+        rest, whole = read_all(streaming), read_all(waiting)
+        server.process.wait(10)
+        assert b'"code":"stopped"' in rest
+        assert b"[DONE]" not in rest
+        assert whole.startswith(b"HTTP/1.1 503")
+        assert "ERROR" not in server.log.read_text()
+
+
 def test_a_model_that_cannot_be_loaded_is_said(bundle_copy: Path, tmp_path: Path) -> None:
     language = bundle_copy / "language.gguf"
     data = bytearray(language.read_bytes())

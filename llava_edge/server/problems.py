@@ -47,6 +47,11 @@ def crashed() -> Problem:
     )
 
 
+def stopped() -> Problem:
+    """The server ends."""
+    return Problem(503, "The server was stopped while it worked on this request.", code="stopped")
+
+
 def busy(message: str, retry_after: int) -> Problem:
     """Not now."""
     return Problem(503, message, code="busy", retry_after=retry_after)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_edge import python, store
 from llava_edge.bundle import Bundle
@@ -20,7 +21,11 @@ from llava_edge.server.supervisor import Supervisor
 from llava_edge.server.votes import Votes
 from llava_edge.templates import template
 
+if TYPE_CHECKING:
+    import uvicorn
+
 MIN_KEY = 16  # characters
+GRACE_SECONDS = 1  # that answers get to end when the server is stopped, and then their clients to be told
 
 
 @dataclass(frozen=True)
@@ -88,13 +93,13 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=2 * GRACE_SECONDS,
         h11_max_incomplete_event_size=limits.head,
     )
     try:
         await supervisor.start()
         say(f"{manifest.name} on http://{guard.bracketed(settings.host)}:{port} (Ctrl-C ends it)")
-        await uvicorn.Server(config).serve(sockets=sockets)
+        await _ending(supervisor)(config).serve(sockets=sockets)
     finally:
         # uvicorn raises Ctrl-C once more when it is done, which cancels whatever is awaited next.
         closing = asyncio.ensure_future(supervisor.close())
@@ -103,6 +108,18 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
         except asyncio.CancelledError:
             await closing
             raise
+
+
+def _ending(supervisor: Supervisor) -> type[uvicorn.Server]:
+    """uvicorn's server, which would break off with tracebacks what does not end in time: here it is told before."""
+    import uvicorn
+
+    class Ending(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(GRACE_SECONDS, supervisor.stop)
+            await super().shutdown(sockets)
+
+    return Ending
 
 
 def _bind(host: str, port: int, say: Callable[[str], None]) -> list[socket.socket]:

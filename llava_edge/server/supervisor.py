@@ -24,7 +24,7 @@ from llava_edge.errors import UnavailableError
 from llava_edge.options import EngineOptions
 from llava_edge.server import child
 from llava_edge.server.limits import Limits
-from llava_edge.server.problems import Problem, bad, busy, crashed
+from llava_edge.server.problems import Problem, bad, busy, crashed, stopped
 from llava_edge.server.requests import Ask
 
 MAX_CRASHES = 3  # without an answer between them; then requests are refused for a while
@@ -57,6 +57,7 @@ class Supervisor:
         self._options = options
         self._limits = limits
         self._waiting: deque[_Job] = deque()
+        self._asked: set[_Job] = set()  # those that wait, and the one at work
         self._news = asyncio.Event()
         self._count = 0
         self._task: asyncio.Task[None] | None = None
@@ -84,6 +85,11 @@ class Supervisor:
         self._child = await self._started()
         self._task = asyncio.create_task(self._run())
 
+    def stop(self) -> None:
+        """Tell whoever still waits for an answer, or for the rest of one, that there will be none."""
+        for job in self._asked:
+            job.say(stopped())
+
     async def close(self) -> None:
         """End the child."""
         if self._task:
@@ -106,6 +112,7 @@ class Supervisor:
         self._count += 1
         job = _Job(self._count, ask)
         self._waiting.append(job)
+        self._asked.add(job)
         self._news.set()
         timer = asyncio.get_running_loop().call_later(self._limits.queue_seconds, self._give_up, job)
         try:
@@ -118,6 +125,7 @@ class Supervisor:
                     return
         finally:
             timer.cancel()
+            self._asked.discard(job)
             job.left.set()
             if job in self._waiting:  # the error of removing it in vain would have all of a job in it, as text
                 self._waiting.remove(job)
