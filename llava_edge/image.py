@@ -14,6 +14,7 @@ import os
 import stat
 import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ BAND_PIXELS = 1 << 20  # `_pad` widens this much of a picture at a time, in each
 BAND_THREADS = 2
 RESCALE = 0.00392156862745098  # 1/255 as CLIP's preprocessor_config.json has it
 
+LAZY = threading.Lock()  # Pillow's images read pixels and EXIF when first asked, which two threads must not do at once
 _ORIENTATION = 0x0112  # EXIF tag; the table says how to bring each value upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,7 +66,7 @@ def load_image(source: ImageInput, name: str = "") -> Image.Image:
         name = _printable(os.fsdecode(source.filename))
     name = name or "The picture"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), LAZY if isinstance(source, Image.Image) else nullcontext():
             warnings.simplefilter("ignore")  # Pillow's remarks on metadata are no news to the person
             image = _open(source, name)
             _check_size(image.size, name)

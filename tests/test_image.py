@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from processes import in_child
 from llava_edge import image as image_module
 from llava_edge.bundle import Preprocessing
 from llava_edge.image import load_image, preprocess, square_and_resize
+from llava_edge.runtimes.pictures import copied
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -251,6 +253,17 @@ def test_no_copy_is_made_of_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Image.Image, "convert", None)
     found = load_image(source)
     assert found.tobytes() == expected.tobytes()
+
+
+def test_several_threads_may_show_a_picture_that_is_not_loaded_yet() -> None:
+    """Two that did so at once broke it for both, or showed it as it lies in the file."""
+    data = encode(Image.effect_noise((500, 400), 60).convert("RGB"), "JPEG", exif=exif(6))
+    wanted = load_image(data)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(60):
+            lazy = Image.open(io.BytesIO(data))
+            for shown in pool.map(lambda take, lazy=lazy: take(lazy), [load_image, copied] * 4):
+                assert same(load_image(shown), wanted)
 
 
 def test_the_callers_picture_is_left_alone() -> None:
