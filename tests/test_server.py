@@ -354,6 +354,18 @@ def test_leaving_a_stream_frees_the_model(create: Any, server: Server) -> None:
     assert server.metric(name) == before + 1  # the one that was left did not run to its end
 
 
+def test_metrics_count_an_answer_that_was_left(create: Any, server: Server) -> None:
+    stream = create(messages=[user("Hello")], max_tokens=480, stream=True)
+    for _ in zip(range(5), stream, strict=False):
+        pass
+    before = server.metric('llava_edge_tokens_total{kind="answer"}')
+    stream.close()
+    server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 1)
+    made = server.ask("Hello", max_tokens=4)["usage"]["completion_tokens"]
+    assert server.metric('llava_edge_answers_total{reason="cancelled"}') >= 1
+    assert server.metric('llava_edge_tokens_total{kind="answer"}') > before + made
+
+
 def test_the_library_and_the_page_are_served_at_once(server: Server) -> None:
     """Requests of every kind get their answer while the model works."""
     busy = threading.Thread(target=server.ask, args=("Hello",), kwargs={"max_tokens": 400})

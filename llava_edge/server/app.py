@@ -34,12 +34,12 @@ Read = Callable[[dict[str, Any], str, Limits], Ask]
 class App:
     """Everything the routes share."""
 
-    def __init__(self, model: str, supervisor: Supervisor, votes: Votes, limits: Limits) -> None:
+    def __init__(self, model: str, supervisor: Supervisor, votes: Votes, limits: Limits, metrics: Metrics) -> None:
         self._model = model
         self._supervisor = supervisor
         self._votes = votes
         self._limits = limits
-        self._metrics = Metrics()
+        self._metrics = metrics
         self._page = Page()
         self._created = int(time.time())
 
@@ -74,19 +74,12 @@ class App:
     async def _answer(self, request: Request, read: Read, chat: bool) -> Response:
         ask = read(await self._body(request), self._model, self._limits)
         reply = replies.Reply(self._model, chat)
-        events = self._counted(ask)
+        events = self._supervisor.answer(ask)
         if not ask.stream:
             return JSONResponse(reply.whole(await _unless_gone(request, _all(events))))
         # Nothing is sent before the first event, so that what is wrong with a request has its status.
         first = await _unless_gone(request, anext(events))
         return _Stream(self._lines(first, events, reply, ask.include_usage), events)
-
-    async def _counted(self, ask: Ask) -> AsyncGenerator[dict[str, Any], None]:
-        async with aclosing(self._supervisor.answer(ask)) as events:
-            async for said in events:
-                if "result" in said:
-                    self._metrics.answer(said["result"])
-                yield said
 
     async def _lines(
         self, first: dict[str, Any], events: AsyncGenerator[dict[str, Any], None], reply: replies.Reply, usage: bool

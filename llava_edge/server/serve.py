@@ -17,6 +17,7 @@ from llava_edge.errors import MissingError, UnavailableError, UsageError, instal
 from llava_edge.options import EngineOptions
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
+from llava_edge.server.metrics import Metrics
 from llava_edge.server.supervisor import Supervisor
 from llava_edge.server.votes import Votes
 from llava_edge.templates import template
@@ -77,12 +78,13 @@ async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say
     port = sockets[0].getsockname()[1]
     hosts = guard.hosts(settings.host, port, settings.allowed_hosts)
     limits = settings.limits
-    supervisor = Supervisor(bundle, options, limits)
+    metrics = Metrics()
+    supervisor = Supervisor(bundle, options, limits, metrics.answer)
     manifest = bundle.manifest
     votes = Votes(store.home() / "log" / "votes.jsonl", manifest.name, template(manifest.template))
     pages = guard.origins(settings.allowed_origins)
     door = guard.Guard(hosts, settings.key, settings.allowed_hosts, pages)
-    app = App(manifest.name, supervisor, votes, limits).asgi(door, say)
+    app = App(manifest.name, supervisor, votes, limits, metrics).asgi(door, say)
     config = uvicorn.Config(
         app,
         http=protocol(limits),

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +50,22 @@ class _Job:
 
 
 class Supervisor:
-    """Start it with `start`, ask with `answer`, end it with `close`. `crashes` counts deaths nobody asked for."""
+    """Start it with `start`, ask with `answer`, end it with `close`. `crashes` counts deaths nobody asked for.
 
-    def __init__(self, bundle: Bundle, options: EngineOptions, limits: Limits) -> None:
+    count: gets the result of each answer, also of one that was left, which nobody else gets.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: EngineOptions,
+        limits: Limits,
+        count: Callable[[dict[str, Any]], None] = lambda result: None,
+    ) -> None:
         self._bundle = bundle
         self._options = options
         self._limits = limits
+        self._count_result = count
         self._waiting: deque[_Job] = deque()
         self._asked: set[_Job] = set()  # those that wait, and the one at work
         self._news = asyncio.Event()
@@ -154,15 +164,17 @@ class Supervisor:
     async def _work(self, process: _Child, job: _Job) -> None:
         try:
             async with asyncio.timeout(self._limits.answer_seconds):
-                await process.work(job, self._limits.cancel_seconds)
+                said = await process.work(job, self._limits.cancel_seconds)
             self._in_row = 0
         except TimeoutError:
             job.say(Problem(500, "The answer took longer than this server allows.", code="timeout"))
-            await process.cancel(job, self._limits.cancel_seconds)
+            said = await process.cancel(job, self._limits.cancel_seconds)
         except BaseException:
             if not job.ended:
                 job.say(crashed())
             raise
+        if "result" in said:
+            self._count_result(said["result"])
 
     async def _started(self) -> _Child:
         self.starts += 1
@@ -246,33 +258,39 @@ class _Child:
         if self._listen().done():
             await self._heard()
 
-    async def work(self, job: _Job, patience: float) -> None:
-        """Send a job and hand on what comes back; if its client leaves, stop it. Raises `_DiedError`."""
+    async def work(self, job: _Job, patience: float) -> dict[str, Any]:
+        """Send a job and hand on what comes back; if its client leaves, stop it. The last that came.
+
+        Raises `_DiedError`.
+        """
         header = json.dumps({"id": job.number, **job.ask.header()}).encode("ascii") + b"\n"
         try:
             self._writer.writelines([header, *job.ask.images])
             await self._writer.drain()
         except OSError as error:
             raise _DiedError from error
+        said: dict[str, Any] = {}
         left = asyncio.create_task(job.left.wait())
         try:
             while not job.ended:
                 await asyncio.wait({left, self._listen()}, return_when=asyncio.FIRST_COMPLETED)
                 if left.done() and not self._listen().done():
                     return await self.cancel(job, patience)
-                self._hand_on(job, await self._heard())
+                said = await self._heard()
+                self._hand_on(job, said)
         finally:
             left.cancel()
+        return said
 
-    async def cancel(self, job: _Job, patience: float) -> None:
-        """Make the child leave a job. Raises `_DiedError` if it does not within `patience` seconds."""
+    async def cancel(self, job: _Job, patience: float) -> dict[str, Any]:
+        """Make the child leave a job; its last word. Raises `_DiedError` if it does not within `patience` seconds."""
         try:
             self._writer.write(json.dumps({"cancel": job.number}).encode("ascii") + b"\n")
             async with asyncio.timeout(patience):
                 while True:
                     said = await self._heard()
                     if said.get("id") == job.number and ("result" in said or "error" in said):
-                        return
+                        return said
         except (OSError, TimeoutError) as error:
             raise _DiedError from error
 
