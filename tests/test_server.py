@@ -79,6 +79,12 @@ def test_the_stream_is_the_answer(create: Any) -> None:
     assert len({e.id for e in events}) == 1
 
 
+def test_a_proxy_shall_not_hold_a_stream_back(server: Server) -> None:
+    """nginx collects an answer before it passes it on, unless this header is there (ngx_http_proxy_module)."""
+    status, headers, _ = server.chat(question(stream=True))
+    assert (status, headers["x-accel-buffering"]) == (200, "no")
+
+
 def test_a_conversation(create: Any, llava: Llava) -> None:
     chat = llava.chat(system="Be kind.", options=Options(max_tokens=12))
     turns: list[dict[str, Any]] = [{"role": "system", "content": "Be kind."}]

@@ -163,7 +163,8 @@ class _Stream(StreamingResponse):
     """Server-sent events; `events`, which they are made of, are closed whenever and however it ends."""
 
     def __init__(self, lines: AsyncGenerator[bytes, None], events: AsyncGenerator[dict[str, Any], None]) -> None:
-        super().__init__(lines, media_type="text/event-stream")
+        unheld = {"X-Accel-Buffering": "no"}  # or nginx before us collects the events
+        super().__init__(lines, headers=unheld, media_type="text/event-stream")
         self._lines = lines
         self._events = events
 
