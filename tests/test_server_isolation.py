@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
@@ -351,6 +352,21 @@ def test_a_model_that_cannot_be_loaded_is_said(bundle_copy: Path, tmp_path: Path
     assert done.returncode == 65
     assert done.stderr.count("\n") == 1
     assert "language.gguf" in done.stderr
+
+
+@linux
+def test_a_log_that_nobody_reads_stops_nothing(micro_bundle: Path) -> None:
+    """An app that starts the server reads where it listens, and perhaps no more from that pipe."""
+    command = [sys.executable, "-m", "llava_edge", "serve", "--model", str(micro_bundle), "--port", "0"]
+    with subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stderr=subprocess.PIPE) as process:
+        assert process.stderr
+        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        try:
+            port = int(re.findall(rb"http://\S+:(\d+) ", process.stderr.readline())[0])
+            server = Server(process, port, micro_bundle)
+            assert {server.request("GET", "/v1/models", timeout=10)[0] for _ in range(400)} == {200}
+        finally:
+            process.terminate()
 
 
 def test_without_the_extra(micro_bundle: Path) -> None:

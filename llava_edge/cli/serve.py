@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from llava_edge.cli.arguments import engine_options, engine_options_from
-from llava_edge.cli.terminal import status_line
+from llava_edge.cli.terminal import status_line, takes_a_line
 from llava_edge.errors import UsageError
 
 
@@ -70,7 +71,8 @@ def serve(
 
         def say(line: str) -> None:
             status.clear()
-            click.echo(line, err=True)
+            if takes_a_line(sys.stderr):
+                click.echo(line, err=True)
 
         status(None)
         run(bundle, engine, settings, say)

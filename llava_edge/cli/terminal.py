@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import click
 
@@ -34,6 +36,14 @@ def advise(device: str) -> None:
 
     if sys.stderr.isatty() and device.startswith("cpu") and native.unbuilt():
         click.echo(f"(native kernels are not built for this version; to build them, run: {COMMAND})", err=True)
+
+
+def takes_a_line(stream: TextIO) -> bool:
+    """Whether writing would not wait: for who reads a pipe, as an app that started us may not, or for Ctrl-Q."""
+    try:
+        return bool(select.select([], [stream], [], 0)[1])
+    except (OSError, ValueError):  # it is no file
+        return True
 
 
 @contextmanager
