@@ -317,6 +317,11 @@ def test_errors_as_the_client_raises_them(create: Any) -> None:
     assert "nothing is downloaded" in error(openai.BadRequestError, messages=messages).message
 
 
+def test_a_client_that_was_given_the_address_without_v1_is_told(server: Server) -> None:
+    status, _, body = server.request("POST", "/chat/completions", question())
+    assert (status, b"below /v1" in body) == (404, True)
+
+
 def test_the_asynchronous_client(server: Server) -> None:
     """Answers, and cancelling a task leaves the model to the next one."""
 

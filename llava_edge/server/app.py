@@ -230,7 +230,8 @@ async def _say(_: Request, problem: Exception) -> Response:
 
 async def _say_http(_: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = "This address takes another method." if status == 405 else "There is no such address."
+    missing = "There is no such address; the API is below /v1."
+    message = "This address takes another method." if status == 405 else missing
     response = problem_response(Problem(status, message))
     response.headers.update(getattr(error, "headers", None) or {})  # which methods it takes
     return response
