@@ -127,6 +127,14 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "native", compile_all)
 
 
+@pytest.fixture(scope="session")
+def arm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The native kernels compiled for ARM, to be run by `emulator.run`."""
+    from emulator import compiled
+
+    return made_once(tmp_path_factory, "arm", compiled) / "program"
+
+
 @pytest.fixture(scope="module")
 def llava(micro_bundle: Path) -> Iterator[Llava]:
     """`micro_bundle`, loaded for the tests of a file."""

@@ -19,23 +19,25 @@ emulated = pytest.mark.skipif(
 )
 
 
-def compiled(folder: Path, *flags: str) -> Path:
+def compiled(folder: Path, *flags: str) -> None:
     """All units for aarch64 as one library, as `build.build` links them but for ggml, which nothing here calls; and
-    the program that computes with it."""
+    the program that computes with it: `folder`/program."""
     assert COMPILER
+    folder.mkdir(exist_ok=True)
     headers = build.package().parent / "include"
     common = [COMPILER, *build.FLAGS, "-Werror", *flags, f"-I{headers}", f"-I{build.SOURCES}"]
     objects = []
     for number, unit in enumerate(build.AARCH64):
         objects.append(str(folder / f"{number}.o"))
         subprocess.run([*common, *unit.flags, "-c", str(build.SOURCES / unit.source), "-o", objects[-1]], check=True)
-    listed, library, program = str(build.SOURCES / "kernels.cpp"), str(folder / "kernels.so"), folder / "program"
+    listed, library = str(build.SOURCES / "kernels.cpp"), str(folder / "kernels.so")
     defined = [f"-DNATIVE_HAS_{unit.kernel}" for unit in build.AARCH64 if unit.kernel]
     subprocess.run([*common, *defined, "-shared", "-Wl,-z,lazy", *objects, listed, "-o", library], check=True)
     source = str(Path(__file__).with_name("native_arm.cpp"))
     lazily = ("-Wl,-z,lazy", "-Wl,--unresolved-symbols=ignore-all", f"-Wl,-rpath,{folder}")
-    subprocess.run([*common, "-fvisibility=default", source, library, *lazily, "-o", str(program)], check=True)
-    return program
+    subprocess.run(
+        [*common, "-fvisibility=default", source, library, *lazily, "-o", str(folder / "program")], check=True
+    )
 
 
 def run(program: Path, *arguments: str, processor: str = "max", given: bytes = b"") -> bytes:

@@ -65,19 +65,14 @@ def nearest(x: Array, chunk: int) -> Array:
     return found
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(tmp_path_factory.mktemp("arm"))
-
-
-def multiplied(program: Path, products: Sequence[Product], kernel: str, processor: str = "") -> list[Array | None]:
+def multiplied(arm_program: Path, products: Sequence[Product], kernel: str, processor: str = "") -> list[Array | None]:
     """(rows, columns) of each, in one process; None: not taken. processor: another one than the kernel's."""
     given = b""
     for product in products:
         (rows, inner), (columns, size) = product.x.shape, product.blocks.shape
         head = np.array([TYPES[product.kind], rows, columns, inner, size, product.threads], np.int32)
         given += head.tobytes() + product.blocks.tobytes() + product.x.astype(np.float32).tobytes()
-    said = run(program, kernel, processor=processor or PROCESSORS[kernel], given=given)
+    said = run(arm_program, kernel, processor=processor or PROCESSORS[kernel], given=given)
     found, at = list[Array | None](), 0
     for product in products:
         shape = (len(product.x), len(product.blocks))
@@ -134,9 +129,9 @@ def taken_by(kernel: str, products: Sequence[Product]) -> list[Product]:
 @emulated
 @pytest.mark.parametrize("kernel", PROCESSORS)
 @pytest.mark.parametrize("some", [every_shape, any_block, extreme_bytes])
-def test_products_are_what_rounding_explains(program: Path, some: Callable[[], list[Product]], kernel: str) -> None:
+def test_products_are_what_rounding_explains(arm_program: Path, some: Callable[[], list[Product]], kernel: str) -> None:
     products = taken_by(kernel, some())
-    found = multiplied(program, products, kernel)
+    found = multiplied(arm_program, products, kernel)
     assert are_right(products, found) == [True] * len(products)
     for product, values in zip(products, found, strict=True):
         assert values is not None
@@ -150,20 +145,20 @@ def test_products_are_what_rounding_explains(program: Path, some: Callable[[], l
 @emulated
 @pytest.mark.parametrize("kernel", PROCESSORS)
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_wrong_product_is_seen(program: Path, axis: int, kernel: str) -> None:
+def test_a_wrong_product_is_seen(arm_program: Path, axis: int, kernel: str) -> None:
     """Rows or columns that have changed places, or inner values that meet the next group's."""
     products = taken_by(kernel, [product for product in every_shape() if product.x.shape == (45, 1280)])
     asked = [replace(product, x=np.roll(product.x, 32, 1)) if axis == 2 else product for product in products]
     found = [
         values if values is None or axis == 2 else np.roll(values, 1, axis)
-        for values in multiplied(program, asked, kernel)
+        for values in multiplied(arm_program, asked, kernel)
     ]
     assert are_right(products, found) == [False] * len(products)
 
 
 @emulated
 @pytest.mark.parametrize("kernel", PROCESSORS)
-def test_what_is_not_finite_is_not_hidden(program: Path, kernel: str) -> None:
+def test_what_is_not_finite_is_not_hidden(arm_program: Path, kernel: str) -> None:
     numbers = np.random.default_rng(3)
     for kind in TAKEN:
         good = Product(
@@ -177,7 +172,7 @@ def test_what_is_not_finite_is_not_hidden(program: Path, kernel: str) -> None:
             x[2, 100] = bad
             blocks[4, SCALES[kind][0] :][:2] = np.array([bad], np.float16).view(np.uint8)
             products += [Product(kind, good.blocks, x), Product(kind, blocks, good.x)]
-        for number, found in enumerate(multiplied(program, products, kernel)):
+        for number, found in enumerate(multiplied(arm_program, products, kernel)):
             assert found is not None
             at, axis = ((2, 0), (4, 1))[number % 2]
             assert not np.isfinite(found.take(at, axis)).any()
@@ -185,13 +180,13 @@ def test_what_is_not_finite_is_not_hidden(program: Path, kernel: str) -> None:
 
 
 @emulated
-def test_a_row_gets_the_same_bits_alone_and_among_others(program: Path) -> None:
+def test_a_row_gets_the_same_bits_alone_and_among_others(arm_program: Path) -> None:
     numbers = np.random.default_rng(4)
     for kind in [*TAKEN, "F16"]:
         blocks = random_blocks(kind, 33, 768, numbers, np.array([0.01, -0.02, 0.005]))
         x = numbers.standard_normal((9, 768), np.float32)
         alone = [Product(kind, blocks, x[row : row + 1]) for row in range(9)]
-        together, *single = multiplied(program, [Product(kind, blocks, x, threads=2), *alone], "few")
+        together, *single = multiplied(arm_program, [Product(kind, blocks, x, threads=2), *alone], "few")
         assert together is not None
         for row, found in enumerate(single):
             assert found is not None
@@ -200,7 +195,7 @@ def test_a_row_gets_the_same_bits_alone_and_among_others(program: Path) -> None:
 
 @emulated
 @pytest.mark.parametrize(("columns", "inner"), [(64, 8), (5, 64), (33, 520)])
-def test_halves_as_of_an_adapter(program: Path, columns: int, inner: int) -> None:
+def test_halves_as_of_an_adapter(arm_program: Path, columns: int, inner: int) -> None:
     """In float32: nothing is rounded."""
     numbers = np.random.default_rng(5)
     product = Product(
@@ -208,29 +203,31 @@ def test_halves_as_of_an_adapter(program: Path, columns: int, inner: int) -> Non
         random_blocks("F16", columns, inner, numbers, np.array([0.01])),
         numbers.standard_normal((7, inner), np.float32),
     )
-    (found,) = multiplied(program, [product], "few")
+    (found,) = multiplied(arm_program, [product], "few")
     assert found is not None
     np.testing.assert_allclose(found, product.exact(), rtol=0, atol=1e-6)
 
 
 @emulated
-def test_what_there_is_not_is_not_taken(program: Path) -> None:
+def test_what_there_is_not_is_not_taken(arm_program: Path) -> None:
     """Many rows of float16: left to llama.cpp. Without the instructions nothing works, and nothing crashes."""
     x = np.ones((2, 256), np.float32)
     halves, bytes_ = Product("F16", np.zeros((3, 512), np.uint8), x), Product("Q8_0", np.zeros((3, 272), np.uint8), x)
-    assert multiplied(program, [bytes_, halves], "few", WITHOUT) == [None, None]
+    assert multiplied(arm_program, [bytes_, halves], "few", WITHOUT) == [None, None]
     for kernel, processor in KERNELS.items():
-        assert multiplied(program, [halves], kernel) == [None]
-        assert multiplied(program, [bytes_], kernel, WITHOUT) == [None]
-        assert run(program, processor=processor).decode().split()[0] == kernel
-    assert run(program).decode().split() == list(KERNELS)
-    assert run(program, processor=WITHOUT).split() == []
+        assert multiplied(arm_program, [halves], kernel) == [None]
+        assert multiplied(arm_program, [bytes_], kernel, WITHOUT) == [None]
+        assert run(arm_program, processor=processor).decode().split()[0] == kernel
+    assert run(arm_program).decode().split() == list(KERNELS)
+    assert run(arm_program, processor=WITHOUT).split() == []
 
 
 @emulated
+@pytest.mark.slow
 def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
     products = [*every_shape(), *any_block(), *extreme_bytes()]
-    program = compiled(tmp_path, *SANITIZED)
+    compiled(tmp_path, *SANITIZED)
+    program = tmp_path / "program"
     for kernel in PROCESSORS:
         some = taken_by(kernel, products)
         assert all(are_right(some, multiplied(program, some, kernel)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator import Emulated, compiled, emulated
+from emulator import Emulated, emulated
 from native_kernels import HAS_VNNI512, Array, Kernels
 
 from llava_edge.runtimes import devices, native
@@ -44,8 +44,8 @@ def kernels(native_build: Path) -> Kernels:
 
 
 @pytest.fixture(scope="module")
-def for_arm(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(compiled(tmp_path_factory.mktemp("arm")))
+def for_arm(arm_program: Path) -> Emulated:
+    return Emulated(arm_program)
 
 
 @pytest.fixture
