@@ -160,7 +160,8 @@ class Timings:
 
     `ttft_ms` and `total_ms` count from the start of the process (command line) or of the call (library).
     `decode_ms` is the time for all answer tokens after the first; the rate is over those. Of `preprocess_ms`,
-    `image_ms` went into decoding picture files; of `encode_ms`, `project_ms` into the projector.
+    `image_ms` went into decoding picture files; of `encode_ms`, `project_ms` into the projector. Of questions that are
+    asked in one go each has the times of what was done once for all.
     """
 
     load_ms: float

@@ -134,6 +134,7 @@ class _Reader(Stream):
 
     def close(self) -> None:
         self._ended = True
+        self._job.output.put(None)  # for whoever else waits for this stream
         if not self._whole:
             self._job.turn.drop()
             self._job.stop()

@@ -91,12 +91,12 @@ class Recent:
         self._pictures: dict[bytes, Picture] = {}  # the one asked for last stands last
         self._lock = threading.Lock()
 
-    def prepare(self, source: ImageInput | Picture) -> Picture:
+    def prepare(self, source: ImageInput | Picture, name: str = "") -> Picture:
         """As the function `prepare`."""
         start = time.perf_counter()
-        data, name = read_image(source) if isinstance(source, str | os.PathLike) else (source, "")
+        data, name = read_image(source) if isinstance(source, str | os.PathLike) else (source, name)
         if not isinstance(data, bytes):
-            return prepare(data, self._manifest)
+            return prepare(data, self._manifest, name)
         key = hashlib.sha256(data).digest()
         with self._lock:
             known = self._pictures.pop(key, None)
@@ -108,16 +108,17 @@ class Recent:
 
     def prepare_all(self, sources: Sequence[ImageInput | Picture]) -> list[Picture]:
         """Each as `prepare`, side by side; their times are shares of what all took. Raises the first one's error."""
+        names = [f"Picture {n} of {len(sources)}" for n in range(1, len(sources) + 1)] if len(sources) > 1 else [""]
         count = sum(not isinstance(source, Picture) for source in sources)
         count = min(count, len(devices.allowed_cpus()), SIDE_BY_SIDE)
         if count < 2:
-            return [self.prepare(source) for source in sources]
+            return list(map(self.prepare, sources, names))
         start = time.perf_counter()
         try:
             with ThreadPoolExecutor(count) as pool:
-                pictures = list(pool.map(self.prepare, sources))
+                pictures = list(pool.map(self.prepare, sources, names))
         except RuntimeError:  # the system gives no more threads
-            pictures = [self.prepare(source) for source in sources]
+            pictures = list(map(self.prepare, sources, names))
         new = [picture for source, picture in zip(sources, pictures, strict=True) if picture is not source]
         share = min(1.0, since(start) / sum(picture.milliseconds for picture in new))
         return [_in_share(picture, share) if picture in new else picture for picture in pictures]

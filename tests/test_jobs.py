@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -191,6 +192,27 @@ def test_a_stream_that_was_read_to_its_last_chunk_stops_nothing(owner: Owner) ->
     assert list(stream) == []
     list(owner.submit(finish, threading.Event()))
     assert kept == [False]
+
+
+@pytest.mark.parametrize("end", [LAST, UsageError("It fails.")])
+def test_a_stream_read_by_several_threads_ends_for_all(owner: Owner, end: Chunk | UsageError) -> None:
+    reading = threading.Barrier(4)
+
+    def work(job: Job) -> None:
+        reading.wait(SOON)
+        time.sleep(0.1)  # the others get on to waiting for it
+        job.output.put(end)
+
+    def read() -> list[Chunk]:
+        reading.wait(SOON)
+        return list(stream)
+
+    stream = owner.begin(work)
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(read) for _ in range(3)]
+        failed = [reader for reader in readers if reader.exception(SOON)]
+    chunks = [chunk for reader in readers if reader not in failed for chunk in reader.result()]
+    assert (len(failed), len(chunks)) == ((0, 1) if end is LAST else (1, 0))
 
 
 def test_an_unread_stream_does_nothing(owner: Owner) -> None:

@@ -23,7 +23,7 @@ class Limits:
     head_seconds: float = 10.0
     body_seconds: float = 30.0
     refused_seconds: float = 1.0  # that who may not be here, or is late, gets for what its answer does not need
-    queue_seconds: float = 60.0
+    queue_seconds: float = 300.0  # behind others, whose answers by a 7B take a minute each
     answer_seconds: float = 600.0
     stall_seconds: float = 30.0  # of a client that does not read
     cancel_seconds: float = 10.0  # that the child gets to leave a request before it is killed
