@@ -21,7 +21,7 @@ from PIL import Image
 from processes import in_child
 
 from llava_edge import cli, store
-from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, VISION_DATA
+from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, VISION_DATA, Bundle
 from llava_edge.models.micro import CONFIG, write_checkpoint
 from llava_edge.options import Result
 
@@ -608,8 +608,12 @@ def test_models_are_listed_and_used_by_name(micro_bundle: Path, run: Run) -> Non
     store.models_folder().mkdir(parents=True)
     (store.models_folder() / "mine").symlink_to(micro_bundle)
     out = run("models", "list")[1]
-    assert "mine  installed" in out
+    size = sum(entry.size for entry in Bundle.open(micro_bundle).manifest.files.values())
+    assert f"mine  installed  {size / 1e6:.0f} MB" in out
     assert str(store.models_folder() / "mine") in out
+    (store.models_folder() / "broken").mkdir()
+    (store.models_folder() / "broken" / "manifest.json").write_text("{")
+    assert "broken  damaged" in run("models", "list")[1]
     assert run("run", "--model", "mine", *LIGHT, "--max-tokens", "2", "--prompt", "hello")[0] == 0
 
 

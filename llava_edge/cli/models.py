@@ -11,7 +11,7 @@ import click
 from llava_edge import store
 from llava_edge.cli.arguments import needing
 from llava_edge.cli.terminal import ended_cleanly, status_line
-from llava_edge.errors import CannotCreateError, UnavailableError, UsageError
+from llava_edge.errors import CannotCreateError, LlavaEdgeError, UnavailableError, UsageError
 
 
 @click.group()
@@ -23,14 +23,21 @@ def models() -> None:
 def list_models() -> None:
     """Show known and installed models."""
     for entry in store.entries():
-        size = ""
-        if entry.folder is not None:
-            size = f"{sum(path.stat().st_size for path in entry.folder.iterdir() if path.is_file()) / 1e6:.0f} MB"
-        state = "installed" if entry.folder else "not installed"
+        state = _state(entry.folder) if entry.folder is not None else "not installed"
         default = " (default)" if entry.name == store.DEFAULT_MODEL else ""
-        click.echo("  ".join(filter(None, (f"{entry.name}{default}", state, size, entry.about))))
+        click.echo("  ".join(filter(None, (f"{entry.name}{default}", state, entry.about))))
         if entry.folder is not None:
             click.echo(f"    {entry.folder}")
+
+
+def _state(folder: Path) -> str:
+    from llava_edge.bundle import Bundle
+
+    try:
+        files = Bundle.open(folder).manifest.files
+    except LlavaEdgeError:
+        return "damaged"
+    return f"installed  {sum(entry.size for entry in files.values()) / 1e6:.0f} MB"
 
 
 @models.command("pull")
