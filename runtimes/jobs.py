@@ -134,10 +134,10 @@ class _Reader(Stream):
 
     def close(self) -> None:
         self._ended = True
-        self._job.output.put(None)  # for whoever else waits for this stream
         if not self._whole:
             self._job.turn.drop()
             self._job.stop()
+        self._job.output.put(None)  # for whoever else waits for this stream, and then takes it for whole
 
     def __del__(self) -> None:
         self.close()

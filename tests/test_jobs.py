@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -213,6 +214,30 @@ def test_a_stream_read_by_several_threads_ends_for_all(owner: Owner, end: Chunk 
         failed = [reader for reader in readers if reader.exception(SOON)]
     chunks = [chunk for reader in readers if reader not in failed for chunk in reader.result()]
     assert (len(failed), len(chunks)) == ((0, 1) if end is LAST else (1, 0))
+
+
+def test_closing_a_stream_that_another_thread_reads_stops_the_job(owner: Owner) -> None:
+    """Whatever the reader does before the one who closes it goes on."""
+
+    class Handed(queue.SimpleQueue[Chunk | BaseException | None]):
+        def put(self, *arguments: Any, **named: Any) -> None:
+            super().put(*arguments, **named)
+            time.sleep(0.2)
+
+    stopped = threading.Event()
+
+    def work(job: Job) -> None:
+        if wait_for(job.cancel):
+            stopped.set()
+
+    stream = owner.begin(work)
+    stream._job.output = Handed()  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(list, stream)
+        time.sleep(0.1)
+        stream.close()
+        assert reading.result(SOON) == []
+    assert stopped.wait(SOON)
 
 
 def test_an_unread_stream_does_nothing(owner: Owner) -> None:
