@@ -121,7 +121,7 @@ class Cache:
         if problem := store.unwritable(self.folder):
             return f"nothing is kept: {self.folder} cannot be written to ({problem})."
         if self.folder.exists() and not _is_private(self.folder):
-            return f"nothing is kept: {self.folder} belongs to another user; move it away."
+            return f"nothing is kept: {self.folder} belongs to another user, or is for all of them; move it away."
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
         free = shutil.disk_usage(there).free
         if free + sum(info.st_size for _, info in self._files()) >= self._floor:
@@ -286,12 +286,13 @@ def _create(path: Path) -> BinaryIO:
 def _is_private(folder: Path) -> bool:
     """Whether a folder is this user's and closed to others; closes it if it is. Raises `OSError` if it is not there.
 
-    A link that this user made counts as the folder it leads to, say on a larger disk.
+    A link that this user made counts as the folder it leads to, say on a larger disk. One with the sticky bit is for
+    all users: root's /tmp shall not be closed.
     """
     info = folder.lstat()
     if stat.S_ISLNK(info.st_mode) and info.st_uid == os.getuid():
         info = folder.stat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & stat.S_ISVTX:
         return False
     if stat.S_IMODE(info.st_mode) & 0o077:
         folder.chmod(0o700)

@@ -75,6 +75,17 @@ def test_a_link_to_a_folder_is_as_good_as_one(kept: Cache, tmp_path: Path) -> No
     assert stat.S_IMODE((tmp_path / "large disk").stat().st_mode) == 0o700
 
 
+def test_a_link_to_a_folder_for_all_closes_nothing(kept: Cache, tmp_path: Path) -> None:
+    """As root's to /tmp would."""
+    kept.folder.rename(tmp_path / "tmp")
+    kept.folder.symlink_to(tmp_path / "tmp")
+    (tmp_path / "tmp").chmod(0o1777)
+    assert kept.get(KEY) is None
+    assert not kept.put(OTHER, ABOUT, PAYLOAD)
+    assert "is for all of them" in kept.obstacle()
+    assert stat.S_IMODE((tmp_path / "tmp").stat().st_mode) == 0o1777
+
+
 def test_why_nothing_is_kept_is_said(kept: Cache, tmp_path: Path) -> None:
     assert kept.obstacle() == ""
     assert Cache(tmp_path / "later", floor=0).obstacle() == ""
