@@ -342,6 +342,23 @@ def test_whose_answer_the_end_of_the_server_breaks_off_is_told(
         assert "ERROR" not in server.log.read_text()
 
 
+def test_who_asks_while_the_server_ends_is_told() -> None:
+    """Whose body came late, say; what is queued then would be broken off without a word."""
+    from llava_edge.server.limits import Limits
+    from llava_edge.server.problems import Problem
+    from llava_edge.server.requests import chat
+    from llava_edge.server.supervisor import Supervisor
+
+    async def ask() -> None:
+        supervisor = Supervisor(Bundle.__new__(Bundle), EngineOptions(), Limits())
+        supervisor.stop()
+        async with asyncio.timeout(10):
+            await anext(supervisor.answer(chat(question(), "micro", Limits())))
+
+    with pytest.raises(Problem, match="stopped"):
+        asyncio.run(ask())
+
+
 def test_a_model_that_cannot_be_loaded_is_said(bundle_copy: Path, tmp_path: Path) -> None:
     language = bundle_copy / "language.gguf"
     data = bytearray(language.read_bytes())

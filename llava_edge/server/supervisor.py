@@ -73,6 +73,7 @@ class Supervisor:
         self._task: asyncio.Task[None] | None = None
         self._child: _Child | None = None
         self._in_row = 0
+        self._stopped = False
         self.rest_until = 0.0  # time.monotonic
         self.crashes = 0
         self.starts = 0
@@ -96,7 +97,8 @@ class Supervisor:
         self._task = asyncio.create_task(self._run())
 
     def stop(self) -> None:
-        """Tell whoever still waits for an answer, or for the rest of one, that there will be none."""
+        """Tell whoever still waits for an answer, or for the rest of one, or asks from now on, that there is none."""
+        self._stopped = True
         for job in self._asked:
             job.say(stopped())
 
@@ -112,8 +114,11 @@ class Supervisor:
     async def answer(self, ask: Ask) -> AsyncGenerator[dict[str, Any], None]:
         """Yield what the child says until the event with the result. Leaving early frees the child.
 
-        Raises `Problem`: the request cannot be answered, the queue is full (503), the child died (500).
+        Raises `Problem`: the request cannot be answered, the queue is full or the server ends (503), the child died
+        (500).
         """
+        if self._stopped:  # its body was late
+            raise stopped()
         if self.state == "failed":
             wait = int(self.rest_until - time.monotonic()) + 1
             raise busy("The model's process ended several times in a row; it will be tried again soon.", wait)
