@@ -130,7 +130,7 @@ def export(
     if report_data and not report_file:
         raise UsageError("--report-data is what a report measures on; name the report's file with --report.")
     if report_file:
-        _check_report(report_file, out)
+        _check_report(report_file, out, emit_mmproj)
     try:
         with needing("export", "Exporting"), ended_cleanly(), _stages() as progress:
             manifest = exporter.export(options, progress, reports.append if report_file else None)
@@ -147,10 +147,12 @@ def export(
     click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: {run}", err=True)
 
 
-def _check_report(path: Path, out: Path) -> None:
+def _check_report(path: Path, out: Path, emit_mmproj: Path | None) -> None:
     """Refuse before hours of measuring what would lose the report, or spoil something else with it."""
     if not path.parent.is_dir():
         raise CannotCreateError(f"{path.parent} is not a folder; choose another place for the report.")
+    if path.resolve() in [other.resolve() for other in (out, emit_mmproj) if other]:
+        raise CannotCreateError(f"{path} is named for something else, too; choose another name for the report.")
     if out.resolve() in path.resolve().parents:
         raise CannotCreateError(f"{path} would be in the bundle {out}; choose a place outside of it for the report.")
     if path.is_dir() or (path.is_file() and not _may_be_replaced(path)):
