@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator import Emulated, compiled, emulated, run
+from emulator import PLAIN, Emulated, compiled, emulated, run
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from native_kernels import SCALES, Array, extreme_blocks, matrix, random_blocks, worst_error
 from processes import in_child
@@ -27,7 +27,6 @@ from llava_edge.runtimes.native.ggml import TYPES
 TAKEN = sorted(set(TYPES) - {"F16"})
 KERNELS = {"i8mm-int8": "max", "dotprod-int8": "cortex-a76"}
 PROCESSORS = KERNELS | {"few": "cortex-a76"}  # each with one that has no more than it needs
-WITHOUT = "cortex-a72"  # either
 EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 SANITIZED = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all")
 
@@ -213,13 +212,13 @@ def test_what_there_is_not_is_not_taken(arm_program: Path) -> None:
     """Many rows of float16: left to llama.cpp. Without the instructions nothing works, and nothing crashes."""
     x = np.ones((2, 256), np.float32)
     halves, bytes_ = Product("F16", np.zeros((3, 512), np.uint8), x), Product("Q8_0", np.zeros((3, 272), np.uint8), x)
-    assert multiplied(arm_program, [bytes_, halves], "few", WITHOUT) == [None, None]
+    assert multiplied(arm_program, [bytes_, halves], "few", PLAIN) == [None, None]
     for kernel, processor in KERNELS.items():
         assert multiplied(arm_program, [halves], kernel) == [None]
-        assert multiplied(arm_program, [bytes_], kernel, WITHOUT) == [None]
+        assert multiplied(arm_program, [bytes_], kernel, PLAIN) == [None]
         assert run(arm_program, processor=processor).decode().split()[0] == kernel
     assert run(arm_program).decode().split() == list(KERNELS)
-    assert run(arm_program, processor=WITHOUT).split() == []
+    assert run(arm_program, processor=PLAIN).split() == []
 
 
 @emulated

@@ -111,7 +111,7 @@ def test_tokens_of_other_answers_between_the_keys_change_no_bit(attend: Attend, 
     queries = 5 if way[1] == "few" else 40
     q, k, v, mask = check.attention_inputs(4, 2, queries, 150, 64)
     places = np.arange(150) * 4 // 3
-    wide_k, wide_v = (np.full((2, places[-1] + 1, 64), 50, np.float16) for _ in "kv")
+    wide_k, wide_v = (np.full((2, places[-1] + 1, 64), value, np.float16) for value in (np.nan, 50))
     wide_k[:, places], wide_v[:, places] = k, v
     hidden = np.full((queries, places[-1] + 1), -np.inf, np.float16)
     hidden[:, places] = mask
@@ -149,3 +149,14 @@ def test_attention_with_large_scores_and_hidden_rows(attend: Attend) -> None:
     found = attend(q, k, v, mask)
     assert np.isnan(found[5, 0]).all()
     assert np.isfinite(np.delete(found[:, 0], 5, 0)).all()
+
+
+@ways([*FEW, *MANY])
+@pytest.mark.parametrize("place", range(8))
+def test_a_query_whose_only_key_is_not_a_number_gets_none(attend: Attend, place: int) -> None:
+    """Not the zero of one that sees nothing."""
+    q, k, v, mask = check.attention_inputs(1, 1, 6, 16, 32)
+    mask[2] = -np.inf
+    mask[2, place] = 0
+    k[0, place] = np.nan
+    assert np.isnan(attend(q, k, v, mask)[2]).all()
