@@ -612,8 +612,9 @@ def test_models_are_listed_and_used_by_name(micro_bundle: Path, run: Run) -> Non
     assert f"mine  installed  {size / 1e6:.0f} MB" in out
     assert str(store.models_folder() / "mine") in out
     (store.models_folder() / "broken").mkdir()
-    (store.models_folder() / "broken" / "manifest.json").write_text("{")
-    assert "broken  damaged" in run("models", "list")[1]
+    for text, why in (("{", "is not a valid manifest"), ('{"format_version": 9}', "a newer llava-edge")):
+        (store.models_folder() / "broken" / "manifest.json").write_text(text)
+        assert re.search(rf"^broken  cannot be used: .*{why}", run("models", "list")[1], re.MULTILINE)
     assert run("run", "--model", "mine", *LIGHT, "--max-tokens", "2", "--prompt", "hello")[0] == 0
 
 

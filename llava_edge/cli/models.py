@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from llava_edge import store
+from llava_edge.bundle import Bundle
 from llava_edge.cli.arguments import needing
-from llava_edge.cli.terminal import ended_cleanly, status_line
+from llava_edge.cli.terminal import ended_cleanly, one_line, status_line
 from llava_edge.errors import CannotCreateError, LlavaEdgeError, UnavailableError, UsageError
 
 
@@ -31,12 +32,10 @@ def list_models() -> None:
 
 
 def _state(folder: Path) -> str:
-    from llava_edge.bundle import Bundle
-
     try:
         files = Bundle.open(folder).manifest.files
-    except LlavaEdgeError:
-        return "damaged"
+    except LlavaEdgeError as error:  # it is damaged, or of another version
+        return one_line(f"cannot be used: {error}")
     return f"installed  {sum(entry.size for entry in files.values()) / 1e6:.0f} MB"
 
 
