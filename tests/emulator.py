@@ -43,7 +43,7 @@ def compiled(folder: Path, *flags: str) -> None:
 
 def run(program: Path, *arguments: str, processor: str = "max", given: bytes = b"") -> bytes:
     command = [str(EMULATOR), "-L", LIBRARIES, "-cpu", processor, str(program), *arguments]
-    done = subprocess.run(command, input=given, capture_output=True, check=False)
+    done = subprocess.run(command, input=given, capture_output=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
 
