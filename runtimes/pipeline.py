@@ -330,9 +330,11 @@ class Engine:
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
             self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images), messages)
-        pictures = [limited(picture, options, manifest) for picture in self.prepare_all(images)]
+        prepared = self.prepare_all(images)
+        pictures = [limited(picture, options, manifest) for picture in prepared]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures], messages)
-        once = {picture.key: picture for picture in pictures}.values()  # one that is shown twice was prepared once
+        # One that is given twice as it was prepared took its time once; not what is given twice as a file.
+        once = {id(picture): picture for picture in prepared}.values()
         run.preprocess_ms = sum(picture.milliseconds for picture in once)
         run.image_ms = sum(picture.decode_milliseconds for picture in once)
         stream = TextStream((*options.stop, *self._template.stop_texts))
