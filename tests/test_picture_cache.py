@@ -28,7 +28,6 @@ from llava_edge.runtimes import devices, embedder, jobs, picture_cache, pictures
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
-from llava_edge.runtimes.vision import VisionEncoder
 
 CPU = EngineOptions(device="cpu", threads=1)
 SHORT = Options(max_tokens=8, speculate="off")  # so that the last logits are those of the last token
@@ -271,20 +270,6 @@ def test_embedding_goes_on_when_the_model_is_loaded(micro_bundle: Path, monkeypa
         assert part is not None
         part._thread.submit(bool).result(30)  # after what was begun while it was loaded
         assert list(part._early) == [shown.key]
-
-
-def test_a_picture_that_is_shown_twice_is_encoded_once(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown, usual = prepare(picture("red"), Bundle.open(micro_bundle).manifest), VisionEncoder.encode
-    encoded: list[VisionEncoder] = []
-
-    def encode(self: VisionEncoder, *arguments: Any) -> Any:
-        encoded.append(self)
-        return usual(self, *arguments)
-
-    monkeypatch.setattr(VisionEncoder, "encode", encode)
-    with opened(micro_bundle, shown=[lambda: shown] * 2) as llava:
-        found(llava, [Message("user", "What is different?", 2)], [shown, shown])
-    assert len(encoded) == 1
 
 
 def test_clip_is_not_even_loaded_for_a_known_picture(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
