@@ -108,7 +108,7 @@ class Llava:
         """
         if isinstance(prompts, str):
             raise UsageError("ask_many wants a list of questions; for one there is ask.")
-        sources = [taken(image, self.bundle.manifest) for image in _as_list(images)]
+        sources = taken(_as_list(images), self.bundle.manifest)
         return self._answers(tuple(prompts), sources, options, system, cancel, started)
 
     def _answers(
@@ -256,7 +256,7 @@ class Chat:
         The turn is kept once the stream ends or is closed, with what was answered until then; after an error it is not.
         Raises `ContextOverflowError` when the conversation is too long for another turn; `reset` is the way out.
         """
-        return self._turn(text, [taken(image, self._engine.bundle.manifest) for image in _as_list(images)], cancel)
+        return self._turn(text, taken(_as_list(images), self._engine.bundle.manifest), cancel)
 
     def _turn(self, text: str, images: Sequence[ImageInput | Picture], cancel: threading.Event | None) -> Stream:
         with _alone(self._open):

@@ -108,7 +108,7 @@ class Recent:
 
     def prepare_all(self, sources: Sequence[ImageInput | Picture]) -> list[Picture]:
         """Each as `prepare`, side by side; their times are shares of what all took. Raises the first one's error."""
-        names = [f"Picture {n} of {len(sources)}" for n in range(1, len(sources) + 1)] if len(sources) > 1 else [""]
+        names = _names(len(sources))
         count = sum(not isinstance(source, Picture) for source in sources)
         count = min(count, len(devices.allowed_cpus()), SIDE_BY_SIDE)
         if count < 2:
@@ -135,12 +135,20 @@ def _in_share(picture: Picture, share: float) -> Picture:
     return replace(picture, milliseconds=times[0], decode_milliseconds=times[1])
 
 
-def taken(source: ImageInput | Picture, manifest: Manifest) -> ImageInput | Picture:
-    """A picture that the caller may change or use again, prepared now; a file, to be read later, as it is.
+def _names(count: int) -> list[str]:
+    """What messages call each of so many pictures that are shown together."""
+    return [f"Picture {n} of {count}" for n in range(1, count + 1)] if count > 1 else [""] * count
+
+
+def taken(sources: Sequence[ImageInput | Picture], manifest: Manifest) -> list[ImageInput | Picture]:
+    """Pictures that the caller may change or use again, prepared now; files, to be read later, as they are.
 
     Raises `ImageError`.
     """
-    return prepare(source, manifest) if isinstance(source, Image.Image | np.ndarray) else source
+    return [
+        prepare(source, manifest, name) if isinstance(source, Image.Image | np.ndarray) else source
+        for source, name in zip(sources, _names(len(sources)), strict=True)
+    ]
 
 
 def copied(source: ImageInput | Picture) -> ImageInput | Picture:

@@ -125,7 +125,7 @@ class Engine:
         wanted = _seeded(options)
         run = Run(time.monotonic() if started is None else started, wanted.seed)
         event = cancel or threading.Event()
-        asked, sources = tuple(messages), [taken(image, self.bundle.manifest) for image in images]
+        asked, sources = tuple(messages), taken(images, self.bundle.manifest)
 
         def work(job: Job) -> None:
             self._answer_one(*self._ready(job, asked, sources, wanted, run), wanted, reuse)

@@ -199,8 +199,9 @@ def test_objects_that_are_nearly_pictures(llava: Llava, tmp_path: Path) -> None:
     assert llava.ask("hi", Named(), few).text == llava.ask("hi", RED, few).text  # type: ignore[arg-type]
     with pytest.raises(ImageError, match=r"BytesIO.*read\(\)"):
         llava.ask("hi", io.BytesIO(b""), few)  # type: ignore[arg-type]
-    with pytest.raises(ImageError, match="Picture 2 of 3 "):
-        llava.ask("hi", [RED, b"no picture", RED], few)
+    for wrong in (b"no picture", np.zeros(3)):
+        with pytest.raises(ImageError, match="Picture 2 of 3 "):
+            llava.ask("hi", [RED, wrong, RED], few)
 
 
 def test_a_picture_of_an_earlier_turn_can_be_described(llava: Llava) -> None:
