@@ -141,7 +141,7 @@ class Cache:
         try:
             with os.scandir(self.folder) as found:
                 for item in found:
-                    if len(item.name) == _KEY_LENGTH or item.name.endswith(".tmp"):
+                    if len(item.name) == _KEY_LENGTH or (item.name[0] == "." and item.name.endswith(".tmp")):
                         try:
                             info = item.stat(follow_symlinks=False)
                         except FileNotFoundError:  # removed or finished by another process since it was listed

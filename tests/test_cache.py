@@ -286,6 +286,17 @@ def test_an_entry_that_another_process_removes_hides_no_other(kept: Cache, monke
     assert kept.get(KEY) is None
 
 
+def test_other_files_in_the_folder_stay(kept: Cache) -> None:
+    """Since a link may lead to one that has more than the cache."""
+    others = [kept.folder / name for name in ("letter.tmp", "photo.jpg")]
+    for path in others:
+        path.touch()
+        os.utime(path, (0, 0))
+    assert Cache(kept.folder, limit=kept.folder.joinpath(KEY).stat().st_size, floor=0).put(OTHER, ABOUT, PAYLOAD)
+    kept.clear()
+    assert all(path.exists() for path in others)
+
+
 def test_files_that_were_never_finished_go(kept: Cache) -> None:
     new, old = kept.folder / ".new.tmp", kept.folder / ".old.tmp"
     for path in (new, old):
