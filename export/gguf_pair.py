@@ -120,7 +120,7 @@ def _open(language: Path, mmproj: Path) -> tuple[Gguf, Gguf]:
     if _is_mmproj(text):
         raise CheckpointError(
             f"{language} is a picture encoder, not a language model; "
-            f"run 'llava-edge export LANGUAGE.gguf OUT --mmproj {shlex.quote(str(language))}'."
+            f"run: llava-edge export LANGUAGE.gguf OUT --mmproj {shlex.quote(str(language))}"
         )
     if not _is_mmproj(vision):
         raise CheckpointError(

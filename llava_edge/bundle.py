@@ -278,7 +278,7 @@ def _instead(folder: Path) -> str:
     if (folder.parent / MANIFEST).is_file():
         return f" but a part of one; give its folder, {folder.parent}."
     if folder.suffix == ".gguf":
-        return f" but a GGUF file; make one with 'llava-edge export {shlex.quote(str(folder))} BUNDLE --mmproj FILE'."
+        return f" but a GGUF file; make one: llava-edge export {shlex.quote(str(folder))} BUNDLE --mmproj FILE"
     return " but a file; the folder of a bundle was expected. Make one with 'llava-edge export'."
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -270,9 +271,9 @@ BAD: list[tuple[list[str], int, str]] = [
     (["ps"], 2, "llava-edge models list"),
     (["pull", "smol"], 2, "llava-edge models pull"),
     (["rm", "smol"], 2, "llava-edge models list"),
-    ([__file__], 2, f"llava-edge run --image {__file__}"),
-    (["run", __file__], 2, f"use --image {__file__}."),
-    (["chat", __file__], 2, f"use --image {__file__}."),
+    ([__file__], 2, f"llava-edge run --image {shlex.quote(__file__)}"),
+    (["run", __file__], 2, f"use --image {shlex.quote(__file__)}."),
+    (["chat", __file__], 2, f"use --image {shlex.quote(__file__)}."),
     (["run", "What is this?" * 99], 2, "questions with --prompt"),
     (["run", "--model", "{}", "--image", ""], 2, "--image is ''"),
     (["chat", "--model", "{}", "--image", " "], 2, "--image is ' '"),

@@ -83,7 +83,7 @@ class _Group(click.Group):
 
 def _instead(name: str) -> str:
     if is_file(name):
-        return f"; for a picture run 'llava-edge run --image {shlex.quote(name)}'."
+        return f"; for a picture run: llava-edge run --image {shlex.quote(name)}"
     if name in ("rm", "remove", "delete"):
         return "; 'llava-edge models list' shows the folders of models, which may be removed."
     from difflib import get_close_matches
