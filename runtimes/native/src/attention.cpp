@@ -1,5 +1,5 @@
-// Attention of many queries at once, in float32, with AVX2, AVX-512 or NEON. The first two give the same bits, since each lane of
-// a register has the sums of its own key, and then of its own place in a value.
+// Attention of many queries at once, in float32, with AVX2, AVX-512 or NEON. The first two give the same bits, since each
+// lane of a register has the sums of its own key, and then of its own place in a value.
 //
 // A thread takes one head and a run of queries, few enough that up to 8,192 keys their scores stay in the second-level
 // cache: softmax then needs no second thought about maxima. Both products are tiles of 6 queries x 16 keys or values, or of

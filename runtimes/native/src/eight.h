@@ -130,7 +130,8 @@ struct Eight {
 inline Eight operator+(Eight a, Eight b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
 inline Eight operator-(Eight a, Eight b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
 inline Eight operator*(Eight a, Eight b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
-inline Eight larger(Eight a, Eight b) { return {vmaxnmq_f32(a.low, b.low), vmaxnmq_f32(a.high, b.high)}; }  // the other, if one is NaN
+// The other, if one is NaN
+inline Eight larger(Eight a, Eight b) { return {vmaxnmq_f32(a.low, b.low), vmaxnmq_f32(a.high, b.high)}; }
 
 struct Where {  // in which of eight lanes
     uint32x4_t low, high;

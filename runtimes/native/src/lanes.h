@@ -1,5 +1,6 @@
-// One register of lanes of 32 bits, for int8.cpp, int16.cpp and, in its widest form, attention.cpp: AVX2, AVX-VNNI or AVX-512 VNNI, as the compiler's flags say;
-// and plain C++ in place of the last where NATIVE_WIDE comes without it, so that its order of work is tested on other machines.
+// One register of lanes of 32 bits, for int8.cpp, int16.cpp and, in its widest form, attention.cpp: AVX2, AVX-VNNI or
+// AVX-512 VNNI, as the compiler's flags say; and plain C++ in place of the last where NATIVE_WIDE comes without it, so that
+// its order of work is tested on other machines.
 //
 // Products of bytes add up in int32 with VNNI, four in a lane. With AVX2 alone they add up in int16, two sums in a lane,
 // which hold 16 products of 4 bits and 7, 8 of 5 bits, 4 of 6: then they have to be taken together. Its product of pairs
