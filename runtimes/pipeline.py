@@ -333,7 +333,7 @@ class Engine:
         prepared = self.prepare_all(images)
         pictures = [limited(picture, options, manifest) for picture in prepared]
         self._check_room(run, ids, [len(picture.rows) for picture in pictures], messages)
-        # One that is given twice as it was prepared took its time once; not what is given twice as a file.
+        # A picture prepared before and shown twice took its time once; a file that is named twice is read twice.
         once = {id(picture): picture for picture in prepared}.values()
         run.preprocess_ms = sum(picture.milliseconds for picture in once)
         run.image_ms = sum(picture.decode_milliseconds for picture in once)

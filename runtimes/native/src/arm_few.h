@@ -15,8 +15,6 @@ struct Bytes32 {  // 32 weights
     int8x16_t low, high;
 };
 
-inline uint8x16_t sixteen(const uint8_t *p) { return vld1q_u8(p); }
-
 inline Bytes32 bytes32(uint8x16_t low, uint8x16_t high, int zero) {
     const int8x16_t none = vdupq_n_s8(int8_t(zero));
     return {vsubq_s8(vreinterpretq_s8_u8(low), none), vsubq_s8(vreinterpretq_s8_u8(high), none)};
@@ -24,8 +22,8 @@ inline Bytes32 bytes32(uint8x16_t low, uint8x16_t high, int zero) {
 
 template <int TYPE>
 inline Bytes32 block_of_32(const uint8_t *b) {
-    if (TYPE == Q8_0) return bytes32(sixteen(b + 2), sixteen(b + 18), 0);
-    const uint8x16_t bytes = sixteen(b + (TYPE == Q4_1 ? 4 : 2));
+    if (TYPE == Q8_0) return bytes32(vld1q_u8(b + 2), vld1q_u8(b + 18), 0);
+    const uint8x16_t bytes = vld1q_u8(b + (TYPE == Q4_1 ? 4 : 2));
     return bytes32(vandq_u8(bytes, vdupq_n_u8(15)), vshrq_n_u8(bytes, 4), TYPE == Q4_0 ? 8 : 0);
 }
 
@@ -60,14 +58,14 @@ inline Bytes32 group(const uint8_t *b, int j) {
     const bool upper = TYPE == Q6_K ? j & 2 : j & 1;
     uint8x16_t parts[2];
     for (int i = 0; i < 2; i++) {
-        const uint8x16_t bytes = sixteen(four + 16 * i);
+        const uint8x16_t bytes = vld1q_u8(four + 16 * i);
         parts[i] = upper ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15));
         if (TYPE == Q5_K) {
-            const uint8x16_t bit = vshlq_u8(sixteen(b + 16 + 16 * i), vdupq_n_s8(int8_t(-j)));
+            const uint8x16_t bit = vshlq_u8(vld1q_u8(b + 16 + 16 * i), vdupq_n_s8(int8_t(-j)));
             parts[i] = vorrq_u8(parts[i], vshlq_n_u8(vandq_u8(bit, vdupq_n_u8(1)), 4));
         }
         if (TYPE == Q6_K) {
-            const uint8x16_t two = vshlq_u8(sixteen(b + 128 + j / 4 * 32 + 16 * i), vdupq_n_s8(int8_t(-2 * (j % 4))));
+            const uint8x16_t two = vshlq_u8(vld1q_u8(b + 128 + j / 4 * 32 + 16 * i), vdupq_n_s8(int8_t(-2 * (j % 4))));
             parts[i] = vorrq_u8(parts[i], vshlq_n_u8(vandq_u8(two, vdupq_n_u8(3)), 4));
         }
     }
