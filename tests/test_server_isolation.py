@@ -330,8 +330,8 @@ def test_whose_answer_the_end_of_the_server_breaks_off_is_told(
 ) -> None:
     with running(micro_bundle, tmp_path) as server:
         streaming = begun(server.start(long_answer))
-        waiting = server.start(question("Hello"))
         os.kill(server.child(), signal.SIGSTOP)  # so that neither answer ends by itself
+        waiting = server.start(question("Hello"))
         server.wait_until(lambda: server.health()["queue"] == 1)
         server.process.send_signal(number)
         rest, whole = read_all(streaming), read_all(waiting)
