@@ -40,8 +40,8 @@ class Options:
 
     max_tokens: longest answer in tokens; the end of the context may end it earlier.
     temperature: 0, or less than 1e-6, is greedy; otherwise logits are divided by it before drawing.
-    top_p, top_k, min_p: keep the smallest set of tokens with this total probability / this many tokens (0 = all) /
-        tokens at least this likely relative to the best one. They matter only when temperature > 0.
+    top_p, top_k, min_p: keep the smallest set of tokens with this total probability (0 = the likeliest) / this many of
+        them (0 = all) / tokens at least this likely relative to the best one. They matter only when temperature > 0.
     seed: of the random draw; the same seed gives the same answer on the same machine. None: another one each time,
         which `Result.seed` tells.
     stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
@@ -96,8 +96,6 @@ class Options:
         _real("repeat_penalty", self.repeat_penalty, 0.1, 10.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        if self.top_p == 0:
-            raise UsageError("top_p is 0, which allows no token; a number above 0 and up to 1 was expected.")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
             raise UsageError("stop must be a tuple of texts.")
         if len(self.stop) > MAX_STOPS:

@@ -80,6 +80,8 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "guided_regex": ("",),
     "guided_grammar": ("",),
 }
+# What matters only if the model may use it, and the field that can say it may not.
+_CHOICES = {"tools": "tool_choice", "functions": "function_call"}
 _FORMS = ("grammar", "structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar")
 
 
@@ -145,9 +147,9 @@ def _ask(
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
     for name, neutral in _NEUTRAL.items():
         value = body.get(name)
-        if value is None or any(
-            value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral
-        ):
+        if value is None or body.get(_CHOICES.get(name, "")) == "none":
+            continue
+        if any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral):
             continue
         instead = "ask for a JSON schema in response_format" if name in _FORMS else "leave it out"
         raise bad(f"{name} is not supported by this server; {instead}.", name)
