@@ -39,16 +39,16 @@ class Vocabulary:
     """What a GGUF says about its tokenizer. `tokens`, `scores` and `types` have one entry per embedding row."""
 
     model: Literal["llama", "gpt2"]
-    pre: str
     tokens: tuple[str, ...]
     types: tuple[int, ...]
     scores: tuple[float, ...]
-    merges: tuple[str, ...]
-    bos: int
-    eos: int
-    unknown: int | None
-    add_bos: bool
-    add_space_prefix: bool
+    add_bos: bool = True
+    add_space_prefix: bool = False
+    pre: str = "default"
+    merges: tuple[str, ...] = ()
+    unknown: int | None = None
+    bos: int = 1
+    eos: int = 2
 
     def write(self, writer: Any) -> None:
         """Add the fields to a `gguf.GGUFWriter`."""
@@ -78,16 +78,19 @@ def read_tokenizer(folder: Path, config: LlavaConfig) -> Vocabulary:
         vocabulary = _read(folder, config)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"The tokenizer in {folder} holds a value of the wrong kind: {error!r}.") from error
-    rows, size = config.text.vocab_size, len(vocabulary.tokens)
-    padding = rows - size
-    vocabulary = replace(
-        vocabulary,
-        tokens=(*vocabulary.tokens, *(f"[PAD{i}]" for i in range(size, rows))),
-        types=vocabulary.types + (UNUSED,) * padding,
-        scores=vocabulary.scores + (PAD_SCORE,) * padding,
-    )
+    vocabulary = _padded(vocabulary, config.text.vocab_size)
     _check(folder, config, vocabulary)
     return vocabulary
+
+
+def _padded(vocabulary: Vocabulary, rows: int) -> Vocabulary:
+    size = len(vocabulary.tokens)
+    return replace(
+        vocabulary,
+        tokens=(*vocabulary.tokens, *(f"[PAD{i}]" for i in range(size, rows))),
+        types=vocabulary.types + (UNUSED,) * (rows - size),
+        scores=vocabulary.scores + (PAD_SCORE,) * (rows - size),
+    )
 
 
 def after_control(folder: Path, config: LlavaConfig) -> AfterControl:
@@ -117,8 +120,9 @@ def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
     else:
         raise MissingError(f"{folder} has no tokenizer; expected tokenizer.model or tokenizer.json.")
     added = _added(folder)
-    _check_size(folder, max([len(vocabulary.tokens), *(i + 1 for i in added)]), rows)
-    return _with_special_ids(folder, config, _with_added(folder, vocabulary, added))
+    size = max([len(vocabulary.tokens), *(i + 1 for i in added)])
+    _check_size(folder, size, rows)
+    return _with_special_ids(folder, config, _with_added(folder, vocabulary, added, size))
 
 
 def _check_size(where: Path, size: int, rows: int) -> None:
@@ -139,23 +143,18 @@ def _added(folder: Path) -> dict[int, tuple[str, bool]]:
     return added
 
 
-def _with_added(folder: Path, vocabulary: Vocabulary, added: dict[int, tuple[str, bool]]) -> Vocabulary:
-    tokens, types, scores = list(vocabulary.tokens), list(vocabulary.types), list(vocabulary.scores)
-    for i, (text, special) in sorted(added.items()):
+def _with_added(folder: Path, vocabulary: Vocabulary, added: dict[int, tuple[str, bool]], size: int) -> Vocabulary:
+    trained, padded = len(vocabulary.tokens), _padded(vocabulary, size)
+    tokens, types, scores = list(padded.tokens), list(padded.types), list(padded.scores)
+    for i, (text, special) in added.items():
         kind = CONTROL if special else USER_DEFINED
-        if i < len(tokens):
-            if tokens[i] != text:
-                raise CheckpointError(f"{folder} gives token {i} two names, {tokens[i]!r} and {text!r}.")
-            types[i] = types[i] if types[i] in (UNKNOWN, CONTROL, BYTE) else kind
-            continue
-        while len(tokens) < i:  # a gap in the ids
-            tokens.append(f"[PAD{len(tokens)}]")
-            types.append(UNUSED)
-            scores.append(PAD_SCORE)
-        tokens.append(text)
-        types.append(kind)
-        scores.append(ADDED_SCORE)
-    return replace(vocabulary, tokens=tuple(tokens), types=tuple(types), scores=tuple(scores))
+        if i >= trained:
+            tokens[i], types[i], scores[i] = text, kind, ADDED_SCORE
+        elif tokens[i] != text:
+            raise CheckpointError(f"{folder} gives token {i} two names, {tokens[i]!r} and {text!r}.")
+        elif types[i] not in (UNKNOWN, CONTROL, BYTE):
+            types[i] = kind
+    return replace(padded, tokens=tuple(tokens), types=tuple(types), scores=tuple(scores))
 
 
 def _with_special_ids(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> Vocabulary:
@@ -222,58 +221,41 @@ def _sentencepiece(path: Path) -> Vocabulary:
         raise CheckpointError(f"{path} is not a SentencePiece model ({error!r}); download it again.") from error
     if not pieces:
         raise CheckpointError(f"{path} is not a SentencePiece model: it has no pieces; download it again.")
-    _check_sentencepiece(path, pieces, trainer, normalizer)
-    types = tuple(kind for _, _, kind in pieces)
-    return Vocabulary(
-        model="llama",
-        pre="default",
-        tokens=tuple(text for text, _, _ in pieces),
-        types=types,
-        scores=tuple(score for _, score, _ in pieces),
-        merges=(),
-        bos=trainer.get(41, 1),
-        eos=trainer.get(42, 2),
-        unknown=types.index(UNKNOWN) if UNKNOWN in types else None,
-        add_bos=True,
-        add_space_prefix=bool(normalizer.get(3, 1)),
-    )
-
-
-def _check_sentencepiece(
-    path: Path, pieces: list[tuple[str, float, int]], trainer: dict[int, Any], normalizer: dict[int, Any]
-) -> None:
-    """llama.cpp's tokenizer merges by score, falls back to bytes, and changes no text beforehand."""
+    # llama.cpp's tokenizer merges by score, falls back to bytes, and changes no text beforehand.
     rules = {
         "is a unigram model; only BPE is supported": trainer.get(3, 1) == 2,
         "has no byte pieces to fall back to": sum(kind == BYTE for _, _, kind in pieces) == 256,
         "normalises text; only identity is supported": normalizer.get(1, b"") in (b"", b"identity"),
         "removes extra spaces, which llama.cpp does not": not normalizer.get(4, 1),
     }
-    for fault, good in rules.items():
-        if not good:
-            raise CheckpointError(f"The SentencePiece model {path} {fault}, so its tokens would come out wrong.")
+    _require(path, rules)
+    tokens, scores, types = zip(*pieces, strict=True)
+    return Vocabulary(
+        model="llama",
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        unknown=types.index(UNKNOWN) if UNKNOWN in types else None,
+        add_space_prefix=bool(normalizer.get(3, 1)),
+    )
 
 
 # --- tokenizer.json --------------------------------------------------------------------------------------------
 
 
-def _bpe(path: Path, raw: dict[str, Any], rows: int) -> tuple[dict[str, Any], dict[int, str], int]:
-    """The model of a BPE file, its tokens by id, and how many there are. Refuses what neither kind may have."""
+def _bpe(path: Path, raw: dict[str, Any], rows: int) -> tuple[dict[str, Any], tuple[str, ...], tuple[int, ...]]:
+    """The model of a BPE file, its tokens, and whether each is normal or unused. Refuses what neither kind may have."""
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(f"{path} is not a BPE tokenizer; expected a model of type BPE with a vocab.")
-    rules = {
-        "drops merges at random": not model.get("dropout"),
-        "marks word ends or beginnings": not (
-            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-        ),
-    }
-    _require(path, rules)
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    _require(path, {"drops merges at random": not model.get("dropout"), "marks word ends or beginnings": not affixes})
     by_id = {int(i): text for text, i in model["vocab"].items()}
     by_id |= {int(entry["id"]): entry["content"] for entry in raw.get("added_tokens", [])}
     size = max(by_id, default=-1) + 1
     _check_size(path.parent, size, rows)
-    return model, by_id, size
+    tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(size))
+    return model, tokens, tuple(NORMAL if i in by_id else UNUSED for i in range(size))
 
 
 def _require(path: Path, rules: dict[str, bool]) -> None:
@@ -285,7 +267,7 @@ def _require(path: Path, rules: dict[str, bool]) -> None:
 def _llama(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
     """What `_sentencepiece` gives, from what transformers makes of a tokenizer.model."""
     prefix = llama_json.dummy_prefix(path, raw)
-    model, by_id, size = _bpe(path, raw, rows)
+    model, tokens, types = _bpe(path, raw, rows)
     rules = {
         "has no byte pieces to fall back to": all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)),
         "looks whole words up before it merges": not model.get("ignore_merges"),
@@ -293,44 +275,34 @@ def _llama(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
     _require(path, rules)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     scores = llama_json.scores(path, list(model["vocab"]), merges)
-    tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(size))
     kinds = {f"<0x{byte:02X}>": BYTE for byte in range(256)} | {"<unk>": UNKNOWN}
     return Vocabulary(
         model="llama",
-        pre="default",
         tokens=tokens,
-        types=tuple(kinds.get(text, NORMAL) if i in by_id else UNUSED for i, text in enumerate(tokens)),
+        types=tuple(kinds.get(text, kind) for text, kind in zip(tokens, types, strict=True)),
         scores=tuple(scores.get(text, 0.0) for text in tokens),
-        merges=(),
-        bos=1,
-        eos=2,
         unknown=tokens.index("<unk>") if "<unk>" in tokens else None,
-        add_bos=True,
         add_space_prefix=prefix is not None,
     )
 
 
 def _byte_level_bpe(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
-    model, by_id, size = _bpe(path, raw, rows)
+    model, tokens, types = _bpe(path, raw, rows)
     pre = _pre_tokenizer(path, raw)
     rules = {
         "normalises text, which llama.cpp would not": not raw.get("normalizer"),
         f"and llama.cpp's {pre!r} differ in ignore_merges": bool(model.get("ignore_merges")) == (pre == "llama-bpe"),
     }
     _require(path, rules)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", []))
     return Vocabulary(
         model="gpt2",
-        pre=pre,
-        tokens=tuple(by_id.get(i, f"[PAD{i}]") for i in range(size)),
-        types=tuple(NORMAL if i in by_id else UNUSED for i in range(size)),
-        scores=(0.0,) * size,
-        merges=tuple(merges),
-        bos=1,
-        eos=2,
-        unknown=None,
+        tokens=tokens,
+        types=types,
+        scores=(0.0,) * len(tokens),
         add_bos=_adds_bos(raw),
-        add_space_prefix=False,
+        pre=pre,
+        merges=tuple(merges),
     )
 
 
