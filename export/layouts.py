@@ -12,7 +12,7 @@ Names of folders are never looked at. What is missing is named together with the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,13 +58,19 @@ def recognise(folder: Path) -> Layout:
     if not has_weights(folder) and (folder / PROJECTOR_FILE).is_file():
         return "projector"
     raw = read_json(folder / "config.json")
-    if "text_config" in raw or "vision_config" in raw:
-        return "huggingface"
-    return _by_weights(folder, raw)
+    return "huggingface" if _is_huggingface(raw) else _by_weights(folder, raw)
+
+
+def _is_huggingface(raw: Mapping[str, Any]) -> bool:
+    return "text_config" in raw or "vision_config" in raw
+
+
+def _weights(folder: Path) -> Stored:
+    return merge.classic(folder, open_folder(folder))
 
 
 def _by_weights(folder: Path, raw: Mapping[str, Any]) -> Layout:
-    stored = merge.classic(folder, open_folder(folder))
+    stored = _weights(folder)
     norm = stored.get(FINAL_NORM)
     projects = any(name.startswith("multi_modal_projector.") for name in stored)
     if norm is not None and projects and float(np.abs(norm.read()).mean()) < _DELTA_NORM:
@@ -78,80 +84,56 @@ def _by_weights(folder: Path, raw: Mapping[str, Any]) -> Layout:
     )
 
 
+# What a checkpoint that is no whole model holds, and what --base then is.
+_PARTIAL = {
+    "lora": ("low-rank changes (LoRA), not a whole model", "the model it was trained on"),
+    "projector": ("a projector only", "the language model it was trained for"),
+    "delta": ("differences to another model, not weights", "the original LLaMA in Hugging Face format"),
+}
+
+
 def read(folder: Path, base: Path | None = None, vision_tower: Path | None = None) -> Source:
     """Bring everything together. Raises `MissingError`, `UsageError` or `CheckpointError`; reads no large tensor."""
     layout = recognise(folder)
     if layout == "language model":
         raise CheckpointError(f"{folder} is a language model without a projector; it can only be a LLaVA's --base.")
-    if base and layout in ("huggingface", "original"):
+    if base and layout not in _PARTIAL:
         raise UsageError(f"{folder} is a whole model ({layout} layout) and needs no --base.")
-    if not base and layout in ("lora", "projector", "delta"):
-        raise UsageError(f"{_NEEDS[layout].format(folder=folder)} Pass {_BASE[layout]} with --base FOLDER.")
-    if layout == "huggingface":
-        return _huggingface(folder, vision_tower)
-    if layout == "original":
-        return _original(
-            folder, merge.classic(folder, open_folder(folder)), "original", folder, (folder,), vision_tower
-        )
-    assert base is not None
-    return _on_base(folder, layout, base, vision_tower)
+    if not base and layout in _PARTIAL:
+        held, wanted = _PARTIAL[layout]
+        raise UsageError(f"{folder} holds {held}. Pass {wanted} with --base FOLDER.")
+    folders = (folder, base) if base else (folder,)
+    stored = _on_base(folder, layout, base) if base else _weights(folder)
+    path = next(place for place in folders if (place / "config.json").is_file()) / "config.json"
+    tokenizer = next(filter(_has_tokenizer, folders), folders[-1])
+    source = Source(layout, path, read_json(path), stored, tokenizer, folders)
+    return (_huggingface if _is_huggingface(source.raw) else _original)(source, vision_tower)
 
 
-_NEEDS = {
-    "lora": "{folder} holds low-rank changes (LoRA), not a whole model.",
-    "projector": "{folder} holds a projector only.",
-    "delta": "{folder} holds differences to another model, not weights.",
-}
-_BASE = {
-    "lora": "the model it was trained on",
-    "projector": "the language model it was trained for",
-    "delta": "the original LLaMA in Hugging Face format",
-}
-
-
-def _huggingface(folder: Path, vision_tower: Path | None) -> Source:
-    if vision_tower:
-        raise UsageError(f"{folder} is a Hugging Face LLaVA with CLIP inside; leave --vision-tower out.")
-    path = folder / "config.json"
-    raw = read_json(path)
-    guessed = not original.names_template(raw)
-    notes = ("The prompt template follows from the language model; --template overrides it.",) if guessed else ()
-    stored = merge.classic(folder, open_folder(folder))
-    return Source("huggingface", path, raw, stored, folder, (folder,), notes, guessed)
-
-
-def _on_base(folder: Path, layout: Layout, base: Path, vision_tower: Path | None) -> Source:
+def _on_base(folder: Path, layout: Layout, base: Path) -> Stored:
     kind = recognise(base)
     if kind not in ("language model", "huggingface", "original"):
         raise UsageError(f"--base {base} is itself no whole model (it has the {kind} layout).")
-    stored = merge.classic(base, open_folder(base))
+    stored = _weights(base)
     if layout == "lora":
-        stored = merge.with_adapter(folder, stored)
-    elif layout == "projector":
-        stored |= merge.classic(folder, open_file(folder / PROJECTOR_FILE))
-    else:
-        stored = merge.with_delta(folder, merge.classic(folder, open_folder(folder)), stored)
-    config_folder = folder if (folder / "config.json").is_file() else base
-    tokenizer = folder if _has_tokenizer(folder) else base
-    raw = read_json(config_folder / "config.json")
-    if "text_config" in raw:
-        if vision_tower:
-            raise UsageError(f"{base} is a Hugging Face LLaVA with CLIP inside; leave --vision-tower out.")
-        guessed, path = not original.names_template(raw), config_folder / "config.json"
-        return Source(layout, path, raw, stored, tokenizer, (folder, base), guessed=guessed)
-    return _original(config_folder, stored, layout, tokenizer, (folder, base), vision_tower)
+        return merge.with_adapter(folder, stored)
+    if layout == "projector":
+        return stored | merge.classic(folder, open_file(folder / PROJECTOR_FILE))
+    return merge.with_delta(folder, _weights(folder), stored)
 
 
-def _original(
-    folder: Path,
-    stored: Stored,
-    layout: Layout,
-    tokenizer: Path,
-    processors: tuple[Path, ...],
-    vision_tower: Path | None,
-) -> Source:
-    path = folder / "config.json"
-    raw = read_json(path)
+def _huggingface(source: Source, vision_tower: Path | None) -> Source:
+    if vision_tower:
+        whole = source.processors[-1]
+        raise UsageError(f"{whole} is a Hugging Face LLaVA with CLIP inside; leave --vision-tower out.")
+    if original.names_template(source.raw):
+        return source
+    note = "The prompt template follows from the language model; --template overrides it."
+    return replace(source, notes=(note,), guessed=True)
+
+
+def _original(source: Source, vision_tower: Path | None) -> Source:
+    path, raw, stored, processors = source.config_path, source.raw, source.stored, source.processors
     if not original.is_original(raw):
         raise CheckpointError(f"{path} describes no LLaVA: it has no vision_config, mm_vision_tower or mm_hidden_size.")
     name, reason = original.template(raw)
@@ -168,13 +150,13 @@ def _original(
         vision = original.vision_from_folder(tower)
         _check_tower(path, raw, tower, vision)
         processors = (*processors, tower)
-        inside = merge.classic(tower, open_folder(tower))
+        inside = _weights(tower)
         stored = stored | {key: value for key, value in inside.items() if key.startswith(VISION_PREFIX)}
         notes.append(f"CLIP is taken from {tower}.")
     raw = original.to_huggingface(path, raw, vision)
     if raw["llava_edge"]["square"] != "anyres":  # of the base of a fine-tune without tiles; LLaVA does not read it
         stored = {key: value for key, value in stored.items() if key != NEWLINE}
-    return Source(layout, path, raw, stored, tokenizer, processors, tuple(notes))
+    return replace(source, raw=raw, stored=stored, processors=processors, notes=tuple(notes))
 
 
 def _named_tower(path: Path, raw: Mapping[str, Any]) -> Path:

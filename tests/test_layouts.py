@@ -97,6 +97,12 @@ def test_a_lora_on_a_hugging_face_llava_needs_no_config_of_its_own(tensors: Arra
     checkpoint = open_checkpoint(folder, base=base)
     opens_as(checkpoint, merged, 1e-6)
     assert checkpoint.config == micro.CONFIG
+    assert checkpoint.notes == ()
+    raw = json.loads((base / "config.json").read_text())
+    del raw["llava_edge"]["template"]
+    (base / "config.json").write_text(json.dumps(raw))
+    (note,) = open_checkpoint(folder, base=base).notes
+    assert "prompt template follows from the language model; --template" in note
 
 
 def test_rank_stabilised_adapters_scale_by_the_root_of_the_rank(tensors: Arrays, tmp_path: Path) -> None:
