@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ import numpy as np
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.export import held_out
 from llava_edge.export.report import Array, compare
-from llava_edge.runtimes import devices
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.store import DEFAULT_MODEL, resolve
 
@@ -93,8 +91,8 @@ def _predict(bundle: Bundle, data: Path, limit: int, to: Path, moved: bool) -> N
         samples, pictures = held_out.conversations(data, bundle, path, Path(folder))
         step = max(1, len(samples) // limit)
         samples = samples[::step][:limit]
-        context, threads = max(len(sample.keys) for sample in samples), devices.thread_count()[0]
-        with closing(LanguageModel(path, adapter=bundle.adapter, context=context, threads=threads)) as engine:
+        context = max(len(sample.keys) for sample in samples)
+        with LanguageModel(path, adapter=bundle.adapter, context=context) as engine:
             shown = _Moved(pictures) if moved else pictures
             for sample in samples:
                 rows += [row.astype(np.float32) for row in held_out.predictions(engine, sample, shown)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +25,7 @@ from llava_edge.errors import DataError
 from llava_edge.export import samples
 from llava_edge.image import load_image
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Message
-from llava_edge.runtimes import after_control, devices
+from llava_edge.runtimes import after_control
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.pictures import prepare
 from llava_edge.runtimes.projector import Projector
@@ -49,7 +48,7 @@ class Pictures:
 
     def __init__(self, bundle: Bundle, folder: Path, load: Callable[[str], Image.Image]) -> None:
         self._manifest = bundle.manifest
-        self._encoder = VisionEncoder(bundle, devices.thread_count()[0], "CPUExecutionProvider")
+        self._encoder = VisionEncoder(bundle)
         self._projector = Projector(bundle)
         self._folder, self._load = folder, load
         self._numbers: dict[str, int] = {}
@@ -110,7 +109,7 @@ def conversations(data: Path, bundle: Bundle, float16: Path, scratch: Path) -> t
     pictures = Pictures(bundle, scratch, lambda name: load_image(data.parent / name))
     chosen: list[Sample] = []
     room = POSITIONS
-    with opened(float16, 1) as engine:
+    with LanguageModel(float16, context=1) as engine:
         behind = after_control.encoder(engine, manifest.after_control)
         for record in order:
             pieces = prompt.render(manifest.template, messages_of(record), manifest.image_markers)
@@ -133,7 +132,7 @@ def drawings(bundle: Bundle, float16: Path, scratch: Path) -> tuple[list[Sample]
     pictures = Pictures(bundle, scratch, drawn.__getitem__)
     found = []
     for name in drawn:
-        with opened(float16, len(pictures[name]) + 512) as engine:
+        with LanguageModel(float16, context=len(pictures[name]) + 512) as engine:
             encode_prompt = after_control.prompt_encoder(engine, manifest)
             for question in QUESTIONS:
                 ids = encode_prompt([Message("user", question, 1)])
@@ -142,11 +141,6 @@ def drawings(bundle: Bundle, float16: Path, scratch: Path) -> tuple[list[Sample]
                 positions = range(len(asked.keys), len(asked.keys) + len(answer))
                 found.append(Sample(name, (*asked.keys, *answer), tuple(positions)))
     return found, pictures
-
-
-def opened(path: Path, context: int) -> closing[LanguageModel]:
-    """A language file for the length of a `with`; it holds `context` positions."""
-    return closing(LanguageModel(path, context=context, threads=devices.thread_count()[0]))
 
 
 def predictions(engine: LanguageModel, sample: Sample, pictures: Pictures) -> Iterator[Array]:

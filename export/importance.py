@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ from llava_edge.image import load_image
 from llava_edge.models.llama_gguf import tensor_names
 from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
-from llava_edge.runtimes import devices
 from llava_edge.runtimes.after_control import prompt_encoder
 from llava_edge.runtimes.language import LanguageModel
 
@@ -139,7 +137,7 @@ def _prompts(checkpoint: Checkpoint, manifest: Manifest, float16: Path, images: 
 
 def _token_ids(manifest: Manifest, float16: Path, pictures: int) -> list[list[int]]:
     found = []
-    with closing(LanguageModel(float16, context=1, threads=devices.thread_count()[0])) as engine:
+    with LanguageModel(float16, context=1) as engine:
         encode_prompt = prompt_encoder(engine, manifest)
         for n in range(max(PROMPTS, pictures)):
             question, answer = QUESTIONS[(n + n // pictures) % len(QUESTIONS)]

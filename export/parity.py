@@ -23,7 +23,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
 from llava_edge.export.verify import relative
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
-from llava_edge.runtimes import devices, mapping
+from llava_edge.runtimes import mapping
 from llava_edge.runtimes.after_control import prompt_encoder
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.projector import Projector
@@ -116,7 +115,7 @@ def parity(
     embeds = streamed.project(config, tensors, features)
     shown = streamed.arrange(config, tensors, embeds, sizes)
     if float32:
-        whole = _encoded(_encoder(Bundle(float32, manifest)), pixels)
+        whole = _encoded(VisionEncoder(Bundle(float32, manifest)), pixels)
         rows.append(_relative_row("clip fp32", whole, features, CLIP_LIMITS["fp32"]))
     rows += _vision_rows(bundle, pixels, features, attention, embeds)
     if config.square == "anyres":
@@ -131,10 +130,6 @@ def parity(
     return sorted(rows, key=_strain)
 
 
-def _encoder(bundle: Bundle) -> VisionEncoder:
-    return VisionEncoder(bundle, _threads(), "CPUExecutionProvider")
-
-
 def _encoded(encoder: VisionEncoder, pixels: Sequence[Array]) -> list[Array]:
     """(crops, 3, S, S) of each picture -> (crops, image_tokens, width) of each."""
     return [np.stack([encoder.encode(crop) for crop in crops]) for crops in pixels]
@@ -144,7 +139,7 @@ def _vision_rows(
     bundle: Bundle, pixels: list[Array], features: list[Array], attention: list[Array], embeds: list[Array]
 ) -> list[ParityRow]:
     """The last three are the reference's; `attention` is empty for a bundle without."""
-    encoder, layers = _encoder(bundle), Projector(bundle)
+    encoder, layers = VisionEncoder(bundle), Projector(bundle)
     precision = bundle.manifest.vision.precision
     limit = CLIP_LIMITS[precision]
     ours = _encoded(encoder, pixels)
@@ -199,9 +194,7 @@ def _language_rows(
         context = len(image) + 512 + STEPS
         repack = path.stat().st_size < _REPACK_BYTES
         adapter = bundle.adapter if path == bundle.part(LANGUAGE) else None
-        with closing(
-            LanguageModel(path, adapter=adapter, context=context, threads=_threads(), repack=repack)
-        ) as engine:
+        with LanguageModel(path, adapter=adapter, context=context, repack=repack) as engine:
             ids = prompt_encoder(engine, manifest)([Message("user", _QUESTION, 1)])
             ours = _follow(engine, ids, image, answer, partial(progress, f"the answer of {name}"))
         if wanted is None:
@@ -262,7 +255,3 @@ def _greedy_row(name: str, ours: Array, wanted: Array) -> ParityRow:
     return ParityRow(
         f"greedy {name}", "agreement", value, limit, largest, largest / float(wanted.std()), value >= limit
     )
-
-
-def _threads() -> int:
-    return devices.thread_count()[0]

@@ -21,6 +21,7 @@ from llava_edge.export import held_out
 from llava_edge.export.held_out import Pictures, Sample
 from llava_edge.export.importance import Importance
 from llava_edge.export.quantize import Quant, quantize
+from llava_edge.runtimes.language import LanguageModel
 
 Array = np.ndarray[Any, Any]
 
@@ -100,7 +101,7 @@ def measure(
 def _scores(path: Path, samples: Sequence[Sample], pictures: Pictures, scratch: Path) -> Array:
     """(answer tokens, 3), by `compare`. The first file's logits are kept in `scratch` and are what is compared with."""
     found = []
-    with held_out.opened(path, max(len(sample.keys) for sample in samples)) as engine:
+    with LanguageModel(path, context=max(len(sample.keys) for sample in samples)) as engine:
         for number, sample in enumerate(samples):
             kept = scratch / f"logits-{number}.npy"
             logits = np.stack([row.copy() for row in held_out.predictions(engine, sample, pictures)])

@@ -14,7 +14,6 @@ from llava_edge.errors import CheckpointError
 from llava_edge.export import verify
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
-from llava_edge.runtimes import devices
 from llava_edge.runtimes.vision import VisionEncoder
 
 Progress = Callable[[str, float | None], None]
@@ -72,5 +71,5 @@ def _write_int8(
 
 def _features(bundle: Bundle, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
     """What a vision file makes of each crop of the pictures."""
-    encoder = VisionEncoder(bundle, devices.thread_count()[0], "CPUExecutionProvider")
+    encoder = VisionEncoder(bundle)
     return [encoder.encode(crop) for item in pictures for crop in crops(item, bundle.manifest.preprocessing)]

@@ -43,6 +43,7 @@ _ABORTED = 2  # llama_decode
 class LanguageModel:
     """language.gguf, mapped, with a context of `context` positions, and adapter.gguf added to it if there is one.
 
+    threads: 0 is one for each physical core.
     batch: positions evaluated at once. All of a picture should fit: each batch reads and unpacks all weights again.
     on_load: called with the loaded fraction; returning False stops loading, which then raises `CancelledError`. What it
         raises stops loading, too, and is raised here.
@@ -55,7 +56,7 @@ class LanguageModel:
         *,
         adapter: Path | None = None,
         context: int,
-        threads: int,
+        threads: int = 0,
         batch: int = BATCH,
         gpu_layers: int = 0,
         repack: bool = True,
@@ -79,8 +80,8 @@ class LanguageModel:
         self.batch = batch
         # One more sequence is memory itself, and one what `save` saves of it. llama.cpp aborts with more than room.
         self.max_branches = max(0, min(MAX_BRANCHES, context - 2, batch - 2))
-        self._threads = threads
-        self._team = Threads(threads)
+        self._threads = threads or devices.thread_count()[0]
+        self._team = Threads(self._threads)
         # With the same bits: llama.cpp's own attention divides float16 keys among its threads.
         self._threads_vary = not gpu_layers and self.native.few_attention and (kv == "q8_0" or native.attends(header))
         self._kv = kv
@@ -111,6 +112,12 @@ class LanguageModel:
         if self._model is not None:
             self.library.llama_model_free(self._model)
             self._model = None
+
+    def __enter__(self) -> LanguageModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of plain text. Nothing in it becomes a control token, and none is added."""

@@ -72,7 +72,7 @@ def measure(bundle: Bundle, talk: Callable[[str], None] = lambda line: None) -> 
     count = devices.thread_count()[0]
     others = devices.Others()
     pixels = _pixels(bundle)
-    wanted = VisionEncoder(bundle, count, "CPUExecutionProvider").encode(pixels)
+    wanted = VisionEncoder(bundle).encode(pixels)
     first = untuned(bundle, count)
     counts = dict.fromkeys((count, max(1, count // 2)))
     found = _compare(bundle, [replace(first, threads=n) for n in counts], wanted, talk)
@@ -135,7 +135,7 @@ def _compare(
     for _ in range(ROUNDS):
         for item in candidates:
             start = time.perf_counter()
-            encoder = opened(bundle, item, "CPUExecutionProvider")
+            encoder = opened(bundle, item)
             loaded = time.perf_counter()
             features = encoder.encode(pixels)  # also warms up
             begun = time.perf_counter()
@@ -152,7 +152,7 @@ def _compare(
     return found
 
 
-def opened(bundle: Bundle, setting: Setting, provider: str) -> VisionEncoder:
+def opened(bundle: Bundle, setting: Setting, provider: str = "CPUExecutionProvider") -> VisionEncoder:
     """The encoder, run that way."""
     return VisionEncoder(bundle, setting.threads, provider, prepack=setting.prepack, native=setting.native)
 

@@ -28,14 +28,22 @@ class VisionEncoder:
 
     Raises `BundleError` if the file does not do what the manifest says, `UnavailableError` if ONNX Runtime would
     silently use another provider than the one asked for.
+    threads: 0 is one for each physical core.
     prepack: let it keep weights rearranged for this processor: a private copy of all of them, made now.
     native: compute int8 linear layers and attention by our operators, where tried and right (`native.operator`), on the
         processor. Other providers compute int8 layers in float32 (`float_graph`).
     """
 
     def __init__(
-        self, bundle: Bundle, threads: int, provider: str, *, prepack: bool = False, native: bool = False
+        self,
+        bundle: Bundle,
+        threads: int = 0,
+        provider: str = "CPUExecutionProvider",
+        *,
+        prepack: bool = False,
+        native: bool = False,
     ) -> None:
+        threads = threads or devices.thread_count()[0]
         self._part = bundle.manifest.vision
         self._size = bundle.manifest.preprocessing.image_size
         self._path = bundle.part(VISION)

@@ -25,6 +25,7 @@ from llava_edge.models import micro
 from llava_edge.models.data import control_id, load_tokenizer, read_records, tokenize
 from llava_edge.models.llava import from_state
 from llava_edge.prompt import IGNORE_INDEX
+from llava_edge.runtimes.language import LanguageModel
 
 
 def test_scores_by_hand() -> None:
@@ -82,7 +83,7 @@ def test_predictions_are_those_of_pytorch_for_every_answer_token(
         assert sample.targets[-1] == control_id(tokenizer, "<|im_end|>")
     assert set(samples) == wanted.keys()
     assert len(samples) == 8
-    with held_out.opened(float16, 256) as engine:
+    with LanguageModel(float16, context=256) as engine:
         for sample in samples:  # neighbours share a picture, which is then not evaluated again
             ours = np.stack([row.copy() for row in held_out.predictions(engine, sample, pictures)])
             assert np.abs(ours - wanted[sample]).max() < 0.02 * np.abs(wanted[sample]).max()
@@ -95,7 +96,7 @@ def test_predictions_are_those_of_pytorch_for_every_answer_token(
 def test_the_answers_of_drawings_are_the_models_own(float16: Path, micro_bundle: Path, tmp_path: Path) -> None:
     samples, pictures = held_out.drawings(Bundle.open(micro_bundle), float16, tmp_path)
     assert len(samples) == 12
-    with held_out.opened(float16, 256) as engine:
+    with LanguageModel(float16, context=256) as engine:
         for sample in samples:
             likely = [int(row.argmax()) for row in held_out.predictions(engine, sample, pictures)]
             assert likely == sample.targets
