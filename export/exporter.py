@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -126,8 +127,10 @@ def export(
     out = Path(os.path.realpath(options.out.parent)) / options.out.name
     if out.name in ("", "..", "."):
         raise CannotCreateError(f"{options.out} is not a name for a bundle folder.")
-    if not _is_utf8(out):
-        raise CannotCreateError(f"{os.fsencode(out)!r} is no UTF-8, which ONNX Runtime needs of a path.")
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        raise CannotCreateError(f"{os.fsencode(out)!r} is no UTF-8, which ONNX Runtime needs of a path.") from error
     progress("reading the checkpoint", None)
     checkpoint = open_source(options)
     for note in checkpoint.notes:
@@ -144,8 +147,9 @@ def export(
         held_out.records(options.report_data)
     with publish.staging(out) as temp:
         try:
-            publish.check_space(out, estimate(checkpoint, options, reported=on_report is not None))
-            manifest = _write(options, checkpoint, language, temp, out.name, progress, on_report)
+            publish.check_space(out, _estimate(checkpoint, options, reported=on_report is not None))
+            name = options.name or _printable(out.name)
+            manifest = _Export(options, checkpoint, language, temp, name, progress).run(on_report)
             if options.emit_mmproj:
                 progress(f"writing {options.emit_mmproj}", None)
                 write_mmproj(checkpoint, options.emit_mmproj, manifest.name)
@@ -180,7 +184,7 @@ def open_source(options: ExportOptions) -> Checkpoint:
     )
 
 
-def estimate(checkpoint: Checkpoint, options: ExportOptions, *, reported: bool = False) -> int:
+def _estimate(checkpoint: Checkpoint, options: ExportOptions, *, reported: bool) -> int:
     """Bytes on disk while exporting: the float16 language file, the quantized one, vision up to twice, projector;
     for a report one more quantized file, image embeddings and logits. A finished language file is only copied."""
     config = checkpoint.config
@@ -208,160 +212,129 @@ def _check_apart(options: ExportOptions, out: Path) -> None:
         raise CannotCreateError(f"{options.emit_mmproj} is one of the files to read; choose another name.")
 
 
-def _is_utf8(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _printable(text: str) -> str:
     """What can stand in a manifest: names of folders may hold anything."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-def _write(
-    options: ExportOptions,
-    checkpoint: Checkpoint,
-    language: LanguageFile | Vocabulary,
-    temp: Path,
-    name: str,
-    progress: Progress,
-    on_report: OnReport | None,
-) -> Manifest:
-    """`language` is what the language file comes from: a finished one, or the words to write one with."""
-    scratch = temp / "scratch"
-    scratch.mkdir()
-    name = options.name or _printable(name)
-    manifest = _manifest(options, checkpoint, name)
-    pictures = list(islice(importance.pictures(options.calibrate), TOWER_PICTURES))
-    write_tower(Bundle(temp, manifest), checkpoint, options.fine_blocks, pictures, scratch, progress)
-    mapping.trim()
-    progress("projector", None)
-    precision = write_projector(checkpoint.config, checkpoint.tensors, temp / PROJECTOR, name)
-    manifest = replace(manifest, projector=replace(manifest.projector, precision=precision))
-    weigh = options.imatrix or on_report is not None
-    float16, matrix = _write_language(options, checkpoint, language, Bundle(temp, manifest), scratch, weigh, progress)
-    _read_back(options, checkpoint, temp, float16, progress)
-    mapping.trim()
-    progress("hashing", None)
-    files = {part: file_entry(temp / part) for part in PARTS if (temp / part).exists()}
-    manifest = replace(manifest, files=files)
-    if options.measured and options.measured.files == files:
-        progress("parity is known: every file equals the one it was measured on", None)
-        rows = options.measured.parity
-    else:
-        if options.low_rank and not isinstance(language, LanguageFile):
-            float16 = _float16(checkpoint, language, scratch, name, progress)
-        rows = _parity(options, Bundle(temp, manifest), checkpoint, float16, scratch, progress)
-    if on_report and matrix and float16:
-        on_report(_report(options, Bundle(temp, manifest), float16, matrix, progress))
-    shutil.rmtree(scratch)
-    manifest = replace(manifest, parity=rows)
-    write_manifest(temp, manifest)
-    Bundle.open(temp)  # what the runtime will refuse must not be published
-    return manifest
+@dataclass(frozen=True)
+class _Export:
+    """One under way.
 
+    language: what the language file comes from, a finished one or the words to write one with. folder: what becomes the
+    bundle.
+    """
 
-def _write_language(
-    options: ExportOptions,
-    checkpoint: Checkpoint,
-    language: LanguageFile | Vocabulary,
-    bundle: Bundle,
-    scratch: Path,
-    weigh: bool,
-    progress: Progress,
-) -> tuple[Path | None, importance.Importance | None]:
-    """language.gguf, and adapter.gguf if there is one. Returns the float16 file, if one was written on the way, and
-    with `weigh` its importance matrix."""
-    if options.low_rank:
-        write_adapter(options.low_rank, checkpoint.config.text, bundle.part(ADAPTER), bundle.manifest.name)
-        language = options.low_rank.base
-    if isinstance(language, LanguageFile):
-        progress(f"copying {language.path.name}", None)
-        shutil.copyfile(language.path, bundle.part(LANGUAGE))
-        return None, None
-    float16 = _float16(checkpoint, language, scratch, bundle.manifest.name, progress)
-    matrix = _importance(options, bundle.manifest, checkpoint, float16, progress) if weigh else None
-    quantize(
-        float16,
-        bundle.part(LANGUAGE),
-        options.quant,
-        options.threads,
-        matrix if options.imatrix else None,
-        lambda share: progress(f"quantizing to {options.quant}", share),
-    )
-    return float16, matrix
+    options: ExportOptions
+    checkpoint: Checkpoint
+    language: LanguageFile | Vocabulary
+    folder: Path
+    name: str
+    progress: Progress
 
+    @property
+    def scratch(self) -> Path:
+        return self.folder / "scratch"
 
-def _read_back(
-    options: ExportOptions, checkpoint: Checkpoint, temp: Path, float16: Path | None, progress: Progress
-) -> None:
-    verify.read_back_projector(temp / PROJECTOR, checkpoint)
-    if options.low_rank:
-        read_back_adapter(temp / LANGUAGE, temp / ADAPTER, checkpoint)
-        return
-    for path in (float16, temp / LANGUAGE) if float16 and options.quant != "f16" else (temp / LANGUAGE,):
-        verify.read_back_language(path, checkpoint, lambda share: progress("reading back", share))
+    def run(self, on_report: OnReport | None) -> Manifest:
+        """Write, read back and measure everything."""
+        options, checkpoint, folder = self.options, self.checkpoint, self.folder
+        self.scratch.mkdir()
+        manifest = _manifest(options, checkpoint, self.name)
+        pictures = list(islice(importance.pictures(options.calibrate), TOWER_PICTURES))
+        write_tower(Bundle(folder, manifest), checkpoint, options.fine_blocks, pictures, self.scratch, self.progress)
+        mapping.trim()
+        self.progress("projector", None)
+        precision = write_projector(checkpoint.config, checkpoint.tensors, folder / PROJECTOR, self.name)
+        manifest = replace(manifest, projector=replace(manifest.projector, precision=precision))
+        float16, matrix = self._write_language(manifest, weigh=options.imatrix or on_report is not None)
+        self._read_back(float16)
+        mapping.trim()
+        self.progress("hashing", None)
+        files = {part: file_entry(folder / part) for part in PARTS if (folder / part).exists()}
+        bundle = Bundle(folder, replace(manifest, files=files))
+        rows = self._parity(bundle, float16)
+        if on_report and matrix and float16:
+            on_report(self._report(bundle, float16, matrix))
+        shutil.rmtree(self.scratch)
+        manifest = replace(bundle.manifest, parity=rows)
+        write_manifest(folder, manifest)
+        Bundle.open(folder)  # what the runtime will refuse must not be published
+        return manifest
 
+    def _write_language(self, manifest: Manifest, *, weigh: bool) -> tuple[Path | None, importance.Importance | None]:
+        """language.gguf, and adapter.gguf if there is one. Returns the float16 file, if one was written on the way, and
+        with `weigh` its importance matrix."""
+        options, language, target = self.options, self.language, self.folder / LANGUAGE
+        if options.low_rank:
+            write_adapter(options.low_rank, self.checkpoint.config.text, self.folder / ADAPTER, self.name)
+            language = options.low_rank.base
+        if isinstance(language, LanguageFile):
+            self.progress(f"copying {language.path.name}", None)
+            shutil.copyfile(language.path, target)
+            return None, None
+        float16 = self._write_float16(language)
+        matrix = self._importance(manifest, float16) if weigh else None
+        progress = partial(self.progress, f"quantizing to {options.quant}")
+        quantize(float16, target, options.quant, options.threads, matrix if options.imatrix else None, progress)
+        return float16, matrix
 
-def _float16(checkpoint: Checkpoint, vocabulary: Vocabulary, scratch: Path, name: str, progress: Progress) -> Path:
-    path = scratch / "float16.gguf"
-    stage = f"language model as float16 ({float16_bytes(checkpoint) / 1e9:.2f} GB)"
-    write_language(checkpoint, vocabulary, path, name, lambda share: progress(stage, share))
-    return path
+    def _write_float16(self, vocabulary: Vocabulary) -> Path:
+        path = self.scratch / "float16.gguf"
+        stage = f"language model as float16 ({float16_bytes(self.checkpoint) / 1e9:.2f} GB)"
+        write_language(self.checkpoint, vocabulary, path, self.name, partial(self.progress, stage))
+        return path
 
+    def _importance(self, manifest: Manifest, float16: Path) -> importance.Importance:
+        folder = self.options.calibrate
+        stage = f"importance matrix from {importance.describe(folder)}"
+        self.progress(stage, None)
+        return importance.measure(self.checkpoint, manifest, float16, folder, partial(self.progress, stage))
 
-def _float32(checkpoint: Checkpoint, scratch: Path) -> Path:
-    """`scratch`, with the vision tower in float32; the search for an int8 one has left it there."""
-    if not (scratch / VISION).exists():
-        write_clip(checkpoint.config, checkpoint.tensors, scratch, "fp32")
-    return scratch
+    def _read_back(self, float16: Path | None) -> None:
+        verify.read_back_projector(self.folder / PROJECTOR, self.checkpoint)
+        shipped = self.folder / LANGUAGE
+        if self.options.low_rank:
+            read_back_adapter(shipped, self.folder / ADAPTER, self.checkpoint)
+            return
+        for path in (float16, shipped) if float16 and self.options.quant != "f16" else (shipped,):
+            verify.read_back_language(path, self.checkpoint, partial(self.progress, "reading back"))
 
-
-def _importance(
-    options: ExportOptions, manifest: Manifest, checkpoint: Checkpoint, float16: Path, progress: Progress
-) -> importance.Importance:
-    stage = f"importance matrix from {importance.describe(options.calibrate)}"
-    progress(stage, None)
-    return importance.measure(checkpoint, manifest, float16, options.calibrate, lambda share: progress(stage, share))
-
-
-def _report(
-    options: ExportOptions, bundle: Bundle, float16: Path, matrix: importance.Importance, progress: Progress
-) -> report.Report:
-    scratch = float16.parent / "report"
-    scratch.mkdir()
-    calibration = importance.describe(options.calibrate)
-    return report.measure(bundle, float16, scratch, matrix, calibration, options.report_data, options.threads, progress)
-
-
-def _parity(
-    options: ExportOptions,
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    float16: Path | None,
-    scratch: Path,
-    progress: Progress,
-) -> list[ParityRow]:
-    why_not = parity.obstacle()
-    if why_not:
-        progress(why_not, None)
-        return []
-    float32 = _float32(checkpoint, scratch) if options.vision != "fp32" else None
-    rows = parity.parity(
-        bundle, checkpoint, float16, float32, lambda what, share: progress(f"parity with PyTorch: {what}", share)
-    )
-    failed = [row for row in rows if not row.passed]
-    if failed and not options.force_publish:
-        raise ParityError(
-            "The bundle does not agree with the checkpoint, so nothing was published: "
-            + "; ".join(f"{row.stage} has {row.measure} {row.value:.3g}, limit {row.limit:g}" for row in failed)
-            + ". --force-publish publishes it all the same.",
-            rows,
+    def _parity(self, bundle: Bundle, float16: Path | None) -> list[ParityRow]:
+        options = self.options
+        if options.measured and options.measured.files == bundle.manifest.files:
+            self.progress("parity is known: every file equals the one it was measured on", None)
+            return options.measured.parity
+        if why_not := parity.obstacle():
+            self.progress(why_not, None)
+            return []
+        if options.low_rank and not isinstance(self.language, LanguageFile):
+            float16 = self._write_float16(self.language)
+        float32 = self.scratch if options.vision != "fp32" else None
+        if float32 and not (float32 / VISION).exists():  # as the search for an int8 tower leaves it
+            write_clip(self.checkpoint.config, self.checkpoint.tensors, float32, "fp32")
+        rows = parity.parity(
+            bundle,
+            self.checkpoint,
+            float16,
+            float32,
+            lambda what, share: self.progress(f"parity with PyTorch: {what}", share),
         )
-    return rows
+        failed = [row for row in rows if not row.passed]
+        if failed and not options.force_publish:
+            raise ParityError(
+                "The bundle does not agree with the checkpoint, so nothing was published: "
+                + "; ".join(f"{row.stage} has {row.measure} {row.value:.3g}, limit {row.limit:g}" for row in failed)
+                + ". --force-publish publishes it all the same.",
+                rows,
+            )
+        return rows
+
+    def _report(self, bundle: Bundle, float16: Path, matrix: importance.Importance) -> report.Report:
+        scratch, options = self.scratch / "report", self.options
+        scratch.mkdir()
+        calibration, data = importance.describe(options.calibrate), options.report_data
+        return report.measure(bundle, float16, scratch, matrix, calibration, data, options.threads, self.progress)
 
 
 class ParityError(CheckpointError):
