@@ -22,7 +22,7 @@ from llava_edge.export.layouts import Layout, Source
 from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
 from llava_edge.models.config import LlavaConfig, from_hf
-from llava_edge.models.shapes import EMBEDDINGS, HEAD, VISION_PREFIX, tensor_shapes
+from llava_edge.models.shapes import EMBEDDINGS, HEAD, VISION_PREFIX, Shapes, tensor_shapes
 from llava_edge.prompt import AfterControl
 from llava_edge.runtimes.projector import MAX_LAYERS
 from llava_edge.templates import TEMPLATES
@@ -123,22 +123,27 @@ def _fitting(folder: Path, config: LlavaConfig, found: dict[str, StoredTensor]) 
         _check_tied(folder, found)
         del found[HEAD]
     shapes = tensor_shapes(config)
-    needed = [name for name in shapes if not _unused(name, config)]
-    faults = {
-        "missing": [name for name in needed if name not in found],
-        "not known": [name for name in found if name not in shapes],
-        "of the wrong shape": [
-            f"{name} {found[name].shape} instead of {shapes[name]}"
-            for name in needed
-            if name in found and found[name].shape != shapes[name]
-        ],
-    }
-    said = "; ".join(_list(title, names) for title, names in faults.items() if names)
-    if faults["missing"] == [HEAD]:
+    needed = {name: shape for name, shape in shapes.items() if not _unused(name, config)}
+    said = misfits({name: of.shape for name, of in found.items() if name in needed or name not in shapes}, needed)
+    if needed.keys() - found.keys() == {HEAD}:
         said += "; if the output head is tied to the embeddings, set text_config.tie_word_embeddings to true"
     if said:
         raise CheckpointError(f"{folder} does not fit its config.json: {said}.")
     return Tensors({name: found[name] for name in needed})
+
+
+def misfits(found: Shapes, wanted: Shapes) -> str:
+    """What tensors are missing, not known or misshapen; empty if none is."""
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "not known": [name for name in found if name not in wanted],
+        "of the wrong shape": [
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in wanted.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    return "; ".join(_list(title, names) for title, names in faults.items() if names)
 
 
 def _unused(name: str, config: LlavaConfig) -> bool:

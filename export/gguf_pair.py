@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -21,7 +22,7 @@ from llava_edge import gguf, templates
 from llava_edge.bundle import Square, tiling_fault
 from llava_edge.errors import CheckpointError
 from llava_edge.export import chat_template
-from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors
+from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors, misfits
 from llava_edge.export.mmproj import ARCHITECTURE, tensor_names
 from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
@@ -29,7 +30,7 @@ from llava_edge.export.tokenizer import CONTROL
 from llava_edge.gguf import Gguf
 from llava_edge.models import llama_gguf
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig
-from llava_edge.models.shapes import NEWLINE, tensor_shapes
+from llava_edge.models.shapes import NEWLINE, Shapes, tensor_shapes
 
 V1_IMAGE_SIZE = 224  # the tower of LLaVA v1, whose pictures were cropped; v1.5 has 336 and pads
 MISTRAL = (14336, 8)  # feed-forward width and kv heads of Mistral-7B
@@ -77,7 +78,9 @@ def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
     if fault:
         raise CheckpointError(f"{mmproj} cannot be right: {fault}.")
     _check_tokens(text_file, template)
-    tensors = _vision_tensors(vision_file, config) | _language_tensors(text_file, text)
+    tensors = _vision_tensors(vision_file, config) | _fitting(
+        text_file, llama_gguf.tensor_names(text), tensor_shapes(config), partial(llama_gguf.language_values, c=text)
+    )
     notes += [f"The prompt layout follows from the files; {template} is used. --template names another.", seen]
     if projector == "linear":
         notes.append(f"{mmproj} has one projector layer; it is taken as LLaVA v1's, without an activation behind it.")
@@ -262,27 +265,22 @@ def _check_tokens(file: Gguf, template: str) -> None:
 
 
 def _vision_tensors(file: Gguf, config: LlavaConfig) -> dict[str, StoredTensor]:
-    """CLIP and projector under classic names. Raises `CheckpointError` for what is missing, misshapen or not known."""
-    names, shapes = tensor_names(config), tensor_shapes(config)
-    named = {name: NEWLINE if _NEWLINE.fullmatch(name) else name for name in file.tensors}
-    stored = {name: _swap(target) if _swapped(file) else target for name, target in named.items()}
-    found = {target: name for name, target in stored.items()}
-    faults = {
-        "lacks": [target for target in names if target not in found],
-        "has, and LLaVA has not,": [name for name in stored if stored[name] not in names and not _IGNORED.match(name)],
-        "has in another shape": [
-            f"{found[target]} {file.tensors[found[target]].shape} instead of {shapes[source]}"
-            for target, source in names.items()
-            if target in found and file.tensors[found[target]].shape != shapes[source]
-        ],
-    }
-    for fault, listed in faults.items():
-        if listed:
-            raise CheckpointError(f"{file.path} {fault} {', '.join(listed[:6])} ({len(listed)} tensors).")
-    return {
-        source: StoredTensor(shapes[source], partial(llama_gguf.values, file, found[target]))
-        for target, source in names.items()
-    }
+    """CLIP and projector under classic names. Raises as `_fitting` does."""
+    swapped = _swapped(file)
+    called = {name: NEWLINE if _NEWLINE.fullmatch(name) else _swap(name) if swapped else name for name in file.tensors}
+    its = {target: name for name, target in called.items()}
+    names = {its.get(target, target): source for target, source in tensor_names(config).items()}
+    return _fitting(file, names, tensor_shapes(config), llama_gguf.values)
+
+
+def _fitting(
+    file: Gguf, names: Mapping[str, str], shapes: Shapes, read: Callable[[Gguf, str], np.ndarray]
+) -> dict[str, StoredTensor]:
+    """names: the file's -> classic ones. Raises `CheckpointError` for what is missing, misshapen or not known."""
+    found = {name: of.shape for name, of in file.tensors.items() if name in names or not _IGNORED.fullmatch(name)}
+    if said := misfits(found, {name: shapes[source] for name, source in names.items()}):
+        raise CheckpointError(f"{file.path} does not fit its own numbers: {said}.")
+    return {source: StoredTensor(shapes[source], partial(read, file, name)) for name, source in names.items()}
 
 
 def _swapped(file: Gguf) -> bool:
@@ -294,17 +292,3 @@ def _swapped(file: Gguf) -> bool:
 def _swap(name: str) -> str:
     other = {"ffn_down": "ffn_up", "ffn_up": "ffn_down"}
     return ".".join(other.get(part, part) for part in name.split("."))
-
-
-def _language_tensors(file: Gguf, text: TextConfig) -> dict[str, StoredTensor]:
-    names, shapes = llama_gguf.tensor_names(text), tensor_shapes(LlavaConfig(text=text))
-    wrong = sorted(names.keys() ^ file.tensors.keys())
-    wrong += [name for name in names if name in file.tensors and file.tensors[name].shape != shapes[names[name]]]
-    if wrong:
-        raise CheckpointError(
-            f"{file.path} does not fit its own numbers: {', '.join(wrong[:6])} missing, too many or misshapen."
-        )
-    return {
-        source: StoredTensor(shapes[source], partial(llama_gguf.language_values, file, name, text))
-        for name, source in names.items()
-    }

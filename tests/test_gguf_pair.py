@@ -255,7 +255,7 @@ def test_swapped_names_read_as_they_stand_do_not_fit(
 ) -> None:
     mmproj = write_mmproj(tmp_path / "mmproj.gguf", CONFIG, published(weights, BLOCKS, True))
     monkeypatch.setattr(gguf_pair, "_swapped", lambda file: False)
-    with pytest.raises(CheckpointError, match=r"another shape v\.blk\.0\.ffn_up\.weight \(64, 128\)"):
+    with pytest.raises(CheckpointError, match=r"wrong shape \(v\.blk\.0\.ffn_up\.weight \(64, 128\)"):
         open_pair(direct / LANGUAGE, mmproj, "chatml")
 
 
@@ -282,11 +282,11 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"vision.image_std": [0.0, 1.0, 1.0]}, "not positive"),
     ({"vision.image_mean": None}, "three numbers"),
     ({"vision.block_count": None}, "block_count"),
-    ({"vision.block_count": 5}, r"lacks v\.blk\.2"),
+    ({"vision.block_count": 5}, r"missing \(v\.blk\.2"),
     ({"vision.attention.head_count": 5}, "5 heads"),
     ({"vision.attention.layer_norm_epsilon": None}, "layer_norm_epsilon"),
     ({"vision.image_grid_pinpoints": [336, 672]}, r"1\.6, but not whole: 2 numbers .*no image_newline"),
-    ({"vision.image_size": 64}, r"another shape v\.position_embd"),
+    ({"vision.image_size": 64}, r"wrong shape \(v\.position_embd"),
 ]
 
 
@@ -301,13 +301,13 @@ def test_a_tower_that_is_not_llavas_is_refused(
 
 
 BAD_TENSORS: list[tuple[Callable[[dict[str, Array]], Any], str]] = [
-    (lambda tensors: tensors.pop("v.blk.1.ln2.bias"), r"lacks v\.blk\.1\.ln2\.bias"),
-    (lambda tensors: tensors.pop("mm.0.weight"), r"lacks mm\.0\.weight"),
-    (lambda tensors: tensors.update({"mm.3.weight": np.ones((256, 256))}), r"has not, mm\.3\.weight"),
-    (lambda tensors: tensors.update({"t.blk.0.ln1.bias": np.ones(64)}), r"has not, t\.blk"),
+    (lambda tensors: tensors.pop("v.blk.1.ln2.bias"), r"1 missing \(v\.blk\.1\.ln2\.bias"),
+    (lambda tensors: tensors.pop("mm.0.weight"), r"missing \(mm\.0\.weight"),
+    (lambda tensors: tensors.update({"mm.3.weight": np.ones((256, 256))}), r"not known \(mm\.3\.weight"),
+    (lambda tensors: tensors.update({"t.blk.0.ln1.bias": np.ones(64)}), r"not known \(t\.blk"),
     (lambda tensors: tensors.update({"model.image_newline": np.ones(256)}), r"1\.6, but not whole: 0 numbers"),
     (lambda tensors: tensors.update({"mm.2.weight": np.ones((512, 256))}), "width of 512, the language model has 256"),
-    (lambda tensors: tensors.update({"v.class_embd": np.ones(65)}), r"another shape v\.class_embd \(65,\)"),
+    (lambda tensors: tensors.update({"v.class_embd": np.ones(65)}), r"wrong shape \(v\.class_embd \(65,\)"),
 ]
 
 
