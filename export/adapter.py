@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge import gguf
+from llava_edge import gguf as header
 from llava_edge.errors import CheckpointError
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile
 from llava_edge.export.verify import relative
@@ -63,9 +63,9 @@ def write_adapter(low_rank: LowRank, config: TextConfig, path: Path, name: str) 
 
 def read_back_adapter(language: Path, adapter: Path, checkpoint: Checkpoint) -> None:
     """Compare base + update with every tensor of the checkpoint. Raises `CheckpointError` naming one that differs."""
-    base, update = gguf.read(language), gguf.read(adapter)
-    gguf.check_language(base)
-    gguf.check_adapter(update, base)
+    base, update = header.read(language), header.read(adapter)
+    header.check_language(base)
+    header.check_adapter(update, base)
     for target, source in tensor_names(checkpoint.config.text).items():
         heads = rotated_heads(target, checkpoint.config.text)
         ours = language_values(base, target, checkpoint.config.text)

@@ -89,7 +89,7 @@ def write_clip(
             "clip-vision",
             [helper.make_tensor_value_info("pixels", float32, [batch, 3, size, size])],
             [helper.make_tensor_value_info(name, float32, shapes[name]) for name in outputs],
-            graph.initializers,
+            list(graph.initializers.values()),
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
@@ -199,13 +199,9 @@ def _chosen(graph: _Graph, config: LlavaConfig, x: str, width: int) -> str:
     """(B, T, width) of all tokens -> (B, image_tokens, width) of those that LLaVA reads."""
     if config.feature == "patch":  # drop the class token, which stands first
         x = graph.node("Slice", x, graph.ints(1), graph.ints(np.iinfo(np.int64).max), graph.ints(1))
-    return _pool(graph, config, x, width)
-
-
-def _pool(graph: _Graph, config: LlavaConfig, x: str, width: int) -> str:
-    """Mean over image_pool x image_pool neighbouring patches, row-major before and after."""
     if config.image_pool == 1:
         return x
+    # Mean over image_pool x image_pool neighbouring patches, row-major before and after.
     side = config.vision.grid // config.image_pool
     x = graph.node("Reshape", x, graph.ints(0, side, config.image_pool, side, config.image_pool, width))
     x = graph.node("ReduceMean", x, graph.ints(2, 4), keepdims=0)
@@ -227,8 +223,7 @@ class _Graph:
         self.precision: Precision = "fp32"
         self.fine = False
         self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self.tensors: dict[str, Any] = {}  # initializers by name
+        self.initializers: dict[str, Any] = {}
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Append one node with one output; returns the output's name."""
@@ -290,25 +285,24 @@ class _Graph:
         return self.weight(f"scalar_{value}", np.array(value, np.float32))
 
     def weight(self, name: str, array: np.ndarray) -> str:
-        """An initializer, inline or in the data file; returns its name. The same name is stored once."""
+        """An initializer; returns its name. The same name is stored once."""
+        if name not in self.initializers:
+            self.initializers[name] = self._stored(name, np.array(array, order="C", copy=None))
+        return name
+
+    def _stored(self, name: str, array: np.ndarray) -> Any:
+        """Inline or in the data file."""
         from onnx import TensorProto, helper, numpy_helper
 
-        if name in self.tensors:
-            return name
-        array = np.array(array, order="C", copy=None)
         if array.nbytes < INLINE_BYTES:
-            self.tensors[name] = numpy_helper.from_array(array, name)
-            self.initializers.append(self.tensors[name])
-            return name
+            return numpy_helper.from_array(array, name)
         offset = _align(self.data, MAP_ALIGNMENT if array.nbytes >= MAP_FROM_BYTES else 64)
         self.data.write(array.data)
         tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", VISION_DATA), ("offset", str(offset)), ("length", str(array.nbytes))):
             tensor.external_data.add(key=key, value=value)
-        self.tensors[name] = tensor
-        self.initializers.append(tensor)
-        return name
+        return tensor
 
 
 def _align(file: BinaryIO, alignment: int) -> int:

@@ -28,7 +28,6 @@ QUANTS: tuple[Quant, ...] = get_args(Quant)
 # Bits per weight to plan disk space with, rounded up: mixes keep some tensors larger, and see above.
 BITS: dict[Quant, float] = {"q4_k_m": 6.5, "q4_0": 5.5, "q5_k_m": 7.0, "q8_0": 8.5, "f16": 16.0}
 
-
 _POLL_SECONDS = 0.2
 
 

@@ -11,9 +11,9 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,17 +174,22 @@ class LanguageModel:
         self.forget(same)
         return same
 
-    def save(self, count: int) -> memoryview:
-        """The first `count` positions that memory holds, in llama.cpp's own form."""
-        with self._first(count) as saved:
-            state = np.empty(self.library.llama_state_seq_get_size(self.context, saved), np.uint8)
-            written = self.library.llama_state_seq_get_data(self.context, _bytes(state), len(state), saved)
-        return state[:written].data
+    def save(self, count: int, most: float = inf) -> memoryview | None:
+        """The first `count` positions that memory holds, in llama.cpp's own form; None if these are over `most` bytes.
 
-    def saved_size(self, count: int) -> int:
-        """Bytes of what `save` returns."""
-        with self._first(count) as saved:
-            return int(self.library.llama_state_seq_get_size(self.context, saved))
+        Raises `MemoryError`.
+        """
+        api, apart = self.library, 1 + self.max_branches
+        api.llama_memory_seq_cp(self._memory, _SEQUENCE, apart, 0, count)
+        try:
+            size = api.llama_state_seq_get_size(self.context, apart)
+            if size > most:
+                return None
+            state = np.empty(size, np.uint8)
+            written = api.llama_state_seq_get_data(self.context, _bytes(state), size, apart)
+            return state[:written].data
+        finally:
+            api.llama_memory_seq_rm(self._memory, apart, -1, -1)
 
     def restore(self, state: bytes | memoryview, keys: Sequence[Key]) -> bool:
         """Let memory hold what `save` returned when it held `keys`; whether that worked.
@@ -289,16 +294,6 @@ class LanguageModel:
         build = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
         computes = [devices.processor(), devices.graphics()] if self.on_gpu else devices.processor()
         return [build, computes, self.context_size, self._threads, self._settings, self.batch]
-
-    @contextmanager
-    def _first(self, count: int) -> Iterator[int]:
-        """A sequence of the first `count` positions that memory holds."""
-        first = 1 + self.max_branches
-        self.library.llama_memory_seq_cp(self._memory, _SEQUENCE, first, 0, count)
-        try:
-            yield first
-        finally:
-            self.library.llama_memory_seq_rm(self._memory, first, -1, -1)
 
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
         api = self.library

@@ -105,9 +105,11 @@ class Prefill:
         with suppress(MemoryError):
             for keys in self._new:
                 room = self._cache.room
-                if room and self._language.held[: len(keys)] == keys and self._language.saved_size(len(keys)) <= room:
+                if not room or self._language.held[: len(keys)] != keys:
+                    continue
+                if state := self._language.save(len(keys), most=room):
                     about = {"model": self._name, "kind": "state", "positions": str(len(keys))}
-                    self._cache.put(self._key(keys), about, self._language.save(len(keys)))
+                    self._cache.put(self._key(keys), about, state)
         self._new.clear()
 
     def _recall(self, keys: list[Key], ends: list[int], kept: list[int], *, reuse: bool) -> int:
