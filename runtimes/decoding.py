@@ -59,7 +59,6 @@ def decode(answer: Answer, options: Options, speculation: Speculation) -> Finish
     language = answer.language
     with closing(Sampler(language, options)) as sampler:
         while True:
-            language.logits()  # refuses what is not finite
             token = sampler.sample()
             reason = answer.take(token)
             if reason:
@@ -89,7 +88,6 @@ def decode_together(
     last: dict[int, int] = {}  # token of each answer that is not complete
 
     def sample(number: int, row: int) -> None:
-        language.logits(row)  # refuses what is not finite
         token = samplers[number].sample(row)
         reason = answers[number].take(token, row)
         if reason:

@@ -40,11 +40,13 @@ class Sampler:
     def sample(self, row: int = -1) -> int:
         """Draw a token from a row of logits, of the last evaluated position if not told, and note it for the next.
 
-        Raises `UsageError` if the vocabulary has no token that the grammar allows next.
+        Raises `UsageError` if the vocabulary has no token that the grammar allows next, `BundleError` if the logits are
+        not finite.
         """
+        logits = self._language.logits(row)
         if not self._grammar:
             return int(self._library.llama_sampler_sample(self._chain, self._language.context, row))
-        token = self._allowed(row)
+        token = self._allowed(logits)
         for part in (self._grammar, self._chain):
             self._library.llama_sampler_accept(part, token)
         return token
@@ -56,9 +58,8 @@ class Sampler:
                 self._library.llama_sampler_free(part)
         self._chain = self._grammar = None
 
-    def _allowed(self, row: int) -> int:
+    def _allowed(self, logits: Array) -> int:
         """The grammar before the chain, and a look at what it left: with nothing left, llama.cpp ends the process."""
-        logits = self._language.logits(row)
         tokens = np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])  # llama_token_data
         tokens["id"], tokens["logit"] = np.arange(len(logits)), logits
         tokens["logit"][self._language.unseen] = -np.inf  # llama.cpp takes them for their names, which answers lack

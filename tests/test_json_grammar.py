@@ -390,9 +390,8 @@ def test_a_grammar_that_no_token_continues_is_refused(grammar: str, llava: Llava
     """llama.cpp would end the process. The vocabulary here can say all; so its words are taken away."""
     real = Sampler._allowed
 
-    def poorer(self: Sampler, row: int) -> int:
-        monkeypatch.setattr(self._language, "logits", lambda row: np.full(self._language.vocab_size, -np.inf, "f4"))
-        return real(self, row)
+    def poorer(self: Sampler, logits: Any) -> int:
+        return real(self, np.full_like(logits, -np.inf))
 
     monkeypatch.setattr(Sampler, "_allowed", poorer)
     with pytest.raises(UsageError, match="no token that continues"):
