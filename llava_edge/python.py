@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from llava_edge.errors import UnavailableError
+
+
+class SilentError(Exception):
+    """A process that did not say what it was started for. The text goes on after a name for it: "was killed by SIGILL".
+
+    killed: whether by a signal.
+    """
+
+    def __init__(self, text: str, *, killed: bool = False) -> None:
+        super().__init__(text)
+        self.killed = killed
 
 
 def frozen() -> bool:
@@ -32,3 +47,30 @@ def environment() -> dict[str, str]:
     """In which that Python finds this very package, however this process did."""
     paths = [path or str(Path.cwd()) for path in sys.path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def said(doing: str, *arguments: str, seconds: float | None = None) -> Any:
+    """The last line, as JSON, that Python prints in a process of its own, which may take so many seconds.
+
+    Raises `UnavailableError` as `command` does, or `SilentError`.
+    """
+    line = command(doing, *arguments)
+    try:
+        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise SilentError(f"did not end within {error.timeout:g} s") from error
+    if done.returncode < 0:
+        raise SilentError(f"was killed by {_name(-done.returncode)}", killed=True)
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise SilentError(f"failed: {lines[-1].rstrip('.')}") from error
+
+
+def _name(number: int) -> str:
+    """Of a signal; some have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -54,26 +52,15 @@ def check(engine: str) -> Report:
     Raises `StorageError` if there is no room to, `UnavailableError` in a frozen app.
     """
     code = f"from llava_edge.runtimes import probe; probe.child({engine!r})"
-    command = python.command(f"The test of {engine}", "-c", code)
     try:
-        done = subprocess.run(
-            command, env=python.environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        facts = python.said(f"The test of {engine}", "-c", code, seconds=TIMEOUT_SECONDS)
+    except python.SilentError as error:
+        return Report(engine, f"{engine} does not work here: its test {error}.", INSTALL[engine])
+    if "untried" in facts:
+        raise StorageError(
+            f"{engine} could not be tried in {tempfile.gettempdir()}: {facts['untried']}. Make room there, or set "
+            "TMPDIR to another folder."
         )
-    except subprocess.TimeoutExpired:
-        return Report(engine, f"The test of {engine} did not end within {TIMEOUT_SECONDS} s.", INSTALL[engine])
-    if done.returncode < 0:
-        name = _signal_name(-done.returncode)
-        return Report(engine, f"{engine} kills its process with {name} on this processor.", INSTALL[engine])
-    try:
-        facts = json.loads(done.stdout.splitlines()[-1])
-        if "untried" in facts:
-            raise StorageError(
-                f"{engine} could not be tried in {tempfile.gettempdir()}: {facts['untried']}. Make room there, or set "
-                "TMPDIR to another folder."
-            )
-    except (IndexError, ValueError):
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return Report(engine, f"{engine} does not work: {lines[-1]}", INSTALL[engine])
     return Report(engine, facts=facts)
 
 
@@ -189,13 +176,6 @@ def _gguf(metadata: dict[str, str | int | float], tensors: list[tuple[str, tuple
 
 def _text(text: str) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode()
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _note() -> Path | None:

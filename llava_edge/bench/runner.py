@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -247,17 +245,12 @@ def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) 
 
 def _child(task: Sample) -> Sample:
     """What a fresh process measured, or what child.py prints instead. It dies with this process's interruption."""
-    command = python.command("A measurement", "-m", "llava_edge.bench.child", json.dumps(task))
-    done = subprocess.run(command, env=python.environment(), capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        reason = f"Its process was ended by {signal.Signals(-done.returncode).name}; try 'llava-edge doctor'."
-        return {"error": reason, "exit_code": UnavailableError.exit_code}
     try:
-        found: Sample = json.loads(done.stdout.splitlines()[-1])
+        found: Sample = python.said("A measurement", "-m", "llava_edge.bench.child", json.dumps(task))
         return found
-    except (IndexError, ValueError):
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"error": f"Its process failed: {lines[-1]}", "exit_code": LlavaEdgeError.exit_code}
+    except python.SilentError as error:
+        kind = UnavailableError if error.killed else LlavaEdgeError
+        return {"error": f"Its process {error}; try 'llava-edge doctor'.", "exit_code": kind.exit_code}
 
 
 def _raise_peaks(peaks: dict[str, dict[str, float]], found: Sample) -> None:
