@@ -72,8 +72,8 @@ def write_clip(
     from onnx import helper
 
     with (folder / VISION_DATA).open("wb") as data:
-        graph = _Graph(data)
-        outputs = _tower(graph, config, tensors, precision, fine_blocks)
+        graph = _Graph(data, tensors)
+        outputs = _tower(graph, config, precision, fine_blocks)
         for name, value in outputs.items():
             graph.nodes.append(helper.make_node("Identity", [value], [name], name=name))
     size = config.vision.image_size
@@ -98,15 +98,13 @@ def write_clip(
     (folder / VISION).write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _tower(
-    graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], precision: Precision, fine_blocks: int
-) -> dict[str, str]:
+def _tower(graph: _Graph, config: LlavaConfig, precision: Precision, fine_blocks: int) -> dict[str, str]:
     """Embeddings, blocks, choice of tokens, pooling; the graph's outputs."""
-    x = _layer_norm(graph, config, tensors, "pre_layrnorm", _embed(graph, config, tensors))
+    x = _layer_norm(graph, config, "pre_layrnorm", _embed(graph, config))
     qkv = ""
     for layer in range(config.blocks_run):
         graph.precision, graph.fine = precision, layer < fine_blocks
-        x, qkv = _block(graph, config, tensors, f"encoder.layers.{layer}", x)
+        x, qkv = _block(graph, config, f"encoder.layers.{layer}", x)
     outputs = {"features": _chosen(graph, config, x, config.vision.hidden_size)}
     if qkv:
         attention = _chosen(graph, config, _class_attention(graph, config, qkv), 1)
@@ -114,46 +112,43 @@ def _tower(
     return outputs
 
 
-def _embed(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray]) -> str:
+def _embed(graph: _Graph, config: LlavaConfig) -> str:
     c = config.vision
-    kernel = graph.weight(
-        "embeddings.patch_embedding.weight", tensors[VISION_PREFIX + "embeddings.patch_embedding.weight"]
-    )
+    kernel = graph.own("embeddings.patch_embedding.weight")
     sides = [c.patch_size, c.patch_size]
     patches = graph.node("Conv", "pixels", kernel, kernel_shape=sides, strides=sides)  # (B, D, grid, grid)
     patches = graph.node("Reshape", patches, graph.ints(0, 0, c.grid**2))
     patches = graph.node("Transpose", patches, perm=[0, 2, 1])  # (B, grid * grid, D), row-major
-    row = tensors[VISION_PREFIX + "embeddings.class_embedding"].reshape(1, 1, -1)
     batch = graph.node("Shape", "pixels", start=0, end=1)
     shape = graph.node("Concat", batch, graph.ints(1, c.hidden_size), axis=0)
+    row = graph.tensors[f"{VISION_PREFIX}embeddings.class_embedding"].reshape(1, 1, -1)
     cls = graph.node("Expand", graph.weight("embeddings.class_embedding", row), shape)
     x = graph.node("Concat", cls, patches, axis=1)
-    positions = tensors[VISION_PREFIX + "embeddings.position_embedding.weight"]  # row 0 is the class token's
-    return graph.node("Add", x, graph.weight("embeddings.position_embedding.weight", positions))
+    return graph.node("Add", x, graph.own("embeddings.position_embedding.weight"))  # row 0 is the class token's
 
 
-def _block(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> tuple[str, str]:
+def _block(graph: _Graph, config: LlavaConfig, name: str, x: str) -> tuple[str, str]:
     """Pre-norm: x += attention(ln1(x)); x += fc2(quick_gelu(fc1(ln2(x)))). Returns x and the attention's qkv."""
-    normed = _layer_norm(graph, config, tensors, f"{name}.layer_norm1", x)
-    qkv = _qkv(graph, config, tensors, f"{name}.self_attn", normed)
-    x = graph.node("Add", x, _attention(graph, config, tensors, f"{name}.self_attn", qkv))
-    normed = _layer_norm(graph, config, tensors, f"{name}.layer_norm2", x)
-    inner = _linear(graph, tensors, f"{name}.mlp.fc1", [f"{name}.mlp.fc1"], normed)
+    normed = _layer_norm(graph, config, f"{name}.layer_norm1", x)
+    qkv = _qkv(graph, config, f"{name}.self_attn", normed)
+    x = graph.node("Add", x, _attention(graph, config, f"{name}.self_attn", qkv))
+    normed = _layer_norm(graph, config, f"{name}.layer_norm2", x)
+    inner = _linear(graph, normed, f"{name}.mlp.fc1")
     gate = graph.node("Sigmoid", graph.node("Mul", inner, graph.scalar(1.702)))
     inner = graph.node("Mul", inner, gate)  # quick-GELU, x * sigmoid(1.702 x)
-    return graph.node("Add", x, _linear(graph, tensors, f"{name}.mlp.fc2", [f"{name}.mlp.fc2"], inner)), qkv
+    return graph.node("Add", x, _linear(graph, inner, f"{name}.mlp.fc2")), qkv
 
 
-def _qkv(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> str:
+def _qkv(graph: _Graph, config: LlavaConfig, name: str, x: str) -> str:
     """(B, T, D) -> (B, T, 3, heads, head_dim): one product instead of three."""
     c = config.vision
-    qkv = _linear(graph, tensors, f"{name}.qkv_proj", [f"{name}.{kind}_proj" for kind in "qkv"], x)
+    qkv = _linear(graph, x, f"{name}.qkv_proj", *(f"{name}.{kind}_proj" for kind in "qkv"))
     return graph.node(
         "Reshape", qkv, graph.ints(0, 0, 3, c.num_attention_heads, c.hidden_size // c.num_attention_heads)
     )
 
 
-def _attention(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, qkv: str) -> str:
+def _attention(graph: _Graph, config: LlavaConfig, name: str, qkv: str) -> str:
     c = config.vision
     head_dim = c.hidden_size // c.num_attention_heads
     qkv = graph.node("Transpose", qkv, perm=[2, 0, 3, 1, 4])  # (3, B, heads, T, head_dim)
@@ -163,7 +158,7 @@ def _attention(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndar
     out = graph.node("MatMul", graph.node("Softmax", scores, axis=-1), v)
     out = graph.node("Transpose", out, perm=[0, 2, 1, 3])
     out = graph.node("Reshape", out, graph.ints(0, 0, c.hidden_size))
-    return _linear(graph, tensors, f"{name}.out_proj", [f"{name}.out_proj"], out)
+    return _linear(graph, out, f"{name}.out_proj")
 
 
 def _class_attention(graph: _Graph, config: LlavaConfig, qkv: str) -> str:
@@ -182,16 +177,16 @@ def _class_attention(graph: _Graph, config: LlavaConfig, qkv: str) -> str:
     return graph.node("ReduceMean", graph.node("Softmax", scores, axis=2), graph.ints(1), keepdims=0)
 
 
-def _layer_norm(graph: _Graph, config: LlavaConfig, tensors: Mapping[str, np.ndarray], name: str, x: str) -> str:
-    weight = graph.weight(f"{name}.weight", tensors[f"{VISION_PREFIX}{name}.weight"])
-    bias = graph.weight(f"{name}.bias", tensors[f"{VISION_PREFIX}{name}.bias"])
+def _layer_norm(graph: _Graph, config: LlavaConfig, name: str, x: str) -> str:
+    weight, bias = graph.own(f"{name}.weight"), graph.own(f"{name}.bias")
     return graph.node("LayerNormalization", x, weight, bias, axis=-1, epsilon=config.vision.layer_norm_eps)
 
 
-def _linear(graph: _Graph, tensors: Mapping[str, np.ndarray], name: str, parts: list[str], x: str) -> str:
-    """x @ W + b, where W (in, out) joins the weights of `parts` side by side."""
-    weight = np.concatenate([tensors[f"{VISION_PREFIX}{part}.weight"] for part in parts]).T
-    bias = np.concatenate([tensors[f"{VISION_PREFIX}{part}.bias"] for part in parts])
+def _linear(graph: _Graph, x: str, name: str, *parts: str) -> str:
+    """x @ W + b, where W (in, out) joins the weights of `parts` side by side; without any, of `name`."""
+    layers = [f"{VISION_PREFIX}{part}" for part in parts or (name,)]
+    weight = np.concatenate([graph.tensors[f"{layer}.weight"] for layer in layers]).T
+    bias = np.concatenate([graph.tensors[f"{layer}.bias"] for layer in layers])
     return graph.linear(name, x, weight, bias)
 
 
@@ -218,8 +213,9 @@ def quantize_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _Graph:
     """Nodes and initializers; large weights are appended to the data file as they come."""
 
-    def __init__(self, data: BinaryIO) -> None:
+    def __init__(self, data: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
         self.data = data
+        self.tensors = tensors  # of the checkpoint
         self.precision: Precision = "fp32"
         self.fine = False
         self.nodes: list[Any] = []
@@ -271,6 +267,10 @@ class _Graph:
         """A quantized x @ (weight * scale), in the pattern of nodes that onnxruntime fuses into one."""
         product = self.node("MatMulInteger", x, weight, zero)
         return self.node("Mul", self.node("Cast", product, to=_FLOAT32), self.node("Mul", step, scale))
+
+    def own(self, name: str) -> str:
+        """A tensor of the tower as it is."""
+        return self.weight(name, self.tensors[f"{VISION_PREFIX}{name}"])
 
     def ints(self, *values: int) -> str:
         """A constant list of int64."""

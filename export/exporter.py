@@ -72,7 +72,7 @@ class ExportOptions:
     emit_mmproj: also write the vision tower and projector there, as llama.cpp's programs load them.
     name: of the model; the name of `out` unless given. provenance: where its parts are from.
     force: replace a bundle that `out` already is. force_publish: publish although parity fails.
-    threads: for llama.cpp's quantizer and the measurements' engines; 0 is all cores.
+    threads: for llama.cpp's quantizer; 0 is all cores.
     fine_blocks: of an int8 tower, how many blocks from the front have finer weights; searched for unless given.
     measured: manifest of an earlier export; its parity table holds, and is taken, if every file comes out the same.
     imatrix: quantize with an importance matrix from pictures, those of the folder `calibrate` or else sample pictures.

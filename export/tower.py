@@ -35,15 +35,12 @@ def write_tower(
     keep the error on `pictures` below `INT8_TARGET`.
     Raises `CheckpointError` for a tower that gives the same numbers everywhere.
     """
-    config, tensors = checkpoint.config, checkpoint.tensors
     precision: Precision = bundle.manifest.vision.precision
     progress(f"vision tower as {precision}", None)
-    if precision == "int8" and fine_blocks is not None:
-        write_clip(config, tensors, bundle.folder, "int8", fine_blocks)
-    elif precision == "int8":
+    if precision == "int8" and fine_blocks is None:
         _write_int8(bundle, checkpoint, pictures, scratch, progress)
     else:
-        write_clip(config, tensors, bundle.folder, precision)
+        write_clip(checkpoint.config, checkpoint.tensors, bundle.folder, precision, fine_blocks or 0)
     if float(np.std(_features(bundle, pictures[:1]))) == 0:
         raise CheckpointError("The vision tower gives the same numbers everywhere; its weights cannot be right.")
 
