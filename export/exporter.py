@@ -144,7 +144,7 @@ def export(
     if options.imatrix or on_report:
         importance.check(options.calibrate)
     if on_report and options.report_data:
-        held_out.records(options.report_data)
+        held_out.check(options.report_data, checkpoint.config.image_tokens)
     with publish.staging(out) as temp:
         try:
             publish.check_space(out, _estimate(checkpoint, options, reported=on_report is not None))

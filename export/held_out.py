@@ -21,7 +21,7 @@ from PIL import Image
 
 from llava_edge import anyres, prompt
 from llava_edge.bundle import Bundle
-from llava_edge.errors import DataError
+from llava_edge.errors import DataError, MissingError
 from llava_edge.export import samples
 from llava_edge.image import load_image
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Message
@@ -86,13 +86,24 @@ def lay_out(ids: Sequence[int], labels: Sequence[int], image: str, rows: int) ->
     return Sample(image, tuple(keys), tuple(i for i, label in enumerate(wide) if label != IGNORE_INDEX))
 
 
-def records(data: Path) -> list[dict[str, Any]]:
-    """The records of a LLaVA JSON array that have a picture. Raises `MissingError` or `DataError`."""
+def check(data: Path, image_tokens: int) -> None:
+    """Raises `MissingError` or `DataError` for what `conversations` would, when everything else is done."""
+    from llava_edge.models.data import messages_of
+
+    for record in _drawn(data)[: POSITIONS // image_tokens]:  # as many as are read, unless some are too long
+        messages_of(record)
+        if not (data.parent / record["image"]).is_file():
+            raise MissingError(f"{data} names the picture {record['image']}, which is not there.")
+
+
+def _drawn(data: Path) -> list[dict[str, Any]]:
+    """The records of a LLaVA JSON array that have a picture, in the order in which they are read."""
     from llava_edge.models.data import read_records
 
     found = [record for record in read_records(data) if "image" in record]
     if not found:
         raise DataError(f"{data} holds no conversation about a picture.")
+    random.Random(0).shuffle(found)
     return found
 
 
@@ -104,14 +115,12 @@ def conversations(data: Path, bundle: Bundle, float16: Path, scratch: Path) -> t
     from llava_edge.models.data import messages_of
 
     manifest, context = bundle.manifest, bundle.manifest.language.context_length
-    order = records(data)
-    random.Random(0).shuffle(order)
     pictures = Pictures(bundle, scratch, lambda name: load_image(data.parent / name))
     chosen: list[Sample] = []
     room = POSITIONS
     with LanguageModel(float16, context=1) as engine:
         behind = after_control.encoder(engine, manifest.after_control)
-        for record in order:
+        for record in _drawn(data):
             pieces = prompt.render(manifest.template, messages_of(record), manifest.image_markers)
             ids, labels = prompt.encode_with_labels(pieces, engine.tokenize, engine.control_id, behind)
             sample = lay_out(ids, labels, record["image"], len(pictures[record["image"]]))
