@@ -64,8 +64,8 @@ def main() -> None:
     language.library()
     ggml, path = Ggml(), native.place() / native.LIBRARY
     library = Library(path)
-    taken = [(kind, asked.kernel, 32) for kind in TYPES if library.takes(asked.kernel, kind)]
-    library.use(taken, [kind for kind in TYPES if library.takes(FEW, kind)], attention=True)
+    taken = [(kind, asked.kernel, 32) for kind in TYPES if library.take(asked.kernel, kind)]
+    library.use(taken, [kind for kind in TYPES if library.take(FEW, kind)], attention=True)
     if not ggml.load_backend(path):
         parser.error(f"ggml does not accept {path}")
     for kind in asked.types:

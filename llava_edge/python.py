@@ -43,7 +43,7 @@ def command(doing: str, *arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def environment() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """In which that Python finds this very package, however this process did."""
     paths = [path or str(Path.cwd()) for path in sys.path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -56,7 +56,7 @@ def said(doing: str, *arguments: str, seconds: float | None = None) -> Any:
     """
     line = command(doing, *arguments)
     try:
-        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(line, env=_environment(), capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
         raise SilentError(f"did not end within {error.timeout:g} s") from error
     if done.returncode < 0:

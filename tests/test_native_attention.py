@@ -14,6 +14,8 @@ import pytest
 from emulator import Emulated, emulated
 from native_kernels import HAS_VNNI512, Array, Kernels
 
+from llava_edge.errors import BundleError
+from llava_edge.gguf import Gguf
 from llava_edge.runtimes import devices, native
 from llava_edge.runtimes.native import build, check
 
@@ -160,3 +162,11 @@ def test_a_query_whose_only_key_is_not_a_number_gets_none(attend: Attend, place:
     mask[2, place] = 0
     k[0, place] = np.nan
     assert np.isnan(attend(q, k, v, mask)[2]).all()
+
+
+def test_a_width_of_heads_that_is_no_number_is_refused_in_a_sentence() -> None:
+    sizes = {"llama.attention.head_count": 4, "llama.embedding_length": 256}
+    found = [native.attends(Gguf(Path(), {**sizes, **own}, {})) for own in ({}, {"llama.attention.key_length": 72})]
+    assert found == [True, False]
+    with pytest.raises(BundleError, match=r"key_length = '64'; a whole number"):
+        native.attends(Gguf(Path(), {**sizes, "llama.attention.key_length": "64"}, {}))

@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -118,10 +117,12 @@ def activate() -> Status:
 
 
 def attends(language: Gguf) -> bool:
-    """Whether our attention takes heads as wide as a model's (src/attention.cpp)."""
-    heads = language.number("llama.attention.head_count", 1, 1024)
-    width = language.metadata.get("llama.attention.key_length", language.metadata["llama.embedding_length"] // heads)
-    return bool(width % 16 == 0 and width <= 256)
+    """Whether our attention takes heads as wide as a model's (src/attention.cpp). Raises `BundleError`."""
+    if "llama.attention.key_length" in language.metadata:
+        width = language.number("llama.attention.key_length", 1, 1 << 17)
+    else:
+        width = language.metadata["llama.embedding_length"] // language.number("llama.attention.head_count", 1, 1024)
+    return width % 16 == 0 and width <= 256
 
 
 def operator_library() -> Path | None:
@@ -197,21 +198,11 @@ def _load(path: Path, ggml: Ggml, found: Status) -> None:
 def _check(library: Path) -> dict[str, Any]:
     """What the child process says about a library."""
     code = f"from llava_edge.runtimes.native import check; check.main({str(library)!r})"
-    command = python.command("The check of native kernels", "-c", code)
     try:
-        done = subprocess.run(
-            command, env=python.environment(), capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"their check did not end within {CHECK_SECONDS} s"}
-    if done.returncode < 0:
-        return {"failed": f"their check was killed by signal {-done.returncode}"}
-    try:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"failed": f"their check failed: {lines[-1].rstrip('.')}"}
-    return found
+        found: dict[str, Any] = python.said("The check of native kernels", "-c", code, seconds=CHECK_SECONDS)
+        return found
+    except python.SilentError as error:
+        return {"failed": f"their check {error}"}
 
 
 def place() -> Path:

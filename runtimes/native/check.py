@@ -78,7 +78,7 @@ def product_problem(ggml: Ggml, library: Library, kernel: str) -> str:
     """What is wrong with a kernel's products, as a sentence; empty if nothing is."""
     numbers = np.random.default_rng(0)
     for kind in TYPES:
-        if not _use(library, kernel, kind):
+        if not library.take(kernel, kind):
             continue
         weights = Weights(kind, 70, 768, ggml.quantize(kind, numbers.standard_normal((70, 768), np.float32)))
         x = numbers.standard_normal((9 if kernel == FEW else 45, 768), np.float32)
@@ -90,17 +90,6 @@ def product_problem(ggml: Ggml, library: Library, kernel: str) -> str:
         if not error < BOUND.get(kernel.rpartition("-")[2], OTHERS_BOUND):
             return f"{kernel} is off by {error:.1e} on {kind}."
     return ""
-
-
-def _use(library: Library, kernel: str, kind: str) -> bool:
-    """Take products with weights of that type by that kernel; False if it does not."""
-    if not library.takes(kernel, kind):
-        return False
-    if kernel == FEW:
-        library.use(few=[kind])
-    else:
-        library.use([(kind, kernel, 1)])
-    return True
 
 
 def attention_problem(ggml: Ggml, library: Library, queries: int) -> str:
@@ -185,13 +174,13 @@ def _race_products(
             "repacked": ggml.multiply(weights, x, device=cpu, threads=threads, repacked=True),
         }
         for kernel in kernels:
-            if _use(library, kernel, kind):
+            if library.take(kernel, kind):
                 runners[kernel] = ggml.multiply(weights, x, device=ours, threads=threads)
         there = {name: stack.enter_context(made) for name, made in runners.items() if made is not None}
 
         def before(name: str) -> None:
             if name in kernels:
-                _use(library, name, kind)
+                library.take(name, kind)
             for address, size in there[name].memory():
                 library.forget(address, size)
 

@@ -18,7 +18,6 @@ Array = np.ndarray[Any, Any]
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}  # ggml_type
 _F32, _F16, _I32 = 0, 1, 26
 _CPU = 0  # ggml_backend_dev_type
-_PRECISION_F32 = 10  # ggml_prec
 
 
 def loaded(name: str) -> Path | None:
@@ -54,7 +53,7 @@ class Ggml:
 
     def version(self) -> str:
         """As ggml calls itself, e.g. `0.25.3`."""
-        return self.text("ggml_version")
+        return str(self._call("ggml_version", ctypes.c_char_p, ()).decode())
 
     def load_backend(self, path: Path) -> bool:
         """Add the backend in a shared library to the registry; ggml refuses one made for another interface."""
@@ -126,7 +125,7 @@ class Ggml:
                 found.append(int(kind))
         return found
 
-    # Whole numbers among the arguments of these three are pointers; others come as ctypes values.
+    # Whole numbers among the arguments of these two are pointers; others come as ctypes values.
 
     def pointer(self, name: str, *arguments: Any) -> int:
         """Call a C function that returns a pointer; 0 is null."""
@@ -135,10 +134,6 @@ class Ggml:
     def number(self, name: str, *arguments: Any) -> int:
         """Call a C function that returns a size, a status, or nothing that matters."""
         return int(self._call(name, ctypes.c_size_t, arguments))
-
-    def text(self, name: str, *arguments: Any) -> str:
-        """Call a C function that returns a string."""
-        return str(self._call(name, ctypes.c_char_p, arguments).decode())
 
     def _call(self, name: str, result: Any, arguments: tuple[Any, ...]) -> Any:
         function = getattr(self._base, name, None) or getattr(self._registry, name)

@@ -50,13 +50,12 @@ class Library:
             asked = sorted({kind for kind, _, _ in many} | set(few)) + ["attention"] * (attention or few_attention)
             raise ValueError(f"there is no kernel for one of {', '.join(asked)}")
 
-    def takes(self, kernel: str, kind: str) -> bool:
-        """Whether a kernel takes weights of a type. Afterwards nothing is used."""
+    def take(self, kernel: str, kind: str) -> bool:
+        """From now on take products with weights of that type alone, by that kernel; False if it does not take them."""
         try:
             self.use(few=[kind]) if kernel == FEW else self.use([(kind, kernel, 1)])
         except ValueError:
             return False
-        self.use()
         return True
 
     def forget(self, address: int, size: int) -> None:
