@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,6 @@ class Setting:
     encode_ms: float = 0.0
     native: bool = False
 
-    @property
-    def first_ms(self) -> float:
-        """What the first picture of a process waits for."""
-        return self.load_ms + self.encode_ms
-
     def __str__(self) -> str:
         weights = ("rearranged" if self.prepack else "as mapped") + (", our operator" if self.native else "")
         threads = f"{self.threads} thread" + "s" * (self.threads != 1)
@@ -63,7 +58,7 @@ def untuned(bundle: Bundle, threads: int) -> Setting:
     return Setting(threads, False, native=pays and native.operator_library() is not None)
 
 
-def measure(bundle: Bundle, talk: Callable[[str], None] = lambda line: None) -> list[Setting]:
+def measure(bundle: Bundle) -> list[Setting]:
     """Measure the candidates on the processor and remember the result. The first is what untuned machines use.
 
     Candidates that give other features than it does are left out. Raises `BundleError`, and `UnavailableError` if other
@@ -75,14 +70,14 @@ def measure(bundle: Bundle, talk: Callable[[str], None] = lambda line: None) -> 
     wanted = VisionEncoder(bundle).encode(pixels)
     first = untuned(bundle, count)
     counts = dict.fromkeys((count, max(1, count // 2)))
-    found = _compare(bundle, [replace(first, threads=n) for n in counts], wanted, talk)
+    found = _compare(bundle, [replace(first, threads=n) for n in counts], wanted)
     if not found:  # our operator gives other features than the standard ones
-        found = _compare(bundle, [Setting(n, False) for n in counts], wanted, talk)
+        found = _compare(bundle, [Setting(n, False) for n in counts], wanted)
     threads = _best(found, lambda item: item.encode_ms).threads
     more = [Setting(threads, True)]
     if native.operator_library() is not None:
         more.append(Setting(threads, False, native=not found[0].native))
-    found += _compare(bundle, more, wanted, talk)
+    found += _compare(bundle, more, wanted)
     share = others.share()
     if share > devices.BUSY:
         raise UnavailableError(
@@ -106,8 +101,8 @@ def known(bundle: Bundle) -> list[Setting]:
     try:
         raw = json.loads(_path(bundle).read_text("utf-8"))
         found = [Setting(**item) for item in raw]
-        types = {(type(item.threads), type(item.prepack), type(item.native), type(item.encode_ms)) for item in found}
-        good = types == {(int, bool, bool, float)} and all(1 <= item.threads <= 512 for item in found)
+        kinds = (int, bool, float, float, bool)
+        good = all(tuple(map(type, astuple(item))) == kinds and 1 <= item.threads <= 512 for item in found)
         return found if good else []
     except (OSError, ValueError, TypeError, AttributeError, LlavaEdgeError, ImportError):
         return []
@@ -116,7 +111,7 @@ def known(bundle: Bundle) -> list[Setting]:
 def choose(found: Sequence[Setting], copies: bool) -> Setting | None:
     """The setting to take of those measured: with `copies`, by what the first picture of a process waits for."""
     allowed = [item for item in found if copies or not item.prepack]
-    return _best(allowed, lambda item: item.first_ms) if allowed else None
+    return _best(allowed, lambda item: item.load_ms + item.encode_ms) if allowed else None
 
 
 def _best(found: Sequence[Setting], cost: Callable[[Setting], float]) -> Setting:
@@ -125,9 +120,7 @@ def _best(found: Sequence[Setting], cost: Callable[[Setting], float]) -> Setting
     return best if cost(best) < (1 - GAIN) * cost(found[0]) else found[0]
 
 
-def _compare(
-    bundle: Bundle, candidates: Sequence[Setting], wanted: np.ndarray[Any, Any], talk: Callable[[str], None]
-) -> list[Setting]:
+def _compare(bundle: Bundle, candidates: Sequence[Setting], wanted: np.ndarray[Any, Any]) -> list[Setting]:
     precision = bundle.manifest.vision.precision
     usual = EQUAL_INT8 if precision == "int8" else EQUAL
     limit = next((row.limit for row in bundle.manifest.parity if row.stage == f"clip {precision}"), usual)
@@ -143,13 +136,10 @@ def _compare(
             took = (loaded - start) * 1000, (time.perf_counter() - begun) * 1000
             if np.linalg.norm(features - wanted) <= limit * np.linalg.norm(wanted):
                 times.setdefault(item, []).append(took)
-    found = [
+    return [
         replace(item, load_ms=min(load for load, _ in took), encode_ms=min(encode for _, encode in took))
         for item, took in times.items()
     ]
-    for item in found:
-        talk(str(item))
-    return found
 
 
 def opened(bundle: Bundle, setting: Setting, provider: str = "CPUExecutionProvider") -> VisionEncoder:

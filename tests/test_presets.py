@@ -328,7 +328,9 @@ def test_a_busy_machine_and_a_damaged_note_decide_nothing(
     monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
     tune.measure(bundle)
     [path] = (isolated_home / "tune").iterdir()
-    for text in ("", "{}", "[1]", '[{"threads": "x", "prepack": false, "encode_ms": 1.0, "load_ms": 1.0}]', "null"):
+    right = {"threads": 1, "prepack": False, "encode_ms": 1.0, "load_ms": 1.0}
+    wrong = [json.dumps([{**right, key: "x"}]) for key in right]
+    for text in ("", "{}", "[1]", "null", *wrong):
         path.write_text(text)
         assert tune.known(bundle) == []
 
