@@ -13,7 +13,7 @@ import struct
 import sys
 import tempfile
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -58,8 +58,8 @@ def check(engine: str) -> Report:
         return Report(engine, f"{engine} does not work here: its test {error}.", INSTALL[engine])
     if "untried" in facts:
         raise StorageError(
-            f"{engine} could not be tried in {tempfile.gettempdir()}: {facts['untried']}. Make room there, or set "
-            "TMPDIR to another folder."
+            f"{engine} could not be tried in a temporary folder: {facts['untried']}. Make room for one, or set TMPDIR "
+            "to another folder."
         )
     return Report(engine, facts=facts)
 
@@ -103,17 +103,17 @@ def _llama_facts() -> dict[str, Any]:
         "cuda": devices.lacking("cuda") or "works",
         "metal": devices.lacking("metal") or "works",
     }
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("Q4_0", "Q8_0"):
-            path = Path(folder) / f"{kind}.gguf"
-            try:
-                write_model(path, kind)
-            except OSError as error:
-                return {"untried": error.strerror}
-            model = language.LanguageModel(path, context=TOKENS * 2, threads=1)
-            model.evaluate_tokens([token % VOCABULARY for token in range(TOKENS)], threading.Event())
-            model.logits()
-            model.close()
+    with ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for kind in ("Q4_0", "Q8_0"):
+                write_model(folder / kind, kind)
+        except OSError as error:
+            return {"untried": error.strerror}
+        for path in folder.iterdir():
+            with language.LanguageModel(path, context=TOKENS * 2, threads=1) as model:
+                model.evaluate_tokens([token % VOCABULARY for token in range(TOKENS)], threading.Event())
+                model.logits()
     return facts
 
 

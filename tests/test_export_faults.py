@@ -412,10 +412,10 @@ def run_export(*arguments: str, file_limit: int | None = None, code: str = EXPOR
     return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
 
 
-def test_a_full_disk_is_not_taken_for_a_broken_build() -> None:
-    done = run_export(code=PROBE, file_limit=3_000)
-    assert "StorageError: llama_cpp could not be tried" in done.stderr
-    assert "File too large" in done.stderr
+@pytest.mark.parametrize(("room", "reason"), [(3_000, "File too large"), (0, "No usable temporary directory found")])
+def test_a_full_disk_is_not_taken_for_a_broken_build(room: int, reason: str) -> None:
+    done = run_export(code=PROBE, file_limit=room)
+    assert f"StorageError: llama_cpp could not be tried in a temporary folder: {reason}" in done.stderr
 
 
 @pytest.mark.parametrize("file_limit", [3_000, 100_000, 320_000, 1_500_000])
