@@ -53,6 +53,7 @@ from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tokenizer import Vocabulary, after_control, read_tokenizer
 from llava_edge.export.tower import write_tower
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
+from llava_edge.outputs import check_output
 from llava_edge.runtimes import mapping, probe
 
 Progress = Callable[[str, float | None], None]
@@ -138,7 +139,8 @@ def export(
     language = checkpoint.language_file or read_tokenizer(checkpoint.tokenizer, checkpoint.config)
     publish.check_target(out, options.force)
     if options.emit_mmproj:
-        _check_apart(options, out)
+        read = [path for path in (options.checkpoint, options.mmproj) if path]
+        check_output(options.emit_mmproj, apart=[*read, out], bundles=[out])
         check_mmproj(checkpoint.config, options.emit_mmproj, options.force)
     probe.require_working_build()
     if options.imatrix or on_report:
@@ -199,17 +201,6 @@ def _estimate(checkpoint: Checkpoint, options: ExportOptions, *, reported: bool)
     if reported:
         total += language * 9 // 8 + held_out.scratch_bytes(config.text.hidden_size, config.text.vocab_size)
     return total
-
-
-def _check_apart(options: ExportOptions, out: Path) -> None:
-    """Raises `CannotCreateError` for an --emit-mmproj inside the bundle, or in the place of a file that is read."""
-    assert options.emit_mmproj is not None
-    path = Path(os.path.realpath(options.emit_mmproj))
-    if out in (path, *path.parents):
-        raise CannotCreateError(f"{options.emit_mmproj} would be in the bundle {out}; choose a place outside of it.")
-    read = [given for given in (options.checkpoint, options.mmproj) if given and given.is_file()]
-    if any(path == Path(os.path.realpath(given)) for given in read):
-        raise CannotCreateError(f"{options.emit_mmproj} is one of the files to read; choose another name.")
 
 
 def _printable(text: str) -> str:

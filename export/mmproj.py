@@ -70,8 +70,6 @@ def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
         raise CannotCreateError(f"{path} exists and is no picture encoder for llama.cpp; choose another name.")
     if os.path.lexists(path) and not force:
         raise CannotCreateError(f"{path} exists already; use --force to replace it, or choose another name.")
-    if not path.parent.is_dir():
-        raise CannotCreateError(f"{path.parent} is not a folder, so {path.name} cannot be created there.")
 
 
 def _is_picture_encoder(path: Path) -> bool:

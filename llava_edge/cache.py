@@ -31,6 +31,7 @@ from typing import BinaryIO
 
 from llava_edge import store
 from llava_edge.errors import UsageError
+from llava_edge.outputs import unwritable
 
 LIMIT = 4 << 30  # bytes in all, unless $LLAVA_EDGE_CACHE_MIB says otherwise; the least recently used goes first
 FREE_FLOOR = 2 << 30  # bytes that are left free on the disk
@@ -118,7 +119,7 @@ class Cache:
         """Why nothing more is kept, as a sentence; empty if something may be."""
         if not self.limit:
             return "nothing is kept: its limit is 0."
-        if problem := store.unwritable(self.folder):
+        if problem := unwritable(self.folder):
             return f"nothing is kept: {self.folder} cannot be written to ({problem})."
         if self.folder.exists() and not _is_private(self.folder):
             return f"nothing is kept: {self.folder} belongs to another user, or is for all of them; move it away."

@@ -40,18 +40,6 @@ def home() -> Path:
         raise MissingError("There is no home folder; set LLAVA_EDGE_HOME to a folder for models.") from error
 
 
-def unwritable(folder: Path) -> str:
-    """What keeps files from being made in a folder, which may not exist yet; empty if nothing does."""
-    import tempfile
-
-    try:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-        with tempfile.TemporaryFile(dir=there):
-            return ""
-    except OSError as error:
-        return error.strerror or str(error)
-
-
 def models_folder() -> Path:
     """Folder of pulled models."""
     return home() / "models"

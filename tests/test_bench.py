@@ -568,6 +568,8 @@ def test_a_comparison_says_what_else_changed(
         (("--html", "a", "--csv", "./a"), 73),
         (("--compare", "a.json", "--csv", "a.json"), 73),
         (("--image", "a.jpg", "--html", "a.jpg"), 73),
+        (("--html", "{bundle}/vision.onnx"), 73),
+        (("--csv", "{loop}"), 73),
         (("--compare", "none.json"), 66),
         (("--compare", "/"), 65),
         (("--image", " "), 2),
@@ -576,9 +578,11 @@ def test_a_comparison_says_what_else_changed(
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(
-    arguments: tuple[str, ...], code: int, micro_bundle: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], code: int, micro_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found, out, err = execute(capsys, "--model", micro_bundle, *arguments)
+    (tmp_path / "loop").symlink_to("loop")
+    named = [word.format(bundle=micro_bundle, loop=tmp_path / "loop") for word in arguments]
+    found, out, err = execute(capsys, "--model", micro_bundle, *named)
     assert (found, out) == (code, "")
     assert "Traceback" not in err
 

@@ -136,19 +136,23 @@ def test_files_that_are_read_are_not_written_over(pair: tuple[Path, Path], tmp_p
         done = command(language, tmp_path / "out", "--mmproj", mmproj, "--template", "chatml", "--force",
                        "--emit-mmproj", target)  # fmt: skip
         assert isinstance(done.exception, CannotCreateError), done.output
-        assert "one of the files to read" in str(done.exception)
+        assert "is named for something else, too" in str(done.exception)
     assert (language.read_bytes(), mmproj.read_bytes()) == before
 
 
 def test_nothing_but_a_picture_encoder_is_written_over(source: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:
     """--force or not: neither a file of the checkpoint, nor another model, nor a folder."""
     (tmp_path / "folder").mkdir()
-    for target in (source / "config.json", pair[0], tmp_path / "folder"):
+    for target, why in (
+        (source / "config.json", "is no picture encoder for llama.cpp"),
+        (pair[0], "is no picture encoder for llama.cpp"),
+        (tmp_path / "folder", "it is a folder"),
+    ):
         before = target.read_bytes() if target.is_file() else None
         for force in ((), ("--force",)):
             done = command(source, tmp_path / "out", *force, "--emit-mmproj", target)
             assert isinstance(done.exception, CannotCreateError), done.output
-            assert "is no picture encoder for llama.cpp" in str(done.exception)
+            assert why in str(done.exception)
         assert (target.read_bytes() if target.is_file() else None) == before
 
 

@@ -31,7 +31,7 @@ SHARED = {
         "json_grammar",
         "json_numbers",
     ),
-    *("options", "paths", "prompt", "protobuf", "python", "saved", "store", "templates", "token_budget"),
+    *("options", "outputs", "paths", "prompt", "protobuf", "python", "saved", "store", "templates", "token_budget"),
 }
 ALLOWED = {
     "models": SHARED,

@@ -192,7 +192,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_is_measur
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     kept = data.read_bytes()
     for out, path, why in (
-        ("out", tmp_path / "folder", "is no earlier report"),
+        ("out", tmp_path / "folder", "it is a folder"),
         ("out", micro_checkpoint / "config.json", "is no earlier report"),
         ("out", tmp_path / "out", "is named for something else, too"),
         ("out", tmp_path / "model-mmproj.gguf", "is named for something else, too"),

@@ -44,13 +44,6 @@ def test_an_address_of_a_checkpoint_says_what_to_do_with_it(name: str) -> None:
         store.resolve(name)
 
 
-def test_whether_a_folder_takes_files(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert store.unwritable(tmp_path) == store.unwritable(tmp_path / "a" / "b") == ""
-    assert store.unwritable(tmp_path / "file") == store.unwritable(tmp_path / "file" / "b") == "Not a directory"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_an_unknown_name_lists_the_known_ones() -> None:
     install("mine")
     with pytest.raises(MissingError, match="smol, mine"):

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from llava_edge.cli.arguments import picture_path
-from llava_edge.errors import CannotCreateError, LlavaEdgeError, StorageError, UsageError
+from llava_edge.errors import LlavaEdgeError, StorageError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS, Device, EngineOptions, Options, Preset
+from llava_edge.outputs import check_output
 from llava_edge.store import DEFAULT_MODEL
 
 
@@ -66,7 +67,7 @@ def bench(
     llava-edge bench --threads 1,2 --repeats 7 > now.json
     llava-edge bench --compare before.json --html report.html
     """
-    _check(prompt, max_tokens, threads, contexts, budgets, csv_file, html_file)
+    _check(prompt, max_tokens, threads, contexts, budgets)
     from llava_edge.bench.compare import asked_otherwise, compare, in_common, other_conditions
     from llava_edge.bench.page import page
     from llava_edge.bench.records import read_report
@@ -75,14 +76,18 @@ def bench(
     from llava_edge.cli.terminal import status_line
 
     picture = None if image is None else Path(picture_path(image))
-    _check_apart([file for file in (csv_file, html_file) if file], [*older, *([picture] if picture else [])])
     plan = Plan(models or (DEFAULT_MODEL,), threads, contexts, budgets, device, prompt, max_tokens, picture, repeats,
                 warmup, limits, presets)  # fmt: skip
+    planned = configurations(plan)
+    named = [*older, *([picture] if picture else [])]
+    for file in filter(None, (csv_file, html_file)):
+        check_output(file, apart=named, bundles=[bundle.folder for _, bundle in planned])
+        named.append(file)
     earlier = {str(path): read_report(path) for path in older}
     for name, old in earlier.items():
         if differs := asked_otherwise(old, settings(plan)):
             raise UsageError(f"{name} was asked something else: {differs}. Ask the same, or leave out --compare.")
-        if not in_common(old, [configuration for configuration, _ in configurations(plan)]):
+        if not in_common(old, [configuration for configuration, _ in planned]):
             click.echo(
                 f"llava-edge: {name} has no configuration of this run, so there is nothing to compare.", err=True
             )
@@ -119,18 +124,9 @@ def _write(*files: tuple[Path | None, Callable[[], str]]) -> None:
         raise StorageError(" ".join(problems))
 
 
-def _check_apart(written: list[Path], read: list[Path]) -> None:
-    """Raises `CannotCreateError` if a file would be written over another one, or over one that is read."""
-    places = [file.resolve() for file in (*written, *read)]
-    for number, file in enumerate(written):
-        if places[number] in places[number + 1 :]:
-            raise CannotCreateError(f"{file} is named for something else, too; choose another name.")
-
-
 def _check(
-    prompt: str, max_tokens: int, threads: tuple[int, ...], contexts: tuple[int, ...], budgets: tuple[int, ...],
-    *files: Path | None,
-) -> None:  # fmt: skip
+    prompt: str, max_tokens: int, threads: tuple[int, ...], contexts: tuple[int, ...], budgets: tuple[int, ...]
+) -> None:
     """Refuse before minutes of measuring what would fail after them."""
     if not prompt.strip():
         raise UsageError("The prompt is empty; give a question with --prompt.")
@@ -141,6 +137,3 @@ def _check(
         EngineOptions(context=size)
     for budget in budgets:
         Options(image_tokens=budget)
-    for file in files:
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise CannotCreateError(f"{file} cannot be written: it is a folder, or its folder does not exist.")

@@ -17,6 +17,7 @@ import click
 
 from llava_edge import __version__, store
 from llava_edge.errors import LlavaEdgeError, UnavailableError
+from llava_edge.outputs import unwritable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -145,7 +146,7 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
 
 
 def _home(folder: Path) -> Finding:
-    problem = store.unwritable(folder)
+    problem = unwritable(folder)
     if not problem:
         return Finding("cache folder", "ok", str(folder))
     text = f"{folder} cannot be written to ({problem}): no model can be pulled, and nothing is kept."

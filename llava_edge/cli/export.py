@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from llava_edge import store
 from llava_edge.cli.arguments import CheckpointPath, needing
 from llava_edge.cli.terminal import ended_cleanly, status_line
 from llava_edge.errors import CannotCreateError, UsageError
+from llava_edge.outputs import check_output
 
 if TYPE_CHECKING:
     from llava_edge.bundle import ParityRow
@@ -149,24 +148,13 @@ def export(
 
 def _check_report(path: Path, out: Path, emit_mmproj: Path | None) -> None:
     """Refuse before hours of measuring what would lose the report, or spoil something else with it."""
-    if not path.parent.is_dir():
-        raise CannotCreateError(f"{path.parent} is not a folder; choose another place for the report.")
-    if path.resolve() in [other.resolve() for other in (out, emit_mmproj) if other]:
-        raise CannotCreateError(f"{path} is named for something else, too; choose another name for the report.")
-    if out.resolve() in path.resolve().parents:
-        raise CannotCreateError(f"{path} would be in the bundle {out}; choose a place outside of it for the report.")
-    if path.is_dir() or (path.is_file() and not _may_be_replaced(path)):
-        raise CannotCreateError(f"{path} exists and is no earlier report; choose another name.")
-    if not os.access(path, os.W_OK) if path.exists() else store.unwritable(path.parent):
-        raise CannotCreateError(f"{path} cannot be written to; choose another place for the report.")
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """An earlier report, or an empty file."""
     from llava_edge.export.report import TITLE
 
-    with path.open("rb") as file:
-        return file.read(len(TITLE)) in (TITLE.encode(), b"")
+    check_output(path, apart=[out, *([emit_mmproj] if emit_mmproj else [])], bundles=[out])
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(TITLE)) not in (TITLE.encode(), b""):
+                raise CannotCreateError(f"{path} exists and is no earlier report; choose another name.")
 
 
 @contextmanager

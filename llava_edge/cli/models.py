@@ -13,6 +13,7 @@ from llava_edge.bundle import Bundle
 from llava_edge.cli.arguments import needing
 from llava_edge.cli.terminal import ended_cleanly, one_line, status_line
 from llava_edge.errors import CannotCreateError, LlavaEdgeError, UnavailableError, UsageError
+from llava_edge.outputs import unwritable
 
 
 @click.group()
@@ -75,7 +76,7 @@ def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
 
     target = store.models_folder() / name
     home = store.home()
-    if problem := store.unwritable(home) or store.unwritable(target.parent):
+    if problem := unwritable(home) or unwritable(target.parent):
         raise CannotCreateError(f"{home} cannot be written to ({problem}); set LLAVA_EDGE_HOME to a folder of yours.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with needing("export", "Pulling a model"):

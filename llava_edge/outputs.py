@@ -1,0 +1,39 @@
+"""Where results go: what cannot be written is refused before hours of work, not after them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from llava_edge.errors import CannotCreateError
+
+
+def check_output(path: Path, *, apart: Iterable[Path] = (), bundles: Iterable[Path] = ()) -> None:
+    """Refuse a file that cannot be written, is one of those `apart`, or would be in a bundle: `CannotCreateError`."""
+    place = _place(path)
+    if place in map(_place, apart):
+        raise CannotCreateError(f"{path} is named for something else, too; choose another name.")
+    for bundle in bundles:
+        if _place(bundle) in place.parents:
+            raise CannotCreateError(f"{path} would be in the bundle {bundle}; choose a place outside of it.")
+    if place.is_dir() or not place.parent.is_dir():
+        raise CannotCreateError(f"{path} cannot be written: it is a folder, or its folder does not exist.")
+    if not os.access(place, os.W_OK) if os.path.lexists(place) else unwritable(place.parent):
+        raise CannotCreateError(f"{path} cannot be written to; choose another place.")
+
+
+def unwritable(folder: Path) -> str:
+    """What keeps files from being made in a folder, which may not exist yet; empty if nothing does."""
+    import tempfile  # 5 ms
+
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _place(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises at a link that leads to itself

@@ -1,0 +1,49 @@
+"""Where results may be written, asked before the work that gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llava_edge.errors import CannotCreateError
+from llava_edge.outputs import check_output, unwritable
+
+
+def test_whether_a_folder_takes_files(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert unwritable(tmp_path) == unwritable(tmp_path / "a" / "b") == ""
+    assert unwritable(tmp_path / "file") == unwritable(tmp_path / "file" / "b") == "Not a directory"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_new_files_old_ones_and_links_to_either_may_be_written(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("kept")
+    (tmp_path / "to old").symlink_to("old")
+    (tmp_path / "to new").symlink_to("new")
+    for name in ("old", "new", "to old", "to new"):
+        check_output(tmp_path / name, apart=[tmp_path / "other"], bundles=[tmp_path / "bundle"])
+    check_output(Path("/dev/null"))
+    assert (tmp_path / "old").read_text() == "kept"
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_would_be_lost_or_spoil_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, why in (
+        ("folder", "is a folder"),
+        ("no/file", "its folder does not exist"),
+        ("loop", "cannot be written to"),
+        ("taken", "something else"),
+        ("folder/../taken", "something else"),
+        ("bundle/file", "in the bundle"),
+        ("link/file", "in the bundle"),
+    ):
+        with pytest.raises(CannotCreateError, match=why):
+            check_output(
+                tmp_path / name,
+                apart=[tmp_path / "taken"],
+                bundles=[tmp_path / "bundle", tmp_path / "folder"],
+            )
