@@ -12,22 +12,21 @@ Nothing is guessed from names. Opening checks structure, sizes and that each par
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import os
 import shlex
 import stat
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 from llava_edge.errors import BundleError, MissingError
 from llava_edge.prompt import AfterControl
 from llava_edge.templates import TEMPLATES
+from llava_edge.typed import Printable, build
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -42,7 +41,7 @@ LANGUAGE = "language.gguf"
 ADAPTER = "adapter.gguf"
 PARTS = (VISION, VISION_DATA, PROJECTOR, LANGUAGE, ADAPTER)
 
-
+Text = Annotated[str, Printable()]
 Square = Literal["pad", "crop", "anyres"]
 Merge = Literal["flat", "spatial_unpad"]
 
@@ -89,8 +88,8 @@ class ProjectorPart:
     With merge "spatial_unpad" also `image_newline` (language hidden size), the embedding that ends a row of patches.
     """
 
-    type: str
-    precision: str
+    type: Text
+    precision: Text
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ class LanguagePart:
     hidden_size: int
     context_length: int
     vocab_size: int
-    quantization: str
-    calibration: str = ""
+    quantization: Text
+    calibration: Text = ""
 
 
 @dataclass(frozen=True)
@@ -109,15 +108,15 @@ class FileEntry:
     """Size in bytes and SHA-256 (hex) of one part."""
 
     size: int
-    sha256: str
+    sha256: Text
 
 
 @dataclass(frozen=True)
 class ParityRow:
     """One stage against the PyTorch reference: largest absolute and relative (l2) difference, limit on `measure`."""
 
-    stage: str
-    measure: str  # what `value` is: "max_abs", "relative", "cosine" or "agreement" (share of equal greedy tokens)
+    stage: Text
+    measure: Text  # what `value` is: "max_abs", "relative", "cosine" or "agreement" (share of equal greedy tokens)
     value: float
     limit: float
     max_abs: float
@@ -129,10 +128,10 @@ class ParityRow:
 class Provenance:
     """Where a part came from and under which terms."""
 
-    part: str
-    source: str
-    licence: str
-    sha256: str = ""
+    part: Text
+    source: Text
+    licence: Text
+    sha256: Text = ""
 
 
 @dataclass(frozen=True)
@@ -140,19 +139,19 @@ class Manifest:
     """Everything the runtime may know about a bundle."""
 
     format_version: int
-    name: str
+    name: Text
     family: Literal["llava"]
-    created_by: str
-    template: str
+    created_by: Text
+    template: Text
     preprocessing: Preprocessing
     vision: VisionPart
     projector: ProjectorPart
     language: LanguagePart
-    files: dict[str, FileEntry]
+    files: dict[Text, FileEntry]
     parity: list[ParityRow] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
     # Fields that came later have defaults: what bundles without them mean.
-    image_markers: list[str] = field(default_factory=list)  # the control tokens before and after a picture, or none
+    image_markers: list[Text] = field(default_factory=list)  # the control tokens before and after a picture, or none
     after_control: AfterControl = "prefix"
 
     @property
@@ -219,7 +218,10 @@ def read_manifest(folder: Path) -> Manifest:
             "Export the checkpoint again with this version of llava-edge."
         )
     checksum = raw.pop("checksum", None)
-    manifest: Manifest = _build(Manifest, raw, MANIFEST)
+    try:
+        manifest = build(Manifest, raw)
+    except ValueError as error:
+        raise BundleError(f"{path} is not a valid manifest: {error}.") from error
     _check_manifest(path, manifest)
     if checksum != _checksum(raw):
         raise BundleError(f"{path} was changed after it was written (its checksum differs). Export or pull it again.")
@@ -360,43 +362,3 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constants(text: str) -> Any:
     raise ValueError(f"{text} is not a number JSON allows")
-
-
-_hints = functools.cache(get_type_hints)  # which cost more than parsing a manifest
-
-
-def _build(kind: Any, raw: Any, where: str) -> Any:
-    """Build dataclasses, lists, dicts, tuples and scalars from JSON by their type hints; strict in every type."""
-    if isinstance(kind, type) and is_dataclass(kind):
-        if not isinstance(raw, dict):
-            raise BundleError(f"{where} should be an object in {MANIFEST}.")
-        hints = _hints(kind)
-        known = {item.name for item in fields(kind)}
-        if set(raw) - known:
-            raise BundleError(f"{where} has unknown fields {sorted(set(raw) - known)} in {MANIFEST}.")
-        values = {name: _build(hints[name], raw[name], f"{where}.{name}") for name in known if name in raw}
-        try:
-            return kind(**values)
-        except TypeError as error:
-            raise BundleError(f"{where} lacks a field in {MANIFEST}: {error}.") from error
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        good = raw in args
-    elif origin in (list, tuple):
-        good = isinstance(raw, list) and (origin is list or args[-1] is ... or len(raw) == len(args))
-        if good:
-            inner = (_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
-            return origin(inner)
-    elif origin is dict:
-        if isinstance(raw, dict):
-            return {key: _build(args[1], value, f"{where}.{key}") for key, value in raw.items()}
-        good = False
-    elif kind is float:
-        good = type(raw) in (int, float) and abs(raw) <= sys.float_info.max  # no NaN, no infinity
-    elif kind is str:
-        good = type(raw) is str and raw.isprintable()  # it may reach a terminal
-    else:
-        good = type(raw) is kind
-    if not good:
-        raise BundleError(f"{where} has the wrong kind of value in {MANIFEST}: {str(raw)[:60]!r}.")
-    return raw

@@ -17,6 +17,7 @@ from typing import Any
 
 from llava_edge.errors import DataError, MissingError
 from llava_edge.prompt import Message
+from llava_edge.typed import build
 
 MAX_BYTES = 1 << 26  # a file that is longer is no conversation
 
@@ -47,10 +48,9 @@ def read(path: Path) -> Conversation:
         raw = _raw(path)
     except OSError as error:
         raise MissingError(f"{path} cannot be read: {error.strerror}.") from error
-    with suppress(KeyError, TypeError):  # it is JSON of another kind
-        turns = [Message(turn["role"], turn["text"], turn["images"]) for turn in raw["messages"]]
-        found = Conversation(tuple(turns), tuple(raw["images"]))
-        if isinstance(raw["images"], list) and _is_right(found):
+    with suppress(ValueError):  # it is JSON of another kind
+        found = build(Conversation, raw)
+        if _is_right(found):
             return found
     raise DataError(f"{path} is no conversation that /save wrote.")
 
@@ -77,15 +77,11 @@ def _raw(path: Path) -> dict[str, Any]:
 
 def _is_right(found: Conversation) -> bool:
     """Whether questions and answers take turns, a system text before them or none, and images belong to questions."""
-    roles = [message.role for message in found.messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    texts = (*found.images, *(message.text for message in found.messages))
-    counts = [message.images for message in found.messages]
+    system = bool(found.messages) and found.messages[0].role == "system"
+    turns = found.messages[system:]
     return (
-        turns == ["user", "assistant"] * (len(turns) // 2)
-        and all(isinstance(text, str) for text in texts)
-        and all(type(count) is int and count >= 0 for count in counts)
-        and not any(count for role, count in zip(roles, counts, strict=True) if role != "user")
+        [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        and all(turn.images >= 0 if turn.role == "user" else turn.images == 0 for turn in found.messages)
         and found.shown <= len(found.images)
     )
 

@@ -118,7 +118,7 @@ TEXTS = {
     "newer version": (b'{"format_version": 2}', r"format version 2, this program reads version 1.*Update llava-edge"),
     "older version": (b'{"format_version": 0}', r"format version '0', .*Export the checkpoint again"),
     "version as text": (b'{"format_version": "1"}', "format version"),
-    "only a version": (b'{"format_version": 1}', "lacks a field"),
+    "only a version": (b'{"format_version": 1}', "it has no name"),
 }
 
 
@@ -137,41 +137,47 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "other case": (lambda m: m["files"].update({"VISION.onnx": m["files"].pop(b.VISION)}), "wrong files"),
     "part not listed": (lambda m: m["files"].pop(b.PROJECTOR), r"missing \['projector.gguf'\]"),
     "weights not listed": (lambda m: m["files"].pop(b.VISION_DATA), "vision.onnx.data is not in the manifest"),
-    "files as list": (lambda m: m.update(files=list(m["files"])), "files has the wrong kind"),
-    "file as text": (lambda m: m["files"].update({b.VISION: "sha"}), "vision.onnx should be an object"),
+    "files as list": (lambda m: m.update(files=list(m["files"])), "files = .* expected"),
+    "file as text": (
+        lambda m: m["files"].update({b.VISION: "sha"}),
+        "vision.onnx = 'sha'; a table of named values was expected",
+    ),
     "negative size": (lambda m: m["files"][b.VISION].update(size=-1), "manifest says -1"),
-    "size as text": (lambda m: m["files"][b.VISION].update(size="300"), "size has the wrong kind"),
-    "size as float": (lambda m: m["files"][b.VISION].update(size=300.0), "size has the wrong kind"),
-    "size true": (lambda m: m["files"][b.VISION].update(size=True), "size has the wrong kind"),
+    "size as text": (lambda m: m["files"][b.VISION].update(size="300"), "size = .* expected"),
+    "size as float": (lambda m: m["files"][b.VISION].update(size=300.0), "size = .* expected"),
+    "size true": (lambda m: m["files"][b.VISION].update(size=True), "size = .* expected"),
     "size 2^63": (lambda m: m["files"][b.VISION].update(size=2**63), "manifest says 9223372036854775808"),
-    "hash missing": (lambda m: m["files"][b.VISION].pop("sha256"), "lacks a field"),
-    "version true": (lambda m: m.update(format_version=True), "format_version has the wrong kind"),
+    "hash missing": (lambda m: m["files"][b.VISION].pop("sha256"), "it has no files.vision.onnx.sha256"),
+    "version true": (lambda m: m.update(format_version=True), "format_version = .* expected"),
     "unknown field": (lambda m: m.update(surprise=1), r"unknown fields \['surprise'\]"),
-    "unknown nested field": (lambda m: m["vision"].update(heads=1), r"vision has unknown fields"),
-    "other family": (lambda m: m.update(family="qwen"), "family has the wrong kind"),
-    "family as list": (lambda m: m.update(family=["llava"]), "family has the wrong kind"),
+    "unknown nested field": (lambda m: m["vision"].update(heads=1), r"unknown fields \['vision.heads'\]"),
+    "other family": (lambda m: m.update(family="qwen"), "family = .* expected"),
+    "family as list": (lambda m: m.update(family=["llava"]), "family = .* expected"),
     "unknown template": (lambda m: m.update(template="{{ messages }}"), "prompt template .* known: vicuna_v1"),
-    "mean of two": (lambda m: m["preprocessing"].update(mean=[0.5, 0.5]), "mean has the wrong kind"),
-    "mean true": (lambda m: m["preprocessing"].update(mean=[0.5, 0.5, True]), r"mean\[2\] has the wrong kind"),
-    "mean infinite": (lambda m: m["preprocessing"].update(mean=[0.5, 0.5, 10**400]), r"mean\[2\] has the wrong"),
+    "mean of two": (
+        lambda m: m["preprocessing"].update(mean=[0.5, 0.5]),
+        r"mean = .*; a list of 3 values was expected",
+    ),
+    "mean true": (lambda m: m["preprocessing"].update(mean=[0.5, 0.5, True]), r"mean\[2\] = .* expected"),
+    "mean infinite": (lambda m: m["preprocessing"].update(mean=[0.5, 0.5, 10**400]), r"mean\[2\] = .* expected"),
     "std zero": (lambda m: m["preprocessing"].update(std=[0.2, 0.0, 0.2]), "std that is not positive"),
     "image size zero": (lambda m: m["preprocessing"].update(image_size=0), "image_size 0"),
     "image size huge": (lambda m: m["preprocessing"].update(image_size=2**31), "image_size 2147483648"),
-    "other squaring": (lambda m: m["preprocessing"].update(square="stretch"), "square has the wrong kind"),
+    "other squaring": (lambda m: m["preprocessing"].update(square="stretch"), "square = .* expected"),
     "no image tokens": (lambda m: m["vision"].update(image_tokens=0), "size that cannot be right"),
     "pool zero": (lambda m: m["vision"].update(image_pool=0), "size that cannot be right"),
     "width 2^63": (lambda m: m["vision"].update(width=2**63), "size that cannot be right"),
     "negative context": (lambda m: m["language"].update(context_length=-1), "size that cannot be right"),
-    "vocabulary null": (lambda m: m["language"].update(vocab_size=None), "vocab_size has the wrong kind"),
-    "terminal escape": (lambda m: m.update(name="\x1b]0;owned\x07"), "name has the wrong kind"),
-    "lone surrogate": (lambda m: m.update(name="\ud800"), "name has the wrong kind"),
-    "name as number": (lambda m: m.update(name=7), "name has the wrong kind"),
-    "parity as object": (lambda m: m.update(parity={}), "parity has the wrong kind"),
-    "parity row as list": (lambda m: m.update(parity=[[]]), r"parity\[0\] should be an object"),
+    "vocabulary null": (lambda m: m["language"].update(vocab_size=None), "vocab_size = .* expected"),
+    "terminal escape": (lambda m: m.update(name="\x1b]0;owned\x07"), "name = .* expected"),
+    "lone surrogate": (lambda m: m.update(name="\ud800"), "name = .* expected"),
+    "name as number": (lambda m: m.update(name=7), "name = .* expected"),
+    "parity as object": (lambda m: m.update(parity={}), "parity = .* expected"),
+    "parity row as list": (lambda m: m.update(parity=[[]]), r"parity\[0\] = \[\]; a table"),
     "one image marker": (lambda m: m.update(image_markers=["<im_start>"]), "1 image_markers; two or none"),
-    "markers as text": (lambda m: m.update(image_markers="ab"), "image_markers has the wrong kind"),
-    "unknown tokenization": (lambda m: m.update(after_control="none"), "after_control has the wrong kind"),
-    "passed as number": (lambda m: m["parity"][0].update(passed=1), r"parity\[0\].passed has the wrong kind"),
+    "markers as text": (lambda m: m.update(image_markers="ab"), "image_markers = .* expected"),
+    "unknown tokenization": (lambda m: m.update(after_control="none"), "after_control = .* expected"),
+    "passed as number": (lambda m: m["parity"][0].update(passed=1), r"parity\[0\].passed = .* expected"),
 }
 
 
@@ -185,7 +191,7 @@ def test_hostile_manifests_are_refused_even_when_signed(folder: Path, change: Ch
 def test_infinity_written_as_a_large_exponent_is_refused(folder: Path) -> None:
     path = folder / b.MANIFEST
     path.write_text(path.read_text("utf-8").replace("0.48145466", "1e999"), "utf-8")
-    with pytest.raises(BundleError, match=r"mean\[0\] has the wrong kind"):
+    with pytest.raises(BundleError, match=r"mean\[0\] = .* expected"):
         b.Bundle.open(folder)
 
 

@@ -449,7 +449,7 @@ def test_a_recipe_without_stages(tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty.toml").write_text("", "utf-8")
     code, _, err = run("train", str(tmp_path / "empty.toml"))
     assert code == 65
-    assert "it has no 'stage'" in err
+    assert "it has no tables that begin with [[stage]]" in err
 
 
 def test_a_recipe_with_a_bad_number_begins_nothing(root: Path, tmp_path: Path, run: Run) -> None:
@@ -457,7 +457,10 @@ def test_a_recipe_with_a_bad_number_begins_nothing(root: Path, tmp_path: Path, r
     recipe.write_text((root / "models/recipes/micro.toml").read_text("utf-8").replace("batch = 16", "batch = 0"))
     code, _, err = run("train", recipe, "--out", tmp_path / "run", "--data", tmp_path / "data")
     assert (code, err.count("\n")) == (65, 1)
-    assert f"{recipe}, stage 'align' has batch = 0; a whole number from 1 to 65536 was expected." in err
+    assert (
+        f"{recipe} is not a training recipe: stage 'align' has batch = 0; a whole number from 1 to 65536 was expected."
+        in err
+    )
     assert list(tmp_path.iterdir()) == [recipe]
 
 

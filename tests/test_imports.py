@@ -31,7 +31,8 @@ SHARED = {
         "json_grammar",
         "json_numbers",
     ),
-    *("options", "outputs", "paths", "prompt", "protobuf", "python", "saved", "store", "templates", "token_budget"),
+    *("options", "outputs", "paths", "prompt", "protobuf", "python", "saved", "store", "templates"),
+    *("token_budget", "typed"),
 }
 ALLOWED = {
     "models": SHARED,

@@ -288,7 +288,7 @@ BAD_SETTINGS: list[tuple[str, str, str]] = [  # a line's beginning in smol.toml,
     ("max_length = 128", "max_length = 0", STAGE_2 + "max_length = 0; a whole number"),
     ("batch = 32", "warmup_ratio = -0.1\nbatch = 32", STAGE_1 + "warmup_ratio = -0.1; a number from 0 to 1 was"),
     ("batch = 32", "clip_norm = 0\nbatch = 32", STAGE_1 + "clip_norm = 0; a number above 0"),
-    ("seed = 0", "seed = -1", "x.toml has seed = -1; a whole number from 0 to 4294967295 was"),
+    ("seed = 0", "seed = -1", "it has seed = -1; a whole number from 0 to 4294967295 was"),
     ("seed = 0", "seed = 4294967296", "seed = 4294967296; a whole number"),
     ("checkpoint_every = 50", "checkpoint_every = 0", "checkpoint_every = 0; a whole number from 1"),
     ("bf16 = true", 'bf16 = "no"', "bf16 = 'no'; true or false was expected."),
@@ -297,9 +297,9 @@ BAD_SETTINGS: list[tuple[str, str, str]] = [  # a line's beginning in smol.toml,
     ("multi_turn = 0.15", "multi_turn = 15", "[data] has multi_turn = 15; a number from 0 to 1 was"),
     ("easy-vqa = 1.25", "easy-vqa = -1", "[data] has rounds.easy-vqa = -1; a number from 0 to 1000 was"),
     ("easy-vqa = 1.25", "easy-vqa = nan", "[data] has rounds.easy-vqa = nan; a number"),
-    ("easy-vqa = 1.25", "easyvqa = 1", "[data] has rounds.easyvqa; one of 'grocery', 'clothing', 'objects'"),
-    ("[data.rounds]", "[data.round]", "[data] has unknown settings ['round']"),
-    ("[[stage]]", "[[stages]]", "it has no 'stage'"),
+    ("easy-vqa = 1.25", "easyvqa = 1", "[data] has 'easyvqa' in rounds; one of 'grocery', 'clothing', 'objects'"),
+    ("[data.rounds]", "[data.round]", "[data] has unknown fields ['round']"),
+    ("[[stage]]", "[[stages]]", "it has no tables that begin with [[stage]]"),
 ]
 
 
@@ -319,7 +319,7 @@ def test_settings_that_cannot_be_meant_are_refused(old: str, new: str, said: str
     ("old", "new", "said"),
     [
         ("pictures = 96", "pictures = 0", "[data] has pictures = 0; a whole number from 1 to 65536 was expected."),
-        ("[data]\npictures = 96\n", "data = 96\n", "data = 96; a table was expected."),
+        ("[data]\npictures = 96\n", "data = 96\n", "it has data = 96; a table of named values was expected."),
         ("[[stage]]", "[stage]", "it has no tables that begin with [[stage]]"),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 from llava_edge.errors import DataError, MissingError
 from llava_edge.options import Preset
+from llava_edge.typed import build
 
 SCHEMA = 2
 
@@ -128,36 +129,14 @@ def read_report(path: Path) -> Report:
         raw = json.loads(path.read_text("utf-8").strip().splitlines()[-1])
         if raw["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {raw['schema']!r}; this program reads {SCHEMA}. Measure it again.")
-        report = Report(**{**raw, "runs": tuple(_measured(run) for run in raw["runs"])})
-        if not all(isinstance(part, dict) for part in (report.machine, report.versions, report.settings)):
-            raise TypeError
-        return report
+        return build(Report, raw)
     except FileNotFoundError as error:
         raise MissingError(f"{path} does not exist; the JSON line of 'llava-edge bench' was expected there.") from error
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); a file with the JSON line of 'llava-edge bench' was expected."
         ) from error
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} does not end with the JSON line of 'llava-edge bench'; 'llava-edge bench > FILE' writes one."
         ) from error
-
-
-def _measured(raw: dict[str, Any]) -> Measured:
-    questions = {name: _question(item) for name, item in raw["questions"].items()}
-    configuration, code = Configuration(**raw["configuration"]), raw.get("exit_code", 0)
-    return Measured(configuration, raw["error"], _stages(raw["process"]), questions, raw["memory"], code)
-
-
-def _question(raw: dict[str, Any]) -> Question:
-    return Question(**{**raw, "cache": tuple(raw["cache"]), "stages": _stages(raw["stages"])})
-
-
-def _stages(raw: dict[str, dict[str, Any]]) -> dict[str, Stage]:
-    return {name: _stage(item) for name, item in raw.items()}
-
-
-def _stage(raw: dict[str, Any]) -> Stage:
-    numbers = {name: float(raw[name]) for name in ("median", "low", "high")}
-    return Stage(**{**raw, **numbers, "samples": tuple(map(float, raw["samples"]))})
