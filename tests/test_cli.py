@@ -328,7 +328,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "{}", "--image", "{}"], 66, "a folder"),
     (["run", "--model", "{}", "--image", "https://example.org/cat.jpg"], 66, "download the picture"),
     (["run", "--model", "{}", "--image", "{}/manifest.json"], 65, "not a picture"),
-    (["run", "--model", "{}", "--image-tokens", "9999"], 2, "--image-tokens is 9999, but"),
+    (["run", "--model", "{}", "--prompt", "hi", "--image-tokens", "9999"], 2, "--image-tokens is 9999, but"),
     (["run", "--model", "{}", "--speculate", "perhaps"], 2, "perhaps"),
     (["run", "--model", "{}", *["--stop", "x"] * 17], 2, "at most 16"),
     (["run", "--model", "{}", "--prompt", "x" * 2_000_000, *LIGHT], 2, "bytes of text"),

@@ -1,21 +1,28 @@
-"""Options that `run`, `chat` and `serve` share, and how their values become `Options` and `EngineOptions`."""
+"""What `run`, `chat` and `serve` share: options, how their values become `Options` and `EngineOptions`, loading."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from llava_edge.cli.terminal import status_line
 from llava_edge.errors import DataError, UnavailableError, UsageError, install
 from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import is_file, meant
 from llava_edge.runtimes.devices import allowed_cpus
 from llava_edge.store import DEFAULT_MODEL, refuse_download
+
+if TYPE_CHECKING:
+    from llava_edge.api import Llava
+    from llava_edge.bundle import Bundle
+    from llava_edge.runtimes.pictures import Picture
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -148,6 +155,22 @@ def needing(extra: str, doing: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UnavailableError(f"{doing} needs {error.name}, which is not installed. {install(extra)}") from error
+
+
+@contextmanager
+def loaded(
+    bundle: Bundle, engine: EngineOptions, options: Options, names: Sequence[str], source: Callable[[str], str | bytes]
+) -> Iterator[tuple[Llava, list[Picture]]]:
+    """The model, and the pictures that `source` makes of names: read, each name once, and encoded while it loads."""
+    from llava_edge.api import Llava
+    from llava_edge.runtimes.pictures import check_budget, limited, prepare
+
+    check_budget(options, bundle.manifest)
+    read = cache(lambda name: limited(prepare(source(name), bundle.manifest), options, bundle.manifest))
+    with status_line("Loading the model") as status:
+        llava = Llava.load(bundle.folder, engine, pictures=[partial(read, name) for name in names], on_load=status)
+    with llava:
+        yield llava, [read(name) for name in names]
 
 
 def picture_path(name: str) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
 from typing import Any
 
 import click
 
-from llava_edge.cli.arguments import AboutPictures, generation_options, options_from, picture_path
+from llava_edge.cli.arguments import AboutPictures, generation_options, loaded, options_from, picture_path
 from llava_edge.cli.terminal import advise, show, status_line
 
 
@@ -24,22 +23,15 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
     llava-edge chat --image photo.jpg
     """
     options, engine = options_from(shared)
-    from llava_edge.api import Llava
     from llava_edge.bundle import Bundle
     from llava_edge.repl import Repl
-    from llava_edge.runtimes.pictures import check_budget, limited, prepare
     from llava_edge.store import resolve
 
-    manifest = Bundle.open(resolve(model)).manifest
-    check_budget(options, manifest)
-    read = cache(lambda image: limited(prepare(picture_path(image), manifest), options, manifest))
-    with status_line("Loading the model") as status:
-        llava = Llava.load(model, engine, pictures=[partial(read, image) for image in images], on_load=status)
-    with llava:
+    with loaded(Bundle.open(resolve(model)), engine, options, images, picture_path) as (llava, pictures):
         click.echo(f"{llava.bundle.manifest.name} on {llava.device}. /help lists the commands.", err=True)
         advise(llava.device)
         repl = Repl(llava.chat(system, options), show, _waiting)
-        repl.add(list(map(read, images)), list(images))
+        repl.add(pictures, list(images))
         repl.run()
 
 

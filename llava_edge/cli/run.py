@@ -6,13 +6,12 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import asdict, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import AboutPictures, generation_options, options_from, picture_path, read_stdin
+from llava_edge.cli.arguments import AboutPictures, generation_options, loaded, options_from, picture_path, read_stdin
 from llava_edge.cli.terminal import advise, show, status_line
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
@@ -56,25 +55,19 @@ def run(
     options, engine = options_from(shared)
     options = replace(options, grammar=_form(json_schema, grammar))
     prompts = _prompt_texts(prompts, images)
-    from llava_edge.api import Llava
     from llava_edge.bundle import Bundle
     from llava_edge.runtimes.devices import process_start
-    from llava_edge.runtimes.pictures import check_budget, limited, prepare
     from llava_edge.store import resolve
 
     started = process_start()
-    manifest = Bundle.open(resolve(model)).manifest
-    check_budget(options, manifest)
+    bundle = Bundle.open(resolve(model))
     if not images and prompts == (DEFAULT_PROMPT,):
         raise UsageError("There is no image to describe: name one with --image, or ask something else with --prompt.")
-    read = cache(lambda image: limited(prepare(_image_source(image), manifest), options, manifest))
-    with status_line("Loading the model") as status:
-        llava = Llava.load(model, engine, pictures=[partial(read, image) for image in images], on_load=status)
-    with llava:
+    with loaded(bundle, engine, options, images, _image_source) as (llava, pictures):
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
         advise(llava.device)
-        for stream in llava.ask_many(prompts, list(map(read, images)), options, system=system, started=started):
+        for stream in llava.ask_many(prompts, pictures, options, system=system, started=started):
             result = _answer(stream, "Looking at the image" if images else "Reading", quiet=as_json)
             if as_json:
                 click.echo(json.dumps(asdict(result), ensure_ascii=False))
