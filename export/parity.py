@@ -230,9 +230,7 @@ def _reference_logits(
 ) -> Array:
     from llava_edge.models import streamed
 
-    at = ids.index(IMAGE_TOKEN_INDEX)
-    text = streamed.embed_tokens(checkpoint.tensors, [*ids[:at], *ids[at + 1 :], *answer])
-    embeds = np.concatenate([text[:at], image, text[at:]])
+    embeds = streamed.splice(checkpoint.tensors, [*ids, *answer], [image])
     start = len(embeds) - len(answer) - 1
     return streamed.logits(checkpoint.config, checkpoint.tensors, embeds, start, progress)
 

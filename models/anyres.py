@@ -13,14 +13,6 @@ from llava_edge.anyres import best_grid
 from llava_edge.models.config import LlavaConfig
 
 
-def crop_count(config: LlavaConfig, size: tuple[int, int]) -> int:
-    """How many crops a picture of `size` (width, height) has: the whole and its tiles."""
-    if config.square != "anyres":
-        return 1
-    width, height = best_grid(size, config.grids)
-    return 1 + (width // config.vision.image_size) * (height // config.vision.image_size)
-
-
 def arrange(embeds: Tensor, newline: Tensor | None, config: LlavaConfig, size: tuple[int, int]) -> Tensor:
     """(crops, tokens, D) of one picture -> (positions, D): the whole picture first, then the map of its tiles.
 

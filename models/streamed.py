@@ -7,6 +7,7 @@ mapping from classic names to float32 arrays that reads when asked, such as the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from llava_edge.models.config import LlavaConfig
 from llava_edge.models.llama import Block, Context, RMSNorm, rotary
 from llava_edge.models.projector import Projector
 from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, HEAD, NEWLINE, TEXT_PREFIX, VISION_PREFIX
+from llava_edge.prompt import IMAGE_TOKEN_INDEX
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
@@ -76,9 +78,16 @@ def arrange(
     ]
 
 
-def embed_tokens(tensors: Arrays, ids: Sequence[int]) -> Array:
-    """Token ids -> rows of the embedding table (n, hidden size)."""
-    return np.asarray(tensors[EMBEDDINGS][np.asarray(ids, np.int64)])
+def splice(tensors: Arrays, ids: Sequence[int], images: Sequence[Array]) -> Array:
+    """Embeddings (T, hidden size) of ids: for each IMAGE_TOKEN_INDEX one of `images`, (positions, hidden size).
+
+    Raises `ValueError` if there are more or fewer.
+    """
+    row = np.asarray(ids, np.int64)
+    slots = np.flatnonzero(row == IMAGE_TOKEN_INDEX)
+    table = tensors[EMBEDDINGS][np.delete(row, slots)]
+    first, *others = np.split(table, slots - np.arange(len(slots)))
+    return np.concatenate([first, *chain.from_iterable(zip(images, others, strict=True))])
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ def trained_logits(model: Llava, batch: Batch, features: Tensor | None) -> Tenso
     language = model.language_model
     embeds = language.model.embed_tokens(batch.tokens).float()
     if features is not None:
-        images = model.projector(features.float()).float()
+        images = model.multi_modal_projector(features.float()).float()
         embeds = embeds.masked_scatter(batch.is_image[..., None], images)
     states = language.hidden(embeds, positions=batch.positions, mask=batch.mask)
     return language.logits(states[batch.labels != IGNORE_INDEX])

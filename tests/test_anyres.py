@@ -14,6 +14,7 @@ import layouts
 import numpy as np
 import pytest
 import torch
+import whole
 from hugging_face import image_features, pillow, rope_theta
 from images import picture
 from PIL import Image
@@ -28,7 +29,7 @@ from llava_edge.errors import BundleError, CheckpointError, ContextOverflowError
 from llava_edge.export import parity
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
-from llava_edge.models import micro
+from llava_edge.models import micro, streamed
 from llava_edge.models.config import LlavaConfig, from_hf, to_hf
 from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llava import from_state
@@ -76,10 +77,10 @@ def theirs(checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def ours(checkpoint: Path) -> Any:
+def ours(checkpoint: Path) -> whole.Arrays:
     opened = open_checkpoint(checkpoint)
     assert opened.config == TINY
-    return from_state(opened.config, opened.tensors)
+    return opened.tensors
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +112,9 @@ def their_pixels(config: LlavaConfig, shown: Image.Image) -> tuple[torch.Tensor,
     return found["pixel_values"], found["image_sizes"]
 
 
-def features(model: Any, shown: Image.Image) -> torch.Tensor:
-    found: torch.Tensor = model.encode_image(torch.from_numpy(anyres.crops(shown, preprocessing(model.config))))
-    return found
+def shown(tensors: whole.Arrays, *sizes: Size) -> list[whole.Array]:
+    """What the language model sees of pictures."""
+    return whole.shown(TINY, tensors, [anyres.crops(image(size), preprocessing(TINY)) for size in sizes], sizes)
 
 
 # --- pixels, positions, logits ---------------------------------------------------------------------------------
@@ -128,35 +129,28 @@ def test_crops_are_those_of_transformers_to_the_bit(size: Size) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-def test_embeddings_arrangement_logits_and_greedy_tokens_equal_transformers(size: Size, theirs: Any, ours: Any) -> None:
+def test_embeddings_arrangement_logits_and_greedy_tokens_equal_transformers(
+    size: Size, theirs: Any, ours: whole.Arrays
+) -> None:
     pixels, sizes = their_pixels(TINY, image(size))
     with torch.no_grad():
         wanted = image_features(theirs, pixels, sizes)[0]
-        seen = features(ours, image(size))
-        shown = ours.images(seen, [size])
-        assert shown[0].shape == wanted.shape
-        assert float((shown[0] - wanted).abs().max()) <= 1e-5
-        rows = anyres.layout(size, preprocessing(TINY), TINY.image_tokens)
-        arranged = anyres.arrange(ours.projector(seen).numpy(), ours.image_newline.numpy(), rows)
-        assert np.abs(arranged - wanted.numpy()).max() <= 1e-5
         expanded = [[TINY.image_token_index] * len(wanted) if i == IMAGE_TOKEN_INDEX else [i] for i in IDS]
         ids = torch.tensor([[token for group in expanded for token in group]])
         logits = theirs(input_ids=ids, pixel_values=pixels, image_sizes=sizes).logits[0]
-        crops = torch.from_numpy(anyres.crops(image(size), preprocessing(TINY)))
-        assert float((ours(IDS, crops, [size]) - logits).abs().max()) <= 1e-4
         answer = theirs.generate(
             input_ids=ids, pixel_values=pixels, image_sizes=sizes, max_new_tokens=16, do_sample=False,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-    assert ours.generate_greedy(IDS, seen, 16, sizes=[size]) == answer[0, ids.shape[1] :].tolist()
-
-
-def test_two_pictures_take_their_own_crops(ours: Any) -> None:
-    sizes = [(80, 60), (300, 40)]
-    parts = [features(ours, image(size)) for size in sizes]
-    together = ours.images(torch.cat(parts), sizes)
-    for part, size, shown in zip(parts, sizes, together, strict=True):
-        torch.testing.assert_close(shown, ours.images(part, [size])[0])
+    seen = shown(ours, size)
+    assert seen[0].shape == wanted.shape
+    assert np.abs(seen[0] - wanted.numpy()).max() <= 1e-5
+    crops = streamed.image_features(TINY, ours, [anyres.crops(image(size), preprocessing(TINY))])
+    rows = anyres.layout(size, preprocessing(TINY), TINY.image_tokens)
+    arranged = anyres.arrange(streamed.project(TINY, ours, crops)[0], ours["image_newline"], rows)
+    assert np.abs(arranged - wanted.numpy()).max() <= 1e-5
+    assert np.abs(whole.logits(TINY, ours, IDS, seen) - logits.numpy()).max() <= 1e-4
+    assert whole.greedy(TINY, ours, IDS, seen, 16) == answer[0, ids.shape[1] :].tolist()
 
 
 def test_a_second_name_of_the_newline_is_read(theirs: Any, tmp_path: Path, checkpoint: Path) -> None:
@@ -313,7 +307,7 @@ def test_the_bundle_says_how_pictures_are_seen(bundle: Path) -> None:
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_the_engine_answers_as_pytorch_does(
-    size: Size, llava: Llava, ours: Any, monkeypatch: pytest.MonkeyPatch
+    size: Size, llava: Llava, ours: whole.Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled: list[int] = []
     take = Answer.take
@@ -328,9 +322,9 @@ def test_the_engine_answers_as_pytorch_does(
     assert language is not None
     pieces = render(TINY.template, [Message("user", "What is it?", 1)])
     ids = encode(pieces, language.tokenize, language.control_id)
-    seen = features(ours, image(size))
-    assert sampled == ours.generate_greedy(ids, seen, 16, sizes=[size])
-    assert result.image_tokens == len(ours.images(seen, [size])[0]) == result.prompt_tokens - len(ids) + 1
+    seen = shown(ours, size)
+    assert sampled == whole.greedy(TINY, ours, ids, seen, 16)
+    assert result.image_tokens == len(seen[0]) == result.prompt_tokens - len(ids) + 1
 
 
 def test_the_context_is_checked_with_each_pictures_own_positions(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,13 +423,13 @@ def test_a_mistral_without_window_is_a_llama(tmp_path: Path) -> None:
     assert replace(opened.config, template=TINY.template) == TINY
     size = (80, 60)
     pixels, sizes = their_pixels(TINY, image(size))
-    ours = from_state(opened.config, opened.tensors)
     with torch.no_grad():
         count = len(image_features(model, pixels, sizes)[0])
         ids = torch.tensor([[1, 5, *[TINY.image_token_index] * count, 8]])
         wanted = model(input_ids=ids, pixel_values=pixels, image_sizes=sizes).logits[0]
-        found = ours([1, 5, IMAGE_TOKEN_INDEX, 8], pixels[0], [size])
-    assert float((found - wanted).abs().max()) <= 1e-4
+    seen = whole.shown(opened.config, opened.tensors, [pixels[0].numpy()], [size])
+    found = whole.logits(opened.config, opened.tensors, [1, 5, IMAGE_TOKEN_INDEX, 8], seen)
+    assert np.abs(found - wanted.numpy()).max() <= 1e-4
 
 
 @pytest.mark.parametrize("as_text", [True, False])

@@ -189,8 +189,8 @@ def test_operations_are_those_that_pytorch_counts(micro_checkpoint: Path, micro_
     needed = work(Bundle.open(micro_bundle))
     features = torch.zeros(1, CONFIG.image_tokens, CONFIG.vision.hidden_size)
     pixels = torch.zeros(1, 3, side, side)
-    assert needed.encode_ops == counted(lambda: model.encode_image(pixels))
-    assert needed.project_ops * CONFIG.image_tokens == counted(lambda: model.projector(features))
+    assert needed.encode_ops == counted(lambda: model.vision_tower.vision_model(pixels))
+    assert needed.project_ops * CONFIG.image_tokens == counted(lambda: model.multi_modal_projector(features))
     # PyTorch multiplies the half of the scores that is masked too, and logits of every position.
     attention = 2 * positions**2 * width * CONFIG.text.num_hidden_layers
     logits = 2 * width * CONFIG.text.vocab_size * (positions - 1)

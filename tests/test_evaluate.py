@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import whole
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from llava_edge.cli import cli
 from llava_edge.cli import eval as cli_eval
 from llava_edge.errors import LlavaEdgeError
-from llava_edge.models import micro
+from llava_edge.models import micro, streamed
 from llava_edge.models.data import load_tokenizer
 from llava_edge.models.evaluate import Question, TorchJudge, ask_all, majority, question_sets, shuffled
 from llava_edge.models.features import FeatureCache
-from llava_edge.models.llava import Llava, from_state
+from llava_edge.models.llava import from_state
 from llava_edge.models.sources import Item
 from llava_edge.prompt import Message, encode, render
 
@@ -37,7 +38,7 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def decoded(model: Llava, tokenizer: Tokenizer, cache: FeatureCache, picture: Path, question: str) -> str:
+def decoded(tensors: whole.Arrays, tokenizer: Tokenizer, cache: FeatureCache, picture: Path, question: str) -> str:
     """The model's own greedy answer to the whole prompt, decoded."""
     ids = encode(
         render("chatml", [Message("user", question, 1)]),
@@ -45,8 +46,9 @@ def decoded(model: Llava, tokenizer: Tokenizer, cache: FeatureCache, picture: Pa
         tokenizer.token_to_id,
     )
     cache.ensure([picture])
-    features = cache.get([picture]).float()
-    text: str = tokenizer.decode(model.generate_greedy(ids, features, 40, [tokenizer.token_to_id("<|im_end|>")]))
+    images = streamed.project(micro.CONFIG, tensors, list(cache.get([picture]).float().numpy()))
+    answer = whole.greedy(micro.CONFIG, tensors, ids, images, 40, tokenizer.token_to_id("<|im_end|>"))
+    text: str = tokenizer.decode(answer)
     return text
 
 
@@ -54,10 +56,11 @@ def test_one_pass_agrees_with_greedy_decoding(
     trained_micro: Path, pictures: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     """Right where real decoding gives the answer, wrong where it gives another one."""
-    model = from_state(micro.CONFIG, load_file(trained_micro / "model.safetensors"))
+    tensors = load_file(trained_micro / "model.safetensors")
+    model = from_state(micro.CONFIG, tensors)
     cache = FeatureCache(tmp_path / "judge", model, bf16=False)
     asked = [(name, question) for name in ("red", "green", "blue") for question in (micro.QUESTION, "Is it red?")]
-    answers = [decoded(model, tokenizer, cache, pictures / f"{name}.png", question) for name, question in asked]
+    answers = [decoded(tensors, tokenizer, cache, pictures / f"{name}.png", question) for name, question in asked]
     judge = TorchJudge(model, tokenizer, cache, pictures)
     right = [Question(f"{name}.png", q, a) for (name, q), a in zip(asked, answers, strict=True)]
     wrong = [Question(f"{name}.png", q, a + "s") for (name, q), a in zip(asked, answers, strict=True)]

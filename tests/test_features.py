@@ -37,7 +37,8 @@ def model(seed: int) -> Llava:
 def encoded(model: Llava, paths: Sequence[Path]) -> torch.Tensor:
     """Without a cache."""
     pixels = np.stack([preprocess(load_image(path), preprocessing(model.config)) for path in paths])
-    return model.encode_image(torch.from_numpy(pixels)).to(torch.float16)
+    features: torch.Tensor = model.vision_tower.vision_model(torch.from_numpy(pixels))
+    return features.to(torch.float16)
 
 
 def right(cache: FeatureCache, model: Llava, paths: Sequence[Path]) -> bool:

@@ -67,7 +67,7 @@ def test_the_matrix_is_what_hooks_on_the_whole_model_see(
     model = from_state(checkpoint.config, checkpoint.tensors)
     pixels = [preprocess(image, manifest.preprocessing) for image in importance.pictures(None)]
     images = importance.encode(checkpoint, manifest.preprocessing, importance.pictures(None))
-    wanted = model.projector(model.encode_image(torch.from_numpy(np.stack(pixels)))).numpy()
+    wanted = model.multi_modal_projector(model.vision_tower.vision_model(torch.from_numpy(np.stack(pixels)))).numpy()
     np.testing.assert_allclose(np.stack(images), wanted, rtol=1e-4, atol=1e-5)
     prompts = importance._prompts(checkpoint, manifest, float16, images)
     assert {int(item.is_image.sum()) for item in prompts} == {16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, UserDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import whole
 from hugging_face import in_memory
 
 from llava_edge.errors import CheckpointError
-from llava_edge.models import micro
+from llava_edge.models import micro, streamed
 from llava_edge.models.clip import pool_patches
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, from_hf, load_config, to_hf
 from llava_edge.models.llava import Llava, from_state
-from llava_edge.models.shapes import tensor_shapes
+from llava_edge.models.shapes import EMBEDDINGS, VISION_PREFIX, tensor_shapes
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
 
 TINY = LlavaConfig(
@@ -81,29 +83,49 @@ def their_ids(config: LlavaConfig, ids: list[int]) -> torch.Tensor:
     return torch.tensor([[token for group in expanded for token in group]])
 
 
+class Counting(UserDict[str, np.ndarray]):
+    """Tensors that remember how often each was read."""
+
+    def __init__(self, tensors: dict[str, np.ndarray]) -> None:
+        super().__init__(tensors)
+        self.times = Counter[str]()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.times[name] += 1
+        return self.data[name]
+
+
+def unused(name: str, config: LlavaConfig) -> bool:
+    """CLIP's last norm and the blocks behind the chosen layer."""
+    late = [f"{VISION_PREFIX}encoder.layers.{n}." for n in range(config.blocks_run, config.vision.num_hidden_layers)]
+    return name.startswith((f"{VISION_PREFIX}post_layernorm", *late))
+
+
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_and_greedy_tokens_equal_transformers(config: LlavaConfig) -> None:
     tensors = micro.random_tensors(config, seed=3)
-    reference, ours = hugging_face(config, tensors), from_state(config, tensors)
+    reference, read = hugging_face(config, tensors), Counting(tensors)
     image = pixels(config)
     with torch.no_grad():
         theirs = reference(input_ids=their_ids(config, IDS), pixel_values=image).logits[0]
-        mine = ours(IDS, image)
+    shown = whole.shown(config, read, [image.numpy()])
+    mine = whole.logits(config, read, IDS, shown)
     assert mine.shape == theirs.shape
-    assert float((mine - theirs).abs().max()) <= 1e-4
+    assert np.abs(mine - theirs.numpy()).max() <= 1e-4
+    assert np.array_equal(whole.logits(config, tensors, IDS, shown, start=2), mine[2:])
+    assert set(read.times) == {name for name in tensors if not unused(name, config)}
+    assert {read.times[name] for name in read.times if ".layers." in name} == {1}
     generated = reference.generate(
         input_ids=their_ids(config, IDS), pixel_values=image, max_new_tokens=12, do_sample=False, eos_token_id=None,
         pad_token_id=0,
     )  # fmt: skip
-    answer = ours.generate_greedy(IDS, ours.encode_image(image), 12)
+    answer = whole.greedy(config, tensors, IDS, shown, 12)
     assert answer == generated[0, theirs.shape[0] :].tolist()
 
 
 def test_state_dict_has_the_names_of_the_checkpoint() -> None:
     names = set(Llava(TINY).state_dict())
-    assert names <= set(tensor_shapes(TINY))
-    unused = {name for name in tensor_shapes(TINY) if name not in names}
-    assert all("layers.3." in name or "post_layernorm" in name for name in unused)  # behind the chosen layer
+    assert names == {name for name in tensor_shapes(TINY) if not unused(name, TINY)}
 
 
 def test_missing_and_misshapen_tensors_are_all_named() -> None:
@@ -123,9 +145,14 @@ def test_pooling_averages_square_neighbourhoods() -> None:
 
 
 def test_images_and_slots_must_match() -> None:
-    model = from_state(TINY, micro.random_tensors(TINY))
-    with pytest.raises(ValueError, match="1 image slots but 0 images"):
-        model(IDS)
+    tensors = micro.random_tensors(TINY)
+    image = np.zeros((2, TINY.text.hidden_size), np.float32)
+    two = streamed.splice(tensors, [1, IMAGE_TOKEN_INDEX, IMAGE_TOKEN_INDEX, 7], [image, image + 1])
+    table = tensors[EMBEDDINGS]
+    assert np.array_equal(two, np.stack([table[1], *image, *(image + 1), table[7]]))
+    for images in ([], [image, image]):
+        with pytest.raises(ValueError, match=r"shorter|longer"):
+            streamed.splice(tensors, IDS, images)
 
 
 def test_config_survives_hugging_face_form() -> None:

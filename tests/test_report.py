@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import whole
 from click.testing import CliRunner
 from gguf import GGUFReader
 
@@ -23,7 +23,6 @@ from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.image import load_image, preprocess
 from llava_edge.models import micro
 from llava_edge.models.data import control_id, load_tokenizer, read_records, tokenize
-from llava_edge.models.llava import from_state
 from llava_edge.prompt import IGNORE_INDEX
 from llava_edge.runtimes.language import LanguageModel
 
@@ -68,14 +67,13 @@ def test_predictions_are_those_of_pytorch_for_every_answer_token(
 ) -> None:
     bundle, checkpoint = Bundle.open(micro_bundle), open_checkpoint(micro_checkpoint)
     samples, pictures = held_out.conversations(data, bundle, float16, tmp_path)
-    model = from_state(checkpoint.config, checkpoint.tensors)
     tokenizer = load_tokenizer(micro_checkpoint / "tokenizer.json")
     wanted = {}
     for record in (record for record in read_records(data) if "image" in record):
         trained = tokenize(record, "chatml", tokenizer, 512)
         pixels = preprocess(load_image(data.parent / record["image"]), bundle.manifest.preprocessing)
-        with torch.no_grad():
-            logits = model(trained.ids, torch.from_numpy(pixels)[None]).numpy()
+        shown = whole.shown(checkpoint.config, checkpoint.tensors, [pixels[None]])
+        logits = whole.logits(checkpoint.config, checkpoint.tensors, trained.ids, shown)
         rows = len(logits) - len(trained.ids) + 1
         sample = held_out.lay_out(trained.ids, trained.labels, record["image"], rows)
         wanted[sample] = logits[np.array(sample.answers) - 1]

@@ -29,11 +29,10 @@ from llava_edge.cli import execute
 from llava_edge.errors import BundleError, UsageError
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, export
-from llava_edge.models import micro
+from llava_edge.models import micro, streamed
 from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.evaluate import Question
-from llava_edge.models.llava import from_state
 from llava_edge.models.streamed import load_part
 from llava_edge.options import EngineOptions, Options
 from llava_edge.prompt import Message
@@ -255,12 +254,9 @@ def in_torch(checkpoint: Path, llava: Llava, count: int) -> Array:
     """The same positions from the checkpoint in PyTorch, chosen by plain loops."""
     from safetensors.numpy import load_file
 
-    model = from_state(micro.CONFIG, load_file(checkpoint / "model.safetensors"))
-    pixels = torch.from_numpy(prepare(RED, llava.bundle.manifest).crops)
-    with torch.no_grad():
-        features, attention = model.vision_tower.vision_model.attended(pixels)
-        chosen = plainly(features[0].numpy(), attention[0].numpy(), count)
-        return model.projector(torch.from_numpy(chosen)).numpy()
+    tensors = load_file(checkpoint / "model.safetensors")
+    features, attention = streamed.image_attended(micro.CONFIG, tensors, [prepare(RED, llava.bundle.manifest).crops])
+    return streamed.project(micro.CONFIG, tensors, [plainly(features[0][0], attention[0][0], count)])[0]
 
 
 @pytest.mark.parametrize("count", [1, 8, 15, 16])

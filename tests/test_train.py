@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import whole
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 from llava_edge.errors import DataError, MissingError
@@ -204,7 +206,7 @@ def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
 
 def test_the_micro_recipe_learns_its_colours(trained_micro: Path) -> None:
     config = load_config(trained_micro)
-    model = from_state(config, load_file(trained_micro / "model.safetensors"))
+    tensors = load_arrays(trained_micro / "model.safetensors")
     tokenizer = load_tokenizer(trained_micro / "tokenizer.json")
     prompt = encode(
         render(config.template, [Message("user", micro.QUESTION, 1)]),
@@ -214,8 +216,8 @@ def test_the_micro_recipe_learns_its_colours(trained_micro: Path) -> None:
     rng = np.random.default_rng(99)
     for colour in micro.COLOURS:
         pixels = preprocess(load_image(micro.draw(colour, rng)), preprocessing(config))
-        features = model.encode_image(torch.from_numpy(pixels)[None])
-        answer = model.generate_greedy(prompt, features, 8, [tokenizer.token_to_id("<|im_end|>")])
+        shown = whole.shown(config, tensors, [pixels[None]])
+        answer = whole.greedy(config, tensors, prompt, shown, 8, tokenizer.token_to_id("<|im_end|>"))
         assert tokenizer.decode(answer) == colour
 
 
