@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from llava_edge.errors import DataError, MissingError
+from llava_edge.templates import TEMPLATES
 from llava_edge.typed import Range, build
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -90,13 +91,18 @@ def _recipe(raw: dict[str, Any]) -> Recipe:
     stages = [build(Stage, table, where) for where, table in named]
     recipe = build(Recipe, {**raw, "stages": stages})
     build(MicroData if recipe.parts == "micro" else SmolData, recipe.data, "[data]")
+    names = [stage.name for stage in stages]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two stages are called {twice[0]!r}, which its log could not tell apart")
     for (where, _), stage in zip(named, stages, strict=True):
         _check_together(stage, recipe, where)
     return recipe
 
 
 def _check_together(stage: Stage, recipe: Recipe, where: str) -> None:
-    """Raises `ValueError` for settings that are good, but not beside each other."""
+    """Raises `ValueError` for settings that have the right type, but no sense, or none beside each other."""
+    if stage.template not in TEMPLATES:
+        raise ValueError(f"{where} has template = {stage.template!r}; one of {', '.join(TEMPLATES)} was expected")
     if stage.trains == "lora" and not stage.lora_rank:
         raise ValueError(f"{where}: trains = 'lora' needs a lora_rank of 1 or more, not 0")
     if stage.trains == "lora" and not stage.lora_alpha:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from llava_edge.errors import DataError, MissingError
 from llava_edge.image import load_image, preprocess
 from llava_edge.models import micro
-from llava_edge.models.config import load_config
 from llava_edge.models.data import load_tokenizer
 from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llama import Llama
@@ -205,7 +204,7 @@ def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
 
 
 def test_the_micro_recipe_learns_its_colours(trained_micro: Path) -> None:
-    config = load_config(trained_micro)
+    config = micro.CONFIG
     tensors = load_arrays(trained_micro / "model.safetensors")
     tokenizer = load_tokenizer(trained_micro / "tokenizer.json")
     prompt = encode(
@@ -301,6 +300,8 @@ BAD_SETTINGS: list[tuple[str, str, str]] = [  # a line's beginning in smol.toml,
     ("easy-vqa = 1.25", "easy-vqa = nan", "[data] has rounds.easy-vqa = nan; a number"),
     ("easy-vqa = 1.25", "easyvqa = 1", "[data] has 'easyvqa' in rounds; one of 'grocery', 'clothing', 'objects'"),
     ("[data.rounds]", "[data.round]", "[data] has unknown fields ['round']"),
+    ('name = "instruct"', 'name = "align"', "two stages are called 'align'"),
+    ('template = "chatml"', 'template = "chatlm"', STAGE_2 + "template = 'chatlm'; one of vicuna_v1, "),
     ("[[stage]]", "[[stages]]", "it has no tables that begin with [[stage]]"),
 ]
 
