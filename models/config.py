@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llava_edge.bundle import Merge, Square
-from llava_edge.errors import CheckpointError, MissingError
+from llava_edge.errors import CheckpointError
 from llava_edge.prompt import AfterControl
 
 _Part = TypeVar("_Part", "VisionConfig", "TextConfig")
@@ -115,18 +113,6 @@ class LlavaConfig:
                 f"Projector type {self.projector_type!r} is not supported; expected linear or mlpNx_gelu."
             )
         return int(digits)
-
-
-def load_config(folder: Path) -> LlavaConfig:
-    """Read `config.json` of a Hugging Face LLaVA folder. Raises `MissingError` or `CheckpointError`."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise MissingError(f"{folder} has no config.json; a LLaVA checkpoint folder was expected.")
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    return from_hf(raw)
 
 
 def from_hf(raw: dict[str, Any]) -> LlavaConfig:

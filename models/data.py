@@ -113,10 +113,16 @@ def tokenize(record: Record, template: str, tokenizer: Tokenizer, max_length: in
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read tokenizer.json so that control tokens are never found in text; they are looked up by `control_id`."""
+    """Read tokenizer.json so that control tokens are never found in text; they are looked up by `control_id`.
+
+    Raises `DataError`.
+    """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise DataError(f"{path} cannot be used as a tokenizer: {error}.") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
 

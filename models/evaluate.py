@@ -15,14 +15,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from llava_edge.models.config import load_config
 from llava_edge.models.conversations import GROUP, KIND, NAME, record
-from llava_edge.models.data import Batch, collate, load_tokenizer, pack, tokenize
+from llava_edge.models.data import Batch, collate, pack, tokenize
 from llava_edge.models.features import FeatureCache
-from llava_edge.models.llava import Llava, from_state
+from llava_edge.models.llava import Llava
 from llava_edge.models.sources import Item
 from llava_edge.models.train import trained_logits
 from llava_edge.prompt import IGNORE_INDEX
@@ -145,17 +143,15 @@ def ask_all(ask: Ask, data: Path, questions: Sequence[Question], progress: Progr
     return right
 
 
-def judge_checkpoint(
-    checkpoint: Path,
+def judge_model(
+    model: Llava,
+    tokenizer: Tokenizer,
     data: Path,
     sets: dict[str, list[Question]],
     progress: Callable[[str], Progress],
     talk: Callable[[str], object] = lambda line: None,
 ) -> list[Score]:
     """PyTorch in float32, then the same model on a grey picture and on other questions' pictures."""
-    config = load_config(checkpoint)
-    model = from_state(config, load_file(checkpoint / "model.safetensors"))
-    tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
     features = FeatureCache(data / "features-fp32", model, bf16=False, talk=talk)
     judge = TorchJudge(model, tokenizer, features, data)
     blank = "blank.png"

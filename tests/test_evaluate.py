@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -129,6 +130,34 @@ def test_each_bundle_has_a_column(micro_bundle: Path, bundle_copy: Path, held_ou
     assert done.exit_code == 0, done.stderr
     head = done.stdout.splitlines()[0]
     assert [head.count(f"{bundle}, q8_0 + fp32") for bundle in (micro_bundle, bundle_copy)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"[]", "should hold a JSON object"),
+        ("config.json", None, "no config.json"),
+        ("tokenizer.json", b"{", "cannot be used as a tokenizer"),
+        ("tokenizer.json", None, "No such file"),
+        ("model.safetensors", b"cut off", "model.safetensors"),
+        ("model.safetensors", None, "model.safetensors"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_judged_is_one_sentence(
+    name: str, content: bytes | None, said: str, micro_checkpoint: Path, tmp_path: Path, held_out: list[str]
+) -> None:
+    folder = Path(shutil.copytree(micro_checkpoint, tmp_path / "checkpoint"))
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    done = CliRunner().invoke(cli, [*held_out, "--checkpoint", str(folder)])
+    assert isinstance(done.exception, LlavaEdgeError)
+    assert said in str(done.exception)
+
+
+def test_a_checkpoint_has_a_column_beside_its_baselines(trained_micro: Path, held_out: list[str]) -> None:
+    done = CliRunner().invoke(cli, [*held_out, "--checkpoint", str(trained_micro), "--json"])
+    assert done.exit_code == 0, done.stderr
+    scores = {score["name"]: score["total"] for score in json.loads(done.stdout) if score["set"] == "grocery fine"}
+    assert scores == {"majority": 1, "PyTorch fp32": 1, "blank image": 1, "shuffled images": 1}
 
 
 @pytest.mark.parametrize("wrong", [["--bundle", "no-such"], ["--image-tokens", "99"]])

@@ -23,7 +23,7 @@ from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.llm_gguf import write_language
 from llava_edge.export.tokenizer import _LLAMA3_SPLIT, Vocabulary, after_control, read_tokenizer
 from llava_edge.models import micro
-from llava_edge.models.config import LlavaConfig, to_hf
+from llava_edge.models.config import LlavaConfig, from_hf, to_hf
 from llava_edge.runtimes.language import LanguageModel
 
 TEXTS = (
@@ -83,9 +83,7 @@ def engine(folder: Path, vocabulary: Vocabulary) -> LanguageModel:
 
 
 def open_config(folder: Path) -> LlavaConfig:
-    from llava_edge.models.config import load_config
-
-    return load_config(folder)
+    return from_hf(json.loads((folder / "config.json").read_text("utf-8")))
 
 
 # --- SentencePiece ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 @click.command("eval")
 @click.option("--bundle", "bundles", multiple=True, help="Bundle folder or model name to judge; repeatable.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Hugging Face folder to judge in PyTorch, float32.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Checkpoint to judge in PyTorch, float32.")
 @click.option("--photos", type=click.Path(path_type=Path), required=True, help="Folder of photos with labels.jsonl.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder for the held-out data.")
 @click.option("--limit", type=click.IntRange(1), help="At most this many questions a set (evenly spread).")
@@ -63,8 +63,15 @@ def eval(
     variants = _variants(budgets, methods)
     _check(bundles, variants)
     with needing("train", "Evaluation"):
-        from llava_edge.models.evaluate import judge_checkpoint, majority, question_sets
+        from llava_edge.models.data import load_tokenizer
+        from llava_edge.models.evaluate import judge_model, majority, question_sets
+        from llava_edge.models.llava import from_state
         from llava_edge.models.sources import collect
+    if checkpoint is not None:
+        from llava_edge.export.checkpoint import open_checkpoint
+
+        opened = open_checkpoint(checkpoint)
+        tokenizer = load_tokenizer(opened.tokenizer / "tokenizer.json")
     data = data or store.home() / "data" / "smol"
     items = collect(data, photos)
     train = question_sets(items, "train")
@@ -77,7 +84,8 @@ def eval(
 
         scores = [majority(train[name], questions, name) for name, questions in sets.items()]
         if checkpoint is not None:
-            scores += judge_checkpoint(checkpoint, data, sets, progress, _talk)
+            model = from_state(opened.config, opened.tensors)
+            scores += judge_model(model, tokenizer, data, sets, progress, _talk)
         for bundle in bundles:
             scores += _judge_bundle(bundle, data, sets, variants, progress)
     if as_json:
