@@ -33,8 +33,8 @@ from llava_edge.bench.records import (
 )
 from llava_edge.bench.work import Work, work
 from llava_edge.bundle import Bundle
-from llava_edge.errors import LlavaEdgeError, UnavailableError
-from llava_edge.options import Device, Options, Preset
+from llava_edge.errors import LlavaEdgeError, UnavailableError, UsageError
+from llava_edge.options import DEFAULT_PROMPT, Device, EngineOptions, Options, Preset
 from llava_edge.runtimes import devices, native
 from llava_edge.runtimes.pictures import check_budget
 from llava_edge.runtimes.presets import check_context
@@ -46,20 +46,31 @@ Sample = dict[str, Any]  # what child.py prints
 @dataclass(frozen=True)
 class Plan:
     """What to measure: every bundle with every number of threads (0: all cores), context (0: the model's), positions
-    for a picture (0: all) and preset."""
+    for a picture (0: all) and preset. Raises `UsageError` for what would fail after minutes of measuring."""
 
     models: Sequence[str | Path]
     threads: Sequence[int] = (0,)
     contexts: Sequence[int] = (0,)
     budgets: Sequence[int] = (0,)
     device: Device = "auto"
-    prompt: str = ""
+    prompt: str = DEFAULT_PROMPT
     max_tokens: int = 32
     image: Path | None = None
     repeats: int = 5
     warmup: int = 1
     limits: bool = True
     presets: Sequence[Preset] = ("auto",)
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise UsageError("The prompt is empty; give a question with --prompt.")
+        Options(max_tokens=self.max_tokens)
+        for budget in self.budgets:
+            Options(image_tokens=budget)
+        for threads in self.threads:
+            EngineOptions(threads=threads)
+        for context in self.contexts:
+            EngineOptions(context=context)
 
 
 def configurations(plan: Plan) -> list[tuple[Configuration, Bundle]]:

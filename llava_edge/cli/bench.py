@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from llava_edge.cli.arguments import picture_path
 from llava_edge.errors import LlavaEdgeError, StorageError, UsageError
-from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS, Device, EngineOptions, Options, Preset
+from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS
 from llava_edge.outputs import check_output
 from llava_edge.store import DEFAULT_MODEL
 
@@ -53,9 +54,8 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
 @click.option("--compare", "older", type=click.Path(path_type=Path), multiple=True, metavar="OLD.json",
               help="Earlier output to compare with; may be repeated.")  # fmt: skip
 def bench(
-    models: tuple[str, ...], device: Device, threads: tuple[int, ...], contexts: tuple[int, ...],
-    budgets: tuple[int, ...], presets: tuple[Preset, ...], image: str | None, prompt: str, max_tokens: int,
-    repeats: int, warmup: int, limits: bool, csv_file: Path | None, html_file: Path | None, older: tuple[Path, ...],
+    models: tuple[str, ...], image: str | None, csv_file: Path | None, html_file: Path | None, older: tuple[Path, ...],
+    **values: Any,
 ) -> None:  # fmt: skip
     """Measure every stage of an answer, and what share of the machine's limits it reaches.
 
@@ -67,7 +67,6 @@ def bench(
     llava-edge bench --threads 1,2 --repeats 7 > now.json
     llava-edge bench --compare before.json --html report.html
     """
-    _check(prompt, max_tokens, threads, contexts, budgets)
     from llava_edge.bench.compare import asked_otherwise, compare, in_common, other_conditions
     from llava_edge.bench.page import page
     from llava_edge.bench.records import read_report
@@ -76,8 +75,7 @@ def bench(
     from llava_edge.cli.terminal import status_line
 
     picture = None if image is None else Path(picture_path(image))
-    plan = Plan(models or (DEFAULT_MODEL,), threads, contexts, budgets, device, prompt, max_tokens, picture, repeats,
-                warmup, limits, presets)  # fmt: skip
+    plan = Plan(models or (DEFAULT_MODEL,), image=picture, **values)
     planned = configurations(plan)
     named = [*older, *([picture] if picture else [])]
     for file in filter(None, (csv_file, html_file)):
@@ -122,18 +120,3 @@ def _write(*files: tuple[Path | None, Callable[[], str]]) -> None:
                 problems.append(f"{path} cannot be written: {error.strerror}.")
     if problems:
         raise StorageError(" ".join(problems))
-
-
-def _check(
-    prompt: str, max_tokens: int, threads: tuple[int, ...], contexts: tuple[int, ...], budgets: tuple[int, ...]
-) -> None:
-    """Refuse before minutes of measuring what would fail after them."""
-    if not prompt.strip():
-        raise UsageError("The prompt is empty; give a question with --prompt.")
-    Options(max_tokens=max_tokens)
-    for count in threads:
-        EngineOptions(threads=count)
-    for size in contexts:
-        EngineOptions(context=size)
-    for budget in budgets:
-        Options(image_tokens=budget)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -21,8 +21,6 @@ from llava_edge.outputs import check_output
 
 if TYPE_CHECKING:
     from llava_edge.bundle import ParityRow
-    from llava_edge.export.clip_onnx import Precision
-    from llava_edge.export.quantize import Quant
     from llava_edge.export.report import Report
 
 
@@ -76,60 +74,24 @@ if TYPE_CHECKING:
     help="LLaVA conversations (JSON, pictures beside it) that the report measures on; drawings unless given.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object on stdout.")
-def export(
-    checkpoint: Path,
-    out: Path,
-    quant: Quant,
-    vision: Precision,
-    base: Path | None,
-    vision_tower: Path | None,
-    template: str | None,
-    mmproj: Path | None,
-    emit_mmproj: Path | None,
-    name: str,
-    force: bool,
-    force_publish: bool,
-    threads: int,
-    imatrix: bool,
-    calibrate: Path | None,
-    report_file: Path | None,
-    report_data: Path | None,
-    as_json: bool,
-) -> None:
+def export(report_file: Path | None, as_json: bool, **values: Any) -> None:
     """Turn CHECKPOINT, a LLaVA of any published layout or a GGUF with --mmproj, into the bundle OUT.
 
     'llava-edge info CHECKPOINT' says which layout it is and what it needs. Every stage is measured against PyTorch
     where that is installed; the table ends with the worst stage.
     """
-    if mmproj and click.get_current_context().get_parameter_source("quant") is not ParameterSource.DEFAULT:
-        raise UsageError("A GGUF's language model is kept as it is; leave out --quant.")
-    if mmproj and (imatrix or calibrate or report_file):
-        raise UsageError("A GGUF's language model is kept as it is; leave out --imatrix, --calibrate and --report.")
     from llava_edge.export import exporter
 
-    options = exporter.ExportOptions(
-        checkpoint=checkpoint,
-        out=out,
-        quant=quant,
-        vision=vision,
-        base=base,
-        vision_tower=vision_tower,
-        template=template,
-        mmproj=mmproj,
-        emit_mmproj=emit_mmproj,
-        name=name,
-        force=force,
-        force_publish=force_publish,
-        threads=threads,
-        imatrix=imatrix or calibrate is not None,
-        calibrate=calibrate,
-        report_data=report_data,
-    )
+    options = exporter.ExportOptions(**values | {"imatrix": values["imatrix"] or values["calibrate"] is not None})
+    if options.mmproj and click.get_current_context().get_parameter_source("quant") is not ParameterSource.DEFAULT:
+        raise UsageError("A GGUF's language model is kept as it is; leave out --quant.")
+    if options.mmproj and (options.imatrix or report_file):
+        raise UsageError("A GGUF's language model is kept as it is; leave out --imatrix, --calibrate and --report.")
     reports: list[Report] = []
-    if report_data and not report_file:
+    if options.report_data and not report_file:
         raise UsageError("--report-data is what a report measures on; name the report's file with --report.")
     if report_file:
-        _check_report(report_file, out, emit_mmproj)
+        _check_report(report_file, options.out, options.emit_mmproj)
     try:
         with needing("export", "Exporting"), ended_cleanly(), _stages() as progress:
             manifest = exporter.export(options, progress, reports.append if report_file else None)
@@ -142,8 +104,8 @@ def export(
     if as_json:
         click.echo(json.dumps(asdict(manifest) | ({"report": asdict(reports[0])} if reports else {})))
     size = sum(entry.size for entry in manifest.files.values())
-    run = f"llava-edge run --model {shlex.quote(str(out))} --image photo.jpg"
-    click.echo(f"{out} is ready ({size / 1e6:.1f} MB). Try: {run}", err=True)
+    run = f"llava-edge run --model {shlex.quote(str(options.out))} --image photo.jpg"
+    click.echo(f"{options.out} is ready ({size / 1e6:.1f} MB). Try: {run}", err=True)
 
 
 def _check_report(path: Path, out: Path, emit_mmproj: Path | None) -> None:
