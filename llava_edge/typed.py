@@ -65,7 +65,8 @@ def _build(kind: Any, raw: Any, place: str, name: str) -> Any:
     if origin is UnionType and raw is not None:
         return _build(args[0], raw, place, name)
     if not _fits(kind, raw):
-        raise ValueError(f"{place} has {name} = {raw!r:.60}; {_expected(kind)} was expected")
+        found = f"has {name} =" if name else "is"
+        raise ValueError(f"{place} {found} {raw!r:.60}; {_expected(kind)} was expected")
     return raw
 
 

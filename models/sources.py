@@ -27,6 +27,7 @@ from PIL import Image, ImageEnhance
 
 from llava_edge import python
 from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError
+from llava_edge.typed import build
 
 EASY_VQA = "easy-vqa==1.0"
 EMOJI_STYLES = {"noto": "1.2.9", "fluent-emoji": "1.2.7", "fluent-emoji-flat": "1.2.6", "twemoji": "1.2.5"}
@@ -64,13 +65,10 @@ def collect(folder: Path, photos: Path) -> list[Item]:
         partial = listing.with_suffix(".partial")
         partial.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items), "utf-8")
         partial.replace(listing)
-    return [_item(line) for line in listing.read_text("utf-8").splitlines()]
-
-
-def _item(line: str) -> Item:
-    raw = json.loads(line)
-    raw["qa"] = tuple((question, answer) for question, answer in raw["qa"])
-    return Item(**raw)
+    try:
+        return [build(Item, json.loads(line)) for line in listing.read_text("utf-8").splitlines()]
+    except ValueError as error:
+        raise DataError(f"{listing} is damaged: {error}. Remove it; it is then made anew.") from error
 
 
 def _run(command: list[str], folder: Path) -> None:

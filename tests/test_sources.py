@@ -126,6 +126,14 @@ def test_texts_of_groceries_that_are_missing_or_none_are_said(photos: Path, tmp_
         collect(tmp_path / "data", photos)
 
 
+@pytest.mark.parametrize("line", ['{"image"', "[]", '{"image": "a.png"}', '{"image": "a", "source": "b", "split": 1}'])
+def test_a_damaged_list_of_what_was_collected_is_said(photos: Path, tmp_path: Path, line: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "items.jsonl").write_text(line, "utf-8")
+    with pytest.raises(DataError, match=r"items\.jsonl is damaged: .*Remove it"):
+        collect(tmp_path / "data", photos)
+
+
 def test_a_caption_of_tuxpaint_is_on_one_side_with_all_its_pictures(items: list[Item]) -> None:
     sides = defaultdict(set)
     for item in items:

@@ -54,5 +54,7 @@ def test_what_fits_is_built_with_its_defaults() -> None:
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=r"^it is 5; a table of named values was expected"):
+        build(Outer, 5)
     with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
         build(Outer, {"count": 1, "inner": {"name": "x"}} | change)
