@@ -39,6 +39,7 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
             ),
             Provenance("projector and language delta", "trained by llava-edge, recipe smol", "Apache-2.0"),
         )
+        _, updates = smol.read_delta(smol.delta_path())
         options = ExportOptions(
             checkpoint,
             target,
@@ -46,7 +47,7 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
             provenance=provenance,
             force=True,
             fine_blocks=FINE_BLOCKS,
-            low_rank=LowRank(LanguageFile(smol.fetch(smol.LANGUAGE, parts), "q4_1"), smol.updates(smol.delta_path())),
+            low_rank=LowRank(LanguageFile(smol.fetch(smol.LANGUAGE, parts), "q4_1"), updates),
             measured=read_manifest(smol.delta_path().parent),
         )
         return export(options, progress)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
+from llava_edge.models.conversations import record
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -110,15 +111,7 @@ def write_data(folder: Path, *, pictures: int, seed: int) -> None:
     for i in range(pictures):
         colour = list(COLOURS)[i % len(COLOURS)]
         draw(colour, rng).save(folder / f"{i:03d}.png")
-        captions.append(_record(i, "Describe it.", f"It is {colour}."))
-        questions += [_record(i, QUESTION, colour), _record(i, f"Is it {colour}?", "Yes")]
+        captions.append(record(i, f"{i:03d}.png", [("Describe it.", f"It is {colour}.")]))
+        questions += [record(i, f"{i:03d}.png", [turn]) for turn in ((QUESTION, colour), (f"Is it {colour}?", "Yes"))]
     (folder / "captions.json").write_text(json.dumps(captions), "utf-8")
     (folder / "questions.json").write_text(json.dumps(questions), "utf-8")
-
-
-def _record(number: int, question: str, answer: str) -> dict[str, Any]:
-    return {
-        "id": f"{number:03d}",
-        "image": f"{number:03d}.png",
-        "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
-    }

@@ -194,30 +194,22 @@ def delta_path() -> Path:
 
 def apply_delta(tensors: Arrays, delta: Path) -> None:
     """Add the trained projector and fold the low-rank updates into the language model, in place."""
+    projector, pairs = read_delta(delta)
+    tensors.update({name: array.astype(np.float32) for name, array in projector.items()})
+    for module, (a, b) in pairs.items():
+        tensors[f"{module}.weight"] += b.astype(np.float32) @ a.astype(np.float32)
+
+
+def read_delta(delta: Path) -> tuple[Arrays, dict[str, tuple[Array, Array]]]:
+    """The projector, and the language model's low-rank updates: A, and B with the trained scale folded in."""
     from safetensors import safe_open
 
     with safe_open(delta, framework="numpy") as file:
-        scale = float(file.metadata()["lora_scale"])
-        for name in file.keys():  # noqa: SIM118 - it is no dict
-            if name.startswith("multi_modal_projector."):
-                tensors[name] = file.get_tensor(name).astype(np.float32)
-            elif name.endswith(".lora_A"):
-                module = name.removesuffix(".lora_A")
-                a, b = (file.get_tensor(f"{module}.lora_{kind}").astype(np.float32) for kind in "AB")
-                tensors[f"{module}.weight"] += scale * (b @ a)
-
-
-def updates(delta: Path) -> dict[str, tuple[Array, Array]]:
-    """The low-rank updates of the language model by classic name: A, and B with the trained scale folded in."""
-    from safetensors import safe_open
-
-    with safe_open(delta, framework="numpy") as file:
-        scale = float(file.metadata()["lora_scale"])
-        modules = [name.removesuffix(".lora_A") for name in file.keys() if name.endswith(".lora_A")]  # noqa: SIM118
-        return {
-            name: (file.get_tensor(f"{name}.lora_A"), np.float16(scale) * file.get_tensor(f"{name}.lora_B"))
-            for name in modules
-        }
+        scale = np.float16(file.metadata()["lora_scale"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    modules = [name.removesuffix(".lora_A") for name in arrays if name.endswith(".lora_A")]
+    pairs = {name: (arrays.pop(f"{name}.lora_A"), scale * arrays.pop(f"{name}.lora_B")) for name in modules}
+    return arrays, pairs
 
 
 def write_delta(model: Llava, path: Path) -> None:
