@@ -82,18 +82,25 @@ def read_records(path: Path) -> list[Record]:
 
 def messages_of(record: Record) -> list[Message]:
     """A record's turns; `<image>` is taken out of the text and put first (llava/train/train.py). A leading
-    answer is dropped, as LLaVA does. Raises `DataError` for more images than the record names."""
+    answer is dropped, as LLaVA does. Raises `DataError`."""
+    name = f"Record {record.get('id')!r}"
     roles = {"human": "user", "gpt": "assistant"}
     try:
-        turns = [(roles[turn["from"]], str(turn["value"])) for turn in record["conversations"]]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"Record {record.get('id')!r} has no conversations of human and gpt turns.") from error
+        turns = [(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
+        "".join(text for _, text in turns).encode()  # half a surrogate pair is no text
+    except (KeyError, TypeError, UnicodeEncodeError) as error:
+        raise DataError(f"{name} should have conversations of human and gpt, with a text each as value.") from error
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
-    slots = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
-    if slots != ("image" in record):
+    if not turns or any(role != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(turns)):
+        raise DataError(f"{name} should have human and gpt in turns.")
+    if record.get("image") == "":
+        raise DataError(f"{name} has an image without a name.")
+    asked, answered = (sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns[n::2]) for n in (0, 1))
+    if (asked, answered) != ("image" in record, 0):
         images = int("image" in record)
-        raise DataError(f"Record {record.get('id')!r} has {slots} {IMAGE_PLACEHOLDER} but {images} image.")
+        found = f"{asked} {IMAGE_PLACEHOLDER} in questions and {answered} in answers"
+        raise DataError(f"{name} has {found}, but {images} image.")
     return [
         Message(role, text.replace(IMAGE_PLACEHOLDER, "").strip(), text.count(IMAGE_PLACEHOLDER))  # type: ignore[arg-type]
         for role, text in turns

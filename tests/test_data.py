@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -73,14 +75,32 @@ def test_the_image_comes_first_wherever_the_record_has_it() -> None:
     assert (message.text, message.images) == ("What is it?", 1)
 
 
+ASK, ANSWER = {"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}
+
+
 @pytest.mark.parametrize(
-    "record",
-    [chat("no slot", "x"), chat("<image><image>", "x"), chat("<image>", "x", image=None), {"id": "1"}],
-    ids=["no slot", "two slots", "no image", "no turns"],
+    ("record", "said"),
+    [
+        (chat("no slot", "x"), "0 <image> in questions and 0 in answers, but 1 image"),
+        (chat("<image><image>", "x"), "2 <image>"),
+        (chat("<image>", "x", image=None), "1 <image> in questions and 0 in answers, but 0 image"),
+        (chat("what?", "<image>"), "0 <image> in questions and 1 in answers"),
+        (chat("<image>", "x") | {"image": ""}, "an image without a name"),
+        (chat("\ud800", "x", image=None), "with a text each"),
+        ({"id": "1"}, "with a text each"),
+        ({"id": "1", "conversations": []}, "in turns"),
+        ({"id": "1", "conversations": ["hi"]}, "with a text each"),
+        ({"id": "1", "conversations": [ASK | {"value": None}, ANSWER]}, "with a text each"),
+        ({"id": "1", "conversations": [ASK | {"from": "tool"}, ANSWER]}, "with a text each"),
+        ({"id": "1", "conversations": [ASK, ASK]}, "in turns"),
+        ({"id": "1", "conversations": [ANSWER]}, "in turns"),
+    ],
 )
-def test_records_whose_images_do_not_match_are_refused(record: dict[str, object]) -> None:
-    with pytest.raises(DataError):
-        messages_of(record)
+def test_records_that_cannot_be_meant_are_refused(record: dict[str, object], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([record]), "utf-8")
+    with pytest.raises(DataError, match=rf"Record '.'.*{re.escape(said)}"):
+        messages_of(*read_records(path))
 
 
 def test_a_pack_has_the_loss_of_its_samples(tokenizer: Tokenizer) -> None:
