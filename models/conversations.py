@@ -1,7 +1,7 @@
 """`Item`s -> LLaVA conversation records (a JSON array of {id, image, conversations}).
 
-Every record is one question and one answer about one picture; several records share a picture, and the
-trainer evaluates a shared picture once (`data.pack`). Everything random comes from one seed.
+A record is a question about a picture, sometimes two, or a chat without one; several share a picture, which the trainer
+evaluates once for them (`data.pack`). Everything random comes from one seed.
 """
 
 from __future__ import annotations

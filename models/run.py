@@ -43,7 +43,6 @@ def train_recipe(
     talk: Talk = lambda line: None,
     encoding: Progress | None = None,
     report: Report = lambda step: None,
-    stop_after: int | None = None,
     threads: int | None = None,
 ) -> Path:
     """Train a recipe from its parts, or go on where an earlier run in `folders.run` stopped.
@@ -63,9 +62,8 @@ def train_recipe(
     talk("encoding pictures (each once; kept for later runs)")
     pictures = {folders.data / item.image for data in stages for item in data.packs if item.image}
     features.ensure(sorted(pictures), progress=encoding)
-    Trainer(model, recipe, stages, features, folders.data, folders.run).train(report, stop_after)
-    if stop_after is None:
-        _write_results(recipe, folders, model)
+    Trainer(model, recipe, stages, features, folders.data, folders.run).train(report)
+    _write_results(recipe, folders, model)
     return folders.run / "model"
 
 

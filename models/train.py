@@ -163,14 +163,13 @@ class Trainer:
         run.mkdir(parents=True, exist_ok=True)
         self._identity = _identity(recipe, stages)
 
-    def train(self, report: Report = lambda step: None, stop_after: int | None = None) -> None:
-        """Train from the last checkpoint, or from the start. `stop_after` ends after so many steps (for tests).
+    def train(self, report: Report = lambda step: None) -> None:
+        """Train from the last checkpoint, or from the start.
 
         Raises `DataError` if the checkpoint is of another recipe or of other data: more epochs are another recipe, too,
         as the learning rate falls over all of them.
         """
         saved = self._load()
-        budget = stop_after if stop_after is not None else 1 << 60
         for number, data in enumerate(self.stages):
             groups = prepare_stage(self.model, self.recipe, data.stage)
             if saved and number <= saved["stage"]:
@@ -182,34 +181,26 @@ class Trainer:
             if saved and number == saved["stage"]:
                 optimizer.load_state_dict(saved["optimizer"])
                 done = saved["step"]
-            budget -= self._stage(number, data, optimizer, done, budget, report)
-            if budget <= 0:
-                return
+            self._stage(number, data, optimizer, done, report)
 
-    def _stage(
-        self, number: int, data: StageData, optimizer: torch.optim.Optimizer, done: int, budget: int, report: Report
-    ) -> int:
-        """Run one stage from step `done`; returns how many steps were made."""
-        started, made = time.monotonic(), 0
+    def _stage(self, number: int, data: StageData, optimizer: torch.optim.Optimizer, done: int, report: Report) -> None:
+        """Run one stage, of which `done` steps were made before."""
+        started = time.monotonic()
         for step, packs in enumerate(data.step_packs()):
             if step < done:
                 continue
-            if made >= budget:
-                break
             factor = cosine_rate(step, data.steps, data.stage.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             loss, norm = self._optimise(data, packs, optimizer)
-            made += 1
-            pace = made / (time.monotonic() - started)
+            pace = (step + 1 - done) / (time.monotonic() - started)
             rate = max(group["lr"] for group in optimizer.param_groups)
             line = Step(data.stage.name, step + 1, data.steps, loss, rate, norm, pace * len(packs),
                         (data.steps - step - 1) / pace)  # fmt: skip
             self._log(line)
             report(line)
-            if (step + 1) % self.recipe.checkpoint_every == 0 or step + 1 == data.steps or made == budget:
+            if (step + 1) % self.recipe.checkpoint_every == 0 or step + 1 == data.steps:
                 self._save(number, step + 1, optimizer)
-        return made
 
     def _optimise(
         self, data: StageData, packs: Sequence[Pack], optimizer: torch.optim.Optimizer

@@ -25,7 +25,7 @@ from llava_edge.models.llava import from_state
 from llava_edge.models.lora import add_lora, lora_modules, merge_lora
 from llava_edge.models.recipe import FOLDER, Recipe, load_recipe
 from llava_edge.models.run import Folders, train_recipe
-from llava_edge.models.train import Trainer, cosine_rate, load_stage, prepare_stage
+from llava_edge.models.train import Step, Trainer, cosine_rate, load_stage, prepare_stage
 from llava_edge.prompt import Message, encode, render
 
 
@@ -43,12 +43,30 @@ def folders(path: Path) -> Folders:
     return Folders(path / "run", path / "data", path / "features")
 
 
+class _Interrupted(Exception):
+    pass
+
+
+def interrupted(recipe: Recipe, out: Folders, *, after: int) -> None:
+    """Train, until Ctrl-C in the step after so many."""
+    steps: list[Step] = []
+
+    def report(step: Step) -> None:
+        steps.append(step)
+        if len(steps) > after:
+            raise _Interrupted
+
+    with pytest.raises(_Interrupted):
+        train_recipe(replace(recipe, checkpoint_every=1), out, report=report)
+
+
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path) -> None:
     recipe = short(load_recipe("micro"), 6)
     whole, parts = folders(tmp_path / "whole"), folders(tmp_path / "parts")
     train_recipe(recipe, whole)
-    for steps in (3, 5, None):  # stops in stage 1, then in stage 2
-        train_recipe(recipe, parts, stop_after=steps)
+    for steps in (3, 5):  # in stage 1, then in stage 2
+        interrupted(recipe, parts, after=steps)
+    train_recipe(recipe, parts)
     assert len(losses(whole.run)) == 12
     assert losses(parts.run) == losses(whole.run)
     assert (whole.run / "loss.png").stat().st_size > 1000
@@ -60,7 +78,7 @@ def test_stages_train_what_they_name_and_clip_is_frozen(tmp_path: Path) -> None:
     recipe = short(load_recipe("micro"), 2)
     out = folders(tmp_path)
     before = micro.random_tensors(seed=recipe.seed)
-    train_recipe(recipe, out, stop_after=3)  # all of them in stage 1
+    interrupted(recipe, out, after=3)  # all of them in stage 1
     saved = torch.load(out.run / "checkpoint.pt", weights_only=True)["trained"]
     changed = {name for name, tensor in saved.items() if not np.array_equal(tensor.numpy(), before[name])}
     assert changed == {name for name in before if name.startswith("multi_modal_projector")}
@@ -93,8 +111,8 @@ def test_adapters_in_bfloat16_resume_to_the_same_losses(tmp_path: Path) -> None:
     recipe = brief(bf16=True, trains="lora", lora_rank=4, lora_alpha=8.0)
     whole, parts = folders(tmp_path / "whole"), folders(tmp_path / "parts")
     train_recipe(recipe, whole)
-    for steps in (4, None):  # stops in stage 2
-        train_recipe(recipe, parts, stop_after=steps)
+    interrupted(recipe, parts, after=4)  # in stage 2
+    train_recipe(recipe, parts)
     assert len(losses(whole.run)) == 6
     assert losses(parts.run) == losses(whole.run)
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
@@ -108,7 +126,7 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
     wide, narrow = (brief(bf16=False, trains="lora", lora_rank=rank, lora_alpha=8.0) for rank in (4, 2))
     for number, (begun, others) in enumerate([(whole, [wide]), (wide, [whole, narrow])]):
         out = folders(tmp_path / str(number))
-        train_recipe(begun, out, stop_after=4)  # one step of stage 2
+        interrupted(begun, out, after=4)  # one step of stage 2
         for other in [*others, replace(begun, stages=begun.stages[:1])]:
             with pytest.raises(DataError, match="another recipe"):
                 train_recipe(other, out)
@@ -120,7 +138,7 @@ def test_a_changed_recipe_is_another_one(tmp_path: Path) -> None:
     (align, _) = recipe.stages
     recipe = replace(recipe, stages=(align,))
     out = folders(tmp_path)
-    train_recipe(recipe, out, stop_after=2)
+    interrupted(recipe, out, after=2)
     log = (out.run / "log.jsonl").read_text()
     for changes in ({"projector_learning_rate": 1.0}, {"epochs": 2.0}, {"records": "questions.json"}):
         with pytest.raises(DataError, match="another recipe"):
@@ -136,7 +154,7 @@ def test_changed_data_and_runs_that_do_not_say_what_they_trained_are_not_gone_on
     recipe = brief(bf16=False)
     recipe = replace(recipe, stages=recipe.stages[:1])
     out = folders(tmp_path)
-    train_recipe(recipe, out, stop_after=2)
+    interrupted(recipe, out, after=2)
     trainer = trainer_of(recipe, out)
     captions = json.loads((out.data / "captions.json").read_text())
     captions[0]["conversations"][1]["value"] = "It is green."
@@ -154,8 +172,9 @@ def test_a_log_that_was_cut_off_or_is_gone_does_not_end_a_run(tmp_path: Path) ->
     recipe = brief(bf16=False)
     recipe = replace(recipe, stages=recipe.stages[:1])
     out, log = folders(tmp_path), tmp_path / "run" / "log.jsonl"
-    train_recipe(recipe, out, stop_after=2)
-    log.write_bytes(log.read_bytes()[:-20])
+    interrupted(recipe, out, after=2)
+    first, second, _ = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(first + second[:-20])
     train_recipe(recipe, out)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 3]
     log.unlink()
@@ -185,7 +204,7 @@ def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
     """With plain gradient descent the step's length is rate x norm."""
     recipe = load_recipe("micro")
     out = folders(tmp_path)
-    train_recipe(recipe, out, stop_after=1)
+    interrupted(recipe, out, after=1)
     model = from_state(micro.CONFIG, micro.random_tensors(seed=recipe.seed))
     tokenizer = load_tokenizer(out.run / "base" / "tokenizer.json")
     moved = []
