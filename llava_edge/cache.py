@@ -93,10 +93,11 @@ class Cache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not _is_private(self.folder) or not self._make_room(size):
                 return False
-            code = _code(self._secret(), key, description, payload)
+            code = _begun(self._secret(), key, description)
+            code.update(payload)
             try:
                 with _create(waiting) as file:
-                    file.write(_HEADER.pack(_FORMAT, len(description), memoryview(payload).nbytes, code))
+                    file.write(_HEADER.pack(_FORMAT, len(description), memoryview(payload).nbytes, code.digest()))
                     file.write(description)
                     file.write(payload)
                 waiting.replace(self.folder / key)
@@ -245,13 +246,8 @@ def _starts(pool: ThreadPoolExecutor) -> bool:
     return True
 
 
-def _code(secret: bytes, key: str, about: bytes, payload: bytes | memoryview) -> bytes:
-    code = _begun(secret, key, about)
-    code.update(payload)
-    return code.digest()
-
-
 def _begun(secret: bytes, key: str, about: bytes) -> hmac.HMAC:
+    """The code of an entry, before its payload is added."""
     code = hmac.new(secret, digestmod="sha256")
     for part in (key.encode(), struct.pack("<I", len(about)), about):
         code.update(part)

@@ -148,7 +148,7 @@ class EngineOptions:
         _whole("context", self.context, 0, 1 << 20)
         if not isinstance(self.cache, bool | Path) and self.cache != "memory":
             raise UsageError(f'cache is {_shown(self.cache)}; True, False, "memory" or a Path was expected.')
-        if self.draft is not None and not isinstance(self.draft, str | Path):
+        if self.draft is not None and not (isinstance(self.draft, str | Path) and str(self.draft).strip()):
             raise UsageError(f"draft is {_shown(self.draft)}; the path of a GGUF file was expected.")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,14 +76,13 @@ class Plan:
 
 def configurations(plan: Plan) -> list[tuple[Configuration, Bundle]]:
     """What the plan asks for. Raises `MissingError` or `BundleError`."""
-    return [
-        (_configuration(bundle, plan.device, count, context, budget, preset), bundle)
-        for bundle in [Bundle.open(resolve(model)) for model in plan.models]
-        for count in _threads(plan)
-        for context in plan.contexts
-        for budget in plan.budgets
-        for preset in plan.presets
-    ]
+    found = []
+    for bundle in [Bundle.open(resolve(model)) for model in plan.models]:
+        about = bundle.manifest
+        kind = (about.name, about.identity, about.language.quantization, about.vision.precision, plan.device)
+        for swept in product(_threads(plan), plan.contexts, plan.budgets, plan.presets):
+            found.append((Configuration(*kind, *swept), bundle))
+    return found
 
 
 def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fraction: None) -> Report:
@@ -229,14 +229,6 @@ def _stage(times: list[float], amount: float, limit: str, found: dict[str, float
     if limit not in found or median(times) <= 0:
         return stage(times)
     return stage(times, amount / (median(times) / 1000) / found[limit], limit)
-
-
-def _configuration(
-    bundle: Bundle, device: Device, threads: int, context: int, budget: int, preset: Preset
-) -> Configuration:
-    manifest = bundle.manifest
-    return Configuration(manifest.name, manifest.identity, manifest.language.quantization, manifest.vision.precision,
-                         device, threads, context, budget, preset)  # fmt: skip
 
 
 def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) -> Sample:

@@ -105,9 +105,6 @@ def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
 
 def engine_options_from(values: dict[str, Any]) -> EngineOptions:
     """The engine's part of them. Says on stderr what too many threads cost. Raises `UsageError` on a bad one."""
-    draft = values["draft"]
-    if draft is not None and not draft.strip():
-        raise UsageError(f"--draft is {draft!r}; a GGUF file was expected.")
     engine = EngineOptions(**{name: values[name] for name in _ENGINE})
     if engine.threads > (processors := len(allowed_cpus())):
         slow = f"{engine.threads} threads wait for each other on {processors} processors"

@@ -64,7 +64,6 @@ def pull_model(name: str, force: bool) -> None:
 
 def _tune(folder: Path) -> None:
     """Now, because this command takes its time anyway and no answer waits."""
-    from llava_edge.bundle import Bundle
     from llava_edge.runtimes import tune
 
     with suppress(UnavailableError):  # the machine is busy; doctor says how to measure it later
