@@ -19,7 +19,8 @@ def check_output(path: Path, *, apart: Iterable[Path] = (), bundles: Iterable[Pa
             raise CannotCreateError(f"{path} would be in the bundle {bundle}; choose a place outside of it.")
     if place.is_dir() or not place.parent.is_dir():
         raise CannotCreateError(f"{path} cannot be written: it is a folder, or its folder does not exist.")
-    if not os.access(place, os.W_OK) if os.path.lexists(place) else unwritable(place.parent):
+    # /dev/stdout exists, though what it leads to may have no place; a link to itself has a place, but does not exist.
+    if not os.access(path, os.W_OK) if path.exists() else os.path.lexists(place) or unwritable(place.parent):
         raise CannotCreateError(f"{path} cannot be written to; choose another place.")
 
 

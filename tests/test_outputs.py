@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ def test_new_files_old_ones_and_links_to_either_may_be_written(tmp_path: Path) -
     for name in ("old", "new", "to old", "to new"):
         check_output(tmp_path / name, apart=[tmp_path / "other"], bundles=[tmp_path / "bundle"])
     check_output(Path("/dev/null"))
+    reader, writer = os.pipe()  # as of a shell's >(...), or of what is piped on
+    check_output(Path(f"/dev/fd/{writer}"))
+    os.close(reader)
+    os.close(writer)
     assert (tmp_path / "old").read_text() == "kept"
     assert not (tmp_path / "new").exists()
 
