@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from llava_edge.runtimes import language
+from llava_edge.runtimes import devices, language
 from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -21,9 +26,14 @@ Array = np.ndarray[Any, Any]
 _QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 
 
-_FOUND = set(Path("/proc/cpuinfo").read_text().split())
+_FOUND = set(devices.processor()[1])
 _WIDE = {"avx512bw", "avx512dq", "avx512vl"} <= _FOUND
 HAS_VNNI512 = _WIDE and "avx512_vnni" in _FOUND
+
+here = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in _FOUND or build.compiler() is None,
+    reason="needs Linux on x86-64 with AVX2, and a C++ compiler",
+)
 
 
 def _testable(unit: build.Unit) -> build.Unit:
@@ -37,8 +47,24 @@ def _testable(unit: build.Unit) -> build.Unit:
 
 UNITS = (*map(_testable, build.X86_64), build.Unit(str(Path(__file__).with_name("missing_instructions.cpp"))))
 
+EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)  # of scales
+
 # Offsets of float16 in a block.
 SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def ggml_base() -> Path:
+    """The library of llama.cpp that the backend needs."""
+    return next((build.package() / "lib").glob("libggml-base.so*"))
+
+
+def relink(native_build: Path, path: Path, without: Sequence[str], *libraries: Path) -> Path:
+    """The objects that tests build, but for some sources, linked as if the compiler knew no more than AVX2."""
+    objects = [item for item in native_build.glob("*.o") if item.stem.partition("-")[2] not in without]
+    listed = build.SOURCES / "kernels.cpp"
+    command = [build.compiler(), *build.FLAGS, "-shared", *objects, listed, *libraries, "-o", path]
+    subprocess.run([str(part) for part in command], check=True)
+    return path
 
 
 class Attention(ctypes.Structure):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native_kernels import UNITS, Kernels, extreme_blocks, matrix, random_blocks, worst_error
+from native_kernels import EXTREME, UNITS, Kernels, extreme_blocks, here, matrix, random_blocks, worst_error
 from processes import in_child
 
 from llava_edge import cli, gguf
@@ -33,10 +32,7 @@ from llava_edge.runtimes import devices, language, native, presets
 from llava_edge.runtimes.native import build, choice
 from llava_edge.runtimes.native.ggml import TYPES
 
-if sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1]:
-    pytest.skip("there are native kernels for Linux on x86-64 with AVX2 only", allow_module_level=True)
-if build.compiler() is None:
-    pytest.skip("there is no C++ compiler", allow_module_level=True)
+pytestmark = here
 
 # What is rounded how: inner values with one scale, and the largest error relative to the largest of them.
 INT16 = (256, 0.5 / 8191, 0.5 / 1023)
@@ -58,7 +54,6 @@ TAKEN = {
     "avx512vnni-int8": set(TYPES) - {"F16"},
 }  # others: all types
 BYTES = [(kernel, kind) for kernel, kinds in TAKEN.items() for kind in sorted(kinds)]
-EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 
 
 @pytest.fixture(scope="module")

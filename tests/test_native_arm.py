@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 from emulator import PLAIN, Emulated, compiled, emulated, run
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from native_kernels import SCALES, Array, extreme_blocks, matrix, random_blocks, worst_error
+from native_kernels import (
+    EXTREME,
+    SCALES,
+    Array,
+    extreme_blocks,
+    ggml_base,
+    here,
+    matrix,
+    random_blocks,
+    relink,
+    worst_error,
+)
 from processes import in_child
 
 from llava_edge.runtimes import devices, native
@@ -27,7 +38,6 @@ from llava_edge.runtimes.native.ggml import TYPES
 TAKEN = sorted(set(TYPES) - {"F16"})
 KERNELS = {"i8mm-int8": "max", "dotprod-int8": "cortex-a76"}
 PROCESSORS = KERNELS | {"few": "cortex-a76"}  # each with one that has no more than it needs
-EXTREME = np.array([0, 6e-8, -6e-8, 1e-3, -0.5, 1, 300, -2000, 60000], np.float16)
 SANITIZED = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all")
 
 
@@ -263,22 +273,13 @@ check.main(sys.argv[1])
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1],
-    reason="the other kernels are for Linux on x86-64 with AVX2 only",
-)
-@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+@here
 def test_operators_that_are_not_there_are_neither_tried_nor_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated_home: Path
+    native_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated_home: Path
 ) -> None:
-    common = [build.Unit(unit.source) for unit in build.AARCH64 if not unit.kernel]
-    build.build(
-        tmp_path / native.LIBRARY,
-        tmp_path / native.OPERATOR,
-        units=[build.Unit("int8.cpp"), build.Unit("int16.cpp"), *common],
-        flags=("-O1", "-Werror"),
-    )
+    build.build(tmp_path / "products.so", tmp_path / native.OPERATOR, units=[build.Unit("product.cpp")])
     assert not (tmp_path / native.OPERATOR).exists()
+    relink(native_build, tmp_path / native.LIBRARY, ("operators", "linear", "vision_attention"), ggml_base())
     facts = json.loads(in_child(CHECK, tmp_path / native.LIBRARY).stdout.splitlines()[-1])
     assert facts["problems"] == {}
     assert "projector" not in facts

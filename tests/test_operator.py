@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +13,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from native_kernels import here, relink
 from processes import in_child
+from towers import relative
 
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError
 from llava_edge.runtimes import devices, embedder, native, tune
-from llava_edge.runtimes.native import build, check, operator
+from llava_edge.runtimes.native import check, operator
 from llava_edge.runtimes.projector import Projector, gelu
 from llava_edge.runtimes.vision import VisionEncoder
 
-if sys.platform != "linux" or platform.machine() != "x86_64" or "f16c" not in devices.processor()[1]:
-    pytest.skip("there are native kernels for Linux on x86-64 with AVX2 only", allow_module_level=True)
-if build.compiler() is None:
-    pytest.skip("there is no C++ compiler", allow_module_level=True)
+pytestmark = here
 
 CPU = "CPUExecutionProvider"
 
@@ -38,13 +34,7 @@ def library(request: pytest.FixtureRequest, native_build: Path, tmp_path_factory
     """The operators as they are built for tests, with the kernel for AVX-512, and linked again without."""
     if request.param == "wide":
         return native_build / native.OPERATOR
-    path = tmp_path_factory.mktemp("operators") / native.OPERATOR
-    objects = [
-        item for item in native_build.glob("*.o") if item.stem.partition("-")[2] not in ("backend", "memory", "api")
-    ]
-    command = [build.compiler(), *build.FLAGS, "-shared", *objects, build.SOURCES / "kernels.cpp", "-o", path]
-    subprocess.run([str(part) for part in command], check=True)
-    return path
+    return relink(native_build, tmp_path_factory.mktemp("operators") / native.OPERATOR, ("backend", "memory", "api"))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +62,6 @@ def installed(native_build: Path, isolated_home: Path) -> Iterator[Path]:
 def pixels(bundle: Bundle, seed: int = 0) -> np.ndarray:
     side = bundle.manifest.preprocessing.image_size
     return np.random.default_rng(seed).standard_normal((3, side, side), np.float32)
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def quick_gelu(x: np.ndarray) -> np.ndarray:
