@@ -1,7 +1,7 @@
 """What every test gets: its own home, one thread, and a tiny real model made once per session.
 
-`micro_checkpoint`, `micro_bundle` and `trained_micro` are shared and must not be written to; `bundle_copy` is the
-test's own.
+`micro_checkpoint`, `micro_bundle`, `float16` and `trained_micro` are shared and must not be written to; `bundle_copy`
+is the test's own.
 """
 
 from __future__ import annotations
@@ -73,6 +73,18 @@ def micro_bundle(micro_checkpoint: Path) -> Path:
     out = micro_checkpoint.parent / "bundle"
     export(ExportOptions(checkpoint=micro_checkpoint, out=out, quant="q8_0", vision="fp32", name="micro"))
     return out
+
+
+@pytest.fixture(scope="session")
+def float16(micro_checkpoint: Path) -> Path:
+    """The language model of `micro_checkpoint` before it is quantized."""
+    from llava_edge.export.checkpoint import open_checkpoint
+    from llava_edge.export.llm_gguf import write_language
+    from llava_edge.export.tokenizer import read_tokenizer
+
+    checkpoint, path = open_checkpoint(micro_checkpoint), micro_checkpoint.parent / "float16.gguf"
+    write_language(checkpoint, read_tokenizer(micro_checkpoint, checkpoint.config), path, "micro")
+    return path
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

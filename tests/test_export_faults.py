@@ -12,8 +12,10 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,15 @@ import numpy as np
 import pytest
 import torch
 from layouts import edit_config
-from processes import in_child
 from safetensors.numpy import load_file, save_file
 
+from llava_edge import cli
 from llava_edge.bundle import LANGUAGE, MANIFEST, VISION_DATA, Bundle
-from llava_edge.errors import CannotCreateError, CheckpointError, LlavaEdgeError, MissingError, StorageError
+from llava_edge.errors import CannotCreateError, CheckpointError, MissingError, StorageError
 from llava_edge.export import publish
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.export.quantize import quantize
 from llava_edge.runtimes import probe
 
 WEIGHTS = "model.safetensors"
@@ -397,93 +400,91 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path) -> None:
 
 # --- faults while writing --------------------------------------------------------------------------------------
 
-EXPORT = "import sys; from llava_edge.cli import main; main(['export', *sys.argv[1:]])"
-PROBE = "from llava_edge.runtimes import probe; probe.check('llama_cpp')"
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing more than these bytes into a file fails, as on a full disk (EFBIG)."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
-def run_export(*arguments: str, file_limit: int | None = None, code: str = EXPORT) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own; `file_limit` bytes is the largest file it may write (then EFBIG)."""
-
-    def limit() -> None:
-        if file_limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+@pytest.mark.parametrize(("size", "reason"), [(3_000, "File too large"), (0, "No usable temporary directory found")])
+def test_a_full_disk_is_not_taken_for_a_broken_build(size: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)  # looked for again, by writing a file
+    said = f"llama_cpp could not be tried in a temporary folder: {reason}"
+    with largest_file(size), pytest.raises(StorageError, match=said):
+        probe.check("llama_cpp")
 
 
-@pytest.mark.parametrize(("room", "reason"), [(3_000, "File too large"), (0, "No usable temporary directory found")])
-def test_a_full_disk_is_not_taken_for_a_broken_build(room: int, reason: str) -> None:
-    done = run_export(code=PROBE, file_limit=room)
-    assert f"StorageError: llama_cpp could not be tried in a temporary folder: {reason}" in done.stderr
-
-
-@pytest.mark.parametrize("file_limit", [3_000, 100_000, 320_000, 1_500_000])
-def test_a_write_that_fails_keeps_the_old_bundle(file_limit: int, micro_checkpoint: Path, bundle_copy: Path) -> None:
+@pytest.mark.parametrize("size", [3_000, 100_000, 320_000, 1_500_000])
+def test_a_write_that_fails_keeps_the_old_bundle(
+    size: int, micro_checkpoint: Path, bundle_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The limits fall into vision.onnx, its data, the projector and the float16 language file."""
     before = Bundle.open(bundle_copy).manifest
     probe.require_working_build()  # remembered, so that the export does not write its test files
-    options = ("--force", "--quant", "q4_0", "--vision", "fp32")
-    done = run_export(str(micro_checkpoint), str(bundle_copy), *options, file_limit=file_limit)
-    assert done.returncode == StorageError.exit_code, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("llava-edge: ")
-    assert "File too large" in last or "as when the disk is full" in last
-    assert "Traceback" not in done.stderr
+    command = ["export", str(micro_checkpoint), str(bundle_copy), "--force", "--quant", "q4_0", "--vision", "fp32"]
+    with largest_file(size):
+        assert cli.execute(command) == StorageError.exit_code
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("llava-edge: ")
+    assert "File too large" in said or "as when the disk is full" in said
     assert Bundle.open(bundle_copy).manifest == before
     Bundle.open(bundle_copy).verify()
     assert [path for path in bundle_copy.parent.iterdir() if ".tmp-" in path.name] == []
 
 
-def test_a_quantizer_that_cannot_write_says_why(micro_checkpoint: Path, tmp_path: Path) -> None:
-    code = (
-        "import resource, sys; from pathlib import Path; from llava_edge.export.quantize import quantize\n"
-        "from llava_edge.errors import StorageError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try: quantize(Path(sys.argv[1]), Path(sys.argv[2]), 'q4_0')\n"
-        "except StorageError as error: print(error)\n"
-    )
-    export(ExportOptions(micro_checkpoint, tmp_path / "out", quant="f16", vision="fp32"))
-    done = in_child(code, tmp_path / "out" / LANGUAGE, tmp_path / "quantized")
-    assert done.stdout.startswith("llama.cpp could not write")
-    assert "MiB are free" in done.stdout
-    assert done.stderr == ""
+def test_a_quantizer_that_cannot_write_says_why(
+    float16: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with largest_file(100_000), pytest.raises(StorageError, match=r"^llama\.cpp could not write.*MiB are free"):
+        quantize(float16, tmp_path / "quantized", "q4_0")
+    assert capfd.readouterr().err == ""
+
+
+EXPORTS = """
+import os, sys
+sys.modules["torch"] = None  # parity would only make the run longer
+from pathlib import Path
+import onnx, gguf, onnxruntime, llama_cpp.llama_cpp
+from llava_edge.export.exporter import ExportOptions, export
+options = ExportOptions(Path(sys.argv[1]), Path(sys.argv[2]), quant="f16", vision="fp32", force=True)
+for _ in sys.stdin:
+    if (child := os.fork()) == 0:
+        export(options)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
 
 
 def test_killed_at_any_moment_there_is_one_whole_bundle(micro_checkpoint: Path, bundle_copy: Path) -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None\n"  # parity would only make the run longer
-        "from pathlib import Path; from llava_edge.export.exporter import ExportOptions, export\n"
-        "import onnx, gguf, onnxruntime, llama_cpp.llama_cpp\n"
-        "print('ready', flush=True); sys.stdin.readline()\n"
-        "export(ExportOptions(Path(sys.argv[1]), Path(sys.argv[2]), quant='f16', vision='fp32', force=True))\n"
-    )
-    command = [sys.executable, "-c", code, str(micro_checkpoint), str(bundle_copy)]
-    before = Bundle.open(bundle_copy).manifest
-    start, whole = 0.0, 1.0
-    rng = np.random.default_rng(0)
-    killed = 0
-    for attempt in range(6):
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert child.stdin is not None
-        assert child.stdout is not None
-        child.stdout.readline()
-        start = time.monotonic()
-        child.stdin.write(b"\n")
-        child.stdin.close()
-        if attempt == 0:  # undisturbed, to know how long it takes
-            assert child.wait(60) == 0
-            whole = time.monotonic() - start
-        else:
-            time.sleep(float(rng.uniform(0, whole)))
-            child.send_signal(signal.SIGKILL)
-            killed += child.wait() == -signal.SIGKILL
-        child.stdout.close()
-        bundle = Bundle.open(bundle_copy)
-        bundle.verify()
-        assert attempt or bundle.manifest != before
-        left = [path for path in bundle_copy.parent.iterdir() if ".tmp-" in path.name]
-        assert len(left) <= 1
+    before, whole, killed = Bundle.open(bundle_copy).manifest, 0.0, 0
+    moments = np.random.default_rng(0)
+    command = [sys.executable, "-c", EXPORTS, str(micro_checkpoint), str(bundle_copy)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
+    ) as exports:
+        assert exports.stdin
+        assert exports.stdout
+        for attempt in range(6):
+            exports.stdin.write("\n")
+            child, start = int(exports.stdout.readline()), time.monotonic()
+            if attempt:
+                time.sleep(float(moments.uniform(0, whole)))
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            killed += int(exports.stdout.readline()) == -signal.SIGKILL
+            if not attempt:  # undisturbed, to know how long it takes
+                whole = time.monotonic() - start
+            bundle = Bundle.open(bundle_copy)
+            bundle.verify()
+            assert bundle.manifest != before
+            assert len([path for path in bundle_copy.parent.iterdir() if ".tmp-" in path.name]) <= 1
     assert killed >= 3
     export(ExportOptions(micro_checkpoint, bundle_copy, quant="f16", vision="fp32", force=True))
     assert [path for path in bundle_copy.parent.iterdir() if ".tmp-" in path.name] == []
@@ -492,7 +493,7 @@ def test_killed_at_any_moment_there_is_one_whole_bundle(micro_checkpoint: Path, 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_export_leaves_nothing_behind(kind: signal.Signals, micro_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", EXPORT, str(micro_checkpoint), str(out)]
+    command = [sys.executable, "-m", "llava_edge", "export", str(micro_checkpoint), str(out)]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     while "projector" not in child.stderr.readline():
@@ -505,18 +506,15 @@ def test_a_stopped_export_leaves_nothing_behind(kind: signal.Signals, micro_chec
     child.stderr.close()
 
 
-def test_exit_codes_of_the_command(micro_checkpoint: Path, tmp_path: Path) -> None:
+def test_exit_codes_of_the_command(micro_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_bytes(b"x")
-    cases: list[tuple[list[str], type[LlavaEdgeError]]] = [
-        ([str(tmp_path / "nowhere"), str(tmp_path / "out")], MissingError),
-        ([str(micro_checkpoint), str(tmp_path / "file")], CannotCreateError),
-        ([str(micro_checkpoint), str(tmp_path / "file" / "out")], CannotCreateError),
-    ]
-    for arguments, kind in cases:
-        done = run_export(*arguments)
-        assert done.returncode == kind.exit_code, done.stderr
-        assert done.stdout == ""
-        assert "Traceback" not in done.stderr
+    for source, out, kind in (
+        (tmp_path / "nowhere", tmp_path / "out", MissingError),
+        (micro_checkpoint, tmp_path / "file", CannotCreateError),
+        (micro_checkpoint, tmp_path / "file" / "out", CannotCreateError),
+    ):
+        assert cli.execute(["export", str(source), str(out)]) == kind.exit_code
+        assert capsys.readouterr().out == ""
 
 
 def test_nothing_has_its_name_before_it_is_on_disk(

@@ -20,23 +20,13 @@ from llava_edge.export import importance
 from llava_edge.export.checkpoint import Checkpoint, Tensors, open_checkpoint
 from llava_edge.export.exporter import ExportOptions
 from llava_edge.export.importance import Importance
-from llava_edge.export.llm_gguf import write_language
 from llava_edge.export.quantize import Quant, quantize
-from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.image import preprocess
 from llava_edge.models import micro
 from llava_edge.models.llama_gguf import tensor_names
 from llava_edge.models.llava import Llava, from_state
 
 Array = np.ndarray[Any, Any]
-
-
-@pytest.fixture(scope="module")
-def float16(micro_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    checkpoint = open_checkpoint(micro_checkpoint)
-    path = tmp_path_factory.mktemp("float16") / "language.gguf"
-    write_language(checkpoint, read_tokenizer(micro_checkpoint, checkpoint.config), path, "micro")
-    return path
 
 
 def hooked(model: Llava, prompts: list[importance.Prompt], image: float) -> Importance:
