@@ -222,16 +222,6 @@ def test_outliers_among_the_activations_do_not_blur_the_rest(tmp_path: Path) -> 
     assert relative(outputs[1], outputs[0]) < 1e-2
 
 
-def test_columns_quantise_to_half_a_step() -> None:
-    weight = np.random.default_rng(0).standard_normal((70, 5)).astype(np.float32)
-    weight[:, 2] = 0
-    values, scale = clip_onnx.quantize_columns(weight)
-    assert values.shape == (70, 5)
-    assert scale.shape == (5,)
-    assert (np.abs(values * scale - weight) <= scale * 0.5001).all()
-    assert np.abs(values[:, [0, 1, 3, 4]]).max(axis=0).tolist() == [127] * 4
-
-
 # --- whole checkpoints -----------------------------------------------------------------------------------------
 
 
@@ -385,17 +375,11 @@ def test_each_quantization_is_what_it_says(quant: Quant, micro_checkpoint: Path,
     Bundle.open(tmp_path / "out").verify()
 
 
-@pytest.mark.parametrize(
-    ("layers", "fine"),
-    [
-        (32, {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}),
-        (40, {*range(5), *range(7, 35, 3), *range(35, 40)}),
-    ],
-)
-def test_q4_k_m_keeps_six_bits_in_the_layers_llama_cpp_says(layers: int, fine: set[int], tmp_path: Path) -> None:
-    """Of 7B and 13B: value and down projection of half of the layers, as in their published files."""
+def test_q4_k_m_keeps_six_bits_in_the_layers_llama_cpp_says(tmp_path: Path) -> None:
+    """Of 7B: value and down projection of half of the layers, as in its published files."""
     from gguf import GGUFReader
 
+    layers, fine = 32, {*range(4), *range(6, 28, 3), *range(28, 32)}
     text = replace(micro.CONFIG.text, num_hidden_layers=layers, intermediate_size=256, num_key_value_heads=4)
     folder = micro.write_checkpoint(tmp_path / "checkpoint", config=replace(micro.CONFIG, text=text))
     checkpoint = open_checkpoint(folder)
@@ -518,7 +502,14 @@ def test_a_wrong_conversion_is_not_published(
     follows = {"embeddings", "greedy f16"} | ({"attention fp32"} if stage == "clip fp32" else set())
     assert failed - follows == {stage}
     assert caught.value.rows[-1].stage == stage  # worst last
-    manifest = export(replace(options, force_publish=True))
+
+
+def test_a_wrong_conversion_is_published_where_that_is_forced(
+    micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_permutation(monkeypatch)
+    options = ExportOptions(micro_checkpoint, tmp_path / "out", quant="f16", vision="fp32", force_publish=True)
+    manifest = export(options)
     assert not manifest.parity[-1].passed
     assert Bundle.open(tmp_path / "out").manifest == manifest
 
@@ -550,13 +541,12 @@ def half_precision(seed: int) -> Tensors:
 
 
 def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Path) -> None:
-    """64 tokens behind a picture, 20 models. llama.cpp rounds activations to float16, so that where a random model's
+    """64 tokens behind a picture, 12 models. llama.cpp rounds activations to float16, so that where a random model's
     two best tokens are within 0.5 % of the logits' spread either may win; everywhere else float16 gives the same. How
-    many such places there are depends on the processor's kernels: 5 of 1,300 with AVX2 alone, 7 with AVX-512.
-    13 are let pass."""
+    many such places there are depends on the processor's kernels: of 768 tokens 7 are let pass."""
     image = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32) * 0.5
     agreements: dict[str, list[float]] = {"f16": [], "q8_0": []}
-    for seed in range(20):
+    for seed in range(12):
         checkpoint = open_checkpoint(micro.write_checkpoint(tmp_path / str(seed), tensors=half_precision(seed)))
         files = {"f16": tmp_path / f"{seed}-f16.gguf", "q8_0": tmp_path / f"{seed}-q8_0.gguf"}
         vocabulary = read_tokenizer(checkpoint.tokenizer, checkpoint.config)
@@ -636,10 +626,11 @@ def test_the_number_of_finer_blocks_can_be_given_and_is_found(
     micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tower, "INT8_TARGET", 0.0)  # nothing is enough, so all of both are finer
+    monkeypatch.setattr(parity, "obstacle", lambda: "of no interest here")
     files = []
     for blocks in (0, 2, None):
         out = tmp_path / str(blocks)
-        manifest = export(ExportOptions(micro_checkpoint, out, fine_blocks=blocks, force_publish=True))
+        manifest = export(ExportOptions(micro_checkpoint, out, fine_blocks=blocks))
         files.append(manifest.files[VISION_DATA])
     assert files[0].size < files[1].size
     assert files[1] == files[2]

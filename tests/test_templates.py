@@ -7,7 +7,6 @@ exported vocabulary, as the runtime uses it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizer
 
 from llava_edge import prompt
 from llava_edge.bundle import Bundle
+from llava_edge.export import parity
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import AfterControl, EncodeText, Message, Piece
@@ -261,18 +261,18 @@ def test_only_answers_and_their_end_are_trained(name: str, language: LanguageMod
     assert all(label in (prompt.IGNORE_INDEX, n) for n, label in zip(ids, labels, strict=True))
 
 
-@pytest.mark.parametrize(("legacy", "way"), [(True, "prefix"), (False, "bare")])
 def test_an_exported_chat_is_as_long_as_transformers_says(
-    legacy: bool, way: AfterControl, folder: Path, oracles: dict[AfterControl, LlamaTokenizer], tmp_path: Path
+    folder: Path, oracles: dict[AfterControl, LlamaTokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From config.json and tokenizer_config.json through the manifest to the runtime: markers and `legacy`."""
-    (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}), "utf-8")
+    monkeypatch.setattr(parity, "obstacle", lambda: "of no interest here")
+    (folder / "tokenizer_config.json").write_text('{"legacy": false}', "utf-8")
     manifest = export(ExportOptions(folder, tmp_path / "bundle", quant="f16", vision="fp32"))
-    assert (manifest.after_control, manifest.image_markers) == (way, ["<im_start>", "<im_end>"])
+    assert (manifest.after_control, manifest.image_markers) == ("bare", ["<im_start>", "<im_end>"])
     with Engine.open(Bundle.open(tmp_path / "bundle"), EngineOptions(device="cpu", threads=1)) as engine:
         found = result_of(engine.generate([Q1, A1, Q2], [Image.new("RGB", (32, 32))], Options(max_tokens=1)))
     text = "".join(STRINGS["vicuna_v1"]).replace("<image>", "<im_start><image><im_end>")
-    wanted = len(tokenizer_image_token(oracle(oracles, way), text, True)) - 1 + manifest.vision.image_tokens
+    wanted = len(tokenizer_image_token(oracles["bare"], text, True)) - 1 + manifest.vision.image_tokens
     assert found.prompt_tokens == wanted
 
 
