@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pwd
 import subprocess
@@ -311,16 +310,6 @@ def test_the_stream_is_the_answer(llava: Llava) -> None:
     assert (final.memory.peak_rss_bytes or 1) >= (final.memory.private_bytes or 0)
 
 
-def test_every_kind_of_image_input_gives_the_same_answer(llava: Llava, tmp_path: Path) -> None:
-    image = picture("red")
-    path = tmp_path / "red.png"
-    image.save(path)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    sources = (image, np.asarray(image), path, str(path), buffer.getvalue())
-    assert len({llava.ask("?", source, SHORT).text for source in sources}) == 1
-
-
 def model_of(llava: Llava) -> LanguageModel:
     model = llava._engine._language
     assert model is not None
@@ -347,11 +336,6 @@ def test_stop_text(llava: Llava) -> None:
     result = llava.ask("hello", options=Options(max_tokens=24, stop=(stop,)))
     assert result.text == whole[: whole.find(stop)]
     assert result.finish_reason == "stop"
-
-
-def test_the_longest_answer(llava: Llava) -> None:
-    result = llava.ask("hello", options=Options(max_tokens=3))
-    assert (result.completion_tokens, result.finish_reason) == (3, "length")
 
 
 def test_times_of_an_answer_add_up(llava: Llava) -> None:
@@ -445,14 +429,6 @@ def test_a_turn_does_not_look_at_an_image_again(llava: Llava) -> None:
     assert second.timings.encode_ms == 0
 
 
-def test_the_same_question_has_the_same_answer(llava: Llava) -> None:
-    """Greedy is deterministic, whatever was asked before."""
-    wanted = llava.ask("What colour is it?", picture("red"), SHORT).text
-    for other in ("hello", "What colour is it? Really", "x"):
-        llava.ask(other, picture("red"), SHORT)
-        assert llava.ask("What colour is it?", picture("red"), SHORT).text == wanted
-
-
 def test_a_stopped_turn_keeps_what_was_said(llava: Llava) -> None:
     chat = llava.chat(options=Options(max_tokens=300))
     with closing(chat.say("hello")) as chunks:
@@ -522,22 +498,6 @@ def test_leaving_the_stream_stops_the_work(llava: Llava) -> None:
     assert time.monotonic() - start < 10  # it did not wait for 400 tokens; wide, for a busy machine
 
 
-def test_several_threads_get_their_own_answers(llava: Llava) -> None:
-    questions = [f"question {i}" for i in range(6)]
-    wanted = [llava.ask(question, options=SHORT).text for question in questions]
-    found: dict[int, str] = {}
-
-    def ask(i: int) -> None:
-        found[i] = llava.ask(questions[i], options=SHORT).text
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[i] for i in range(6)] == wanted
-
-
 def test_a_closed_engine_says_so(micro_bundle: Path) -> None:
     engine = Engine.open(Bundle.open(micro_bundle), CPU)
     engine.close()
@@ -601,14 +561,6 @@ def test_parts_that_do_not_fit_the_manifest(part: str, change: dict[str, Any], s
 # Devices and options.
 
 
-@pytest.mark.parametrize("device", ["cuda", "metal"])
-def test_an_explicit_device_that_is_not_there(device: Any, micro_bundle: Path) -> None:
-    if not devices.lacking(device):
-        pytest.skip(f"{device} works here")
-    with pytest.raises(UnavailableError, match=device):
-        Llava.load(micro_bundle, EngineOptions(device=device))
-
-
 def test_auto_says_which_device_and_why(micro_bundle: Path) -> None:
     with Llava.load(micro_bundle, EngineOptions(threads=1)) as loaded:
         name, _, reason = loaded.device.partition(" ")
@@ -649,19 +601,18 @@ def test_versions_are_those_that_pip_knows() -> None:
         bindings.version("no_such_package")
 
 
-@pytest.mark.parametrize("file", ["llama_cpp.py", "llama_cpp/__init__.py", None])
-def test_a_file_named_like_llama_cpp_is_named(file: str | None, micro_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["llama_cpp.py", "llama_cpp/__init__.py"])
+def test_a_file_named_like_llama_cpp_is_named(file: str, micro_bundle: Path, tmp_path: Path) -> None:
     """`python -m` looks for modules in the current folder first."""
-    if file:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text("print('this ran')\n")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("print('this ran')\n")
     command = [sys.executable, "-m", "llava_edge", "run", "--model", str(micro_bundle), "--prompt", "hi"]
     command += ["--max-tokens", "2", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT.resolve())}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "this ran" not in done.stdout
-    assert (done.returncode, done.stderr.count("\n")) == (69 if file else 0, 1), done.stderr
-    assert (str((tmp_path / file).parent) in done.stderr) if file else done.stdout.strip()
+    assert (done.returncode, done.stderr.count("\n")) == (69, 1), done.stderr
+    assert str((tmp_path / file).parent) in done.stderr
 
 
 def test_threads_that_need_the_bindings_first_get_the_same() -> None:
@@ -814,27 +765,16 @@ def test_gelu_is_the_exact_form() -> None:
     assert np.abs(gelu(values) - tanh).max() > 1e-4  # the usual approximation would be noticed
 
 
-AFTER_TORCH = """
-import sys, threading, torch
-from pathlib import Path
-from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.probe import write_model
-
-def product():
-    torch.randn(64, 256).bfloat16() @ torch.randn(256, 256).bfloat16()
-
-write_model(Path(sys.argv[1]), "Q4_0")
-language = LanguageModel(Path(sys.argv[1]), context=256, threads=2)
-for _ in range(2):
-    language.evaluate_tokens(range(64), threading.Event())
-    product()
-print(float(language.logits().std()))
-"""
-
-
 def test_pytorch_and_llama_cpp_share_a_process(tmp_path: Path) -> None:
     """Both use AMX where there is one; each thread has one tile configuration, and PyTorch releases it."""
-    assert float(in_child(AFTER_TORCH, tmp_path / "model.gguf").stdout) > 0
+    import torch
+
+    probe.write_model(tmp_path / "model.gguf", "Q4_0")
+    with closing(LanguageModel(tmp_path / "model.gguf", context=256, threads=2)) as model:
+        for _ in range(2):
+            model.evaluate_tokens(range(64), NEVER)
+            torch.randn(64, 256).bfloat16() @ torch.randn(256, 256).bfloat16()
+        assert model.logits().std() > 0
 
 
 AFTER_MAIN = """
