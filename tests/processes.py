@@ -1,7 +1,8 @@
-"""Python in a process of its own, for what a process keeps to its end."""
+"""Python in a process of its own, for what a process keeps to its end; and what a process has in memory."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,3 +19,9 @@ def in_child(
     done = subprocess.run(command, cwd=ROOT, env=environment, input=given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    text = Path("/proc/self/smaps").read_text()
+    return 1024 * sum(map(int, re.findall(rf"{re.escape(str(path))}\n(?:\w+: .*\n)*?Rss: +(\d+) kB", text)))

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import mmap
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import resident
 
 from llava_edge.runtimes.mapping import let_go
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-
-
-def resident(path: Path) -> int:
-    """Bytes of a mapped file that are in this process's memory."""
-    text = Path("/proc/self/smaps").read_text()
-    return 1024 * sum(map(int, re.findall(rf"{re.escape(str(path))}\n(?:\w+: .*\n)*?Rss: +(\d+) kB", text)))
 
 
 def test_pages_go_and_come_back(tmp_path: Path) -> None:

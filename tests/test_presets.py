@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from processes import resident
 
 from llava_edge import Llava, Options, gguf
 from llava_edge.bundle import LANGUAGE, PROJECTOR, Bundle, ParityRow
@@ -233,12 +234,6 @@ def test_weights_are_not_held_twice(repack: bool, tmp_path: Path, monkeypatch: p
     model.close()
 
 
-def resident(path: Path) -> int:
-    """Bytes of a mapped file that are in this process's memory."""
-    text = Path("/proc/self/smaps").read_text()
-    return 1024 * sum(map(int, re.findall(rf"{re.escape(str(path))}\n(?:\w+: .*\n)*?Rss: +(\d+) kB", text)))
-
-
 def test_keys_and_values_of_8_bits_are_used_and_answers_stay_close(micro_bundle: Path) -> None:
     states, sizes = [], []
     for kv in ("f16", "q8_0"):
@@ -354,13 +349,13 @@ def test_time_of_others_is_not_our_own() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not keep RLIMIT_AS")
 def test_too_little_address_space_is_said_before_an_engine_dies_of_it(micro_bundle: Path) -> None:
-    """In steps of 50 MB from where Python itself starts up to where an answer comes."""
+    """In steps of 100 MB from where Python itself starts up to where an answer comes."""
     import resource
 
     command = [sys.executable, "-m", "llava_edge", "run", "--model", str(micro_bundle), "--device", "cpu"]
     command += ["--threads", "1", "--no-cache", "--prompt", "hello", "--max-tokens", "2"]
     codes, said = [], ""
-    for limit in range(300_000_000, 2_000_000_000, 50_000_000):
+    for limit in range(300_000_000, 2_000_000_000, 100_000_000):
         limited = partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, preexec_fn=limited)
         codes.append(done.returncode)

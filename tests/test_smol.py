@@ -12,16 +12,9 @@ import torch
 from llava_edge.bundle import read_manifest
 from llava_edge.errors import DataError, UnavailableError
 from llava_edge.models import micro, smol
-from llava_edge.models.llama_gguf import permute, unpermute
 from llava_edge.models.llava import from_state
 from llava_edge.models.lora import add_lora, lora_modules, merge_lora
 from llava_edge.models.shapes import language_shapes, projector_shapes, tensor_shapes
-
-
-def test_undoing_the_rope_permutation_is_the_inverse_of_making_it() -> None:
-    weight = np.random.default_rng(0).standard_normal((48, 10)).astype(np.float32)
-    np.testing.assert_array_equal(unpermute(permute(weight, 3), 3), weight)
-    assert not np.array_equal(permute(weight, 3), weight)
 
 
 def test_a_written_delta_gives_the_trained_model_back(tmp_path: Path) -> None:

@@ -88,22 +88,20 @@ def test_stages_train_what_they_name_and_clip_is_frozen(tmp_path: Path) -> None:
     assert "language_model.model.layers.0.self_attn.q_proj.weight" in changed
 
 
-def test_accumulation_does_not_change_the_loss(tmp_path: Path) -> None:
-    recipe = short(load_recipe("micro"), 3)
-    align, instruct = recipe.stages
-    seen = []
-    for accumulate in (1, 4):
-        out = folders(tmp_path / str(accumulate))
-        train_recipe(replace(recipe, stages=(align, replace(instruct, accumulate=accumulate))), out)
-        seen.append(losses(out.run))
-    np.testing.assert_allclose(seen[0], seen[1], rtol=2e-3)
-
-
 def brief(*, bf16: bool, **changes: Any) -> Recipe:
     """The micro recipe on few pictures, because bfloat16 is slow on processors without it; `changes` of stage 2."""
     recipe = load_recipe("micro")
     align, instruct = (replace(stage, batch=2, accumulate=1, epochs=1.0) for stage in recipe.stages)
     return replace(recipe, bf16=bf16, data={"pictures": 6}, stages=(align, replace(instruct, **changes)))
+
+
+def test_accumulation_does_not_change_the_loss(tmp_path: Path) -> None:
+    seen = []
+    for accumulate in (1, 2):
+        out = folders(tmp_path / str(accumulate))
+        train_recipe(brief(bf16=False, accumulate=accumulate), out)
+        seen.append(losses(out.run))
+    np.testing.assert_allclose(seen[0], seen[1], rtol=2e-3)
 
 
 def test_adapters_in_bfloat16_resume_to_the_same_losses(tmp_path: Path) -> None:
