@@ -112,22 +112,15 @@ def test_stages_of_a_real_bundle_fit_into_their_whole(report: Report) -> None:
     assert run.memory["peak_rss"] > run.memory["private"] > 0 < run.memory["file"]
 
 
-def test_a_picture_in_fewer_positions_is_measured(micro_bundle: Path, report: Report) -> None:
-    plan = Plan([micro_bundle], (1,), budgets=(4,), device="cpu", prompt="hi", max_tokens=6, repeats=1, warmup=0)
-    (run,) = measure(replace(plan, limits=False)).runs
-    assert {asked.image_tokens for asked in run.questions.values()} == {4}
-    assert report.runs[0].questions["first"].image_tokens > 4
-    assert "4 image tokens" in run.configuration.label
-
-
-def test_presets_are_compared(micro_bundle: Path) -> None:
-    presets: Any = ("latency", "memory", "none")
-    plan = Plan([micro_bundle], (1,), presets=presets, device="cpu", prompt="hi", max_tokens=2, repeats=1, warmup=0)
-    found = measure(replace(plan, limits=False))
-    assert [run.configuration.label.rpartition(", ")[2] for run in found.runs] == [f"preset {name}" for name in presets]
-    assert [bool(run.error) for run in found.runs] == [False, False, True]  # it reaches the process that measures
-    assert "preset is 'none'" in found.runs[2].error
-    assert {row["preset"] for row in csv.DictReader(to_csv(found).splitlines())} == {"latency", "memory"}
+def test_presets_and_fewer_positions_reach_the_process_that_measures(micro_bundle: Path) -> None:
+    presets: Any = ("memory", "none")
+    plan = Plan([micro_bundle], (1,), budgets=(4,), presets=presets, device="cpu", prompt="hi", max_tokens=2, repeats=1)
+    found = measure(replace(plan, warmup=0, limits=False))
+    memory, none = found.runs
+    assert {asked.image_tokens for asked in memory.questions.values()} == {4} != {CONFIG.image_tokens}
+    assert "4 image tokens, preset memory" in memory.configuration.label
+    assert "preset is 'none'" in none.error
+    assert {row["preset"] for row in csv.DictReader(to_csv(found).splitlines())} == {"memory"}
 
 
 def test_a_broken_configuration_is_reported_and_the_others_go_on(report: Report) -> None:
@@ -482,8 +475,11 @@ def test_what_the_model_refuses_is_said_as_run_says_it_before_anything_runs(
     assert execute(capsys, "--model", micro_bundle, *setting) == (2, "", said)
 
 
-def test_a_sweep_of_which_some_fail_says_so(micro_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = execute(capsys, "--model", micro_bundle, *ONCE, "--context", f"0,{TOO_LONG}")
+def test_a_sweep_of_which_some_fail_says_so(
+    report: Report, micro_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "measure", lambda plan, on_step: report)
+    code, out, err = execute(capsys, "--model", micro_bundle, "--context", f"0,{TOO_LONG}")
     assert code == 0
     assert [bool(run["error"]) for run in json.loads(out.splitlines()[-1])["runs"]] == [False, True]
     assert err.endswith("llava-edge: 1 of 2 configurations failed; the table says why.\n")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import fcntl
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from queue import Queue
+from typing import TextIO
 
 import numpy as np
 import pytest
 import torch
 
+from llava_edge import cli
 from llava_edge.image import load_image, preprocess
 from llava_edge.models import micro
 from llava_edge.models.features import FeatureCache, preprocessing
 from llava_edge.models.llava import Llava, from_state
-from llava_edge.models.recipe import load_recipe
 
 
 @pytest.fixture
@@ -103,20 +102,17 @@ def test_who_has_to_wait_is_told_once(pictures: list[Path], tmp_path: Path) -> N
     assert right(cache, model(1), pictures)
 
 
-def test_a_second_training_says_on_stderr_that_it_waits(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llava_edge", "train", "micro", "--out", str(tmp_path / "run")]
-    command += ["--data", str(tmp_path / "data")]
-    first = FeatureCache(tmp_path / "data" / "features", model(load_recipe("micro").seed))
-    with (first.folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as second:
-            assert second.stderr
-            at_last = threading.Timer(60, second.kill)  # or a silent one would be waited for
-            at_last.start()
-            told = next((line for line in second.stderr if "another run" in line), "")
-            at_last.cancel()
-            second.kill()
-    assert told.startswith("llava-edge: another run is computing these features; waiting")
+def test_a_second_training_says_on_stderr_that_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until whoever reads that presses Ctrl-C."""
+
+    def taken(file: TextIO, kind: int) -> None:
+        raise BlockingIOError if kind & fcntl.LOCK_NB else KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", taken)
+    assert cli.execute(["train", "micro", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "data")]) == 130
+    assert "\nllava-edge: another run is computing these features; waiting" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["index.jsonl", "features.f16"])

@@ -260,7 +260,7 @@ def test_several_threads_may_show_a_picture_that_is_not_loaded_yet() -> None:
     data = encode(Image.effect_noise((500, 400), 60).convert("RGB"), "JPEG", exif=exif(6))
     wanted = load_image(data)
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(60):
+        for _ in range(30):
             lazy = Image.open(io.BytesIO(data))
             for shown in pool.map(lambda take, lazy=lazy: take(lazy), [load_image, copied] * 4):
                 assert same(load_image(shown), wanted)
@@ -316,7 +316,7 @@ SIZES = [(1, 1), (2, 2), (13, 14), (101, 64), (64, 101), (224, 224), (336, 336),
 SIZES += [(9, 2000), (2000, 9), (1999, 224), (500, 333), (333, 500), (1, 335), (337, 1)]
 
 
-@pytest.mark.parametrize("size", [14, 224, 336])
+@pytest.mark.parametrize("size", [14, 336])
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_bit_equal_to_plain_pillow(width: int, height: int, size: int) -> None:
     image = Image.fromarray(picture(width, height))

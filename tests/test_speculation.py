@@ -47,16 +47,16 @@ def prompts(count: int) -> list[str]:
     return [" ".join(rng.choice(WORDS, rng.integers(1, 9))) for _ in range(count)]
 
 
-def test_200_answers_are_those_of_plain_decoding(unproven: Llava) -> None:
+def test_100_answers_are_those_of_plain_decoding(unproven: Llava) -> None:
     drafted = accepted = 0
-    for prompt in prompts(200):
+    for prompt in prompts(100):
         plain, guessed = ask(unproven, prompt, "off", 24), ask(unproven, prompt, "ngram", 24)
         assert (guessed.text, guessed.completion_tokens, guessed.finish_reason) == (
             plain.text, plain.completion_tokens, plain.finish_reason)  # fmt: skip
         assert plain.drafted_tokens == 0
         drafted, accepted = drafted + guessed.drafted_tokens, accepted + guessed.accepted_tokens
-    assert accepted > 100  # else nothing was tested
-    assert drafted - accepted > 100
+    assert accepted > 50  # else nothing was tested
+    assert drafted - accepted > 50
 
 
 PROMPT = "say the list: one, two,"
