@@ -27,9 +27,10 @@ from llava_edge import Chat, Chunk, EngineOptions, Llava, Options, Result
 from llava_edge.bundle import Bundle
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UnavailableError, UsageError
 from llava_edge.models.micro import CONFIG
-from llava_edge.options import DEFAULT_PROMPT, result_of
+from llava_edge.options import DEFAULT_PROMPT, FinishReason, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes import sampling
+from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.pictures import Picture, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,7 +330,15 @@ def test_an_awaited_stream_leaves_the_loop_free(llava: Llava) -> None:
     assert "".join(chunk.text for chunk in chunks) == chunks[-1].final.text
 
 
-def test_cancelling_a_task_stops_the_work(llava: Llava) -> None:
+def test_cancelling_a_task_stops_the_work(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, take = list[int](), Answer.take
+
+    def counted(self: Answer, token: int) -> FinishReason | None:
+        taken.append(token)
+        return take(self, token)
+
+    monkeypatch.setattr(Answer, "take", counted)
+
     async def run() -> None:
         stream = llava.astream("Hello", options=Options(max_tokens=480))
         assert await anext(stream)
@@ -342,6 +351,7 @@ def test_cancelling_a_task_stops_the_work(llava: Llava) -> None:
 
     asyncio.run(run())
     assert llava.ask("Hello", options=Options(max_tokens=2)).completion_tokens == 2
+    assert len(taken) < 900  # of 962
 
 
 def test_errors_arrive_where_they_are_awaited(llava: Llava) -> None:
