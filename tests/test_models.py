@@ -16,8 +16,7 @@ from llava_edge.errors import CheckpointError
 from llava_edge.models import micro, streamed
 from llava_edge.models.clip import pool_patches
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, from_hf, to_hf
-from llava_edge.models.llava import Llava
-from llava_edge.models.shapes import EMBEDDINGS, VISION_PREFIX, tensor_shapes
+from llava_edge.models.shapes import EMBEDDINGS, VISION_PREFIX
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
 
 TINY = LlavaConfig(
@@ -120,11 +119,6 @@ def test_logits_and_greedy_tokens_equal_transformers(config: LlavaConfig) -> Non
     )  # fmt: skip
     answer = whole.greedy(config, tensors, IDS, shown, 12)
     assert answer == generated[0, theirs.shape[0] :].tolist()
-
-
-def test_state_dict_has_the_names_of_the_checkpoint() -> None:
-    names = set(Llava(TINY).state_dict())
-    assert names == {name for name in tensor_shapes(TINY) if not unused(name, TINY)}
 
 
 def test_pooling_averages_square_neighbourhoods() -> None:

@@ -504,8 +504,6 @@ def test_what_the_child_inherits(server: Server) -> None:
     assert rows["Max core file size"][:2] == ["0", "0"]
     assert rows["Max open files"][:2] == ["256", "256"]
     assert rows["Max address space"][0].isdigit()
-    status = Path(f"/proc/{server.child()}/status").read_text()
-    assert "NoNewPrivs:\t1" in status
     kinds = [str(file.readlink()) for file in Path(f"/proc/{server.child()}/fd").iterdir()]
     assert sum(kind.startswith("socket:") for kind in kinds) == 1  # the link to its parent, and no client's
 

@@ -94,19 +94,6 @@ def test_what_is_looked_at_most_stays_as_it_is_and_in_its_order() -> None:
     assert set(places) == set(np.argsort(-attention)[:54].tolist())
 
 
-def test_all_positions_are_the_features_themselves() -> None:
-    features, attention = draw(49)
-    assert np.array_equal(token_budget.reduce(features, attention, 49), features)
-
-
-def test_means_weigh_every_member_once() -> None:
-    """Nothing is lost: with one mean, it is the mean of everything that was not kept."""
-    features, attention = draw(30)
-    found = token_budget.reduce(features, attention, 6)
-    left = np.argsort(-attention)[5:]
-    assert np.abs(found - features[left].mean(axis=0)).max(axis=1).min() < 1e-5
-
-
 @pytest.mark.parametrize("value", [1.0, 0.0])
 def test_patches_that_are_all_alike_stay_what_they_are(value: float) -> None:
     """Each is as like to one mean as to another, or has no direction at all: no mean may be left without a member."""
