@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pairs import published, write_mmproj
+from pairs import in_halves, published, write_mmproj
 from safetensors.numpy import save_file
 
 from llava_edge.export.checkpoint import open_checkpoint
@@ -179,8 +179,7 @@ def whole(layout: str, folder: Path, seed: int) -> ExportOptions:
     Its weights are ones that float16 holds, as those of published checkpoints are.
     """
     config = CONFIGS[layout]
-    drawn = micro.random_tensors(config, seed=seed)
-    tensors = {name: value.astype(np.float16).astype(np.float32) for name, value in drawn.items()}
+    tensors = in_halves(micro.random_tensors(config, seed=seed))
     options = ExportOptions(folder / "model", folder / "out", "q8_0", "fp32", template="chatml")
     if layout in ("huggingface", "gguf pair"):
         micro.write_checkpoint(folder / "model", config=config, tensors=tensors)

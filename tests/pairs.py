@@ -35,6 +35,11 @@ _NAMES = (
 )
 
 
+def in_halves(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """float32 that float16 holds exactly, as published checkpoints do, so that a file in float16 loses nothing."""
+    return {name: value.astype(np.float16).astype(np.float32) for name, value in tensors.items()}
+
+
 def gguf_name(name: str, swapped: bool) -> str:
     """The converters' replacements; the first one called fc1 `ffn_down` and fc2 `ffn_up`."""
     for source, target in (*_NAMES, (".mlp.fc1", ".ffn_down" if swapped else ".ffn_up")):

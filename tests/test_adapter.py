@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pairs import in_halves
 
 from llava_edge import gguf
 from llava_edge.bench.work import work
@@ -33,7 +34,7 @@ RANK = 4
 def low_rank(tmp_path_factory: pytest.TempPathFactory) -> LowRank:
     """Large random updates of the second layer, and its base as a float16 file."""
     folder = tmp_path_factory.mktemp("base")
-    tensors = half(micro.random_tensors())
+    tensors = in_halves(micro.random_tensors())
     checkpoint = micro.write_checkpoint(folder / "checkpoint", tensors=tensors)
     export(ExportOptions(checkpoint, folder / "bundle", quant="f16", vision="fp32"))
     rng = np.random.default_rng(1)
@@ -48,7 +49,7 @@ def low_rank(tmp_path_factory: pytest.TempPathFactory) -> LowRank:
 @pytest.fixture(scope="module")
 def merged(low_rank: LowRank, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint with the updates folded into its weights."""
-    tensors = half(micro.random_tensors())
+    tensors = in_halves(micro.random_tensors())
     for module, (a, b) in low_rank.updates.items():
         tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + b.astype(np.float32) @ a.astype(np.float32)
     return micro.write_checkpoint(tmp_path_factory.mktemp("merged") / "checkpoint", tensors=tensors)
@@ -59,10 +60,6 @@ def bundle(low_rank: LowRank, merged: Path) -> Path:
     out = merged.parent / "bundle"
     export(ExportOptions(merged, out, vision="fp32", low_rank=low_rank))
     return out
-
-
-def half(tensors: dict[str, Array]) -> dict[str, Array]:
-    return {name: value.astype(np.float16).astype(np.float32) for name, value in tensors.items()}
 
 
 def logits(language: Path, adapter: Path | None = None) -> Array:

@@ -38,7 +38,6 @@ from llava_edge.bench.records import (
     Measured,
     Report,
     read_report,
-    stage,
 )
 from llava_edge.bench.runner import Plan, measure, summary
 from llava_edge.bench.table import comparison, table, to_csv
@@ -655,8 +654,3 @@ def test_times_better_turns_with_what_is_better(interleave: Any) -> None:
     pairs = [(20.0, 10.0), (18.0, 12.0), (30.0, 10.0)]
     assert interleave.ratios(pairs, False) == (2.0, 1.5, 3.0)
     assert interleave.ratios(pairs, True) == (0.5, pytest.approx(1 / 3), pytest.approx(2 / 3))
-
-
-def test_a_stage_keeps_median_and_extremes() -> None:
-    found = stage([3.0, 1.0, 10.0])
-    assert (found.median, found.low, found.high, found.samples) == (3.0, 1.0, 10.0, (3.0, 1.0, 10.0))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from pairs import in_halves
 from processes import in_child
 from safetensors.numpy import load_file, save_file
 from towers import TOWER, clip_tower, relative, some_pixels
@@ -40,8 +41,6 @@ from llava_edge.runtimes import projector as runtime_projector
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
-
-Tensors = dict[str, np.ndarray[Any, Any]]
 
 
 def run_onnx(folder: Path, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -534,12 +533,6 @@ def test_a_file_that_does_not_hold_its_source_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
-def half_precision(seed: int) -> Tensors:
-    """Random weights that float16 holds exactly, as published checkpoints do."""
-    drawn = micro.random_tensors(seed=seed)
-    return {name: value.astype(np.float16).astype(np.float32) for name, value in drawn.items()}
-
-
 def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Path) -> None:
     """64 tokens behind a picture, 12 models. llama.cpp rounds activations to float16, so that where a random model's
     two best tokens are within 0.5 % of the logits' spread either may win; everywhere else float16 gives the same. How
@@ -547,7 +540,9 @@ def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Pa
     image = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32) * 0.5
     agreements: dict[str, list[float]] = {"f16": [], "q8_0": []}
     for seed in range(12):
-        checkpoint = open_checkpoint(micro.write_checkpoint(tmp_path / str(seed), tensors=half_precision(seed)))
+        checkpoint = open_checkpoint(
+            micro.write_checkpoint(tmp_path / str(seed), tensors=in_halves(micro.random_tensors(seed=seed)))
+        )
         files = {"f16": tmp_path / f"{seed}-f16.gguf", "q8_0": tmp_path / f"{seed}-q8_0.gguf"}
         vocabulary = read_tokenizer(checkpoint.tokenizer, checkpoint.config)
         llm_gguf.write_language(checkpoint, vocabulary, files["f16"], "micro")

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from pairs import published, write_mmproj
+from pairs import in_halves, published, write_mmproj
 
 from llava_edge import Llava, Options
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle
@@ -38,7 +38,7 @@ BLOCKS = CONFIG.blocks_run
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A micro checkpoint whose weights float16 holds exactly, so that a pair made of it loses nothing."""
-    tensors = {name: array.astype(np.float16).astype(np.float32) for name, array in micro.random_tensors().items()}
+    tensors = in_halves(micro.random_tensors())
     return micro.write_checkpoint(tmp_path_factory.mktemp("pairs") / "checkpoint", tensors=tensors)
 
 
@@ -218,8 +218,7 @@ TILING = {
 
 
 def test_a_pair_of_llava_1_6_tiles_as_its_checkpoint_does(tmp_path: Path) -> None:
-    drawn = micro.random_tensors(TILED)
-    tensors = {name: array.astype(np.float16).astype(np.float32) for name, array in drawn.items()}
+    tensors = in_halves(micro.random_tensors(TILED))
     source, direct, out = tmp_path / "checkpoint", tmp_path / "direct", tmp_path / "out"
     micro.write_checkpoint(source, config=TILED, tensors=tensors)
     wanted = export(ExportOptions(source, direct, quant="f16", vision="fp32"))

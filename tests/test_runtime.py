@@ -553,13 +553,6 @@ def test_parts_that_do_not_fit_the_manifest(part: str, change: dict[str, Any], s
 # Devices and options.
 
 
-def test_auto_says_which_device_and_why(micro_bundle: Path) -> None:
-    with Llava.load(micro_bundle, EngineOptions(threads=1)) as loaded:
-        name, _, reason = loaded.device.partition(" ")
-        assert name in ("cpu", "cuda", "metal")
-        assert len(reason) > 10
-
-
 @pytest.mark.parametrize(
     "code",
     [
