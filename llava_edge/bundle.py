@@ -261,13 +261,13 @@ def _checksum(raw: dict[str, Any]) -> str:
 def _manifest_text(folder: Path) -> str:
     path = folder / MANIFEST
     try:
-        if not folder.exists():
-            raise MissingError(f"{folder} does not exist; a bundle folder or a model name was expected.")
         size = _plain_file(path).st_size
         if size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so it is not a bundle manifest.")
         return path.read_bytes().decode("utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
+        if not folder.exists():
+            raise MissingError(f"{folder} does not exist; a bundle folder or a model name was expected.") from error
         raise BundleError(f"{folder} is not a bundle{_instead(folder)}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
