@@ -10,12 +10,13 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from llava_edge.errors import UsageError
 from llava_edge.options import Chunk
+from llava_edge.runtimes import CancelledError
 
 Stream = Generator[Chunk, None, None]
 Last = Callable[[], Chunk]
@@ -254,9 +255,33 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._tasks: Tasks = queue.SimpleQueue()
-        thread = threading.Thread(target=_work, args=(self._tasks,), name=name, daemon=True)
-        thread.start()
-        self._finish = weakref.finalize(self, _finish, self._tasks, thread)
+        self._thread = threading.Thread(target=_work, args=(self._tasks,), name=name, daemon=True)
+        self._thread.start()
+        self._finish = weakref.finalize(self, _finish, self._tasks, self._thread)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes work: not after `shutdown`, and not in a process that was forked."""
+        return self._finish.alive and self._thread.is_alive()
+
+    def run(self, cancel: threading.Event, call: Callable[..., T], *args: Any) -> T:
+        """Have it done, and wait. Raises `CancelledError` if `cancel` is set before its turn has come."""
+        future = self.submit(call, *args)
+        try:
+            while not wait([future], POLL_SECONDS).done:
+                if cancel.is_set() and future.cancel():
+                    raise CancelledError
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def settle(self) -> None:
+        """Wait for the end of all that was submitted, if anybody does it."""
+        done = threading.Event()
+        self._tasks.put((Future(), done.set, ()))
+        while self._thread.is_alive() and not done.wait(POLL_SECONDS):
+            pass
 
     def submit(self, run: Callable[..., T], *args: Any) -> Future[T]:
         """Have it done after what was submitted before. Raises RuntimeError after `shutdown`."""
@@ -276,7 +301,8 @@ def _work(tasks: Tasks) -> None:
     while (task := tasks.get()) is not None:
         future, run, args = task
         try:
-            future.set_result(run(*args))
+            if future.set_running_or_notify_cancel():
+                future.set_result(run(*args))
         except BaseException as error:  # noqa: BLE001 - who waits for the future gets it
             future.set_exception(error)
         del task, future, run, args

@@ -21,7 +21,7 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
-from llava_edge.runtimes import CancelledError, bindings, devices, limit_spinning, mapping, native
+from llava_edge.runtimes import CancelledError, bindings, compute, devices, limit_spinning, mapping, native
 from llava_edge.runtimes.batch import Batch
 from llava_edge.runtimes.jobs import Worker
 from llava_edge.runtimes.native import choice
@@ -71,10 +71,7 @@ class LanguageModel:
         self.library = library(verbose)
         self.native = native.activate()
         repack = repack and choice.reordering_pays(self.native, {tensor.kind for tensor in header.tensors.values()})
-        # llama.cpp sets the AMX tile configuration once in each thread. Whatever else uses AMX in that thread (PyTorch
-        # in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL. So it computes in a
-        # thread where nobody else does.
-        self._thread = Worker("llama.cpp")
+        self._thread = Worker("llama.cpp") if gpu_layers else compute.thread()
         self.context_size = context
         self.held: list[Key] = []
         self.batch = batch
@@ -103,7 +100,7 @@ class LanguageModel:
 
     def close(self) -> None:
         """Free everything; harmless when repeated."""
-        self._thread.shutdown()
+        self._thread.settle()
         if self.context is not None:
             self._tokens.free()
             self._embeddings.free()
@@ -316,10 +313,13 @@ class LanguageModel:
         settings.use_extra_bufts = repack
         callback = api.llama_progress_callback(progress)
         settings.progress_callback = callback
-        # In the thread that computes later: repacking weights starts OpenMP threads for whoever loads, and libgomp lets
-        # no thread spin at a barrier while there are more threads than processors; a token then took twice as long.
+        # In a thread that ends: re-ordering weights starts OpenMP threads for whoever loads (compute.py).
         _errors.clear()
-        self._model = self._thread.submit(api.llama_model_load_from_file, os.fsencode(self._path), settings).result()
+        loader = Worker("llama.cpp loading")
+        try:
+            self._model = loader.submit(api.llama_model_load_from_file, os.fsencode(self._path), settings).result()
+        finally:
+            loader.shutdown()
         if stopped:
             self.close()
             raise stopped[0]
@@ -403,7 +403,7 @@ class LanguageModel:
                 self._team.pause()
             threads = self._team.next() if small else self._threads
             self.library.llama_set_n_threads(self.context, threads, threads)
-        status = self._thread.submit(self.library.llama_decode, self.context, batch.handle).result()
+        status = self._thread.run(cancel, self.library.llama_decode, self.context, batch.handle)
         if status == _ABORTED:
             raise CancelledError
         if status:

@@ -1,0 +1,130 @@
+"""Several language models in one process: they take turns in one thread, and none waits for what it no longer wants."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llava_edge.bundle import LANGUAGE
+from llava_edge.runtimes import CancelledError, compute
+from llava_edge.runtimes.language import LanguageModel
+
+NEVER = threading.Event()
+SOON = 30
+
+
+def load(bundle: Path) -> LanguageModel:
+    return LanguageModel(bundle / LANGUAGE, context=64, threads=2)
+
+
+@pytest.fixture
+def busy() -> Iterator[threading.Event]:
+    """Another model computes until this is set."""
+    begun, free = threading.Event(), threading.Event()
+    kept = compute.thread()
+    kept.submit(begun.set)
+    kept.submit(free.wait, SOON)
+    assert begun.wait(SOON)
+    yield free
+    free.set()
+    kept.settle()
+
+
+def test_models_compute_in_one_thread(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A team of OpenMP's for each would let none of their threads spin: tokens then took four times as long."""
+    with load(micro_bundle) as one, load(micro_bundle) as other:
+        decode, seen = one.library.llama_decode, []
+
+        def noted(*arguments: object) -> int:
+            seen.append(threading.current_thread().name)
+            status: int = decode(*arguments)
+            return status
+
+        monkeypatch.setattr(one.library, "llama_decode", noted)
+        for tokens in ([5, 6], [7]):
+            one.evaluate_tokens(tokens, NEVER)
+            other.evaluate_tokens(tokens, NEVER)
+        assert np.array_equal(one.logits(), other.logits())
+    assert seen == ["llama.cpp"] * 4
+    assert len({one._thread, other._thread}) == 1
+
+
+def test_cancelling_does_not_wait_for_another_model(micro_bundle: Path, busy: threading.Event) -> None:
+    cancel, ended = threading.Event(), []
+
+    def ask(language: LanguageModel) -> None:
+        try:
+            language.evaluate_tokens([5, 6, 7], cancel)
+        except CancelledError:
+            ended.append("cancelled")
+
+    with load(micro_bundle) as language:
+        asking = threading.Thread(target=ask, args=(language,))
+        asking.start()
+        asking.join(0.2)
+        assert asking.is_alive()
+        cancel.set()
+        asking.join(SOON)
+        assert ended == ["cancelled"]
+        assert language.held == []
+        busy.set()
+        language.evaluate_tokens([5], NEVER)
+        assert language.held == [5]
+
+
+def test_a_model_is_not_freed_while_it_computes(micro_bundle: Path, busy: threading.Event) -> None:
+    language = load(micro_bundle)
+    closing = threading.Thread(target=language.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    busy.set()
+    closing.join(SOON)
+    assert not closing.is_alive()
+    assert language.context is None
+
+
+FORKED = """
+import os, sys, threading, warnings
+from pathlib import Path
+from llava_edge.runtimes.language import LanguageModel
+warnings.simplefilter("ignore")
+
+def load():
+    return LanguageModel(Path(sys.argv[1]), context=64, threads=1)
+
+language = load()
+language.evaluate_tokens([5], threading.Event())
+if os.fork() == 0:
+    language.close()
+    fresh = load()
+    fresh.evaluate_tokens([5, 6], threading.Event())
+    os._exit(len(fresh.held))
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only POSIX forks")
+def test_a_forked_process_computes_in_a_thread_of_its_own(micro_bundle: Path) -> None:
+    command = [sys.executable, "-c", FORKED, str(micro_bundle / LANGUAGE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "2\n", done.stderr
+
+
+def test_the_thread_ends_when_nobody_has_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "_last", None)  # which other tests may have
+    one, other = compute.thread(), compute.thread()
+    thread = one.submit(threading.current_thread).result(SOON)
+    assert one is other
+    del one
+    assert thread.is_alive()
+    del other
+    assert not thread.is_alive()
+    assert compute.thread().submit(threading.current_thread).result(SOON) is not thread
