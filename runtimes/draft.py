@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llava_edge import gguf
 from llava_edge.errors import MissingError, UsageError
+from llava_edge.paths import is_file
 from llava_edge.runtimes.language import Key, LanguageModel
 
 
@@ -26,7 +27,7 @@ class Draft:
     def __init__(
         self, path: Path, target: LanguageModel, threads: int, *, repack: bool = True, verbose: bool = False
     ) -> None:
-        if not path.is_file():
+        if not is_file(str(path)):
             raise MissingError(f"There is no draft model {path}; a GGUF file was expected.")
         trained = gguf.read(path).number("llama.context_length", 1, 1 << 24)
         context = min(target.context_size, trained)

@@ -14,6 +14,7 @@ from llava_edge import gguf
 from llava_edge.errors import MemoryLimitError, UsageError
 from llava_edge.gguf import Gguf
 from llava_edge.options import EngineOptions
+from llava_edge.paths import is_file
 from llava_edge.runtimes import devices, native
 from llava_edge.runtimes.native import choice
 
@@ -69,7 +70,7 @@ def choose(
     kv = ("q8_0" if small else "f16") if options.kv == "auto" else options.kv
     needed, free = memory_bytes(header, context, kv), devices.available_memory()
     copied = 0 if gpu_layers else _copied_bytes(header)
-    if options.draft and Path(options.draft).is_file():
+    if options.draft and is_file(str(options.draft)):
         draft = gguf.read(Path(options.draft))
         gguf.check_language(draft)
         needed += memory_bytes(draft, min(context, draft.number("llama.context_length", 1, 1 << 24)), "f16")

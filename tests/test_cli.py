@@ -267,6 +267,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "{}", "--image", ""], 2, "--image is ''"),
     (["chat", "--model", "{}", "--image", " "], 2, "--image is ' '"),
     (["run", "--model", "{}", "--draft", ""], 2, "--draft is ''"),
+    (["run", "--model", "{}", "--draft", "x" * 300, "--prompt", "hi"], 66, "There is no draft model xxx"),
     (["run", "--nonsense"], 2, "--nonsense"),
     (["run", "--model", "{}"], 2, "--image"),
     (["train", "{}/vision.onnx"], 65, "is not a training recipe"),

@@ -159,7 +159,7 @@ def test_its_log_is_shown_where_the_engines_are(
             assert (other.name in capsys.readouterr().err) == verbose
 
 
-def test_the_command_takes_one(micro_bundle: Path, tmp_path: Path) -> None:
+def test_the_command_takes_one(micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     RED.save(tmp_path / "red.png")
     run = ["run", "--model", str(micro_bundle), "--image", str(tmp_path / "red.png"), "--prompt", "a list:", "--json"]
     plain = json.loads(CliRunner().invoke(cli, [*run, "--speculate", "off"]).stdout)
@@ -167,5 +167,10 @@ def test_the_command_takes_one(micro_bundle: Path, tmp_path: Path) -> None:
     guessed = json.loads(CliRunner().invoke(cli, [*run, *draft]).stdout)
     assert guessed["text"] == plain["text"]
     assert guessed["drafted_tokens"] > 0 == plain["drafted_tokens"]
+    monkeypatch.setenv("HOME", str(Bundle.open(micro_bundle).folder))
+    at_home = CliRunner().invoke(
+        cli, [*run, f"--draft=~/{LANGUAGE}", "--speculate", "ngram"]
+    )  # no shell replaces this ~
+    assert json.loads(at_home.stdout)["text"] == plain["text"]
     missing = CliRunner().invoke(cli, [*run, "--draft", "missing.gguf"])
     assert isinstance(missing.exception, MissingError)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,8 @@ def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
 def engine_options_from(values: dict[str, Any]) -> EngineOptions:
     """The engine's part of them. Says on stderr what too many threads cost. Raises `UsageError` on a bad one."""
     engine = EngineOptions(**{name: values[name] for name in _ENGINE})
+    if engine.draft:
+        engine = replace(engine, draft=meant(values["draft"]))
     if engine.threads > (processors := len(allowed_cpus())):
         slow = f"{engine.threads} threads wait for each other on {processors} processors"
         click.echo(f"({slow}, which takes many times as long; leave --threads out, or give fewer)", err=True)
