@@ -247,6 +247,14 @@ class Owner:
         return True
 
 
+def outcome(future: Future[T], cancel: threading.Event) -> T:
+    """Wait for it. Raises `CancelledError` if `cancel` is set before its turn has come."""
+    while not wait([future], POLL_SECONDS).done:
+        if cancel.is_set() and future.cancel():
+            raise CancelledError
+    return future.result()
+
+
 class Worker:
     """A thread that does one thing after the other until `shutdown`, which Python's end and nobody's use of it do, too.
 
@@ -263,25 +271,6 @@ class Worker:
     def alive(self) -> bool:
         """Whether it takes work: not after `shutdown`, and not in a process that was forked."""
         return self._finish.alive and self._thread.is_alive()
-
-    def run(self, cancel: threading.Event, call: Callable[..., T], *args: Any) -> T:
-        """Have it done, and wait. Raises `CancelledError` if `cancel` is set before its turn has come."""
-        future = self.submit(call, *args)
-        try:
-            while not wait([future], POLL_SECONDS).done:
-                if cancel.is_set() and future.cancel():
-                    raise CancelledError
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def settle(self) -> None:
-        """Wait for the end of all that was submitted, if anybody does it."""
-        done = threading.Event()
-        self._tasks.put((Future(), done.set, ()))
-        while self._thread.is_alive() and not done.wait(POLL_SECONDS):
-            pass
 
     def submit(self, run: Callable[..., T], *args: Any) -> Future[T]:
         """Have it done after what was submitted before. Raises RuntimeError after `shutdown`."""

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -23,7 +24,7 @@ from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
 from llava_edge.runtimes import CancelledError, bindings, compute, devices, limit_spinning, mapping, native
 from llava_edge.runtimes.batch import Batch
-from llava_edge.runtimes.jobs import Worker
+from llava_edge.runtimes.jobs import Worker, outcome
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.threads import Threads
 
@@ -72,6 +73,7 @@ class LanguageModel:
         self.native = native.activate()
         repack = repack and choice.reordering_pays(self.native, {tensor.kind for tensor in header.tensors.values()})
         self._thread = Worker("llama.cpp") if gpu_layers else compute.thread()
+        self._decoded: Future[int] = Future()  # the last call
         self.context_size = context
         self.held: list[Key] = []
         self.batch = batch
@@ -100,7 +102,8 @@ class LanguageModel:
 
     def close(self) -> None:
         """Free everything; harmless when repeated."""
-        self._thread.settle()
+        if not self._decoded.cancel():
+            wait([self._decoded])  # which Ctrl-C may have left; not for other models in that thread
         if self.context is not None:
             self._tokens.free()
             self._embeddings.free()
@@ -403,7 +406,8 @@ class LanguageModel:
                 self._team.pause()
             threads = self._team.next() if small else self._threads
             self.library.llama_set_n_threads(self.context, threads, threads)
-        status = self._thread.run(cancel, self.library.llama_decode, self.context, batch.handle)
+        self._decoded = self._thread.submit(self.library.llama_decode, self.context, batch.handle)
+        status = outcome(self._decoded, cancel)
         if status == _ABORTED:
             raise CancelledError
         if status:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llava_edge.bundle import LANGUAGE
-from llava_edge.runtimes import CancelledError, compute
+from llava_edge.runtimes import CancelledError, compute, jobs
 from llava_edge.runtimes.language import LanguageModel
 
 NEVER = threading.Event()
@@ -34,7 +34,7 @@ def busy() -> Iterator[threading.Event]:
     assert begun.wait(SOON)
     yield free
     free.set()
-    kept.settle()
+    kept.submit(int).result(SOON)
 
 
 def test_models_compute_in_one_thread(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,13 +79,39 @@ def test_cancelling_does_not_wait_for_another_model(micro_bundle: Path, busy: th
         assert language.held == [5]
 
 
-def test_a_model_is_not_freed_while_it_computes(micro_bundle: Path, busy: threading.Event) -> None:
+def test_closing_does_not_wait_for_another_model(micro_bundle: Path, busy: threading.Event) -> None:
     language = load(micro_bundle)
+    closing = threading.Thread(target=language.close)
+    closing.start()
+    closing.join(SOON / 2)
+    assert not closing.is_alive()
+    assert not busy.is_set()
+
+
+def test_a_model_is_not_freed_while_it_computes(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C has left the call."""
+    language, begun, free = load(micro_bundle), threading.Event(), threading.Event()
+    decode = language.library.llama_decode
+
+    def slowly(*arguments: object) -> int:
+        begun.set()
+        free.wait(SOON)
+        status: int = decode(*arguments)
+        return status
+
+    def interrupted(*_: object) -> None:
+        begun.wait(SOON)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language.library, "llama_decode", slowly)
+    monkeypatch.setattr(jobs, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        language.evaluate_tokens([5], NEVER)
     closing = threading.Thread(target=language.close)
     closing.start()
     closing.join(0.2)
     assert closing.is_alive()
-    busy.set()
+    free.set()
     closing.join(SOON)
     assert not closing.is_alive()
     assert language.context is None
