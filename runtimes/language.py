@@ -24,7 +24,7 @@ from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
 from llava_edge.runtimes import CancelledError, bindings, compute, devices, limit_spinning, mapping, native
 from llava_edge.runtimes.batch import Batch
-from llava_edge.runtimes.jobs import Worker, outcome
+from llava_edge.runtimes.jobs import POLL_SECONDS, Worker, outcome
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.threads import Threads
 
@@ -102,8 +102,9 @@ class LanguageModel:
 
     def close(self) -> None:
         """Free everything; harmless when repeated."""
-        if not self._decoded.cancel():
-            wait([self._decoded])  # which Ctrl-C may have left; not for other models in that thread
+        while not self._decoded.cancel() and self._thread.alive:  # Ctrl-C may have left it
+            if wait([self._decoded], POLL_SECONDS).done:
+                break
         if self.context is not None:
             self._tokens.free()
             self._embeddings.free()
@@ -406,12 +407,16 @@ class LanguageModel:
                 self._team.pause()
             threads = self._team.next() if small else self._threads
             self.library.llama_set_n_threads(self.context, threads, threads)
-        self._decoded = self._thread.submit(self.library.llama_decode, self.context, batch.handle)
+        self._decoded = self._thread.submit(self._call, batch)
         status = outcome(self._decoded, cancel)
         if status == _ABORTED:
             raise CancelledError
         if status:
             raise BundleError(f"llama.cpp failed with status {status} after {len(self.held)} positions: {last_error()}")
+
+    def _call(self, batch: Batch) -> int:
+        """In the thread that computes: who holds this is not collected, and so not freed, before it ends."""
+        return int(self.library.llama_decode(self.context, batch.handle))
 
 
 def _bytes(array: Array) -> Any:
