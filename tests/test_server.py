@@ -254,6 +254,7 @@ def test_a_large_counter_still_counts() -> None:
         ({"stream": "yes"}, 400, "stream"),
         ({"logit_bias": {"1": 5}}, 400, "logit_bias"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"": "none", "n": 2}, 400, "n"),
         ({"top_k": -2}, 400, "top_k"),
         ({"min_p": 2}, 400, "min_p"),
         ({"repeat_penalty": 0}, 400, "repeat_penalty"),

@@ -147,7 +147,7 @@ def _ask(
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
     for name, neutral in _NEUTRAL.items():
         value = body.get(name)
-        if value is None or body.get(_CHOICES.get(name, "")) == "none":
+        if value is None or (name in _CHOICES and body.get(_CHOICES[name]) == "none"):
             continue
         if any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral):
             continue
