@@ -249,10 +249,14 @@ class Owner:
 
 def outcome(future: Future[T], cancel: threading.Event) -> T:
     """Wait for it. Raises `CancelledError` if `cancel` is set before its turn has come."""
-    while not wait([future], POLL_SECONDS).done:
-        if cancel.is_set() and future.cancel():
-            raise CancelledError
-    return future.result()
+    try:
+        while not wait([future], POLL_SECONDS).done:
+            if cancel.is_set() and future.cancel():
+                raise CancelledError
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
 
 
 class Worker:

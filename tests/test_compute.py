@@ -117,6 +117,14 @@ def test_a_model_is_not_freed_while_it_computes(micro_bundle: Path, monkeypatch:
     assert language.context is None
 
 
+def test_a_model_may_be_closed_in_the_thread_it_computes_in(micro_bundle: Path) -> None:
+    """Where a collection closes one that somebody left in the middle of a `with`."""
+    language = load(micro_bundle)
+    language.evaluate_tokens([5], NEVER)
+    language._thread.submit(language.close).result(SOON)
+    assert language.context is None
+
+
 FORKED = """
 import os, sys, threading, warnings
 from pathlib import Path

@@ -16,7 +16,8 @@ import pytest
 
 from llava_edge.errors import ImageError, UsageError
 from llava_edge.options import Chunk, Result
-from llava_edge.runtimes.jobs import Job, Owner, Worker
+from llava_edge.runtimes import CancelledError, jobs
+from llava_edge.runtimes.jobs import Job, Owner, Worker, outcome
 
 SOON = 5.0  # seconds in which everything here happens
 LAST = Chunk("", 0, "stop", cast(Result, object()), ())
@@ -247,6 +248,35 @@ def test_an_unread_stream_does_nothing(owner: Owner) -> None:
     ran: list[Job] = []
     owner.submit(ran.append, threading.Event()).close()
     list(owner.submit(finish, threading.Event()))
+    assert ran == []
+
+
+def test_a_worker_leaves_out_what_nobody_waits_for_and_ends_what_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever would not wait for the latter would change what is being computed with."""
+    worker, cancel, ran = Worker("one"), threading.Event(), list[str]()
+    begun, free = threading.Event(), threading.Event()
+
+    def first() -> bool:
+        begun.set()
+        return free.wait(SOON)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: outcome(worker.submit(first), cancel))
+        assert begun.wait(SOON)
+        cancel.set()
+        with pytest.raises(CancelledError):
+            outcome(worker.submit(ran.append, "cancelled"), cancel)
+        with monkeypatch.context() as patch:
+            patch.setattr(jobs, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                outcome(worker.submit(ran.append, "interrupted"), threading.Event())
+        time.sleep(3 * jobs.POLL_SECONDS)
+        free.set()
+        assert running.result(SOON)
+    worker.shutdown()
     assert ran == []
 
 
