@@ -135,7 +135,8 @@ def test_a_child_that_dies_of_a_signal_is_an_error(tmp_path: Path, monkeypatch: 
     python.write_text("#!/bin/sh\nkill -ILL $$\n", "utf-8")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    assert "SIGILL" in runner._child({"kind": "limits", "threads": 1})["error"]
+    found = runner._child({"kind": "limits", "threads": 1})
+    assert ("killed by SIGILL" in found["error"], found["exit_code"]) == (True, 69)
 
 
 def test_pictures_of_two_numbers_differ_in_pixels_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,8 @@ def test_a_lora_is_merged_with_its_base(tensors: Arrays, tmp_path: Path) -> None
     assert checkpoint.tokenizer == base
     name = "language_model.model.layers.1.mlp.down_proj.weight"
     assert np.abs(checkpoint.tensors[name] - tensors[name]).max() > 0.01  # the adapter is no formality
+    shutil.copy(base / "tokenizer.json", folder)  # as of a fine-tune that added tokens
+    assert open_checkpoint(folder, base=base, vision_tower=tmp_path / "clip").tokenizer == folder
 
 
 def test_a_lora_on_a_hugging_face_llava_needs_no_config_of_its_own(tensors: Arrays, tmp_path: Path) -> None:

@@ -519,8 +519,10 @@ def test_weights_that_are_not_numbers_give_no_answer(part: str, bundle_copy: Pat
     # All ones is NaN as float32 and float16, and as the scale of a quantized block.
     at = {VISION_DATA: size // 2, PROJECTOR: size - 4096, LANGUAGE: size - 65536}[part]
     damage(path, at, b"\xff" * 4096)
-    with Llava.load(bundle_copy, CPU) as broken, pytest.raises(BundleError, match="not finite"):
-        broken.ask("?", picture("red"), SHORT)
+    with Llava.load(bundle_copy, CPU) as broken:
+        for options in (SHORT, Options(max_tokens=24, temperature=1.0)):
+            with pytest.raises(BundleError, match="not finite"):
+                broken.ask("?", picture("red"), options)
 
 
 @pytest.mark.parametrize("part", [VISION, PROJECTOR, LANGUAGE])
