@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_edge import outputs
 from llava_edge.errors import CannotCreateError
 from llava_edge.outputs import check_output, unwritable
 
@@ -52,3 +53,13 @@ def test_what_would_be_lost_or_spoil_something_is_refused(tmp_path: Path) -> Non
                 apart=[tmp_path / "taken"],
                 bundles=[tmp_path / "bundle", tmp_path / "folder"],
             )
+
+
+def test_what_the_system_lets_nobody_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it lets root, who runs tests."""
+    (tmp_path / "old").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(outputs, "unwritable", lambda folder: "Read-only file system")
+    for name in ("old", "new"):
+        with pytest.raises(CannotCreateError, match="cannot be written to"):
+            check_output(tmp_path / name)
