@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -75,6 +76,7 @@ class Options:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        _plain(self)
         if self.speculate not in SPECULATE:
             raise UsageError(f"speculate is {_shown(self.speculate)}; one of {', '.join(SPECULATE)} was expected.")
         _whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
@@ -139,6 +141,7 @@ class EngineOptions:
     draft: str | Path | None = None
 
     def __post_init__(self) -> None:
+        _plain(self)
         if self.device not in DEVICES:
             raise UsageError(f"Device {self.device!r} is not known; choose one of {', '.join(DEVICES)}.")
         for name, value, allowed in (("preset", self.preset, PRESETS), ("kv", self.kv, KVS)):
@@ -238,6 +241,13 @@ def result_of(chunks: Iterable[Chunk]) -> Result:
     *_, last = chunks
     assert last.final is not None
     return last.final
+
+
+def _plain(options: object) -> None:
+    """Make numpy's numbers Python's, the only ones that C functions and JSON take."""
+    for name, value in list(vars(options).items()):
+        if isinstance(value, Real) and not isinstance(value, int | float):
+            object.__setattr__(options, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

@@ -727,6 +727,15 @@ def test_options_out_of_range_name_the_field(bad: dict[str, Any]) -> None:
         Options(**bad)
 
 
+def test_numbers_of_numpy_are_taken_for_what_they_are() -> None:
+    drawn = Options(seed=np.int64(3), max_tokens=np.int32(5), temperature=np.float32(0.5))  # type: ignore[arg-type]
+    assert (drawn, type(drawn.seed), type(drawn.temperature)) == (Options(5, 0.5, seed=3), int, float)
+    assert type(EngineOptions(threads=np.uint8(2)).threads) is int  # type: ignore[arg-type]
+    for bad in (np.float32(2), np.int64(0), np.bool_(True)):
+        with pytest.raises(UsageError, match="max_tokens"):
+            Options(max_tokens=bad)  # type: ignore[arg-type]
+
+
 def test_options_at_their_limits_are_taken() -> None:
     Options(max_tokens=1 << 20, temperature=100.0, top_k=1 << 24, min_p=1.0, seed=(1 << 32) - 1, top_logprobs=20)
     Options(max_tokens=1, temperature=0.0, top_p=0, top_k=0, min_p=0.0, seed=0, top_logprobs=0)
