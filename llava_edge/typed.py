@@ -43,7 +43,10 @@ class Printable:
 
 
 def build(kind: type[T], raw: object, place: str = "it") -> T:
-    """A dataclass from a dict. Raises `ValueError` with what is wrong; `place` begins that clause."""
+    """A dataclass from a dict, or a list of them from a list.
+
+    Raises `ValueError` with what is wrong; `place` begins that clause.
+    """
     made: T = _build(kind, raw, place, "")
     return made
 

@@ -13,9 +13,9 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from llava_edge.bundle import VISION, VISION_DATA, Bundle
 from llava_edge.errors import BundleError, LlavaEdgeError, UnavailableError
 from llava_edge.runtimes import bindings, devices, native
 from llava_edge.runtimes.vision import VisionEncoder
+from llava_edge.typed import Range, build
 
 ROUNDS = 2  # each candidate is opened and measured in turns with the others
 GAIN = 0.05  # of its time: less than this is noise, and the plain settings stay
@@ -36,7 +37,7 @@ EQUAL, EQUAL_INT8 = 1e-3, 3e-2
 class Setting:
     """One way to run vision.onnx, with the best of its times in milliseconds."""
 
-    threads: int
+    threads: Annotated[int, Range(1, 512)]
     prepack: bool
     load_ms: float = 0.0
     encode_ms: float = 0.0
@@ -99,12 +100,8 @@ def _remember(bundle: Bundle, found: Sequence[Setting]) -> None:
 def known(bundle: Bundle) -> list[Setting]:
     """What was measured for this bundle's tower, processor and version of ONNX Runtime; empty if nothing was."""
     try:
-        raw = json.loads(_path(bundle).read_text("utf-8"))
-        found = [Setting(**item) for item in raw]
-        kinds = (int, bool, float, float, bool)
-        good = all(tuple(map(type, astuple(item))) == kinds and 1 <= item.threads <= 512 for item in found)
-        return found if good else []
-    except (OSError, ValueError, TypeError, AttributeError, LlavaEdgeError, ImportError):
+        return build(list[Setting], json.loads(_path(bundle).read_text("utf-8")))
+    except (OSError, ValueError, RecursionError, LlavaEdgeError, ImportError):
         return []
 
 
