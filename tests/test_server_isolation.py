@@ -70,6 +70,17 @@ def begun(connection: socket.socket) -> socket.socket:
     return connection
 
 
+@contextlib.contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """Nothing is computed meanwhile, so that no answer ends."""
+    child = server.child()
+    os.kill(child, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGCONT)
+
+
 # Two processes.
 
 
@@ -255,6 +266,7 @@ def test_who_leaves_is_not_worked_for(stage: str, server: Server, long_answer: d
     assert server.health()["crashes"] == crashes
 
 
+@linux
 def test_answers_come_in_the_order_of_the_questions(server: Server, long_answer: dict[str, Any]) -> None:
     running_first = begun(server.start(long_answer))
     done: list[int] = []
@@ -264,26 +276,31 @@ def test_answers_come_in_the_order_of_the_questions(server: Server, long_answer:
         done.append(number)
 
     threads = []
-    for number in range(3):
-        waiting = server.start({**long_answer, "stream": False, "max_tokens": 200})  # longer than a thread waits here
-        threads.append(threading.Thread(target=wait, args=(number, waiting)))
-        threads[-1].start()
-        server.wait_until(lambda number=number: server.health()["queue"] == number + 1)
+    with paused(server):
+        for number in range(3):
+            waiting = server.start(
+                {**long_answer, "stream": False, "max_tokens": 200}
+            )  # longer than a thread waits here
+            threads.append(threading.Thread(target=wait, args=(number, waiting)))
+            threads[-1].start()
+            server.wait_until(lambda number=number: server.health()["queue"] == number + 1)
     running_first.close()
     for thread in threads:
         thread.join()
     assert done == [0, 1, 2]
 
 
+@linux
 def test_a_full_queue_refuses_at_once(micro_bundle: Path, tmp_path: Path) -> None:
     with running(micro_bundle, tmp_path, "--queue", "2") as server:
         busy = begun(server.start(question("Hello", stream=True, max_tokens=480)))
-        waiting = [server.start(question("Hello", max_tokens=2)) for _ in range(2)]
-        server.wait_until(lambda: server.health()["queue"] == 2)
-        for _ in range(20):
-            status, headers, body = server.chat(question())
-            assert (status, json.loads(body)["error"]["type"]) == (503, "overloaded_error")
-            assert int(headers["retry-after"]) > 0
+        with paused(server):
+            waiting = [server.start(question("Hello", max_tokens=2)) for _ in range(2)]
+            server.wait_until(lambda: server.health()["queue"] == 2)
+            for _ in range(20):
+                status, headers, body = server.chat(question())
+                assert (status, json.loads(body)["error"]["type"]) == (503, "overloaded_error")
+                assert int(headers["retry-after"]) > 0
         busy.close()
         assert all(read_all(connection).startswith(b"HTTP/1.1 200") for connection in waiting)
 
