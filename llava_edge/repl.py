@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 HELP = """/image FILE   show an image with the next question
 /reset        forget the conversation and its images
-/save FILE    write the conversation as JSON
-/load FILE    go on with a saved conversation instead of this one
-/help         this list
-/quit         leave (Ctrl-D too); Ctrl-C stops an answer"""
+/save FILE    save the conversation as JSON
+/load FILE    replace this conversation with a saved one
+/help         show this list
+/quit         quit (or Ctrl-D); Ctrl-C stops an answer"""
 
 Waiting = Callable[[str], AbstractContextManager[Callable[[], object]]]
 
@@ -93,14 +93,14 @@ class Repl:
             except KeyboardInterrupt:
                 if already or sys.stdin is None or not sys.stdin.isatty():
                     raise
-                _remark("\n(/quit or Ctrl-D leaves, and so does Ctrl-C once more)")
+                _remark("\n(to quit: /quit, Ctrl-D, or Ctrl-C again)")
         raise AssertionError("the second interruption was raised")
 
     def _handle(self, name: str, rest: str, line: str) -> None:
         if name in self._commands:
             self._commands[name](rest)
         elif name.startswith("/") and "/" not in name[1:]:
-            _remark(f"There is no command {name}. /help lists them.")
+            _remark(f"There is no command {name}; /help lists all commands.")
         else:
             self._say(line)
 
@@ -115,7 +115,7 @@ class Repl:
                     shown = True
                     self._show(chunk.text)
                     if chunk.finish_reason == "length":
-                        _remark("\n(cut off: the longest answer or the end of the context is reached)")
+                        _remark("\n(cut off: --max-tokens reached, or the context is full)")
         finally:
             if len(self._chat.messages) == before:
                 self._pending = pictures  # the question can be asked again
@@ -133,14 +133,14 @@ class Repl:
     def _reset(self, _: str) -> None:
         self._chat.reset()
         self._pending, self._names = [], []
-        _remark("Forgotten.")
+        _remark("Conversation cleared.")
 
     def _save(self, name: str) -> None:
         path = _named("/save", name)
         if path is None:
             return
         if not saved.may_be_replaced(path):
-            _remark(f"{path} exists and is no saved conversation; choose another name.")
+            _remark(f"{path} exists and is not a saved conversation; choose another name.")
             return
         messages = self._chat.messages
         try:
@@ -165,7 +165,7 @@ class Repl:
         self.add(pictures[found.shown :], list(found.images))
         _remark(f"Loaded {len(found.messages)} messages from {path}.")
         if self._pending:
-            _remark(f"Images that will be shown with your next question: {len(self._pending)}.")
+            _remark(f"Images to be shown with your next question: {len(self._pending)}.")
 
 
 def _named(command: str, name: str) -> Path | None:

@@ -546,7 +546,7 @@ def test_a_comparison_says_what_else_changed(
     assert f"processor: i486 then, {measured.machine['processor']} now" in err
     assert f"onnxruntime: 0.1 then, {measured.versions['onnxruntime']} now" in err
     _, _, err = execute(capsys, *command, other)
-    assert err.startswith(f"llava-edge: {other} has no configuration of this run")
+    assert err.startswith(f"llava-edge: {other} has none of this run's configurations")
 
 
 @pytest.mark.usefixtures("nothing_runs")

@@ -76,7 +76,7 @@ def test_no_command_shows_help(run: Run) -> None:
 
 def test_the_answer_is_on_stdout_and_nothing_else(micro_bundle: Path, photo: Path, run: Run) -> None:
     code, out, err = run("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "8")
-    assert (code, err) == (0, "(cut off after 8 tokens: --max-tokens allows no more)\n")
+    assert (code, err) == (0, "(cut off after 8 tokens: --max-tokens reached)\n")
     assert out.endswith("\n")
     _, json_out, _ = run("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "8", "--json")
     assert json.loads(json_out)["text"] + "\n" == out
@@ -85,7 +85,7 @@ def test_the_answer_is_on_stdout_and_nothing_else(micro_bundle: Path, photo: Pat
 def test_an_answer_that_the_context_ends_says_so(micro_bundle: Path, run: Run) -> None:
     code, _, err = run("run", "--model", micro_bundle, *LIGHT, "--prompt", "hello", "--context", "120")
     assert code == 0
-    assert re.fullmatch(r"\(cut off after \d+ tokens: the context is full, see --context\)\n", err)
+    assert re.fullmatch(r"\(cut off after \d+ tokens: the context is full; see --context\)\n", err)
 
 
 def test_json_has_the_documented_fields(micro_bundle: Path, photo: Path, run: Run) -> None:
@@ -127,8 +127,8 @@ def test_answers_of_a_form(micro_bundle: Path, tmp_path: Path, run: Run) -> None
         ("--json-schema", None, 66, "which does not exist"),
         ("--json-schema", b"", 65, "which is empty"),
         ("--json-schema", b"\xff", 65, "not UTF-8"),
-        ("--json-schema", b"{", 65, "is no JSON"),
-        ("--json-schema", b"[" * 100_000, 65, "is no JSON"),
+        ("--json-schema", b"{", 65, "is not JSON"),
+        ("--json-schema", b"[" * 100_000, 65, "is not JSON"),
         ("--json-schema", b'{"properties": {"a": {"pattern": "x"}}}', 65, "at '#/properties/a' uses 'pattern'"),
         ("--grammar", None, 66, "which does not exist"),
         ("--grammar", b" \n", 65, "which is empty"),
@@ -208,7 +208,7 @@ def test_more_threads_than_processors_are_said_to_be_slow(
     assert run(*common, "2")[2] == ""
     code, _, err = run(*common, "3")
     assert (code, err.count("\n")) == (0, 1)
-    assert "3 threads wait for each other on 2 processors" in err
+    assert "3 threads on 2 processors wait for each other" in err
 
 
 class _Stdin:
@@ -236,7 +236,7 @@ def test_a_pipe_in_place_of_a_picture(micro_bundle: Path, tmp_path: Path, run: R
     os.mkfifo(tmp_path / "pipe")
     code, _, err = run("run", "--model", micro_bundle, "--image", tmp_path / "pipe")
     assert code == 66
-    assert "pipe the picture into this command with --image -." in err
+    assert "pipe the image into this command with --image -." in err
 
 
 def test_pictures_are_found_as_people_name_them(
@@ -307,7 +307,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["info", "no-such"], 66, "known models"),
     (["info", "llava-hf/llava-1.5-7b-hf"], 66, "'llava-hf/llava-1.5-7b-hf' is not here, and"),
     (["models", "pull", "llava-hf/llava-1.5-7b-hf"], 66, "downloads no model but its own"),
-    (["export", "llava-hf/llava-1.5-7b-hf", "out"], 66, "but its own: download it, then give the folder"),
+    (["export", "llava-hf/llava-1.5-7b-hf", "out"], 66, "but its own: download it, then give its folder"),
     (["export", "https://example.org/x", "out"], 66, "'https://example.org/x' is not here, and"),
     (["export", "{}", "out", "--base", "lmsys/vicuna-7b-v1.5"], 66, "'lmsys/vicuna-7b-v1.5' is not here, and"),
     (["export", "{}", "out", "--vision-tower", "openai/clip"], 66, "'openai/clip' is not here, and"),
@@ -468,7 +468,7 @@ def test_closed_streams_and_a_plain_locale(micro_bundle: Path) -> None:
     command = f'"{sys.executable}" -m llava_edge run --model "{micro_bundle}" --max-tokens 4 --prompt hi'
     command += f" {' '.join(LIGHT)}"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    talk = b"(cut off after 4 tokens: --max-tokens allows no more)\n"
+    talk = b"(cut off after 4 tokens: --max-tokens reached)\n"
     closed = b"llava-edge: Standard output is closed.\n"
     wanted = {"": (0, talk), "<&-": (0, talk), "2>&-": (0, b""), ">&-": (74, closed), ">&- 2>&- <&-": (74, b"")}
     for redirect, outcome in wanted.items():
@@ -643,10 +643,10 @@ def test_doctor_looks_at_the_cache_folder(run: Run, tmp_path: Path, monkeypatch:
     def found() -> dict[str, dict[str, str]]:
         return {finding["subject"]: finding for finding in json.loads(run("doctor", "--json")[1])["findings"]}
 
-    assert [found()[name]["level"] for name in ("cache folder", "known pictures")] == ["ok", "ok"]
+    assert [found()[name]["level"] for name in ("cache folder", "image cache")] == ["ok", "ok"]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 30))
-    assert "nothing is kept: 1.0 GiB of the disk are free, and 2 must stay free" in found()["known pictures"]["text"]
+    assert "nothing is kept: 1.0 GiB of the disk are free, and 2 must stay free" in found()["image cache"]["text"]
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "file"))
     assert found()["cache folder"]["level"] == "note"

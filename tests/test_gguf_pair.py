@@ -362,7 +362,7 @@ def test_mixed_up_files_are_one_sentence(pair: tuple[Path, Path], source: Path, 
         ((language, out, "--mmproj", tmp_path / "none.gguf"), 66, "does not exist"),
         ((language, out, "--mmproj", mmproj), 65, "lacks the control tokens <s>, </s>"),
         ((language, out, "--mmproj", mmproj, "--template", "nonsense"), 2, "vicuna_v1"),
-        ((language, out, "--mmproj", mmproj, "--quant", "q4_0"), 2, "leave out --quant"),
+        ((language, out, "--mmproj", mmproj, "--quant", "q4_0"), 2, "omit --quant"),
     ]
     for words, code, said in cases:
         result = command(*words)

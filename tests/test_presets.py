@@ -281,8 +281,8 @@ def test_what_was_measured_is_kept_used_and_shown(
         engine.close()
     shown = CliRunner().invoke(cli, ["doctor", "--json", "--model", str(micro_bundle)])
     vision = [item["text"] for item in json.loads(shown.stdout)["findings"] if item["subject"] == "vision"]
-    assert f"latency takes {fastest}" in vision
-    assert f"memory takes {found[0]}" in vision
+    assert f"latency uses {fastest}" in vision
+    assert f"memory uses {found[0]}" in vision
 
 
 def test_threads_that_were_asked_for_stay(micro_bundle: Path, quiet: None) -> None:

@@ -104,7 +104,7 @@ def test_what_is_no_conversation_is_not_even_read(
     names = [tmp_path / "pipe", tmp_path / "film", tmp_path]
     talk([f"/save {name}" for name in names])
     said = capsys.readouterr().err
-    assert all(f"{name} exists and is no saved conversation" in said for name in names)
+    assert all(f"{name} exists and is not a saved conversation" in said for name in names)
 
 
 def test_a_conversation_is_saved_where_people_mean(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_a_loaded_conversation_goes_on_as_the_saved_one(
     assert [picture.key for picture in second._pictures] == [picture.key for picture in first._pictures]
     assert shown.endswith(last.removeprefix(talk(["forget this"])[1]))
     said = capsys.readouterr().err
-    assert f"Loaded 6 messages from {path}.\nImages that will be shown with your next question: 1.\n" in said
+    assert f"Loaded 6 messages from {path}.\nImages to be shown with your next question: 1.\n" in said
 
 
 def test_what_was_loaded_can_be_saved_and_forgotten(talk: Talk, tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_ctrl_c_at_the_prompt_keeps_the_conversation(
     with pytest.raises(KeyboardInterrupt):
         Repl(chat, lambda text: None).run()
     assert [message.text for message in chat.messages if message.role == "user"] == ["hello", "and?"]
-    assert capsys.readouterr().err.count("/quit or Ctrl-D leaves") == 2
+    assert capsys.readouterr().err.count("to quit: /quit, Ctrl-D") == 2
 
 
 def test_a_full_context_names_the_way_out(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:

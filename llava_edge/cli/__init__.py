@@ -26,18 +26,18 @@ from llava_edge.runtimes import limit_spinning
 
 # Name -> one line of help. Static, so that --help imports no subcommand.
 COMMANDS = {
-    "run": "Answer a question about an image.",
-    "chat": "Talk about images in the terminal.",
-    "serve": "Serve a model to programs and browsers on this machine.",
-    "models": "List models, or pull one.",
-    "cache": "Show or remove what is kept of pictures between runs.",
-    "info": "Show what a bundle, GGUF file or checkpoint holds.",
+    "run": "Answer questions about images.",
+    "chat": "Chat about images in the terminal.",
+    "serve": "Serve a model: OpenAI-compatible API and chat page.",
+    "models": "List or pull models.",
+    "cache": "List or clear the image cache.",
+    "info": "Show what a bundle, GGUF file or checkpoint contains.",
     "verify": "Check every byte of a bundle against its manifest.",
-    "export": "Turn a LLaVA checkpoint into a bundle.",
+    "export": "Convert a LLaVA checkpoint into a bundle.",
     "train": "Train a LLaVA from a recipe.",
     "bench": "Measure speed and memory, stage by stage.",
     "eval": "Measure accuracy on held-out questions.",
-    "doctor": "Check this machine and say what to do.",
+    "doctor": "Check this machine and suggest fixes.",
 }
 
 # What is called otherwise here -> how.
@@ -83,13 +83,13 @@ class _Group(click.Group):
 
 def _instead(name: str) -> str:
     if is_file(name):
-        return f"; for a picture run: llava-edge run --image {shlex.quote(name)}"
+        return f"; to ask about an image, run: llava-edge run --image {shlex.quote(name)}"
     if name in ("rm", "remove", "delete"):
         return "; 'llava-edge models list' shows the folders of models, which may be removed."
     from difflib import get_close_matches
 
     meant = ELSEWHERE.get(name) or next(iter(get_close_matches(name, COMMANDS, 1)), "")
-    return f"; perhaps 'llava-edge {meant}' is meant." if meant else "; 'llava-edge --help' lists them all."
+    return f"; did you mean 'llava-edge {meant}'?" if meant else "; 'llava-edge --help' lists all commands."
 
 
 @click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -145,7 +145,7 @@ def execute(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return BROKEN_PIPE
     except MemoryError:
-        return _fail("There is not enough memory for this.", MemoryLimitError.exit_code)
+        return _fail("Not enough memory.", MemoryLimitError.exit_code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", StorageError.exit_code)

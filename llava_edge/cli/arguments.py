@@ -31,14 +31,14 @@ Decorator = Callable[[Command], Command]
 MAX_STDIN_BYTES = 1 << 28  # as for image files
 
 _SAMPLING = {
-    "max_tokens": "Longest answer.",
-    "temperature": "0 is greedy: always the likeliest token.",
-    "top_p": "Draw from the smallest set of tokens with this probability.",
-    "top_k": "Draw from this many tokens; 0 is all.",
-    "min_p": "Draw from tokens this likely relative to the best.",
-    "repeat_penalty": "Above 1, say 1.1, tokens that the answer has already are less likely.",
-    "seed": "Of the draw; another one each time if not given.",
-    "image_tokens": "Positions a picture may take, for speed; 0 is all.",
+    "max_tokens": "Maximum number of tokens in an answer.",
+    "temperature": "Sampling temperature (0: greedy).",
+    "top_p": "Sample from the smallest set of tokens with this total probability.",
+    "top_k": "Sample from this many of the likeliest tokens (0: all).",
+    "min_p": "Sample from tokens at least this likely relative to the likeliest.",
+    "repeat_penalty": "Penalty for tokens already in the answer, such as 1.1 (1: none).",
+    "seed": "Random seed; a new one each time if omitted.",
+    "image_tokens": "Maximum number of tokens per image (0: all); fewer are faster.",
 }
 _ENGINE = ("device", "threads", "context", "preset", "kv", "cache", "verbose", "draft")
 
@@ -46,27 +46,29 @@ _ENGINE = ("device", "threads", "context", "preset", "kv", "cache", "verbose", "
 def engine_options(command: Command) -> Command:
     """Add the model and the engine options; the command receives them as keyword arguments."""
     options: list[Decorator] = [
-        click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model or bundle."),
-        click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
-        click.option("--threads", type=int, default=0, help="To compute with; 0 is one per physical core."),
         click.option(
-            "--context", type=int, default=0, help="Positions, no more than the model knows; 0 is so many, up to 4096."
+            "--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model name or bundle folder."
         ),
+        click.option(
+            "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Device to compute on."
+        ),
+        click.option("--threads", type=int, default=0, help="Number of threads (0: one per physical core)."),
+        click.option("--context", type=int, default=0, help="Context length in tokens (0: the model's, at most 4096)."),
         click.option(
             "--preset",
             type=click.Choice(PRESETS),
             default="auto",
             show_default=True,
-            help="Re-ordered copies of weights for speed, or mapped weights alone.",
+            help="latency: copy weights into a faster order where that pays; memory: only memory-map them.",
         ),
-        click.option("--kv", type=click.Choice(KVS), default="auto", show_default=True, help="Numbers of the context."),
-        click.option("--cache/--no-cache", default=True, help="Keep what pictures became for the next time."),
+        click.option("--kv", type=click.Choice(KVS), default="auto", show_default=True, help="KV cache type."),
+        click.option("--cache/--no-cache", default=True, show_default=True, help="Cache what is computed from images."),
         click.option(
             "--draft",
             metavar="FILE",
-            help="GGUF of a small model of the same vocabulary, which guesses tokens of answers.",
+            help="Draft model for speculative decoding: a small GGUF with the same vocabulary.",
         ),
-        click.option("--verbose", is_flag=True, help="Show the engines' own log on stderr."),
+        click.option("--verbose", is_flag=True, help="Show the engines' logs on stderr."),
     ]
     return _decorated(command, options)
 
@@ -74,13 +76,13 @@ def engine_options(command: Command) -> Command:
 def generation_options(command: Command) -> Command:
     """Add the engine and sampling options; the command receives them as keyword arguments."""
     options: list[Decorator] = [
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; repeatable."),
         click.option(
             "--speculate",
             type=click.Choice(SPECULATE),
             default="auto",
             show_default=True,
-            help="Guess tokens from what was said before; the same answer, often sooner.",
+            help="Guess tokens from earlier text and check them: same answer, often sooner.",
         ),
     ]
     defaults = Options()
@@ -110,8 +112,8 @@ def engine_options_from(values: dict[str, Any]) -> EngineOptions:
     if engine.draft:
         engine = replace(engine, draft=meant(values["draft"]))
     if engine.threads > (processors := len(allowed_cpus())):
-        slow = f"{engine.threads} threads wait for each other on {processors} processors"
-        click.echo(f"({slow}, which takes many times as long; leave --threads out, or give fewer)", err=True)
+        slow = f"{engine.threads} threads on {processors} processors wait for each other"
+        click.echo(f"({slow} and take many times as long; use fewer, or omit --threads)", err=True)
     return engine
 
 
@@ -131,10 +133,10 @@ class AboutPictures(click.Command):
         if rest and not ctx.resilient_parsing:
             if is_file(rest[0]):
                 raise click.UsageError(
-                    f"{rest[0]!r} has no option before it; for a picture use --image {shlex.quote(rest[0])}.", ctx
+                    f"Unexpected argument {rest[0]!r}; for an image, use --image {shlex.quote(rest[0])}.", ctx
                 )
             raise click.UsageError(
-                f"{rest[0]!r} has no option before it; pictures are given with --image, questions with --prompt.", ctx
+                f"Unexpected argument {rest[0]!r}; give images with --image and questions with --prompt.", ctx
             )
         return rest
 
@@ -144,7 +146,7 @@ class CheckpointPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """From what was typed: a Path loses a slash of an address."""
-        refuse_download(str(value), "download it, then give the folder that it is in")
+        refuse_download(str(value), "download it, then give its folder")
         return super().convert(value, param, ctx)
 
 
@@ -177,14 +179,14 @@ def picture_path(name: str) -> str:
     """The path that --image means, as in `chat`. Raises `UsageError` if there is nothing in it."""
     path = meant(name)
     if not path.strip():
-        raise UsageError(f"--image is {name!r}; the path of a picture was expected.")
+        raise UsageError(f"--image is {name!r}; expected the path of an image.")
     return path
 
 
 def read_stdin() -> bytes:
     """All of standard input, for `-`. Raises `UsageError` when there is none, `DataError` when it is too long."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("'-' reads standard input, but nothing is piped into it.")
+        raise UsageError("'-' reads standard input, but nothing is piped in.")
     data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
     if len(data) > MAX_STDIN_BYTES:
         raise DataError(f"Standard input has more than {MAX_STDIN_BYTES} bytes.")

@@ -24,43 +24,43 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, metavar="NAME|DIR", help="Model or bundle; may be repeated.")
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--model", "models", multiple=True, metavar="NAME|DIR", help="Model name or bundle folder; repeatable.")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Device to compute on.")
 @click.option(
-    "--threads", callback=_numbers, default="0", metavar="N,N", help="Each in turn; 0 is one per physical core."
+    "--threads", callback=_numbers, default="0", metavar="N,N", help="Thread counts to try (0: one per physical core)."
 )
 @click.option(
-    "--context", "contexts", callback=_numbers, default="0", metavar="N,N", help="Each in turn; 0 is the model's."
+    "--context", "contexts", callback=_numbers, default="0", metavar="N,N", help="Context lengths to try (0: default)."
 )
 @click.option(
-    "--image-tokens", "budgets", callback=_numbers, default="0", metavar="N,N", help="Each in turn; 0 is all."
+    "--image-tokens", "budgets", callback=_numbers, default="0", metavar="N,N", help="Tokens per image to try (0: all)."
 )
 @click.option("--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=["auto"], show_default=True,
-              help="Each in turn; may be repeated.")  # fmt: skip
-@click.option("--image", metavar="FILE", help="Picture to show; a drawn one unless given.")
-@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="The question.")
-@click.option("--max-tokens", type=int, default=32, show_default=True, help="Longest answer.")
+              help="Preset to try; repeatable.")  # fmt: skip
+@click.option("--image", metavar="FILE", help="Image to ask about; a generated one if omitted.")
+@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="Question to ask.")
+@click.option("--max-tokens", type=int, default=32, show_default=True, help="Maximum number of tokens in an answer.")
 @click.option(
-    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="Processes for each configuration."
+    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="Measured processes per configuration."
+)
+@click.option("--warmup", type=click.IntRange(0), default=1, show_default=True, help="Uncounted processes before them.")
+@click.option("--limits/--no-limits", default=True, show_default=True, help="Measure this machine's limits.")
+@click.option(
+    "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a CSV file, one row per stage."
 )
 @click.option(
-    "--warmup", type=click.IntRange(0), default=1, show_default=True, help="Processes before that, not counted."
+    "--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", help="Write charts to an HTML page."
 )
-@click.option("--limits/--no-limits", default=True, help="Measure what the machine can do at most.")
-@click.option(
-    "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write one row for each stage."
-)
-@click.option("--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with charts.")
 @click.option("--compare", "older", type=click.Path(path_type=Path), multiple=True, metavar="OLD.json",
-              help="Earlier output to compare with; may be repeated.")  # fmt: skip
+              help="Earlier output to compare with; repeatable.")  # fmt: skip
 def bench(
     models: tuple[str, ...], image: str | None, csv_file: Path | None, html_file: Path | None, older: tuple[Path, ...],
     **values: Any,
 ) -> None:  # fmt: skip
-    """Measure every stage of an answer, and what share of the machine's limits it reaches.
+    """Measure every stage of an answer, and the share of the machine's limits it reaches.
 
-    A table goes to stderr, one JSON object to stdout. Each configuration runs in fresh processes, in turns with the
-    others.
+    Prints a table on stderr and a JSON object on stdout. Each configuration runs in fresh processes, interleaved with
+    the others.
 
     \b
     llava-edge bench
@@ -84,10 +84,12 @@ def bench(
     earlier = {str(path): read_report(path) for path in older}
     for name, old in earlier.items():
         if differs := asked_otherwise(old, settings(plan)):
-            raise UsageError(f"{name} was asked something else: {differs}. Ask the same, or leave out --compare.")
+            raise UsageError(
+                f"{name} was measured with other settings: {differs}. Use the same ones, or omit --compare."
+            )
         if not in_common(old, [configuration for configuration, _ in planned]):
             click.echo(
-                f"llava-edge: {name} has no configuration of this run, so there is nothing to compare.", err=True
+                f"llava-edge: {name} has none of this run's configurations, so there is nothing to compare.", err=True
             )
     with status_line("Measuring") as status:
         report = measure(plan, status.step)

@@ -16,13 +16,13 @@ _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 @click.group()
 def cache() -> None:
-    """Show or remove what is kept of pictures: neither pictures nor answers, but what the model made of them."""
+    """List or clear the image cache: what the model computed from images, not the images or answers."""
 
 
 @cache.command("ls")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def list_cache(as_json: bool) -> None:
-    """List entries, the most recently used first."""
+    """List entries, most recently used first."""
     kept = user_cache()
     entries = kept.entries()
     total = sum(entry.size for entry in entries)
@@ -37,7 +37,7 @@ def list_cache(as_json: bool) -> None:
 
 @cache.command("clear")
 def clear_cache() -> None:
-    """Remove every entry."""
+    """Remove all entries."""
     count, size = user_cache().clear()
     click.echo(f"{count} entries removed, {size / 1e6:.1f} MB.", err=True)
 

@@ -13,11 +13,11 @@ from llava_edge.cli.terminal import advise, show, status_line
 
 
 @click.command(cls=AboutPictures)
-@click.option("--image", "images", multiple=True, metavar="FILE", help="Image to begin with; may be repeated.")
-@click.option("--system", default="", metavar="TEXT", help="System text in place of the model's own.")
+@click.option("--image", "images", multiple=True, metavar="FILE", help="Image for the first question; repeatable.")
+@click.option("--system", default="", metavar="TEXT", help="System prompt, instead of the model's own.")
 @generation_options
 def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> None:
-    """Talk about images. /image FILE adds one, /help lists the commands, Ctrl-C stops an answer.
+    """Chat about images. /image FILE adds one, /help lists all commands, Ctrl-C stops an answer.
 
     \b
     llava-edge chat --image photo.jpg

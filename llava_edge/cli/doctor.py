@@ -37,13 +37,11 @@ class Finding:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--model", default=store.DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model to look at.")
-@click.option(
-    "--tune", is_flag=True, help="First measure how its pictures are encoded fastest here; later runs use it."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@click.option("--model", default=store.DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model to check.")
+@click.option("--tune", is_flag=True, help="First find the fastest settings for encoding images; later runs use them.")
 def doctor(as_json: bool, model: str, tune: bool) -> None:
-    """Check this machine and say what to do. Exit code 69 if something required is broken."""
+    """Check this machine and suggest fixes. Exits with 69 if something required is broken."""
     findings = [*_machine(), *_engines(), *_models(model, tune)]
     broken = [finding for finding in findings if finding.level == "broken"]
     if as_json:
@@ -56,7 +54,7 @@ def doctor(as_json: bool, model: str, tune: bool) -> None:
     if broken:
         said = [f"Not everything works: {', '.join(finding.subject for finding in broken)}."]
         said += [finding.text for finding in broken if not finding.fix]  # such a text says itself what to do
-        said += ["Run what is shown above."] if any(finding.fix for finding in broken) else []
+        said += ["Run the commands shown above."] if any(finding.fix for finding in broken) else []
         raise UnavailableError(" ".join(said))
 
 
@@ -72,7 +70,7 @@ def _machine() -> list[Finding]:
         Finding("llava-edge", "ok", f"{__version__}, Python {platform.python_version()} in {sys.prefix}, {versions}"),
         Finding("system", "ok", f"{platform.system()} {platform.release()} {platform.machine()}"),
         Finding("processor", "ok", f"{name}: {' '.join(features) or 'no special features known'}"),
-        Finding("threads", "ok", f"{threads}, because: {reason}"),
+        Finding("threads", "ok", f"{threads} ({reason})"),
         Finding("memory", "ok", free),
     ]
 
@@ -95,7 +93,7 @@ def _engine(subject: str, report: Report, detail: str) -> Finding:
         return Finding(subject, "broken", report.problem, report.fix)
     shown = report.facts[detail]
     shown = shown if isinstance(shown, str) else ", ".join(shown)
-    return Finding(subject, "ok", f"{report.facts['version']} computes here. {shown}")
+    return Finding(subject, "ok", f"{report.facts['version']} works. {shown}")
 
 
 def _models(model: str, tune: bool) -> list[Finding]:
@@ -128,7 +126,7 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
     again = "llava-edge doctor --tune" + ("" if model == store.DEFAULT_MODEL else f" --model {shlex.quote(model)}")
     if measure:
         try:
-            with status_line("Measuring how pictures are encoded fastest") as status:
+            with status_line("Measuring the fastest way to encode images") as status:
                 status(None)
                 tune.measure(bundle)
         except LlavaEdgeError as error:
@@ -136,12 +134,12 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
             return [Finding("vision", level, str(error), again)]
     found = tune.known(bundle)
     if not found:
-        text = "not measured on this machine; the usual settings are used."
+        text = "not tuned on this machine; default settings are used."
         return [Finding("vision", "note", text, again)]
     findings = [Finding("vision", "ok", f"measured here: {item}") for item in found]
     for preset, copies in (("latency", True), ("memory", False)):
         taken = tune.choose(found, copies)
-        findings.append(Finding("vision", "ok", f"{preset} takes {taken}"))
+        findings.append(Finding("vision", "ok", f"{preset} uses {taken}"))
     return findings
 
 
@@ -149,7 +147,7 @@ def _home(folder: Path) -> Finding:
     problem = unwritable(folder)
     if not problem:
         return Finding("cache folder", "ok", str(folder))
-    text = f"{folder} cannot be written to ({problem}): no model can be pulled, and nothing is kept."
+    text = f"{folder} cannot be written to ({problem}): models cannot be pulled, and nothing is cached."
     return Finding("cache folder", "note", text, "export LLAVA_EDGE_HOME=FOLDER")
 
 
@@ -159,12 +157,12 @@ def _pictures() -> Finding:
     try:
         kept = user_cache()
     except LlavaEdgeError as error:
-        return Finding("known pictures", "broken", str(error), "unset LLAVA_EDGE_CACHE_MIB")
+        return Finding("image cache", "broken", str(error), "unset LLAVA_EDGE_CACHE_MIB")
     entries = kept.entries()
     size = sum(entry.size for entry in entries)
     text = f"{len(entries)} entries, {size / 1e6:.1f} of {kept.limit / 1e6:.0f} MB"
     obstacle = kept.obstacle()
-    return Finding("known pictures", "note" if obstacle else "ok", f"{text}; {obstacle}" if obstacle else text)
+    return Finding("image cache", "note" if obstacle else "ok", f"{text}; {obstacle}" if obstacle else text)
 
 
 def _version(package: str) -> str:

@@ -24,13 +24,21 @@ Progress = Callable[[int, int], None]
 
 
 @click.command("eval")
-@click.option("--bundle", "bundles", multiple=True, help="Bundle folder or model name to judge; repeatable.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Checkpoint to judge in PyTorch, float32.")
-@click.option("--photos", type=click.Path(path_type=Path), required=True, help="Folder of photos with labels.jsonl.")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder for the held-out data.")
-@click.option("--limit", type=click.IntRange(1), help="At most this many questions a set (evenly spread).")
+@click.option("--bundle", "bundles", multiple=True, metavar="NAME|DIR", help="Model name or bundle folder; repeatable.")
 @click.option(
-    "--image-tokens", "budgets", multiple=True, type=click.IntRange(0), help="Token budget of the bundles; repeatable."
+    "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Checkpoint to evaluate in PyTorch (float32)."
+)
+@click.option(
+    "--photos", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Photos with labels.jsonl."
+)
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the held-out data.")
+@click.option("--limit", type=click.IntRange(1), help="Maximum number of questions per set, evenly spread.")
+@click.option(
+    "--image-tokens",
+    "budgets",
+    multiple=True,
+    type=click.IntRange(0),
+    help="Tokens per image (0: all), for bundles; repeatable.",
 )
 @click.option(
     "--token-method",
@@ -39,9 +47,9 @@ Progress = Callable[[int, int], None]
     type=click.Choice(TOKEN_METHODS),
     default=["cls"],
     show_default=True,
-    help="How budgets are kept; repeatable.",
+    help="How images are reduced to fewer tokens; repeatable.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def eval(
     bundles: tuple[str, ...],
     checkpoint: Path | None,
@@ -52,14 +60,14 @@ def eval(
     methods: tuple[TokenMethod, ...],
     as_json: bool,
 ) -> None:
-    """Accuracy on each held-out set, beside majority, blank-image and shuffled-image baselines.
+    """Measure accuracy on each held-out set, beside majority, blank-image and shuffled-image baselines.
 
     \b
     llava-edge eval --photos photos --bundle smol --checkpoint runs/smol/model
     llava-edge eval --photos photos --bundle smol --image-tokens 0 --image-tokens 25 --image-tokens 9
     """
     if not bundles and checkpoint is None:
-        raise UsageError("Name at least one --bundle or a --checkpoint to judge.")
+        raise UsageError("Name at least one --bundle or a --checkpoint to evaluate.")
     variants = _variants(budgets, methods)
     _check(bundles, variants)
     with needing("train", "Evaluation"):
@@ -77,7 +85,7 @@ def eval(
     train = question_sets(items, "train")
     asked = {name: _thin(questions, limit) for name, questions in question_sets(items).items()}
     sets = {name: questions for name, questions in asked.items() if questions and train[name]}
-    with status_line("eval") as status:
+    with status_line("Evaluating") as status:
 
         def progress(label: str) -> Progress:
             return lambda done, total: status.step(f"{label} {done}/{total}", done / total)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     type=click.Choice(["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"], case_sensitive=False),  # llama.cpp writes Q4_K_M
     default="q4_k_m",
     show_default=True,
-    help="Of the language model.",
+    help="Quantization of the language model.",
 )
 @click.option(
     "--vision",
@@ -44,52 +44,64 @@ if TYPE_CHECKING:
 @click.option(
     "--base",
     type=CheckpointPath(path_type=Path),
-    help="The model that CHECKPOINT changes, if it is a LoRA, a delta or a projector alone.",
+    metavar="DIR",
+    help="Base model, if CHECKPOINT is a LoRA, a delta or only a projector.",
 )
 @click.option(
-    "--vision-tower", type=CheckpointPath(path_type=Path), help="CLIP folder, if CHECKPOINT has no CLIP inside."
+    "--vision-tower",
+    type=CheckpointPath(path_type=Path),
+    metavar="DIR",
+    help="CLIP folder, if CHECKPOINT does not contain CLIP.",
 )
-@click.option("--template", help="Prompt layout, instead of the one the checkpoint suggests.")
-@click.option("--mmproj", type=click.Path(path_type=Path), help="CHECKPOINT is a GGUF; this is its picture encoder.")
-@click.option("--emit-mmproj", type=click.Path(path_type=Path), help="Also write the picture encoder for llama.cpp.")
-@click.option("--name", default="", help="Of the model; the name of OUT unless given.")
-@click.option("--force", is_flag=True, help="Replace OUT if it is a bundle, and what --emit-mmproj wrote before.")
-@click.option("--force-publish", is_flag=True, help="Publish even if a stage differs from PyTorch too much.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="For quantizing; 0 is all cores.")
-@click.option("--imatrix", is_flag=True, help="Spend the bits of 4 and 5 bit weights where pictures need them.")
+@click.option("--template", metavar="NAME", help="Prompt layout, instead of the one CHECKPOINT suggests.")
+@click.option(
+    "--mmproj", type=click.Path(path_type=Path), metavar="FILE", help="mmproj file of CHECKPOINT, if that is a GGUF."
+)
+@click.option(
+    "--emit-mmproj", type=click.Path(path_type=Path), metavar="FILE", help="Also write an mmproj file for llama.cpp."
+)
+@click.option("--name", default="", help="Name of the model; that of OUT if omitted.")
+@click.option("--force", is_flag=True, help="Overwrite an existing bundle OUT and an earlier --emit-mmproj file.")
+@click.option("--force-publish", is_flag=True, help="Publish the bundle even if a stage differs too much from PyTorch.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads for quantization (0: all cores).")
+@click.option("--imatrix", is_flag=True, help="Use an importance matrix, measured on drawings, for 4 and 5 bits.")
 @click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
-    help="Folder of photos for that, like those the model will see; implies --imatrix.",
+    metavar="DIR",
+    help="Photos like those the model will see, to measure the matrix on; implies --imatrix.",
 )
 @click.option(
     "--report",
     "report_file",
     type=click.Path(path_type=Path),
-    help="Measure every quantization, with and without --imatrix, and write the table to this Markdown file.",
+    metavar="FILE",
+    help="Compare every quantization, with and without --imatrix, in this Markdown file.",
 )
 @click.option(
     "--report-data",
     type=click.Path(path_type=Path),
-    help="LLaVA conversations (JSON, pictures beside it) that the report measures on; drawings unless given.",
+    metavar="FILE",
+    help="LLaVA conversations (JSON, images beside it) to measure the report on; drawings if omitted.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as a JSON object.")
 def export(report_file: Path | None, as_json: bool, **values: Any) -> None:
-    """Turn CHECKPOINT, a LLaVA of any published layout or a GGUF with --mmproj, into the bundle OUT.
+    """Convert CHECKPOINT into the bundle OUT.
 
-    'llava-edge info CHECKPOINT' says which layout it is and what it needs. Every stage is measured against PyTorch
-    where that is installed; the table ends with the worst stage.
+    CHECKPOINT is a LLaVA in any published layout, or a GGUF with --mmproj. 'llava-edge info CHECKPOINT' shows its
+    layout and what it needs. If PyTorch is installed, every stage is compared with it; the table ends with the worst
+    stage.
     """
     from llava_edge.export import exporter
 
     options = exporter.ExportOptions(**values | {"imatrix": values["imatrix"] or values["calibrate"] is not None})
     if options.mmproj and click.get_current_context().get_parameter_source("quant") is not ParameterSource.DEFAULT:
-        raise UsageError("A GGUF's language model is kept as it is; leave out --quant.")
+        raise UsageError("A GGUF's language model is kept as it is; omit --quant.")
     if options.mmproj and (options.imatrix or report_file):
-        raise UsageError("A GGUF's language model is kept as it is; leave out --imatrix, --calibrate and --report.")
+        raise UsageError("A GGUF's language model is kept as it is; omit --imatrix, --calibrate and --report.")
     reports: list[Report] = []
     if options.report_data and not report_file:
-        raise UsageError("--report-data is what a report measures on; name the report's file with --report.")
+        raise UsageError("--report-data needs --report FILE.")
     if report_file:
         _check_report(report_file, options.out, options.emit_mmproj)
     try:
@@ -116,7 +128,7 @@ def _check_report(path: Path, out: Path, emit_mmproj: Path | None) -> None:
     if path.is_file():
         with path.open("rb") as file:
             if file.read(len(TITLE)) not in (TITLE.encode(), b""):
-                raise CannotCreateError(f"{path} exists and is no earlier report; choose another name.")
+                raise CannotCreateError(f"{path} exists and is not an earlier report; choose another name.")
 
 
 @contextmanager

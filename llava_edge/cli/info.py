@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("thing", default=DEFAULT_MODEL, metavar="[BUNDLE|FILE.gguf|CHECKPOINT]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def info(thing: str, as_json: bool) -> None:
-    """Show what a bundle (folder or model name), a GGUF file or a checkpoint folder holds."""
+    """Show what a bundle (folder or model name), GGUF file or checkpoint folder contains."""
     path = resolve(thing)
     if path.is_file():
         facts = _gguf_facts(path)
@@ -46,7 +46,7 @@ def _print_bundle(path: Path, manifest: Manifest) -> None:
     how = f"made square by {pixels.square}"
     if pixels.square == "anyres":
         sizes = ", ".join(f"{width} x {height}" for width, height in pixels.grids)
-        how = f"the whole and its tiles at {sizes}; {pixels.merge}"
+        how = f"whole, and in tiles at {sizes}; {pixels.merge}"
     total = sum(entry.size for entry in manifest.files.values())
     rows = {
         "model": f"{manifest.name} ({manifest.family}), made by {manifest.created_by}",
@@ -58,7 +58,7 @@ def _print_bundle(path: Path, manifest: Manifest) -> None:
         "projector": f"{manifest.projector.type}, {manifest.projector.precision}",
         "language": f"{language.hidden_size} wide, {language.vocab_size} tokens, {language.quantization}"
         + (f", calibrated on {language.calibration}" if language.calibration else ""),
-        "context": f"{language.context_length} positions",
+        "context": f"{language.context_length} tokens",
         "template": manifest.template,
         "size": f"{total:,} bytes",
     }

@@ -18,12 +18,12 @@ from llava_edge.outputs import unwritable
 
 @click.group()
 def models() -> None:
-    """List models, or pull one."""
+    """List or pull models."""
 
 
 @models.command("list")
 def list_models() -> None:
-    """Show known and installed models."""
+    """List known and installed models."""
     for entry in store.entries():
         state = _state(entry.folder) if entry.folder is not None else "not installed"
         default = " (default)" if entry.name == store.DEFAULT_MODEL else ""
@@ -42,9 +42,9 @@ def _state(folder: Path) -> str:
 
 @models.command("pull")
 @click.argument("name", default=store.DEFAULT_MODEL, metavar="[NAME]")
-@click.option("--force", is_flag=True, help="Make it again even if it is installed.")
+@click.option("--force", is_flag=True, help="Rebuild the model if it is already installed.")
 def pull_model(name: str, force: bool) -> None:
-    """Download the parts of NAME and make its bundle.
+    """Download the parts of NAME and build its bundle.
 
     Needs the extra [export].
     """
@@ -53,11 +53,11 @@ def pull_model(name: str, force: bool) -> None:
     if name not in store.KNOWN_MODELS:
         raise UsageError(f"There is no model {name!r} to pull; choose one of {', '.join(store.KNOWN_MODELS)}.")
     if installed.get(name) and not force:
-        click.echo(f"{name} is already installed in {installed[name]}; --force makes it again.", err=True)
+        click.echo(f"{name} is already installed in {installed[name]}; --force rebuilds it.", err=True)
         return
     with ended_cleanly(), status_line(f"Pulling {name}") as status:
         folder = _pull(name, status.step)
-        status.step("Measuring how pictures are encoded fastest here", None)
+        status.step("Measuring the fastest way to encode images", None)
         _tune(folder)
     click.echo(f"{name} is ready in {folder}. Try: llava-edge run --image photo.jpg", err=True)
 

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=AboutPictures)
-@click.option("--image", "images", multiple=True, metavar="FILE", help="Image to look at; may be repeated; - is stdin.")
+@click.option("--image", "images", multiple=True, metavar="FILE", help="Image to ask about (-: stdin); repeatable.")
 @click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], show_default=True, metavar="TEXT",
-              help="The question; may be repeated; - is stdin.")  # fmt: skip
-@click.option("--system", default="", metavar="TEXT", help="System text in place of the model's own.")
-@click.option("--json-schema", metavar="FILE", help="Answer with JSON that follows the schema in this file.")
-@click.option("--grammar", metavar="FILE", help="Answer in a form that this file has as llama.cpp's GBNF.")
+              help="Question to ask (-: stdin); repeatable.")  # fmt: skip
+@click.option("--system", default="", metavar="TEXT", help="System prompt, instead of the model's own.")
+@click.option("--json-schema", metavar="FILE", help="JSON schema that answers must follow.")
+@click.option("--grammar", metavar="FILE", help="GBNF grammar (llama.cpp's) that answers must follow.")
 @generation_options
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print a JSON object per answer, with timings and memory, each on a line."
+    "--json", "as_json", is_flag=True, help="Print each answer as a JSON object on one line, with timings and memory."
 )
 def run(
     images: tuple[str, ...],
@@ -43,7 +43,7 @@ def run(
     model: str,
     **shared: Any,
 ) -> None:
-    """Answer a question about images.
+    """Answer questions about images.
 
     \b
     llava-edge run --image photo.jpg
@@ -62,7 +62,7 @@ def run(
     started = process_start()
     bundle = Bundle.open(resolve(model))
     if not images and prompts == (DEFAULT_PROMPT,):
-        raise UsageError("There is no image to describe: name one with --image, or ask something else with --prompt.")
+        raise UsageError("There is no image to describe; give one with --image, or a question with --prompt.")
     with loaded(bundle, engine, options, images, _image_source) as (llava, pictures):
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
@@ -73,7 +73,7 @@ def run(
                 click.echo(json.dumps(asdict(result), ensure_ascii=False))
             elif result.finish_reason == "length":
                 full = result.completion_tokens < options.max_tokens
-                why = "the context is full, see --context" if full else "--max-tokens allows no more"
+                why = "the context is full; see --context" if full else "--max-tokens reached"
                 click.echo(f"(cut off after {result.completion_tokens} tokens: {why})", err=True)
 
 
@@ -99,7 +99,7 @@ def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
 def _form(json_schema: str | None, grammar: str | None) -> str:
     """The grammar that answers are held to; empty if there is none."""
     if json_schema is not None and grammar is not None:
-        raise UsageError("--json-schema and --grammar both name the form of an answer; give one of them.")
+        raise UsageError("--json-schema and --grammar cannot be combined; give one of them.")
     if grammar is not None:
         return _text_of(grammar, "--grammar")
     if json_schema is None:
@@ -109,9 +109,9 @@ def _form(json_schema: str | None, grammar: str | None) -> str:
     try:
         return from_schema(json.loads(_text_of(json_schema, "--json-schema")))
     except UsageError as error:
-        raise DataError(f"{json_schema} cannot be followed. {error}") from error
+        raise DataError(f"{json_schema} cannot be used. {error}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{json_schema} is no JSON ({error}); a JSON schema was expected in it.") from error
+        raise DataError(f"{json_schema} is not JSON ({error}); expected a JSON schema.") from error
 
 
 def _text_of(name: str, flag: str) -> str:
@@ -130,7 +130,7 @@ def _text_of(name: str, flag: str) -> str:
 
 def _prompt_texts(prompts: tuple[str, ...], images: tuple[str, ...]) -> tuple[str, ...]:
     if [*prompts, *images].count("-") > 1:
-        raise UsageError("Standard input can be read once, but '-' is given more than once.")
+        raise UsageError("Standard input can be read only once, but '-' is given more than once.")
     return tuple(map(_prompt_text, prompts))
 
 
@@ -154,5 +154,5 @@ def _image_source(name: str) -> str | bytes:
     except OSError:  # a name that is too long
         piped = False
     if piped:
-        raise MissingError(f"{path} is a pipe, not a picture file; pipe the picture into this command with --image -.")
+        raise MissingError(f"{path} is a pipe, not an image file; pipe the image into this command with --image -.")
     return path

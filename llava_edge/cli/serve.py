@@ -17,20 +17,30 @@ from llava_edge.errors import UsageError
 
 @click.command()
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Other than loopback needs a key."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Address to listen on; other than loopback needs a key.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
-@click.option("--api-key-file", type=Path, metavar="FILE", help="Key that clients need; or in $LLAVA_EDGE_API_KEY.")
-@click.option("--allow-host", multiple=True, metavar="NAME", help="Further name this server is called by; repeatable.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on (0: a free one)."
+)
+@click.option(
+    "--api-key-file", type=Path, metavar="FILE", help="File with the clients' API key; or set $LLAVA_EDGE_API_KEY."
+)
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Additional host name for this server; repeatable.")
 @click.option(
     "--allow-origin",
     multiple=True,
     metavar="ORIGIN",
-    help="Let pages of an origin, like http://localhost:3000, use the API; repeatable.",
+    help="Origin whose pages may use the API, such as http://localhost:3000; repeatable.",
 )
-@click.option("--queue", type=click.IntRange(1, 4096), default=16, show_default=True, help="Requests that may wait.")
 @click.option(
-    "--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds an answer may take."
+    "--queue", type=click.IntRange(1, 4096), default=16, show_default=True, help="Maximum number of waiting requests."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Time limit per answer, in seconds."
 )
 @click.option("--insecure-no-key", is_flag=True, help="Serve other machines without a key.")
 @engine_options
@@ -46,14 +56,14 @@ def serve(
     model: str,
     **shared: Any,
 ) -> None:
-    """Serve a model on this machine: OpenAI's API below /v1, a chat page at /.
+    """Serve a model: OpenAI-compatible API under /v1, chat page at /.
 
     \b
     llava-edge serve
     LLAVA_EDGE_API_KEY=... llava-edge serve --host 0.0.0.0 --allow-host box.local
     """
     if not math.isfinite(timeout):
-        raise UsageError(f"--timeout is {timeout}; a number of seconds was expected.")
+        raise UsageError(f"--timeout is {timeout}; expected a number of seconds.")
     engine = engine_options_from(shared)
     from llava_edge.bundle import Bundle
     from llava_edge.server.limits import Limits

@@ -35,7 +35,7 @@ def advise(device: str) -> None:
     from llava_edge.runtimes.native.choice import COMMAND
 
     if sys.stderr.isatty() and device.startswith("cpu") and native.unbuilt():
-        click.echo(f"(native kernels are not built for this version; to build them, run: {COMMAND})", err=True)
+        click.echo(f"(the native kernels are not built for this version; to build them, run: {COMMAND})", err=True)
 
 
 def takes_a_line(stream: TextIO) -> bool:

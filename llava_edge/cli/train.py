@@ -21,12 +21,20 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder; go on here if a run was interrupted.")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder for training data and cached features.")
-@click.option("--photos", type=click.Path(path_type=Path), help="Folder of training photos with labels.jsonl (smol).")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads to compute with.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder; resumes an interrupted run there."
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder for training data and cached features."
+)
+@click.option(
+    "--photos", type=click.Path(path_type=Path), metavar="DIR", help="Folder of photos with labels.jsonl (for smol)."
+)
+@click.option("--threads", type=click.IntRange(1, 1024), help="Number of threads.")
 def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None, threads: int | None) -> None:
-    """Train RECIPE (micro, smol or a TOML file); needs the extra [train].
+    """Train RECIPE (micro, smol or a TOML file).
+
+    Needs the extra [train].
 
     \b
     llava-edge train micro --out runs/micro
@@ -44,11 +52,11 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
             chosen,
             Folders(run, data, data / "features", photos),
             talk=lambda line: click.echo(f"llava-edge: {line}", err=True),
-            encoding=lambda done, total: status.step(f"pictures {done}/{total}", done / total),
+            encoding=lambda done, total: status.step(f"encoding images {done}/{total}", done / total),
             report=report,
             threads=threads,
         )
-    click.echo(f"llava-edge: trained; log and plot are in {run}.", err=True)
+    click.echo(f"llava-edge: training finished; log and plot are in {run}.", err=True)
     click.echo(str(model))
 
 

@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", default=DEFAULT_MODEL, metavar="[BUNDLE]")
-@click.option("--against", type=CheckpointPath(path_type=Path), help="Checkpoint to measure every stage against, anew.")
-@click.option("--base", type=CheckpointPath(path_type=Path), help="As for export, of the checkpoint.")
-@click.option("--vision-tower", type=CheckpointPath(path_type=Path), help="As for export, of the checkpoint.")
-@click.option("--mmproj", type=click.Path(path_type=Path), help="As for export, if the checkpoint is a GGUF.")
-@click.option("--json", "as_json", is_flag=True, help="Print the parity table as one JSON object on stdout.")
+@click.option("--against", type=CheckpointPath(path_type=Path), help="Checkpoint to compare every stage with.")
+@click.option("--base", type=CheckpointPath(path_type=Path), metavar="DIR", help="Its base model, as for export.")
+@click.option(
+    "--vision-tower", type=CheckpointPath(path_type=Path), metavar="DIR", help="Its CLIP folder, as for export."
+)
+@click.option("--mmproj", type=click.Path(path_type=Path), metavar="FILE", help="Its mmproj file, as for export.")
+@click.option("--json", "as_json", is_flag=True, help="Print the parity table as a JSON object.")
 def verify(
     bundle: str, against: Path | None, base: Path | None, vision_tower: Path | None, mmproj: Path | None, as_json: bool
 ) -> None:
-    """Check every byte of BUNDLE, a folder or model name, against the hashes in its manifest.
+    """Check every byte of BUNDLE (a folder or model name) against the hashes in its manifest.
 
-    With --against, its parts are then run beside the checkpoint in PyTorch, and the parity table is printed.
+    With --against, then run its parts beside the checkpoint in PyTorch, and print the parity table.
     """
     from llava_edge.bundle import Bundle
     from llava_edge.store import resolve
@@ -39,7 +41,7 @@ def verify(
         raise UsageError("--base, --vision-tower, --mmproj and --json go with --against CHECKPOINT.")
     opened = Bundle.open(resolve(bundle))
     total = _read(opened)
-    said = f"{opened.folder}: {len(opened.manifest.files)} files, {total:,} bytes, all as the manifest says."
+    said = f"{opened.folder}: {len(opened.manifest.files)} files, {total:,} bytes, all as in the manifest."
     click.echo(said, err=as_json)
     if against is None:
         return
@@ -48,7 +50,7 @@ def verify(
         click.echo(json.dumps({"model": opened.manifest.name, "parity": [asdict(row) for row in rows]}))
     failed = [row.stage for row in rows if not row.passed]
     if failed:
-        raise CheckpointError(f"{opened.folder} does not agree with {against}: {', '.join(failed)}.")
+        raise CheckpointError(f"{opened.folder} does not agree with {against} in: {', '.join(failed)}.")
 
 
 def _read(opened: Bundle) -> int:
