@@ -6,6 +6,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,16 +66,19 @@ def serve(bundle: Bundle, options: EngineOptions, settings: Settings, say: Calla
     python.refuse_frozen("The server")
     if not all(find_spec(name) for name in ("starlette", "uvicorn")):
         raise UnavailableError(f"The server needs an extra. {install('serve')}")
-    asyncio.run(_serve(bundle, options, settings, say))
+    with ExitStack() as bound:
+        sockets = [bound.enter_context(each) for each in _bind(settings.host, settings.port, say)]
+        asyncio.run(_serve(bundle, options, settings, sockets, say))
 
 
-async def _serve(bundle: Bundle, options: EngineOptions, settings: Settings, say: Callable[[str], None]) -> None:
+async def _serve(
+    bundle: Bundle, options: EngineOptions, settings: Settings, sockets: list[socket.socket], say: Callable[[str], None]
+) -> None:
     import uvicorn
 
     from llava_edge.server.app import App
     from llava_edge.server.protocol import protocol
 
-    sockets = _bind(settings.host, settings.port, say)
     port = sockets[0].getsockname()[1]
     hosts = guard.hosts(settings.host, port, settings.allowed_hosts)
     limits = settings.limits
