@@ -245,6 +245,7 @@ def test_a_large_counter_still_counts() -> None:
         ({"n_predict": -2, "max_tokens": None}, 400, "n_predict"),
         ({"max_tokens": "5"}, 400, "max_tokens"),
         ({"max_tokens": 1e308}, 400, "max_tokens"),
+        ({"max_tokens": 20.5}, 400, "max_tokens"),
         ({"temperature": "hot"}, 400, "temperature"),
         ({"top_p": 2}, 400, "top_p"),
         ({"seed": 1.5}, 400, "seed"),
@@ -443,6 +444,22 @@ def test_messages_are_brought_into_turns(server: Server) -> None:
 )
 def test_what_changes_nothing_is_taken(more: dict[str, Any], server: Server) -> None:
     assert server.text("Hello", max_tokens=4, **more) == server.text("Hello", max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"seed": 7.0, "top_k": 5.0, "temperature": 1.0, "n": 1.0, "image_tokens": 0.0},
+        {"logprobs": True, "top_logprobs": 2.0},
+        {"json_schema": {"type": "array", "minItems": 2.0, "maxItems": 2.0, "items": {"const": 3.0}}},
+    ],
+    ids=str,
+)
+def test_whole_numbers_may_have_a_point(more: dict[str, Any], server: Server) -> None:
+    """An integer is a number without a fraction (JSON Schema, Validation 6.1.1), and some proxies write it so."""
+    plain = json.loads(json.dumps(more).replace(".0", ""))
+    answers = [server.ask("Hello", **{"max_tokens": 8, **plain}), server.ask("Hello", **{"max_tokens": 8.0, **more})]
+    assert answers[0]["choices"] == answers[1]["choices"]
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])

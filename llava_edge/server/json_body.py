@@ -13,7 +13,8 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     """Parse. Raises `Problem` (400, 413) on anything but one plain JSON object in UTF-8."""
     _check_structure(_without_texts(body, limits), limits)
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        text = body.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_constant)
     except UnicodeDecodeError as error:
         raise bad("The body is not UTF-8.") from error
     except (ValueError, RecursionError) as error:
@@ -55,6 +56,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise bad("The JSON has an object with the same name twice.")
     return found
+
+
+def _number(text: str) -> float:
+    """20.0 as 20, up to JavaScript's safe integers: JSON does not tell them apart, and some programs write it so."""
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < 1 << 53 else number
 
 
 def _constant(name: str) -> NoReturn:
