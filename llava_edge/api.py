@@ -330,11 +330,9 @@ def _asked(system: str, prompt: str, images: Sequence[object]) -> list[Message]:
 
 
 def _check_question(text: str, images: Sequence[object]) -> None:
-    """Raises `UsageError` for one that a model would only make something up for."""
+    """Raises `UsageError` for what is no text, or is about a picture that is not there."""
     if not isinstance(text, str):
         raise UsageError(f"A text was expected as a question, not {text!r:.60}.")
-    if not text.strip():
-        raise UsageError("The question is empty.")
     if text == DEFAULT_PROMPT and not images:
         raise UsageError("There is no image to describe; pass one, or a question.")
 

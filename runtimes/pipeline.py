@@ -439,7 +439,10 @@ def check_request(
     options: Options | None = None,
     cancel: threading.Event | None = None,
 ) -> None:
-    """Raises `UsageError` for what is of another type: it would fail somewhere within, as a bug of ours."""
+    """Raises `UsageError` for what is of another type, which would fail somewhere within, as a bug of ours.
+
+    And for a question without a text and a picture, for which a model would make something up.
+    """
     for value, kind in ((options, Options), (cancel, threading.Event)):
         if value is not None and not isinstance(value, kind):
             raise UsageError(f"An object of {kind.__name__} was expected, not {value!r:.60}.")
@@ -453,6 +456,8 @@ def check_request(
                 raise UsageError(f"A text was expected for a message, not {message.text!r:.60}.")
             if not isinstance(message.images, int) or message.images < 0:
                 raise UsageError(f"A number of images was expected for a message, not {message.images!r:.60}.")
+        if messages and messages[-1].role == "user" and not (messages[-1].text.strip() or messages[-1].images):
+            raise UsageError("The question is empty; a text, a picture or both were expected.")
 
 
 def _fitting(ready: Sequence[tuple[list[Segment], Answer]]) -> int:

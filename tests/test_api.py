@@ -138,6 +138,7 @@ def test_embeddings_are_what_the_checkpoint_computes(micro_bundle: Path, micro_c
 
 
 HI = [Message("user", "hi")]
+HI_RED = [Message("user", "hi", 1), Message("assistant", "x")]
 WRONG: dict[str, Any] = {
     "no text": lambda llava: llava.ask(None),
     "bytes": lambda llava: llava.ask(b"hi"),
@@ -158,8 +159,9 @@ WRONG: dict[str, Any] = {
     "load": lambda llava: Llava.load(llava.bundle.folder, Options()),  # type: ignore[arg-type]
     "draft": lambda llava: EngineOptions(draft=5),  # type: ignore[arg-type]
     "cache": lambda llava: EngineOptions(cache="no"),  # type: ignore[arg-type]
-    "nothing": lambda llava: llava.ask("  ", RED),
-    "nothing of many": lambda llava: list(llava.ask_many(["hi", ""], RED)),
+    "nothing": lambda llava: llava.ask("  "),
+    "nothing of many": lambda llava: list(llava.ask_many(["hi", ""])),
+    "nothing after a picture": lambda llava: list(llava.answer([*HI_RED, Message("user", "\n")], RED)),
     "nothing to describe": lambda llava: llava.ask(),
 }
 
@@ -182,6 +184,14 @@ def test_a_system_text_stands_before_the_question(llava: Llava) -> None:
     found = [llava.ask("What?", RED, **few), asyncio.run(llava.aask("What?", RED, **few))]
     for result in (*found, *map(result_of, streams)):
         assert (result.text, result.prompt_tokens) == (system.text, system.prompt_tokens)
+
+
+def test_a_picture_alone_is_a_question(llava: Llava) -> None:
+    few: Any = Options(max_tokens=8)
+    wanted = llava.ask("", RED, few)
+    assert wanted.image_tokens < wanted.prompt_tokens < llava.ask("Why?", RED, few).prompt_tokens
+    streams = [*llava.ask_many([" "], RED, few), llava.answer([Message("user", "", 1)], RED, few)]
+    assert {result_of(stream).text for stream in [*streams, llava.chat(options=few).say("\n", RED)]} == {wanted.text}
 
 
 def test_what_cannot_leave_its_process_says_so(llava: Llava) -> None:

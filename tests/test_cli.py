@@ -192,6 +192,12 @@ def test_several_questions_are_answered_in_their_order(micro_bundle: Path, photo
     assert "Question" not in err
 
 
+def test_a_picture_alone_is_a_question(micro_bundle: Path, photo: Path, run: Run) -> None:
+    common = ("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "2", "--json")
+    alone, more = (json.loads(run(*common, "--prompt", text)[1])["prompt_tokens"] for text in ("", "Why?"))
+    assert alone < more
+
+
 def test_the_device_is_named_where_it_is_of_interest(micro_bundle: Path, run: Run) -> None:
     common = ("run", "--model", micro_bundle, "--prompt", "hi", "--threads", "1", "--json")
     assert run(*common)[2] == ""

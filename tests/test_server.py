@@ -53,9 +53,10 @@ def user(text: str, *pictures: bytes) -> dict[str, Any]:
 
 
 def test_an_answer_is_the_librarys_answer(create: Any, llava: Llava) -> None:
-    for pictures in ((), (png("red"),), (png("red"), png("blue"))):
-        wanted = llava.ask("What colour?", list(pictures), Options(max_tokens=16))
-        got = create(messages=[user("What colour?", *pictures)], max_tokens=16)
+    red, blue = png("red"), png("blue")
+    for text, pictures in (("What?", []), ("What colour?", [red]), ("What colour?", [red, blue]), ("", [red])):
+        wanted = llava.ask(text, pictures, Options(max_tokens=16))
+        got = create(messages=[user(text, *pictures)], max_tokens=16)
         assert got.choices[0].message.content == wanted.text
         assert got.choices[0].finish_reason == wanted.finish_reason
         assert got.usage.prompt_tokens == wanted.prompt_tokens
@@ -241,6 +242,7 @@ def test_a_large_counter_still_counts() -> None:
         ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages"),
         ({"messages": [{"role": "assistant", "content": "x"}, user("a")]}, 400, "messages"),
         ({"messages": [user("a", *[png()] * 9)]}, 400, "messages"),
+        ({"messages": [user("a", png()), {"role": "assistant", "content": "b"}, user(" \n")]}, 400, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"n_predict": -2, "max_tokens": None}, 400, "n_predict"),
         ({"max_tokens": "5"}, 400, "max_tokens"),

@@ -131,18 +131,19 @@ def _text_of(name: str, flag: str) -> str:
 def _prompt_texts(prompts: tuple[str, ...], images: tuple[str, ...]) -> tuple[str, ...]:
     if [*prompts, *images].count("-") > 1:
         raise UsageError("Standard input can be read only once, but '-' is given more than once.")
-    return tuple(map(_prompt_text, prompts))
+    texts = tuple(map(_prompt_text, prompts))
+    if not images and not all(text.strip() for text in texts):
+        raise UsageError("The prompt is empty; give a question with --prompt.")
+    return texts
 
 
 def _prompt_text(prompt: str) -> str:
-    if prompt == "-":
-        try:
-            prompt = read_stdin().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"The prompt on standard input is not UTF-8: {error.reason}.") from error
-    if not prompt.strip():
-        raise UsageError("The prompt is empty; give a question with --prompt.")
-    return prompt
+    if prompt != "-":
+        return prompt
+    try:
+        return read_stdin().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"The prompt on standard input is not UTF-8: {error.reason}.") from error
 
 
 def _image_source(name: str) -> str | bytes:
