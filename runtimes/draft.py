@@ -16,31 +16,38 @@ from llava_edge.paths import is_file
 from llava_edge.runtimes.language import Key, LanguageModel
 
 
-class Draft:
-    """The model in a GGUF file of text alone.
+def check_draft(path: Path, target: gguf.Gguf) -> None:
+    """By the headers alone, before anything is loaded.
 
-    repack, verbose: as of `LanguageModel`.
     Raises `MissingError`, `BundleError`, or `UsageError` if its vocabulary is not `target`'s: one of them may have more
     tokens at the end.
+    """
+    if not is_file(str(path)):
+        raise MissingError(f"There is no draft model {path}; a GGUF file was expected.")
+    header = gguf.read(path)
+    gguf.check_language(header)
+    mine, others = (file.items("tokenizer.ggml.tokens") for file in (header, target))
+    different = next((i for i, pair in enumerate(zip(mine, others, strict=False)) if pair[0] != pair[1]), None)
+    if different is not None or not mine:
+        raise UsageError(
+            f"{path} has another vocabulary than the model it should guess for (token {different or 0} differs): "
+            "choose a smaller model of the same family."
+        )
+
+
+class Draft:
+    """The model in a GGUF file of text alone, which `check_draft` took.
+
+    repack, verbose: as of `LanguageModel`.
     """
 
     def __init__(
         self, path: Path, target: LanguageModel, threads: int, *, repack: bool = True, verbose: bool = False
     ) -> None:
-        if not is_file(str(path)):
-            raise MissingError(f"There is no draft model {path}; a GGUF file was expected.")
         trained = gguf.read(path).number("llama.context_length", 1, 1 << 24)
         context = min(target.context_size, trained)
         self._language = LanguageModel(path, context=context, threads=threads, repack=repack, verbose=verbose)
         self._tokens = min(target.vocab_size, self._language.vocab_size)
-        pairs = zip(self._language.token_texts(), target.token_texts(), strict=False)
-        different = next((i for i, (mine, other) in enumerate(pairs) if mine != other), None)
-        if different is not None:
-            self.close()
-            raise UsageError(
-                f"{path} has another vocabulary than the model it should guess for (token {different} differs): "
-                "choose a smaller model of the same family."
-            )
 
     def close(self) -> None:
         """Free it; harmless when repeated."""

@@ -28,7 +28,7 @@ from llava_edge.options import Chunk, EngineOptions, FinishReason, Options
 from llava_edge.runtimes import CancelledError, devices, presets, probe, tune
 from llava_edge.runtimes.after_control import prompt_encoder
 from llava_edge.runtimes.decoding import Answer, decode, decode_together
-from llava_edge.runtimes.draft import Draft
+from llava_edge.runtimes.draft import Draft, check_draft
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import CLOSED, Job, Owner, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
@@ -264,6 +264,8 @@ class Engine:
         header = gguf.read(self.bundle.part(LANGUAGE))
         gguf.check_language(header)
         presets.check_context(self.options.context, manifest.language.context_length)
+        if self.options.draft:
+            check_draft(Path(self.options.draft), header)
         return presets.choose(
             self.options,
             header,

@@ -14,7 +14,6 @@ from llava_edge import gguf
 from llava_edge.errors import MemoryLimitError, UsageError
 from llava_edge.gguf import Gguf
 from llava_edge.options import EngineOptions
-from llava_edge.paths import is_file
 from llava_edge.runtimes import devices, native
 from llava_edge.runtimes.native import choice
 
@@ -61,7 +60,7 @@ def choose(
 
     trained: positions that the model knows. tiles: whether pictures are cut up and need many of them. tower: bytes that
     CLIP's weights take once more if they may. mapped: bytes of address space that the bundle's files and a batch's
-    logits take. A draft counts too.
+    logits take. A draft counts too, which `check_draft` took.
     Raises `MemoryLimitError` if what has to be private does not fit at all, or all of it not into RLIMIT_AS.
     """
     small = options.preset == "memory"
@@ -70,9 +69,8 @@ def choose(
     kv = ("q8_0" if small else "f16") if options.kv == "auto" else options.kv
     needed, free = memory_bytes(header, context, kv), devices.available_memory()
     copied = 0 if gpu_layers else _copied_bytes(header)
-    if options.draft and is_file(str(options.draft)):
+    if options.draft:
         draft = gguf.read(Path(options.draft))
-        gguf.check_language(draft)
         needed += memory_bytes(draft, min(context, draft.number("llama.context_length", 1, 1 << 24)), "f16")
         copied += _copied_bytes(draft) if copied else 0
     room = "unknown memory" if free is None else f"{free >> 20} MiB"

@@ -22,6 +22,7 @@ from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options
 from llava_edge.runtimes import speculation
 from llava_edge.runtimes.draft import Draft
+from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.speculation import PROOF, WIDTHS, Costs, Speculation
 
@@ -132,14 +133,17 @@ def test_a_draft_that_costs_more_than_it_wins_is_left_alone(
 
 
 def test_what_cannot_be_a_draft_is_refused(
-    micro_bundle: Path, micro_checkpoint: Path, tmp_path: Path, language: LanguageModel
+    micro_bundle: Path, micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before anything is loaded."""
+    for part in (Embedder, LanguageModel):
+        monkeypatch.setattr(part, "__init__", lambda *_, **__: pytest.fail("it would be loaded"))
     with pytest.raises(MissingError, match="no draft model"):
         load(micro_bundle, tmp_path / "missing.gguf")
     (tmp_path / "text.gguf").write_text("no model")
     with pytest.raises(BundleError):
         load(micro_bundle, tmp_path / "text.gguf")
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError, match=r"projector\.gguf"):
         load(micro_bundle, micro_bundle / "projector.gguf")
     checkpoint = open_checkpoint(micro_checkpoint)
     right = read_tokenizer(checkpoint.tokenizer, checkpoint.config)
@@ -147,7 +151,7 @@ def test_what_cannot_be_a_draft_is_refused(
     wrong = Vocabulary(**{**right.__dict__, "tokens": swapped})
     write_language(checkpoint, wrong, tmp_path / "swapped.gguf", "swapped")
     with pytest.raises(UsageError, match=r"another vocabulary .*token 20 differs"):
-        Draft(tmp_path / "swapped.gguf", language, threads=1)
+        load(micro_bundle, tmp_path / "swapped.gguf")
 
 
 def test_its_log_is_shown_where_the_engines_are(

@@ -18,9 +18,9 @@ from click.testing import CliRunner
 from processes import resident
 
 from llava_edge import Llava, Options, gguf
-from llava_edge.bundle import LANGUAGE, PROJECTOR, Bundle, ParityRow
+from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
 from llava_edge.cli import cli
-from llava_edge.errors import BundleError, MemoryLimitError, UnavailableError
+from llava_edge.errors import MemoryLimitError, UnavailableError
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import devices, language, mapping, pipeline, presets, probe, tune
 from llava_edge.runtimes.vision import VisionEncoder
@@ -193,11 +193,6 @@ def test_a_draft_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for free, name in ((2 * needed, "latency"), (2 * needed - 2, "memory")):
         monkeypatch.setattr(devices, "available_memory", lambda free=free: free)
         assert presets.choose(replace(with_draft, preset="auto"), header, 128).name == name
-
-
-def test_a_draft_that_is_no_language_model_is_refused(tmp_path: Path, micro_bundle: Path) -> None:
-    with pytest.raises(BundleError, match=PROJECTOR):
-        presets.choose(EngineOptions(draft=micro_bundle / PROJECTOR), gguf.read(four_bits(tmp_path)), 128)
 
 
 def test_keys_and_values_of_8_bits_take_little_more_than_half(tmp_path: Path) -> None:
