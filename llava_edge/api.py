@@ -141,7 +141,10 @@ class Llava:
         *,
         cancel: threading.Event | None = None,
     ) -> Stream:
-        """Stream the answer to a conversation kept elsewhere; its last message is the user's. Images fill its slots."""
+        """Stream the answer to a conversation kept elsewhere, or, if it ends with an answer, the rest of that.
+
+        Images fill its slots.
+        """
         return self._engine.generate(messages, _as_list(images), options, cancel)
 
     def aask(

@@ -13,7 +13,7 @@ This module knows nothing about tokenizers' files, tensors or engines; the calle
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from typing import Literal
@@ -56,10 +56,13 @@ class Piece:
     trained: bool = False
 
 
-def render(name: str, messages: Sequence[Message], markers: Sequence[str] = ()) -> list[Piece]:
+def render(
+    name: str, messages: Sequence[Message], markers: Sequence[str] = (), *, unclosed: bool = False
+) -> list[Piece]:
     """Lay messages out. If the last one is the user's, the assistant's turn is opened and left open.
 
     markers: names of the two control tokens around every picture, for models that have them (mm_use_im_start_end).
+    unclosed: leave an answer at the end open, too, so that what comes next goes on with it.
     Raises `UsageError` when the turns do not alternate user / assistant after an optional system message.
     """
     layout = template(name)
@@ -70,7 +73,14 @@ def render(name: str, messages: Sequence[Message], markers: Sequence[str] = ()) 
             pieces += [Piece("control", markers[0]), piece, Piece("control", markers[1])]
         else:
             pieces.append(piece)
-    return pieces
+    return _cut(pieces, turns[-1].text.strip()) if unclosed and turns[-1].role == "assistant" else pieces
+
+
+def _cut(pieces: Sequence[Piece], answer: str) -> list[Piece]:
+    """Without what closes the answer at the end; nothing of an empty one is left."""
+    last = max(i for i, piece in enumerate(pieces) if piece.kind == "text" and piece.trained)
+    text = pieces[last].text
+    return [*pieces[:last], replace(pieces[last], text=text[: text.rindex(answer) + len(answer)] if answer else "")]
 
 
 def _split_system(layout: Template, messages: Sequence[Message]) -> tuple[str, list[Message]]:

@@ -20,12 +20,14 @@ _GUARD = "\0"  # stands in no piece with other characters, so that nothing merge
 _UNKNOWN = 0  # LLaMA's <unk>
 
 
-def prompt_encoder(language: LanguageModel, manifest: Manifest) -> Callable[[Sequence[Message]], list[int]]:
+def prompt_encoder(
+    language: LanguageModel, manifest: Manifest, *, unclosed: bool = False
+) -> Callable[[Sequence[Message]], list[int]]:
     """The function that lays messages out as a bundle's model was trained, and tokenizes them (`prompt.encode`)."""
     behind = encoder(language, manifest.after_control)
 
     def encode(messages: Sequence[Message]) -> list[int]:
-        pieces = prompt.render(manifest.template, messages, manifest.image_markers)
+        pieces = prompt.render(manifest.template, messages, manifest.image_markers, unclosed=unclosed)
         return prompt.encode(pieces, language.tokenize, language.control_id, behind)
 
     return encode

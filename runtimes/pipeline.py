@@ -111,7 +111,7 @@ class Engine:
         started: float | None = None,
         reuse: bool = False,
     ) -> Stream:
-        """Answer the last message. Images belong to the messages' slots in order.
+        """Answer the last message, or go on with it if it is an answer. Images belong to the messages' slots in order.
 
         The stream ends with a chunk that carries the `Result`. Setting `cancel`, which is only read, or closing the
         iterator stops the work within one prefill chunk, or at once if it has not begun. `started` (time.monotonic) is
@@ -254,7 +254,7 @@ class Engine:
         self._owner.pause = self._prefill.keep
         self._template = template(manifest.template)
         self._ends = {language.control_id(name) for name in self._template.stops}
-        self._encode = prompt_encoder(language, manifest)
+        self._encode = prompt_encoder(language, manifest, unclosed=True)
         if not shown:
             embedding.result()
         self.load_ms = since(start)
@@ -326,8 +326,6 @@ class Engine:
         """Everything that can be refused is, before any model runs."""
         check_slots(messages, images)
         ids = self.encode_prompt(messages)
-        if messages[-1].role != "user":  # the model would write the next question
-            raise UsageError("The conversation ends with an answer; one that ends with a question was expected.")
         manifest = self.bundle.manifest
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
@@ -339,7 +337,8 @@ class Engine:
         once = {id(picture): picture for picture in prepared}.values()
         run.preprocess_ms = sum(picture.milliseconds for picture in once)
         run.image_ms = sum(picture.decode_milliseconds for picture in once)
-        stream = TextStream((*options.stop, *self._template.stop_texts))
+        within = messages[-1].role == "assistant" and messages[-1].text[-1:].strip() != ""
+        stream = TextStream((*options.stop, *self._template.stop_texts), within=within)
         limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
         language = self._opened()
         if options.grammar:

@@ -15,13 +15,14 @@ class TextStream:
     Characters split over tokens are joined; U+FFFD stands only for bytes that are no UTF-8.
     Joined, the outputs of `feed` and `end` are what cutting the whole answer at once would give, after white space at
     its start was dropped (SentencePiece's first token has some): `text[:min(text.find(s) for s in stops that occur)]`.
+    within: the answer goes on with a text, so that white space at its start counts.
     """
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = (), *, within: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = tuple(stops)
         self._held = ""
-        self._started = False
+        self._started = within
         self.stopped = False
 
     def feed(self, piece: bytes) -> str:

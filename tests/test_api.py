@@ -155,7 +155,7 @@ WRONG: dict[str, Any] = {
         llava.answer([Message("user", "hi", 2), Message("assistant", "x"), Message("user", "y", -1)], [RED])
     ),
     "picture in an answer": lambda llava: list(llava.answer([*HI, Message("assistant", "x", 1), *HI], [RED])),
-    "no question": lambda llava: list(llava.answer([*HI, Message("assistant", "x")])),
+    "no question": lambda llava: list(llava.answer([Message("assistant", "x"), *HI])),
     "load": lambda llava: Llava.load(llava.bundle.folder, Options()),  # type: ignore[arg-type]
     "draft": lambda llava: EngineOptions(draft=5),  # type: ignore[arg-type]
     "cache": lambda llava: EngineOptions(cache="no"),  # type: ignore[arg-type]
@@ -192,6 +192,20 @@ def test_a_picture_alone_is_a_question(llava: Llava) -> None:
     assert wanted.image_tokens < wanted.prompt_tokens < llava.ask("Why?", RED, few).prompt_tokens
     streams = [*llava.ask_many([" "], RED, few), llava.answer([Message("user", "", 1)], RED, few)]
     assert {result_of(stream).text for stream in [*streams, llava.chat(options=few).say("\n", RED)]} == {wanted.text}
+
+
+def test_an_answer_is_gone_on_with(llava: Llava) -> None:
+    """From any of its tokens on, each of which is a letter here."""
+
+    def answer(begun: str, count: int) -> str:
+        messages = [Message("user", "Hello", 1), Message("assistant", begun)]
+        return result_of(llava.answer(messages, RED, Options(max_tokens=count, grammar="root ::= [a-z]*"))).text
+
+    whole = llava.ask("Hello", RED, Options(max_tokens=20, grammar="root ::= [a-z]*")).text
+    assert answer("", 20) == answer(" ", 20) == whole
+    assert len(whole) == 20
+    for taken in (1, 7, 19):
+        assert answer(whole[:taken], 20 - taken) == whole[taken:]
 
 
 def test_what_cannot_leave_its_process_says_so(llava: Llava) -> None:

@@ -76,6 +76,20 @@ def test_prompt_strings(template: str, messages: list[Message], expected: str) -
     assert as_text(prompt.render(template, messages)) == expected
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_at_the_end_can_stay_open(name: str) -> None:
+    """Of an empty one nothing is left."""
+    question = Message("user", "Hi", 1)
+    opened = as_text(prompt.render(name, [question]))
+    for text, left in (("", ""), (" \n", ""), (" The sky \n", "The sky")):
+        turns = [question, Message("assistant", text)]
+        unclosed = as_text(prompt.render(name, turns, unclosed=True))
+        assert unclosed.removeprefix(opened).removeprefix(" ") == left
+        assert as_text(prompt.render(name, turns)).startswith(unclosed)
+    turns.append(question)
+    assert prompt.render(name, turns, unclosed=True) == prompt.render(name, turns)
+
+
 @pytest.mark.parametrize(
     "roles", [[], ["system"], ["assistant"], ["user", "user"], ["user", "system"], ["user", "assistant", "assistant"]]
 )

@@ -441,7 +441,7 @@ def test_a_templates_stop_text_ends_the_answer(
     llava: Llava, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In style "single" an answer ends in text, not in a control token; that text is no part of the answer."""
-    monkeypatch.setattr("llava_edge.prompt.render", lambda *_: [Piece("text", "Human: hello###Assistant:")])
+    monkeypatch.setattr("llava_edge.prompt.render", lambda *_, **__: [Piece("text", "Human: hello###Assistant:")])
     whole = llava.ask("hello", options=SHORT)
     stop = whole.text[4:6]
     monkeypatch.setitem(TEMPLATES, "chatml", Template("single", "", None, stop))

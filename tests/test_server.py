@@ -22,11 +22,14 @@ import pytest
 from serving import Server, data_url, png, question, running, showing
 
 from llava_edge import Llava, Options
+from llava_edge.options import result_of
+from llava_edge.prompt import Message
 from llava_edge.server.metrics import Metrics
 from llava_edge.server.serve import _bound
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
+BEGUN = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "The sk"}]
 WHOLE = 'llava_edge_answers_total{reason="length"}'
 
 
@@ -96,6 +99,15 @@ def test_a_conversation(create: Any, llava: Llava) -> None:
         answer = create(messages=turns, max_tokens=12).choices[0].message.content
         turns.append({"role": "assistant", "content": answer})
         assert answer == "".join(chunk.text for chunk in chat.say(text, pictures))
+
+
+def test_an_answer_that_was_begun_is_gone_on_with(server: Server, llava: Llava) -> None:
+    messages = [Message("user", "Hello"), Message("assistant", "The sk")]
+    wanted = result_of(llava.answer(messages, (), Options(max_tokens=16)))
+    said_so = server.ask(messages=BEGUN, continue_final_message=True, add_generation_prompt=False)
+    for got in (server.ask(messages=BEGUN), said_so):
+        assert got["choices"][0]["message"]["content"] == wanted.text
+        assert got["usage"]["prompt_tokens"] == wanted.prompt_tokens
 
 
 def test_stop_seed_temperature(create: Any) -> None:
@@ -241,6 +253,9 @@ def test_a_large_counter_still_counts() -> None:
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages"),
         ({"messages": [{"role": "assistant", "content": "x"}, user("a")]}, 400, "messages"),
+        ({"messages": BEGUN, "continue_final_message": False}, 400, "continue_final_message"),
+        ({"continue_final_message": True}, 400, "continue_final_message"),
+        ({"add_generation_prompt": False}, 400, "add_generation_prompt"),
         ({"messages": [user("a", *[png()] * 9)]}, 400, "messages"),
         ({"messages": [user("a", png()), {"role": "assistant", "content": "b"}, user(" \n")]}, 400, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),

@@ -90,3 +90,7 @@ def test_half_a_character_at_the_end(cut: bool, tail: str) -> None:
     stream = TextStream()
     assert stream.feed("a€".encode()[:-1]) == "a"
     assert stream.end(cut=cut) == tail
+
+
+def test_white_space_within_a_text_is_kept() -> None:
+    assert [TextStream(within=within).feed(b" sky") for within in (False, True)] == ["sky", " sky"]

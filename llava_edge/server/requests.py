@@ -80,6 +80,8 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "guided_regex": ("",),
     "guided_grammar": ("",),
 }
+# The same where the last message is an answer, which is gone on with.
+_GOING_ON: dict[str, tuple[object, ...]] = {"add_generation_prompt": (True, False), "continue_final_message": (True,)}
 # What matters only if the model may use it, and the field that can say it may not.
 _CHOICES = {"tools": "tool_choice", "functions": "function_call"}
 _FORMS = ("grammar", "structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar")
@@ -132,7 +134,7 @@ def completion(body: Mapping[str, Any], model: str, limits: Limits) -> Ask:
 def _ask(
     body: Mapping[str, Any], messages: Sequence[Message], images: list[bytes], chances: Any, limits: Limits
 ) -> Ask:
-    _refuse_unsupported(body)
+    _refuse_unsupported(body, _NEUTRAL | (_GOING_ON if messages[-1].role == "assistant" else {}))
     if len(images) > limits.images:
         raise bad(f"There are {len(images)} images; at most {limits.images} are accepted.", "messages")
     if sum(len(message.text.encode("utf-8", "replace")) for message in messages) > limits.prompt:
@@ -144,12 +146,12 @@ def _ask(
     return Ask(tuple(messages), tuple(images), _options(body, chances), _flag(body, "stream"), usage)
 
 
-def _refuse_unsupported(body: Mapping[str, Any]) -> None:
-    for name, neutral in _NEUTRAL.items():
+def _refuse_unsupported(body: Mapping[str, Any], neutral: Mapping[str, tuple[object, ...]]) -> None:
+    for name, values in neutral.items():
         value = body.get(name)
         if value is None or (name in _CHOICES and body.get(_CHOICES[name]) == "none"):
             continue
-        if any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral):
+        if any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in values):
             continue
         instead = "ask for a JSON schema in response_format" if name in _FORMS else "leave it out"
         raise bad(f"{name} is not supported by this server; {instead}.", name)
@@ -249,13 +251,13 @@ def _part(part: object, param: str, texts: list[str], images: list[bytes]) -> No
 def _in_turns(messages: Sequence[Message]) -> list[Message]:
     """As prompt layouts have it: system messages first, as one, and neighbours of one role as one message.
 
-    Raises `Problem` unless a user's message is then the first of the others, and the last.
+    Raises `Problem` unless a user's message is then the first of the others: no layout has an answer before a question.
     """
     system = [message for message in messages if message.role == "system"]
     others = [message for message in messages if message.role != "system"]
     found = [_joined(list(turn)) for _, turn in groupby(others, lambda message: message.role)]
-    if not found or {found[0].role, found[-1].role} != {"user"}:
-        raise bad("The first message after the system's, and the last one, must be a user's.", "messages")
+    if not found or found[0].role != "user":
+        raise bad("The first message after the system's must be a user's.", "messages")
     return [*([_joined(system)] if system else []), *found]
 
 
