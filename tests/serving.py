@@ -174,6 +174,43 @@ def running(
         process.wait(20)
 
 
+def read_all(connection: socket.socket) -> bytes:
+    """The whole response, or the rest of a stream."""
+    said = b""
+    with connection:
+        while part := connection.recv(65536):
+            said += part
+            head, end, body = said.partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head)
+            if (end and len(body) == int(length[1])) if length else said.endswith(b"0\r\n\r\n"):
+                break
+    return said
+
+
+def begun(connection: socket.socket) -> socket.socket:
+    """Wait until the first text is there."""
+    seen = b""
+    while b'"content":"' not in seen.replace(b'"content":""', b""):
+        part = connection.recv(65536)
+        assert part, seen
+        seen += part
+    return connection
+
+
+@contextlib.contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """Nothing is computed meanwhile, so that no answer ends."""
+    if sys.platform != "linux":
+        pytest.skip("looks into /proc")
+    child = server.child()
+    os.kill(child, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it was killed
+            os.kill(child, signal.SIGCONT)
+
+
 _PATCHED = """
 from llava_edge.server import limits
 class Changed(limits.Limits):

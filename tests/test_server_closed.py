@@ -631,7 +631,7 @@ def test_too_many_at_once_are_refused(micro_bundle: Path, tmp_path: Path) -> Non
         for _ in range(4):
             slow.append(socket.create_connection(("127.0.0.1", server.port)))
             slow[-1].sendall(server.post + b"Content-Length: 100\r\n\r\n{")
-        time.sleep(0.2)
+        server.wait_until(lambda: server.request("GET", "/v1/models")[0] == 503)
         status, headers, _ = server.request("GET", "/v1/models")
         assert (status, int(headers["retry-after"]) > 0) == (503, True)
         for connection in slow:
