@@ -124,6 +124,7 @@ def test_stop_seed_temperature(create: Any) -> None:
     assert answer(temperature=1.0, seed=1) == answer(temperature=1.0, seed=1)
     assert len({answer(temperature=1.0, seed=seed) for seed in range(4)}) > 1
     assert len({answer(temperature=1.0) for _ in range(4)}) > 1  # drawn anew where no seed is given
+    assert len({answer(temperature=1.0, seed=-1) for _ in range(4)}) > 1
     assert answer(temperature=5.0, top_p=1e-6) == answer(temperature=5.0, top_p=0) == whole
 
 

@@ -277,7 +277,7 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
 
 def _seed(body: Mapping[str, Any]) -> int:
     seed = body.get("seed")
-    if seed is None:
+    if seed in (None, -1):  # the second: any, as for llama.cpp's server
         return secrets.randbits(32)
     if type(seed) is not int or not -(1 << 63) <= seed < 1 << 63:
         raise bad("seed must be a whole number of at most 64 bits.", "seed")
