@@ -202,6 +202,20 @@ def test_what_the_child_says_is_not_trusted() -> None:
         asyncio.run(hear(lie))
 
 
+def test_a_parent_that_was_killed_within_a_line_ends_the_child() -> None:
+    """Which no signal does but on Linux."""
+    from llava_edge.server.child import _Out, _Worker
+
+    ours, theirs = socket.socketpair()
+    with theirs, theirs.makefile("rb") as lines:
+        with ours:
+            ours.sendall(b'{"id": 1, "mess')
+        worker = threading.Thread(target=_Worker(None, lines, _Out(theirs), 0).run, daemon=True)  # type: ignore[arg-type]
+        worker.start()
+        worker.join(10)
+        assert not worker.is_alive()
+
+
 def test_pictures_are_not_written_out() -> None:
     """As text they take four times their size, and 30 ms for a photo: in an error that nobody reads, say."""
     from llava_edge.server.limits import Limits

@@ -95,7 +95,7 @@ class _Worker:
             del self._cancels[request["id"]]
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):  # the parent was killed
+        with contextlib.suppress(OSError, ValueError):  # the parent was killed, the latter within a line
             while line := self._lines.readline():
                 self._take(json.loads(line))
         for event in list(self._cancels.values()):
