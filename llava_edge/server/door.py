@@ -86,8 +86,6 @@ class Door:
         scope["in_work"] = self._in_work
         try:
             await self._inner(scope, visit.receive, visit.send)
-        except Problem as problem:
-            await problem_response(problem)(scope, visit.receive, visit.send)
         finally:
             self._in_work -= 1
 
