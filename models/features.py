@@ -34,6 +34,15 @@ def preprocessing(config: LlavaConfig) -> Preprocessing:
     return Preprocessing(config.vision.image_size, CLIP_MEAN, CLIP_STD, config.square, config.grids, config.merge)
 
 
+def refuse_tiles(config: LlavaConfig) -> None:
+    """Raises `CheckpointError` for "anyres"."""
+    if config.square == "anyres":
+        raise CheckpointError(
+            "Training and eval take one crop of each picture, but this model looks at several (LLaVA-1.6); "
+            "export it, and use `run` or `chat`."
+        )
+
+
 class FeatureCache:
     """Features of a model's tower by picture path. `ensure` fills it, `get` reads it; processes may share a folder.
 
@@ -47,11 +56,7 @@ class FeatureCache:
         self, folder: Path, model: Llava, *, bf16: bool = True, talk: Callable[[str], object] = lambda line: None
     ) -> None:
         config = model.config
-        if config.square == "anyres":
-            raise CheckpointError(
-                "Training and eval take one crop of each picture, but this model looks at several (LLaVA-1.6); "
-                "export it, and use `run` or `chat`."
-            )
+        refuse_tiles(config)
         self.config, self.bf16, self._talk = config, bf16, talk
         self.shape = (config.image_tokens, config.vision.hidden_size)
         self._tower = model.vision_tower.vision_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +158,23 @@ def test_a_checkpoint_has_a_column_beside_its_baselines(trained_micro: Path, hel
     assert done.exit_code == 0, done.stderr
     scores = {score["name"]: score["total"] for score in json.loads(done.stdout) if score["set"] == "grocery fine"}
     assert scores == {"majority": 1, "PyTorch fp32": 1, "blank image": 1, "shuffled images": 1}
+
+
+def test_a_checkpoint_with_tiles_is_refused_before_anything_is_fetched(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(micro.CONFIG, square="anyres", grids=((32, 64),), merge="spatial_unpad")
+    folder = micro.write_checkpoint(pictures / "next", config=config)
+    monkeypatch.setattr("llava_edge.models.sources.collect", lambda *_: pytest.fail("pictures were collected"))
+    done = CliRunner().invoke(cli, ["eval", "--photos", str(pictures), "--checkpoint", str(folder)])
+    assert isinstance(done.exception, LlavaEdgeError)
+    assert "looks at several (LLaVA-1.6)" in str(done.exception)
+
+
+def test_sets_without_questions_are_left_out(micro_bundle: Path, held_out: list[str]) -> None:
+    done = CliRunner().invoke(cli, [*held_out, "--bundle", str(micro_bundle), "--limit", "5"])
+    assert done.exit_code == 0, done.output
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()[1:]] == ["grocery category", "grocery fine"]
 
 
 @pytest.mark.parametrize("wrong", [["--bundle", "no-such"], ["--image-tokens", "99"]])

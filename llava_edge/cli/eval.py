@@ -73,18 +73,20 @@ def eval(
     with needing("train", "Evaluation"):
         from llava_edge.models.data import load_tokenizer
         from llava_edge.models.evaluate import judge_model, majority, question_sets
+        from llava_edge.models.features import refuse_tiles
         from llava_edge.models.llava import from_state
         from llava_edge.models.sources import collect
     if checkpoint is not None:
         from llava_edge.export.checkpoint import open_checkpoint
 
         opened = open_checkpoint(checkpoint)
+        refuse_tiles(opened.config)
         tokenizer = load_tokenizer(opened.tokenizer / "tokenizer.json")
     data = data or store.home() / "data" / "smol"
     items = collect(data, photos)
     train = question_sets(items, "train")
-    asked = {name: _thin(questions, limit) for name, questions in question_sets(items).items()}
-    sets = {name: questions for name, questions in asked.items() if questions and train[name]}
+    asked = question_sets(items)
+    sets = {name: _thin(questions, limit) for name, questions in asked.items() if questions and train[name]}
     with status_line("Evaluating") as status:
 
         def progress(label: str) -> Progress:
