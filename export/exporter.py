@@ -53,7 +53,7 @@ from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tokenizer import Vocabulary, after_control, read_tokenizer
 from llava_edge.export.tower import write_tower
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
-from llava_edge.outputs import check_output
+from llava_edge.outputs import check_output, check_space
 from llava_edge.runtimes import mapping, probe
 
 Progress = Callable[[str, float | None], None]
@@ -149,7 +149,7 @@ def export(
         held_out.check(options.report_data, checkpoint.config.image_tokens)
     with publish.staging(out) as temp:
         try:
-            publish.check_space(out, _estimate(checkpoint, options, reported=on_report is not None))
+            check_space(out.parent, _estimate(checkpoint, options, reported=on_report is not None), "The export")
             name = options.name or _printable(out.name)
             manifest = _Export(options, checkpoint, language, temp, name, progress).run(on_report)
             if options.emit_mmproj:

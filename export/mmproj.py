@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge import gguf as header
-from llava_edge.errors import CannotCreateError, CheckpointError, LlavaEdgeError, StorageError
+from llava_edge.errors import CannotCreateError, CheckpointError, LlavaEdgeError
 from llava_edge.export import projector
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.llm_gguf import write_tensors
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.shapes import VISION_PREFIX
+from llava_edge.outputs import writing
 
 ARCHITECTURE = "clip"
 
@@ -85,15 +86,14 @@ def write_mmproj(checkpoint: Checkpoint, path: Path, name: str) -> None:
 
     temp = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
-        with closing(gguf.GGUFWriter(temp, ARCHITECTURE)) as writer:
-            _write_fields(writer, checkpoint, name)
-            names = tensor_names(checkpoint.config)
-            write_tensors(writer, checkpoint, names, lambda _, target, source: checkpoint.tensors[source])
-        with temp.open("rb") as file:
-            os.fsync(file.fileno())
-        temp.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path} could not be written: {error.strerror or error}.") from error
+        with writing(path):
+            with closing(gguf.GGUFWriter(temp, ARCHITECTURE)) as writer:
+                _write_fields(writer, checkpoint, name)
+                names = tensor_names(checkpoint.config)
+                write_tensors(writer, checkpoint, names, lambda _, target, source: checkpoint.tensors[source])
+            with temp.open("rb") as file:
+                os.fsync(file.fileno())
+            temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
 

@@ -22,13 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llava_edge.bundle import MANIFEST, MAX_MANIFEST_BYTES, PARTS
-from llava_edge.errors import CannotCreateError, StorageError
+from llava_edge.errors import CannotCreateError
 
 _MARK = ".llava-edge-export"  # locked by the export whose temporary folder it is in
 _BUNDLE = "bundle"  # in there: what becomes the target
 _OLD = "old"  # in there: what stood at the target, while a swap is under way
-
-HEADROOM = 1.1  # free space asked for, relative to the estimate
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -47,16 +45,6 @@ def check_target(out: Path, force: bool) -> None:
         raise CannotCreateError(f"{out} also holds {', '.join(foreign[:5])}; move that away before it is replaced.")
     if not force:
         raise CannotCreateError(f"{out} already holds a bundle; use --force to replace it, or choose another name.")
-
-
-def check_space(out: Path, estimate: int) -> None:
-    """Raises `StorageError` when the disk has not `HEADROOM` x `estimate` bytes free."""
-    free = shutil.disk_usage(out.parent).free
-    needed = int(estimate * HEADROOM)
-    if free < needed:
-        raise StorageError(
-            f"The export needs about {needed / 1e9:.2f} GB in {out.parent}, but only {free / 1e9:.2f} GB are free."
-        )
 
 
 @contextmanager

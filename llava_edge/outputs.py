@@ -1,12 +1,16 @@
-"""Where results go: what cannot be written is refused before hours of work, not after them."""
+"""Where results go: what cannot be written is refused before hours of work, not after them; what fails all the same is
+said in a sentence."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from llava_edge.errors import CannotCreateError
+from llava_edge.errors import CannotCreateError, StorageError
+
+HEADROOM = 1.1  # free space asked for, relative to the estimate
 
 
 def check_output(path: Path, *, apart: Iterable[Path] = (), bundles: Iterable[Path] = ()) -> None:
@@ -34,6 +38,27 @@ def unwritable(folder: Path) -> str:
             return ""
     except OSError as error:
         return error.strerror or str(error)
+
+
+def check_space(folder: Path, estimate: int, what: str) -> None:
+    """Raises `StorageError` when the disk has not `HEADROOM` x `estimate` bytes free. `what` begins the sentence."""
+    import shutil  # 3 ms
+
+    free, needed = shutil.disk_usage(folder).free, int(estimate * HEADROOM)
+    if free < needed:
+        raise StorageError(
+            f"{what} needs about {needed / 1e9:.2f} GB in {folder}, but only {free / 1e9:.2f} GB are free."
+        )
+
+
+@contextmanager
+def writing(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Raises `StorageError` for a write that fails; libraries say so by exceptions of their own kinds, too."""
+    try:
+        yield
+    except (OSError, *kinds) as error:  # type: ignore[misc]
+        reason = (isinstance(error, OSError) and error.strerror) or f"{error}, as when the disk is full"
+        raise StorageError(f"{path} could not be written: {reason}.") from error
 
 
 def _place(path: Path) -> Path:

@@ -25,6 +25,7 @@ from llava_edge.image import load_image, preprocess
 from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 from llava_edge.models.llava import Llava
+from llava_edge.outputs import check_space
 
 BATCH = 16  # pictures encoded at once
 
@@ -96,6 +97,7 @@ class FeatureCache:
             data.truncate(len(self._rows) * self._row_bytes())
             index.truncate(sum(len(_line(key)) for key in self._rows))
             todo = [path for key, path in unique.items() if key not in self._rows]
+            check_space(self.folder, len(todo) * self._row_bytes(), "What CLIP makes of the pictures")
             tower = copy.deepcopy(self._tower).to(torch.bfloat16) if self.bf16 and todo else self._tower
             spec = preprocessing(self.config)
             for start in range(0, len(todo), BATCH):

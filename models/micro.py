@@ -17,6 +17,7 @@ from PIL import Image
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
 from llava_edge.models.conversations import record
+from llava_edge.models.shapes import save_tensors, tensor_shapes
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -68,8 +69,6 @@ CONFIG = LlavaConfig(
 
 def random_tensors(config: LlavaConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint under classic Hugging Face names, drawn with numpy."""
-    from llava_edge.models.shapes import tensor_shapes
-
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     for name, shape in tensor_shapes(config).items():
@@ -88,12 +87,10 @@ def write_checkpoint(
     folder: Path, *, seed: int = 0, config: LlavaConfig = CONFIG, tensors: Mapping[str, np.ndarray] | None = None
 ) -> Path:
     """Write config.json, tokenizer.json and model.safetensors; random weights unless `tensors` are given."""
-    from safetensors.numpy import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_hf(config), indent=2), "utf-8")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(), ensure_ascii=False), "utf-8")
-    save_file(dict(tensors or random_tensors(config, seed)), folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", tensors or random_tensors(config, seed))
     return folder
 
 

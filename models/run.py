@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from llava_edge.errors import UsageError
+from llava_edge.errors import CannotCreateError, UsageError
 from llava_edge.models import micro, smol
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.conversations import write_records
@@ -19,8 +20,9 @@ from llava_edge.models.llava import Llava, from_state
 from llava_edge.models.lora import merge_lora
 from llava_edge.models.recipe import Recipe
 from llava_edge.models.shapes import projector_shapes
-from llava_edge.models.sources import require_photos
+from llava_edge.models.sources import require_sources
 from llava_edge.models.train import Report, Trainer, load_stage, plot_losses
+from llava_edge.outputs import check_space
 
 Talk = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -49,7 +51,7 @@ def train_recipe(
 
     Returns the folder of the finished model (a Hugging Face LLaVA folder; for `smol` the delta as well).
     """
-    _check_photos(recipe, folders)  # before anything is downloaded
+    _check(recipe, folders)
     torch.manual_seed(recipe.seed)
     if threads:
         torch.set_num_threads(threads)
@@ -59,6 +61,7 @@ def train_recipe(
     tokenizer = load_tokenizer(folders.run / "base" / "tokenizer.json")
     stages = [load_stage(stage, folders.data, tokenizer, config.image_tokens, recipe.seed) for stage in recipe.stages]
     features = FeatureCache(folders.features, model, talk=talk)
+    check_space(folders.run, 4 * sum(parameter.numel() for parameter in model.parameters()), "The trained model")
     talk("encoding pictures (each once; kept for later runs)")
     pictures = {folders.data / item.image for data in stages for item in data.packs if item.image}
     features.ensure(sorted(pictures), progress=encoding)
@@ -67,12 +70,18 @@ def train_recipe(
     return folders.run / "model"
 
 
-def _check_photos(recipe: Recipe, folders: Folders) -> None:
+def _check(recipe: Recipe, folders: Folders) -> None:
+    """Refuse, before anything is downloaded or computed, what would be refused later or would spoil something."""
+    for package in ("gguf", "onnx", "safetensors"):
+        import_module(package)
+    # `base` is what a run writes first.
+    if folders.run.is_dir() and any(folders.run.iterdir()) and not (folders.run / "base").is_dir():
+        raise CannotCreateError(f"{folders.run} holds something else than a run; choose another --out.")
     if recipe.parts == "micro":
         return
     if folders.photos is None:
         raise UsageError("This recipe trains on photos: pass their folder with --photos.")
-    require_photos(folders.photos, folders.data)
+    require_sources(folders.photos, folders.data)
 
 
 def _untrained(recipe: Recipe, folders: Folders, talk: Talk) -> tuple[Llava, LlavaConfig]:

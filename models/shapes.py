@@ -1,8 +1,14 @@
-"""Names and shapes of a checkpoint's tensors, as Hugging Face's classic layout has them. No torch here."""
+"""A checkpoint's tensors in Hugging Face's classic layout: names, shapes, and the file they are in. No torch here."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
 from llava_edge.models.config import LlavaConfig
+from llava_edge.outputs import writing
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -71,3 +77,12 @@ def language_shapes(config: LlavaConfig) -> Shapes:
     if not t.tie_word_embeddings:
         shapes[HEAD] = (t.vocab_size, d)
     return shapes
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], **metadata: str) -> None:
+    """Write a safetensors file. Raises `StorageError` when the disk fails."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    with writing(path, SafetensorError):
+        save_file(dict(tensors), path, {"format": "pt", **metadata})

@@ -23,6 +23,7 @@ from llava_edge.errors import DataError
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
 from llava_edge.models.llama_gguf import language_values, tensor_names
+from llava_edge.models.shapes import save_tensors
 
 if TYPE_CHECKING:
     from llava_edge.models.llava import Llava
@@ -202,8 +203,6 @@ def read_delta(delta: Path) -> tuple[Arrays, dict[str, tuple[Array, Array]]]:
 
 def write_delta(model: Llava, path: Path) -> None:
     """What training changed, in float16: the projector and the adapters. Call before they are merged."""
-    from safetensors.numpy import save_file
-
     from llava_edge.models.lora import lora_modules
 
     changed = {f"multi_modal_projector.{k}": v for k, v in model.multi_modal_projector.state_dict().items()}
@@ -212,7 +211,7 @@ def write_delta(model: Llava, path: Path) -> None:
         changed |= {f"{name}.lora_A": adapter.lora_A, f"{name}.lora_B": adapter.lora_B}
         scale = adapter.scale
     arrays = {name: tensor.detach().to("cpu").numpy().astype(np.float16) for name, tensor in changed.items()}
-    save_file(arrays, path, metadata={"format": "np", "lora_scale": str(scale)})
+    save_tensors(path, arrays, lora_scale=str(scale))
 
 
 def write_checkpoint(folder: Path, parts: Path, delta: Path | None = None, talk: Talk = lambda line: None) -> Path:
@@ -220,9 +219,7 @@ def write_checkpoint(folder: Path, parts: Path, delta: Path | None = None, talk:
 
     delta: what training changed; the one that ships with the package unless given.
     """
-    from safetensors.numpy import save_file
-
     tensors = base_checkpoint(folder, parts, talk)
     apply_delta(tensors, delta or delta_path())
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", tensors)
     return folder

@@ -16,11 +16,13 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 from PIL import Image, ImageEnhance
@@ -36,6 +38,7 @@ EMOJIBASE = "emojibase-data@17.0.0"
 TUXPAINT = "tuxpaint-stamps-default"
 SIDE = 224  # px of rendered vector pictures
 KINDS = {"GroceryStoreDataset": "grocery", "clothing-dataset-small": "clothing", "imagenet-sample-images": "objects"}
+_LISTING = "items.jsonl"  # written when all is there
 VIEWS = {"grocery": 2}  # changed copies of each training photo; some products have 15 photos only
 
 
@@ -55,10 +58,10 @@ class Item:
 def collect(folder: Path, photos: Path) -> list[Item]:
     """Fetch, unpack and render everything into `folder`; returns all items. A second call reads items.jsonl.
 
-    Raises `MissingError`, `UnavailableError`, `DataError`, or `UsageError` if the folder was made with other photos.
+    Raises what `require_sources` raises, `UnavailableError` or `DataError`.
     """
-    require_photos(photos, folder)
-    listing = folder / "items.jsonl"
+    require_sources(photos, folder)
+    listing = folder / _LISTING
     if not listing.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         items = [*_photos(folder, photos), *_easy_vqa(folder), *_emoji(folder), *_tuxpaint(folder)]
@@ -73,17 +76,18 @@ def collect(folder: Path, photos: Path) -> list[Item]:
 
 def _run(command: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    except FileNotFoundError as error:
-        raise UnavailableError(f"{command[0]} is needed to fetch training pictures and was not found.") from error
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UnavailableError(f"'{' '.join(command)}' failed: {reason}")
 
 
-def require_photos(photos: Path, folder: Path) -> None:
-    """Raises `MissingError` if photos have no labels.jsonl, `UsageError` if data in `folder` were made with others."""
+def require_sources(photos: Path, folder: Path) -> None:
+    """What `collect` needs, before anything is fetched.
+
+    Raises `MissingError` if photos have no labels.jsonl, `UsageError` if data in `folder` were made with others, and
+    unless they are there `UnavailableError` or `ModuleNotFoundError` without what fetches and draws them.
+    """
     labels = photos / "labels.jsonl"
     if not labels.is_file():
         raise MissingError(f"{labels} does not exist; pass the folder of training photos with --photos.")
@@ -92,6 +96,12 @@ def require_photos(photos: Path, folder: Path) -> None:
         where = link.resolve()
         instead = "pass these" if where.exists() else "they are no longer there: put them back"
         raise UsageError(f"{folder} was made with the photos in {where}; {instead}, or pass another --data.")
+    if (folder / _LISTING).is_file():
+        return
+    import_module("resvg_py")
+    for program in ("npm", "apt-get", "dpkg-deb"):
+        if not shutil.which(program):
+            raise UnavailableError(f"{program} is needed to fetch training pictures and was not found.")
 
 
 def _labels(path: Path) -> list[dict[str, str]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +31,7 @@ from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava
 from llava_edge.models.lora import LoraLinear, add_lora
 from llava_edge.models.recipe import Recipe, Stage
+from llava_edge.outputs import writing
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -238,8 +240,9 @@ class Trainer:
         partial = path.with_suffix(".partial")
         saved = {"recipe": self._identity, "stage": stage, "step": step, "trained": self._trained(),
                  "optimizer": optimizer.state_dict()}  # fmt: skip
-        torch.save(saved, partial)
-        partial.replace(path)
+        with writing(path, RuntimeError):
+            torch.save(saved, partial)
+            partial.replace(path)
 
     def _load(self) -> dict[str, Any] | None:
         path = self.run_folder / "checkpoint.pt"
@@ -289,17 +292,13 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def plot_losses(log: Path, picture: Path) -> None:
     """log.jsonl -> loss.png, one panel a stage, raw and smoothed; no picture of an empty log."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = _read_log(log)
     if not rows:
         return
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.4), squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=True):
+    figure = Figure(figsize=(5 * len(stages), 3.4), layout="tight")
+    axes = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axis, stage in zip(axes, stages, strict=True):
         losses = [row["loss"] for row in rows if row["stage"] == stage]
         smooth: list[float] = []
         for loss in losses:
@@ -307,6 +306,4 @@ def plot_losses(log: Path, picture: Path) -> None:
         axis.plot(range(1, len(losses) + 1), losses, alpha=0.25, linewidth=0.7)
         axis.plot(range(1, len(losses) + 1), smooth)
         axis.set(title=f"stage: {stage}", xlabel="step", ylabel="loss (mean over trained tokens)", yscale="log")
-    figure.tight_layout()
     figure.savefig(picture, dpi=90)
-    pyplot.close(figure)

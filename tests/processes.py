@@ -1,11 +1,13 @@
-"""Python in a process of its own, for what a process keeps to its end; and what a process has in memory."""
+"""Python in a process of its own, for what a process keeps to its end; what a process has in memory, and may write."""
 
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,17 @@ def in_child(
     done = subprocess.run(command, cwd=ROOT, env=environment, input=given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing more than these bytes into a file fails, as on a full disk (EFBIG)."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def resident(path: Path) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import gguf
 import pytest
 from PIL import Image
+from processes import in_child
 
 from llava_edge import cli, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, Bundle
@@ -439,6 +440,21 @@ def test_without_the_extra_it_is_named_before_anything_is_done(
         assert (code, err.count("\n")) == (69, 1)
         assert lacking in err
         assert "pip install '.[export]'" in err
+
+
+@pytest.mark.parametrize("lacking", ["matplotlib", "safetensors"])
+def test_training_without_what_it_ends_with_is_not_begun(lacking: str, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from llava_edge import cli
+sys.modules[{lacking!r}] = None
+print(cli.execute(["train", "micro", "--out", sys.argv[1], "--data", sys.argv[1]]))
+"""
+    done = in_child(code, tmp_path / "run")
+    assert done.stdout == "69\n"
+    assert f"Training needs {lacking}" in done.stderr
+    assert "pip install '.[train]'" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_recipe_without_stages(tmp_path: Path, run: Run) -> None:

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import struct
@@ -14,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import edit_config
+from processes import largest_file
 from safetensors.numpy import load_file, save_file
 
 from llava_edge import cli
@@ -393,23 +393,7 @@ def test_replacing_swaps_whole_folders(at_once: bool, tmp_path: Path, monkeypatc
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="GB are free"):
-        publish.check_space(tmp_path / "out", 1 << 60)
-
-
 # --- faults while writing --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Writing more than these bytes into a file fails, as on a full disk (EFBIG)."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 @pytest.mark.parametrize(("size", "reason"), [(3_000, "File too large"), (0, "No usable temporary directory found")])

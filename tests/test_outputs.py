@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llava_edge import outputs
-from llava_edge.errors import CannotCreateError
-from llava_edge.outputs import check_output, unwritable
+from llava_edge.errors import CannotCreateError, StorageError
+from llava_edge.outputs import check_output, check_space, unwritable
 
 
 def test_whether_a_folder_takes_files(tmp_path: Path) -> None:
@@ -63,3 +63,9 @@ def test_what_the_system_lets_nobody_write_is_refused(tmp_path: Path, monkeypatc
     for name in ("old", "new"):
         with pytest.raises(CannotCreateError, match="cannot be written to"):
             check_output(tmp_path / name)
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path) -> None:
+    check_space(tmp_path, 1, "It")
+    with pytest.raises(StorageError, match=r"^It needs about .* GB are free"):
+        check_space(tmp_path, 1 << 60, "It")

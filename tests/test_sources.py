@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 import tarfile
 import zipfile
 from collections import defaultdict
@@ -14,7 +15,7 @@ import pytest
 from images import encode, picture
 
 from llava_edge import python
-from llava_edge.errors import DataError, MissingError, UsageError
+from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError
 from llava_edge.models import sources
 from llava_edge.models.conversations import write_records
 from llava_edge.models.evaluate import question_sets
@@ -72,6 +73,12 @@ def fetched(command: list[str], folder: Path) -> None:
             (stamps / f"{n}.png").write_bytes(PNG)
 
 
+@pytest.fixture(autouse=True)
+def programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are there, though none is started."""
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder of photos as the trainer expects it."""
@@ -127,6 +134,19 @@ def test_texts_of_groceries_that_are_missing_or_none_are_said(photos: Path, tmp_
         collect(tmp_path / "data", photos)
     texts.unlink()
     with pytest.raises(MissingError, match="from labels of groceries to texts"):
+        collect(tmp_path / "data", photos)
+
+
+def test_what_fetches_and_draws_pictures_is_looked_for_first(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fetcher in ((sources, "_run"), (python, "wheel")):
+        monkeypatch.setattr(*fetcher, lambda what, folder: pytest.fail(f"{what} was fetched"))
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "dpkg-deb" else name)
+    with pytest.raises(UnavailableError, match="dpkg-deb is needed to fetch training pictures"):
+        collect(tmp_path / "data", photos)
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(ModuleNotFoundError, match="resvg_py"):
         collect(tmp_path / "data", photos)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import whole
+from processes import largest_file
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
-from llava_edge.errors import DataError, MissingError
+from llava_edge.errors import CannotCreateError, DataError, MissingError, StorageError
 from llava_edge.image import load_image, preprocess
 from llava_edge.models import micro
 from llava_edge.models.data import load_tokenizer
@@ -212,6 +214,35 @@ def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
         assert norm > 0.5  # before it is clipped
     assert moved[0] == pytest.approx(0.5, rel=1e-3)
     assert moved[1] > 0.6
+
+
+def test_only_a_run_is_gone_on_with(bundle_copy: Path, tmp_path: Path) -> None:
+    """Its files would be lost, or the two would be in one folder."""
+    before = sorted(bundle_copy.iterdir())
+    out = replace(folders(tmp_path), run=bundle_copy)
+    with pytest.raises(CannotCreateError, match="something else than a run"):
+        train_recipe(brief(bf16=False), out)
+    assert sorted(bundle_copy.iterdir()) == before
+    assert not out.data.exists()
+
+
+@pytest.mark.parametrize("size", [200_000, 8_000_000])
+def test_a_full_disk_is_one_sentence(size: int, tmp_path: Path) -> None:
+    """When weights are written, or all that is trained and what AdamW knows of it."""
+    with largest_file(size), pytest.raises(StorageError, match=r"could not be written: .*as when the disk is full"):
+        train_recipe(brief(bf16=False), folders(tmp_path))
+
+
+def test_too_small_a_disk_is_noticed_before_pictures_are_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(StorageError, match="The trained model needs"):
+        train_recipe(brief(bf16=False), folders(tmp_path), encoding=lambda *_: pytest.fail("a picture was encoded"))
+    monkeypatch.setattr("llava_edge.models.run.check_space", lambda *_: None)
+    with pytest.raises(StorageError, match="What CLIP makes of the pictures needs"):
+        train_recipe(brief(bf16=False), folders(tmp_path))
 
 
 def test_the_micro_recipe_learns_its_colours(trained_micro: Path) -> None:

@@ -83,7 +83,8 @@ def eval(
         refuse_tiles(opened.config)
         tokenizer = load_tokenizer(opened.tokenizer / "tokenizer.json")
     data = data or store.home() / "data" / "smol"
-    items = collect(data, photos)
+    with needing("train", "Evaluation"):
+        items = collect(data, photos)
     train = question_sets(items, "train")
     asked = question_sets(items)
     sets = {name: _thin(questions, limit) for name, questions in asked.items() if questions and train[name]}

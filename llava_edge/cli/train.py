@@ -46,7 +46,7 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
     chosen = load_recipe(recipe)
     run = _writable(out, "--out", store.home() / "runs" / chosen.name)
     data = _writable(data, "--data", store.home() / "data" / chosen.name)
-    with status_line(f"Training {chosen.name}") as status:
+    with needing("train", "Training"), status_line(f"Training {chosen.name}") as status:
         report = _Reporter(status)
         model = train_recipe(
             chosen,
