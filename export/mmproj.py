@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from llava_edge.export import projector
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.llm_gguf import write_tensors
 from llava_edge.models.config import LlavaConfig
-from llava_edge.models.shapes import VISION_PREFIX
-from llava_edge.outputs import writing
+from llava_edge.models.shapes import VISION_PREFIX, tensor_shapes
+from llava_edge.outputs import check_space, unwritable, writing
 
 ARCHITECTURE = "clip"
 
@@ -53,7 +54,8 @@ def tensor_names(config: LlavaConfig) -> dict[str, str]:
 
 
 def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
-    """Raises `CheckpointError` for what such a file cannot say, `CannotCreateError` when `path` is taken."""
+    """Raises `CheckpointError` for what such a file cannot say, `CannotCreateError` when `path` is taken or its folder
+    takes no files, `StorageError` when that has no room."""
     rules = {
         f"has a projector of the type {config.projector_type}": config.projector_type == "mlp2x_gelu",
         "averages neighbouring patches": config.image_pool == 1,
@@ -71,6 +73,11 @@ def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
         raise CannotCreateError(f"{path} exists and is no picture encoder for llama.cpp; choose another name.")
     if os.path.lexists(path) and not force:
         raise CannotCreateError(f"{path} exists already; use --force to replace it, or choose another name.")
+    if problem := unwritable(path.parent):  # where it is written before it gets its name
+        raise CannotCreateError(f"{path} cannot be written, as its folder takes no files ({problem}).")
+    shapes = tensor_shapes(config)
+    numbers = sum(prod(shapes[source]) for source in tensor_names(config).values())
+    check_space(path.parent, 2 * numbers, "A picture encoder for llama.cpp")
 
 
 def _is_picture_encoder(path: Path) -> bool:

@@ -32,6 +32,7 @@ from llava_edge.errors import CannotCreateError, CheckpointError, MissingError, 
 from llava_edge.export import publish
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.export.mmproj import write_mmproj
 from llava_edge.export.quantize import quantize
 from llava_edge.runtimes import language, probe
 
@@ -391,6 +392,23 @@ def test_replacing_swaps_whole_folders(at_once: bool, tmp_path: Path, monkeypatc
     assert (out / "who").read_text("utf-8") == "temp"
     assert (temp / "who").read_text("utf-8") == "out"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_takes_no_picture_encoder_is_noticed_first(
+    micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the old file in it may be written: the new one is made beside it."""
+    mmproj = tmp_path / "mmproj.gguf"
+    write_mmproj(open_checkpoint(micro_checkpoint), mmproj, "old")
+    options = ExportOptions(micro_checkpoint, tmp_path / "out", force=True, emit_mmproj=mmproj)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(StorageError, match=r"^A picture encoder for llama\.cpp needs"):
+        export(options)
+    monkeypatch.setattr("llava_edge.export.mmproj.unwritable", lambda folder: "Permission denied")
+    with pytest.raises(CannotCreateError, match=r"folder takes no files \(Permission denied\)"):
+        export(options)
+    assert list(tmp_path.iterdir()) == [mmproj]
 
 
 # --- faults while writing --------------------------------------------------------------------------------------
