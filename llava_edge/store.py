@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_edge.bundle import MANIFEST
-from llava_edge.errors import MissingError
+from llava_edge.bundle import MANIFEST, PARTS
+from llava_edge.errors import MissingError, UsageError
 from llava_edge.paths import exists, meant
 
 DEFAULT_MODEL = "smol"
@@ -80,6 +80,27 @@ def entries() -> list[Entry]:
     return [
         Entry(name, KNOWN_MODELS.get(name, ""), models_folder() / name if name in found else None) for name in names
     ]
+
+
+def remove(name: str) -> int:
+    """Delete the bundle of a pulled model; returns how many bytes it had.
+
+    Raises `MissingError` with the names there are, `UsageError` for what `pull` did not put there: links, other files.
+    """
+    if not (_is_name(name) and _is_installed(name)):
+        installed = ", ".join(entry.name for entry in entries() if entry.folder) or "none"
+        raise MissingError(f"There is no model {name!r} in {models_folder()}; installed: {installed}.")
+    folder = models_folder() / name
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link to {folder.resolve()}, which was not pulled; remove the link itself.")
+    if foreign := sorted({path.name for path in folder.iterdir()} - {MANIFEST, *PARTS}):
+        raise UsageError(f"{folder} also holds {', '.join(foreign[:5])}; move that away first.")
+    files = [folder / part for part in (*PARTS, MANIFEST) if os.path.lexists(folder / part)]
+    size = sum(path.lstat().st_size for path in files)
+    for path in files:  # the manifest at last: a model that is half removed is still known
+        path.unlink()
+    folder.rmdir()
+    return size
 
 
 def _is_name(text: str) -> bool:

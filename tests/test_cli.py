@@ -266,7 +266,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["list"], 2, "llava-edge models list"),
     (["ps"], 2, "llava-edge models list"),
     (["pull", "smol"], 2, "llava-edge models pull"),
-    (["rm", "smol"], 2, "llava-edge models list"),
+    (["rm", "smol"], 2, "llava-edge models rm"),
     ([__file__], 2, f"llava-edge run --image {shlex.quote(__file__)}"),
     (["run", __file__], 2, f"use --image {shlex.quote(__file__)}."),
     (["chat", __file__], 2, f"use --image {shlex.quote(__file__)}."),
@@ -631,6 +631,17 @@ def test_models_are_listed_and_used_by_name(micro_bundle: Path, run: Run) -> Non
         (store.models_folder() / "broken" / "manifest.json").write_text(text)
         assert re.search(rf"^broken  cannot be used: .*{why}", run("models", "list")[1], re.MULTILINE)
     assert run("run", "--model", "mine", *LIGHT, "--max-tokens", "2", "--prompt", "hello")[0] == 0
+
+
+def test_a_model_is_removed(micro_bundle: Path, run: Run) -> None:
+    folder = store.models_folder() / "mine"
+    shutil.copytree(micro_bundle, folder)
+    code, out, err = run("models", "rm", "other")
+    assert (code, out) == (66, "")
+    assert "installed: mine." in err
+    assert run("models", "rm", "mine") == (0, "", "mine is removed: 2 MB freed.\n")
+    assert not folder.exists()
+    assert "installed: none." in run("models", "rm", "mine")[2]
 
 
 # doctor

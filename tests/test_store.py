@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from llava_edge import store
-from llava_edge.bundle import MANIFEST
-from llava_edge.errors import MissingError
+from llava_edge.bundle import LANGUAGE, MANIFEST
+from llava_edge.errors import MissingError, UsageError
 
 
 def install(name: str) -> Path:
@@ -88,3 +88,31 @@ def test_entries_show_known_and_installed() -> None:
     folder = install("mine")
     (store.models_folder() / "half").mkdir()  # no manifest: not a model
     assert [(entry.name, entry.folder) for entry in store.entries()] == [("smol", None), ("mine", folder)]
+
+
+def test_only_what_was_pulled_is_removed(tmp_path: Path) -> None:
+    """Neither what a link leads to, be it to a folder or to a file, nor what somebody put beside the parts."""
+    mine = install("mine")
+    (mine / "notes.txt").touch()
+    with pytest.raises(UsageError, match=r"also holds notes\.txt"):
+        store.remove("mine")
+    (tmp_path / "weights").write_text("mine")
+    (mine / LANGUAGE).symlink_to(tmp_path / "weights")
+    (store.models_folder() / "link").symlink_to(mine)
+    with pytest.raises(UsageError, match="is a link to"):
+        store.remove("link")
+    assert len(list(mine.iterdir())) == 3
+    (mine / "notes.txt").unlink()
+    store.remove("mine")
+    assert not mine.exists()
+    assert (tmp_path / "weights").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../models/mine", "..", ".", "", "a/b", "smol"])
+def test_nothing_is_removed_by_what_is_no_name_of_a_model(name: str) -> None:
+    folder = install("mine")
+    for above in (store.models_folder(), store.home()):
+        (above / MANIFEST).write_text("{}")
+    with pytest.raises(MissingError, match=r"installed: mine\."):
+        store.remove(name)
+    assert folder.is_dir()

@@ -29,7 +29,7 @@ COMMANDS = {
     "run": "Answer questions about images.",
     "chat": "Chat about images in the terminal.",
     "serve": "Serve a model: OpenAI-compatible API and chat page.",
-    "models": "List or pull models.",
+    "models": "List, pull or remove models.",
     "cache": "List or clear the image cache.",
     "info": "Show what a bundle, GGUF file or checkpoint contains.",
     "verify": "Check every byte of a bundle against its manifest.",
@@ -44,6 +44,7 @@ COMMANDS = {
 ELSEWHERE = {
     **dict.fromkeys(("list", "ls", "ps"), "models list"),
     **dict.fromkeys(("pull", "download", "get", "install"), "models pull"),
+    **dict.fromkeys(("rm", "remove", "delete", "uninstall"), "models rm"),
     **dict.fromkeys(("ask", "describe", "generate"), "run"),
     **dict.fromkeys(("convert", "create", "quantize"), "export"),
     "show": "info",
@@ -84,8 +85,6 @@ class _Group(click.Group):
 def _instead(name: str) -> str:
     if is_file(name):
         return f"; to ask about an image, run: llava-edge run --image {shlex.quote(name)}"
-    if name in ("rm", "remove", "delete"):
-        return "; 'llava-edge models list' shows the folders of models, which may be removed."
     from difflib import get_close_matches
 
     meant = ELSEWHERE.get(name) or next(iter(get_close_matches(name, COMMANDS, 1)), "")

@@ -1,4 +1,4 @@
-"""`llava-edge models`: what is installed, and how to get more."""
+"""`llava-edge models`: what is installed, how to get more, and how to be rid of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llava_edge.outputs import unwritable
 
 @click.group()
 def models() -> None:
-    """List or pull models."""
+    """List, pull or remove models."""
 
 
 @models.command("list")
@@ -60,6 +60,18 @@ def pull_model(name: str, force: bool) -> None:
         status.step("Measuring the fastest way to encode images", None)
         _tune(folder)
     click.echo(f"{name} is ready in {folder}. Try: llava-edge run --image photo.jpg", err=True)
+
+
+@models.command("rm")
+@click.argument("name")
+def remove_model(name: str) -> None:
+    """Remove the bundle of NAME.
+
+    Bundles that 'llava-edge export' made are folders of yours, and stay.
+    """
+    size, parts = store.remove(name), store.home() / "parts"
+    kept = f" What it was made from stays in {parts} for the next pull." if parts.exists() else ""
+    click.echo(f"{name} is removed: {size / 1e6:.0f} MB freed.{kept}", err=True)
 
 
 def _tune(folder: Path) -> None:
