@@ -121,6 +121,8 @@ class Gguf:
 def read(path: Path) -> Gguf:
     """Read and check the header. Raises `MissingError`, or `BundleError` with what does not fit; reads no weights."""
     try:
+        if path.is_fifo():  # which would be waited for
+            raise BundleError(f"{path} is a pipe; a GGUF file was expected.")
         with path.open("rb") as file:
             _check_magic(path, file.read(8))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,9 @@ def test_missing_and_folder(tmp_path: Path) -> None:
         gguf.read(tmp_path / "none.gguf")
     with pytest.raises(BundleError):
         gguf.read(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BundleError, match="is a pipe"):
+        gguf.read(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
