@@ -21,7 +21,7 @@ from PIL import Image
 
 from llava_edge import anyres, prompt
 from llava_edge.bundle import Bundle
-from llava_edge.errors import DataError, MissingError
+from llava_edge.errors import DataError
 from llava_edge.export import samples
 from llava_edge.image import load_image
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Message
@@ -87,13 +87,12 @@ def lay_out(ids: Sequence[int], labels: Sequence[int], image: str, rows: int) ->
 
 
 def check(data: Path, image_tokens: int) -> None:
-    """Raises `MissingError` or `DataError` for what `conversations` would, when everything else is done."""
+    """Raises what `conversations` would, when everything else is done: `MissingError`, `DataError` or `ImageError`."""
     from llava_edge.models.data import messages_of
 
     for record in _drawn(data)[: POSITIONS // image_tokens]:  # as many as are read, unless some are too long
         messages_of(record)
-        if not (data.parent / record["image"]).is_file():
-            raise MissingError(f"{data} names the picture {record['image']}, which is not there.")
+        load_image(data.parent / record["image"])
 
 
 def _drawn(data: Path) -> list[dict[str, Any]]:

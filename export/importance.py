@@ -79,14 +79,15 @@ def measure(
 
 
 def check(folder: Path | None) -> None:
-    """Raises `UnavailableError` without torch, `MissingError` for a folder without pictures."""
+    """Raises `UnavailableError` without torch, `MissingError` or `ImageError` for a folder's pictures."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise UnavailableError(
             f"An importance matrix is computed with torch, which is not installed. {install('train')}"
         ) from error
-    pictures(folder)
+    for _ in pictures(folder):  # each is decoded, so that none ends the export later
+        pass
 
 
 def describe(folder: Path | None) -> str:

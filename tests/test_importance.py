@@ -15,7 +15,7 @@ import torch
 from gguf.quants import dequantize
 
 from llava_edge.bundle import Bundle, read_manifest
-from llava_edge.errors import MissingError, UsageError
+from llava_edge.errors import ImageError, MissingError, UsageError
 from llava_edge.export import importance
 from llava_edge.export.checkpoint import Checkpoint, Tensors, open_checkpoint
 from llava_edge.export.exporter import ExportOptions
@@ -192,6 +192,10 @@ def test_calibration_takes_a_fixed_choice_of_a_folder(tmp_path: Path) -> None:
     assert sizes == [image.size for image in importance.pictures(tmp_path)]
     assert len(set(sizes)) == importance.PICTURES == 32
     assert importance.describe(tmp_path) == "32 pictures, image weight 0.5"
+    for path in tmp_path.rglob("*.PNG"):
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ImageError, match=r"\.PNG"):
+        importance.check(tmp_path)
 
 
 def test_manifests_from_before_the_field_open(root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from math import exp, log
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def test_what_cannot_be_measured_on_is_said(float16: Path, micro_bundle: Path, t
     assert isinstance(CliRunner().invoke(cli, options).exception, CannotCreateError)
 
 
-@pytest.mark.parametrize("fault", ["picture", "turns"])
+@pytest.mark.parametrize("fault", ["picture", "damaged picture", "turns"])
 def test_data_that_no_report_can_be_measured_on_is_refused_before_anything_is_written(
     fault: str, micro_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -166,13 +167,15 @@ def test_data_that_no_report_can_be_measured_on_is_refused_before_anything_is_wr
         (tmp_path / record["image"]).write_bytes((data.parent / record["image"]).read_bytes())
     if fault == "picture":
         (tmp_path / records[1]["image"]).unlink()
+    elif fault == "damaged picture":
+        os.truncate(tmp_path / records[1]["image"], 60)
     else:
         records[1]["conversations"][0]["value"] += " <image>"
     (tmp_path / "some.json").write_text(json.dumps(records), "utf-8")
     arguments = ["export", str(micro_checkpoint), str(tmp_path / "out"), "--report", str(tmp_path / "report.md")]
     done = CliRunner().invoke(cli, [*arguments, "--report-data", str(tmp_path / "some.json")])
     assert isinstance(done.exception, MissingError if fault == "picture" else DataError)
-    assert (records[1]["image"] if fault == "picture" else repr(records[1]["id"])) in str(done.exception)
+    assert (records[1]["image"] if "picture" in fault else repr(records[1]["id"])) in str(done.exception)
     assert "vision tower" not in done.stderr
 
 
