@@ -94,7 +94,7 @@ def open_checkpoint(
     try:
         source = layouts.read(folder, base, vision_tower)
         config = _config(source, template)
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
         wrong = f"A value of the wrong kind is in config.json of {folder}, or of what goes with it: {error}."
         raise CheckpointError(wrong) from error
     tensors = _fitting(folder, config, dict(source.stored))

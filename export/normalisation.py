@@ -51,7 +51,7 @@ def _of(path: Path, raw: dict[str, Any]) -> Normalisation:
 def _three(path: Path, name: str, values: Any, *, least: float, most: float) -> tuple[float, float, float]:
     try:
         first, second, third = (float(value) for value in values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} should give {name} as three numbers, has {values!r}.") from error
     if not all(math.isfinite(value) and least <= value <= most for value in (first, second, third)):
         raise CheckpointError(f"{path} sets {name} to {values!r}, which cannot be right for colours from 0 to 1.")

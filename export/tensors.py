@@ -113,7 +113,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(file.read(length))
             entries = {name: _entry(entry) for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{damaged}: its header cannot be read ({error!r}).") from error
     start = 8 + length
     for name, (dtype, shape, begin, end) in entries.items():

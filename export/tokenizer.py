@@ -75,10 +75,10 @@ def read_tokenizer(folder: Path, config: LlavaConfig) -> Vocabulary:
     Embedding rows behind the tokenizer's last token become unused `[PADi]` tokens.
     """
     try:
-        vocabulary = _read(folder, config)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        vocabulary = _padded(_read(folder, config), config.text.vocab_size)
+        "".join((*vocabulary.tokens, *vocabulary.merges)).encode()  # all are texts, and whole ones
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
         raise CheckpointError(f"The tokenizer in {folder} holds a value of the wrong kind: {error!r}.") from error
-    vocabulary = _padded(vocabulary, config.text.vocab_size)
     _check(folder, config, vocabulary)
     return vocabulary
 

@@ -72,6 +72,7 @@ def test_mean_and_deviation_are_the_processors(file: str, content: dict[str, Any
         ({"image_std": [0, 1, 1]}, "image_std"),
         ({"image_std": [float("nan"), 1, 1]}, "image_std"),
         ({"image_mean": 0.5}, "three numbers"),
+        ({"image_mean": [10**400, 0.5, 0.5]}, "three numbers"),
         ({"image_mean": [0.5, 0.5]}, "three numbers"),
     ],
 )

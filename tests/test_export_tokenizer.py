@@ -413,6 +413,13 @@ def test_vocabularies_that_cannot_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text('{"<far>": 1000000000}', "utf-8")
     with pytest.raises(CheckpointError, match="1000000001 tokens"):
         read_tokenizer(tmp_path, config)
-    (tmp_path / "added_tokens.json").write_text('{"<odd>": "x"}', "utf-8")
+    for added in ('{"<odd>": "x"}', '{"<odd>": Infinity}', r'{"half a \ud83d": 500}'):
+        (tmp_path / "added_tokens.json").write_text(added, "utf-8")
+        with pytest.raises(CheckpointError, match="wrong kind"):
+            read_tokenizer(tmp_path, config)
+    (tmp_path / "added_tokens.json").unlink()
+    raw = json.loads(bpe("smollm"))
+    raw["added_tokens"][0]["content"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
     with pytest.raises(CheckpointError, match="wrong kind"):
         read_tokenizer(tmp_path, config)
