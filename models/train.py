@@ -249,7 +249,10 @@ class Trainer:
         if not path.is_file():
             (self.run_folder / "log.jsonl").unlink(missing_ok=True)
             return None
-        saved: dict[str, Any] = torch.load(path, weights_only=True)
+        try:
+            saved: dict[str, Any] = torch.load(path, weights_only=True)
+        except Exception as error:  # torch raises a dozen kinds for a bad file
+            raise DataError(f"{path} is damaged; remove it, and training begins anew.") from error
         if saved.get("recipe") != self._identity:
             raise DataError(
                 f"{self.run_folder} holds a run of another recipe or of other data, which cannot be gone on with; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -174,6 +175,15 @@ def test_a_log_that_was_cut_off_or_is_gone_does_not_end_a_run(tmp_path: Path) ->
     log.unlink()
     assert (train_recipe(recipe, out) / "model.safetensors").is_file()
     assert log.read_text() == ""
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    recipe, out = brief(bf16=False), folders(tmp_path)
+    interrupted(recipe, out, after=2)
+    for size in (1000, 0):
+        os.truncate(out.run / "checkpoint.pt", size)
+        with pytest.raises(DataError, match=r"checkpoint\.pt is damaged; remove it"):
+            train_recipe(recipe, out)
 
 
 def trainer_of(recipe: Recipe, out: Folders) -> Trainer:
