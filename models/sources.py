@@ -22,6 +22,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -240,15 +241,10 @@ def _render_emoji(style: Path, row: dict[str, str]) -> Path | None:
     return target
 
 
-_ICONS: dict[Path, tuple[dict[str, dict[str, dict[str, str]]], dict[str, str]]] = {}
-
-
+@cache
 def _icon_set(style: Path) -> tuple[dict[str, dict[str, dict[str, str]]], dict[str, str]]:
-    if style not in _ICONS:
-        package = style / "package"
-        loaded = [json.loads((package / name).read_text("utf-8")) for name in ("icons.json", "chars.json")]
-        _ICONS[style] = (loaded[0], loaded[1])
-    return _ICONS[style]
+    icons, chars = (json.loads((style / "package" / name).read_text("utf-8")) for name in ("icons.json", "chars.json"))
+    return icons, chars
 
 
 def _render(svg: str, target: Path) -> None:
