@@ -550,11 +550,18 @@ def test_verify_measures_a_bundle_against_its_checkpoint(
     assert "clip fp32" in err
 
 
-def test_verify_refuses_a_checkpoint_of_other_sizes(micro_bundle: Path, tmp_path: Path, run: Run) -> None:
-    config = replace(CONFIG, image_pool=2)
-    code, _, err = run("verify", micro_bundle, "--against", write_checkpoint(tmp_path / "other", config=config))
+def test_verify_refuses_before_it_reads_what_it_could_not_measure_against(
+    micro_bundle: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bundle, "verify", lambda *_: pytest.fail("the bundle was read"))
+    other = write_checkpoint(tmp_path / "other", config=replace(CONFIG, image_pool=2))
+    code, _, err = run("verify", micro_bundle, "--against", other)
     assert code == 65
     assert "is not made from" in err
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, _, err = run("verify", micro_bundle, "--against", other)
+    assert code == 69
+    assert "torch is not installed" in err
 
 
 def test_verify_finds_one_flipped_bit(bundle_copy: Path, run: Run) -> None:

@@ -16,6 +16,7 @@ from llava_edge.store import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from llava_edge.bundle import Bundle, ParityRow
+    from llava_edge.export.checkpoint import Checkpoint
 
 
 @click.command()
@@ -40,17 +41,18 @@ def verify(
     if against is None and (base or vision_tower or mmproj or as_json):
         raise UsageError("--base, --vision-tower, --mmproj and --json go with --against CHECKPOINT.")
     opened = Bundle.open(resolve(bundle))
+    checkpoint = None if against is None else _source(opened, against, base, vision_tower, mmproj)
     total = _read(opened)
     said = f"{opened.folder}: {len(opened.manifest.files)} files, {total:,} bytes, all as in the manifest."
     click.echo(said, err=as_json)
-    if against is None:
+    if checkpoint is None:
         return
-    rows = _measure(opened, against, base, vision_tower, mmproj)
+    rows = _measure(opened, checkpoint)
     if as_json:
         click.echo(json.dumps({"model": opened.manifest.name, "parity": [asdict(row) for row in rows]}))
     failed = [row.stage for row in rows if not row.passed]
     if failed:
-        raise CheckpointError(f"{opened.folder} does not agree with {against} in: {', '.join(failed)}.")
+        raise CheckpointError(f"{opened.folder} does not agree with {checkpoint.folder} in: {', '.join(failed)}.")
 
 
 def _read(opened: Bundle) -> int:
@@ -76,10 +78,10 @@ def _read(opened: Bundle) -> int:
     return total
 
 
-def _measure(
+def _source(
     opened: Bundle, against: Path, base: Path | None, vision_tower: Path | None, mmproj: Path | None
-) -> list[ParityRow]:
-    from llava_edge.cli.export import show_parity
+) -> Checkpoint:
+    """What to measure against, before minutes of reading. Raises `UnavailableError` if nothing can be measured."""
     from llava_edge.export import parity
     from llava_edge.export.exporter import ExportOptions, open_source
 
@@ -93,7 +95,14 @@ def _measure(
     with needing("export", "--against"):  # of a GGUF
         checkpoint = open_source(options)
     parity.check_fits(opened, checkpoint)
-    with status_line(f"Measuring {opened.folder} against {against}") as status:
+    return checkpoint
+
+
+def _measure(opened: Bundle, checkpoint: Checkpoint) -> list[ParityRow]:
+    from llava_edge.cli.export import show_parity
+    from llava_edge.export import parity
+
+    with status_line(f"Measuring {opened.folder} against {checkpoint.folder}") as status:
         rows = parity.parity(
             opened, checkpoint, progress=lambda what, share: status.step(f"Measuring {what} of {opened.folder}", share)
         )
