@@ -1,4 +1,4 @@
-"""Where models live on this machine: a cache folder with one bundle folder for each pulled model.
+"""Where models live on this machine: a cache folder with one bundle folder for each pulled model, found and removed.
 
 Knows nothing about engines or how a model is made.
 """

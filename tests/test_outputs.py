@@ -9,7 +9,7 @@ import pytest
 
 from llava_edge import outputs
 from llava_edge.errors import CannotCreateError, StorageError
-from llava_edge.outputs import check_output, check_space, unwritable
+from llava_edge.outputs import check_output, check_space, unwritable, writing
 
 
 def test_whether_a_folder_takes_files(tmp_path: Path) -> None:
@@ -69,3 +69,13 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path) -> None:
     check_space(tmp_path, 1, "It")
     with pytest.raises(StorageError, match=r"^It needs about .* GB are free"):
         check_space(tmp_path, 1 << 60, "It")
+
+
+def test_a_write_that_fails_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "file"
+    with pytest.raises(StorageError, match=r"file could not be written: No such file or directory\.$"), writing(path):
+        path.write_text("lost")
+    with pytest.raises(StorageError, match=r"pos, as when the disk is full\.$"), writing(path, RuntimeError):
+        raise RuntimeError("unexpected pos")
+    with pytest.raises(RuntimeError), writing(path):
+        raise RuntimeError("a bug")
