@@ -16,11 +16,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llava_edge.server import replies, requests
-from llava_edge.server.door import Door, problem_response
 from llava_edge.server.guard import Guard
 from llava_edge.server.json_body import parse
 from llava_edge.server.limits import Limits
 from llava_edge.server.metrics import CONTENT_TYPE, Metrics
+from llava_edge.server.middleware import Middleware, problem_response
 from llava_edge.server.page import Page
 from llava_edge.server.problems import Problem, bad
 from llava_edge.server.requests import Ask
@@ -43,7 +43,7 @@ class App:
         self._page = Page()
         self._created = int(time.time())
 
-    def asgi(self, guard: Guard, log: Callable[[str], None]) -> Door:
+    def asgi(self, guard: Guard, log: Callable[[str], None]) -> Middleware:
         """The application for uvicorn. `log` gets one line for each request."""
         routes = [
             Route("/", self._show_page),
@@ -63,7 +63,7 @@ class App:
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False
         paths = {route.path for route in routes}
-        return Door(inner, guard, self._limits, self._metrics, paths, log)
+        return Middleware(inner, guard, self._limits, self._metrics, paths, log)
 
     async def _chat(self, request: Request) -> Response:
         return await self._answer(request, requests.chat, chat=True)
@@ -124,7 +124,7 @@ class App:
             crashes_total=supervisor.crashes,
             starts_total=supervisor.starts,
             queue_length=supervisor.queue_length,
-            requests_in_work=request.scope["in_work"],
+            requests_in_work=request.scope["active_requests"],
         )
         return Response(text, media_type=CONTENT_TYPE)
 

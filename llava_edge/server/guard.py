@@ -54,7 +54,7 @@ class Guard:
         asks = method == "OPTIONS" and bool(_all(headers, b"access-control-request-method"))
         return asks and bool(self._page(target, headers))
 
-    def sharing(self, method: str, target: bytes, headers: Headers) -> Headers:
+    def cors_headers(self, method: str, target: bytes, headers: Headers) -> Headers:
         """The CORS headers of an answer, whatever it is: a page shall be able to read why it was refused."""
         page = self._page(target, headers)
         shared = [(b"vary", b"Origin")] if self.pages else []
