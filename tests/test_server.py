@@ -235,8 +235,8 @@ def test_a_large_counter_still_counts() -> None:
     metrics, none = Metrics(), dict.fromkeys(("prompt_tokens", "image_tokens"), 0)
     for tokens in (1_234_567, 1):
         times = defaultdict[str, float](float)
-        metrics.answer({"finish_reason": "stop", "completion_tokens": tokens, "timings": times, **none})
-    assert 'tokens_total{kind="answer"} 1234568\n' in metrics.text()
+        metrics.count_answer({"finish_reason": "stop", "completion_tokens": tokens, "timings": times, **none})
+    assert 'tokens_total{kind="answer"} 1234568\n' in metrics.render()
 
 
 @pytest.mark.parametrize(
@@ -397,10 +397,13 @@ def test_the_bytes_decide_not_their_label(server: Server) -> None:
 @pytest.mark.parametrize(
     ("label", "says"),
     [
-        ("image/heic", "An image is image/heic by its label, but JPEG, PNG, WebP, GIF and BMP are read; convert it"),
+        (
+            "image/heic",
+            "An image is declared as image/heic, but only JPEG, PNG, WebP, GIF and BMP are supported; convert it",
+        ),
         ("image/HEIF", "say by 'heif-convert photo.heic photo.jpg'."),
-        ("image/tiff", "but JPEG, PNG, WebP, GIF and BMP are read; convert it to one of these."),
-        ("image/svg+xml", "image/svg+xml by its label"),
+        ("image/tiff", "but only JPEG, PNG, WebP, GIF and BMP are supported; convert it to one of these."),
+        ("image/svg+xml", "declared as image/svg+xml"),
         ("text/html", "only as base64 data: URLs"),
         ("image/<b>", "only as base64 data: URLs"),
     ],

@@ -22,10 +22,10 @@ from llava_edge.server.limits import Limits
 from llava_edge.server.metrics import CONTENT_TYPE, Metrics
 from llava_edge.server.middleware import Middleware, problem_response
 from llava_edge.server.page import Page
-from llava_edge.server.problems import Problem, bad
+from llava_edge.server.problems import Problem, bad_request
 from llava_edge.server.requests import Ask
 from llava_edge.server.supervisor import Supervisor
-from llava_edge.server.votes import Votes
+from llava_edge.server.votes import VoteLog
 
 T = TypeVar("T")
 Read = Callable[[dict[str, Any], str, Limits], Ask]
@@ -34,10 +34,10 @@ Read = Callable[[dict[str, Any], str, Limits], Ask]
 class App:
     """Everything the routes share."""
 
-    def __init__(self, model: str, supervisor: Supervisor, votes: Votes, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, model: str, supervisor: Supervisor, vote_log: VoteLog, limits: Limits, metrics: Metrics) -> None:
         self._model = model
         self._supervisor = supervisor
-        self._votes = votes
+        self._vote_log = vote_log
         self._limits = limits
         self._metrics = metrics
         self._page = Page()
@@ -119,7 +119,7 @@ class App:
 
     async def _show_metrics(self, request: Request) -> Response:
         supervisor = self._supervisor
-        text = self._metrics.text(
+        text = self._metrics.render(
             up=int(supervisor.state == "ok"),
             crashes_total=supervisor.crashes,
             starts_total=supervisor.starts,
@@ -139,23 +139,23 @@ class App:
 
     async def _log_state(self, request: Request) -> Response:
         if request.method == "PUT":
-            wanted = (await self._body(request)).get("on")
-            if not isinstance(wanted, bool):
-                raise bad("on must be true or false.", "on")
-            self._votes.on = wanted
-        return JSONResponse({"on": self._votes.on, "bytes": self._votes.size()})
+            enabled = (await self._body(request)).get("on")
+            if not isinstance(enabled, bool):
+                raise bad_request("on must be true or false.", "on")
+            self._vote_log.enabled = enabled
+        return JSONResponse({"on": self._vote_log.enabled, "bytes": self._vote_log.size()})
 
     async def _log_add(self, request: Request) -> Response:
         address = request.client.host if request.client else ""
-        self._votes.add(await self._body(request), address)
+        self._vote_log.add(await self._body(request), address)
         return Response(status_code=204)
 
     async def _log_file(self, _: Request) -> Response:
         headers = {"Content-Disposition": 'attachment; filename="llava-edge-log.jsonl"'}
-        return Response(self._votes.read(), headers=headers, media_type="application/jsonl")
+        return Response(self._vote_log.read(), headers=headers, media_type="application/jsonl")
 
     async def _log_delete(self, _: Request) -> Response:
-        self._votes.delete()
+        self._vote_log.delete()
         return Response(status_code=204)
 
 

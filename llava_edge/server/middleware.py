@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llava_edge.server.guard import Guard
 from llava_edge.server.limits import Limits
 from llava_edge.server.metrics import Metrics
-from llava_edge.server.problems import Problem, busy
+from llava_edge.server.problems import Problem, server_busy
 
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -70,7 +70,7 @@ class Middleware:
         finally:
             route = scope["path"] if scope["path"] in self._paths else "(other)"
             method = scope["method"] if scope["method"] in _METHODS else "(other)"
-            self._metrics.request(route, exchange.status)
+            self._metrics.count_request(route, exchange.status)
             if (route, exchange.status) not in _UNLOGGED:
                 self._log(f"{method} {route} {exchange.status} {(time.monotonic() - start) * 1000:.0f} ms")
 
@@ -79,7 +79,7 @@ class Middleware:
             raise Problem(431, f"The headers have more than {self._limits.head} bytes.")
         self._guard.check(scope["method"], scope["raw_path"], scope["headers"])
         if self._active >= self._limits.requests:
-            raise busy("Too many requests at once. Try again soon.", 2)
+            raise server_busy("Too many requests at once. Try again soon.", 2)
 
     async def _forward(self, scope: Scope, exchange: _Exchange) -> None:
         self._active += 1

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients know them. No text here names a file, an address or a line of code."""
+"""Errors in OpenAI's format. No message names a file, an address or a line of code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Problem(Exception):
-    """What a client is told instead of an answer."""
+    """An error response."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
@@ -16,7 +16,7 @@ class Problem(Exception):
         self.message = message
         self.param = param
         self.code = code
-        self.retry_after = retry_after  # seconds; 0: not said
+        self.retry_after = retry_after  # seconds; 0: no such header
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the error."""
@@ -30,28 +30,28 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with it. OpenAI's clients repeat by themselves what failed; not what ended the model's process."""
+        """Its headers. OpenAI's clients retry a 500 by themselves, which must not crash the model's process again."""
         wait = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
         return wait | ({"X-Should-Retry": "false"} if self.code == "crash" else {})
 
 
-def bad(message: str, param: str | None = None, code: str | None = None) -> Problem:
-    """The request cannot be understood or kept to."""
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> Problem:
+    """400: the request is invalid or asks for what is not supported."""
     return Problem(400, message, param=param, code=code)
 
 
-def crashed() -> Problem:
-    """The child died with the request."""
+def model_crashed() -> Problem:
+    """500: the child died while it worked on the request."""
     return Problem(
         500, "The model's process ended while it worked on this request. It is being restarted.", code="crash"
     )
 
 
-def stopped() -> Problem:
-    """The server ends."""
+def server_stopped() -> Problem:
+    """503: the server is shutting down."""
     return Problem(503, "The server was stopped while it worked on this request.", code="stopped")
 
 
-def busy(message: str, retry_after: int) -> Problem:
-    """Not now."""
+def server_busy(message: str, retry_after: int) -> Problem:
+    """503: try again after `retry_after` seconds."""
     return Problem(503, message, code="busy", retry_after=retry_after)

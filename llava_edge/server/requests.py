@@ -17,7 +17,7 @@ from llava_edge.options import MAX_TOKENS, Options
 from llava_edge.prompt import Message
 from llava_edge.server import data_url
 from llava_edge.server.limits import Limits
-from llava_edge.server.problems import Problem, bad
+from llava_edge.server.problems import Problem, bad_request
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -108,12 +108,12 @@ def chat(body: Mapping[str, Any], model: str, limits: Limits) -> Ask:
     _check_model(body, model)
     turns = body.get("messages")
     if not isinstance(turns, list) or not 1 <= len(turns) <= limits.messages:
-        raise bad(f"messages must be a list of 1 to {limits.messages} messages.", "messages")
+        raise bad_request(f"messages must be a list of 1 to {limits.messages} messages.", "messages")
     images: list[bytes] = []
     messages = _in_turns([_message(turn, f"messages[{i}]", images) for i, turn in enumerate(turns)])
     top = body.get("top_logprobs")
     if top and not body.get("logprobs"):
-        raise bad("top_logprobs needs logprobs to be true.", "top_logprobs")
+        raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
     chances = (0 if top is None else top) if _flag(body, "logprobs") else None
     return _ask(body, messages, images, chances, limits)
 
@@ -125,7 +125,7 @@ def completion(body: Mapping[str, Any], model: str, limits: Limits) -> Ask:
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str):
-        raise bad("prompt must be one text.", "prompt")
+        raise bad_request("prompt must be one text.", "prompt")
     if _longest(body) is None:
         body = {**body, "max_tokens": 16}
     return _ask(body, [Message("user", prompt)], [], body.get("logprobs"), limits)
@@ -136,12 +136,12 @@ def _ask(
 ) -> Ask:
     _refuse_unsupported(body, _NEUTRAL | (_GOING_ON if messages[-1].role == "assistant" else {}))
     if len(images) > limits.images:
-        raise bad(f"There are {len(images)} images; at most {limits.images} are accepted.", "messages")
+        raise bad_request(f"There are {len(images)} images; at most {limits.images} are accepted.", "messages")
     if sum(len(message.text.encode("utf-8", "replace")) for message in messages) > limits.prompt:
-        raise bad(f"The texts have more than {limits.prompt} bytes.", "messages", "context_length_exceeded")
+        raise bad_request(f"The texts have more than {limits.prompt} bytes.", "messages", "context_length_exceeded")
     extra = body.get("stream_options")
     if extra is not None and not isinstance(extra, dict):
-        raise bad("stream_options must be an object.", "stream_options")
+        raise bad_request("stream_options must be an object.", "stream_options")
     usage = _flag(extra or {}, "include_usage")
     return Ask(tuple(messages), tuple(images), _options(body, chances), _flag(body, "stream"), usage)
 
@@ -154,7 +154,7 @@ def _refuse_unsupported(body: Mapping[str, Any], neutral: Mapping[str, tuple[obj
         if any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in values):
             continue
         instead = "ask for a JSON schema in response_format" if name in _FORMS else "leave it out"
-        raise bad(f"{name} is not supported by this server; {instead}.", name)
+        raise bad_request(f"{name} is not supported by this server; {instead}.", name)
 
 
 _LONGEST = ("max_completion_tokens", "max_tokens", "n_predict")
@@ -185,7 +185,7 @@ def _options(body: Mapping[str, Any], chances: Any) -> Options:
         param = next((name for name in given if name in str(error)), "")
         names = {"max_tokens": _LONGEST, "repeat_penalty": _PENALTY, "top_logprobs": _CHANCES}.get(param, (param,))
         said = next((name for name in names if body.get(name) is not None), param)
-        raise bad(str(error).replace(param, said), said or None) from error
+        raise bad_request(str(error).replace(param, said), said or None) from error
 
 
 def _longest(body: Mapping[str, Any]) -> Any:
@@ -205,7 +205,7 @@ def _check_model(body: Mapping[str, Any], model: str) -> None:
     if name is None or name == "":
         return
     if not isinstance(name, str):
-        raise bad(f"model must be a text; this server has {model!r}.", "model")
+        raise bad_request(f"model must be a text; this server has {model!r}.", "model")
     if name != model:
         raise Problem(404, f"This server has the model {model!r} only.", param="model", code="model_not_found")
 
@@ -213,12 +213,12 @@ def _check_model(body: Mapping[str, Any], model: str) -> None:
 def _message(turn: object, param: str, images: list[bytes]) -> Message:
     """One message; its pictures are appended to `images`."""
     if not isinstance(turn, dict):
-        raise bad("A message must be an object.", param)
+        raise bad_request("A message must be an object.", param)
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or role not in _ROLES:
-        raise bad(f"The role of a message must be one of {', '.join(_ROLES)}.", f"{param}.role")
+        raise bad_request(f"The role of a message must be one of {', '.join(_ROLES)}.", f"{param}.role")
     if turn.get("images"):
-        raise bad(
+        raise bad_request(
             "Pictures must be parts of the content, of type image_url, not images of a message.", f"{param}.images"
         )
     if role == "assistant" and not content:  # null, of one that called tools
@@ -226,13 +226,13 @@ def _message(turn: object, param: str, images: list[bytes]) -> Message:
     if isinstance(content, str):
         return Message(_ROLES[role], content)  # type: ignore[arg-type]
     if not isinstance(content, list) or not content:
-        raise bad("The content of a message must be a text or a list of parts.", f"{param}.content")
+        raise bad_request("The content of a message must be a text or a list of parts.", f"{param}.content")
     texts: list[str] = []
     before = len(images)
     for i, part in enumerate(content):
         _part(part, f"{param}.content[{i}]", texts, images)
     if len(images) > before and role != "user":
-        raise bad("Only messages of the user can have images.", f"{param}.content")
+        raise bad_request("Only messages of the user can have images.", f"{param}.content")
     return Message(_ROLES[role], "\n".join(texts), len(images) - before)  # type: ignore[arg-type]
 
 
@@ -245,7 +245,7 @@ def _part(part: object, param: str, texts: list[str], images: list[bytes]) -> No
         url = source.get("url") if isinstance(source, dict) else source
         images.append(data_url.decode(url, f"{param}.image_url"))
     else:
-        raise bad("A part of a message must be of type text or image_url, with that field.", param)
+        raise bad_request("A part of a message must be of type text or image_url, with that field.", param)
 
 
 def _in_turns(messages: Sequence[Message]) -> list[Message]:
@@ -257,7 +257,7 @@ def _in_turns(messages: Sequence[Message]) -> list[Message]:
     others = [message for message in messages if message.role != "system"]
     found = [_joined(list(turn)) for _, turn in groupby(others, lambda message: message.role)]
     if not found or found[0].role != "user":
-        raise bad("The first message after the system's must be a user's.", "messages")
+        raise bad_request("The first message after the system's must be a user's.", "messages")
     return [*([_joined(system)] if system else []), *found]
 
 
@@ -271,7 +271,7 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise bad(f"{name} must be true or false.", name)
+        raise bad_request(f"{name} must be true or false.", name)
     return value
 
 
@@ -280,7 +280,7 @@ def _seed(body: Mapping[str, Any]) -> int:
     if seed in (None, -1):  # the second: any, as for llama.cpp's server
         return secrets.randbits(32)
     if type(seed) is not int or not -(1 << 63) <= seed < 1 << 63:
-        raise bad("seed must be a whole number of at most 64 bits.", "seed")
+        raise bad_request("seed must be a whole number of at most 64 bits.", "seed")
     return seed % (1 << 32)
 
 
@@ -289,7 +289,7 @@ def _stop(stop: object) -> tuple[str, ...] | None:
         return None
     texts = [stop] if isinstance(stop, str) else stop
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise bad("stop must be a text or a list of texts.", "stop")
+        raise bad_request("stop must be a text or a list of texts.", "stop")
     return tuple(filter(None, texts))  # an empty one is meant for none
 
 
@@ -298,7 +298,7 @@ def _grammar(body: Mapping[str, Any]) -> str | None:
     if body.get("json_schema") is None:
         return grammar
     if grammar:
-        raise bad("response_format and json_schema both name a form; one of them was expected.", "json_schema")
+        raise bad_request("response_format and json_schema both name a form; one of them was expected.", "json_schema")
     return _of_schema(body["json_schema"], "json_schema")
 
 
@@ -309,12 +309,12 @@ def _form(wanted: object) -> str | None:
     if kind == "text":
         return None
     if not isinstance(wanted, dict) or kind not in ("json_object", "json_schema"):
-        raise bad("response_format must have the type text, json_object or json_schema.", "response_format")
+        raise bad_request("response_format must have the type text, json_object or json_schema.", "response_format")
     if kind == "json_object" and wanted.get("schema") is None:
         return any_object()
     given = wanted if kind == "json_object" else wanted.get("json_schema")  # the first: llama.cpp's server has it so
     if not isinstance(given, dict) or "schema" not in given:
-        raise bad("response_format.json_schema must be an object with a schema in it.", "response_format")
+        raise bad_request("response_format.json_schema must be an object with a schema in it.", "response_format")
     return _of_schema(given["schema"], "response_format")
 
 
@@ -322,4 +322,4 @@ def _of_schema(schema: object, param: str) -> str:
     try:
         return from_schema(schema)
     except UsageError as error:
-        raise bad(str(error), param) from error
+        raise bad_request(str(error), param) from error

@@ -20,7 +20,7 @@ from llava_edge.server import guard
 from llava_edge.server.limits import Limits
 from llava_edge.server.metrics import Metrics
 from llava_edge.server.supervisor import Supervisor
-from llava_edge.server.votes import Votes
+from llava_edge.server.votes import VoteLog
 from llava_edge.templates import template
 
 if TYPE_CHECKING:
@@ -77,21 +77,21 @@ async def _serve(
     import uvicorn
 
     from llava_edge.server.app import App
-    from llava_edge.server.protocol import protocol
+    from llava_edge.server.protocol import protocol_class
 
     port = sockets[0].getsockname()[1]
     hosts = guard.hosts(settings.host, port, settings.allowed_hosts)
     limits = settings.limits
     metrics = Metrics()
-    supervisor = Supervisor(bundle, options, limits, metrics.answer)
+    supervisor = Supervisor(bundle, options, limits, metrics.count_answer)
     manifest = bundle.manifest
-    votes = Votes(store.home() / "log" / "votes.jsonl", manifest.name, template(manifest.template))
+    vote_log = VoteLog(store.home() / "log" / "votes.jsonl", manifest.name, template(manifest.template))
     pages = guard.origins(settings.allowed_origins)
     door = guard.Guard(hosts, settings.key, settings.allowed_hosts, pages)
-    app = App(manifest.name, supervisor, votes, limits, metrics).asgi(door, say)
+    app = App(manifest.name, supervisor, vote_log, limits, metrics).asgi(door, say)
     config = uvicorn.Config(
         app,
-        http=protocol(limits),
+        http=protocol_class(limits),
         ws="none",
         lifespan="off",
         loop="asyncio",

@@ -24,7 +24,7 @@ from llava_edge.errors import UnavailableError
 from llava_edge.options import EngineOptions
 from llava_edge.server import child
 from llava_edge.server.limits import Limits
-from llava_edge.server.problems import Problem, bad, busy, crashed, stopped
+from llava_edge.server.problems import Problem, bad_request, model_crashed, server_busy, server_stopped
 from llava_edge.server.requests import Ask
 
 MAX_CRASHES = 3  # without an answer between them; then requests are refused for a while
@@ -100,7 +100,7 @@ class Supervisor:
         """Tell whoever still waits for an answer, or for the rest of one, or asks from now on, that there is none."""
         self._stopped = True
         for job in self._asked:
-            job.say(stopped())
+            job.say(server_stopped())
 
     async def close(self) -> None:
         """End the child."""
@@ -118,12 +118,12 @@ class Supervisor:
         (500).
         """
         if self._stopped:  # its body was late
-            raise stopped()
+            raise server_stopped()
         if self.state == "failed":
             wait = int(self.rest_until - time.monotonic()) + 1
-            raise busy("The model's process ended several times in a row; it will be tried again soon.", wait)
+            raise server_busy("The model's process ended several times in a row; it will be tried again soon.", wait)
         if len(self._waiting) >= self._limits.queue:
-            raise busy(f"There are {len(self._waiting)} requests waiting already. Try again soon.", 2)
+            raise server_busy(f"There are {len(self._waiting)} requests waiting already. Try again soon.", 2)
         self._count += 1
         job = _Job(self._count, ask)
         self._waiting.append(job)
@@ -148,7 +148,7 @@ class Supervisor:
     def _give_up(self, job: _Job) -> None:
         if job in self._waiting:
             self._waiting.remove(job)
-            job.say(busy("The request waited too long for the model. Try again later.", 10))
+            job.say(server_busy("The request waited too long for the model. Try again later.", 10))
 
     async def _run(self) -> None:
         while True:
@@ -176,7 +176,7 @@ class Supervisor:
             said = await process.cancel(job, self._limits.cancel_seconds)
         except BaseException:
             if not job.ended:
-                job.say(crashed())
+                job.say(model_crashed())
             raise
         if "result" in said:
             self._count_result(said["result"])
@@ -212,7 +212,7 @@ class Supervisor:
             return
         self.rest_until = time.monotonic() + REST_SECONDS
         while self._waiting:
-            self._waiting.popleft().say(crashed())
+            self._waiting.popleft().say(model_crashed())
         await asyncio.sleep(REST_SECONDS)
         self._in_row = 0
 
@@ -319,7 +319,7 @@ class _Child:
         elif said["error"]["kind"] in _SAYABLE:
             code = "context_length_exceeded" if said["error"]["kind"] == "ContextOverflowError" else None
             param = "image_tokens" if said["error"]["message"].startswith("image_tokens") else "messages"
-            job.say(bad(said["error"]["message"], param, code))
+            job.say(bad_request(said["error"]["message"], param, code))
         else:
             job.say(Problem(500, "The model failed on this request.", code="model_error"))
 

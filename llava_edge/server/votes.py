@@ -1,7 +1,7 @@
-"""What people thought of answers: votes and flags in one local file, in the record of LLaVA's demo, if turned on.
+"""The log of votes: upvotes, downvotes and flags in a local file, in the format of LLaVA's demo. Off by default.
 
-One JSON object a line: {tstamp, type, model, state, ip}; `state` is the conversation as llava/conversation.py dumps it.
-No client can name the file, and pictures are not in it.
+One JSON object per line: {tstamp, type, model, state, ip}; `state` is the conversation as llava/conversation.py dumps
+it. Clients cannot choose the file, and images are not logged.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_edge.server.problems import Problem, bad
+from llava_edge.server.problems import Problem, bad_request
 from llava_edge.templates import Template
 
-KINDS = ("upvote", "downvote", "flag")
+VOTE_TYPES = ("upvote", "downvote", "flag")
 MAX_BYTES = 64 << 20
 _ROLES = {
     "chatml": ("<|im_start|>user\n", "<|im_start|>assistant\n"),
@@ -24,25 +24,25 @@ _ROLES = {
 }
 
 
-class Votes:
-    """The file `path`, for the event loop alone. Off until `on` is set."""
+class VoteLog:
+    """The log at `path`, used from the event loop only. Off until `enabled` is set."""
 
     def __init__(self, path: Path, model: str, layout: Template) -> None:
         self.path = path
-        self.on = False
+        self.enabled = False
         self._model = model
         self._layout = layout
 
     def add(self, body: Mapping[str, Any], address: str) -> None:
-        """Append {"type", "messages": [[role, text], ...]}. Raises `Problem` if it is off, malformed or full."""
-        if not self.on:
+        """Append {"type", "messages": [[role, text], ...]}. Raises `Problem` if malformed, off or full."""
+        if not self.enabled:
             raise Problem(403, "The log is off.")
-        kind, messages = body.get("type"), body.get("messages")
-        if kind not in KINDS:
-            raise bad(f"type must be one of {', '.join(KINDS)}.", "type")
+        vote_type, messages = body.get("type"), body.get("messages")
+        if vote_type not in VOTE_TYPES:
+            raise bad_request(f"type must be one of {', '.join(VOTE_TYPES)}.", "type")
         record = {
             "tstamp": round(time.time(), 4),
-            "type": kind,
+            "type": vote_type,
             "model": self._model,
             "state": self._state(messages),
             "ip": address,
@@ -58,7 +58,7 @@ class Votes:
             raise Problem(507, f"The log cannot be written: {error.strerror}.") from error
 
     def read(self) -> bytes:
-        """All lines."""
+        """The whole file."""
         return self.path.read_bytes() if self.path.exists() else b""
 
     def delete(self) -> None:
@@ -66,21 +66,21 @@ class Votes:
         self.path.unlink(missing_ok=True)
 
     def size(self) -> int:
-        """Bytes."""
+        """Size of the file in bytes."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def _state(self, messages: object) -> dict[str, Any]:
         roles = _ROLES.get(self._layout.style, ("USER", "ASSISTANT"))
         if not isinstance(messages, list) or not 1 <= len(messages) <= 256:
-            raise bad("messages must be a list of [role, text].", "messages")
+            raise bad_request("messages must be a list of [role, text].", "messages")
         turns = []
         for turn in messages:
             if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
-                raise bad("messages must be a list of [role, text].", "messages")
+                raise bad_request("messages must be a list of [role, text].", "messages")
             if turn[0] not in ("user", "assistant"):
-                raise bad("A role must be user or assistant.", "messages")
+                raise bad_request("A role must be user or assistant.", "messages")
             turns.append([roles[turn[0] == "assistant"], turn[1]])
-        first, second = {"two": (" ", "</s>"), "llama_2": ("<s>", "</s>")}.get(
+        separators = {"two": (" ", "</s>"), "llama_2": ("<s>", "</s>")}.get(
             self._layout.style, (self._layout.end, None)
         )
         return {
@@ -88,6 +88,6 @@ class Votes:
             "roles": list(roles),
             "messages": turns,
             "offset": 0,
-            "sep": first,
-            "sep2": second,
+            "sep": separators[0],
+            "sep2": separators[1],
         }
