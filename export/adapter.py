@@ -22,7 +22,7 @@ from llava_edge.errors import CheckpointError
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile
 from llava_edge.export.verify import relative
 from llava_edge.models.config import TextConfig
-from llava_edge.models.llama_gguf import language_values, permute, rotated_heads, tensor_names, unpermute
+from llava_edge.models.llama_gguf import permute, permuted_heads, read_language_tensor, tensor_names, unpermute
 
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +52,7 @@ def write_adapter(low_rank: LowRank, config: TextConfig, path: Path, name: str) 
         # llama.cpp multiplies by alpha / rank if alpha is not 0, by 1 if it is.
         writer.add_float32("adapter.lora.alpha", 0.0)
         for source, (a, b) in low_rank.updates.items():
-            heads = rotated_heads(targets[source], config)
+            heads = permuted_heads(targets[source], config)
             writer.add_tensor(f"{targets[source]}.lora_a", np.ascontiguousarray(a, np.float16))
             rows = permute(b, heads) if heads else b
             writer.add_tensor(f"{targets[source]}.lora_b", np.ascontiguousarray(rows, np.float16))
@@ -67,8 +67,8 @@ def read_back_adapter(language: Path, adapter: Path, checkpoint: Checkpoint) -> 
     header.check_language(base)
     header.check_adapter(update, base)
     for target, source in tensor_names(checkpoint.config.text).items():
-        heads = rotated_heads(target, checkpoint.config.text)
-        ours = language_values(base, target, checkpoint.config.text)
+        heads = permuted_heads(target, checkpoint.config.text)
+        ours = read_language_tensor(base, target, checkpoint.config.text)
         if f"{target}.lora_a" in update.tensors:
             change = update.array(f"{target}.lora_b").astype(np.float32) @ update.array(f"{target}.lora_a")
             ours = ours + (unpermute(change, heads) if heads else change)

@@ -149,7 +149,7 @@ def misfits(found: Shapes, wanted: Shapes) -> str:
 def _unused(name: str, config: LlavaConfig) -> bool:
     """CLIP's last norm and the blocks behind the chosen layer."""
     block = re.match(rf"{re.escape(VISION_PREFIX)}encoder\.layers\.(\d+)\.", name)
-    return f"{VISION_PREFIX}post_layernorm." in name or (block is not None and int(block[1]) >= config.blocks_run)
+    return f"{VISION_PREFIX}post_layernorm." in name or (block is not None and int(block[1]) >= config.vision_blocks)
 
 
 def _check_tied(folder: Path, found: dict[str, StoredTensor]) -> None:
@@ -232,7 +232,7 @@ def _check_numbers(path: Path, config: LlavaConfig) -> None:
         f"vision_feature_layer {layer!r} is no whole number": type(layer) is int,
         f"the projector can have {MAX_LAYERS} layers at most": config.projector_layers <= MAX_LAYERS,
         f"vision_feature_layer {layer} is outside the tower's {v.num_hidden_layers} blocks": (
-            0 <= config.blocks_run <= v.num_hidden_layers
+            0 <= config.vision_blocks <= v.num_hidden_layers
         ),
         f"image_pool {config.image_pool} must divide the patch grid of {v.grid}": (
             config.image_pool >= 1 and v.grid % config.image_pool == 0

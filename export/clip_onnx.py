@@ -102,7 +102,7 @@ def _tower(graph: _Graph, config: LlavaConfig, precision: Precision, fine_blocks
     """Embeddings, blocks, choice of tokens, pooling; the graph's outputs."""
     x = _layer_norm(graph, config, "pre_layrnorm", _embed(graph, config))
     qkv = ""
-    for layer in range(config.blocks_run):
+    for layer in range(config.vision_blocks):
         graph.precision, graph.fine = precision, layer < fine_blocks
         x, qkv = _block(graph, config, f"encoder.layers.{layer}", x)
     outputs = {"features": _chosen(graph, config, x, config.vision.hidden_size)}

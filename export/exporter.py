@@ -354,7 +354,7 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
             image_tokens=config.image_tokens,
             width=config.vision.hidden_size,
             precision=options.vision,
-            attention=config.blocks_run > 0,
+            attention=config.vision_blocks > 0,
             activation_bits=ACTIVATION_BITS if options.vision == "int8" else 8,
         ),
         projector=ProjectorPart(config.projector_type, "f32"),

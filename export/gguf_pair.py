@@ -79,7 +79,10 @@ def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
         raise CheckpointError(f"{mmproj} cannot be right: {fault}.")
     _check_tokens(text_file, template)
     tensors = _vision_tensors(vision_file, config) | _fitting(
-        text_file, llama_gguf.tensor_names(text), tensor_shapes(config), partial(llama_gguf.language_values, c=text)
+        text_file,
+        llama_gguf.tensor_names(text),
+        tensor_shapes(config),
+        partial(llama_gguf.read_language_tensor, c=text),
     )
     notes += [f"The prompt layout follows from the files; {template} is used. --template names another.", seen]
     if projector == "linear":
@@ -270,7 +273,7 @@ def _vision_tensors(file: Gguf, config: LlavaConfig) -> dict[str, StoredTensor]:
     called = {name: NEWLINE if _NEWLINE.fullmatch(name) else _swap(name) if swapped else name for name in file.tensors}
     its = {target: name for name, target in called.items()}
     names = {its.get(target, target): source for target, source in tensor_names(config).items()}
-    return _fitting(file, names, tensor_shapes(config), llama_gguf.values)
+    return _fitting(file, names, tensor_shapes(config), llama_gguf.read_tensor)
 
 
 def _fitting(

@@ -17,12 +17,12 @@ from llava_edge.errors import CheckpointError
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.tokenizer import Vocabulary
 from llava_edge.models.config import TextConfig
-from llava_edge.models.llama_gguf import permute, rotated_heads, tensor_names
+from llava_edge.models.llama_gguf import permute, permuted_heads, tensor_names
 
 
 def gguf_tensor(checkpoint: Checkpoint, target: str, source: str) -> np.ndarray:
     """The float32 values that belong under the GGUF name `target`."""
-    array, heads = checkpoint.tensors[source], rotated_heads(target, checkpoint.config.text)
+    array, heads = checkpoint.tensors[source], permuted_heads(target, checkpoint.config.text)
     return permute(array, heads) if heads else array
 
 

@@ -46,7 +46,7 @@ _BLOCK = {
 def tensor_names(config: LlavaConfig) -> dict[str, str]:
     """GGUF name -> classic Hugging Face name of everything up to the chosen layer, and the projector."""
     names = {target: VISION_PREFIX + source for target, source in _OUTER.items()}
-    for layer in range(config.blocks_run):
+    for layer in range(config.vision_blocks):
         for target, source in _BLOCK.items():
             for kind in ("weight", "bias"):
                 names[f"v.blk.{layer}.{target}.{kind}"] = f"{VISION_PREFIX}encoder.layers.{layer}.{source}.{kind}"
@@ -61,7 +61,7 @@ def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
         "averages neighbouring patches": config.image_pool == 1,
         "cuts pictures into tiles": config.square != "anyres",
         "keeps CLIP's class token": config.feature == "patch",
-        "runs no block of CLIP": config.blocks_run > 0,
+        "runs no block of CLIP": config.vision_blocks > 0,
     }
     for fault, good in rules.items():
         if not good:
@@ -126,7 +126,7 @@ def _write_fields(writer: Any, checkpoint: Checkpoint, name: str) -> None:
     writer.add_uint32("clip.vision.projection_dim", config.text.hidden_size)
     writer.add_uint32("clip.vision.attention.head_count", v.num_attention_heads)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", v.layer_norm_eps)
-    writer.add_uint32("clip.vision.block_count", config.blocks_run)
-    writer.add_array("clip.vision.feature_layer", [config.blocks_run])
+    writer.add_uint32("clip.vision.block_count", config.vision_blocks)
+    writer.add_array("clip.vision.feature_layer", [config.vision_blocks])
     writer.add_array("clip.vision.image_mean", list(mean))
     writer.add_array("clip.vision.image_std", list(std))

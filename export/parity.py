@@ -109,7 +109,7 @@ def parity(
     rows = [_equal_row("pixels", pixels, [reference_pixels(image, right) for image in images])]
     attention: list[Array] = []
     if manifest.vision.attention:
-        features, attention = streamed.image_attended(config, tensors, pixels)
+        features, attention = streamed.image_features_with_attention(config, tensors, pixels)
     else:
         features = streamed.image_features(config, tensors, pixels)
     embeds = streamed.project(config, tensors, features)

@@ -52,14 +52,14 @@ def _write_int8(
     config, tensors = checkpoint.config, checkpoint.tensors
     write_clip(config, tensors, scratch, "fp32")
     reference = _features(Bundle(scratch, bundle.manifest), pictures)
-    low, high, written = 0, config.blocks_run, -1  # `high` always suffices: 5e-4 was measured
+    low, high, written = 0, config.vision_blocks, -1  # `high` always suffices: 5e-4 was measured
     attempt = 0  # most towers need few
     while low < high:
         written = attempt
         write_clip(config, tensors, bundle.folder, "int8", written)
         pairs = zip(_features(bundle, pictures), reference, strict=True)
         error = max(verify.relative(ours, wanted) for ours, wanted in pairs)
-        progress(f"vision tower as int8, {written} of {config.blocks_run} blocks finer: error {error:.4f}", None)
+        progress(f"vision tower as int8, {written} of {config.vision_blocks} blocks finer: error {error:.4f}", None)
         low, high = (low, written) if error <= INT8_TARGET else (written + 1, high)
         attempt = (low + high) // 2
     if written != high:

@@ -1,6 +1,6 @@
 """CLIP's vision transformer in PyTorch, up to the hidden state that LLaVA reads.
 
-pixels (B, 3, S, S) float -> features (B, image_tokens, width), and if asked how much the class token looks at each.
+pixels (B, 3, S, S) float -> features (B, image_tokens, width), and on request the class token's attention to each.
 Knows nothing about files or language.
 Attribute names are Hugging Face's, so state dicts carry over under the prefix `vision_tower.vision_model.`.
 """
@@ -20,7 +20,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class Embeddings(nn.Module):
-    """Patch convolution without bias, class token in front, learned positions (row 0 is the class token's)."""
+    """Patch convolution without bias, class token first, learned position embeddings (row 0 is the class token's)."""
 
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ class Attention(nn.Module):
         merged: Tensor = self.out_proj(out.transpose(1, 2).reshape(b, t, d))
         return merged
 
-    def class_row(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T): the class token's attention to every token, mean over the heads."""
+    def class_attention(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T): the class token's attention to every token, averaged over the heads."""
         b, t, d = x.shape
         q, k = (proj(x).view(b, t, self.heads, d // self.heads) for proj in (self.q_proj, self.k_proj))
         scores = torch.einsum("bhd,bthd->bht", q[:, 0], k) * (d // self.heads) ** -0.5
-        row: Tensor = scores.softmax(-1).mean(1)
-        return row
+        attention: Tensor = scores.softmax(-1).mean(1)
+        return attention
 
 
 class MLP(nn.Module):
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The blocks that are run; those behind the chosen layer are never built."""
+    """The blocks up to the selected layer; later ones are never built."""
 
     def __init__(self, c: VisionConfig, blocks: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """CLIP up to the chosen layer, class token dropped by choice, neighbouring patches averaged by choice."""
+    """CLIP up to the selected layer, optionally without the class token and with neighbouring patches averaged."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -115,23 +115,23 @@ class VisionTower(nn.Module):
         self.config = config
         self.embeddings = Embeddings(c)
         self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # the name's typo is CLIP's
-        self.encoder = Encoder(c, config.blocks_run)
+        self.encoder = Encoder(c, config.vision_blocks)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, image_tokens, D)."""
-        return self._chosen(self.encoder(self.pre_layrnorm(self.embeddings(pixels))))
+        return self._select_tokens(self.encoder(self.pre_layrnorm(self.embeddings(pixels))))
 
-    def attended(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Like `forward`, and (B, image_tokens): the last block's attention of the class token. Needs a block."""
+    def forward_with_attention(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Also return the class token's attention in the last block, (B, image_tokens). Needs at least one block."""
         x = self.pre_layrnorm(self.embeddings(pixels))
         for block in self.encoder.layers[:-1]:
             x = block(x)
         last = self.encoder.layers[-1]
         assert isinstance(last, Block)
-        row = last.self_attn.class_row(last.layer_norm1(x))
-        return self._chosen(last(x)), self._chosen(row[..., None])[..., 0]
+        attention = last.self_attn.class_attention(last.layer_norm1(x))
+        return self._select_tokens(last(x)), self._select_tokens(attention[..., None])[..., 0]
 
-    def _chosen(self, x: Tensor) -> Tensor:
+    def _select_tokens(self, x: Tensor) -> Tensor:
         """(B, T, D) of all tokens -> (B, image_tokens, D) of those that LLaVA reads."""
         if self.config.feature == "patch":
             x = x[:, 1:]

@@ -1,4 +1,4 @@
-"""The numbers that describe a LLaVA, read from and written to Hugging Face `config.json`. No torch here."""
+"""Hyperparameters of a LLaVA, read from and written to Hugging Face's `config.json`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """CLIP + projector + LLaMA, and the choices between them.
+    """CLIP + projector + LLaMA, and how they are joined.
 
-    vision_feature_layer: index into CLIP's hidden states; 0 is the output of pre_layrnorm, -2 the last but one block.
+    vision_feature_layer: index into CLIP's hidden states; 0 is the output of pre_layrnorm, -2 the second-to-last block.
     feature: "patch" drops the class token (HF calls it "default"), "cls_patch" keeps it ("full").
     projector_type: "linear" or "mlpNx_gelu" (N >= 1; GELU is the exact erf form).
-    square: what makes a picture square: "pad" with the mean colour (LLaVA-1.5), "crop" the middle (v1), or "anyres":
-        looked at whole and in tiles (v1.6).
-    grids: for "anyres", the sizes in pixels (width, height) that a picture may be cut up at; otherwise empty.
-    merge: how tiles are put together: "spatial_unpad" as one map without its padding, each row ended by the learned
+    square: how a picture is made square: "pad" with the mean colour (LLaVA-1.5), "crop" the centre (v1), or "anyres":
+        the whole picture plus tiles of it (v1.6).
+    grids: for "anyres", the resolutions in pixels (width, height) that a picture may be tiled at; otherwise empty.
+    merge: how tiles are merged: "spatial_unpad" as one grid without its padding, each row ended by the learned
         `image_newline`; "flat" one after the other.
     image_pool: side of the square of neighbouring patches whose features are averaged; 1 keeps every patch.
     template: name of the prompt layout in `llava_edge.templates`.
-    image_markers: names of the two control tokens around every picture (mm_use_im_start_end), or none.
-    after_control: how text behind a control token is tokenized (`prompt.AfterControl`); empty: as tokenizer_config.json
-    says.
+    image_markers: names of the two control tokens around every picture (mm_use_im_start_end), or empty.
+    after_control: how text after a control token is tokenized (`prompt.AfterControl`); empty: as in
+        tokenizer_config.json.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -91,8 +91,8 @@ class LlavaConfig:
     after_control: AfterControl | Literal[""] = ""
 
     @property
-    def blocks_run(self) -> int:
-        """How many CLIP blocks are needed for the chosen layer."""
+    def vision_blocks(self) -> int:
+        """Number of CLIP blocks needed for the selected layer."""
         layer, depth = self.vision_feature_layer, self.vision.num_hidden_layers
         return layer if layer >= 0 else depth + 1 + layer
 
@@ -116,7 +116,7 @@ class LlavaConfig:
 
 
 def from_hf(raw: dict[str, Any]) -> LlavaConfig:
-    """Build from the dictionary in a Hugging Face `config.json`; omitted sizes are transformers' defaults."""
+    """Build from the contents of a Hugging Face `config.json`; omitted values are transformers' defaults."""
     if not isinstance(raw.get("text_config"), dict) or not isinstance(raw.get("vision_config"), dict):
         raise CheckpointError(
             "config.json has no text_config and vision_config, so it is not a Hugging Face LLaVA; "
@@ -126,74 +126,74 @@ def from_hf(raw: dict[str, Any]) -> LlavaConfig:
         raise CheckpointError(f"model_type {raw['model_type']!r} is not supported; expected llava or llava_next.")
     text, vision = ({key: value for key, value in raw[part].items() if value is not None} for part in _PARTS)
     text = _language_defaults(raw["text_config"]) | text
-    if isinstance(text.get("eos_token_id"), list):  # of several, the tokenizer's own is first
+    if isinstance(text.get("eos_token_id"), list):  # the tokenizer's own comes first
         text["eos_token_id"] = text["eos_token_id"][0]
     rope = text.get("rope_parameters") or {}
     if "rope_theta" in rope:  # transformers 5
         text["rope_theta"] = rope["rope_theta"]
-    _refuse_other_rotations(text, rope)
-    window = _window(raw["text_config"])
-    if window is not None:  # as far as this, everything is in sight of everything
+    _check_rope(text, rope)
+    window = _sliding_window(raw["text_config"])
+    if window is not None:  # up to this length, sliding-window attention equals full attention
         text["max_position_embeddings"] = min(text["max_position_embeddings"], window)
     strategy = raw.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
-        raise CheckpointError(f"vision_feature_select_strategy {strategy!r} is not known; expected default or full.")
+        raise CheckpointError(f"vision_feature_select_strategy {strategy!r} is unknown; expected default or full.")
     extra = raw.get("llava_edge") or {}
     tiled = raw.get("model_type") == "llava_next"
     grids = (raw.get("image_grid_pinpoints") or _GRIDS) if tiled else ()
     return LlavaConfig(
-        vision=_pick(VisionConfig, {**_CLIP_DEFAULTS, **vision}),
-        text=_pick(TextConfig, text),
-        vision_feature_layer=_layer(raw.get("vision_feature_layer", -2)),
+        vision=_build(VisionConfig, {**_CLIP_DEFAULTS, **vision}),
+        text=_build(TextConfig, text),
+        vision_feature_layer=_feature_layer(raw.get("vision_feature_layer", -2)),
         feature="patch" if strategy == "default" else "cls_patch",
         projector_type=extra.get("projector_type", "mlp2x_gelu"),
         square=extra.get("square", "anyres" if tiled else "pad"),
         grids=tuple((int(width), int(height)) for height, width in grids),
         merge=extra.get("merge", "spatial_unpad" if tiled else "flat"),
         image_pool=extra.get("image_pool", 1),
-        template=extra.get("template", _template(text, window)),
+        template=extra.get("template", _default_template(text, window)),
         image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
         image_markers=tuple(extra.get("image_markers", ())),
         after_control=extra.get("after_control", ""),
     )
 
 
-def _layer(value: Any) -> int:
-    """Newer files may list several layers, whose features are joined; LLaVA has one."""
+def _feature_layer(value: Any) -> int:
+    """Newer files may list several layers, whose features are concatenated; LLaVA has one."""
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
     if type(value) is not int:
-        raise CheckpointError(f"vision_feature_layer is {value!r}; one whole number was expected.")
+        raise CheckpointError(f"vision_feature_layer is {value!r}; expected one integer.")
     return value
 
 
-def _refuse_other_rotations(text: dict[str, Any], parameters: dict[str, Any]) -> None:
-    """Rotary embeddings that are scaled or partial. `parameters`: where transformers 5 says it, for the rest 4."""
+def _check_rope(text: dict[str, Any], parameters: dict[str, Any]) -> None:
+    """Refuse scaled or partial rotary embeddings. `parameters`: transformers 5's `rope_parameters`; 4 uses `text`."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if text.get("rope_scaling") or kind != "default":
         name = "rope_scaling" if text.get("rope_scaling") else f"rope_type {kind!r}"
         raise CheckpointError(f"{name} is set in text_config; scaled rotary embeddings are not supported.")
     if parameters.get("partial_rotary_factor", text.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise CheckpointError("partial_rotary_factor is set in text_config; only whole rotations are supported.")
+        raise CheckpointError("partial_rotary_factor is set in text_config; partial rotary embeddings are unsupported.")
 
 
-def _window(text: dict[str, Any]) -> int | None:
-    """How many positions a Mistral looks back; None without a limit."""
+def _sliding_window(text: dict[str, Any]) -> int | None:
+    """Length of a Mistral's attention window in positions; None without a limit."""
     if text.get("model_type") != "mistral":
         return None
     window = text.get("sliding_window", 4096)  # MistralConfig's default; newer files say null
     return None if window is None else int(window)
 
 
-def _template(text: dict[str, Any], window: int | None) -> str:
-    """The prompt layout of the published conversions, which no config.json names."""
-    if text.get("model_type") == "mistral" and window is None:  # with one, of 2023: BakLLaVA
+def _default_template(text: dict[str, Any], window: int | None) -> str:
+    """The prompt layout of the published conversions, which config.json does not name."""
+    if text.get("model_type") == "mistral" and window is None:  # with a window (2023): BakLLaVA
         return "mistral_instruct"
     return "chatml_direct" if text.get("hidden_size") == 7168 else "vicuna_v1"  # 7168: Yi-34B
 
 
 def _language_defaults(text: dict[str, Any]) -> dict[str, Any]:
-    """What an omitted size of a text_config means. A Mistral is a LLaMA with other defaults, up to its window."""
+    """Defaults of a text_config. Up to its sliding window, a Mistral is a LLaMA with other defaults."""
     kind = text.get("model_type", "llama")
     if kind == "mistral":
         return _MISTRAL_DEFAULTS
@@ -203,9 +203,9 @@ def _language_defaults(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_hf(config: LlavaConfig) -> dict[str, Any]:
-    """The dictionary for `config.json`; what Hugging Face has no name for goes under "llava_edge"."""
+    """The contents of `config.json`; settings that Hugging Face lacks go under "llava_edge"."""
     tiled = config.square == "anyres"
-    grids = {"image_grid_pinpoints": [[height, width] for width, height in config.grids]}  # in this order there
+    grids = {"image_grid_pinpoints": [[height, width] for width, height in config.grids]}
     return {
         "architectures": [f"Llava{'Next' if tiled else ''}ForConditionalGeneration"],
         "model_type": "llava_next" if tiled else "llava",
@@ -253,5 +253,5 @@ _CLIP_DEFAULTS = {
 }
 
 
-def _pick(kind: type[_Part], raw: dict[str, Any]) -> _Part:
+def _build(kind: type[_Part], raw: dict[str, Any]) -> _Part:
     return kind(**{field.name: raw[field.name] for field in fields(kind) if raw.get(field.name) is not None})

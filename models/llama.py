@@ -37,14 +37,14 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to (B, heads, T, head_dim)."""
+    """Apply the rotary embedding to (B, heads, T, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer needs to know about the positions it is evaluating."""
+    """Rotary embedding and attention mask, shared by all layers."""
 
     cos: Tensor
     sin: Tensor
@@ -52,8 +52,8 @@ class Context:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention spelled out, softmax in float32: for packs of up to about 200 positions its backward pass is faster on
-    a CPU than that of torch's fused kernel with a mask (one measured step of 16 packs: 6.9 s instead of 8.4 s)."""
+    """Unfused attention, softmax in float32: for packs of up to about 200 positions its backward pass is faster on a
+    CPU than that of torch's fused kernel with a mask (one measured step of 16 packs: 6.9 s instead of 8.4 s)."""
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
     return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
 
@@ -69,18 +69,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, at: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         b, t, _ = x.shape
-        q = rotate(self.q_proj(x).view(b, t, self.heads, -1).transpose(1, 2), at.cos, at.sin)
-        k = rotate(self.k_proj(x).view(b, t, self.kv_heads, -1).transpose(1, 2), at.cos, at.sin)
+        q = rotate(self.q_proj(x).view(b, t, self.heads, -1).transpose(1, 2), context.cos, context.sin)
+        k = rotate(self.k_proj(x).view(b, t, self.kv_heads, -1).transpose(1, 2), context.cos, context.sin)
         v = self.v_proj(x).view(b, t, self.kv_heads, -1).transpose(1, 2)
         group = self.heads // self.kv_heads
         queries, keys = q.to(v.dtype), k.repeat_interleave(group, dim=1).to(v.dtype)
         values = v.repeat_interleave(group, dim=1)
-        if at.mask is None:
+        if context.mask is None:
             out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         else:
-            out = masked_attention(queries, keys, values, at.mask)
+            out = masked_attention(queries, keys, values, context.mask)
         merged: Tensor = self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
         return merged
 
@@ -109,8 +109,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, at: Context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), at)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The language model. `hidden` gives normed hidden states; `logits` applies the (tied or own) head."""
+    """The language model. `hidden` returns normalized hidden states; `logits` applies the (tied or untied) head."""
 
     def __init__(self, c: TextConfig) -> None:
         super().__init__()
@@ -135,18 +135,18 @@ class Llama(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def hidden(self, embeds: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) embeddings -> (B, T, D) normed states.
+        """(B, T, D) embeddings -> (B, T, D) normalized hidden states.
 
-        `positions` (B, T) and `mask` (B, 1, T, T) replace the plain causal order; the trainer uses them to evaluate
-        several conversations on one shared picture.
+        `positions` (B, T) and `mask` (B, 1, T, T) replace the causal default; the trainer uses them to evaluate
+        several conversations about one shared picture.
         """
         if positions is None:
             positions = torch.arange(embeds.shape[1])[None]
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        at = Context(cos.to(embeds.dtype), sin.to(embeds.dtype), mask)
+        context = Context(cos.to(embeds.dtype), sin.to(embeds.dtype), mask)
         x = embeds
         for layer in self.model.layers:
-            x = layer(x, at)
+            x = layer(x, context)
         normed: Tensor = self.model.norm(x)
         return normed
 

@@ -1,7 +1,7 @@
-"""LLaMA's tensors in a GGUF: their names, the order of their rows, their values as float32. No torch here.
+"""LLaMA's tensors in a GGUF: names, row order, values as float32. Imports no torch.
 
-llama.cpp rotates neighbouring rows of a head, Hugging Face its two halves, so q and k have their rows in another order
-there. Only q and k of the language model: CLIP has no rotary embedding.
+llama.cpp's rotary embedding pairs neighbouring rows of a head, Hugging Face's pairs its two halves, so the rows of q
+and k are permuted. Only in the language model: CLIP has no rotary embedding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llava_edge.gguf import TENSOR_TYPES, Gguf
 from llava_edge.models.config import TextConfig
 from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, HEAD, TEXT_PREFIX
 
-BLOCK = {
+BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -27,12 +27,12 @@ BLOCK = {
 
 
 def tensor_names(c: TextConfig) -> dict[str, str]:
-    """GGUF name -> classic Hugging Face name; exactly what llama.cpp creates, for it refuses a file with more."""
+    """GGUF name -> classic Hugging Face name of exactly the tensors llama.cpp expects; it refuses a file with more."""
     names = {"token_embd.weight": EMBEDDINGS, "output_norm.weight": FINAL_NORM}
     if not c.tie_word_embeddings:
         names["output.weight"] = HEAD
     for layer in range(c.num_hidden_layers):
-        for target, source in BLOCK.items():
+        for target, source in BLOCK_TENSORS.items():
             names[f"blk.{layer}.{target}.weight"] = f"{TEXT_PREFIX}layers.{layer}.{source}.weight"
     return names
 
@@ -49,19 +49,19 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def rotated_heads(name: str, c: TextConfig) -> int:
-    """How many heads a tensor's rows are permuted in; 0 if they are not."""
+def permuted_heads(name: str, c: TextConfig) -> int:
+    """Number of heads within which a tensor's rows are permuted; 0 if they are not."""
     return {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}.get(name.split(".")[-2], 0)
 
 
-def language_values(file: Gguf, name: str, c: TextConfig) -> np.ndarray:
-    """One tensor of a language file as float32, in Hugging Face's order of rows."""
-    array, heads = values(file, name), rotated_heads(name, c)
+def read_language_tensor(file: Gguf, name: str, c: TextConfig) -> np.ndarray:
+    """Read one tensor of a language model as float32, in Hugging Face's row order."""
+    array, heads = read_tensor(file, name), permuted_heads(name, c)
     return unpermute(array, heads) if heads else array
 
 
-def values(file: Gguf, name: str) -> np.ndarray:
-    """One tensor as float32, dequantised. Raises `BundleError` for a type that the gguf package cannot read."""
+def read_tensor(file: Gguf, name: str) -> np.ndarray:
+    """Read and dequantize one tensor to float32. Raises `BundleError` for a type the gguf package cannot read."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 

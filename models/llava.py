@@ -1,4 +1,4 @@
-"""LLaVA's parts, CLIP tower, projector and LLaMA, as one module to be trained. A checkpoint is run by `streamed`.
+"""CLIP tower, projector and LLaMA as one trainable module. For inference from a checkpoint see `streamed`.
 
 State dict names are Hugging Face's classic ones (`vision_tower.vision_model.`, `multi_modal_projector.`,
 `language_model.`).
@@ -19,7 +19,7 @@ from llava_edge.models.projector import Projector
 
 
 class _Tower(nn.Module):
-    """Only here to give the tower its Hugging Face name."""
+    """Adds the level that Hugging Face's names have."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class _Tower(nn.Module):
 
 
 class Llava(nn.Module):
-    """All of them."""
+    """The whole model."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Llava(nn.Module):
 
 
 def from_state(config: LlavaConfig, tensors: Mapping[str, np.ndarray]) -> Llava:
-    """With copies of arrays of a checkpoint, under classic Hugging Face names, in float32; frozen."""
+    """Build a frozen float32 model from copies of a checkpoint's arrays. Keys: classic Hugging Face names."""
     with torch.device("meta"):
         model = Llava(config)
     state = {name: torch.tensor(tensors[name], dtype=torch.float32) for name in model.state_dict()}

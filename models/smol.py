@@ -22,7 +22,7 @@ from llava_edge import gguf, python
 from llava_edge.errors import DataError
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
-from llava_edge.models.llama_gguf import language_values, tensor_names
+from llava_edge.models.llama_gguf import read_language_tensor, tensor_names
 from llava_edge.models.shapes import save_tensors
 
 if TYPE_CHECKING:
@@ -153,7 +153,9 @@ def clip_tensors(path: Path) -> Arrays:
 def language_tensors(path: Path) -> Arrays:
     """The GGUF's weights under classic Hugging Face names in float32."""
     file = gguf.read(path)
-    return {source: language_values(file, target, CONFIG.text) for target, source in tensor_names(CONFIG.text).items()}
+    return {
+        source: read_language_tensor(file, target, CONFIG.text) for target, source in tensor_names(CONFIG.text).items()
+    }
 
 
 def tokenizer_json(path: Path) -> dict[str, Any]:

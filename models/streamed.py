@@ -1,7 +1,7 @@
-"""A checkpoint run in PyTorch with one part in memory at a time: the reference for models larger than memory.
+"""Run a checkpoint in PyTorch with one part in memory at a time: the reference for models larger than memory.
 
-The modules are those of `clip.py`, `projector.py` and `llama.py`; only who owns the weights differs. `tensors` is any
-mapping from classic names to float32 arrays that reads when asked, such as the exporter's.
+Uses the modules of `clip.py`, `projector.py` and `llama.py`, each loaded when it is needed. `tensors` is any mapping
+from classic names to float32 arrays that reads lazily, such as the exporter's.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def _tensor(array: Array) -> Tensor:
-    """Copied only if read-only, which torch cannot represent: a reader's fresh array is taken as it is."""
+    """Wrap an array; copy it only if it is read-only, which torch cannot represent."""
     return torch.from_numpy(np.require(array, None, "W"))
 
 
 def load_part(build: Callable[[], Module], tensors: Arrays, prefix: str) -> Module:
-    """A module with the tensors `prefix` + its own names, frozen."""
+    """Build a frozen module from the tensors named `prefix` + its own parameter names."""
     with torch.device("meta"):
         module = build()
     state = {name: _tensor(tensors[prefix + name]) for name in module.state_dict()}
@@ -43,23 +43,25 @@ def load_part(build: Callable[[], Module], tensors: Arrays, prefix: str) -> Modu
 
 @torch.no_grad()
 def image_features(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> list[Array]:
-    """(crops, 3, S, S) each -> CLIP features (crops, tokens, vision width) each."""
+    """Pixels (crops, 3, S, S) of each picture -> CLIP features (crops, tokens, vision width)."""
     tower = load_part(lambda: VisionTower(config), tensors, VISION_PREFIX)
     return [torch.cat([tower(crop[None]) for crop in torch.from_numpy(item)]).numpy() for item in pixels]
 
 
 @torch.no_grad()
-def image_attended(config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]) -> tuple[list[Array], list[Array]]:
-    """The same, and the class token's attention (crops, tokens) each."""
+def image_features_with_attention(
+    config: LlavaConfig, tensors: Arrays, pixels: Iterable[Array]
+) -> tuple[list[Array], list[Array]]:
+    """The same, and the class token's attention (crops, tokens) for each picture."""
     tower = load_part(lambda: VisionTower(config), tensors, VISION_PREFIX)
-    found = [[tower.attended(crop[None]) for crop in torch.from_numpy(item)] for item in pixels]
-    features, attention = ([torch.cat([pair[n] for pair in pairs]).numpy() for pairs in found] for n in (0, 1))
+    outputs = [[tower.forward_with_attention(crop[None]) for crop in torch.from_numpy(item)] for item in pixels]
+    features, attention = ([torch.cat([pair[n] for pair in pairs]).numpy() for pairs in outputs] for n in (0, 1))
     return features, attention
 
 
 @torch.no_grad()
 def project(config: LlavaConfig, tensors: Arrays, features: Sequence[Array]) -> list[Array]:
-    """CLIP features -> embeddings (crops, tokens, hidden size) each."""
+    """CLIP features of each picture -> embeddings (crops, tokens, hidden size)."""
     projector = load_part(lambda: Projector(config), tensors, "multi_modal_projector.")
     return [projector(torch.from_numpy(item)).numpy() for item in features]
 
@@ -68,7 +70,7 @@ def project(config: LlavaConfig, tensors: Arrays, features: Sequence[Array]) -> 
 def arrange(
     config: LlavaConfig, tensors: Arrays, embeds: Sequence[Array], sizes: Sequence[tuple[int, int]]
 ) -> list[Array]:
-    """Embeddings of crops -> (positions, hidden size) of each picture, whose `sizes` are (width, height)."""
+    """Embeddings of each picture's crops -> (positions, hidden size). sizes: (width, height) of the pictures."""
     if config.square != "anyres":
         return [item[0] for item in embeds]
     newline = _tensor(tensors[NEWLINE]) if config.merge == "spatial_unpad" else None
@@ -79,14 +81,14 @@ def arrange(
 
 
 def splice(tensors: Arrays, ids: Sequence[int], images: Sequence[Array]) -> Array:
-    """Embeddings (T, hidden size) of ids: for each IMAGE_TOKEN_INDEX one of `images`, (positions, hidden size).
+    """Embeddings (T, hidden size) of ids, each IMAGE_TOKEN_INDEX replaced by one of `images`, (positions, hidden size).
 
-    Raises `ValueError` if there are more or fewer.
+    Raises `ValueError` if their numbers differ.
     """
-    row = np.asarray(ids, np.int64)
-    slots = np.flatnonzero(row == IMAGE_TOKEN_INDEX)
-    table = tensors[EMBEDDINGS][np.delete(row, slots)]
-    first, *others = np.split(table, slots - np.arange(len(slots)))
+    tokens = np.asarray(ids, np.int64)
+    slots = np.flatnonzero(tokens == IMAGE_TOKEN_INDEX)
+    text = tensors[EMBEDDINGS][np.delete(tokens, slots)]
+    first, *others = np.split(text, slots - np.arange(len(slots)))
     return np.concatenate([first, *chain.from_iterable(zip(images, others, strict=True))])
 
 
@@ -98,12 +100,12 @@ def logits(
     start: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Array:
-    """(T, hidden size) embeddings -> (T - start, vocab) logits of the positions from `start` on."""
+    """Embeddings (T, hidden size) -> logits (T - start, vocab) of the positions from `start` on."""
     text = config.text
     states: Tensor = torch.from_numpy(embeds)[None]
     cos, sin = rotary(torch.arange(len(embeds))[None], text.head_dim, text.rope_theta)
     for number in range(text.num_hidden_layers):
-        states = _through(config, tensors, number, states, Context(cos, sin, None))
+        states = _run_block(config, tensors, number, states, Context(cos, sin, None))
         progress((number + 1) / text.num_hidden_layers)
     norm = load_part(lambda: RMSNorm(text.hidden_size, text.rms_norm_eps), tensors, FINAL_NORM.removesuffix("weight"))
     head = EMBEDDINGS if text.tie_word_embeddings else HEAD
@@ -111,8 +113,8 @@ def logits(
     return np.asarray((norm(states)[0, start:] @ weights.T).numpy())
 
 
-def _through(config: LlavaConfig, tensors: Arrays, number: int, states: Tensor, at: Context) -> Tensor:
-    """One block, let go of before the next is loaded."""
+def _run_block(config: LlavaConfig, tensors: Arrays, number: int, states: Tensor, context: Context) -> Tensor:
+    """Load and run one block; its weights are freed on return."""
     block = load_part(lambda: Block(config.text), tensors, f"{TEXT_PREFIX}layers.{number}.")
-    out: Tensor = block(states, at)
+    out: Tensor = block(states, context)
     return out

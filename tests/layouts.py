@@ -188,7 +188,7 @@ def whole(layout: str, folder: Path, seed: int) -> ExportOptions:
     if layout == "gguf pair":
         checkpoint = open_checkpoint(folder / "model")
         write_gguf(checkpoint, read_tokenizer(checkpoint.tokenizer, config), folder / "model.gguf", "test")
-        mmproj = write_mmproj(folder / "mmproj.gguf", config, published(tensors, config.blocks_run, swapped=True))
+        mmproj = write_mmproj(folder / "mmproj.gguf", config, published(tensors, config.vision_blocks, swapped=True))
         return replace(options, checkpoint=folder / "model.gguf", mmproj=mmproj)
     raw = original_config(config)
     if config.square == "anyres":

@@ -81,7 +81,7 @@ def write_mmproj(
         "vision.projection_dim": 768,
         "vision.attention.head_count": v.num_attention_heads,
         "vision.attention.layer_norm_epsilon": v.layer_norm_eps,
-        "vision.block_count": config.blocks_run,
+        "vision.block_count": config.vision_blocks,
         "vision.image_mean": list(CLIP_MEAN),
         "vision.image_std": list(CLIP_STD),
     }

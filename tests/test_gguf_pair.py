@@ -32,7 +32,7 @@ from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 Array = np.ndarray[Any, Any]
 
 CONFIG = micro.CONFIG
-BLOCKS = CONFIG.blocks_run
+BLOCKS = CONFIG.vision_blocks
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_every_kind_of_file_gives_the_checkpoint_back(
         np.testing.assert_array_equal(found.tensors[name], wanted.tensors[name], err_msg=name)
     assert found.config.text == CONFIG.text
     assert found.config.vision == replace(CONFIG.vision, num_hidden_layers=BLOCKS)
-    assert (found.config.blocks_run, found.config.image_tokens) == (BLOCKS, CONFIG.image_tokens)
+    assert (found.config.vision_blocks, found.config.image_tokens) == (BLOCKS, CONFIG.image_tokens)
     assert (found.config.projector_type, found.config.feature, found.config.square) == ("mlp2x_gelu", "patch", "pad")
 
 
@@ -190,7 +190,7 @@ def test_what_llava_never_reads_is_left_out(direct: Path, weights: dict[str, Arr
     fields = {"vision.block_count": 3, "vision.feature_layer": [2]}
     mmproj = write_mmproj(tmp_path / "mmproj.gguf", CONFIG, tensors, fields=fields)
     found = open_pair(direct / LANGUAGE, mmproj, "chatml")
-    assert (found.config.vision_feature_layer, found.config.blocks_run) == (2, 2)
+    assert (found.config.vision_feature_layer, found.config.vision_blocks) == (2, 2)
     assert set(found.tensors) == {name for name in weights if "encoder.layers.2." not in name and "post_l" not in name}
     assert "CLIP layer" not in " ".join(found.notes)
 

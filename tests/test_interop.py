@@ -124,7 +124,7 @@ def test_our_file_loads_and_only_the_class_token_is_misplaced(
     assert theirs.shape == right.shape
     # Measured: 1.1 from LLaVA, 5e-4 from LLaVA with the defect, which is what float16 weights leave.
     assert relative(theirs, right) > 0.5
-    assert relative(theirs, with_the_defect(reference, pixels, micro.CONFIG.blocks_run)) < 2e-3
+    assert relative(theirs, with_the_defect(reference, pixels, micro.CONFIG.vision_blocks)) < 2e-3
 
 
 def test_a_file_that_names_no_layer_loses_a_block_there(
@@ -132,7 +132,7 @@ def test_a_file_that_names_no_layer_loses_a_block_there(
 ) -> None:
     """As every published mmproj does."""
     checkpoint = open_checkpoint(micro_checkpoint)
-    blocks = checkpoint.config.blocks_run
+    blocks = checkpoint.config.vision_blocks
     tensors = published(checkpoint.tensors, blocks, swapped=True)
     path = write_reference(tmp_path / "mmproj.gguf", checkpoint.config, tensors, fields={"projector_type": "mlp"})
     theirs, pixels = llama_cpp(path), reference_pixels()

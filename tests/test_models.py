@@ -95,7 +95,7 @@ class Counting(UserDict[str, np.ndarray]):
 
 def unused(name: str, config: LlavaConfig) -> bool:
     """CLIP's last norm and the blocks behind the chosen layer."""
-    late = [f"{VISION_PREFIX}encoder.layers.{n}." for n in range(config.blocks_run, config.vision.num_hidden_layers)]
+    late = [f"{VISION_PREFIX}encoder.layers.{n}." for n in range(config.vision_blocks, config.vision.num_hidden_layers)]
     return name.startswith((f"{VISION_PREFIX}post_layernorm", *late))
 
 
@@ -157,7 +157,7 @@ def test_config_takes_transformers_defaults_where_a_file_is_silent() -> None:
     }  # fmt: skip
     config = from_hf(raw)
     assert config == LlavaConfig()
-    assert (config.blocks_run, config.image_tokens) == (23, 576)
+    assert (config.vision_blocks, config.image_tokens) == (23, 576)
 
 
 def test_what_is_not_a_llava_is_refused() -> None:

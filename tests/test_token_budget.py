@@ -168,12 +168,12 @@ def test_the_attention_is_transformers_of_the_block_behind_the_features(config: 
     [found] = outputs(tmp_path, "attention")
     assert found.shape == (1, config.image_tokens)
     errors = [relative(found, row) for row in theirs]
-    assert errors[config.blocks_run - 1] < 1e-5
+    assert errors[config.vision_blocks - 1] < 1e-5
     assert sum(error < 0.02 for error in errors) == 1  # no other block would have passed
     ours = load_part(lambda: VisionTower(config), tensors, "vision_tower.vision_model.")
-    features, row = ours.attended(torch.from_numpy(some_pixels()))
+    features, row = ours.forward_with_attention(torch.from_numpy(some_pixels()))
     assert torch.equal(features, ours(torch.from_numpy(some_pixels())))
-    assert relative(row.numpy(), theirs[config.blocks_run - 1]) < 1e-5
+    assert relative(row.numpy(), theirs[config.vision_blocks - 1]) < 1e-5
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp16", 2e-3), ("int8", 5e-2)])
@@ -242,7 +242,9 @@ def in_torch(checkpoint: Path, llava: Llava, count: int) -> Array:
     from safetensors.numpy import load_file
 
     tensors = load_file(checkpoint / "model.safetensors")
-    features, attention = streamed.image_attended(micro.CONFIG, tensors, [prepare(RED, llava.bundle.manifest).crops])
+    features, attention = streamed.image_features_with_attention(
+        micro.CONFIG, tensors, [prepare(RED, llava.bundle.manifest).crops]
+    )
     return streamed.project(micro.CONFIG, tensors, [plainly(features[0][0], attention[0][0], count)])[0]
 
 
