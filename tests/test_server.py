@@ -24,7 +24,7 @@ from llava_edge import Llava, Options
 from llava_edge.options import result_of
 from llava_edge.prompt import Message
 from llava_edge.server.metrics import Metrics
-from llava_edge.server.serve import _bound
+from llava_edge.server.serve import _listening_socket
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
@@ -577,5 +577,5 @@ print("".join(part.choices[0].delta.content or "" for part in parts).encode("utf
 
 def test_what_is_sent_does_not_wait_for_more() -> None:
     """asyncio turns TCP_NODELAY on only for sockets that are named TCP."""
-    with closing(_bound("127.0.0.1", 0)) as bound:
+    with closing(_listening_socket("127.0.0.1", 0)) as bound:
         assert bound.proto == socket.IPPROTO_TCP

@@ -231,13 +231,13 @@ NO_ORIGINS += ["http://*.a.com", "http://a,http://b", "http://u@a"]
 
 @pytest.mark.parametrize("name", NO_ORIGINS)
 def test_what_is_no_origin_cannot_be_allowed(name: str) -> None:
-    with pytest.raises(UsageError, match="is no origin"):
-        guard.origins([name])
+    with pytest.raises(UsageError, match="is not an origin"):
+        guard.parse_origins([name])
 
 
 def test_origins_are_written_as_browsers_do() -> None:
     given = ["HTTP://LocalHost:80", "https://a.example:443", "http://[::1]:3000", "chrome-extension://abc"]
-    assert guard.origins(given) == {"http://localhost", "https://a.example", *given[2:]}
+    assert guard.parse_origins(given) == {"http://localhost", "https://a.example", *given[2:]}
 
 
 RAW = {
@@ -398,9 +398,9 @@ def unserved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (["--host", "192.0.2.1"], "a key is needed"),
         (["--host", "example.com"], "not an IP address"),
         (["--api-key-file", os.devnull], "is empty"),
-        (["--allow-host", "*.local"], "is no host name"),
-        (["--allow-host", "http://box"], "is no host name"),
-        (["--allow-origin", "*"], "is no origin"),
+        (["--allow-host", "*.local"], "is not a host name"),
+        (["--allow-host", "http://box"], "is not a host name"),
+        (["--allow-origin", "*"], "is not an origin"),
     ],
 )
 def test_settings_that_would_open_it(
@@ -422,7 +422,7 @@ def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
 def test_one_of_two_keys_is_not_chosen(tmp_path: Path) -> None:
     (tmp_path / "key").write_text(f"{KEY}\n")
     assert read_key(tmp_path / "key", "") == read_key(None, KEY) == KEY
-    with pytest.raises(UsageError, match="give one of them"):
+    with pytest.raises(UsageError, match="give only one of them"):
         read_key(tmp_path / "key", "another key of mine")
 
 
@@ -433,20 +433,20 @@ def test_a_taken_port(server: Server, micro_bundle: Path, capsys: pytest.Capture
 
 
 def test_hosts_are_exact() -> None:
-    found = guard.hosts("127.0.0.1", 8080, ["box.local", "box:9000"])
+    found = guard.accepted_hosts("127.0.0.1", 8080, ["box.local", "box:9000"])
     assert found == {
         *("localhost:8080", "127.0.0.1:8080", "[::1]:8080", "box.local", "box.local:8080", "box:9000", "box:9000:8080")
     }
-    assert "localhost" in guard.hosts("127.0.0.1", 80, [])
-    assert "0.0.0.0:80" not in guard.hosts("0.0.0.0", 80, [])
+    assert "localhost" in guard.accepted_hosts("127.0.0.1", 80, [])
+    assert "0.0.0.0:80" not in guard.accepted_hosts("0.0.0.0", 80, [])
     with pytest.raises(UsageError):
-        guard.hosts("127.0.0.1", 80, ["*"])
+        guard.accepted_hosts("127.0.0.1", 80, ["*"])
 
 
 def test_a_page_behind_a_proxy_with_tls() -> None:
     """Only under a name that was allowed: nothing here speaks TLS under this machine's own names."""
     names = ("Box.local", "box:9000")
-    checked = guard.Guard(guard.hosts("0.0.0.0", 8080, names), allowed=names)
+    checked = guard.Guard(guard.accepted_hosts("0.0.0.0", 8080, names), allowed_names=names)
 
     def status(host: str, origin: str) -> int:
         headers = [(b"host", host.encode()), (b"origin", origin.encode()), (b"content-type", b"application/json")]

@@ -130,7 +130,7 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
     from llava_edge.server import supervisor
     from llava_edge.server.limits import Limits
     from llava_edge.server.problems import Problem
-    from llava_edge.server.requests import chat
+    from llava_edge.server.requests import parse_chat
 
     tries = []
 
@@ -140,23 +140,23 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
             tries.append(1)
             return Mortal()
 
-        async def open(self) -> dict[str, Any]:
+        async def wait_ready(self) -> dict[str, Any]:
             return {"device": "cpu"}
 
-        async def watch(self, news: asyncio.Event) -> None:
-            await news.wait()
+        async def wait_for(self, wakeup: asyncio.Event) -> None:
+            await wakeup.wait()
 
-        async def work(self, *_: object) -> None:
-            raise supervisor._DiedError
+        async def run(self, *_: object) -> None:
+            raise supervisor._ChildDiedError
 
-        async def end(self, patience: float = 0.0) -> int:
+        async def terminate(self, timeout: float = 0.0) -> int:
             return -11
 
     async def run() -> None:
         limits = Limits()
         under_test = supervisor.Supervisor(Bundle.open(micro_bundle), EngineOptions(), limits)
         await under_test.start()
-        ask = chat(question(), "micro", limits)
+        ask = parse_chat(question(), "micro", limits)
         for wanted in (500, 500, 500, 503):
             with pytest.raises(Problem) as caught:
                 async for _ in under_test.answer(ask):
@@ -170,7 +170,7 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
         await under_test.close()
 
     monkeypatch.setattr(supervisor, "_Child", Mortal)
-    monkeypatch.setattr(supervisor, "REST_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "BACKOFF_SECONDS", 0.5)
     asyncio.run(run())
 
 
@@ -178,7 +178,7 @@ def test_what_the_child_says_is_not_trusted() -> None:
     """Lines that are no JSON, no object or without their fields end the child, not the server."""
     from llava_edge.server import supervisor
     from llava_edge.server.limits import Limits
-    from llava_edge.server.requests import chat
+    from llava_edge.server.requests import parse_chat
 
     lies = [b"nonsense\n", b"[1]\n", b'{"id": 1, "error": 5}\n', b"x" * (1 << 21)]
 
@@ -186,7 +186,7 @@ def test_what_the_child_says_is_not_trusted() -> None:
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         process = supervisor._Child(multiprocessing.get_context("spawn").Process(), reader, writer)
-        job = supervisor._Job(1, chat(question(), "micro", Limits()))
+        job = supervisor._Job(1, parse_chat(question(), "micro", Limits()))
 
         def talk() -> None:
             with theirs, contextlib.suppress(BrokenPipeError):
@@ -194,8 +194,8 @@ def test_what_the_child_says_is_not_trusted() -> None:
                 theirs.sendall(lie)
 
         threading.Thread(target=talk).start()
-        with pytest.raises((supervisor._DiedError, TypeError, KeyError)):
-            await process.work(job, 1.0)
+        with pytest.raises((supervisor._ChildDiedError, TypeError, KeyError)):
+            await process.run(job, 1.0)
         writer.transport.abort()
 
     for lie in lies:
@@ -204,13 +204,13 @@ def test_what_the_child_says_is_not_trusted() -> None:
 
 def test_a_parent_that_was_killed_within_a_line_ends_the_child() -> None:
     """Which no signal does but on Linux."""
-    from llava_edge.server.child import _Out, _Worker
+    from llava_edge.server.child import _EventWriter, _Worker
 
     ours, theirs = socket.socketpair()
     with theirs, theirs.makefile("rb") as lines:
         with ours:
             ours.sendall(b'{"id": 1, "mess')
-        worker = threading.Thread(target=_Worker(None, lines, _Out(theirs), 0).run, daemon=True)  # type: ignore[arg-type]
+        worker = threading.Thread(target=_Worker(None, lines, _EventWriter(theirs), 0).run, daemon=True)  # type: ignore[arg-type]
         worker.start()
         worker.join(10)
         assert not worker.is_alive()
@@ -219,7 +219,7 @@ def test_a_parent_that_was_killed_within_a_line_ends_the_child() -> None:
 def test_pictures_are_not_written_out() -> None:
     """As text they take four times their size, and 30 ms for a photo: in an error that nobody reads, say."""
     from llava_edge.server.limits import Limits
-    from llava_edge.server.requests import chat
+    from llava_edge.server.requests import parse_chat
     from llava_edge.server.supervisor import Supervisor
 
     class Photo(bytes):
@@ -228,12 +228,12 @@ def test_pictures_are_not_written_out() -> None:
 
     async def ask() -> list[dict[str, Any]]:
         supervisor = Supervisor(Bundle.__new__(Bundle), EngineOptions(), Limits())
-        asked = replace(chat(question(), "micro", Limits()), images=(Photo(b"pixels"),))
+        asked = replace(parse_chat(question(), "micro", Limits()), images=(Photo(b"pixels"),))
         events = supervisor.answer(asked)
         first = asyncio.ensure_future(anext(events))
         while not supervisor.queue_length:
             await asyncio.sleep(0)
-        supervisor._waiting.popleft().say({"result": {}})
+        supervisor._queue.popleft().send({"result": {}})
         return [await first, *[said async for said in events]]
 
     assert asyncio.run(ask()) == [{"result": {}}]
@@ -353,14 +353,14 @@ def test_who_asks_while_the_server_ends_is_told() -> None:
     """Whose body came late, say; what is queued then would be broken off without a word."""
     from llava_edge.server.limits import Limits
     from llava_edge.server.problems import Problem
-    from llava_edge.server.requests import chat
+    from llava_edge.server.requests import parse_chat
     from llava_edge.server.supervisor import Supervisor
 
     async def ask() -> None:
         supervisor = Supervisor(Bundle.__new__(Bundle), EngineOptions(), Limits())
-        supervisor.stop()
+        supervisor.reject_requests()
         async with asyncio.timeout(10):
-            await anext(supervisor.answer(chat(question(), "micro", Limits())))
+            await anext(supervisor.answer(parse_chat(question(), "micro", Limits())))
 
     with pytest.raises(Problem, match="stopped"):
         asyncio.run(ask())

@@ -23,12 +23,12 @@ from llava_edge.server.metrics import CONTENT_TYPE, Metrics
 from llava_edge.server.middleware import Middleware, problem_response
 from llava_edge.server.page import Page
 from llava_edge.server.problems import Problem, bad_request
-from llava_edge.server.requests import Ask
+from llava_edge.server.requests import ModelRequest
 from llava_edge.server.supervisor import Supervisor
 from llava_edge.server.votes import VoteLog
 
 T = TypeVar("T")
-Read = Callable[[dict[str, Any], str, Limits], Ask]
+Read = Callable[[dict[str, Any], str, Limits], ModelRequest]
 
 
 class App:
@@ -66,10 +66,10 @@ class App:
         return Middleware(inner, guard, self._limits, self._metrics, paths, log)
 
     async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, requests.chat, chat=True)
+        return await self._answer(request, requests.parse_chat, chat=True)
 
     async def _completion(self, request: Request) -> Response:
-        return await self._answer(request, requests.completion, chat=False)
+        return await self._answer(request, requests.parse_completion, chat=False)
 
     async def _answer(self, request: Request, read: Read, chat: bool) -> Response:
         ask = read(await self._body(request), self._model, self._limits)

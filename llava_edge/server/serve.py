@@ -1,4 +1,4 @@
-"""The server from its settings to its end: sockets, the child, uvicorn."""
+"""Start the server: sockets, the child process, uvicorn; and shut it down."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from llava_edge.templates import template
 if TYPE_CHECKING:
     import uvicorn
 
-MIN_KEY = 16  # characters
-GRACE_SECONDS = 1  # that answers get to end when the server is stopped, and then their clients to be told
+MIN_KEY_LENGTH = 16  # characters
+GRACE_SECONDS = 1  # for answers to finish on shutdown, then again for telling the clients of the others
 
 
 @dataclass(frozen=True)
 class Settings:
-    """host: an address; another one than loopback needs a key, or `no_key`. port 0 takes a free one.
+    """host: an IP address; any but loopback requires a key, or `no_key`. port: 0 picks a free one.
 
-    key: what clients must send as `Authorization: Bearer KEY`. allowed_hosts: further names the server is known by.
+    key: the API key, sent as `Authorization: Bearer KEY`. allowed_hosts: additional host names of the server.
     allowed_origins: origins whose pages may use the API.
     Raises `UsageError`.
     """
@@ -48,31 +48,31 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        if self.key and (len(self.key) < MIN_KEY or not self.key.isascii() or not self.key.isprintable()):
-            raise UsageError(f"The API key must have at least {MIN_KEY} printable ASCII characters.")
+        if self.key and (len(self.key) < MIN_KEY_LENGTH or not self.key.isascii() or not self.key.isprintable()):
+            raise UsageError(f"The API key must have at least {MIN_KEY_LENGTH} printable ASCII characters.")
         if not guard.is_loopback(self.host) and not self.key and not self.no_key:
             raise UsageError(
-                f"--host {self.host} can be reached from other machines, so a key is needed: put one into "
-                "$LLAVA_EDGE_API_KEY or a file for --api-key-file (or give --insecure-no-key)."
+                f"--host {self.host} can be reached from other machines, so a key is needed: set $LLAVA_EDGE_API_KEY "
+                "or --api-key-file (or pass --insecure-no-key)."
             )
 
 
-def serve(bundle: Bundle, options: EngineOptions, settings: Settings, say: Callable[[str], None]) -> None:
-    """Serve until a signal. `say` gets lines for the person who started it.
+def serve(bundle: Bundle, options: EngineOptions, settings: Settings, log: Callable[[str], None]) -> None:
+    """Serve until a signal. `log` gets the lines to show on the terminal.
 
-    Raises `UnavailableError` when an address is taken, the extra is missing or this is a frozen app, or what loading
-    the model raises.
+    Raises `UnavailableError` if the address is in use, the extra is missing or this is a frozen app, and whatever
+    loading the model raises.
     """
     python.refuse_frozen("The server")
     if not all(find_spec(name) for name in ("starlette", "uvicorn")):
-        raise UnavailableError(f"The server needs an extra. {install('serve')}")
-    with ExitStack() as bound:
-        sockets = [bound.enter_context(each) for each in _bind(settings.host, settings.port, say)]
-        asyncio.run(_serve(bundle, options, settings, sockets, say))
+        raise UnavailableError(f"The server needs the extra [serve]. {install('serve')}")
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(listener) for listener in _listen(settings.host, settings.port, log)]
+        asyncio.run(_serve(bundle, options, settings, sockets, log))
 
 
 async def _serve(
-    bundle: Bundle, options: EngineOptions, settings: Settings, sockets: list[socket.socket], say: Callable[[str], None]
+    bundle: Bundle, options: EngineOptions, settings: Settings, sockets: list[socket.socket], log: Callable[[str], None]
 ) -> None:
     import uvicorn
 
@@ -80,15 +80,15 @@ async def _serve(
     from llava_edge.server.protocol import protocol_class
 
     port = sockets[0].getsockname()[1]
-    hosts = guard.hosts(settings.host, port, settings.allowed_hosts)
+    hosts = guard.accepted_hosts(settings.host, port, settings.allowed_hosts)
     limits = settings.limits
     metrics = Metrics()
     supervisor = Supervisor(bundle, options, limits, metrics.count_answer)
     manifest = bundle.manifest
     vote_log = VoteLog(store.home() / "log" / "votes.jsonl", manifest.name, template(manifest.template))
-    pages = guard.origins(settings.allowed_origins)
-    door = guard.Guard(hosts, settings.key, settings.allowed_hosts, pages)
-    app = App(manifest.name, supervisor, vote_log, limits, metrics).asgi(door, say)
+    allowed_origins = guard.parse_origins(settings.allowed_origins)
+    access_guard = guard.Guard(hosts, settings.key, settings.allowed_hosts, allowed_origins)
+    app = App(manifest.name, supervisor, vote_log, limits, metrics).asgi(access_guard, log)
     config = uvicorn.Config(
         app,
         http=protocol_class(limits),
@@ -104,77 +104,77 @@ async def _serve(
     )
     try:
         await supervisor.start()
-        say(f"{manifest.name} on http://{guard.bracketed(settings.host)}:{port} (Ctrl-C ends it)")
-        await _ending(supervisor)(config).serve(sockets=sockets)
+        log(f"{manifest.name} on http://{guard.url_host(settings.host)}:{port} (Ctrl-C stops it)")
+        await _graceful_server(supervisor)(config).serve(sockets=sockets)
     finally:
-        # uvicorn raises Ctrl-C once more when it is done, which cancels whatever is awaited next.
-        closing = asyncio.ensure_future(supervisor.close())
+        # uvicorn raises the signal again when it is done, which cancels whatever is awaited next.
+        close_task = asyncio.ensure_future(supervisor.close())
         try:
-            await asyncio.shield(closing)
+            await asyncio.shield(close_task)
         except asyncio.CancelledError:
-            await closing
+            await close_task
             raise
 
 
-def _ending(supervisor: Supervisor) -> type[uvicorn.Server]:
-    """uvicorn's server, which would break off with tracebacks what does not end in time: here it is told before."""
+def _graceful_server(supervisor: Supervisor) -> type[uvicorn.Server]:
+    """uvicorn's server, but with unfinished answers ended by an error before uvicorn cancels them with tracebacks."""
     import uvicorn
 
-    class Ending(uvicorn.Server):
+    class GracefulServer(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            asyncio.get_running_loop().call_later(GRACE_SECONDS, supervisor.stop)
+            asyncio.get_running_loop().call_later(GRACE_SECONDS, supervisor.reject_requests)
             await super().shutdown(sockets)
 
-    return Ending
+    return GracefulServer
 
 
-def _bind(host: str, port: int, say: Callable[[str], None]) -> list[socket.socket]:
-    """Sockets for the address; for 127.0.0.1 one for ::1 too, where it exists, since `localhost` may mean either."""
+def _listen(host: str, port: int, log: Callable[[str], None]) -> list[socket.socket]:
+    """Listening sockets; for 127.0.0.1 also one on ::1, where it exists, since `localhost` may mean either."""
     try:
-        first = _bound(host, port)
+        first = _listening_socket(host, port)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UnavailableError(f"{host} port {port} cannot be used: {reason}. Choose another --port.") from error
+        raise UnavailableError(f"Cannot listen on {host} port {port}: {reason}. Choose another --port.") from error
     if host != "127.0.0.1":
         return [first]
     try:
-        return [first, _bound("::1", first.getsockname()[1])]
+        return [first, _listening_socket("::1", first.getsockname()[1])]
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             port = first.getsockname()[1]
-            say(f"[::1] port {port} is another program's, which gets what is sent to `localhost` where that is ::1.")
+            log(f"Another program listens on [::1] port {port}; it gets requests to `localhost` where that means ::1.")
         return [first]
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _listening_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named, or asyncio leaves TCP_NODELAY off: each answer on a kept connection then came 40 ms late.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    # IPPROTO_TCP explicitly, or asyncio leaves TCP_NODELAY off: answers on kept connections were 40 ms late.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-        bound.listen()  # two can be bound to one address. Who connects now waits for the model
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()  # now, since two sockets can bind one address; clients that connect wait for the model
     except BaseException:
-        bound.close()
+        listener.close()
         raise
-    return bound
+    return listener
 
 
 def read_key(file: Path | None, environment: str) -> str:
-    """The key from a file or the environment.
+    """The API key from a file or from the environment.
 
-    Raises `UsageError` when both give one or the file is no key, `MissingError` if it cannot be read.
+    Raises `UsageError` if both are given or the file holds no key, `MissingError` if the file cannot be read.
     """
     if file is None:
         return environment
     if environment:
-        raise UsageError("There is a key in $LLAVA_EDGE_API_KEY and one in --api-key-file; give one of them.")
+        raise UsageError("Both $LLAVA_EDGE_API_KEY and --api-key-file give a key; give only one of them.")
     try:
         key = file.read_text("utf-8").strip()
     except OSError as error:
-        raise MissingError(f"The key file {file} cannot be read: {error.strerror}.") from error
+        raise MissingError(f"Cannot read the API key file {file}: {error.strerror}.") from error
     except ValueError as error:
-        raise UsageError(f"{file} cannot be read as a key file: it is not UTF-8.") from error
+        raise UsageError(f"The API key file {file} is not UTF-8 text.") from error
     if not key:
-        raise UsageError(f"{file} is empty; a key was expected in it.")
+        raise UsageError(f"The API key file {file} is empty; expected a key in it.")
     return key
