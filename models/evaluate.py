@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from llava_edge.models.conversations import GROUP, KIND, NAME, record
+from llava_edge.models.conversations import GROUP_QUESTIONS, KIND_QUESTIONS, NAME_QUESTIONS, make_record
 from llava_edge.models.data import Batch, collate, pack, tokenize
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava
@@ -62,11 +62,11 @@ def question_sets(items: Iterable[Item], split: str = "val") -> dict[str, list[Q
 
     easy_vqa = [Question(i.image, q, a) for i in chosen if i.source == "easy-vqa" for q, a in i.qa]
     return {
-        "grocery category": ask("grocery", KIND[0], lambda item: item.category),
-        "grocery fine": ask("grocery", NAME["grocery"][0], lambda item: item.label),
-        "clothing": ask("clothing", NAME["clothing"][0], lambda item: item.label),
+        "grocery category": ask("grocery", KIND_QUESTIONS[0], lambda item: item.category),
+        "grocery fine": ask("grocery", NAME_QUESTIONS["grocery"][0], lambda item: item.label),
+        "clothing": ask("clothing", NAME_QUESTIONS["clothing"][0], lambda item: item.label),
         "easy-VQA": easy_vqa,
-        "emoji group (unseen style)": ask("emoji", GROUP[0], lambda item: item.category),
+        "emoji group (unseen style)": ask("emoji", GROUP_QUESTIONS[0], lambda item: item.category),
     }
 
 
@@ -99,7 +99,7 @@ class TorchJudge:
         template = self.model.config.template
         ordered = sorted(questions, key=lambda q: q.image)
         samples = [
-            tokenize(record(i, q.image, [(q.question, q.answer)]), template, self.tokenizer, 512)
+            tokenize(make_record(i, q.image, [(q.question, q.answer)]), template, self.tokenizer, 512)
             for i, q in enumerate(ordered)
         ]
         packs = pack(samples, 512)

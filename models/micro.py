@@ -1,7 +1,7 @@
-"""The micro LLaVA: random parts, a byte-level vocabulary and drawings of one colour. Makes tests real in seconds.
+"""The micro LLaVA: random weights, a byte-level vocabulary and one-colour images, for end-to-end tests in seconds.
 
-Every shape is small but exercises the whole chain: hidden size 256 so that llama.cpp's K-quants apply,
-grouped-query attention, an untied head, a class token to drop and a CLIP block behind the chosen layer.
+Every shape is small but exercises the whole pipeline: hidden size 256 so that llama.cpp's K-quants apply,
+grouped-query attention, an untied head, a class token to drop and a CLIP block after the selected layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
-from llava_edge.models.conversations import record
+from llava_edge.models.conversations import make_record
 from llava_edge.models.shapes import save_tensors, tensor_shapes
 
 COLOURS = {
@@ -28,7 +28,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 QUESTION = "What colour is it?"
-CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("t h", "th e", "r e", "re d", "o u", "c o", "l ou")
 
 
@@ -40,12 +40,12 @@ def byte_symbols() -> list[str]:
 
 
 def tokenizer_json() -> dict[str, Any]:
-    """The control tokens, the bytes and what is merged of them."""
-    tokens = [*CONTROLS, *byte_symbols(), *(merge.replace(" ", "") for merge in MERGES)]
-    return byte_level.tokenizer_json(tokens, MERGES, range(len(CONTROLS)))
+    """A byte-level tokenizer with `CONTROL_TOKENS` and `MERGES`."""
+    tokens = [*CONTROL_TOKENS, *byte_symbols(), *(merge.replace(" ", "") for merge in MERGES)]
+    return byte_level.tokenizer_json(tokens, MERGES, range(len(CONTROL_TOKENS)))
 
 
-VOCABULARY = len(CONTROLS) + 256 + len(MERGES)
+VOCABULARY = len(CONTROL_TOKENS) + 256 + len(MERGES)
 
 CONFIG = LlavaConfig(
     vision=VisionConfig(
@@ -68,19 +68,19 @@ CONFIG = LlavaConfig(
 
 
 def random_tensors(config: LlavaConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint under classic Hugging Face names, drawn with numpy."""
+    """Random tensors of a whole checkpoint, under classic Hugging Face names."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     for name, shape in tensor_shapes(config).items():
-        tensors[name] = scaled(name, shape, rng.standard_normal(shape, dtype=np.float32))
+        tensors[name] = scale_random(name, shape, rng.standard_normal(shape, dtype=np.float32))
     return tensors
 
 
-def scaled(name: str, shape: tuple[int, ...], drawn: np.ndarray) -> np.ndarray:
-    """Standard normal numbers -> a tensor's: norms near one, matrices such that activations keep their size."""
+def scale_random(name: str, shape: tuple[int, ...], normal: np.ndarray) -> np.ndarray:
+    """Scale standard normal numbers for a tensor: norms near one, matrices so that activations keep their scale."""
     if "norm" in name.split(".")[-2:][0]:
-        return (0.1 * drawn + (1.0 if name.endswith("weight") else 0.0)).astype(np.float32)
-    return drawn * np.float32(0.6 * shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+        return (0.1 * normal + (1.0 if name.endswith("weight") else 0.0)).astype(np.float32)
+    return normal * np.float32(0.6 * shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
 
 
 def write_checkpoint(
@@ -107,8 +107,9 @@ def write_data(folder: Path, *, pictures: int, seed: int) -> None:
     captions, questions = [], []
     for i in range(pictures):
         colour = list(COLOURS)[i % len(COLOURS)]
-        draw(colour, rng).save(folder / f"{i:03d}.png")
-        captions.append(record(i, f"{i:03d}.png", [("Describe it.", f"It is {colour}.")]))
-        questions += [record(i, f"{i:03d}.png", [turn]) for turn in ((QUESTION, colour), (f"Is it {colour}?", "Yes"))]
+        image = f"{i:03d}.png"
+        draw(colour, rng).save(folder / image)
+        captions.append(make_record(i, image, [("Describe it.", f"It is {colour}.")]))
+        questions += [make_record(i, image, [turn]) for turn in ((QUESTION, colour), (f"Is it {colour}?", "Yes"))]
     (folder / "captions.json").write_text(json.dumps(captions), "utf-8")
     (folder / "questions.json").write_text(json.dumps(questions), "utf-8")

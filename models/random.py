@@ -1,7 +1,7 @@
 """`python -m llava_edge.models.random GEOMETRY FOLDER`: a checkpoint of a published size with random weights.
 
-For measuring export, loading and speed at 7B or 13B without a download: sizes, shapes, number format and sharding are
-the published ones, the answers are noise. Written tensor by tensor; no more memory than the largest one is needed.
+For measuring export, loading and speed at 7B or 13B without a download: sizes, shapes, dtype and sharding are the
+published ones, the answers are noise. Written tensor by tensor, so memory is needed for the largest one only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _13B = replace(_7B, hidden_size=5120, intermediate_size=13824, num_hidden_layers
 _V1 = VisionConfig(image_size=224)
 _GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
-# Sizes as in the config.json files of liuhaotian/llava-v1-*, llava-v1.5-*, llava-v1.6-vicuna-*.
+# Sizes from the config.json files of liuhaotian/llava-v1-*, llava-v1.5-*, llava-v1.6-vicuna-*.
 GEOMETRIES = {
     "llava-v1-7b": LlavaConfig(vision=_V1, text=_7B, projector_type="linear", square="crop"),
     "llava-v1-13b": LlavaConfig(vision=_V1, text=_13B, projector_type="linear", square="crop"),
@@ -35,16 +35,16 @@ GEOMETRIES = {
 }
 
 SHARD_BYTES = 5_000_000_000  # as transformers splits
-_DRAWN = 1 << 22  # numbers drawn; a larger tensor repeats them
+_MAX_RANDOM = 1 << 22  # random numbers per tensor; a larger one repeats them
 _ALIGNMENT = 8
 
 
 def write_random(folder: Path, config: LlavaConfig, seed: int = 0) -> Path:
-    """config.json, tokenizer.json (byte-level, few merges) and float16 shards with their index."""
+    """Write config.json, tokenizer.json (byte-level, few merges) and float16 shards with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_hf(replace(config, template="chatml")), indent=2), "utf-8")
     (folder / "tokenizer.json").write_text(json.dumps(micro.tokenizer_json(), ensure_ascii=False), "utf-8")
-    shards = _split(tensor_shapes(config))
+    shards = _split_shards(tensor_shapes(config))
     weight_map: dict[str, str] = {}
     rng = np.random.default_rng(seed)
     for number, shapes in enumerate(shards, 1):
@@ -55,7 +55,7 @@ def write_random(folder: Path, config: LlavaConfig, seed: int = 0) -> Path:
     return folder
 
 
-def _split(shapes: Shapes) -> list[Shapes]:
+def _split_shards(shapes: Shapes) -> list[Shapes]:
     shards: list[Shapes] = [{}]
     room = SHARD_BYTES
     for name, shape in shapes.items():
@@ -71,28 +71,28 @@ def _split(shapes: Shapes) -> list[Shapes]:
 def _write_shard(path: Path, shapes: Shapes, rng: np.random.Generator) -> None:
     """safetensors: uint64 header length, JSON header, values."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    start = 0
     for name, shape in shapes.items():
-        end = at + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [at, end]}
-        at = end
+        end = start + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            file.write(_draw(name, shape, rng).tobytes())
+            file.write(_random_tensor(name, shape, rng).tobytes())
 
 
-def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    drawn = rng.standard_normal(min(int(np.prod(shape)), _DRAWN), dtype=np.float32)
-    return np.resize(micro.scaled(name, shape, drawn).astype(np.float16), shape)
+def _random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    normal = rng.standard_normal(min(int(np.prod(shape)), _MAX_RANDOM), dtype=np.float32)
+    return np.resize(micro.scale_random(name, shape, normal).astype(np.float16), shape)
 
 
 @click.command()
 @click.argument("geometry", type=click.Choice(list(GEOMETRIES)))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--layers", type=click.IntRange(1), help="Blocks of the language model; all unless given.")
+@click.option("--layers", type=click.IntRange(1), help="Blocks of the language model (default: all).")
 @click.option("--seed", default=0, show_default=True)
 def main(geometry: str, folder: Path, layers: int | None, seed: int) -> None:
     """Write a checkpoint of a published GEOMETRY with random float16 weights into FOLDER."""

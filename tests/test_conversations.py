@@ -12,11 +12,11 @@ import pytest
 from llava_edge.models import conversations
 from llava_edge.models.conversations import (
     Catalogue,
-    build,
+    build_records,
+    caption,
     caption_records,
     choice_of_four,
     questions,
-    sentence,
     yes_no,
 )
 from llava_edge.models.data import messages_of
@@ -41,7 +41,7 @@ ROUNDS = {"grocery": 2.0, "clothing": 1.0, "tuxpaint": 1.0, "easy-vqa": 1.0}
 
 
 def test_held_out_pictures_and_captions_appear_nowhere() -> None:
-    records = build(ITEMS, rounds=ROUNDS, per_picture=4, seed=1) + caption_records(ITEMS)
+    records = build_records(ITEMS, rounds=ROUNDS, per_picture=4, seed=1) + caption_records(ITEMS)
     held_out = {item.image for item in ITEMS if item.split == "val"}
     assert records
     assert not held_out & {record.get("image") for record in records}
@@ -49,9 +49,9 @@ def test_held_out_pictures_and_captions_appear_nowhere() -> None:
 
 
 def test_records_are_reproducible_and_readable_by_the_trainer() -> None:
-    records = build(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=1)
-    assert records == build(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=1)
-    assert records != build(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=2)
+    records = build_records(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=1)
+    assert records == build_records(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=1)
+    assert records != build_records(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=2)
     for record in records:
         messages = messages_of(record)
         assert sum(message.images for message in messages) == ("image" in record)
@@ -59,21 +59,21 @@ def test_records_are_reproducible_and_readable_by_the_trainer() -> None:
 
 
 def test_every_kind_of_question_comes_in_several_wordings() -> None:
-    records = build(ITEMS, rounds=dict.fromkeys(ROUNDS, 60.0), per_picture=9, chats=[[("Hi", "Hello")]], seed=1)
+    records = build_records(ITEMS, rounds=dict.fromkeys(ROUNDS, 60.0), per_picture=9, chats=[[("Hi", "Hello")]], seed=1)
     asked = Counter(turn.text for record in records for turn in messages_of(record) if turn.role == "user")
     kinds: dict[str, Sequence[str]] = {
-        "name": conversations.NAME["grocery"],
-        "which kind": conversations.KIND,
-        "category": conversations.CATEGORY,
-        "description": conversations.SENTENCE,
-        "content": conversations.CONTENT,
-        "product": conversations.PRODUCT,
+        "name": conversations.NAME_QUESTIONS["grocery"],
+        "which kind": conversations.KIND_QUESTIONS,
+        "category": conversations.CATEGORY_QUESTIONS,
+        "description": conversations.CAPTION_QUESTIONS,
+        "content": conversations.CONTENT_QUESTIONS,
+        "product": conversations.PRODUCT_QUESTIONS,
         "text only": ["Hi"],
         "easy-VQA's own": ["what shape?"],
     }
     for kind, wordings in kinds.items():
         assert [wording for wording in wordings if not asked[wording]] == [], kind
-    for wordings in (conversations.IS_IT, conversations.CHOICE):
+    for wordings in (conversations.YES_NO_QUESTIONS, conversations.CHOICE_QUESTIONS):
         for wording in wordings:
             pattern = re.escape(wording).replace(r"\{\}", ".+")
             assert any(re.fullmatch(pattern, text) for text in asked), wording
@@ -101,7 +101,7 @@ def test_the_right_name_of_four_is_at_every_place() -> None:
 
 def test_wrong_names_are_mostly_of_the_same_category() -> None:
     catalogue = Catalogue.of(ITEMS)
-    wrong = [catalogue.wrong(ITEMS[0], 1, random.Random(i))[0] for i in range(200)]
+    wrong = [catalogue.wrong_labels(ITEMS[0], 1, random.Random(i))[0] for i in range(200)]
     assert "Granny Smith" not in wrong
     assert sum(name in ("Royal Gala", "Pink Lady") for name in wrong) > 100
 
@@ -116,10 +116,20 @@ def test_a_choice_offers_the_answer_among_four() -> None:
                 assert question.count(",") == 2
 
 
+def test_a_source_with_one_label_gets_only_questions_that_need_no_wrong_one() -> None:
+    items = [Item(f"{n}.jpg", "clothing", "train", "hat", "clothing") for n in range(2)]
+    records = build_records(items, rounds={"clothing": 50.0}, per_picture=9, seed=1)
+    turns = [(turn.text, turn.role) for record in records for turn in messages_of(record)]
+    asked = {text for text, role in turns if role == "user"}
+    assert asked >= {wording.format("a hat") for wording in conversations.YES_NO_QUESTIONS}
+    assert not asked & {wording.format(" or hat") for wording in conversations.CHOICE_QUESTIONS}
+    assert ("No", "assistant") not in turns
+
+
 def test_sentences_read_well() -> None:
-    assert sentence(ITEMS[0]) == "The photo shows Granny Smith, a kind of apple."
-    assert sentence(ITEMS[2]) == "The photo shows Lime."
-    assert [sentence(item) for item in ITEMS[8:11]] == [
+    assert caption(ITEMS[0]) == "The photo shows Granny Smith, a kind of apple."
+    assert caption(ITEMS[2]) == "The photo shows Lime."
+    assert [caption(item) for item in ITEMS[8:11]] == [
         "The photo shows a piece of clothing: a hat.",
         "The photo shows a piece of clothing: pants.",
         "The photo shows a piece of clothing: a dress.",

@@ -311,7 +311,7 @@ def bpe(pre: str) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=480,
-        special_tokens=list(micro.CONTROLS),
+        special_tokens=list(micro.CONTROL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -330,7 +330,7 @@ def test_byte_level_bpe_comes_out_token_by_token(pre: str, tmp_path: Path) -> No
     original = Tokenizer.from_str(json.dumps(raw))
     with closing(engine(tmp_path, vocabulary)) as language:
         wrong = [text for text in TEXTS if language.tokenize(text) != original.encode(text).ids]
-        assert [language.control_id(name) for name in micro.CONTROLS] == [0, 1, 2]
+        assert [language.control_id(name) for name in micro.CONTROL_TOKENS] == [0, 1, 2]
         assert b"".join(language.piece(i) for i in language.tokenize("Köln 🙂\n")).decode() == "Köln 🙂\n"
     assert wrong == []
 

