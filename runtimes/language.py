@@ -72,7 +72,7 @@ class LanguageModel:
         self.library = library(verbose)
         self.native = native.activate()
         repack = repack and choice.reordering_pays(self.native, {tensor.kind for tensor in header.tensors.values()})
-        self._thread = Worker("llama.cpp") if gpu_layers else compute.thread()
+        self._thread: Worker | None = Worker("llama.cpp") if gpu_layers else compute.thread()
         self._decoded: Future[int] = Future()  # the last call
         self.context_size = context
         self.held: list[Key] = []
@@ -102,7 +102,7 @@ class LanguageModel:
 
     def close(self) -> None:
         """Free everything; harmless when repeated."""
-        while not self._decoded.cancel() and self._thread.alive:  # Ctrl-C may have left it
+        while self._thread and self._thread.alive and not self._decoded.cancel():  # Ctrl-C may have left it
             if wait([self._decoded], POLL_SECONDS).done:
                 break
         if self.context is not None:
@@ -113,6 +113,7 @@ class LanguageModel:
         if self._model is not None:
             self.library.llama_model_free(self._model)
             self._model = None
+        self._thread = None  # it ends when no other model has it
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -407,6 +408,7 @@ class LanguageModel:
                 self._team.pause()
             threads = self._team.next() if small else self._threads
             self.library.llama_set_n_threads(self.context, threads, threads)
+        assert self._thread is not None, "closed"
         self._decoded = self._thread.submit(self._call, batch)
         status = outcome(self._decoded, cancel)
         if status == _ABORTED:

@@ -121,6 +121,7 @@ def test_a_model_may_be_closed_in_the_thread_it_computes_in(micro_bundle: Path) 
     """Where a collection closes one that somebody left in the middle of a `with`."""
     language = load(micro_bundle)
     language.evaluate_tokens([5], NEVER)
+    assert language._thread is not None
     language._thread.submit(language.close).result(SOON)
     assert language.context is None
 
@@ -152,13 +153,12 @@ def test_a_forked_process_computes_in_a_thread_of_its_own(micro_bundle: Path) ->
     assert done.stdout == "2\n", done.stderr
 
 
-def test_the_thread_ends_when_nobody_has_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thread_ends_with_the_last_model_that_has_it(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "_last", None)  # which other tests may have
-    one, other = compute.thread(), compute.thread()
-    thread = one.submit(threading.current_thread).result(SOON)
-    assert one is other
-    del one
+    one, other = load(micro_bundle), load(micro_bundle)
+    thread = compute.thread().submit(threading.current_thread).result(SOON)
+    one.close()
     assert thread.is_alive()
-    del other
+    other.close()
     assert not thread.is_alive()
     assert compute.thread().submit(threading.current_thread).result(SOON) is not thread
