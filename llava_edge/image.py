@@ -36,6 +36,7 @@ BAND_THREADS = 2
 RESCALE = 0.00392156862745098  # 1/255 as CLIP's preprocessor_config.json has it
 
 LAZY = threading.Lock()  # Pillow's images read pixels and EXIF when first asked, which two threads must not do at once
+os.register_at_fork(before=LAZY.acquire, after_in_parent=LAZY.release, after_in_child=LAZY.release)
 _ORIENTATION = 0x0112  # EXIF tag; the table says how to bring each value upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -8,6 +8,7 @@ before or afterwards, gets all of it as ever; the shared library is one.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import sys
 import threading
@@ -26,6 +27,7 @@ _CUDA = ("cudart", "cublasLt", "cublas", "nvrtc", "curand", "cufft", "cudnn")  #
 
 
 _executing = threading.Lock()  # two copies of the bindings would not know each other's types
+os.register_at_fork(before=_executing.acquire, after_in_parent=_executing.release, after_in_child=_executing.release)
 
 
 def functions() -> Any:

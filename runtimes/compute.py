@@ -8,12 +8,15 @@ turns, call by call. And llama.cpp sets the AMX tile configuration once in each 
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 
 from llava_edge.runtimes.jobs import Worker
 
 _lock = threading.Lock()
+# Nobody in a forked process would let it go, so a fork waits for it, and for the other locks that models share.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _last: weakref.ref[Worker] | None = None
 
 

@@ -192,6 +192,8 @@ class Owner:
 
     def close(self, *, wait: bool = True) -> None:
         """Cancel the job in work, refuse those that wait, and end the thread. Harmless when repeated."""
+        if not self._thread.is_alive():  # in a forked process somebody may have the lock for ever
+            return
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -206,9 +208,11 @@ class Owner:
         atexit.register(self.close)
 
     def _queue(self, job: Job) -> None:
+        if not self._thread.is_alive():
+            raise UsageError(CLOSED if self._closed else FORKED)
         with self._lock:
-            if self._closed or not self._thread.is_alive():
-                raise UsageError(CLOSED if self._closed else FORKED)
+            if self._closed:
+                raise UsageError(CLOSED)
             self._jobs.put(job)
 
     def _next(self) -> Job | None:

@@ -12,6 +12,7 @@ from typing import TypeVar
 LONGEST = 1 << 16  # bytes that are looked at
 
 _lock = threading.Lock()  # the stream belongs to the whole process
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 T = TypeVar("T")
 
 

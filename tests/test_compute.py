@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import in_child
 
 from llava_edge.bundle import LANGUAGE
 from llava_edge.runtimes import CancelledError, compute, jobs
@@ -151,6 +152,32 @@ def test_a_forked_process_computes_in_a_thread_of_its_own(micro_bundle: Path) ->
     command = [sys.executable, "-c", FORKED, str(micro_bundle / LANGUAGE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "2\n", done.stderr
+
+
+MEANWHILE = """
+import os, signal, sys, threading, warnings
+from llava_edge import EngineOptions, Llava, Options
+from llava_edge.image import LAZY
+from llava_edge.runtimes import bindings, compute, overheard
+from PIL import Image
+warnings.simplefilter("ignore")
+locks = [LAZY, bindings._executing, compute._lock, overheard._lock]
+for lock in locks:
+    lock.acquire()
+    threading.Timer(0.2, lock.release).start()
+if os.fork() == 0:
+    signal.alarm(30)  # seconds until it ends, if it hangs
+    with Llava.load(sys.argv[1], EngineOptions(threads=1, cache=False), device="cpu") as llava:
+        llava.ask("hi", Image.new("RGB", (8, 8)), Options(max_tokens=1, grammar='root ::= "a"+'))
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only POSIX forks")
+def test_a_process_forked_while_others_are_at_work_can_load_a_model(micro_bundle: Path) -> None:
+    """Whatever lock they have at that moment."""
+    assert in_child(MEANWHILE, micro_bundle).stdout == "0\n"
 
 
 def test_the_thread_ends_with_the_last_model_that_has_it(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,9 @@ stream = owner.submit(work, threading.Event())
 threading.Thread(target=lambda: list(stream), daemon=True).start()
 begun.wait(30)
 waiting = owner.submit_together(lambda jobs: None, threading.Event(), 1, lambda: None)[0]
+other = threading.Thread(target=owner._lock.acquire)  # it is in the middle of something, for ever in the child
+other.start()
+other.join()
 if os.fork() == 0:
     refused = 0
     for asked in (waiting, owner.submit(work, threading.Event())):
@@ -154,6 +157,7 @@ if os.fork() == 0:
             next(asked)
         except UsageError as error:
             refused += "forked" in str(error)
+    owner.close()
     os._exit(refused)
 print(os.waitstatus_to_exitcode(os.wait()[1]))
 os._exit(0)
