@@ -126,7 +126,7 @@ class EngineOptions:
         "memory" all are only mapped, the context has 2048 positions (not for tiles) and "q8_0" unless told otherwise.
         "auto" is as "latency", but copies nothing that would leave less than half of the free memory.
     kv: numbers that the context is kept in; "q8_0" is half as large as "f16" and rounds a little more.
-    verbose: show the engines' own log on stderr.
+    verbose: show llama.cpp's log on stderr. It is one for all models of a process: the one loaded last decides.
     draft: GGUF file of a small language model with the same vocabulary, which guesses tokens of greedy answers; answers
         stay the same.
     """
