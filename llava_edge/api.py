@@ -207,7 +207,7 @@ class Llava:
         self._engine.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("A Llava cannot be sent to another process; load one there, which shares the mapped weights.")
+        raise TypeError("A Llava can be neither copied nor sent; load another one, which shares the mapped weights.")
 
     def __enter__(self) -> Llava:
         return self
@@ -308,6 +308,9 @@ class Chat:
                     self._turns.notify_all()
 
         return _awaited(turn, settle=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("A Chat cannot be copied; begin one with Llava.chat, and resume it with messages and images.")
 
     def prepare(self, image: Shown) -> Picture:
         """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""

@@ -140,6 +140,9 @@ class _Reader(Stream):
             self._job.stop()
         self._job.output.put(None)  # for whoever else waits for this stream, and then takes it for whole
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("A stream can be neither copied nor sent to another process.")
+
     def __del__(self) -> None:
         self.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import inspect
 import io
@@ -208,9 +209,13 @@ def test_an_answer_is_gone_on_with(llava: Llava) -> None:
         assert answer(whole[:taken], 20 - taken) == whole[taken:]
 
 
-def test_what_cannot_leave_its_process_says_so(llava: Llava) -> None:
-    with pytest.raises(TypeError, match="load one there"):
-        pickle.dumps(llava)
+@pytest.mark.parametrize("do", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_cannot_be_copied_says_so(do: Callable[[object], object], llava: Llava) -> None:
+    stream = llava.stream("hi", options=Options(max_tokens=3))
+    for what, said in ((llava, "load another"), (llava.chat(), "resume it"), (stream, "neither copied")):
+        with pytest.raises(TypeError, match=said):
+            do(what)
+    assert result_of(stream).completion_tokens == 3
 
 
 def test_objects_that_are_nearly_pictures(llava: Llava, tmp_path: Path) -> None:
