@@ -246,7 +246,7 @@ class Others:
 
     def processors(self) -> float:
         """Of those that this process may use, 1.0 is one for the whole time; 0 elsewhere than on Linux."""
-        return (others_seconds() - self._taken) / self.passed()
+        return max(0.0, others_seconds() - self._taken) / self.passed()  # it may use fewer than before
 
     def share(self) -> float:
         """`processors` as a share of all that this process may use."""

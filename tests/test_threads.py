@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from llava_edge.runtimes import devices
 from llava_edge.runtimes import language as model
 from llava_edge.runtimes.devices import Others
 from llava_edge.runtimes.language import LanguageModel
@@ -42,6 +43,16 @@ def test_it_begins_with_what_others_leave(
     monkeypatch.setattr(Others, "processors", lambda self: others)
     threads = Threads(4)
     assert [threads.next(), threads.next()] == [expected] * 2
+
+
+def test_a_process_that_may_use_fewer_processors_than_before_gets_no_more_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Thousands of them ended it: what others had taken of the processors that are left is less."""
+    taken = iter((5000.0, 2500.0))
+    monkeypatch.setattr(devices, "others_seconds", lambda: next(taken))
+    monkeypatch.setattr(Others, "passed", lambda self: 0.3)
+    assert Threads(4).next() == 4
 
 
 def test_texts_of_small_models_are_left_to_threads_that_do_not_wait(
