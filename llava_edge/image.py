@@ -198,7 +198,7 @@ def _read(path: str | Path, name: str) -> bytes:
             raise MissingError(f"{name} is {kind}, not a picture file.")
         _check_bytes(info.st_size, name)
         with Path(path).open("rb") as file:
-            return file.read(MAX_BYTES + 1)
+            return file.read(info.st_size)  # Python takes memory for as many bytes as are asked for
     except OSError as error:
         start = str(path)[:6].lower()
         if start.startswith("data:"):

@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 import textwrap
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -258,6 +259,16 @@ def test_hostile_names_stay_on_one_line(name: str) -> None:
         load_image(name)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    """Where address space is limited there may be no room for the largest."""
+    (tmp_path / "small.png").write_bytes(PNG)
+    tracemalloc.start()
+    load_image(tmp_path / "small.png")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1 << 24
 
 
 def test_too_many_bytes(tmp_path: Path) -> None:
