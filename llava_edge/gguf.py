@@ -93,14 +93,17 @@ class Gguf:
         return str(self.metadata.get("general.architecture", ""))
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """A mapped F32 or F16 tensor. Raises `BundleError` if it is missing or of another type."""
+        """A mapped F32 or F16 tensor. Raises `BundleError` if it cannot be read, is missing or of another type."""
         tensor = self.tensors.get(name)
         if tensor is None:
             raise BundleError(f"{self.path} has no tensor {name!r}.")
         if tensor.kind not in ("F32", "F16"):
             raise BundleError(f"Tensor {name!r} of {self.path} is {tensor.kind}; F32 or F16 was expected.")
         kind = np.dtype("<f4" if tensor.kind == "F32" else "<f2")
-        return np.memmap(self.path, kind, mode="r", offset=tensor.offset, shape=tensor.shape)
+        try:
+            return np.memmap(self.path, kind, mode="r", offset=tensor.offset, shape=tensor.shape)
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be read: {error.strerror}.") from error
 
     def items(self, key: str) -> list[Any]:
         """The values of a metadata array; none if there is no such array."""

@@ -185,3 +185,10 @@ def test_a_tensor_that_is_missing_or_quantized(tmp_path: Path, good: Path) -> No
     for read in reads:
         with pytest.raises(LlavaEdgeError, match=r"[tT]ensor"):
             read()
+
+
+def test_a_file_that_has_gone_since_it_was_read(good: Path) -> None:
+    file = gguf.read(good)
+    good.unlink()
+    with pytest.raises(BundleError, match="cannot be read: No such file"):
+        file.array("token_embd.weight")
