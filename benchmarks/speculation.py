@@ -1,8 +1,9 @@
-"""What guessing tokens is worth: `python benchmarks/speculation.py [--model NAME|DIR]`.
+"""What guessing tokens is worth: `python benchmarks/speculation.py [--model NAME|DIR] [IMAGE...]`.
 
-Asks for answers that quote or list, each with and without guesses in turn, and prints the median time of the tokens
-after the first. Answers have to be the same. `--cost` prints instead what a batch costs in single tokens, behind each
-number of positions, and whether it gives their bits.
+Asks for answers that quote or list, or `--prompt` about each image, with and without guesses in turn, and prints
+the median time of the tokens after the first. Answers have to be the same. `--draft` names a model that guesses, too.
+`--cost` prints instead what a batch costs in single tokens, behind each number of positions, and whether it gives their
+bits.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 import numpy as np
 
 from llava_edge import Llava
 from llava_edge.bundle import LANGUAGE, Bundle
-from llava_edge.options import EngineOptions, Options, Result, Speculate
+from llava_edge.options import DEFAULT_PROMPT, EngineOptions, Options, Result, Speculate
 from llava_edge.runtimes.devices import thread_count
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.store import DEFAULT_MODEL, resolve
@@ -44,39 +46,53 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @click.command()
+@click.argument("images", nargs=-1, type=Path)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--threads", default=0, help="0 is one per physical core.")
 @click.option("--repeats", default=3, show_default=True)
+@click.option("--draft", type=Path, help="GGUF file of a small model with the same vocabulary.")
+@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, help="What is asked about each image.")
 @click.option("--cost", is_flag=True, help="Print what a batch costs.")
 @click.option("--positions", type=int, multiple=True, default=(64, 600), show_default=True)
-def main(model: str, threads: int, repeats: int, cost: bool, positions: Sequence[int]) -> None:
+def main(
+    images: Sequence[Path],
+    model: str,
+    threads: int,
+    repeats: int,
+    draft: Path | None,
+    prompt: str,
+    cost: bool,
+    positions: Sequence[int],
+) -> None:
     """Print one of the two tables."""
     if cost:
         _cost(model, threads, repeats, positions)
-    else:
-        _answers(model, threads, repeats)
+        return
+    with Llava.load(model, EngineOptions(device="cpu", threads=threads, draft=draft)) as llava:
+        _answers(llava, repeats, [(prompt, [image]) for image in images] or [(text, []) for text in QUESTIONS])
 
 
-def _answers(model: str, threads: int, repeats: int) -> None:
-    ratios = []
-    with Llava.load(model, EngineOptions(device="cpu", threads=threads)) as llava:
-        print("tokens  guessed  right  plain ms  guessed ms  ratio  question")
-        for question in QUESTIONS:
-            pairs = [(_ask(llava, question, "off"), _ask(llava, question, "auto")) for _ in range(repeats)]
-            plain, guessed = pairs[-1]
-            if any(one.text != other.text for one, other in pairs):
-                raise SystemExit(f"Guessing changed the answer to {question!r}.")
-            ratios.append(statistics.median(one.timings.decode_ms / max(other.timings.decode_ms, 1e-3)
-                                            for one, other in pairs))  # fmt: skip
-            print(
-                f"{plain.completion_tokens:6} {guessed.drafted_tokens:8} {guessed.accepted_tokens:6} "
-                f"{plain.timings.decode_ms:9.0f} {guessed.timings.decode_ms:11.0f} {ratios[-1]:6.2f}  {question[:60]}"
-            )
-    print(f"median ratio {statistics.median(ratios):.2f}")
+def _answers(llava: Llava, repeats: int, questions: Sequence[tuple[str, list[Path]]]) -> None:
+    ratios, totals = [], np.zeros(2)
+    print("tokens  guessed  right  plain ms  guessed ms  ratio  question")
+    for text, images in questions:
+        pairs = [[_ask(llava, text, images, how) for how in ("off", "auto")] for _ in range(repeats)]
+        plain, guessed = pairs[-1]
+        if any(one.text != other.text for one, other in pairs):
+            raise SystemExit(f"Guessing changed the answer to {text!r}.")
+        times = [[max(result.timings.decode_ms, 1e-3) for result in pair] for pair in pairs]
+        ratios.append(statistics.median(one / other for one, other in times))
+        medians = np.median(times, axis=0)
+        totals += medians
+        print(
+            f"{plain.completion_tokens:6} {guessed.drafted_tokens:8} {guessed.accepted_tokens:6} "
+            f"{medians[0]:9.0f} {medians[1]:11.0f} {ratios[-1]:6.2f}  {images[0].name if images else text[:60]}"
+        )
+    print(f"all {totals[0]:27.0f} {totals[1]:11.0f} {statistics.median(ratios):6.2f}  (median ratio)")
 
 
-def _ask(llava: Llava, question: str, speculate: Speculate) -> Result:
-    return llava.ask(question, options=Options(max_tokens=120, speculate=speculate))
+def _ask(llava: Llava, question: str, images: Sequence[Path], speculate: Speculate) -> Result:
+    return llava.ask(question, images, Options(max_tokens=120, speculate=speculate))
 
 
 def _cost(model: str, threads: int, repeats: int, positions: Sequence[int]) -> None:

@@ -1,9 +1,9 @@
 """The thread in which llama.cpp computes on the processor, one for all models of this process.
 
 OpenMP keeps a team of threads for each thread that computes, and libgomp lets none of them spin while there are more of
-them than processors: with a thread for each of two models a token of either took four times as long. So models take
-turns, call by call. And llama.cpp sets the AMX tile configuration once in each thread: whatever else uses AMX there
-(PyTorch in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL.
+them than processors: with a thread for each of two models a token of either took up to four times as long. So models
+take turns, call by call. And llama.cpp sets the AMX tile configuration once in each thread: whatever else uses AMX
+there (PyTorch in bfloat16 does) changes or releases it, and llama.cpp's next product dies of SIGILL.
 """
 
 from __future__ import annotations

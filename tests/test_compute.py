@@ -39,7 +39,7 @@ def busy() -> Iterator[threading.Event]:
 
 
 def test_models_compute_in_one_thread(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A team of OpenMP's for each would let none of their threads spin: tokens then took four times as long."""
+    """A team of OpenMP's for each would let none of their threads spin: tokens then took up to four times as long."""
     with load(micro_bundle) as one, load(micro_bundle) as other:
         decode, seen = one.library.llama_decode, []
 
