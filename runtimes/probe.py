@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from llava_edge import python, store
+from llava_edge import interpreter, store
 from llava_edge.errors import MissingError, StorageError, UnavailableError
 from llava_edge.runtimes import bindings, devices
 
@@ -53,8 +53,8 @@ def check(engine: str) -> Report:
     """
     code = f"from llava_edge.runtimes import probe; probe.child({engine!r})"
     try:
-        facts = python.said(f"The test of {engine}", "-c", code, seconds=TIMEOUT_SECONDS)
-    except python.SilentError as error:
+        facts = interpreter.run_json(f"The test of {engine}", "-c", code, seconds=TIMEOUT_SECONDS)
+    except interpreter.ChildError as error:
         return Report(engine, f"{engine} does not work here: its test {error}.", INSTALL[engine])
     if "untried" in facts:
         raise StorageError(
@@ -70,7 +70,7 @@ def require_working_build() -> None:
     Raises `UnavailableError` with the command that repairs the build, `StorageError` if it could not be tried. Other
     processors are not affected, nor are frozen apps: the build was checked where they were frozen.
     """
-    if "amx_int8" not in devices.processor()[1] or python.frozen():
+    if "amx_int8" not in devices.processor()[1] or interpreter.is_frozen():
         return
     try:
         note = _note()

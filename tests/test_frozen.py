@@ -54,7 +54,7 @@ STARTING: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("name", STARTING)
 def test_what_would_start_the_app_again_says_so(name: str) -> None:
     with pytest.raises(
-        UnavailableError, match=r"a frozen app has not; do it with llava-edge in a virtual environment\.$"
+        UnavailableError, match=r"a frozen app cannot; run it with llava-edge in a virtual environment\.$"
     ):
         STARTING[name]()
 
@@ -62,7 +62,7 @@ def test_what_would_start_the_app_again_says_so(name: str) -> None:
 def test_nothing_else_starts_python(root: Path) -> None:
     folders = [root / name for name in ("llava_edge", "export", "models", "runtimes")]
     naming = {path.name for folder in folders for path in folder.rglob("*.py") if "sys.executable" in path.read_text()}
-    assert naming == {"python.py", "bindings.py"}  # the latter in a sentence
+    assert naming == {"interpreter.py", "bindings.py"}  # the latter in a sentence
 
 
 @pytest.mark.usefixtures("frozen")

@@ -26,11 +26,11 @@ SHARED = {
         "gguf",
         "image",
         "image_format",
-        "json_apart",
+        "json_disjoint",
         "json_grammar",
         "json_numbers",
     ),
-    *("options", "outputs", "paths", "prompt", "protobuf", "python", "saved", "store", "templates"),
+    *("interpreter", "options", "outputs", "paths", "prompt", "protobuf", "store", "templates", "transcript"),
     *("token_budget", "typed"),
 }
 ALLOWED = {

@@ -281,7 +281,7 @@ def test_what_is_no_conversation_is_not_loaded(
     path = tmp_path / "talk.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     chat, _ = talk(["hello", f"/load {path}", "and?"])
-    assert remarks(capsys) == [f"Not loaded: {path} is no conversation that /save wrote."]
+    assert remarks(capsys) == [f"Not loaded: {path} is not a conversation written by /save."]
     assert [message.text for message in chat.messages[::2]] == ["hello", "and?"]
 
 
@@ -308,7 +308,7 @@ def test_what_cannot_be_loaded_leaves_the_conversation(
         f"Not loaded: {red} does not exist; the path of a picture was expected.",
         "Not loaded: The prompt needs",
         "none.json cannot be read: No such file or directory.",
-        "pipe is no conversation that /save wrote.",
+        "pipe is not a conversation written by /save.",
         "cannot be read: File name too long.",
         "/load needs a file name.",
         "Not loaded: '\\ud800' cannot be the name of a file.",

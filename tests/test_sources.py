@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from images import encode, picture
 
-from llava_edge import python
+from llava_edge import interpreter
 from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError
 from llava_edge.models import sources
 from llava_edge.models.conversations import write_records
@@ -101,7 +101,7 @@ def photos(tmp_path: Path) -> Path:
 def items(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> list[Item]:
     pytest.importorskip("resvg_py", reason="resvg-py, which draws the emoji, is not installed")
     monkeypatch.setattr(sources, "_run", fetched)
-    monkeypatch.setattr(python, "wheel", easy_vqa)
+    monkeypatch.setattr(interpreter, "download_wheel", easy_vqa)
     return collect(tmp_path / "data", photos)
 
 
@@ -145,7 +145,7 @@ def test_texts_of_groceries_that_are_missing_or_none_are_said(photos: Path, tmp_
 def test_what_fetches_and_draws_pictures_is_looked_for_first(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for fetcher in ((sources, "_run"), (python, "wheel")):
+    for fetcher in ((sources, "_run"), (interpreter, "download_wheel")):
         monkeypatch.setattr(*fetcher, lambda what, folder: pytest.fail(f"{what} was fetched"))
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "dpkg-deb" else name)
     with pytest.raises(UnavailableError, match="dpkg-deb is needed to fetch training pictures"):
@@ -212,6 +212,6 @@ def test_other_photos_than_those_of_the_data_are_refused(items: list[Item], tmp_
 def test_a_second_call_fetches_nothing(
     items: list[Item], tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for fetcher in ((sources, "_run"), (python, "wheel")):
+    for fetcher in ((sources, "_run"), (interpreter, "download_wheel")):
         monkeypatch.setattr(*fetcher, lambda what, folder: pytest.fail(f"{what} was fetched"))
     assert collect(tmp_path / "data", photos) == items

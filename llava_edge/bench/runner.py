@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llava_edge import __version__, python
+from llava_edge import __version__, interpreter
 from llava_edge.bench import records
 from llava_edge.bench.picture import variant
 from llava_edge.bench.records import (
@@ -249,9 +249,9 @@ def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) 
 def _child(task: Sample) -> Sample:
     """What a fresh process measured, or what child.py prints instead. It dies with this process's interruption."""
     try:
-        found: Sample = python.said("A measurement", "-m", "llava_edge.bench.child", json.dumps(task))
+        found: Sample = interpreter.run_json("A measurement", "-m", "llava_edge.bench.child", json.dumps(task))
         return found
-    except python.SilentError as error:
+    except interpreter.ChildError as error:
         kind = UnavailableError if error.killed else LlavaEdgeError
         return {"error": f"Its process {error}; try 'llava-edge doctor'.", "exit_code": kind.exit_code}
 

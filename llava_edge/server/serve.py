@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_edge import python, store
+from llava_edge import interpreter, store
 from llava_edge.bundle import Bundle
 from llava_edge.errors import MissingError, UnavailableError, UsageError, install
 from llava_edge.options import EngineOptions
@@ -63,7 +63,7 @@ def serve(bundle: Bundle, options: EngineOptions, settings: Settings, log: Calla
     Raises `UnavailableError` if the address is in use, the extra is missing or this is a frozen app, and whatever
     loading the model raises.
     """
-    python.refuse_frozen("The server")
+    interpreter.refuse_frozen("The server")
     if not all(find_spec(name) for name in ("starlette", "uvicorn")):
         raise UnavailableError(f"The server needs the extra [serve]. {install('serve')}")
     with ExitStack() as stack:

@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llava_edge import python, store
+from llava_edge import interpreter, store
 from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.gguf import Gguf
 from llava_edge.runtimes import bindings, devices
@@ -199,9 +199,9 @@ def _check(library: Path) -> dict[str, Any]:
     """What the child process says about a library."""
     code = f"from llava_edge.runtimes.native import check; check.main({str(library)!r})"
     try:
-        found: dict[str, Any] = python.said("The check of native kernels", "-c", code, seconds=CHECK_SECONDS)
+        found: dict[str, Any] = interpreter.run_json("The check of native kernels", "-c", code, seconds=CHECK_SECONDS)
         return found
-    except python.SilentError as error:
+    except interpreter.ChildError as error:
         return {"failed": f"their check {error}"}
 
 

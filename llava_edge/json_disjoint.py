@@ -1,0 +1,96 @@
+"""Check that no two of several JSON schemas can be satisfied by one value, which `oneOf` requires.
+
+Knows nothing about grammars. Schemas are untrusted and may be malformed, so the search is bounded; where it cannot
+tell, schemas count as overlapping.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any
+
+MAX_PAIRS, MAX_DEPTH = 10_000, 32  # compared: schemas may refer to themselves, or list hundreds of others
+
+TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+
+
+def pairwise_disjoint(schemas: Sequence[object], resolve: Callable[[str], object]) -> bool:
+    """resolve: returns the schema that "#/..." refers to; it may raise."""
+    checker = _Checker(resolve)
+    return all(checker.disjoint(a, b) for a, b in combinations(schemas, 2))
+
+
+def has_type(value: object, kind: object) -> bool:
+    """Whether a value is of a JSON type."""
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if isinstance(value, int | float) and kind in ("number", "integer"):
+        return kind == "number" or isinstance(value, int) or value.is_integer()
+    classes = {"object": dict, "array": list, "string": str}
+    return (kind == "null" and value is None) or isinstance(value, classes.get(str(kind), ()))
+
+
+class _Checker:
+    def __init__(self, resolve: Callable[[str], object]) -> None:
+        self._resolve = resolve
+        self._remaining_pairs = MAX_PAIRS
+
+    def disjoint(self, a: object, b: object, depth: int = 0) -> bool:
+        """Whether types, constants or a property that both require tell them apart."""
+        self._remaining_pairs -= 1
+        a, b = self._follow_ref(a), self._follow_ref(b)
+        if self._remaining_pairs < 0 or depth > MAX_DEPTH or not isinstance(a, dict) or not isinstance(b, dict):
+            return False
+        for one, other in ((a, b), (b, a)):
+            options = one.get("anyOf", one.get("oneOf"))
+            if options is not None:
+                return isinstance(options, list) and all(self.disjoint(each, other, depth + 1) for each in options)
+        constants = _constants(a), _constants(b)
+        if constants[0] is not None and constants[1] is not None:
+            return not constants[0] & constants[1]
+        if not _types(a) & _types(b):
+            return True
+        required = _required_properties(b)
+        return any(
+            self.disjoint(schema, required[name], depth + 1)
+            for name, schema in _required_properties(a).items()
+            if name in required
+        )
+
+    def _follow_ref(self, schema: object) -> object:
+        target = schema.get("$ref") if isinstance(schema, dict) else None
+        return self._resolve(target) if isinstance(target, str) else schema
+
+
+def _listed_values(schema: dict[str, Any]) -> list[Any] | None:
+    """The values of `enum` or `const`; None without them."""
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return values if isinstance(values, list) else None
+
+
+def _constants(schema: dict[str, Any]) -> set[str] | None:
+    """The only values that satisfy a schema, as JSON; None if it lists none, or objects or arrays among them."""
+    values = _listed_values(schema)
+    if values is None or any(isinstance(value, dict | list) for value in values):
+        return None
+    return {json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values}
+
+
+def _types(schema: dict[str, Any]) -> set[str]:
+    """Types of the values that may satisfy a schema, integers as numbers; all types if it names none."""
+    values, declared = _listed_values(schema), schema.get("type", list(TYPES))
+    if values is not None:
+        types = [kind for kind in TYPES for value in values if has_type(value, kind)]
+    else:
+        types = list(map(str, declared if isinstance(declared, list) else [declared]))
+    return {"number" if kind == "integer" else kind for kind in types}
+
+
+def _required_properties(schema: dict[str, Any]) -> dict[str, object]:
+    """The schemas of the properties that an object schema requires."""
+    required, properties = schema.get("required"), schema.get("properties")
+    if schema.get("type") != "object" or not isinstance(required, list) or not isinstance(properties, dict):
+        return {}
+    return {name: properties[name] for name in required if isinstance(name, str) and name in properties}
