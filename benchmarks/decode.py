@@ -34,8 +34,8 @@ def ours(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     from llava_edge.runtimes.decoding import Answer, decode
     from llava_edge.runtimes.jobs import Job
     from llava_edge.runtimes.language import LanguageModel
-    from llava_edge.runtimes.measured import Run
     from llava_edge.runtimes.speculation import Speculation
+    from llava_edge.runtimes.stats import RequestStats
     from llava_edge.runtimes.text import TextStream
 
     repack = not arguments.mapped
@@ -46,11 +46,12 @@ def ours(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     def work() -> dict[str, Any]:
         model.keep([])
         model.evaluate_tokens(prompt(arguments), never)
-        run = Run(time.monotonic())
-        answer = Answer(model, set(), TextStream(()), arguments.tokens, run, Job(lambda job: None, never, lambda: True))
+        stats = RequestStats(time.monotonic())
+        job = Job(lambda job: None, never, lambda: True)
+        answer = Answer(model, set(), TextStream(()), arguments.tokens, stats, job)
         start = clock()
         decode(answer, Options(speculate="off"), speculation)
-        return _rate(run.tokens - 1, clock() - start)
+        return _rate(stats.tokens - 1, clock() - start)
 
     return work
 

@@ -25,7 +25,7 @@ from llava_edge.errors import DataError
 from llava_edge.export import samples
 from llava_edge.image import load_image
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Message
-from llava_edge.runtimes import after_control
+from llava_edge.runtimes import tokenization
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.pictures import prepare
 from llava_edge.runtimes.projector import Projector
@@ -118,7 +118,7 @@ def conversations(data: Path, bundle: Bundle, float16: Path, scratch: Path) -> t
     chosen: list[Sample] = []
     room = POSITIONS
     with LanguageModel(float16, context=1) as engine:
-        behind = after_control.encoder(engine, manifest.after_control)
+        behind = tokenization.after_control_encoder(engine, manifest.after_control)
         for record in _drawn(data):
             pieces = prompt.render(manifest.template, messages_of(record), manifest.image_markers)
             ids, labels = prompt.encode_with_labels(pieces, engine.tokenize, engine.control_id, behind)
@@ -141,7 +141,7 @@ def drawings(bundle: Bundle, float16: Path, scratch: Path) -> tuple[list[Sample]
     found = []
     for name in drawn:
         with LanguageModel(float16, context=len(pictures[name]) + 512) as engine:
-            encode_prompt = after_control.prompt_encoder(engine, manifest)
+            encode_prompt = tokenization.prompt_encoder(engine, manifest)
             for question in QUESTIONS:
                 ids = encode_prompt([Message("user", question, 1)])
                 asked = lay_out(ids, [IGNORE_INDEX] * len(ids), name, len(pictures[name]))

@@ -29,8 +29,8 @@ from llava_edge.image import load_image
 from llava_edge.models.llama_gguf import tensor_names
 from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
-from llava_edge.runtimes.after_control import prompt_encoder
 from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.tokenization import prompt_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -39,9 +39,9 @@ from llava_edge.export.reference import reference_pixels
 from llava_edge.export.verify import relative
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes import mapping
-from llava_edge.runtimes.after_control import prompt_encoder
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.tokenization import prompt_encoder
 from llava_edge.runtimes.vision import VisionEncoder
 
 Array = np.ndarray[Any, Any]

@@ -11,9 +11,9 @@ from llava_edge.options import Chunk, FinishReason, Options
 from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.sampling import Sampler, chance, penalizes
 from llava_edge.runtimes.speculation import Guessing, Speculation
+from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 from llava_edge.runtimes.text import TextStream
 
 MOST_CHANCES = 64  # of tokens that wait for text: white space that begins an answer has none, however long it is
@@ -27,29 +27,29 @@ class Answer:
     ends: set[int]
     stream: TextStream
     limit: int
-    run: Run
+    stats: RequestStats
     job: Job
     top_logprobs: int | None = None
 
     def take(self, token: int, row: int = -1) -> FinishReason | None:
         """Add a token sampled from a row of logits; why the answer is complete, or None. Chunks go to `job.output`."""
-        run = self.run
-        run.first_token = run.first_token or time.monotonic()
+        stats = self.stats
+        stats.first_token = stats.first_token or time.monotonic()
         if token in self.ends or self.language.ends(token):
             return "stop"
-        run.tokens += 1
-        run.unseen += 1
+        stats.tokens += 1
+        stats.pending_tokens += 1
         if self.top_logprobs is not None:
-            run.chances.append(chance(self.language, token, self.top_logprobs, row))
+            stats.pending_chances.append(chance(self.language, token, self.top_logprobs, row))
         text = self.stream.feed(self.language.piece(token))
-        if text or len(run.chances) >= MOST_CHANCES:
-            run.text += text
-            self.job.output.put(Chunk(text, run.unseen, chances=tuple(run.chances)))
-            run.unseen = 0
-            run.chances.clear()
+        if text or len(stats.pending_chances) >= MOST_CHANCES:
+            stats.text += text
+            self.job.output.put(Chunk(text, stats.pending_tokens, chances=tuple(stats.pending_chances)))
+            stats.pending_tokens = 0
+            stats.pending_chances.clear()
         if self.stream.stopped:
             return "stop"
-        return "length" if run.tokens >= self.limit else None
+        return "length" if stats.tokens >= self.limit else None
 
 
 def decode(answer: Answer, options: Options, speculation: Speculation) -> FinishReason:
@@ -102,7 +102,7 @@ def decode_together(
                 samplers.append(Sampler(language, its))
                 start = time.perf_counter()
                 branches.extend(number + 1, tail, cancel)
-                answers[number].run.prefill_ms += since(start)
+                answers[number].stats.prefill_ms += elapsed_ms(start)
                 sample(number, -1)
             while last:
                 open_ones = list(last)
@@ -118,12 +118,12 @@ def _guessed(answer: Answer, speculation: Speculation, *, always: bool) -> Finis
     guessing = Guessing(speculation, always=always)
     tokens, before = [answer.language.best()], 0
     while True:
-        taken, right = answer.run.tokens, guessing.accepted - before
+        taken, right = answer.stats.tokens, guessing.accepted - before
         for token in tokens:
             reason = answer.take(token)
             if reason:  # of the last pass only what is in the answer counts
-                answer.run.drafted = guessing.drafted
-                answer.run.accepted = before + min(right, answer.run.tokens - taken)
+                answer.stats.drafted = guessing.drafted
+                answer.stats.accepted = before + min(right, answer.stats.tokens - taken)
                 return reason
         before = guessing.accepted
         tokens = guessing.next(tokens[-1], answer.job.cancel)

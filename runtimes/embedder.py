@@ -21,10 +21,10 @@ from llava_edge import anyres, token_budget
 from llava_edge.bundle import PROJECTOR, VISION, VISION_DATA, Bundle
 from llava_edge.runtimes import CancelledError, devices, native
 from llava_edge.runtimes.jobs import Job, Worker
-from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache, digest, identity
 from llava_edge.runtimes.pictures import Budget, Picture
 from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 from llava_edge.runtimes.tune import Setting, opened
 from llava_edge.runtimes.vision import VisionEncoder
 
@@ -58,9 +58,9 @@ class Embedder:
         """Embed in advance those of the pictures that are not known; without any, load what embeds them."""
         return self._thread.submit(self._begin, shown, cancel)
 
-    def start(self, picture: Picture, run: Run, job: Job) -> Future[Array]:
+    def start(self, picture: Picture, stats: RequestStats, job: Job) -> Future[Array]:
         """Embed in the background: (positions, hidden size) float32. Raises `CancelledError` or `BundleError`."""
-        return self._thread.submit(self._embed, picture, run, job)
+        return self._thread.submit(self._embed, picture, stats, job)
 
     def key(self, picture_key: str) -> str:
         """What decides about a picture's embeddings."""
@@ -78,19 +78,19 @@ class Embedder:
             if picture.key not in self._early and self._known(picture) is None:
                 self._early[picture.key] = self._compute(picture, None, cancel)
 
-    def _embed(self, picture: Picture, run: Run, job: Job) -> Array:
+    def _embed(self, picture: Picture, stats: RequestStats, job: Job) -> Array:
         start = time.perf_counter()
         rows = self._known(picture)
         if rows is not None:
-            run.encode_ms += since(start)
+            stats.encode_ms += elapsed_ms(start)
             return rows
         found = self._early.pop(picture.key, None)
         if found is None:
             job.vision_run = job.vision_run or self._opened()[0].new_run()
             found = self._compute(picture, job.vision_run, job.cancel)
-        run.encoded += 1
-        run.encode_ms += found.encode_ms + found.project_ms
-        run.project_ms += found.project_ms
+        stats.encoded_pictures += 1
+        stats.encode_ms += found.encode_ms + found.project_ms
+        stats.project_ms += found.project_ms
         about = {"model": self._bundle.manifest.name, "kind": "embeddings", "positions": str(len(found.rows))}
         self._cache.put(self.key(picture.key), about, found.rows.data.cast("B"))
         return found.rows
@@ -116,11 +116,11 @@ class Embedder:
             features = [_reduced(vision, picture, picture.budget, vision_run, cancel)]
         else:
             features = [vision.encode(crop, vision_run) for crop in _crops(picture, cancel)]
-        encoded = since(start)
+        encoded = elapsed_ms(start)
         start = time.perf_counter()
         embeddings = np.stack([projector.project(item) for item in features])
         rows = embeddings[0] if picture.budget else anyres.arrange(embeddings, projector.newline, picture.rows)
-        return Embedding(np.ascontiguousarray(rows), encoded, since(start))
+        return Embedding(np.ascontiguousarray(rows), encoded, elapsed_ms(start))
 
 
 def _reduced(

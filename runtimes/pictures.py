@@ -24,7 +24,7 @@ from llava_edge.errors import UsageError
 from llava_edge.image import LAZY, MAX_PIXELS, ImageInput, load_image, read_image
 from llava_edge.options import Options, TokenMethod
 from llava_edge.runtimes import devices
-from llava_edge.runtimes.measured import since
+from llava_edge.runtimes.stats import elapsed_ms
 
 Array = np.ndarray[Any, Any]
 
@@ -75,7 +75,7 @@ def prepare(source: ImageInput | Picture, manifest: Manifest, name: str = "") ->
     # Pictures of one colour can have the same crops and differ in size, and so in how many rows are padding.
     rows = anyres.layout(image.size, manifest.preprocessing, manifest.vision.image_tokens)
     key = hashlib.sha256(crops.tobytes() + rows.tobytes()).hexdigest()
-    return Picture(crops, rows, key, since(start), (decoded - start) * 1000)
+    return Picture(crops, rows, key, elapsed_ms(start), (decoded - start) * 1000)
 
 
 class Recent:
@@ -100,7 +100,7 @@ class Recent:
         key = hashlib.sha256(data).digest()
         with self._lock:
             known = self._pictures.pop(key, None)
-        reading = since(start)
+        reading = elapsed_ms(start)
         picture = known or prepare(data, self._manifest, name)
         self._keep(key, picture)
         whole, decoding = (0.0, 0.0) if known else (picture.milliseconds, picture.decode_milliseconds)
@@ -120,7 +120,7 @@ class Recent:
         except RuntimeError:  # the system gives no more threads
             pictures = list(map(self.prepare, sources, names))
         new = [picture for source, picture in zip(sources, pictures, strict=True) if picture is not source]
-        share = min(1.0, since(start) / sum(picture.milliseconds for picture in new))
+        share = min(1.0, elapsed_ms(start) / sum(picture.milliseconds for picture in new))
         return [_in_share(picture, share) if picture in new else picture for picture in pictures]
 
     def _keep(self, key: bytes, picture: Picture) -> None:

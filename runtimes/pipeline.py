@@ -26,19 +26,19 @@ from llava_edge.errors import BundleError, ContextOverflowError, MissingError, U
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, FinishReason, Options
 from llava_edge.runtimes import CancelledError, devices, presets, probe, tune
-from llava_edge.runtimes.after_control import prompt_encoder
 from llava_edge.runtimes.decoding import Answer, decode, decode_together
 from llava_edge.runtimes.draft import Draft, check_draft
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import CLOSED, Job, Owner, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
-from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import RECENT_BYTES, Picture, Recent, check_budget, limited, taken
 from llava_edge.runtimes.prefill import Prefill, Segment, segments
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.speculation import Speculation
+from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 from llava_edge.runtimes.text import TextStream
+from llava_edge.runtimes.tokenization import prompt_encoder
 from llava_edge.templates import template
 
 MAX_BATCH = 1024  # a batch's working memory grows with it: 13 MB for 64 positions of a 7B
@@ -123,14 +123,14 @@ class Engine:
         """
         check_request([messages], options, cancel)
         wanted = _seeded(options)
-        run = Run(time.monotonic() if started is None else started, wanted.seed)
+        stats = RequestStats(time.monotonic() if started is None else started, wanted.seed)
         event = cancel or threading.Event()
         asked, sources = tuple(messages), taken(images, self.bundle.manifest)
 
         def work(job: Job) -> None:
-            self._answer_one(*self._ready(job, asked, sources, wanted, run), wanted, reuse)
+            self._answer_one(*self._ready(job, asked, sources, wanted, stats), wanted, reuse)
 
-        return self._owner.submit(work, event, lambda: self._last_chunk("", "cancelled", run))
+        return self._owner.submit(work, event, lambda: self._last_chunk("", "cancelled", stats))
 
     def generate_together(
         self,
@@ -155,13 +155,13 @@ class Engine:
 
         def work(jobs: list[Job]) -> None:
             ready = [
-                self._ready(job, messages, pictures, its, Run(start, its.seed))
+                self._ready(job, messages, pictures, its, RequestStats(start, its.seed))
                 for job, messages, its in zip(jobs, conversations, wanted, strict=True)
             ]
             self._answer_all(ready, wanted)
 
         def dropped() -> Chunk:
-            return self._last_chunk("", "cancelled", Run(start, wanted[0].seed))
+            return self._last_chunk("", "cancelled", RequestStats(start, wanted[0].seed))
 
         return self._owner.submit_together(work, cancel or threading.Event(), len(conversations), dropped)
 
@@ -179,7 +179,7 @@ class Engine:
             for number, messages in enumerate(conversations, 1):
                 check_slots(messages, pictures)
                 try:
-                    self._check_room(Run(0), self.encode_prompt(messages), rows, messages)
+                    self._check_room(RequestStats(0), self.encode_prompt(messages), rows, messages)
                 except ContextOverflowError as error:
                     which = f"Question {number}: " if len(conversations) > 1 else ""
                     raise ContextOverflowError(f"{which}{error}") from error
@@ -204,7 +204,7 @@ class Engine:
 
         def work(job: Job) -> None:
             assert self._embedder is not None
-            found.append(self._embedder.start(picture, Run(0), job).result().copy())
+            found.append(self._embedder.start(picture, RequestStats(0), job).result().copy())
 
         self._owner.do(work)
         return found[0]
@@ -257,7 +257,7 @@ class Engine:
         self._encode = prompt_encoder(language, manifest, unclosed=True)
         if not shown:
             embedding.result()
-        self.load_ms = since(start)
+        self.load_ms = elapsed_ms(start)
 
     def _chosen_preset(self, batch: int) -> presets.Chosen:
         manifest = self.bundle.manifest
@@ -321,7 +321,7 @@ class Engine:
         messages: Sequence[prompt.Message],
         images: Sequence[ImageInput | Picture],
         options: Options,
-        run: Run,
+        stats: RequestStats,
     ) -> tuple[list[Segment], Answer]:
         """Everything that can be refused is, before any model runs."""
         check_slots(messages, images)
@@ -329,26 +329,26 @@ class Engine:
         manifest = self.bundle.manifest
         check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the positions are known before a file is opened
-            self._check_room(run, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images), messages)
+            self._check_room(stats, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images), messages)
         prepared = self.prepare_all(images)
         pictures = [limited(picture, options, manifest) for picture in prepared]
-        self._check_room(run, ids, [len(picture.rows) for picture in pictures], messages)
+        self._check_room(stats, ids, [len(picture.rows) for picture in pictures], messages)
         # A picture prepared before and shown twice took its time once; a file that is named twice is read twice.
         once = {id(picture): picture for picture in prepared}.values()
-        run.preprocess_ms = sum(picture.milliseconds for picture in once)
-        run.image_ms = sum(picture.decode_milliseconds for picture in once)
+        stats.preprocess_ms = sum(picture.milliseconds for picture in once)
+        stats.image_ms = sum(picture.decode_milliseconds for picture in once)
         within = messages[-1].role == "assistant" and messages[-1].text[-1:].strip() != ""
         stream = TextStream((*options.stop, *self._template.stop_texts), within=within)
-        limit = min(options.max_tokens, self.context_size - run.prompt_tokens)
+        limit = min(options.max_tokens, self.context_size - stats.prompt_tokens)
         language = self._opened()
         if options.grammar:
             Sampler(language, options).close()  # refuses what llama.cpp does not understand
-        return segments(ids, pictures), Answer(language, self._ends, stream, limit, run, job, options.top_logprobs)
+        return segments(ids, pictures), Answer(language, self._ends, stream, limit, stats, job, options.top_logprobs)
 
     def _answer_one(self, parts: list[Segment], answer: Answer, options: Options, reuse: bool = False) -> None:
         assert self._prefill is not None
         try:
-            self._prefill.run(parts, answer.run, answer.job, reuse=reuse)
+            self._prefill.run(parts, answer.stats, answer.job, reuse=reuse)
             reason = decode(answer, options, self._speculation)
         except CancelledError:
             reason = "cancelled"
@@ -377,9 +377,9 @@ class Engine:
 
         assert self._prefill is not None
         try:
-            self._prefill.run(parts, first.run, first.job, count=len(parts) - 1)
+            self._prefill.run(parts, first.stats, first.job, count=len(parts) - 1)
             for answer in answers[1:]:
-                answer.run.known = True
+                answer.stats.kv_cache_hit = True
             decode_together(answers, tails, options, done)
         except CancelledError:
             for answer in list(waiting):
@@ -387,17 +387,17 @@ class Engine:
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         """The last chunk, and the end of the stream."""
-        stream, run = answer.stream, answer.run
+        stream, stats = answer.stream, answer.stats
         tail = stream.end(cut=reason != "stop")
         if stream.stopped and reason == "length":
             reason = "stop"
-        run.text += tail
-        answer.job.output.put(self._last_chunk(tail, reason, run))
+        stats.text += tail
+        answer.job.output.put(self._last_chunk(tail, reason, stats))
         answer.job.output.put(None)
 
-    def _last_chunk(self, text: str, reason: FinishReason, run: Run) -> Chunk:
-        result = run.result(reason, self.bundle.manifest.name, self.choice.name, self.load_ms)
-        return Chunk(text, run.unseen, reason, result, tuple(run.chances))
+    def _last_chunk(self, text: str, reason: FinishReason, stats: RequestStats) -> Chunk:
+        result = stats.result(reason, self.bundle.manifest.name, self.choice.name, self.load_ms)
+        return Chunk(text, stats.pending_tokens, reason, result, tuple(stats.pending_chances))
 
     def encode_prompt(self, messages: Sequence[prompt.Message]) -> list[int]:
         """Token ids, computed in the caller's thread: not while another one closes the engine.
@@ -412,20 +412,22 @@ class Engine:
             )
         return self._encode(messages)
 
-    def _check_room(self, run: Run, ids: list[int], rows: list[int], messages: Sequence[prompt.Message]) -> None:
+    def _check_room(
+        self, stats: RequestStats, ids: list[int], rows: list[int], messages: Sequence[prompt.Message]
+    ) -> None:
         """Count positions; `rows` are those of each image. Raises `ContextOverflowError`."""
-        run.image_tokens = sum(rows)
-        run.prompt_tokens = len(ids) - len(rows) + run.image_tokens
-        if run.prompt_tokens < self.context_size:
+        stats.image_tokens = sum(rows)
+        stats.prompt_tokens = len(ids) - len(rows) + stats.image_tokens
+        if stats.prompt_tokens < self.context_size:
             return
         text = "a shorter conversation" if any(turn.role == "assistant" for turn in messages) else "a shorter text"
-        remedies = ["fewer images"] if run.image_tokens > run.prompt_tokens // 2 else [text]
+        remedies = ["fewer images"] if stats.image_tokens > stats.prompt_tokens // 2 else [text]
         if self.context_size < (trained := self.bundle.manifest.language.context_length):
             remedies.append(f"a larger context (--context, EngineOptions.context; at most {trained})")
         counted = "1 image" if len(rows) == 1 else f"{len(rows)} images"
         raise ContextOverflowError(
-            f"The prompt needs {run.prompt_tokens} positions ({counted}: {run.image_tokens}, text: "
-            f"{run.prompt_tokens - run.image_tokens}) and the answer at least 1, but the context has "
+            f"The prompt needs {stats.prompt_tokens} positions ({counted}: {stats.image_tokens}, text: "
+            f"{stats.prompt_tokens - stats.image_tokens}) and the answer at least 1, but the context has "
             f"{self.context_size}. Use {' or '.join(remedies)}."
         )
 

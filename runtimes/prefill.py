@@ -18,9 +18,9 @@ from llava_edge.prompt import IMAGE_TOKEN_INDEX
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import Key, LanguageModel
-from llava_edge.runtimes.measured import Run, since
 from llava_edge.runtimes.picture_cache import PictureCache, digest, identity
 from llava_edge.runtimes.pictures import Picture
+from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 
 LEAST_TEXT = 16  # positions before a picture that are worth a file
 
@@ -65,7 +65,7 @@ class Prefill:
         self._new: list[list[Key]] = []  # beginnings that memory holds and `keep` saves
 
     def run(
-        self, parts: Sequence[Segment], run: Run, job: Job, *, reuse: bool = False, count: int | None = None
+        self, parts: Sequence[Segment], stats: RequestStats, job: Job, *, reuse: bool = False, count: int | None = None
     ) -> None:
         """Evaluate a prompt, or only its first `count` segments, except for a beginning that is known.
 
@@ -84,15 +84,15 @@ class Prefill:
         text = ends[0] if pictures and parts[0].picture is None and ends[0] >= LEAST_TEXT else 0
         start = time.perf_counter()
         done = self._recall(keys, ends, [text, *pictures], reuse=reuse)
-        run.prefill_ms += since(start)
-        run.known = done >= last > 0
+        stats.prefill_ms += elapsed_ms(start)
+        stats.kv_cache_hit = done >= last > 0
         exact = done in self._exact and done in (0, *ends)
         self._exact = {end for end in self._exact if end <= done}
         self._new = [new for new in self._new if len(new) <= done]
         for part, end in list(zip(parts, ends, strict=True))[:count]:
             if end <= done:
                 continue
-            self._evaluate(part, max(done - end + len(part.keys), 0), run, job)
+            self._evaluate(part, max(done - end + len(part.keys), 0), stats, job)
             if exact:
                 self._exact.add(end)
             if exact and end in (text, last):
@@ -129,17 +129,17 @@ class Prefill:
         language.forget(same)
         return same
 
-    def _evaluate(self, part: Segment, done: int, run: Run, job: Job) -> None:
+    def _evaluate(self, part: Segment, done: int, stats: RequestStats, job: Job) -> None:
         """All of a segment but its first `done` positions."""
         keys = part.keys[done:]
         if part.picture is None:
             start = time.perf_counter()
             self._language.evaluate_tokens([key for key in keys if isinstance(key, int)], job.cancel)
         else:
-            rows = self._embedder.start(part.picture, run, job).result()
+            rows = self._embedder.start(part.picture, stats, job).result()
             start = time.perf_counter()
             self._language.evaluate_embeddings(rows[done:], keys, job.cancel)
-        run.prefill_ms += since(start)
+        stats.prefill_ms += elapsed_ms(start)
 
     def _key(self, keys: list[Key]) -> str:
         """What decides about the language model's memory of a prompt that begins with `keys`."""

@@ -12,7 +12,7 @@ import numpy as np
 from llava_edge.errors import UsageError
 from llava_edge.options import Options, TokenChance
 from llava_edge.runtimes.language import Array, LanguageModel
-from llava_edge.runtimes.overheard import overhear, repeat
+from llava_edge.runtimes.stderr_capture import capture_stderr, write_stderr
 
 MOST_NESTED = 200  # parentheses of a grammar; llama.cpp's stack ends at some ten thousand
 LOOK = 256  # likeliest tokens shown to a grammar first: llama.cpp takes 0.1 us for each that there is
@@ -90,11 +90,11 @@ class Sampler:
         if _depth(text) > MOST_NESTED:
             raise UsageError(f"The grammar has more than {MOST_NESTED} parentheses in each other.")
         source = text.encode("utf-8", "replace")
-        part, said = overhear(
+        part, said = capture_stderr(
             lambda: self._library.llama_sampler_init_grammar(self._language.vocabulary, source, b"root")
         )
         if part:
-            repeat(said)
+            write_stderr(said)
         else:
             reason = said.partition("grammar: ")[2].partition("\n")[0].strip().removesuffix(" at")
             raise UsageError(

@@ -158,10 +158,10 @@ MEANWHILE = """
 import os, signal, sys, threading, warnings
 from llava_edge import EngineOptions, Llava, Options
 from llava_edge.image import LAZY
-from llava_edge.runtimes import bindings, compute, overheard
+from llava_edge.runtimes import bindings, compute, stderr_capture
 from PIL import Image
 warnings.simplefilter("ignore")
-locks = [LAZY, bindings._executing, compute._lock, overheard._lock]
+locks = [LAZY, bindings._executing, compute._lock, stderr_capture._lock]
 for lock in locks:
     lock.acquire()
     threading.Timer(0.2, lock.release).start()

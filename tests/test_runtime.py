@@ -30,11 +30,11 @@ from llava_edge.runtimes import CancelledError, bindings, devices, probe
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import Key, LanguageModel
-from llava_edge.runtimes.measured import Run
-from llava_edge.runtimes.overheard import overhear, repeat
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.projector import gelu
 from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.stats import RequestStats
+from llava_edge.runtimes.stderr_capture import capture_stderr, write_stderr
 from llava_edge.runtimes.text import TextStream
 from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.templates import TEMPLATES, Template
@@ -387,10 +387,10 @@ def test_a_larger_context_is_advised_only_where_there_is_one(micro_bundle: Path)
 def test_tokens_that_the_vocabulary_says_end_an_answer_end_it(language: LanguageModel) -> None:
     """Also where the prompt layout has another: llama.cpp knows `<|endoftext|>` by its name."""
     job = Job(lambda job: None, threading.Event(), lambda: True)
-    answer = Answer(language, {language.control_id("<|im_end|>")}, TextStream(), 5, Run(0), job)
+    answer = Answer(language, {language.control_id("<|im_end|>")}, TextStream(), 5, RequestStats(0), job)
     assert answer.take(language.tokenize("a")[0]) is None
     assert answer.take(language.control_id("<|endoftext|>")) == "stop"
-    assert (answer.run.text, answer.run.tokens) == ("a", 1)
+    assert (answer.stats.text, answer.stats.tokens) == ("a", 1)
 
 
 def test_text_with_anything_in_it(llava: Llava) -> None:
@@ -828,16 +828,17 @@ def test_a_folder_may_have_any_name_that_is_utf8(
         assert said.count("\n") == 1
 
 
-def test_standard_error_is_overheard_and_then_what_it_was(capfd: pytest.CaptureFixture[str]) -> None:
-    assert overhear(lambda: os.write(2, b"wrong\n")) == (6, "wrong\n")
+def test_standard_error_is_captured_and_then_what_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    assert capture_stderr(lambda: os.write(2, b"wrong\n")) == (6, "wrong\n")
     with pytest.raises(ZeroDivisionError):
-        overhear(lambda: os.write(2, b"lost") // 0)
-    repeat("said before\n")
+        capture_stderr(lambda: os.write(2, b"lost") // 0)
+    write_stderr("said before\n")
     os.write(2, b"said behind\n")
     assert capfd.readouterr().err == "said before\nsaid behind\n"
 
 
-def test_without_a_standard_error_nothing_is_overheard() -> None:
-    code = "import os; from llava_edge.runtimes.overheard import overhear, repeat; os.close(2); repeat('x'); "
-    done = in_child(code + "print(overhear(lambda: 5))")
+def test_without_a_standard_error_nothing_is_captured() -> None:
+    code = "import os; from llava_edge.runtimes.stderr_capture import capture_stderr, write_stderr; "
+    code += "os.close(2); write_stderr('x'); "
+    done = in_child(code + "print(capture_stderr(lambda: 5))")
     assert done.stdout == "(5, '')\n"

@@ -25,7 +25,7 @@ from llava_edge.export import parity
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import AfterControl, EncodeText, Message, Piece
-from llava_edge.runtimes import after_control
+from llava_edge.runtimes import tokenization
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.templates import TEMPLATES
@@ -183,7 +183,7 @@ def tokenizer_image_token(tokenizer: LlamaTokenizer, text: str, bos: bool) -> li
 @pytest.fixture(scope="module")
 def encoders(language: LanguageModel) -> dict[AfterControl, EncodeText]:
     ways: tuple[AfterControl, ...] = ("prefix", "bare", "cut")
-    return {way: after_control.encoder(language, way) for way in ways}
+    return {way: tokenization.after_control_encoder(language, way) for way in ways}
 
 
 def oracle(oracles: dict[AfterControl, LlamaTokenizer], way: AfterControl) -> LlamaTokenizer:

@@ -38,8 +38,8 @@ from llava_edge.options import EngineOptions, Options
 from llava_edge.prompt import Message
 from llava_edge.runtimes import pictures
 from llava_edge.runtimes.jobs import Job
-from llava_edge.runtimes.measured import Run
 from llava_edge.runtimes.pictures import limited, prepare
+from llava_edge.runtimes.stats import RequestStats
 
 Array = np.ndarray[Any, Any]
 
@@ -234,7 +234,7 @@ def embedded(llava: Llava, options: Options) -> Array:
     assert engine._embedder is not None
     shown = limited(prepare(RED, llava.bundle.manifest), options, llava.bundle.manifest)
     job = cast(Job, SimpleNamespace(vision_run=None, cancel=threading.Event()))
-    return np.asarray(engine._embedder.start(shown, Run(0), job).result())
+    return np.asarray(engine._embedder.start(shown, RequestStats(0), job).result())
 
 
 def in_torch(checkpoint: Path, llava: Llava, count: int) -> Array:

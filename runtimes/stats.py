@@ -1,4 +1,4 @@
-"""What is measured of one answer while it is made."""
+"""Statistics of one request: timings, token counts and cache hits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from llava_edge.runtimes import devices
 
 
 @dataclass
-class Run:
-    """Measurements of one answer, filled in on the way. Times in milliseconds, instants of `time.monotonic`."""
+class RequestStats:
+    """Statistics of one request, filled in as it proceeds. Durations in milliseconds, instants of `time.monotonic`."""
 
     started: float
     seed: int | None = None
@@ -19,26 +19,26 @@ class Run:
     image_ms: float = 0.0  # of preprocess_ms
     encode_ms: float = 0.0
     project_ms: float = 0.0  # of encode_ms
-    encoded: int = 0  # pictures that went through CLIP
-    known: bool = False  # whether memory of all pictures was there
+    encoded_pictures: int = 0  # by CLIP, for this request
+    kv_cache_hit: bool = False  # whether the positions of all pictures were in the KV cache or restored to it
     prefill_ms: float = 0.0
     first_token: float = 0.0  # instant; 0 until there is one
     prompt_tokens: int = 0
     image_tokens: int = 0
     tokens: int = 0  # of the answer, without its end token
-    unseen: int = 0  # of these, not yet in a chunk
-    chances: list[TokenChance] = field(default_factory=list)  # of the unseen ones, if asked for
+    pending_tokens: int = 0  # of these, not yet in a chunk
+    pending_chances: list[TokenChance] = field(default_factory=list)  # of the pending tokens, if requested
     text: str = ""
-    drafted: int = 0  # tokens guessed
-    accepted: int = 0  # of these, right and used
+    drafted: int = 0  # draft tokens
+    accepted: int = 0  # of these, in the answer
 
-    def _cache(self) -> CacheHit:
-        if self.known:
+    def _cache_hit(self) -> CacheHit:
+        if self.kv_cache_hit:
             return "kv"
-        return "embedding" if self.image_tokens and not self.encoded else "miss"
+        return "embedding" if self.image_tokens and not self.encoded_pictures else "miss"
 
     def result(self, reason: FinishReason, model: str, device: str, load_ms: float) -> Result:
-        """The finished answer."""
+        """Return the result of the finished answer."""
         now = time.monotonic()
         decode = now - self.first_token if self.first_token else 0.0
         timings = Timings(
@@ -61,7 +61,7 @@ class Run:
             image_tokens=self.image_tokens,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.tokens,
-            cache=self._cache(),
+            cache=self._cache_hit(),
             timings=timings,
             memory=devices.memory_use(),
             drafted_tokens=self.drafted,
@@ -70,6 +70,6 @@ class Run:
         )
 
 
-def since(start: float) -> float:
-    """Milliseconds since a `time.perf_counter()` instant."""
+def elapsed_ms(start: float) -> float:
+    """Return the milliseconds since a `time.perf_counter()` instant."""
     return (time.perf_counter() - start) * 1000
