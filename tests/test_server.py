@@ -333,7 +333,7 @@ def test_errors_as_the_client_raises_them(create: Any) -> None:
 
 def test_a_client_that_was_given_the_address_without_v1_is_told(server: Server) -> None:
     status, _, body = server.request("POST", "/chat/completions", question())
-    assert (status, b"below /v1" in body) == (404, True)
+    assert (status, b"under /v1" in body) == (404, True)
 
 
 def test_the_asynchronous_client(server: Server) -> None:

@@ -1,5 +1,5 @@
 """`llava-edge serve`: an OpenAI-compatible server for this machine, and a chat page.
 
-Two processes. The parent speaks HTTP and never loads weights; the child holds the model and never has a socket but the
-one to its parent. What a stranger's picture or file can bring down is the child, which the parent starts again.
+Two processes. The parent speaks HTTP and never loads weights; the child runs the model and has no socket but the one to
+its parent. An image can only crash the child, which the parent restarts.
 """

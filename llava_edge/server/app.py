@@ -1,4 +1,4 @@
-"""The routes: what is answered to whom. Weighs requests, asks the child, writes replies; computes nothing."""
+"""The HTTP routes. Parses requests, forwards them to the child and formats its answers; computes nothing itself."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from llava_edge.server.supervisor import Supervisor
 from llava_edge.server.votes import VoteLog
 
 T = TypeVar("T")
-Read = Callable[[dict[str, Any], str, Limits], ModelRequest]
+RequestParser = Callable[[dict[str, Any], str, Limits], ModelRequest]
 
 
 class App:
-    """Everything the routes share."""
+    """The route handlers and their shared state."""
 
     def __init__(self, model: str, supervisor: Supervisor, vote_log: VoteLog, limits: Limits, metrics: Metrics) -> None:
         self._model = model
@@ -44,14 +44,14 @@ class App:
         self._created = int(time.time())
 
     def asgi(self, guard: Guard, log: Callable[[str], None]) -> Middleware:
-        """The application for uvicorn. `log` gets one line for each request."""
+        """The application for uvicorn. `log` gets one line per request."""
         routes = [
-            Route("/", self._show_page),
-            Route("/examples/{name}", self._example),
+            Route("/", self._chat_page),
+            Route("/examples/{name}", self._example_photo),
             Route("/health", self._health),
-            Route("/metrics", self._show_metrics),
-            Route("/v1/models", self._models),
-            Route("/v1/models/{name:path}", self._one_model),
+            Route("/metrics", self._prometheus),
+            Route("/v1/models", self._list_models),
+            Route("/v1/models/{name:path}", self._get_model),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
             Route("/log", self._log_file, methods=["GET"]),
@@ -59,11 +59,16 @@ class App:
             Route("/log", self._log_delete, methods=["DELETE"]),
             Route("/log/state", self._log_state, methods=["GET", "PUT"]),
         ]
-        handlers = {Problem: _say, HTTPException: _say_http, Exception: _say_bug, _GoneError: _say_nothing}
-        inner = Starlette(routes=routes, exception_handlers=handlers)
-        inner.router.redirect_slashes = False
+        handlers = {
+            Problem: _problem_handler,
+            HTTPException: _http_error_handler,
+            Exception: _bug_handler,
+            _DisconnectedError: _disconnect_handler,
+        }
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False
         paths = {route.path for route in routes}
-        return Middleware(inner, guard, self._limits, self._metrics, paths, log)
+        return Middleware(app, guard, self._limits, self._metrics, paths, log)
 
     async def _chat(self, request: Request) -> Response:
         return await self._answer(request, requests.parse_chat, chat=True)
@@ -71,36 +76,40 @@ class App:
     async def _completion(self, request: Request) -> Response:
         return await self._answer(request, requests.parse_completion, chat=False)
 
-    async def _answer(self, request: Request, read: Read, chat: bool) -> Response:
-        ask = read(await self._body(request), self._model, self._limits)
+    async def _answer(self, request: Request, parse_request: RequestParser, chat: bool) -> Response:
+        model_request = parse_request(await self._parse_body(request), self._model, self._limits)
         reply = replies.Reply(self._model, chat)
-        events = self._supervisor.answer(ask)
-        if not ask.stream:
-            return JSONResponse(reply.whole(await _unless_gone(request, _all(events))))
-        # Nothing is sent before the first event, so that what is wrong with a request has its status.
-        first = await _unless_gone(request, anext(events))
-        return _Stream(self._lines(first, events, reply, ask.include_usage), events)
+        events = self._supervisor.answer(model_request)
+        if not model_request.stream:
+            return JSONResponse(reply.complete(await _unless_disconnected(request, _collect(events))))
+        # Wait for the first event before sending the status, so that an invalid request gets its own.
+        first_event = await _unless_disconnected(request, anext(events))
+        return _EventStream(self._sse(first_event, events, reply, model_request.include_usage), events)
 
-    async def _lines(
-        self, first: dict[str, Any], events: AsyncGenerator[dict[str, Any], None], reply: replies.Reply, usage: bool
+    async def _sse(
+        self,
+        first_event: dict[str, Any],
+        events: AsyncGenerator[dict[str, Any], None],
+        reply: replies.Reply,
+        include_usage: bool,
     ) -> AsyncGenerator[bytes, None]:
-        yield reply.first() + reply.piece(first)
-        said = first
+        yield reply.start() + reply.chunk(first_event)
+        event = first_event
         try:
-            async for said in events:
-                yield reply.piece(said)
+            async for event in events:
+                yield reply.chunk(event)
         except Problem as problem:
-            yield replies.failure(problem)
+            yield replies.error_event(problem)
             return
-        yield reply.last(said, usage)
+        yield reply.end(event, include_usage)
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        return parse(await _read(request, self._limits), self._limits)
+    async def _parse_body(self, request: Request) -> dict[str, Any]:
+        return parse(await _read_body(request, self._limits), self._limits)
 
-    async def _models(self, _: Request) -> Response:
-        return JSONResponse(replies.models(self._model, self._created))
+    async def _list_models(self, _: Request) -> Response:
+        return JSONResponse(replies.model_list(self._model, self._created))
 
-    async def _one_model(self, request: Request) -> Response:
+    async def _get_model(self, request: Request) -> Response:
         if request.path_params["name"] != self._model:
             raise Problem(404, f"This server has the model {self._model!r} only.", code="model_not_found")
         return JSONResponse(replies.model(self._model, self._created))
@@ -117,7 +126,7 @@ class App:
         }
         return JSONResponse(state, 200 if supervisor.state == "ok" else 503)
 
-    async def _show_metrics(self, request: Request) -> Response:
+    async def _prometheus(self, request: Request) -> Response:
         supervisor = self._supervisor
         text = self._metrics.render(
             up=int(supervisor.state == "ok"),
@@ -128,18 +137,18 @@ class App:
         )
         return Response(text, media_type=CONTENT_TYPE)
 
-    async def _show_page(self, _: Request) -> Response:
+    async def _chat_page(self, _: Request) -> Response:
         return Response(self._page.html, headers=self._page.headers, media_type="text/html")
 
-    async def _example(self, request: Request) -> Response:
-        picture = self._page.examples.get(request.path_params["name"])
-        if picture is None:
-            raise Problem(404, "There is no such address.")
-        return Response(picture, media_type="image/jpeg")
+    async def _example_photo(self, request: Request) -> Response:
+        photo = self._page.examples.get(request.path_params["name"])
+        if photo is None:
+            raise Problem(404, "There is no such path.")
+        return Response(photo, media_type="image/jpeg")
 
     async def _log_state(self, request: Request) -> Response:
         if request.method == "PUT":
-            enabled = (await self._body(request)).get("on")
+            enabled = (await self._parse_body(request)).get("on")
             if not isinstance(enabled, bool):
                 raise bad_request("on must be true or false.", "on")
             self._vote_log.enabled = enabled
@@ -147,7 +156,7 @@ class App:
 
     async def _log_add(self, request: Request) -> Response:
         address = request.client.host if request.client else ""
-        self._vote_log.add(await self._body(request), address)
+        self._vote_log.add(await self._parse_body(request), address)
         return Response(status_code=204)
 
     async def _log_file(self, _: Request) -> Response:
@@ -159,12 +168,12 @@ class App:
         return Response(status_code=204)
 
 
-class _Stream(StreamingResponse):
-    """Server-sent events; `events`, which they are made of, are closed whenever and however it ends."""
+class _EventStream(StreamingResponse):
+    """Server-sent events. Closes `events`, which they are made from, however the response ends."""
 
     def __init__(self, lines: AsyncGenerator[bytes, None], events: AsyncGenerator[dict[str, Any], None]) -> None:
-        unheld = {"X-Accel-Buffering": "no"}  # or nginx before us collects the events
-        super().__init__(lines, headers=unheld, media_type="text/event-stream")
+        headers = {"X-Accel-Buffering": "no"}  # or an nginx proxy buffers the events
+        super().__init__(lines, headers=headers, media_type="text/event-stream")
         self._lines = lines
         self._events = events
 
@@ -173,73 +182,73 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-class _GoneError(Exception):
-    """The client left; nobody reads the answer."""
+class _DisconnectedError(Exception):
+    """The client disconnected."""
 
 
-async def _read(request: Request, limits: Limits) -> bytes:
-    """The body, at most `limits.body` bytes of it kept. Raises `Problem` (408, 413)."""
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    """The request's body. Keeps at most `limits.body` bytes in memory. Raises `Problem` (408, 413)."""
     size, parts = 0, list[bytes]()
     try:
         async with asyncio.timeout(limits.body_seconds):
             async for part in request.stream():
                 size += len(part)
-                if size > limits.body:  # the rest is read all the same: closing early would drop the answer, too
+                if size > limits.body:  # keep reading: closing early would lose the response
                     parts.clear()
                 else:
                     parts.append(part)
     except TimeoutError:
         raise Problem(408, f"The body did not arrive within {limits.body_seconds:g} seconds.") from None
     except ClientDisconnect:
-        raise _GoneError from None
+        raise _DisconnectedError from None
     if size > limits.body:
         raise Problem(413, f"The body has {size} bytes; at most {limits.body} are accepted.")
     return b"".join(parts)
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves. Raises `_GoneError`."""
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled if the client disconnects. Raises `_DisconnectedError`."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_gone(request))
+    disconnect = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        gone.cancel()
+        disconnect.cancel()
         if not task.done():
             task.cancel()
     try:
         return await task
     except asyncio.CancelledError:
-        raise _GoneError from None
+        raise _DisconnectedError from None
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _all(events: AsyncGenerator[dict[str, Any], None]) -> list[dict[str, Any]]:
+async def _collect(events: AsyncGenerator[dict[str, Any], None]) -> list[dict[str, Any]]:
     async with aclosing(events):
-        return [said async for said in events]
+        return [event async for event in events]
 
 
-async def _say(_: Request, problem: Exception) -> Response:
+async def _problem_handler(_: Request, problem: Exception) -> Response:
     assert isinstance(problem, Problem)
     return problem_response(problem)
 
 
-async def _say_http(_: Request, error: Exception) -> Response:
+async def _http_error_handler(_: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    missing = "There is no such address; the API is below /v1."
-    message = "This address takes another method." if status == 405 else missing
+    not_found = "There is no such path; the API is under /v1."
+    message = "This path does not support the method." if status == 405 else not_found
     response = problem_response(Problem(status, message))
-    response.headers.update(getattr(error, "headers", None) or {})  # which methods it takes
+    response.headers.update(getattr(error, "headers", None) or {})  # Allow: the methods of the path
     return response
 
 
-async def _say_bug(_: Request, error: Exception) -> Response:
+async def _bug_handler(_: Request, error: Exception) -> Response:
     return problem_response(Problem(500, "This is a bug in llava-edge; the server's log has the details."))
 
 
-async def _say_nothing(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nginx's name for it, for the log
+async def _disconnect_handler(_: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's "client closed request", for the log

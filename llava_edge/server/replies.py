@@ -1,75 +1,75 @@
-"""What the child says -> what OpenAI's clients expect: whole answers, events of a stream, lists of models."""
+"""Events of the child -> OpenAI responses: complete answers, streams of events, lists of models."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_edge.server.problems import Problem
 
 DONE = b"data: [DONE]\n\n"
-Event = Mapping[str, Any]  # of the child, see `llava_edge.server.child`
+Event = Mapping[str, Any]  # from the child, see `llava_edge.server.child`
 
 
-def event(value: Mapping[str, Any]) -> bytes:
-    """One server-sent event. ASCII, so that no line separator of Unicode can end it early."""
+def sse_event(value: Mapping[str, Any]) -> bytes:
+    """One server-sent event, in ASCII, so that no Unicode line separator can end it early."""
     return b"data: " + json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n\n"
 
 
-def failure(problem: Problem) -> bytes:
-    """The event that ends a stream which cannot go on; no `DONE` follows it."""
-    return event(problem.body())
+def error_event(problem: Problem) -> bytes:
+    """The event that ends a stream with an error; no `DONE` follows it."""
+    return sse_event(problem.body())
 
 
 class Reply:
-    """The answer to one request, as /v1/chat/completions (`chat`) or /v1/completions gives it."""
+    """Formats the answer to one request for /v1/chat/completions (`chat`) or /v1/completions."""
 
     def __init__(self, model: str, chat: bool) -> None:
         self._chat = chat
-        self._head = {
+        self._envelope = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": ("chat.completion" if chat else "text_completion"),
             "created": int(time.time()),
             "model": model,
         }
 
-    def whole(self, events: Iterable[Event]) -> dict[str, Any]:
-        """All events of an answer -> one object."""
-        said = list(events)
-        text = "".join(said_now["text"] for said_now in said)
-        chances = [chance for said_now in said for chance in said_now["chances"]]
+    def complete(self, events: Sequence[Event]) -> dict[str, Any]:
+        """The response object of an answer that is not streamed."""
+        last = events[-1]
+        text = "".join(event["text"] for event in events)
+        chances = [chance for event in events for chance in event["chances"]]
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
-        choice = {"index": 0, **body, "logprobs": self._logprobs(chances), "finish_reason": _reason(said[-1])}
-        return {**self._head, "choices": [choice], "usage": usage(said[-1]), "llava_edge": details(said[-1])}
+        choice = {"index": 0, **body, "logprobs": self._logprobs(chances), "finish_reason": _finish_reason(last)}
+        return {**self._envelope, "choices": [choice], "usage": usage(last), "llava_edge": details(last)}
 
-    def first(self) -> bytes:
-        """What a stream begins with: the role."""
-        return self._part({"role": "assistant", "content": ""}) if self._chat else b""
+    def start(self) -> bytes:
+        """The first event of a stream: the role."""
+        return self._choice_event({"role": "assistant", "content": ""}) if self._chat else b""
 
-    def piece(self, said: Event) -> bytes:
-        """A piece of text, and with the last one why it ended."""
-        body = ({"content": said["text"]} if said["text"] else {}) if self._chat else {"text": said["text"]}
-        if not said["text"] and not said["chances"] and not said.get("result"):
+    def chunk(self, event: Event) -> bytes:
+        """An event of a stream: text, and in the last one the finish reason. Empty if there is nothing to send."""
+        body = ({"content": event["text"]} if event["text"] else {}) if self._chat else {"text": event["text"]}
+        if not event["text"] and not event["chances"] and not event.get("result"):
             return b""
-        return self._part(body, _reason(said), self._logprobs(said["chances"]))
+        return self._choice_event(body, _finish_reason(event), self._logprobs(event["chances"]))
 
-    def last(self, said: Event, include_usage: bool) -> bytes:
-        """What a stream ends with: usage, if it was asked for, and the mark of a clean end."""
+    def end(self, event: Event, include_usage: bool) -> bytes:
+        """The end of a stream: usage, if requested, and `DONE`."""
         if not include_usage:
             return DONE
-        head = self._streamed_head()
-        return event({**head, "choices": [], "usage": usage(said), "llava_edge": details(said)}) + DONE
+        envelope = self._stream_envelope()
+        return sse_event({**envelope, "choices": [], "usage": usage(event), "llava_edge": details(event)}) + DONE
 
-    def _part(self, body: dict[str, Any], reason: str | None = None, logprobs: object = None) -> bytes:
+    def _choice_event(self, body: dict[str, Any], reason: str | None = None, logprobs: object = None) -> bytes:
         delta = {"delta": body} if self._chat else body
         choice = {"index": 0, **delta, "logprobs": logprobs, "finish_reason": reason}
-        return event({**self._streamed_head(), "choices": [choice]})
+        return sse_event({**self._stream_envelope(), "choices": [choice]})
 
-    def _streamed_head(self) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk"} if self._chat else self._head
+    def _stream_envelope(self) -> dict[str, Any]:
+        return {**self._envelope, "object": "chat.completion.chunk"} if self._chat else self._envelope
 
     def _logprobs(self, chances: list[Any]) -> dict[str, Any] | None:
         """`chances` are [token bytes, logprob, [[token bytes, logprob], ...]], bytes as lists of numbers."""
@@ -77,46 +77,47 @@ class Reply:
             return None
         if self._chat:
             content = [
-                _chance(*chance[:2]) | {"top_logprobs": [_chance(*top) for top in chance[2]]} for chance in chances
+                _token_logprob(token, logprob) | {"top_logprobs": [_token_logprob(*pair) for pair in top]}
+                for token, logprob, top in chances
             ]
             return {"content": content, "refusal": None}
         return {
-            "tokens": [_text(chance[0]) for chance in chances],
+            "tokens": [_decode(chance[0]) for chance in chances],
             "token_logprobs": [chance[1] for chance in chances],
-            "top_logprobs": [{_text(top): logprob for top, logprob in chance[2]} for chance in chances],
+            "top_logprobs": [{_decode(top): logprob for top, logprob in chance[2]} for chance in chances],
         }
 
 
-def usage(said: Event) -> dict[str, Any]:
-    """Tokens of prompt and answer; those of images are part of the prompt's."""
-    result = said["result"]
+def usage(event: Event) -> dict[str, Any]:
+    """Token counts; the prompt's includes image tokens."""
+    result = event["result"]
     prompt, answer = result["prompt_tokens"], result["completion_tokens"]
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def details(said: Event) -> dict[str, Any]:
-    """What OpenAI's format has no place for: milliseconds of each stage, positions of images, cache."""
-    result = said["result"]
+def details(event: Event) -> dict[str, Any]:
+    """Not in OpenAI's format: milliseconds of each stage, number of image tokens, cache status."""
+    result = event["result"]
     return {name: result[name] for name in ("timings", "image_tokens", "cache")}
 
 
-def models(name: str, created: int) -> dict[str, Any]:
-    """The list of models: one."""
+def model_list(name: str, created: int) -> dict[str, Any]:
+    """The list of models, which has one."""
     return {"object": "list", "data": [model(name, created)]}
 
 
 def model(name: str, created: int) -> dict[str, Any]:
-    """One model."""
+    """A model object."""
     return {"id": name, "object": "model", "created": created, "owned_by": "llava-edge"}
 
 
-def _reason(said: Event) -> str | None:
-    return said["result"]["finish_reason"] if said.get("result") else None
+def _finish_reason(event: Event) -> str | None:
+    return event["result"]["finish_reason"] if event.get("result") else None
 
 
-def _chance(token: list[int], logprob: float) -> dict[str, Any]:
-    return {"token": _text(token), "logprob": logprob, "bytes": token}
+def _token_logprob(token: list[int], logprob: float) -> dict[str, Any]:
+    return {"token": _decode(token), "logprob": logprob, "bytes": token}
 
 
-def _text(token: list[int]) -> str:
+def _decode(token: list[int]) -> str:
     return bytes(token).decode("utf-8", "replace")

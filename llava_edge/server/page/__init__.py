@@ -1,4 +1,4 @@
-"""The chat page: one HTML file with its style and script inside, and the photos it offers to try."""
+"""The chat page: one HTML file with inline style and script, and its example photos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.resources import files
 
 
 class Page:
-    """html: the file. headers: what may run on it, which is exactly what is in it. examples: JPEG files by name."""
+    """html: the file. headers: a CSP that allows exactly its inline content. examples: JPEG files by name."""
 
     def __init__(self) -> None:
         folder = files(__name__)
@@ -18,8 +18,8 @@ class Page:
             "default-src 'none'",
             "img-src 'self' data: blob:",
             "connect-src 'self'",
-            f"style-src {self._allowed('style')}",
-            f"script-src {self._allowed('script')}",
+            f"style-src {self._hashes('style')}",
+            f"script-src {self._hashes('script')}",
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
@@ -28,8 +28,8 @@ class Page:
         pictures = [file for file in folder.iterdir() if file.name.endswith(".jpg")]
         self.examples = {file.name: file.read_bytes() for file in pictures}
 
-    def _allowed(self, tag: str) -> str:
-        """The hashes of the elements of this kind, as a browser computes them."""
+    def _hashes(self, tag: str) -> str:
+        """CSP hashes of the contents of all `tag` elements."""
         contents = re.findall(rf"<{tag}>(.*?)</{tag}>", self.html, re.DOTALL)
         digests = [hashlib.sha256(content.encode("utf-8")).digest() for content in contents]
         return " ".join(f"'sha256-{base64.b64encode(digest).decode('ascii')}'" for digest in digests)
