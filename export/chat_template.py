@@ -1,6 +1,6 @@
-"""What a chat template, where there is one, says about the prompt layout that a checkpoint was trained with.
+"""Detects a checkpoint's prompt layout from its chat template, if it has one.
 
-Templates are programs (Jinja), which are not run here: some texts in them tell the layouts apart.
+Templates are Jinja programs, which are not executed: certain strings in them tell the layouts apart.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from llava_edge.errors import CheckpointError
 from llava_edge.export.tensors import read_json
 from llava_edge.templates import TEMPLATES, Style
 
-# Text in a chat template -> the style of prompt layout that it belongs to; none of ours for the last ones.
-_MARKS: dict[str, Style | None] = {
+# String in a chat template -> the style of prompt layout it belongs to; None for unsupported ones.
+_MARKERS: dict[str, Style | None] = {
     "USER:": "two",
     "['role'].upper()": "two",  # LLaVA-1.5's
     "[INST]": "llama_2",
@@ -25,39 +25,39 @@ _MARKS: dict[str, Style | None] = {
 }
 
 
-def of_folder(folder: Path) -> str:
+def read_chat_template(folder: Path) -> str:
     """The chat template of a tokenizer or processor in `folder`; empty if it has none."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text("utf-8", "replace")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         path = folder / name
-        found = _text(read_json(path).get("chat_template")) if path.is_file() else ""
-        if found:
-            return found
+        text = _join_templates(read_json(path).get("chat_template")) if path.is_file() else ""
+        if text:
+            return text
     return ""
 
 
-def checked(text: str, template: str, where: Path) -> str:
-    """`template`, a guess, or the layout that a chat template's text shows in its place.
+def resolve_template(text: str, template: str, where: Path) -> str:
+    """`template`, which was guessed, or the layout that the chat template `text` shows instead.
 
-    Raises `CheckpointError` if the text shows another layout, and not which.
+    Raises `CheckpointError` if the text contradicts `template` without naming a single other layout.
     """
-    seen = {mark: style for mark, style in _MARKS.items() if mark in text}
-    if not seen or TEMPLATES[template].style in seen.values():
+    found_markers = {marker: style for marker, style in _MARKERS.items() if marker in text}
+    if not found_markers or TEMPLATES[template].style in found_markers.values():
         return template
-    if "two" in seen.values():
+    if "two" in found_markers.values():
         return "vicuna_v1"
-    names = [name for name, layout in TEMPLATES.items() if layout.style in seen.values()]
-    layouts = f"; of ours {', '.join(names)} have it" if names else "; none of ours has it"
+    names = [name for name, layout in TEMPLATES.items() if layout.style in found_markers.values()]
+    layouts = f"; {', '.join(names)} have it" if names else "; no supported layout has it"
     raise CheckpointError(
-        f"The chat template of {where} has {next(iter(seen))!r}, which is not in the prompt layout {template!r}, "
-        f"expected of such a model{layouts}. Name the one that it was trained with, if it is ours, with --template."
+        f"The chat template of {where} has {next(iter(found_markers))!r}, which the prompt layout {template!r} "
+        f"expected for it does not have{layouts}. Pass the layout it was trained with, if supported, as --template."
     )
 
 
-def _text(value: Any) -> str:
-    """Of several templates with names, all."""
+def _join_templates(value: Any) -> str:
+    """The template; if there are several named ones, all of them joined."""
     if isinstance(value, str):
         return value
     parts = [part.get("template") for part in value if isinstance(part, dict)] if isinstance(value, list) else []

@@ -1,7 +1,7 @@
-"""A LLaVA checkpoint of any layout -> one in-memory form: its numbers, and tensors under classic names.
+"""A LLaVA checkpoint of any layout -> one in-memory form: its hyperparameters, and tensors under classic names.
 
-`layouts.py` brings the parts together; here everything is checked before anything is converted: what is missing,
-misshapen, not known or not supported is said at once. Nothing is ignored that would change an answer.
+`layouts.py` gathers the parts. Here everything is checked before anything is converted: missing, misshapen, unknown and
+unsupported parts are reported at once, and nothing that would change an answer is ignored.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from llava_edge.prompt import AfterControl
 from llava_edge.runtimes.projector import MAX_LAYERS
 from llava_edge.templates import TEMPLATES
 
-_LISTED = 12  # how many tensor names a message spells out
+_MAX_NAMES = 12  # tensor names listed in a message
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """Tensors by classic name; each look-up reads from disk and gives float32. Raises `CheckpointError` on NaN."""
+    """Tensors by classic name; each look-up reads float32 values from disk. Raises `CheckpointError` on NaN."""
 
     def __init__(self, stored: dict[str, StoredTensor]) -> None:
         self._stored = stored
@@ -55,7 +55,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 @dataclass(frozen=True)
 class LanguageFile:
-    """A GGUF that goes into the bundle as it is, and what its quantization is called."""
+    """A GGUF that is copied into the bundle unchanged, and the name of its quantization."""
 
     path: Path
     quantization: str
@@ -63,11 +63,11 @@ class LanguageFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the rest of the exporter works from.
+    """The input of the other export steps.
 
-    tokenizer: the folder that has one. notes: what was assumed because the source does not say it, as sentences.
-    language_file: set when the language model is a finished GGUF; it is then copied instead of written and quantized.
-    normalisation: mean and deviation of pixels.
+    tokenizer: the folder with the tokenizer. notes: assumptions made where the source says nothing, as sentences.
+    language_file: set if the language model is a finished GGUF, which is copied instead of written and quantized.
+    normalisation: mean and standard deviation of pixels.
     """
 
     folder: Path
@@ -83,28 +83,29 @@ class Checkpoint:
 def open_checkpoint(
     folder: Path, *, base: Path | None = None, vision_tower: Path | None = None, template: str | None = None
 ) -> Checkpoint:
-    """Read and check a folder; reads no large weights yet.
+    """Read and check a folder, without reading large weights yet.
 
-    base: the model that a LoRA, a delta or a lone projector goes with. vision_tower: a CLIP folder, for checkpoints
-    without CLIP. template: prompt layout, instead of the one the checkpoint suggests.
+    base: the model that a LoRA, a delta or a projector alone belongs to. vision_tower: a CLIP folder, for checkpoints
+    without CLIP. template: the prompt layout, instead of the one the checkpoint suggests.
     Raises `MissingError`, `UsageError` or `CheckpointError`.
     """
     if template:
         templates.template(template)
     try:
-        source = layouts.read(folder, base, vision_tower)
+        source = layouts.read_source(folder, base, vision_tower)
         config = _config(source, template)
     except (TypeError, ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
-        wrong = f"A value of the wrong kind is in config.json of {folder}, or of what goes with it: {error}."
-        raise CheckpointError(wrong) from error
-    tensors = _fitting(folder, config, dict(source.stored))
+        message = f"config.json of {folder}, or of its base or vision tower, has a value of the wrong type: {error}."
+        raise CheckpointError(message) from error
+    tensors = _match_tensors(folder, config, dict(source.stored))
     notes = () if template else source.notes
     if source.guessed and not template:
-        named = chat_template.checked(chat_template.of_folder(source.tokenizer), config.template, source.tokenizer)
-        if named != config.template:
-            config = replace(config, template=named)
-            notes = (f"Prompt template {named}: the chat template of {source.tokenizer} shows it.",)
-    pixels = normalisation.of_folders(source.processors)
+        text = chat_template.read_chat_template(source.tokenizer)
+        template_name = chat_template.resolve_template(text, config.template, source.tokenizer)
+        if template_name != config.template:
+            config = replace(config, template=template_name)
+            notes = (f"Prompt template {template_name}: the chat template of {source.tokenizer} shows it.",)
+    pixels = normalisation.read_normalisation(source.processors)
     return Checkpoint(folder, config, tensors, source.layout, source.tokenizer, pixels, notes)
 
 
@@ -117,37 +118,38 @@ def _config(source: Source, template: str | None) -> LlavaConfig:
     return config
 
 
-def _fitting(folder: Path, config: LlavaConfig, found: dict[str, StoredTensor]) -> Tensors:
-    """Refuse what is missing, misshapen or not known; leave out what LLaVA never reads."""
+def _match_tensors(folder: Path, config: LlavaConfig, found: dict[str, StoredTensor]) -> Tensors:
+    """Refuse missing, misshapen and unknown tensors; leave out those LLaVA never reads."""
     if config.text.tie_word_embeddings and HEAD in found:
         _check_tied(folder, found)
         del found[HEAD]
     shapes = tensor_shapes(config)
     needed = {name: shape for name, shape in shapes.items() if not _unused(name, config)}
-    said = misfits({name: of.shape for name, of in found.items() if name in needed or name not in shapes}, needed)
+    relevant = {name: tensor.shape for name, tensor in found.items() if name in needed or name not in shapes}
+    mismatches = tensor_mismatches(relevant, needed)
     if needed.keys() - found.keys() == {HEAD}:
-        said += "; if the output head is tied to the embeddings, set text_config.tie_word_embeddings to true"
-    if said:
-        raise CheckpointError(f"{folder} does not fit its config.json: {said}.")
+        mismatches += "; if the output head is tied to the embeddings, set text_config.tie_word_embeddings to true"
+    if mismatches:
+        raise CheckpointError(f"{folder} does not fit its config.json: {mismatches}.")
     return Tensors({name: found[name] for name in needed})
 
 
-def misfits(found: Shapes, wanted: Shapes) -> str:
-    """What tensors are missing, not known or misshapen; empty if none is."""
-    faults = {
-        "missing": [name for name in wanted if name not in found],
-        "not known": [name for name in found if name not in wanted],
+def tensor_mismatches(found: Shapes, expected: Shapes) -> str:
+    """Which tensors are missing, unknown or misshapen, in words; empty if none is."""
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
         "of the wrong shape": [
             f"{name} {found[name]} instead of {shape}"
-            for name, shape in wanted.items()
+            for name, shape in expected.items()
             if found.get(name, shape) != shape
         ],
     }
-    return "; ".join(_list(title, names) for title, names in faults.items() if names)
+    return "; ".join(_summarize(title, names) for title, names in problems.items() if names)
 
 
 def _unused(name: str, config: LlavaConfig) -> bool:
-    """CLIP's last norm and the blocks behind the chosen layer."""
+    """Whether LLaVA never reads a tensor: CLIP's last norm and the blocks after the selected layer."""
     block = re.match(rf"{re.escape(VISION_PREFIX)}encoder\.layers\.(\d+)\.", name)
     return f"{VISION_PREFIX}post_layernorm." in name or (block is not None and int(block[1]) >= config.vision_blocks)
 
@@ -155,18 +157,18 @@ def _unused(name: str, config: LlavaConfig) -> bool:
 def _check_tied(folder: Path, found: dict[str, StoredTensor]) -> None:
     if EMBEDDINGS in found and not np.array_equal(found[HEAD].read(), found[EMBEDDINGS].read()):
         raise CheckpointError(
-            f"{folder} says that the output head is tied to the embeddings, but holds another {HEAD}; "
+            f"{folder} ties the output head to the embeddings, but holds a different {HEAD}; "
             "set tie_word_embeddings in config.json's text_config to what the model was trained with."
         )
 
 
-def _list(title: str, names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} {title} ({', '.join(names[:_LISTED])}{more})"
+def _summarize(title: str, names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"{len(names)} {title} ({', '.join(names[:_MAX_NAMES])}{more})"
 
 
 def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> None:
-    """Refuse settings that this exporter would have to ignore."""
+    """Refuse settings that the exporter would otherwise ignore."""
     _check_numbers(path, config)
     text, vision = raw["text_config"], raw["vision_config"]
     fixed = (
@@ -196,8 +198,8 @@ def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> No
         raise CheckpointError(f"{path} cannot be right: {fault}.")
 
 
-# As many as llama.cpp takes (`gguf.check_language`); what is not here has no more than a vocabulary.
-_MOST = {
+# llama.cpp's limits (`gguf.check_language`); anything not listed is limited like a vocabulary, to 1 << 22.
+_MAX_VALUES = {
     "num_hidden_layers": gguf.MAX_BLOCKS,
     "num_attention_heads": 1024,
     "num_key_value_heads": 1024,
@@ -209,7 +211,7 @@ _MOST = {
     "rms_norm_eps": 1.0,
     "layer_norm_eps": 1.0,
 }
-_ZERO = ("bos_token_id", "eos_token_id")  # can be it
+_MAY_BE_ZERO = ("bos_token_id", "eos_token_id")
 
 
 def _check_numbers(path: Path, config: LlavaConfig) -> None:
@@ -220,7 +222,8 @@ def _check_numbers(path: Path, config: LlavaConfig) -> None:
             if item.type in ("int", "float"):
                 number = isinstance(value, int | (float if item.type == "float" else int)) and value is not True
                 # NaN is not in any range.
-                if not number or not (0 if item.name in _ZERO else 1e-12) <= value <= _MOST.get(item.name, 1 << 22):
+                least = 0 if item.name in _MAY_BE_ZERO else 1e-12
+                if not number or not least <= value <= _MAX_VALUES.get(item.name, 1 << 22):
                     raise CheckpointError(f"{path} sets {part}.{item.name} to {value!r}, which cannot be right.")
     width, heads = t.hidden_size, t.num_attention_heads
     layer = config.vision_feature_layer
@@ -229,7 +232,7 @@ def _check_numbers(path: Path, config: LlavaConfig) -> None:
         "text_config.hidden_size must be an even multiple of its heads": width % (2 * heads) == 0,
         "text_config's heads must be a multiple of its kv heads": heads % t.num_key_value_heads == 0,
         "image_size must hold at least one patch": v.grid >= 1,
-        f"vision_feature_layer {layer!r} is no whole number": type(layer) is int,
+        f"vision_feature_layer {layer!r} is not an integer": type(layer) is int,
         f"the projector can have {MAX_LAYERS} layers at most": config.projector_layers <= MAX_LAYERS,
         f"vision_feature_layer {layer} is outside the tower's {v.num_hidden_layers} blocks": (
             0 <= config.vision_blocks <= v.num_hidden_layers

@@ -50,7 +50,7 @@ from llava_edge.export.llm_gguf import float16_bytes, write_language
 from llava_edge.export.mmproj import check_mmproj, write_mmproj
 from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
-from llava_edge.export.tokenizer import Vocabulary, after_control, read_tokenizer
+from llava_edge.export.tokenizer import Vocabulary, read_after_control, read_tokenizer
 from llava_edge.export.tower import write_tower
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
 from llava_edge.outputs import check_output, check_space
@@ -368,7 +368,7 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
         files={},
         provenance=list(options.provenance or _sources(options)),
         image_markers=list(config.image_markers),
-        after_control=after_control(checkpoint.tokenizer, config),
+        after_control=read_after_control(checkpoint.tokenizer, config),
     )
 
 

@@ -1,9 +1,9 @@
-"""A GGUF pair as llama.cpp's programs use it, language model and mmproj -> the one form the exporter works from.
+"""llama.cpp's pair of GGUF files, language model and mmproj -> the `Checkpoint` that the exporter works from.
 
-The language file is kept byte for byte; its tensors are only read to compare with. Of the mmproj, every kind that
-was published for LLaVA is read: with and without `clip.projector_type`, quantized or not, with the two feed-forward
-names swapped, as llama.cpp's first converter wrote them (recognised by their widths), and with the tiles of LLaVA-1.6.
-What is not LLaVA is refused.
+The language file is copied byte for byte; its tensors are only read for comparison. Every kind of mmproj that was
+published for LLaVA is supported: with and without `clip.projector_type`, quantized or not, with the two feed-forward
+names swapped, as llama.cpp's first converter wrote them (detected by their widths), and with the tiles of LLaVA-1.6.
+Anything but LLaVA is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava_edge import gguf, templates
 from llava_edge.bundle import Square, tiling_fault
 from llava_edge.errors import CheckpointError
 from llava_edge.export import chat_template
-from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors, misfits
+from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors, tensor_mismatches
 from llava_edge.export.mmproj import ARCHITECTURE, tensor_names
 from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
@@ -32,34 +32,34 @@ from llava_edge.models import llama_gguf
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig
 from llava_edge.models.shapes import NEWLINE, Shapes, tensor_shapes
 
-V1_IMAGE_SIZE = 224  # the tower of LLaVA v1, whose pictures were cropped; v1.5 has 336 and pads
+V1_IMAGE_SIZE = 224  # of LLaVA v1, which crops; v1.5 has 336 and pads
 MISTRAL = (14336, 8)  # feed-forward width and kv heads of Mistral-7B
-WINDOW = 4096  # positions that the first Mistral-7B looks back
+WINDOW = 4096  # positions: the sliding window of the first Mistral-7B
 
 Grids = tuple[tuple[int, int], ...]
 
-_NEWLINE = re.compile(r"(model|v)\.image_newline")  # by the first converter, and as llama.cpp calls it today
-_IGNORED = re.compile(r"v\.post_ln\.(weight|bias)|v\.blk\.\d+\..*")  # behind the layer that LLaVA reads
+_NEWLINE = re.compile(r"(model|v)\.image_newline")  # the first converter's name, and llama.cpp's today
+_IGNORED = re.compile(r"v\.post_ln\.(weight|bias)|v\.blk\.\d+\..*")  # after the layer that LLaVA reads
 
 
 def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
-    """Read and check both headers; no weights yet.
+    """Read and check both headers, without reading weights yet.
 
-    template: name of the prompt layout; by itself the one that sizes and chat template suggest.
-    Raises `MissingError`, `BundleError` for a damaged GGUF, or `CheckpointError` for one that is no LLaVA.
+    template: name of the prompt layout; by default the one that sizes and chat template suggest.
+    Raises `MissingError`, `BundleError` for a damaged GGUF, or `CheckpointError` for one that is not a LLaVA.
     """
-    text_file, vision_file = _open(language, mmproj)
+    text_file, vision_file = _read_headers(language, mmproj)
     text = _text_config(text_file)
     if _has_window(text):
         text = replace(text, max_position_embeddings=min(text.max_position_embeddings, WINDOW))
     vision, layer, notes = _vision_config(vision_file)
     projector, grids = _projector_type(vision_file, text), _grids(vision_file)
-    square, seen = _square(vision, projector, grids)
+    square, square_note = _square(vision, projector, grids)
     if template:
         templates.template(template)
     else:
-        written = str(text_file.metadata.get("tokenizer.chat_template", ""))
-        template = chat_template.checked(written, _template(text, grids), language)
+        chat_template_text = str(text_file.metadata.get("tokenizer.chat_template", ""))
+        template = chat_template.resolve_template(chat_template_text, _guess_template(text, grids), language)
     config = LlavaConfig(
         vision=vision,
         text=text,
@@ -70,21 +70,21 @@ def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
         merge="spatial_unpad" if grids else "flat",
         template=template,
         image_token_index=text.vocab_size,
-        # tokenizer_config.json says `legacy: false` for LLaVA-1.5, but not for v1 and Mistral; a vocabulary without
-        # dummy prefix has one way only.
+        # tokenizer_config.json has `legacy: false` for LLaVA-1.5, but not for v1 and Mistral; without a dummy prefix
+        # both are the same.
         after_control="prefix" if square == "crop" or template == "mistral_instruct" else "bare",
     )
     fault = tiling_fault(vision.image_size, square, grids, config.merge, config.image_tokens)
     if fault:
         raise CheckpointError(f"{mmproj} cannot be right: {fault}.")
     _check_tokens(text_file, template)
-    tensors = _vision_tensors(vision_file, config) | _fitting(
+    tensors = _vision_tensors(vision_file, config) | _match_tensors(
         text_file,
         llama_gguf.tensor_names(text),
         tensor_shapes(config),
         partial(llama_gguf.read_language_tensor, c=text),
     )
-    notes += [f"The prompt layout follows from the files; {template} is used. --template names another.", seen]
+    notes += [f"The prompt layout follows from the files; {template} is used. --template names another.", square_note]
     if projector == "linear":
         notes.append(f"{mmproj} has one projector layer; it is taken as LLaVA v1's, without an activation behind it.")
     return Checkpoint(
@@ -100,28 +100,28 @@ def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
 
 
 def _square(vision: VisionConfig, projector: str, grids: Grids) -> tuple[Square, str]:
-    """How pictures are made square, and why, as a sentence."""
+    """How pictures are made square, and a sentence that says why."""
     if grids:
         return "anyres", f"Pictures are also seen in tiles, at {len(grids)} sizes, as the file of LLaVA 1.6 says."
-    cropped = projector == "linear" or vision.image_size == V1_IMAGE_SIZE
-    how, version = ("cropped", "v1") if cropped else ("padded", "v1.5")
-    said = f"Neither file says how pictures are made square; they are {how}, as LLaVA {version} was trained."
-    return "crop" if cropped else "pad", said
+    crops = projector == "linear" or vision.image_size == V1_IMAGE_SIZE
+    method, version = ("cropped", "v1") if crops else ("padded", "v1.5")
+    note = f"Neither file says how pictures are made square; they are {method}, as LLaVA {version} was trained."
+    return "crop" if crops else "pad", note
 
 
 def _has_window(text: TextConfig) -> bool:
-    """Whether it is Mistral's first 7B, whose sliding window no GGUF tells. Its later ones rotate with another base."""
+    """Whether it is Mistral's first 7B, whose sliding window is not in the GGUF. Later ones have another rope_theta."""
     return (text.intermediate_size, text.num_key_value_heads) == MISTRAL and text.rope_theta == 10000
 
 
-def _template(text: TextConfig, grids: Grids) -> str:
-    """What published LLaVAs with a language model of these sizes were trained with."""
+def _guess_template(text: TextConfig, grids: Grids) -> str:
+    """The prompt layout of published LLaVAs with a language model of these sizes."""
     if (text.intermediate_size, text.num_key_value_heads) == MISTRAL:
-        return "mistral_instruct" if grids or not _has_window(text) else "vicuna_v1"  # the second: BakLLaVA
+        return "mistral_instruct" if grids or not _has_window(text) else "vicuna_v1"  # vicuna_v1: BakLLaVA
     return "chatml_direct" if text.hidden_size == 7168 else "vicuna_v1"  # 7168: Yi-34B
 
 
-def _open(language: Path, mmproj: Path) -> tuple[Gguf, Gguf]:
+def _read_headers(language: Path, mmproj: Path) -> tuple[Gguf, Gguf]:
     text, vision = gguf.read(language), gguf.read(mmproj)
     if _is_mmproj(text):
         raise CheckpointError(
@@ -142,7 +142,7 @@ def _is_mmproj(file: Gguf) -> bool:
 
 
 def _text_config(file: Gguf) -> TextConfig:
-    """Raises `CheckpointError` for rotary embeddings that LLaVA's language models do not have."""
+    """Raises `CheckpointError` for scaled or partial rotary embeddings."""
     heads = file.number("llama.attention.head_count", 1, 1024)
     config = TextConfig(
         vocab_size=file.tensors["token_embd.weight"].shape[0],
@@ -151,23 +151,23 @@ def _text_config(file: Gguf) -> TextConfig:
         num_hidden_layers=file.number("llama.block_count", 1, gguf.MAX_BLOCKS),
         num_attention_heads=heads,
         num_key_value_heads=file.metadata.get("llama.attention.head_count_kv", heads),
-        rms_norm_eps=_real(file, "llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=_real(file, "llama.rope.freq_base", 10000.0),
+        rms_norm_eps=_positive_float(file, "llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=_positive_float(file, "llama.rope.freq_base", 10000.0),
         max_position_embeddings=file.number("llama.context_length", 1, 1 << 24),
         tie_word_embeddings="output.weight" not in file.tensors,
         bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id", 1),
         eos_token_id=file.metadata.get("tokenizer.ggml.eos_token_id", 2),
     )
     scaling = file.metadata.get("llama.rope.scaling.type", "none")
-    rotated = file.metadata.get("llama.rope.dimension_count", config.head_dim)
-    if scaling != "none" or "rope_freqs.weight" in file.tensors or rotated != config.head_dim:
+    rotary_dims = file.metadata.get("llama.rope.dimension_count", config.head_dim)
+    if scaling != "none" or "rope_freqs.weight" in file.tensors or rotary_dims != config.head_dim:
         raise CheckpointError(
             f"{file.path} has scaled or partial rotary embeddings, which are not supported; LLaVA's models have none."
         )
     return config
 
 
-def _real(file: Gguf, key: str, default: float | None = None) -> float:
+def _positive_float(file: Gguf, key: str, default: float | None = None) -> float:
     value = file.metadata.get(key, default)
     if not isinstance(value, float) or not isfinite(value) or value <= 0:
         raise CheckpointError(f"{file.path} has {key} = {value!r}; a positive number was expected.")
@@ -175,21 +175,21 @@ def _real(file: Gguf, key: str, default: float | None = None) -> float:
 
 
 def _decimal(value: float) -> float:
-    """What was written as a float32: 1e-5, not 9.999999747378752e-06."""
+    """The shortest decimal of a float32: 1e-5, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _quantization(file: Gguf) -> str:
-    """What llama.cpp calls the mix, e.g. "q4_k_m"; "gguf" where the file does not say."""
+    """llama.cpp's name of the quantization, e.g. "q4_k_m"; "gguf" if the file does not say."""
     from gguf import LlamaFileType
 
-    known = {kind.value: kind.name for kind in LlamaFileType if kind is not LlamaFileType.GUESSED}
-    name = known.get(file.metadata.get("general.file_type", -1), "gguf")
+    names = {kind.value: kind.name for kind in LlamaFileType if kind is not LlamaFileType.GUESSED}
+    name = names.get(file.metadata.get("general.file_type", -1), "gguf")
     return name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
 
 
 def _vision_config(file: Gguf) -> tuple[VisionConfig, int, list[str]]:
-    """CLIP's numbers, the hidden state that LLaVA reads, and what had to be assumed."""
+    """CLIP's hyperparameters, the hidden state that LLaVA reads, and notes on assumptions."""
     for key, kind in (("use_gelu", "GELU"), ("use_silu", "SiLU")):
         if file.metadata.get(f"clip.{key}"):
             raise CheckpointError(f"{file.path} computes with {kind}, so its tower is not OpenAI's CLIP (quick-GELU).")
@@ -201,19 +201,19 @@ def _vision_config(file: Gguf) -> tuple[VisionConfig, int, list[str]]:
         intermediate_size=file.number("clip.vision.feed_forward_length", 1, 1 << 20),
         num_hidden_layers=blocks,
         num_attention_heads=file.number("clip.vision.attention.head_count", 1, 1024),
-        layer_norm_eps=_real(file, "clip.vision.attention.layer_norm_epsilon"),
+        layer_norm_eps=_positive_float(file, "clip.vision.attention.layer_norm_epsilon"),
     )
     if config.hidden_size % config.num_attention_heads or not config.grid:
         raise CheckpointError(
             f"{file.path} has {config.num_attention_heads} heads in a width of {config.hidden_size}, and patches of "
             f"{config.patch_size} in pictures of {config.image_size}, which cannot be right."
         )
-    named = file.items("clip.vision.feature_layer")
-    if not named:
+    layers = file.items("clip.vision.feature_layer")
+    if not layers:
         return config, blocks, [f"{file.path} does not name a CLIP layer; the last of its {blocks} blocks is read."]
-    if len(named) != 1 or not 0 <= named[0] <= blocks:
-        raise CheckpointError(f"{file.path} reads the CLIP layers {named}; LLaVA reads one, from 0 to {blocks}.")
-    return config, int(named[0]), []
+    if len(layers) != 1 or not 0 <= layers[0] <= blocks:
+        raise CheckpointError(f"{file.path} reads the CLIP layers {layers}; LLaVA reads one, from 0 to {blocks}.")
+    return config, int(layers[0]), []
 
 
 def _projector_type(file: Gguf, text: TextConfig) -> str:
@@ -231,7 +231,7 @@ def _projector_type(file: Gguf, text: TextConfig) -> str:
 
 
 def _grids(file: Gguf) -> Grids:
-    """LLaVA-1.6's (width, height) pairs, which the file has in one row; none for a model that does not tile."""
+    """LLaVA-1.6's (width, height) pairs, stored as a flat list; none for a model without tiles."""
     flat = file.items("clip.vision.image_grid_pinpoints")
     newline = any(map(_NEWLINE.fullmatch, file.tensors))
     merge = file.metadata.get("clip.vision.mm_patch_merge_type", "spatial_unpad")
@@ -268,30 +268,31 @@ def _check_tokens(file: Gguf, template: str) -> None:
 
 
 def _vision_tensors(file: Gguf, config: LlavaConfig) -> dict[str, StoredTensor]:
-    """CLIP and projector under classic names. Raises as `_fitting` does."""
-    swapped = _swapped(file)
-    called = {name: NEWLINE if _NEWLINE.fullmatch(name) else _swap(name) if swapped else name for name in file.tensors}
-    its = {target: name for name, target in called.items()}
-    names = {its.get(target, target): source for target, source in tensor_names(config).items()}
-    return _fitting(file, names, tensor_shapes(config), llama_gguf.read_tensor)
+    """CLIP and projector under classic names. Raises what `_match_tensors` raises."""
+    swapped = _has_swapped_ffn(file)
+    standard = {
+        NEWLINE if _NEWLINE.fullmatch(name) else _swap_ffn(name) if swapped else name: name for name in file.tensors
+    }
+    names = {standard.get(target, target): source for target, source in tensor_names(config).items()}
+    return _match_tensors(file, names, tensor_shapes(config), llama_gguf.read_tensor)
 
 
-def _fitting(
+def _match_tensors(
     file: Gguf, names: Mapping[str, str], shapes: Shapes, read: Callable[[Gguf, str], np.ndarray]
 ) -> dict[str, StoredTensor]:
-    """names: the file's -> classic ones. Raises `CheckpointError` for what is missing, misshapen or not known."""
-    found = {name: of.shape for name, of in file.tensors.items() if name in names or not _IGNORED.fullmatch(name)}
-    if said := misfits(found, {name: shapes[source] for name, source in names.items()}):
-        raise CheckpointError(f"{file.path} does not fit its own numbers: {said}.")
+    """names: file's -> classic. Raises `CheckpointError` for missing, misshapen and unknown tensors."""
+    found = {name: it.shape for name, it in file.tensors.items() if name in names or not _IGNORED.fullmatch(name)}
+    if mismatches := tensor_mismatches(found, {name: shapes[source] for name, source in names.items()}):
+        raise CheckpointError(f"{file.path} does not fit its own hyperparameters: {mismatches}.")
     return {source: StoredTensor(shapes[source], partial(read, file, name)) for name, source in names.items()}
 
 
-def _swapped(file: Gguf) -> bool:
-    """Whether `ffn_down` is the layer that comes first, going up from CLIP's width."""
+def _has_swapped_ffn(file: Gguf) -> bool:
+    """Whether `ffn_down` is the first feed-forward layer, whose input has CLIP's width."""
     first = file.tensors.get("v.blk.0.ffn_down.weight")
     return first is not None and first.shape[-1] == file.metadata["clip.vision.embedding_length"]
 
 
-def _swap(name: str) -> str:
+def _swap_ffn(name: str) -> str:
     other = {"ffn_down": "ffn_up", "ffn_up": "ffn_down"}
     return ".".join(other.get(part, part) for part in name.split("."))

@@ -1,12 +1,12 @@
-"""Which layout a checkpoint folder has, seen from its content, and its parts brought together.
+"""Detects the layout of a checkpoint folder from its content, and gathers its parts.
 
     huggingface  config.json with text_config and vision_config; classic, >= 4.52 and v5 names
     original     haotian-liu/LLaVA, merged; CLIP inside or in a folder of its own (--vision-tower)
     lora         adapter_config.json and adapter_model.*; with non_lora_trainables.bin for the projector (--base)
     projector    mm_projector.bin alone (--base)
-    delta        differences to LLaMA, as the first releases (--base)
+    delta        differences to LLaMA, as in the first releases (--base)
 
-Names of folders are never looked at. What is missing is named together with the option that brings it.
+Folder names are ignored. Errors about missing parts name the option that provides them.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Source:
     config_path: Path
     raw: dict[str, Any]
     stored: Stored  # under classic names
-    tokenizer: Path  # the folder that has it
-    processors: tuple[Path, ...]  # folders that may say how pixels are normalised, the first one first
-    notes: tuple[str, ...] = ()  # what was decided without being asked, one sentence each
-    guessed: bool = False  # whether the prompt layout is, and a chat template beside it is the LLaVA's own
+    tokenizer: Path  # the folder with it
+    processors: tuple[Path, ...]  # folders that may have an image processor, in order of precedence
+    notes: tuple[str, ...] = ()  # assumptions made, one sentence each
+    guessed: bool = False  # whether the prompt layout is guessed, so that a chat template decides
 
 
-def recognise(folder: Path) -> Layout:
-    """The layout by the files in `folder`, their config.json and, for deltas, one small tensor."""
+def detect_layout(folder: Path) -> Layout:
+    """The layout, from the files in `folder`, its config.json and, for deltas, one small tensor."""
     if not folder.is_dir():
         raise MissingError(f"{folder} is not a folder; a LLaVA checkpoint folder was expected.")
     if (folder / merge.ADAPTER_CONFIG).is_file():
@@ -58,24 +58,24 @@ def recognise(folder: Path) -> Layout:
     if not has_weights(folder) and (folder / PROJECTOR_FILE).is_file():
         return "projector"
     raw = read_json(folder / "config.json")
-    return "huggingface" if _is_huggingface(raw) else _by_weights(folder, raw)
+    return "huggingface" if _is_huggingface(raw) else _detect_from_weights(folder, raw)
 
 
 def _is_huggingface(raw: Mapping[str, Any]) -> bool:
     return "text_config" in raw or "vision_config" in raw
 
 
-def _weights(folder: Path) -> Stored:
-    return merge.classic(folder, open_folder(folder))
+def _open_weights(folder: Path) -> Stored:
+    return merge.rename_tensors(folder, open_folder(folder))
 
 
-def _by_weights(folder: Path, raw: Mapping[str, Any]) -> Layout:
-    stored = _weights(folder)
+def _detect_from_weights(folder: Path, raw: Mapping[str, Any]) -> Layout:
+    stored = _open_weights(folder)
     norm = stored.get(FINAL_NORM)
-    projects = any(name.startswith("multi_modal_projector.") for name in stored)
-    if norm is not None and projects and float(np.abs(norm.read()).mean()) < _DELTA_NORM:
+    has_projector = any(name.startswith("multi_modal_projector.") for name in stored)
+    if norm is not None and has_projector and float(np.abs(norm.read()).mean()) < _DELTA_NORM:
         return "delta"
-    if projects or original.is_original(raw):
+    if has_projector or original.is_original(raw):
         return "original"
     if norm is not None:
         return "language model"
@@ -84,7 +84,7 @@ def _by_weights(folder: Path, raw: Mapping[str, Any]) -> Layout:
     )
 
 
-# What a checkpoint that is no whole model holds, and what --base then is.
+# Layouts that are not a complete model: what they contain, and what to pass as --base.
 _PARTIAL = {
     "lora": ("low-rank changes (LoRA), not a whole model", "the model it was trained on"),
     "projector": ("a projector only", "the language model it was trained for"),
@@ -92,94 +92,94 @@ _PARTIAL = {
 }
 
 
-def read(folder: Path, base: Path | None = None, vision_tower: Path | None = None) -> Source:
-    """Bring everything together. Raises `MissingError`, `UsageError` or `CheckpointError`; reads no large tensor."""
-    layout = recognise(folder)
+def read_source(folder: Path, base: Path | None = None, vision_tower: Path | None = None) -> Source:
+    """Gather all parts, without reading large tensors. Raises `MissingError`, `UsageError` or `CheckpointError`."""
+    layout = detect_layout(folder)
     if layout == "language model":
         raise CheckpointError(f"{folder} is a language model without a projector; it can only be a LLaVA's --base.")
     if base and layout not in _PARTIAL:
         raise UsageError(f"{folder} is a whole model ({layout} layout) and needs no --base.")
     if not base and layout in _PARTIAL:
-        held, wanted = _PARTIAL[layout]
-        raise UsageError(f"{folder} holds {held}. Pass {wanted} with --base FOLDER.")
+        content, base_model = _PARTIAL[layout]
+        raise UsageError(f"{folder} holds {content}. Pass {base_model} with --base FOLDER.")
     folders = (folder, base) if base else (folder,)
-    stored = _on_base(folder, layout, base) if base else _weights(folder)
-    path = next(place for place in folders if (place / "config.json").is_file()) / "config.json"
+    stored = _apply_to_base(folder, layout, base) if base else _open_weights(folder)
+    path = next(candidate for candidate in folders if (candidate / "config.json").is_file()) / "config.json"
     tokenizer = next(filter(_has_tokenizer, folders), folders[-1])
     source = Source(layout, path, read_json(path), stored, tokenizer, folders)
-    return (_huggingface if _is_huggingface(source.raw) else _original)(source, vision_tower)
+    return (_complete_huggingface if _is_huggingface(source.raw) else _complete_original)(source, vision_tower)
 
 
-def _on_base(folder: Path, layout: Layout, base: Path) -> Stored:
-    kind = recognise(base)
-    if kind not in ("language model", "huggingface", "original"):
-        raise UsageError(f"--base {base} is itself no whole model (it has the {kind} layout).")
-    stored = _weights(base)
+def _apply_to_base(folder: Path, layout: Layout, base: Path) -> Stored:
+    base_layout = detect_layout(base)
+    if base_layout not in ("language model", "huggingface", "original"):
+        raise UsageError(f"--base {base} is not a whole model itself (it has the {base_layout} layout).")
+    stored = _open_weights(base)
     if layout == "lora":
-        return merge.with_adapter(folder, stored)
+        return merge.merge_adapter(folder, stored)
     if layout == "projector":
-        return stored | merge.classic(folder, open_file(folder / PROJECTOR_FILE))
-    return merge.with_delta(folder, _weights(folder), stored)
+        return stored | merge.rename_tensors(folder, open_file(folder / PROJECTOR_FILE))
+    return merge.merge_delta(folder, _open_weights(folder), stored)
 
 
-def _huggingface(source: Source, vision_tower: Path | None) -> Source:
+def _complete_huggingface(source: Source, vision_tower: Path | None) -> Source:
     if vision_tower:
-        whole = source.processors[-1]
-        raise UsageError(f"{whole} is a Hugging Face LLaVA with CLIP inside; leave --vision-tower out.")
+        folder = source.processors[-1]
+        raise UsageError(f"{folder} is a Hugging Face LLaVA with CLIP inside; leave --vision-tower out.")
     if original.names_template(source.raw):
         return source
     note = "The prompt template follows from the language model; --template overrides it."
     return replace(source, notes=(note,), guessed=True)
 
 
-def _original(source: Source, vision_tower: Path | None) -> Source:
+def _complete_original(source: Source, vision_tower: Path | None) -> Source:
     path, raw, stored, processors = source.config_path, source.raw, source.stored, source.processors
     if not original.is_original(raw):
         raise CheckpointError(f"{path} describes no LLaVA: it has no vision_config, mm_vision_tower or mm_hidden_size.")
-    name, reason = original.template(raw)
+    name, reason = original.guess_template(raw)
     notes = [f"Prompt template {name}: {reason}. --template overrides it."]
     if any(key.startswith(VISION_PREFIX) for key in stored):
         if vision_tower:
-            vision, seen = original.vision_from_folder(vision_tower), f"what its tensors mean is read in {vision_tower}"
+            vision, basis = original.vision_from_folder(vision_tower), f"its settings are read from {vision_tower}"
             processors = (*processors, vision_tower)
         else:
-            vision, seen = original.vision_from_shapes(path, raw, stored), "its sizes are read off its tensors"
-        notes.append(f"CLIP is inside the checkpoint; {seen}.")
+            vision, basis = original.vision_from_shapes(path, raw, stored), "its sizes are read off its tensors"
+        notes.append(f"CLIP is inside the checkpoint; {basis}.")
     else:
-        tower = vision_tower or _named_tower(path, raw)
+        tower = vision_tower or _default_vision_tower(path, raw)
         vision = original.vision_from_folder(tower)
         _check_tower(path, raw, tower, vision)
         processors = (*processors, tower)
-        inside = _weights(tower)
-        stored = stored | {key: value for key, value in inside.items() if key.startswith(VISION_PREFIX)}
+        tower_tensors = _open_weights(tower)
+        stored = stored | {key: value for key, value in tower_tensors.items() if key.startswith(VISION_PREFIX)}
         notes.append(f"CLIP is taken from {tower}.")
     raw = original.to_huggingface(path, raw, vision)
-    if raw["llava_edge"]["square"] != "anyres":  # of the base of a fine-tune without tiles; LLaVA does not read it
+    if raw["llava_edge"]["square"] != "anyres":  # LLaVA ignores one left by the base of a fine-tune without tiles
         stored = {key: value for key, value in stored.items() if key != NEWLINE}
     return replace(source, raw=raw, stored=stored, processors=processors, notes=tuple(notes))
 
 
-def _named_tower(path: Path, raw: Mapping[str, Any]) -> Path:
-    named = str(raw.get("mm_vision_tower", "CLIP"))
-    if Path(named).is_absolute() and Path(named).is_dir():
-        return Path(named)
+def _default_vision_tower(path: Path, raw: Mapping[str, Any]) -> Path:
+    tower_name = str(raw.get("mm_vision_tower", "CLIP"))
+    if Path(tower_name).is_absolute() and Path(tower_name).is_dir():
+        return Path(tower_name)
     raise UsageError(
-        f"{path.parent} has no CLIP weights; it was trained with {named}. Download that folder and pass it with "
+        f"{path.parent} has no CLIP weights; it was trained with {tower_name}. Download that folder and pass it with "
         "--vision-tower FOLDER."
     )
 
 
-# Pixels along a side, of the pictures that OpenAI's towers see.
-_SIZES = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224, "clip-vit-base-patch16": 224}
+# Image sizes of OpenAI's towers, in pixels.
+_IMAGE_SIZES = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224, "clip-vit-base-patch16": 224}
 
 
 def _check_tower(path: Path, raw: Mapping[str, Any], tower: Path, vision: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for OpenAI's CLIP of another size than the one named: their tensors may fit each other."""
-    named = str(raw.get("mm_vision_tower", "")).rstrip("/")
-    size = next((size for end, size in _SIZES.items() if named.endswith(end)), None)
+    """Raise `UsageError` for a CLIP of another image size than the one named: the tensors alone may fit."""
+    tower_name = str(raw.get("mm_vision_tower", "")).rstrip("/")
+    size = next((size for end, size in _IMAGE_SIZES.items() if tower_name.endswith(end)), None)
     if size and vision.get("image_size", size) != size:
         raise UsageError(
-            f"{path} was trained with {named}, for pictures of {size} pixels; "
+            f"{path} was trained with {tower_name}, for pictures of {size} pixels; "
             f"{tower} is a CLIP for {vision['image_size']}. Pass the one it was trained with as --vision-tower."
         )
 

@@ -1,6 +1,6 @@
-"""Checkpoints that hold a part or a change only, joined with the model they change. Tensor by tensor, when read.
+"""Merges LoRA adapters and deltas into their base model, one tensor at a time, when it is read.
 
-LoRA     W + scale * B A, and whole tensors in their place (non_lora_trainables.bin: the projector)
+LoRA     W + scale * B A; tensors stored whole replace the base's (non_lora_trainables.bin: the projector)
 delta    base + difference, in float16 as llava/model/apply_delta.py adds; the base may have fewer rows
 """
 
@@ -25,44 +25,44 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = "non_lora_trainables.bin"  # llava/train/train.py
 
-_BASE_UNCHANGED = ("gaussian", "eva", "orthogonal")  # values of init_lora_weights beside true and false
+_BASE_UNCHANGED = ("gaussian", "eva", "orthogonal")  # values of init_lora_weights besides true and false
 
 _LORA = re.compile(r"^(.*)\.lora_(A|B)(?:\.default)?\.weight$")
 
 
-def classic(folder: Path, stored: Mapping[str, StoredTensor]) -> Stored:
+def rename_tensors(folder: Path, stored: Mapping[str, StoredTensor]) -> Stored:
     """Tensors under classic names. Raises `CheckpointError` if two naming schemes meet in one folder."""
-    found: Stored = {}
+    renamed: Stored = {}
     for raw_name, tensor in stored.items():
         name = classic_name(raw_name)
         if is_buffer(name):
             continue
-        if name in found:
+        if name in renamed:
             raise CheckpointError(f"{folder} holds {name} twice, under two naming schemes; it mixes two checkpoints.")
-        found[name] = tensor
-    return found
+        renamed[name] = tensor
+    return renamed
 
 
-def with_adapter(folder: Path, base: Stored) -> Stored:
+def merge_adapter(folder: Path, base: Stored) -> Stored:
     """`base` with the adapter in `folder` merged. Raises `MissingError` or `CheckpointError`."""
     scale = _scale(folder / ADAPTER_CONFIG)
     pairs: dict[str, dict[str, StoredTensor]] = {}
     merged = dict(base)
-    for name, tensor in _adapter(folder).items():
-        low_rank = _LORA.match(name)
-        if not low_rank:
-            merged[classic_name(_unwrapped(name))] = tensor
+    for name, tensor in _open_adapter(folder).items():
+        match = _LORA.match(name)
+        if not match:
+            merged[classic_name(_strip_prefixes(name))] = tensor
             continue
-        pairs.setdefault(classic_name(_unwrapped(low_rank[1] + ".weight")), {})[low_rank[2]] = tensor
+        pairs.setdefault(classic_name(_strip_prefixes(match[1] + ".weight")), {})[match[2]] = tensor
     if (folder / NON_LORA).is_file():
-        whole = {_unwrapped(name): tensor for name, tensor in open_file(folder / NON_LORA).items()}
-        merged |= classic(folder, whole)
+        full_tensors = {_strip_prefixes(name): tensor for name, tensor in open_file(folder / NON_LORA).items()}
+        merged |= rename_tensors(folder, full_tensors)
     for name, pair in pairs.items():
-        merged[name] = _low_rank(folder, name, base.get(name), pair, scale)
+        merged[name] = _merged_tensor(folder, name, base.get(name), pair, scale)
     return merged
 
 
-def _adapter(folder: Path) -> Stored:
+def _open_adapter(folder: Path) -> Stored:
     for name in ADAPTERS:
         if (folder / name).is_file():
             return open_file(folder / name)
@@ -70,13 +70,15 @@ def _adapter(folder: Path) -> Stored:
 
 
 def _scale(path: Path) -> float:
-    """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters. What would need another formula is refused."""
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters. Adapters of other formulas are refused."""
     raw = read_json(path)
     kind = str(raw.get("peft_type", "LORA")).upper()
     unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if raw.get(key)]
     if kind != "LORA" or unsupported:
-        what = f"{kind} adapters" if kind != "LORA" else f"adapters with {unsupported[0]}"
-        raise CheckpointError(f"{path}: {what} are not supported, plain LoRA is. Merge it with peft and export that.")
+        unsupported_kind = f"{kind} adapters" if kind != "LORA" else f"adapters with {unsupported[0]}"
+        raise CheckpointError(
+            f"{path}: {unsupported_kind} are not supported, only plain LoRA. Merge it with peft and export the result."
+        )
     initial = raw.get("init_lora_weights", True)
     if not isinstance(initial, bool) and initial not in _BASE_UNCHANGED:
         raise CheckpointError(
@@ -89,13 +91,13 @@ def _scale(path: Path) -> float:
     return float(alpha) / (math.sqrt(rank) if raw.get("use_rslora") else rank)
 
 
-def _unwrapped(name: str) -> str:
-    """Without the prefixes of peft's wrapper; LLaVA's own trainer leaves one more (llava/model/builder.py)."""
+def _strip_prefixes(name: str) -> str:
+    """Strip the prefixes of peft's wrapper, and the extra one of LLaVA's trainer (llava/model/builder.py)."""
     name = re.sub(r"^base_model\.(model\.)?", "", name)
     return re.sub(r"^model\.model\.", "model.", name)
 
 
-def _low_rank(
+def _merged_tensor(
     folder: Path, name: str, base: StoredTensor | None, pair: Mapping[str, StoredTensor], scale: float
 ) -> StoredTensor:
     if base is None:
@@ -115,20 +117,21 @@ def _low_rank(
     return StoredTensor(base.shape, read)
 
 
-def with_delta(folder: Path, delta: Stored, base: Stored) -> Stored:
-    """`delta` added to `base`. What only the delta has (the projector) is taken as it is."""
+def merge_delta(folder: Path, delta: Stored, base: Stored) -> Stored:
+    """`delta` added to `base`. Tensors that only the delta has (the projector) are taken unchanged."""
     missing = sorted(base.keys() - delta.keys())
     if missing:
         raise CheckpointError(f"{folder} has no difference for {missing[0]} ({len(missing)} in all); is it a delta?")
     return {
-        name: _added(folder, name, tensor, base[name]) if name in base else tensor for name, tensor in delta.items()
+        name: _sum_tensor(folder, name, tensor, base[name]) if name in base else tensor
+        for name, tensor in delta.items()
     }
 
 
-def _added(folder: Path, name: str, delta: StoredTensor, base: StoredTensor) -> StoredTensor:
+def _sum_tensor(folder: Path, name: str, delta: StoredTensor, base: StoredTensor) -> StoredTensor:
     rows = base.shape[0]
-    grown = name in (EMBEDDINGS, HEAD) and delta.shape[0] >= rows and delta.shape[1:] == base.shape[1:]
-    if delta.shape != base.shape and not grown:
+    has_added_rows = name in (EMBEDDINGS, HEAD) and delta.shape[0] >= rows and delta.shape[1:] == base.shape[1:]
+    if delta.shape != base.shape and not has_added_rows:
         raise CheckpointError(f"{folder}: {name} is {delta.shape}, the base has {base.shape}; is it the right base?")
 
     def read() -> np.ndarray[Any, Any]:

@@ -35,7 +35,7 @@ _PROJECTOR = re.compile(r"^(?:model\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)$"
 
 
 def classic_name(name: str) -> str:
-    """The classic name; one that no layout has comes back as it is."""
+    """The classic name; names of no known layout are returned unchanged."""
     projector = _PROJECTOR.match(name)
     if projector:  # the modules of LLaVA's nn.Sequential: Linear 0, GELU 1, Linear 2, ...
         return f"multi_modal_projector.linear_{int(projector[1] or 0) // 2 + 1}.{projector[2]}"
@@ -46,5 +46,5 @@ def classic_name(name: str) -> str:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a stored tensor is no weight: computed from the configuration, and never read."""
+    """Whether a stored tensor is a buffer computed from the configuration, which is never read."""
     return _BUFFERS.search(name) is not None

@@ -1,6 +1,6 @@
-"""`config.json` as haotian-liu/LLaVA writes it -> the dictionary Hugging Face would have.
+"""`config.json` of haotian-liu/LLaVA -> the dictionary in Hugging Face's format.
 
-The language model's numbers stand at the top level; CLIP is only named (`mm_vision_tower`), so its numbers come
+The language model's numbers are at the top level; CLIP is only named (`mm_vision_tower`), so its numbers come
 from its own folder or from the shapes of its tensors. Names and defaults: llava/model/llava_arch.py and builder.py.
 """
 
@@ -19,47 +19,47 @@ from llava_edge.models.shapes import VISION_PREFIX
 
 MARKERS = ("<im_start>", "<im_end>")  # llava/constants.py
 
-_TEXT = (
+_TEXT_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act"),
     *("max_position_embeddings", "partial_rotary_factor", "tie_word_embeddings", "attention_bias", "mlp_bias"),
     *("bos_token_id", "eos_token_id"),
 )
-_FEATURES = {"patch": "default", "cls_patch": "full"}
-_HEAD_WIDTH = 64  # of every CLIP that OpenAI published
+_SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+_HEAD_WIDTH = 64  # in every CLIP that OpenAI published
 
-# What each Llava... class of the repository wraps.
+# The language model of each of the repository's classes.
 _LANGUAGE_MODELS = {"LlavaLlamaForCausalLM": "llama", "LlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
 
 
 def is_original(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json is in this layout; `model_type` "llava" is used by both."""
+    """Whether a config.json is in this layout; both use `model_type` "llava"."""
     return "text_config" not in raw and ("mm_vision_tower" in raw or "mm_hidden_size" in raw)
 
 
 def names_template(raw: Mapping[str, Any]) -> bool:
-    """Whether a Hugging Face config.json says the prompt layout, as our trainer's does."""
-    own = raw.get("llava_edge")
-    return isinstance(own, Mapping) and "template" in own
+    """Whether a Hugging Face config.json names the prompt layout, as our trainer writes it."""
+    section = raw.get("llava_edge")
+    return isinstance(section, Mapping) and "template" in section
 
 
 def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
-    """The Hugging Face dictionary. `vision` is CLIP's vision_config. Raises `CheckpointError` naming the setting."""
-    given = raw.get("architectures") or "LlavaLlamaForCausalLM"
-    architecture = given if isinstance(given, str) else given[0]
+    """Convert `raw`. `vision` is CLIP's vision_config. Raises `CheckpointError` naming an unsupported setting."""
+    value = raw.get("architectures") or "LlavaLlamaForCausalLM"
+    architecture = value if isinstance(value, str) else value[0]
     if not isinstance(architecture, str) or architecture not in _LANGUAGE_MODELS:
         known = ", ".join(_LANGUAGE_MODELS)
         raise CheckpointError(f"{path} is for {architecture!r}, which is not supported; expected one of {known}.")
     if "mm_vision_select_layer" not in raw:
         raise CheckpointError(f"{path} does not say which CLIP layer to read; set mm_vision_select_layer (LLaVA: -2).")
     feature = raw.get("mm_vision_select_feature", "patch")
-    if not isinstance(feature, str) or feature not in _FEATURES:
+    if not isinstance(feature, str) or feature not in _SELECT_STRATEGIES:
         raise CheckpointError(f"{path} sets mm_vision_select_feature to {feature!r}; expected patch or cls_patch.")
-    text = {key: raw[key] for key in _TEXT if raw.get(key) is not None}
-    if "sliding_window" in raw:  # null means none; only a missing one is Mistral's default
+    text = {key: raw[key] for key in _TEXT_KEYS if raw.get(key) is not None}
+    if "sliding_window" in raw:  # null means none; if missing, Mistral's default applies
         text["sliding_window"] = raw["sliding_window"]
     if (text.get("bos_token_id"), text.get("eos_token_id")) == (0, 1):
-        text |= {"bos_token_id": 1, "eos_token_id": 2}  # a known fault of converted LLaMA-1; the tokenizer is right
+        text |= {"bos_token_id": 1, "eos_token_id": 2}  # a known bug of converted LLaMA-1; its tokenizer is right
     context = [raw[key] for key in ("tokenizer_model_max_length", "max_sequence_length") if raw.get(key)]
     if context and "max_position_embeddings" in text:
         text["max_position_embeddings"] = min(text["max_position_embeddings"], *context)
@@ -70,30 +70,30 @@ def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]
         "text_config": {**text, "model_type": _LANGUAGE_MODELS[architecture]},
         "vision_config": dict(vision),
         "vision_feature_layer": raw["mm_vision_select_layer"],
-        "vision_feature_select_strategy": _FEATURES[feature],
+        "vision_feature_select_strategy": _SELECT_STRATEGIES[feature],
         "image_token_index": raw.get("vocab_size", 32000),
         "llava_edge": {
             "projector_type": raw.get("mm_projector_type") or "linear",
             "square": {"pad": "pad", "square": "crop"}.get(square, square),
             "merge": (raw.get("mm_patch_merge_type") if square == "anyres" else None) or "flat",
-            "template": template(raw)[0],
+            "template": guess_template(raw)[0],
             "image_markers": list(MARKERS) if raw.get("mm_use_im_start_end") else [],
         },
     }
 
 
 def _grids(path: Path, raw: Mapping[str, Any]) -> list[list[int]]:
-    """LLaVA's (width, height) pairs, sometimes written as a string, in Hugging Face's order (height, width)."""
-    given = raw.get("image_grid_pinpoints")
+    """LLaVA's (width, height) pairs, sometimes a string, in Hugging Face's order (height, width)."""
+    value = raw.get("image_grid_pinpoints")
     try:
-        pairs = json.loads(given.replace("(", "[").replace(")", "]")) if isinstance(given, str) else list(given or ())
+        pairs = json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else list(value or ())
         return [[int(height), int(width)] for width, height in pairs]
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} should give image_grid_pinpoints as pairs of pixels, has {given!r}.") from error
+        raise CheckpointError(f"{path} should give image_grid_pinpoints as pairs of pixels, has {value!r}.") from error
 
 
-def template(raw: Mapping[str, Any]) -> tuple[str, str]:
-    """Which prompt layout the model was trained with, as far as its config shows, and why. No config names it."""
+def guess_template(raw: Mapping[str, Any]) -> tuple[str, str]:
+    """The prompt layout the model was trained with, guessed from its config, and the reason. No config names it."""
     rows = raw.get("vocab_size", 0)
     if raw.get("mm_use_im_start_end"):
         if rows >= 32004:
@@ -107,7 +107,7 @@ def template(raw: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def vision_from_folder(folder: Path) -> dict[str, Any]:
-    """vision_config of a CLIP folder; CLIP's own config nests it, a lone vision model's is flat."""
+    """vision_config of a CLIP folder: nested in a full CLIP's config, flat in a vision model's."""
     raw = read_json(folder / "config.json")
     vision = raw.get("vision_config", raw)
     if not isinstance(vision, dict) or "patch_size" not in vision:
@@ -116,29 +116,29 @@ def vision_from_folder(folder: Path) -> dict[str, Any]:
 
 
 def vision_from_shapes(path: Path, raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """vision_config of a tower inside a checkpoint, whose config.json only names it; one of OpenAI's, as far as told.
+    """vision_config of a tower inside a checkpoint, from its shapes; assumes one of OpenAI's unless named otherwise.
 
-    Raises `CheckpointError` if it is not whole, `UsageError` if it is known to be another's.
+    Raises `CheckpointError` if it is incomplete, `UsageError` if it is known not to be OpenAI's.
     """
-    named = str(raw.get("mm_vision_tower", ""))
-    if any(other in named.lower() for other in ("laion", "openclip", "open_clip")):
+    tower_name = str(raw.get("mm_vision_tower", ""))
+    if any(vendor in tower_name.lower() for vendor in ("laion", "openclip", "open_clip")):
         raise UsageError(
-            f"{path} has the tower {named} inside, whose heads and activation no tensor tells. "
+            f"{path} has the tower {tower_name} inside, whose heads and activation cannot be told from its tensors. "
             "Pass a folder with its config.json as --vision-tower FOLDER."
         )
     shapes = {name.removeprefix(VISION_PREFIX): tensor.shape for name, tensor in stored.items()}
     try:
         width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
         grid = round((shapes["embeddings.position_embedding.weight"][0] - 1) ** 0.5)
-        inner = shapes["encoder.layers.0.mlp.fc1.weight"][0]
+        mlp_width = shapes["encoder.layers.0.mlp.fc1.weight"][0]
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: the CLIP tower inside the checkpoint is not whole ({error}).") from error
+        raise CheckpointError(f"{path}: the CLIP tower inside the checkpoint is incomplete ({error}).") from error
     blocks = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")}
     sizes = VisionConfig(
         image_size=grid * patch,
         patch_size=patch,
         hidden_size=width,
-        intermediate_size=inner,
+        intermediate_size=mlp_width,
         num_hidden_layers=max(blocks) + 1,
         num_attention_heads=max(1, width // _HEAD_WIDTH),
     )

@@ -1,6 +1,6 @@
 """Tensor files -> numpy, one tensor at a time: `.safetensors` (mapped) and PyTorch's `.bin` pickles.
 
-Knows file formats only, no model. Values come out as float32, C-contiguous; bfloat16 is widened by hand, since
+Knows file formats only, no models. Values are returned as float32, C-contiguous; bfloat16 is converted by hand, since
 numpy has no such type. Pickles are only ever read with `weights_only=True`; there is no fallback.
 """
 
@@ -17,15 +17,15 @@ import numpy as np
 from llava_edge.errors import CheckpointError, MissingError, StorageError, UnavailableError, install
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-SINGLE = ("model.safetensors", "pytorch_model.bin")
-INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 _Entry = tuple[str, tuple[int, ...], int, int]  # type, shape, first byte, last byte + 1
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
 
 
 class StoredTensor:
-    """One tensor that is read when asked for."""
+    """A tensor that `read` reads from disk."""
 
     def __init__(self, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
         self.shape = shape
@@ -37,11 +37,11 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
 
     Raises `MissingError` when there are no weights, `CheckpointError` when a file cannot be right.
     """
-    for single, index in zip(SINGLE, INDEX, strict=True):
+    for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
         if (folder / single).is_file():
             return open_file(folder / single)
         if (folder / index).is_file():
-            return _join(open_file(path) for path in _shards(folder, folder / index))
+            return _merge_shards(open_file(path) for path in _shards(folder, folder / index))
     raise MissingError(
         f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, whole or in shards with an index."
     )
@@ -49,12 +49,12 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 def has_weights(folder: Path) -> bool:
     """Whether `open_folder` would find anything."""
-    return any((folder / name).is_file() for name in (*SINGLE, *INDEX))
+    return any((folder / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `CheckpointError` with the reason."""
-    refuse_stand_in(path)
+    refuse_placeholder(path)
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -77,18 +77,18 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _join(files: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+def _merge_shards(files: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     joined: dict[str, StoredTensor] = {}
     for tensors in files:
-        twice = joined.keys() & tensors.keys()
-        if twice:
-            raise CheckpointError(f"The tensor {min(twice)} is in two shards; the folder mixes two checkpoints.")
+        duplicates = joined.keys() & tensors.keys()
+        if duplicates:
+            raise CheckpointError(f"The tensor {min(duplicates)} is in two shards; the folder mixes two checkpoints.")
         joined |= tensors
     return joined
 
 
-def refuse_stand_in(path: Path) -> None:
-    """Raises `CheckpointError` for what lies in a file's place where it was not downloaded."""
+def refuse_placeholder(path: Path) -> None:
+    """Raise `CheckpointError` for a Git LFS pointer or a web page in place of the file."""
     with path.open("rb") as file:
         start = file.read(200)
     if start.startswith(b"version https://git-lfs"):
@@ -98,12 +98,13 @@ def refuse_stand_in(path: Path) -> None:
 
 
 def open_file(path: Path) -> dict[str, StoredTensor]:
-    refuse_stand_in(path)
+    """All tensors of a safetensors or pickle file by their stored names. Raises `CheckpointError`."""
+    refuse_placeholder(path)
     return _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
 
 
 def _safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Layout: uint64 header length, JSON header, values. Offsets in the header count from its end."""
+    """Layout: uint64 header length, JSON header, values. Offsets in the header are relative to its end."""
     damaged = f"{path} is not a whole safetensors file"
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -112,7 +113,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{damaged}: its header should have {length} bytes, the file has {size}.")
         try:
             header = json.loads(file.read(length))
-            entries = {name: _entry(entry) for name, entry in header.items() if name != "__metadata__"}
+            entries = {name: _parse_entry(entry) for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, TypeError, OverflowError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{damaged}: its header cannot be read ({error!r}).") from error
     start = 8 + length
@@ -125,15 +126,15 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{damaged}: {name} has {end - begin} bytes, its shape {shape} in {dtype} needs others."
             )
-    return {name: _mapped(path, name, start, entry) for name, entry in entries.items()}
+    return {name: _mapped_tensor(path, name, start, entry) for name, entry in entries.items()}
 
 
-def _entry(entry: dict[str, Any]) -> _Entry:
+def _parse_entry(entry: dict[str, Any]) -> _Entry:
     begin, end = entry["data_offsets"]
     return str(entry["dtype"]), tuple(int(side) for side in entry["shape"]), int(begin), int(end)
 
 
-def _mapped(path: Path, name: str, start: int, entry: _Entry) -> StoredTensor:
+def _mapped_tensor(path: Path, name: str, start: int, entry: _Entry) -> StoredTensor:
     dtype, shape, begin, end = entry
 
     def read() -> np.ndarray:
@@ -160,16 +161,16 @@ def _pickle(path: Path) -> dict[str, StoredTensor]:
         ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except Exception as error:  # torch raises a dozen kinds for a bad file
+    except Exception as error:  # torch raises many types for a bad file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} cannot be read safely as a dictionary of tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} should hold a dictionary of tensors and nothing else.")
 
-    def stored(tensor: torch.Tensor) -> StoredTensor:
+    def stored_tensor(tensor: torch.Tensor) -> StoredTensor:
         return StoredTensor(tuple(tensor.shape), lambda: tensor.detach().to(torch.float32).contiguous().numpy())
 
-    return {str(name): stored(tensor) for name, tensor in state.items()}
+    return {str(name): stored_tensor(tensor) for name, tensor in state.items()}
 
 
 def _is_zip(path: Path) -> bool:

@@ -1,9 +1,9 @@
 """A checkpoint's tokenizer -> the vocabulary fields of a GGUF.
 
-Two kinds are read: SentencePiece (`tokenizer.model`, LLaMA and Vicuna, or the same as `tokenizer.json`) and byte-level
-BPE (`tokenizer.json`, GPT-2 style). llama.cpp has its own tokenizer for each, with behaviour chosen by a few fields;
-whatever it would do differently from the original is refused here rather than tokenized wrongly. The SentencePiece
-file is a protobuf of which five fields are needed, so it is read by hand.
+Two kinds are supported: SentencePiece (`tokenizer.model`, LLaMA and Vicuna, or the same as `tokenizer.json`) and
+byte-level BPE (`tokenizer.json`, GPT-2 style). llama.cpp implements both, controlled by a few fields; a tokenizer that
+it would not reproduce is refused here rather than tokenized wrongly. The SentencePiece file is a protobuf of which only
+five fields are needed, so it is parsed by hand.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any, Literal
 from llava_edge import protobuf
 from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.export import llama_json
-from llava_edge.export.tensors import read_json, refuse_stand_in
+from llava_edge.export.tensors import read_json, refuse_placeholder
 from llava_edge.models.config import LlavaConfig
 from llava_edge.prompt import AfterControl
 from llava_edge.templates import template
 
-# Token types; SentencePiece's enum and GGUF's are the same numbers.
+# Token types, the same numbers in SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-ADDED_SCORE, PAD_SCORE = -1000.0, -10000.0  # what llama.cpp's own converter writes
+ADDED_SCORE, PAD_SCORE = -1000.0, -10000.0  # the values of llama.cpp's own converter
 
 # The split pattern of LLaMA 3's tokenizer.json, which llama.cpp knows as "llama-bpe".
 _LLAMA3_SPLIT = (
@@ -36,7 +36,7 @@ _LLAMA3_SPLIT = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF says about its tokenizer. `tokens`, `scores` and `types` have one entry per embedding row."""
+    """The tokenizer fields of a GGUF. `tokens`, `scores` and `types` have one entry per embedding row."""
 
     model: Literal["llama", "gpt2"]
     tokens: tuple[str, ...]
@@ -70,20 +70,20 @@ class Vocabulary:
 
 
 def read_tokenizer(folder: Path, config: LlavaConfig) -> Vocabulary:
-    """Read `tokenizer.model` or `tokenizer.json`. Raises `MissingError`, or `CheckpointError` for what would go wrong.
+    """Read `tokenizer.model` or `tokenizer.json`. Raises `MissingError`, or `CheckpointError` for an unsupported one.
 
-    Embedding rows behind the tokenizer's last token become unused `[PADi]` tokens.
+    Embedding rows after the tokenizer's last token become unused `[PADi]` tokens.
     """
     try:
-        vocabulary = _padded(_read(folder, config), config.text.vocab_size)
-        "".join((*vocabulary.tokens, *vocabulary.merges)).encode()  # all are texts, and whole ones
+        vocabulary = _pad(_read(folder, config), config.text.vocab_size)
+        "".join((*vocabulary.tokens, *vocabulary.merges)).encode()  # all are valid strings
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"The tokenizer in {folder} holds a value of the wrong kind: {error!r}.") from error
-    _check(folder, config, vocabulary)
+        raise CheckpointError(f"The tokenizer in {folder} has a value of the wrong type: {error!r}.") from error
+    _check_vocabulary(folder, config, vocabulary)
     return vocabulary
 
 
-def _padded(vocabulary: Vocabulary, rows: int) -> Vocabulary:
+def _pad(vocabulary: Vocabulary, rows: int) -> Vocabulary:
     size = len(vocabulary.tokens)
     return replace(
         vocabulary,
@@ -93,12 +93,11 @@ def _padded(vocabulary: Vocabulary, rows: int) -> Vocabulary:
     )
 
 
-def after_control(folder: Path, config: LlavaConfig) -> AfterControl:
-    """How text behind a control token is tokenized, as transformers has done it since 4.34 for SentencePiece.
+def read_after_control(folder: Path, config: LlavaConfig) -> AfterControl:
+    """How text after a control token is tokenized, as by transformers since 4.34 for SentencePiece.
 
-    `legacy` in tokenizer_config.json decides; a missing one means true there. LLaVA-1.5 says false. The versions
-    before 4.34, with which it was trained, had a third way, which only config.json can ask for. Of a tokenizer.json
-    alone, its own way.
+    `legacy` in tokenizer_config.json decides, true if missing; LLaVA-1.5 has false. Versions before 4.34, with which it
+    was trained, had a third way, which only config.json can select. A tokenizer.json alone says it itself.
     """
     if config.after_control:
         return config.after_control
@@ -116,22 +115,22 @@ def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
     elif (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
         raw = read_json(path)
-        vocabulary = (_llama if llama_json.is_llama(raw) else _byte_level_bpe)(path, raw, rows)
+        vocabulary = (_llama_json if llama_json.is_llama(raw) else _byte_level_bpe)(path, raw, rows)
     else:
         raise MissingError(f"{folder} has no tokenizer; expected tokenizer.model or tokenizer.json.")
-    added = _added(folder)
+    added = _added_tokens(folder)
     size = max([len(vocabulary.tokens), *(i + 1 for i in added)])
     _check_size(folder, size, rows)
-    return _with_special_ids(folder, config, _with_added(folder, vocabulary, added, size))
+    return _apply_special_ids(folder, config, _apply_added(folder, vocabulary, added, size))
 
 
-def _check_size(where: Path, size: int, rows: int) -> None:
+def _check_size(folder: Path, size: int, rows: int) -> None:
     if size > rows:
-        raise CheckpointError(f"The tokenizer in {where} has {size} tokens, the embedding table only {rows} rows.")
+        raise CheckpointError(f"The tokenizer in {folder} has {size} tokens, the embedding table only {rows} rows.")
 
 
-def _added(folder: Path) -> dict[int, tuple[str, bool]]:
-    """id -> (text, special) of tokens added behind or over the trained ones, from the files that may list them."""
+def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
+    """id -> (text, special) of tokens added to or replacing the trained ones, from the files that may list them."""
     added: dict[int, tuple[str, bool]] = {}
     if (folder / "added_tokens.json").is_file():
         added = {int(i): (text, True) for text, i in read_json(folder / "added_tokens.json").items()}
@@ -143,8 +142,8 @@ def _added(folder: Path) -> dict[int, tuple[str, bool]]:
     return added
 
 
-def _with_added(folder: Path, vocabulary: Vocabulary, added: dict[int, tuple[str, bool]], size: int) -> Vocabulary:
-    trained, padded = len(vocabulary.tokens), _padded(vocabulary, size)
+def _apply_added(folder: Path, vocabulary: Vocabulary, added: dict[int, tuple[str, bool]], size: int) -> Vocabulary:
+    trained, padded = len(vocabulary.tokens), _pad(vocabulary, size)
     tokens, types, scores = list(padded.tokens), list(padded.types), list(padded.scores)
     for i, (text, special) in added.items():
         kind = CONTROL if special else USER_DEFINED
@@ -157,8 +156,8 @@ def _with_added(folder: Path, vocabulary: Vocabulary, added: dict[int, tuple[str
     return replace(padded, tokens=tuple(tokens), types=tuple(types), scores=tuple(scores))
 
 
-def _with_special_ids(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> Vocabulary:
-    """bos and eos: the tokenizer's own word first, then config.json (early LLaVA configs have wrong ids)."""
+def _apply_special_ids(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> Vocabulary:
+    """Set bos and eos from the tokenizer, else from config.json (early LLaVA configs have wrong ids)."""
     settings = _tokenizer_config(folder)
 
     def find(key: str, fallback: int) -> int:
@@ -179,10 +178,10 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _check(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
+def _check_vocabulary(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
     size = len(vocabulary.tokens)
     if max(vocabulary.bos, vocabulary.eos) >= size:
-        raise CheckpointError(f"{folder} names bos {vocabulary.bos} and eos {vocabulary.eos} of only {size} tokens.")
+        raise CheckpointError(f"{folder} has bos {vocabulary.bos} and eos {vocabulary.eos}, but only {size} tokens.")
     if len(set(vocabulary.tokens)) != size:
         raise CheckpointError(f"The tokenizer in {folder} has the same token twice.")
     control = {text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL}
@@ -190,11 +189,13 @@ def _check(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
     if missing:
         raise CheckpointError(
             f"The prompt template {config.template!r} needs the special tokens {', '.join(missing)}, "
-            f"which the tokenizer in {folder} does not have; name the one that the model was trained with: --template."
+            f"which the tokenizer in {folder} lacks; pass the layout that the model was trained with as --template."
         )
     missing = [text for text in config.image_markers if text not in control]
     if missing:
-        raise CheckpointError(f"The image markers {', '.join(missing)} are no special tokens of the one in {folder}.")
+        raise CheckpointError(
+            f"The image markers {', '.join(missing)} are not special tokens of the tokenizer in {folder}."
+        )
 
 
 # --- SentencePiece ---------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     value: Any
-    refuse_stand_in(path)
+    refuse_placeholder(path)
     try:
         for field, value in protobuf.fields(path.read_bytes()):
             if field == 1:
@@ -221,7 +222,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
         raise CheckpointError(f"{path} is not a SentencePiece model ({error!r}); download it again.") from error
     if not pieces:
         raise CheckpointError(f"{path} is not a SentencePiece model: it has no pieces; download it again.")
-    # llama.cpp's tokenizer merges by score, falls back to bytes, and changes no text beforehand.
+    # llama.cpp's tokenizer merges by score, falls back to bytes, and does not normalise text.
     rules = {
         "is a unigram model; only BPE is supported": trainer.get(3, 1) == 2,
         "has no byte pieces to fall back to": sum(kind == BYTE for _, _, kind in pieces) == 256,
@@ -244,7 +245,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
 
 
 def _bpe(path: Path, raw: dict[str, Any], rows: int) -> tuple[dict[str, Any], tuple[str, ...], tuple[int, ...]]:
-    """The model of a BPE file, its tokens, and whether each is normal or unused. Refuses what neither kind may have."""
+    """The model of a BPE file, its tokens and their types. Refuses what neither kind supports."""
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(f"{path} is not a BPE tokenizer; expected a model of type BPE with a vocab.")
@@ -259,13 +260,13 @@ def _bpe(path: Path, raw: dict[str, Any], rows: int) -> tuple[dict[str, Any], tu
 
 
 def _require(path: Path, rules: dict[str, bool]) -> None:
-    for fault, good in rules.items():
+    for problem, good in rules.items():
         if not good:
-            raise CheckpointError(f"The tokenizer {path} {fault}, so its tokens would come out wrong.")
+            raise CheckpointError(f"The tokenizer {path} {problem}, so its tokens would come out wrong.")
 
 
-def _llama(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
-    """What `_sentencepiece` gives, from what transformers makes of a tokenizer.model."""
+def _llama_json(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
+    """The same as `_sentencepiece`, from transformers' conversion of a tokenizer.model."""
     prefix = llama_json.dummy_prefix(path, raw)
     model, tokens, types = _bpe(path, raw, rows)
     rules = {
@@ -274,7 +275,7 @@ def _llama(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
     }
     _require(path, rules)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    scores = llama_json.scores(path, list(model["vocab"]), merges)
+    scores = llama_json.merge_scores(path, list(model["vocab"]), merges)
     kinds = {f"<0x{byte:02X}>": BYTE for byte in range(256)} | {"<unk>": UNKNOWN}
     return Vocabulary(
         model="llama",
@@ -307,29 +308,29 @@ def _byte_level_bpe(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
 
 
 def _pre_tokenizer(path: Path, raw: dict[str, Any]) -> str:
-    """llama.cpp's name for the way text is cut before merging, recognised by content."""
+    """llama.cpp's name for the pre-tokenizer, detected by its content."""
     stages = raw.get("pre_tokenizer") or {}
     stages = stages.get("pretokenizers", []) if stages.get("type") == "Sequence" else [stages]
     kinds = [stage.get("type") for stage in stages]
-    level = stages[-1] if kinds and kinds[-1] == "ByteLevel" else {}
-    if level and not level.get("add_prefix_space", True):
-        cut = stages[:-1]
-        if not cut and level.get("use_regex", True):
+    byte_level = stages[-1] if kinds and kinds[-1] == "ByteLevel" else {}
+    if byte_level and not byte_level.get("add_prefix_space", True):
+        before, regex = stages[:-1], byte_level.get("use_regex", True)
+        if not before and regex:
             return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and cut[0].get("individual_digits") and level.get("use_regex", True):
+        if kinds == ["Digits", "ByteLevel"] and before[0].get("individual_digits") and regex:
             return "smollm"
-        if kinds == ["Split", "ByteLevel"] and not level.get("use_regex", True):
-            split = cut[0]
+        if kinds == ["Split", "ByteLevel"] and not regex:
+            split = before[0]
             if split.get("pattern") == {"Regex": _LLAMA3_SPLIT} and split.get("behavior") == "Isolated":
                 return "llama-bpe"
     raise CheckpointError(
-        f"{path} cuts text in a way that is not known here ({json.dumps(stages)[:200]}); supported are GPT-2's, "
+        f"{path} has an unsupported pre-tokenizer ({json.dumps(stages)[:200]}); supported are GPT-2's, "
         "SmolLM's and LLaMA 3's byte-level pre-tokenizers without a prefix space."
     )
 
 
 def _adds_bos(raw: dict[str, Any]) -> bool:
-    """Whether the post-processor puts a special token in front of a text."""
+    """Whether the post-processor adds a special token before the text."""
     stages = raw.get("post_processor") or {}
     stages = stages.get("processors", []) if stages.get("type") == "Sequence" else [stages]
     return any(

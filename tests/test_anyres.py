@@ -490,12 +490,12 @@ def test_what_a_mistral_leaves_out() -> None:
     ("changes", "said"),
     [
         ({"image_grid_pinpoints": [[32, 50]]}, "50 x 32 pixels is not"),
-        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "wrong kind"),
-        ({"image_grid_pinpoints": [32, 64]}, "wrong kind"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "wrong type"),
+        ({"image_grid_pinpoints": [32, 64]}, "wrong type"),
         ({"model_type": "llava"}, "at least one grid"),
         ({"vision_feature_select_strategy": "full"}, "as many columns as rows, not 17"),
         ({"llava_edge": {"template": "chatml", "merge": "spatial"}}, "merge to 'spatial'"),
-        ({"llava_edge": {"template": "chatml", "merge": "flat"}}, "not known .image_newline"),
+        ({"llava_edge": {"template": "chatml", "merge": "flat"}}, "unknown .image_newline"),
     ],
     ids=lambda value: str(value)[:40],
 )

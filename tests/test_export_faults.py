@@ -54,7 +54,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray[Any, Any]]
 # --- checkpoints that cannot be right --------------------------------------------------------------------------
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"text_config__hidden_size": "big"}, "hidden_size|wrong kind"),
+    ({"text_config__hidden_size": "big"}, "hidden_size|wrong type"),
     ({"text_config__num_attention_heads": 0}, "num_attention_heads to 0"),
     ({"text_config__num_attention_heads": 3}, "multiple of its heads"),
     ({"text_config__num_key_value_heads": 3}, "multiple of its kv heads"),
@@ -83,11 +83,11 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"text_config__rms_norm_eps": float("inf")}, "rms_norm_eps to inf"),
     ({"text_config__rms_norm_eps": float("nan")}, "rms_norm_eps to nan"),
     ({"text_config__rope_theta": 10**400}, "rope_theta"),
-    ({"llava_edge__projector_type": 5}, "wrong kind"),
-    ({"text_config__model_type": "mistral", "text_config__sliding_window": float("inf")}, "wrong kind"),
+    ({"llava_edge__projector_type": 5}, "wrong type"),
+    ({"text_config__model_type": "mistral", "text_config__sliding_window": float("inf")}, "wrong type"),
     ({"llava_edge__projector_type": "mlp²x_gelu"}, "mlp²x_gelu"),
     ({"llava_edge__projector_type": "mlp1000000000x_gelu"}, "layers at most"),
-    ({"llava_edge__image_pool": "2"}, "wrong kind"),
+    ({"llava_edge__image_pool": "2"}, "wrong type"),
     ({"projector_hidden_act": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
     ({"multimodal_projector_bias": False}, "multimodal_projector_bias"),
     ({"llava_edge__projector_type": "resampler"}, "resampler"),
@@ -114,13 +114,13 @@ def test_everything_that_does_not_fit_is_said_at_once(checkpoint: Path) -> None:
     edit_tensors(checkpoint, damage)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(checkpoint)
-    said = ("2 missing", "lm_head", "fc1.bias", "1 not known", "q_proj.bias", "1 of the wrong shape", "(256, 255)")
+    said = ("2 missing", "lm_head", "fc1.bias", "1 unknown", "q_proj.bias", "1 of the wrong shape", "(256, 255)")
     assert [part for part in said if part not in str(caught.value)] == []
 
 
 def test_a_head_that_is_said_to_be_tied_but_is_not(checkpoint: Path) -> None:
     edit_config(checkpoint, text_config__tie_word_embeddings=True)
-    with pytest.raises(CheckpointError, match="tied"):
+    with pytest.raises(CheckpointError, match="ties the output head"):
         open_checkpoint(checkpoint)
     embeddings = "language_model.model.embed_tokens.weight"
     edit_tensors(checkpoint, lambda t: t.update({"language_model.lm_head.weight": t[embeddings].copy()}))

@@ -115,8 +115,8 @@ def test_a_chat_template_of_another_layout_is_not_passed_over(
 
 def test_a_chat_template_shows_what_was_guessed_wrong(checkpoint: Path) -> None:
     """As BakLLaVA's or a LLaVA with other sizes."""
-    assert chat_template.checked("USER: x ASSISTANT:", "mistral_instruct", checkpoint) == "vicuna_v1"
-    assert chat_template.checked("[INST] x", "mistral_instruct", checkpoint) == "mistral_instruct"
+    assert chat_template.resolve_template("USER: x ASSISTANT:", "mistral_instruct", checkpoint) == "vicuna_v1"
+    assert chat_template.resolve_template("[INST] x", "mistral_instruct", checkpoint) == "mistral_instruct"
 
 
 def test_a_template_that_is_not_ours_is_the_options_fault(checkpoint: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.llm_gguf import write_language
-from llava_edge.export.tokenizer import _LLAMA3_SPLIT, Vocabulary, after_control, read_tokenizer
+from llava_edge.export.tokenizer import _LLAMA3_SPLIT, Vocabulary, read_after_control, read_tokenizer
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig, from_hf, to_hf
 from llava_edge.runtimes.language import LanguageModel
@@ -176,15 +176,15 @@ def test_the_legacy_flag_decides_about_text_behind_control_tokens(
 ) -> None:
     config = replace(spm_folder(tmp_path), after_control=asked)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-    assert after_control(tmp_path, config) == expected
+    assert read_after_control(tmp_path, config) == expected
     (tmp_path / "tokenizer.model").unlink()  # a byte-level vocabulary has no dummy prefix
-    assert after_control(tmp_path, config) == (asked or "prefix")
+    assert read_after_control(tmp_path, config) == (asked or "prefix")
 
 
 def test_image_markers_must_be_special_tokens(tmp_path: Path) -> None:
     config = replace(spm_folder(tmp_path), image_markers=("<im_start>", "<im_end>"))
     (tmp_path / "added_tokens.json").write_text('{"<im_patch>": 480, "<im_start>": 481}', "utf-8")
-    with pytest.raises(CheckpointError, match="image markers <im_end> are no special tokens"):
+    with pytest.raises(CheckpointError, match="image markers <im_end> are not special tokens"):
         read_tokenizer(tmp_path, config)
     (tmp_path / "added_tokens.json").write_text('{"<im_start>": 480, "<im_end>": 481}', "utf-8")
     assert read_tokenizer(tmp_path, config).types[480:482] == (3, 3)
@@ -253,11 +253,11 @@ def test_its_prefix_decides_about_text_behind_control_tokens(
     path = tmp_path / "tokenizer.json"
     raw = {**json.loads(path.read_text("utf-8")), "normalizer": None, "pre_tokenizer": None}
     path.write_text(json.dumps({**raw, **stage}), "utf-8")
-    assert after_control(tmp_path, config) == expected
+    assert read_after_control(tmp_path, config) == expected
     assert read_tokenizer(tmp_path, config).add_space_prefix
     path.write_text(json.dumps({**raw, "normalizer": REPLACE}), "utf-8")
     assert not read_tokenizer(tmp_path, config).add_space_prefix
-    assert after_control(tmp_path, config) == "prefix"  # there is none, so both are the same
+    assert read_after_control(tmp_path, config) == "prefix"  # there is none, so both are the same
 
 
 @pytest.mark.parametrize("damage", ["missing", "moved", "spaces", "bytes"])
@@ -265,7 +265,7 @@ def test_a_tokenizer_json_of_llama_that_would_come_out_wrong_is_refused(damage: 
     config = json_folder(tmp_path, True)
     path = tmp_path / "tokenizer.json"
     raw = json.loads(path.read_text("utf-8"))
-    merges, said = raw["model"]["merges"], "in an order that no scores have"
+    merges, said = raw["model"]["merges"], "merge order that scores cannot express"
     if damage == "missing":
         del merges[3]
     elif damage == "moved":  # two ways to one piece with another piece between them
@@ -273,7 +273,7 @@ def test_a_tokenizer_json_of_llama_that_would_come_out_wrong_is_refused(damage: 
         merges.append(merges.pop(first))
     elif damage == "spaces":
         raw |= {"normalizer": {"type": "NFC"}}
-        said = "treats spaces in a way"
+        said = "handles spaces in an unsupported way"
     else:
         raw["model"]["vocab"]["byte"] = raw["model"]["vocab"].pop("<0x41>")
         said = "no byte pieces"
@@ -360,9 +360,9 @@ def change(path: tuple[str, ...], value: Any) -> str:
         (change(("model", "end_of_word_suffix"), "</w>"), "word ends"),
         (change(("model", "type"), "WordPiece"), "not a BPE"),
         (change(("model",), None), "not a BPE"),
-        (change(("pre_tokenizer",), {"type": "Whitespace"}), "not known here"),
-        (change(("pre_tokenizer",), {"type": "ByteLevel", "add_prefix_space": True}), "not known here"),
-        (change(("pre_tokenizer",), None), "not known here"),
+        (change(("pre_tokenizer",), {"type": "Whitespace"}), "unsupported pre-tokenizer"),
+        (change(("pre_tokenizer",), {"type": "ByteLevel", "add_prefix_space": True}), "unsupported pre-tokenizer"),
+        (change(("pre_tokenizer",), None), "unsupported pre-tokenizer"),
         ("{", "not valid JSON"),
         ("[]", "JSON object"),
     ],
@@ -404,7 +404,7 @@ def test_vocabularies_that_cannot_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="480 tokens, the embedding table only 100 rows"):
         read_tokenizer(tmp_path, config)
     config = write_folder(tmp_path, 512, "vicuna_v1")
-    with pytest.raises(CheckpointError, match=r"needs the special tokens <s>, </s>.*: --template"):
+    with pytest.raises(CheckpointError, match=r"needs the special tokens <s>, </s>.* as --template"):
         read_tokenizer(tmp_path, config)
     config = write_folder(tmp_path, 512, eos_token_id=600)
     with pytest.raises(CheckpointError, match="eos 600"):
@@ -415,11 +415,11 @@ def test_vocabularies_that_cannot_fit_are_refused(tmp_path: Path) -> None:
         read_tokenizer(tmp_path, config)
     for added in ('{"<odd>": "x"}', '{"<odd>": Infinity}', r'{"half a \ud83d": 500}'):
         (tmp_path / "added_tokens.json").write_text(added, "utf-8")
-        with pytest.raises(CheckpointError, match="wrong kind"):
+        with pytest.raises(CheckpointError, match="wrong type"):
             read_tokenizer(tmp_path, config)
     (tmp_path / "added_tokens.json").unlink()
     raw = json.loads(bpe("smollm"))
     raw["added_tokens"][0]["content"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
-    with pytest.raises(CheckpointError, match="wrong kind"):
+    with pytest.raises(CheckpointError, match="wrong type"):
         read_tokenizer(tmp_path, config)

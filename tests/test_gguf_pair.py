@@ -246,10 +246,10 @@ def test_the_language_model_suggests_the_prompt_layout() -> None:
         "chatml_direct": replace(text, hidden_size=7168, intermediate_size=20480, num_key_value_heads=8),
         "vicuna_v1": replace(text, hidden_size=4096, intermediate_size=11008, num_key_value_heads=32),
     }
-    assert [gguf_pair._template(sizes, ()) for sizes in cases.values()] == list(cases)
+    assert [gguf_pair._guess_template(sizes, ()) for sizes in cases.values()] == list(cases)
     bakllava = replace(cases["mistral_instruct"], rope_theta=10000.0)  # the first Mistral, with a window
-    assert gguf_pair._template(bakllava, ()) == "vicuna_v1"
-    assert gguf_pair._template(bakllava, ((672, 336),)) == "mistral_instruct"  # LLaVA-1.6
+    assert gguf_pair._guess_template(bakllava, ()) == "vicuna_v1"
+    assert gguf_pair._guess_template(bakllava, ((672, 336),)) == "mistral_instruct"  # LLaVA-1.6
 
 
 # --- negative controls -----------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_swapped_names_read_as_they_stand_do_not_fit(
     direct: Path, weights: dict[str, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mmproj = write_mmproj(tmp_path / "mmproj.gguf", CONFIG, published(weights, BLOCKS, True))
-    monkeypatch.setattr(gguf_pair, "_swapped", lambda file: False)
+    monkeypatch.setattr(gguf_pair, "_has_swapped_ffn", lambda file: False)
     with pytest.raises(CheckpointError, match=r"wrong shape \(v\.blk\.0\.ffn_up\.weight \(64, 128\)"):
         open_pair(direct / LANGUAGE, mmproj, "chatml")
 
@@ -308,8 +308,8 @@ def test_a_tower_that_is_not_llavas_is_refused(
 BAD_TENSORS: list[tuple[Callable[[dict[str, Array]], Any], str]] = [
     (lambda tensors: tensors.pop("v.blk.1.ln2.bias"), r"1 missing \(v\.blk\.1\.ln2\.bias"),
     (lambda tensors: tensors.pop("mm.0.weight"), r"missing \(mm\.0\.weight"),
-    (lambda tensors: tensors.update({"mm.3.weight": np.ones((256, 256))}), r"not known \(mm\.3\.weight"),
-    (lambda tensors: tensors.update({"t.blk.0.ln1.bias": np.ones(64)}), r"not known \(t\.blk"),
+    (lambda tensors: tensors.update({"mm.3.weight": np.ones((256, 256))}), r"unknown \(mm\.3\.weight"),
+    (lambda tensors: tensors.update({"t.blk.0.ln1.bias": np.ones(64)}), r"unknown \(t\.blk"),
     (lambda tensors: tensors.update({"model.image_newline": np.ones(256)}), r"1\.6, but not whole: 0 numbers"),
     (lambda tensors: tensors.update({"mm.2.weight": np.ones((512, 256))}), "width of 512, the language model has 256"),
     (lambda tensors: tensors.update({"v.class_embd": np.ones(65)}), r"wrong shape \(v\.class_embd \(65,\)"),

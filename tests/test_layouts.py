@@ -21,7 +21,7 @@ from llava_edge.errors import CheckpointError, LlavaEdgeError, MissingError, Usa
 from llava_edge.export import original
 from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.export.exporter import export
-from llava_edge.export.layouts import recognise
+from llava_edge.export.layouts import detect_layout
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.shapes import VISION_PREFIX
@@ -213,7 +213,7 @@ LAYOUTS = ("huggingface", "original", "lora", "projector", "delta", "language mo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_recognised_from_their_content(layout: str, parts: Callable[[str], Path]) -> None:
-    assert recognise(parts(layout)) == layout
+    assert detect_layout(parts(layout)) == layout
 
 
 @pytest.mark.parametrize("layout", ["lora", "projector", "delta"])
@@ -232,7 +232,7 @@ def test_an_original_asks_for_its_tower(parts: Callable[[str], Path]) -> None:
     [
         ("huggingface", "language model", UsageError, "needs no --base"),
         ("original", "language model", UsageError, "needs no --base"),
-        ("lora", "projector", UsageError, "no whole model"),
+        ("lora", "projector", UsageError, "not a whole model itself"),
         ("language model", None, CheckpointError, "without a projector"),
         ("lora", "nowhere", MissingError, "not a folder"),
     ],
@@ -251,7 +251,7 @@ def test_parts_that_do_not_go_together(
 )
 def test_the_first_mistral_has_another_prompt_than_the_second(window: dict[str, Any], name: str) -> None:
     """BakLLaVA and LLaVA-1.6. Without a word, a window is Mistral's default."""
-    assert original.template({"architectures": ["LlavaMistralForCausalLM"], **window})[0] == name
+    assert original.guess_template({"architectures": ["LlavaMistralForCausalLM"], **window})[0] == name
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_the_first_mistral_has_another_prompt_than_the_second(window: dict[str, 
     ],
 )
 def test_sizes_tell_the_prompt_layout(raw: dict[str, Any], name: str) -> None:
-    assert original.template(raw)[0] == name
+    assert original.guess_template(raw)[0] == name
 
 
 def test_a_base_of_another_size_is_refused(parts: Callable[[str], Path], tmp_path: Path) -> None:

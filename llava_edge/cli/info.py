@@ -108,7 +108,7 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
     from llava_edge.export import layouts
     from llava_edge.export.checkpoint import open_checkpoint
 
-    facts: dict[str, Any] = {"checkpoint": str(path), "layout": layouts.recognise(path)}
+    facts: dict[str, Any] = {"checkpoint": str(path), "layout": layouts.detect_layout(path)}
     try:
         checkpoint = open_checkpoint(path)
     except UsageError as error:
