@@ -88,10 +88,10 @@ def lay_out(ids: Sequence[int], labels: Sequence[int], image: str, rows: int) ->
 
 def check(data: Path, image_tokens: int) -> None:
     """Raises what `conversations` would, when everything else is done: `MissingError`, `DataError` or `ImageError`."""
-    from llava_edge.models.data import messages_of
+    from llava_edge.models.data import to_messages
 
     for record in _drawn(data)[: POSITIONS // image_tokens]:  # as many as are read, unless some are too long
-        messages_of(record)
+        to_messages(record)
         load_image(data.parent / record["image"])
 
 
@@ -111,7 +111,7 @@ def conversations(data: Path, bundle: Bundle, float16: Path, scratch: Path) -> t
 
     Raises `MissingError` or `DataError` for the file, `ImageError` for a picture.
     """
-    from llava_edge.models.data import messages_of
+    from llava_edge.models.data import to_messages
 
     manifest, context = bundle.manifest, bundle.manifest.language.context_length
     pictures = Pictures(bundle, scratch, lambda name: load_image(data.parent / name))
@@ -120,7 +120,7 @@ def conversations(data: Path, bundle: Bundle, float16: Path, scratch: Path) -> t
     with LanguageModel(float16, context=1) as engine:
         behind = tokenization.after_control_encoder(engine, manifest.after_control)
         for record in _drawn(data):
-            pieces = prompt.render(manifest.template, messages_of(record), manifest.image_markers)
+            pieces = prompt.render(manifest.template, to_messages(record), manifest.image_markers)
             ids, labels = prompt.encode_with_labels(pieces, engine.tokenize, engine.control_id, behind)
             sample = lay_out(ids, labels, record["image"], len(pictures[record["image"]]))
             if sample.answers and len(sample.keys) <= min(context, room):

@@ -31,10 +31,10 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
     parts = store.home() / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=parts) as folder:
-        checkpoint = smol.write_checkpoint(Path(folder) / name, parts, talk=lambda line: progress(line, None))
+        checkpoint = smol.write_checkpoint(Path(folder) / name, parts, log=lambda line: progress(line, None))
         provenance = (
             *(
-                Provenance(kind, f"{part.what}, from {part.package} {part.version}", part.licence, part.sha256)
+                Provenance(kind, f"{part.description}, from {part.package} {part.version}", part.licence, part.sha256)
                 for kind, part in (("vision", smol.CLIP), ("language", smol.LANGUAGE))
             ),
             Provenance("projector and language delta", "trained by llava-edge, recipe smol", "Apache-2.0"),

@@ -1,4 +1,4 @@
-"""LLaVA in PyTorch, its data, its trainer and the recipes of the models we train. Never weights.
+"""LLaVA in PyTorch, its trainer, and the data and recipes of the models we train. Holds no weights.
 
-`config` and `smol` import no torch, so that the exporter can use them where torch is not installed.
+`config` and `smol` import no torch, so that the exporter can use them without it.
 """

@@ -1,4 +1,4 @@
-"""A byte-level BPE vocabulary as Hugging Face's `tokenizer.json`."""
+"""Write a byte-level BPE vocabulary as Hugging Face's `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def tokenizer_json(tokens: Sequence[str], merges: Iterable[str], control: Iterable[int]) -> dict[str, Any]:
-    """The kind SmolLM2 has: digits are split one by one (llama.cpp's pre-tokenizer `smollm`). control: ids."""
+    """A tokenizer like SmolLM2's, which splits digits (llama.cpp's pre-tokenizer `smollm`). control: token ids."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {

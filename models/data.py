@@ -1,4 +1,4 @@
-"""LLaVA conversation records -> padded batches for the trainer.
+"""Turn LLaVA conversation records into padded batches for the trainer.
 
 record -> `Sample` (ids, labels by LLaVA's masking rule) -> `Pack` (samples that share a picture, so that the
 picture is evaluated once) -> `Batch` (tensors). Knows nothing about models or optimisers.
@@ -36,9 +36,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pack:
-    """Samples on one picture laid end to end behind their common beginning.
+    """Samples that share a picture, concatenated after their common prefix.
 
-    Each sample sees the beginning and itself, at the positions it would have alone, so the loss of a pack is
+    Each sample attends to the prefix and to itself, at the positions it would have alone, so the loss of a pack is
     exactly the loss of its samples.
     """
 
@@ -47,7 +47,7 @@ class Pack:
     image: str | None
 
     def length(self, image_tokens: int) -> int:
-        """Positions the pack takes."""
+        """Number of positions."""
         slots = self.prefix.count(IMAGE_TOKEN_INDEX)
         return len(self.prefix) + slots * (image_tokens - 1) + sum(len(ids) for ids, _ in self.branches)
 
@@ -61,7 +61,7 @@ class Batch:
     labels: Tensor  # (B, T) int64, the label of the *next* position's prediction, IGNORE_INDEX elsewhere
     positions: Tensor  # (B, T) int64
     mask: Tensor  # (B, 1, T, T) bool, True where attended
-    images: tuple[str, ...]  # in the order of the image stretches
+    images: tuple[str, ...]  # in the order of their positions in `tokens`
 
 
 def read_records(path: Path) -> list[Record]:
@@ -73,34 +73,35 @@ def read_records(path: Path) -> list[Record]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(records, list) or not records:
-        raise DataError(f"{path} should hold a JSON array of conversation records, one at least.")
+        raise DataError(f"{path} must be a JSON array of at least one conversation record.")
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not isinstance(record.get("image", ""), str):
-            raise DataError(f"{path} has {record!r:.60} at place {number}; a record, its image a text, was expected.")
+            raise DataError(f"{path} has {record!r:.60} at index {number}; expected a record whose image is a string.")
     return records
 
 
-def messages_of(record: Record) -> list[Message]:
-    """A record's turns; `<image>` is taken out of the text and put first (llava/train/train.py). A leading
-    answer is dropped, as LLaVA does. Raises `DataError`."""
+def to_messages(record: Record) -> list[Message]:
+    """Convert a record's turns to messages. As in LLaVA (llava/train/train.py), `<image>` is moved to the front and a
+    leading answer is dropped. Raises `DataError`."""
     name = f"Record {record.get('id')!r}"
     roles = {"human": "user", "gpt": "assistant"}
     try:
         turns = [(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
-        "".join(text for _, text in turns).encode()  # half a surrogate pair is no text
+        "".join(text for _, text in turns).encode()  # refuses unpaired surrogates
     except (KeyError, TypeError, UnicodeEncodeError) as error:
-        raise DataError(f"{name} should have conversations of human and gpt, with a text each as value.") from error
+        raise DataError(f"{name} must have conversations, each from human or gpt and with a text as value.") from error
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
     if not turns or any(role != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(turns)):
-        raise DataError(f"{name} should have human and gpt in turns.")
+        raise DataError(f"{name} must have alternating turns of human and gpt.")
     if record.get("image") == "":
         raise DataError(f"{name} has an image without a name.")
-    asked, answered = (sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns[n::2]) for n in (0, 1))
-    if (asked, answered) != ("image" in record, 0):
-        images = int("image" in record)
-        found = f"{asked} {IMAGE_PLACEHOLDER} in questions and {answered} in answers"
-        raise DataError(f"{name} has {found}, but {images} image.")
+    questions, answers = (sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns[n::2]) for n in (0, 1))
+    images = int("image" in record)
+    if (questions, answers) != (images, 0):
+        raise DataError(
+            f"{name} has {questions} {IMAGE_PLACEHOLDER} in questions and {answers} in answers, but {images} image."
+        )
     return [
         Message(role, text.replace(IMAGE_PLACEHOLDER, "").strip(), text.count(IMAGE_PLACEHOLDER))  # type: ignore[arg-type]
         for role, text in turns
@@ -108,19 +109,19 @@ def messages_of(record: Record) -> list[Message]:
 
 
 def tokenize(record: Record, template: str, tokenizer: Tokenizer, max_length: int) -> Sample:
-    """One record -> ids and labels, cut to `max_length` tokens (the image counts as one here)."""
+    """Tokenize one record, truncated to `max_length` tokens (the image counts as one here)."""
 
     def encode_text(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    pieces = render(template, messages_of(record))
+    pieces = render(template, to_messages(record))
     ids, labels = encode_with_labels(pieces, encode_text, lambda name: control_id(tokenizer, name))
     return Sample(tuple(ids[:max_length]), tuple(labels[:max_length]), record.get("image"))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read tokenizer.json so that control tokens are never found in text; they are looked up by `control_id`.
+    """Read tokenizer.json. Control tokens are never parsed from text; look them up with `control_id`.
 
     Raises `DataError`.
     """
@@ -128,7 +129,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises nothing more specific
         raise DataError(f"{path} cannot be used as a tokenizer: {error}.") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -136,23 +137,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def control_id(tokenizer: Tokenizer, name: str) -> int:
     """Id of a control token; `DataError` if the vocabulary lacks it."""
-    found: int | None = tokenizer.token_to_id(name)
-    if found is None:
+    token: int | None = tokenizer.token_to_id(name)
+    if token is None:
         raise DataError(f"The tokenizer has no token {name!r}, which the prompt template needs.")
-    return found
+    return token
 
 
 def pack(samples: Iterable[Sample], max_length: int) -> list[Pack]:
-    """Join neighbouring samples on the same picture while the pack stays within `max_length` tokens."""
+    """Join consecutive samples about the same picture while the pack stays within `max_length` tokens."""
     packs: list[Pack] = []
     room = 0
     for sample in samples:
         cut = sample.ids.index(IMAGE_TOKEN_INDEX) + 1 if sample.image else 0
         prefix, branch = sample.ids[:cut], (sample.ids[cut:], sample.labels[cut:])
         last = packs[-1] if packs else None
-        # An answer right behind the picture (stage 1) is predicted from the picture's last position: not shareable.
-        shares = bool(sample.image) and branch[1][0] == IGNORE_INDEX
-        if last and shares and last.image == sample.image and last.prefix == prefix and len(branch[0]) <= room:
+        # An answer right after the picture (stage 1) is predicted from the picture's last position: not shareable.
+        shareable = bool(sample.image) and branch[1][0] == IGNORE_INDEX
+        if last and shareable and last.image == sample.image and last.prefix == prefix and len(branch[0]) <= room:
             packs[-1] = Pack(prefix, (*last.branches, branch), sample.image)
             room -= len(branch[0])
         else:
@@ -162,35 +163,35 @@ def pack(samples: Iterable[Sample], max_length: int) -> list[Pack]:
 
 
 def collate(packs: Sequence[Pack], image_tokens: int) -> Batch:
-    """Lay packs out and pad on the right."""
+    """Build a batch, padded on the right."""
     longest = max(item.length(image_tokens) for item in packs)
     shape = (len(packs), longest)
     tokens, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORE_INDEX)
     is_image = torch.zeros(shape, dtype=torch.bool)
-    segments = torch.full(shape, -1)  # 0 = common beginning, 1.. = samples, -1 = padding
+    segments = torch.full(shape, -1)  # 0 = common prefix, 1.. = samples, -1 = padding
     for row, item in enumerate(packs):
-        at = 0
+        start = 0
         for token in item.prefix:
             width = image_tokens if token == IMAGE_TOKEN_INDEX else 1
-            tokens[row, at : at + width] = max(token, 0)
-            is_image[row, at : at + width] = token == IMAGE_TOKEN_INDEX
-            at += width
-        start = at
-        positions[row, :start] = torch.arange(start)
-        segments[row, :start] = 0
+            tokens[row, start : start + width] = max(token, 0)
+            is_image[row, start : start + width] = token == IMAGE_TOKEN_INDEX
+            start += width
+        prefix = start
+        positions[row, :prefix] = torch.arange(prefix)
+        segments[row, :prefix] = 0
         for number, (ids, targets) in enumerate(item.branches, 1):
-            end = at + len(ids)
-            tokens[row, at:end] = torch.tensor(ids)
-            positions[row, at:end] = torch.arange(start, start + len(ids))
-            segments[row, at:end] = number
-            labels[row, at : end - 1] = torch.tensor(targets[1:])  # a position predicts the next one
-            if start and len(item.branches) == 1:
-                labels[row, start - 1] = targets[0]
-            at = end
-    seen, by = segments[:, None, :], segments[:, :, None]
-    shared = (seen == 0) | (seen == by)  # padding sees the beginning and itself
-    mask = torch.ones(longest, longest, dtype=torch.bool).tril() & shared
+            end = start + len(ids)
+            tokens[row, start:end] = torch.tensor(ids)
+            positions[row, start:end] = torch.arange(prefix, prefix + len(ids))
+            segments[row, start:end] = number
+            labels[row, start : end - 1] = torch.tensor(targets[1:])  # a position predicts the next one
+            if prefix and len(item.branches) == 1:
+                labels[row, prefix - 1] = targets[0]
+            start = end
+    keys, queries = segments[:, None, :], segments[:, :, None]
+    same_sample = (keys == 0) | (keys == queries)  # padding attends to the prefix and to itself
+    mask = torch.ones(longest, longest, dtype=torch.bool).tril() & same_sample
     images = tuple(item.image for item in packs if item.image)
     return Batch(tokens, is_image, labels, positions, mask[:, None], images)
 
@@ -198,21 +199,21 @@ def collate(packs: Sequence[Pack], image_tokens: int) -> Batch:
 def modality_length_order(lengths: Sequence[int], batch: int, rng: random.Random) -> list[int]:
     """LLaVA's `group_by_modality_length`: an order in which each batch has one modality and similar lengths.
 
-    `lengths` are negative for text-only items. Per modality: a random permutation, cut into batches, each
-    sorted by length. Full batches of both are shuffled; the two incomplete ones come last, together.
+    `lengths` are negative for text-only items. Per modality: a random permutation, sorted by length within windows of
+    8 batches, cut into batches. Full batches of both are shuffled; the two incomplete ones come last, together.
     """
-    grouped: list[list[int]] = []
+    batches: list[list[int]] = []
     rest: list[int] = []
     for text_only in (False, True):
         indices = [i for i, length in enumerate(lengths) if (length < 0) == text_only]
         rng.shuffle(indices)
-        window = batch * 8  # sorting within a few batches keeps lengths alike and the order random
+        window = batch * 8  # sorting within a few batches keeps lengths similar and the order random
         for start in range(0, len(indices), window):
             indices[start : start + window] = sorted(
                 indices[start : start + window], key=lambda i: abs(lengths[i]), reverse=True
             )
         full = len(indices) // batch * batch
-        grouped += [indices[start : start + batch] for start in range(0, full, batch)]
+        batches += [indices[start : start + batch] for start in range(0, full, batch)]
         rest += indices[full:]
-    rng.shuffle(grouped)
-    return [i for group in grouped for i in group] + rest
+    rng.shuffle(batches)
+    return [i for indices in batches for i in indices] + rest

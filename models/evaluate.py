@@ -1,8 +1,8 @@
-"""Held-out accuracy: the same questions to PyTorch in float32 and to a bundle, beside three baselines.
+"""Held-out accuracy of PyTorch in float32 and of a bundle on the same questions, with three baselines.
 
-A question counts as right when the whole greedy answer equals the expected one. For PyTorch that is read off
-one pass: greedy decoding produces exactly the expected answer if and only if, with that answer given, every
-one of its tokens and the end token is the most likely one. So all questions on one picture share one pass.
+An answer is correct if the whole greedy answer equals the expected one. For PyTorch one forward pass shows that: with
+the expected answer as input, greedy decoding would produce it if and only if each of its tokens, and the end token, is
+the most likely one. So all questions about a picture share one pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava_edge.models.data import Batch, collate, pack, tokenize
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava
 from llava_edge.models.sources import Item
-from llava_edge.models.train import trained_logits
+from llava_edge.models.train import answer_logits
 from llava_edge.prompt import IGNORE_INDEX
 
 Ask = Callable[[Path, str], str]  # picture, question -> answer
@@ -40,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers on one set. `name` says who answered."""
+    """Correct answers on one set. `name`: what answered."""
 
     set: str
     name: str
@@ -54,24 +54,24 @@ class Score:
 
 
 def question_sets(items: Iterable[Item], split: str = "val") -> dict[str, list[Question]]:
-    """The held-out sets. One wording a set, the first of those the trainer varies."""
-    chosen = [item for item in items if item.split == split]
+    """The question sets of a split. One wording per set, the first of those the trainer uses."""
+    items = [item for item in items if item.split == split]
 
-    def ask(source: str, question: str, answer: Callable[[Item], str]) -> list[Question]:
-        return [Question(item.image, question, answer(item)) for item in chosen if item.source == source]
+    def select(source: str, question: str, answer: Callable[[Item], str]) -> list[Question]:
+        return [Question(item.image, question, answer(item)) for item in items if item.source == source]
 
-    easy_vqa = [Question(i.image, q, a) for i in chosen if i.source == "easy-vqa" for q, a in i.qa]
+    easy_vqa = [Question(i.image, q, a) for i in items if i.source == "easy-vqa" for q, a in i.qa]
     return {
-        "grocery category": ask("grocery", KIND_QUESTIONS[0], lambda item: item.category),
-        "grocery fine": ask("grocery", NAME_QUESTIONS["grocery"][0], lambda item: item.label),
-        "clothing": ask("clothing", NAME_QUESTIONS["clothing"][0], lambda item: item.label),
+        "grocery category": select("grocery", KIND_QUESTIONS[0], lambda item: item.category),
+        "grocery fine": select("grocery", NAME_QUESTIONS["grocery"][0], lambda item: item.label),
+        "clothing": select("clothing", NAME_QUESTIONS["clothing"][0], lambda item: item.label),
         "easy-VQA": easy_vqa,
-        "emoji group (unseen style)": ask("emoji", GROUP_QUESTIONS[0], lambda item: item.category),
+        "emoji group (unseen style)": select("emoji", GROUP_QUESTIONS[0], lambda item: item.category),
     }
 
 
-def majority(train: Sequence[Question], held_out: Sequence[Question], name: str) -> Score:
-    """Always the most frequent training answer; for questions that vary, the most frequent for that question."""
+def majority_baseline(train: Sequence[Question], held_out: Sequence[Question], name: str) -> Score:
+    """Score always giving a question's most frequent training answer, or the set's if the question is new."""
     overall = Counter(q.answer for q in train).most_common(1)[0][0]
     by_question: dict[str, Counter[str]] = {}
     for question in train:
@@ -81,21 +81,21 @@ def majority(train: Sequence[Question], held_out: Sequence[Question], name: str)
     return Score(name, "majority", right, len(held_out))
 
 
-def shuffled(questions: Sequence[Question]) -> list[Question]:
-    """The same questions, each asked about the picture of another one."""
+def shuffle_images(questions: Sequence[Question]) -> list[Question]:
+    """The same questions, each about another question's picture."""
     images = [q.image for q in questions]
     random.Random(0).shuffle(images)
     return [Question(image, q.question, q.answer) for image, q in zip(images, questions, strict=True)]
 
 
-class TorchJudge:
+class TorchScorer:
     """Scores questions with the PyTorch model in float32."""
 
     def __init__(self, model: Llava, tokenizer: Tokenizer, features: FeatureCache, data: Path) -> None:
         self.model, self.tokenizer, self.features, self.data = model, tokenizer, features, data
 
-    def right(self, questions: Sequence[Question], progress: Progress = lambda done, total: None) -> int:
-        """How many greedy answers equal the expected ones."""
+    def count_correct(self, questions: Sequence[Question], progress: Progress = lambda done, total: None) -> int:
+        """Count the greedy answers that equal the expected ones."""
         template = self.model.config.template
         ordered = sorted(questions, key=lambda q: q.image)
         samples = [
@@ -104,66 +104,68 @@ class TorchJudge:
         ]
         packs = pack(samples, 512)
         self.features.ensure([self.data / q.image for q in ordered])
-        right = 0
+        correct = 0
         for start in range(0, len(packs), 4):
             batch = collate(packs[start : start + 4], self.model.config.image_tokens)
-            right += self._right(batch)
+            correct += self._count_correct(batch)
             progress(min(start + 4, len(packs)), len(packs))
-        return right
+        return correct
 
     @torch.inference_mode()
-    def _right(self, batch: Batch) -> int:
+    def _count_correct(self, batch: Batch) -> int:
         features = self.features.get([self.data / image for image in batch.images])
-        trained = batch.labels != IGNORE_INDEX
-        hits = torch.ones_like(trained)
-        hits[trained] = trained_logits(self.model, batch, features).argmax(-1) == batch.labels[trained]
-        return _whole_answers(trained, hits)
+        is_answer = batch.labels != IGNORE_INDEX
+        hits = torch.ones_like(is_answer)
+        hits[is_answer] = answer_logits(self.model, batch, features).argmax(-1) == batch.labels[is_answer]
+        return _count_full_hits(is_answer, hits)
 
 
-def _whole_answers(trained: torch.Tensor, hits: torch.Tensor) -> int:
-    """Count runs of trained positions that are hit throughout. Answers are never adjacent: a question is between."""
-    right = 0
-    for row_trained, row_hits in zip(trained.tolist(), hits.tolist(), strict=True):
-        whole = inside = False
-        for is_trained, hit in zip([*row_trained, False], [*row_hits, True], strict=True):
-            if is_trained:
-                whole = hit if not inside else whole and hit
+def _count_full_hits(is_answer: torch.Tensor, hits: torch.Tensor) -> int:
+    """Count runs of answer positions that are all hits. Answers are never adjacent: a question is between them."""
+    correct = 0
+    for row_is_answer, row_hits in zip(is_answer.tolist(), hits.tolist(), strict=True):
+        all_hit = inside = False
+        for in_answer, hit in zip([*row_is_answer, False], [*row_hits, True], strict=True):
+            if in_answer:
+                all_hit = hit if not inside else all_hit and hit
             elif inside:
-                right += whole
-            inside = is_trained
-    return right
+                correct += all_hit
+            inside = in_answer
+    return correct
 
 
-def ask_all(ask: Ask, data: Path, questions: Sequence[Question], progress: Progress = lambda done, total: None) -> int:
-    """How many answers of a runtime equal the expected ones, white space at the ends aside."""
-    right = 0
+def count_correct(
+    ask: Ask, data: Path, questions: Sequence[Question], progress: Progress = lambda done, total: None
+) -> int:
+    """Count the answers of a runtime that equal the expected ones, ignoring leading and trailing white space."""
+    correct = 0
     for done, q in enumerate(sorted(questions, key=lambda q: q.image), 1):
-        right += ask(data / q.image, q.question).strip() == q.answer.strip()
+        correct += ask(data / q.image, q.question).strip() == q.answer.strip()
         progress(done, len(questions))
-    return right
+    return correct
 
 
-def judge_model(
+def score_model(
     model: Llava,
     tokenizer: Tokenizer,
     data: Path,
     sets: dict[str, list[Question]],
     progress: Callable[[str], Progress],
-    talk: Callable[[str], object] = lambda line: None,
+    log: Callable[[str], object] = lambda line: None,
 ) -> list[Score]:
-    """PyTorch in float32, then the same model on a grey picture and on other questions' pictures."""
-    features = FeatureCache(data / "features-fp32", model, bf16=False, talk=talk)
-    judge = TorchJudge(model, tokenizer, features, data)
+    """Score PyTorch in float32, then the same model with a grey picture and with other questions' pictures."""
+    features = FeatureCache(data / "features-fp32", model, bf16=False, log=log)
+    scorer = TorchScorer(model, tokenizer, features, data)
     blank = "blank.png"
     Image.new("RGB", (224, 224), (128, 128, 128)).save(data / blank)
     scores = []
     for name, questions in sets.items():
-        asked = {
+        variants = {
             "PyTorch fp32": questions,
             "blank image": [Question(blank, q.question, q.answer) for q in questions],
-            "shuffled images": shuffled(questions),
+            "shuffled images": shuffle_images(questions),
         }
-        for label, variant in asked.items():
-            right = judge.right(variant, progress(f"{label}: {name}"))
-            scores.append(Score(name, label, right, len(variant)))
+        for label, variant in variants.items():
+            correct = scorer.count_correct(variant, progress(f"{label}: {name}"))
+            scores.append(Score(name, label, correct, len(variant)))
     return scores

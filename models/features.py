@@ -1,8 +1,8 @@
-"""Cached CLIP features: CLIP is frozen, so each training picture is encoded once and never again.
+"""Cache of CLIP features on disk: CLIP is frozen, so each training picture is encoded only once.
 
-A folder for each tower, named by the SHA-256 of its weights and settings, with `features.f16` (rows of (image_tokens,
-width) float16, appended) and `index.jsonl` (one key a row, the SHA-256 of the picture file). So changed pictures are
-encoded anew, and no tower is given what another one saw.
+One folder per tower, named by the SHA-256 of its weights and settings, with `features.f16` (rows of (image_tokens,
+width) float16, appended) and `index.jsonl` (one key per row, the SHA-256 of the picture file). So changed pictures are
+encoded again, and towers never share features.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ BATCH = 16  # pictures encoded at once
 
 
 def preprocessing(config: LlavaConfig) -> Preprocessing:
-    """The one preprocessing of a LLaVA, as trainer, exporter and runtime use it."""
+    """The preprocessing that trainer, exporter and runtime share."""
     return Preprocessing(config.vision.image_size, CLIP_MEAN, CLIP_STD, config.square, config.grids, config.merge)
 
 
-def refuse_tiles(config: LlavaConfig) -> None:
+def check_single_crop(config: LlavaConfig) -> None:
     """Raises `CheckpointError` for "anyres"."""
     if config.square == "anyres":
         raise CheckpointError(
-            "Training and eval take one crop of each picture, but this model looks at several (LLaVA-1.6); "
+            "Training and eval use one crop per picture, but this model needs several (LLaVA-1.6); "
             "export it, and use `run` or `chat`."
         )
 
@@ -47,18 +47,18 @@ def refuse_tiles(config: LlavaConfig) -> None:
 class FeatureCache:
     """Features of a model's tower by picture path. `ensure` fills it, `get` reads it; processes may share a folder.
 
-    bf16: with a copy of the tower in bfloat16, 4 times as fast where the processor multiplies it (AMX, AVX-512)
-        and 3 % (l2) off on CLIP ViT-B/16; cast whole, because autocast casts the weights anew for every batch.
-    talk: told when another process has to be waited for.
+    bf16: use a copy of the tower in bfloat16, 4 times as fast where the processor supports it (AMX, AVX-512) and
+        3 % (l2) off on CLIP ViT-B/16; cast as a whole, because autocast casts the weights again for every batch.
+    log: called when another process has to be waited for.
     Raises `CheckpointError` for "anyres".
     """
 
     def __init__(
-        self, folder: Path, model: Llava, *, bf16: bool = True, talk: Callable[[str], object] = lambda line: None
+        self, folder: Path, model: Llava, *, bf16: bool = True, log: Callable[[str], object] = lambda line: None
     ) -> None:
         config = model.config
-        refuse_tiles(config)
-        self.config, self.bf16, self._talk = config, bf16, talk
+        check_single_crop(config)
+        self.config, self.bf16, self._log = config, bf16, log
         self.shape = (config.image_tokens, config.vision.hidden_size)
         self._tower = model.vision_tower.vision_model
         self.folder = folder / _identity(self._tower, config, bf16)[:16]
@@ -66,17 +66,17 @@ class FeatureCache:
         self._index_path, self._data_path = self.folder / "index.jsonl", self.folder / "features.f16"
         self._keys: dict[Path, str] = {}
         self._data: np.ndarray | None = None
-        self._rows = self._known()
+        self._rows = self._read_index()
 
     def key(self, path: Path) -> str:
-        """Content key of a picture file."""
+        """SHA-256 of a picture file, computed once."""
         if path not in self._keys:
             self._keys[path] = hashlib.sha256(path.read_bytes()).hexdigest()
         return self._keys[path]
 
     def get(self, paths: Sequence[Path]) -> torch.Tensor:
-        """(n, image_tokens, width) float16 for pictures that `ensure` has seen."""
-        if self._data is None:  # of known rows only: another process may be half way through the next one
+        """(n, image_tokens, width) float16 for pictures that `ensure` has encoded."""
+        if self._data is None:  # complete rows only: another process may be writing the next one
             self._data = np.memmap(self._data_path, np.float16, "r", shape=(len(self._rows), *self.shape))
         return torch.from_numpy(self._data[[self._rows[self.key(path)] for path in paths]])
 
@@ -91,39 +91,39 @@ class FeatureCache:
             self._data_path.open("ab") as data,
             self._index_path.open("a", encoding="utf-8") as index,
         ):
-            self._wait_for(lock)
-            self._rows = self._known()  # with what others added meanwhile
-            # What a killed process left of a row or of its line is dropped.
+            self._acquire(lock)
+            self._rows = self._read_index()  # other processes may have added rows
+            # Drop a partial row or line, left by a process that was killed.
             data.truncate(len(self._rows) * self._row_bytes())
             index.truncate(sum(len(_line(key)) for key in self._rows))
-            todo = [path for key, path in unique.items() if key not in self._rows]
-            check_space(self.folder, len(todo) * self._row_bytes(), "What CLIP makes of the pictures")
-            tower = copy.deepcopy(self._tower).to(torch.bfloat16) if self.bf16 and todo else self._tower
+            missing = [path for key, path in unique.items() if key not in self._rows]
+            check_space(self.folder, len(missing) * self._row_bytes(), "The cache of CLIP features")
+            tower = copy.deepcopy(self._tower).to(torch.bfloat16) if self.bf16 and missing else self._tower
             spec = preprocessing(self.config)
-            for start in range(0, len(todo), BATCH):
-                part = todo[start : start + BATCH]
-                pixels = torch.from_numpy(np.stack([preprocess(load_image(path), spec) for path in part]))
+            for start in range(0, len(missing), BATCH):
+                batch = missing[start : start + BATCH]
+                pixels = torch.from_numpy(np.stack([preprocess(load_image(path), spec) for path in batch]))
                 with torch.inference_mode():
                     features = tower(pixels.to(torch.bfloat16) if self.bf16 else pixels)
                 data.write(features.to(torch.float16).numpy().tobytes())
                 data.flush()
-                for path in part:
+                for path in batch:
                     self._rows[self.key(path)] = len(self._rows)
                     index.write(_line(self.key(path)))
                 index.flush()
                 if progress:
-                    progress(min(start + BATCH, len(todo)), len(todo))
+                    progress(min(start + BATCH, len(missing)), len(missing))
         self._data = None
 
-    def _wait_for(self, lock: TextIO) -> None:
+    def _acquire(self, lock: TextIO) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._talk(f"another run is computing these features; waiting until it is done with {self.folder}")
+            self._log(f"another run is computing these features; waiting for it to finish with {self.folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
 
-    def _known(self) -> dict[str, int]:
-        """Row by key, of the rows that are there with their whole line."""
+    def _read_index(self) -> dict[str, int]:
+        """Row number by key, of complete rows with a complete line."""
         if not (self._index_path.is_file() and self._data_path.is_file()):
             return {}
         lines = self._index_path.read_text("utf-8").split("\n")[:-1]
@@ -139,7 +139,7 @@ def _line(key: str) -> str:
 
 
 def _identity(tower: VisionTower, config: LlavaConfig, bf16: bool) -> str:
-    """Hash of everything but the picture that features depend on."""
+    """Hash of everything that features depend on, except the picture."""
     settings = [asdict(config.vision), config.vision_feature_layer, config.feature, config.square, config.image_pool,
                 bf16]  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings).encode())

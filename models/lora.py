@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA) on every Linear of the language model's blocks: W x + (alpha / r) B A x.
 
-The large weights stay frozen in bfloat16, which is what the processor multiplies fastest; A and B are float32.
+The large weights stay frozen, in bfloat16, which the processor multiplies fastest; A and B are float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(model: Llama, rank: int, alpha: float, seed: int) -> None:
-    """Replace every Linear inside the blocks in place."""
+    """Replace every Linear of the blocks by a `LoraLinear`, in place."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
         for parent in (layer.get_submodule("self_attn"), layer.get_submodule("mlp")):
@@ -38,13 +38,13 @@ def add_lora(model: Llama, rank: int, alpha: float, seed: int) -> None:
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
-    """Adapters by the name of the Linear they stand for."""
+    """Adapters by the name of the Linear they replace."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Fold every adapter into its weight and put a plain Linear back."""
+    """Merge every adapter into its weight, which becomes a plain Linear again."""
     for name, adapter in lora_modules(model).items():
         parent, _, child = name.rpartition(".")
         out_features, in_features = adapter.weight.shape

@@ -13,7 +13,7 @@ from llava_edge.models.config import LlavaConfig
 
 
 class Projector(nn.Module):
-    """See the module's docstring (llava/model/multimodal_projector/builder.py)."""
+    """The projector of llava/model/multimodal_projector/builder.py."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()

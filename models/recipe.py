@@ -1,4 +1,4 @@
-"""Training recipes: small TOML files in `models/recipes/`, read into frozen dataclasses. No torch here."""
+"""Training recipes: small TOML files in `models/recipes/`, read into frozen dataclasses. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Source = Literal["grocery", "clothing", "objects", "easy-vqa", "emoji", "tuxpain
 
 @dataclass(frozen=True)
 class Stage:
-    """One of LLaVA's two stages. Rates are peaks of a cosine schedule with linear warmup."""
+    """One of LLaVA's two stages. Learning rates are the peaks of a cosine schedule with linear warmup."""
 
     name: str
     records: str  # file of LLaVA conversation records in the data folder
@@ -30,8 +30,8 @@ class Stage:
     trains: Literal["projector", "lora", "full"]  # "lora" and "full" include the projector
     learning_rate: Share  # 0 only where the projector is trained alone
     projector_learning_rate: Rate
-    batch: Count  # packs an optimiser step
-    accumulate: Count = 1  # micro-batches a step
+    batch: Count  # packs per optimiser step
+    accumulate: Count = 1  # micro-batches per step
     epochs: Annotated[float, Range(0, 10_000, above=True)] = 1.0
     max_length: Count = 512  # tokens of text in a pack
     warmup_ratio: Share = 0.03
@@ -42,16 +42,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which parts are trained, on what, how."""
+    """Which model is trained, on what and how."""
 
     name: str
-    parts: Literal["micro", "smol"]  # "full" is for "micro": what is written of "smol" is a delta
+    parts: Literal["micro", "smol"]  # model to start from; "smol" ships as a delta, so it cannot be trained in "full"
     seed: Annotated[int, Range(0, 2**32 - 1)]
-    bf16: bool  # autocast; weights that are not trained are kept in bfloat16
+    bf16: bool  # autocast, and keep frozen weights in bfloat16
     checkpoint_every: Annotated[int, Range(1, 1_000_000)]  # steps
     data: dict[str, Any]  # arguments of the parts' data builder
     stages: tuple[Stage, ...]
-    compile: bool = False  # torch.compile each block: needs a C++ compiler and half a minute, then 1.4 times as fast
+    compile: bool = False  # torch.compile each block: needs a C++ compiler and 30 s, then 1.4 times as fast
 
 
 @dataclass(frozen=True)
@@ -71,45 +71,45 @@ class SmolData:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """A built-in recipe by name or a TOML file. Raises `MissingError` or `DataError`."""
+    """Load a built-in recipe by name, or a TOML file. Raises `MissingError` or `DataError`."""
     builtin = sorted(path.stem for path in FOLDER.glob("*.toml"))
     path = FOLDER / f"{name_or_path}.toml" if name_or_path in builtin else Path(name_or_path)
     if not path.is_file():
         raise MissingError(f"Recipe {name_or_path!r} is neither built in ({', '.join(builtin)}) nor a file.")
     try:
-        return _recipe(tomllib.loads(path.read_text("utf-8")))
-    except ValueError as error:  # no TOML or no text among them
+        return _parse(tomllib.loads(path.read_text("utf-8")))
+    except ValueError as error:  # includes invalid TOML and invalid UTF-8
         raise DataError(f"{path} is not a training recipe: {error}.") from error
 
 
-def _recipe(raw: dict[str, Any]) -> Recipe:
+def _parse(raw: dict[str, Any]) -> Recipe:
     """Raises `ValueError` with what is wrong."""
     tables = raw.pop("stage", None)
     if not (isinstance(tables, list) and tables and all(isinstance(table, dict) for table in tables)):
-        raise ValueError("it has no tables that begin with [[stage]]")
-    named = [(f"stage {table.get('name', number)!r}", table) for number, table in enumerate(tables, 1)]
-    stages = [build(Stage, table, where) for where, table in named]
+        raise ValueError("it has no [[stage]] tables")
+    labels = [f"stage {table.get('name', number)!r}" for number, table in enumerate(tables, 1)]
+    stages = [build(Stage, table, label) for label, table in zip(labels, tables, strict=True)]
     recipe = build(Recipe, {**raw, "stages": stages})
     build(MicroData if recipe.parts == "micro" else SmolData, recipe.data, "[data]")
     names = [stage.name for stage in stages]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two stages are called {twice[0]!r}, which its log could not tell apart")
-    for (where, _), stage in zip(named, stages, strict=True):
-        _check_together(stage, recipe, where)
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two stages are called {duplicates[0]!r}; names must be unique, because the log uses them")
+    for label, stage in zip(labels, stages, strict=True):
+        _check_stage(stage, recipe, label)
     return recipe
 
 
-def _check_together(stage: Stage, recipe: Recipe, where: str) -> None:
-    """Raises `ValueError` for settings that have the right type, but no sense, or none beside each other."""
+def _check_stage(stage: Stage, recipe: Recipe, label: str) -> None:
+    """Raise `ValueError` for settings that have the right type but are invalid or contradict each other."""
     if stage.template not in TEMPLATES:
-        raise ValueError(f"{where} has template = {stage.template!r}; one of {', '.join(TEMPLATES)} was expected")
+        raise ValueError(f"{label} has template = {stage.template!r}; one of {', '.join(TEMPLATES)} was expected")
     if stage.trains == "lora" and not stage.lora_rank:
-        raise ValueError(f"{where}: trains = 'lora' needs a lora_rank of 1 or more, not 0")
+        raise ValueError(f"{label}: trains = 'lora' needs a lora_rank of 1 or more, not 0")
     if stage.trains == "lora" and not stage.lora_alpha:
-        raise ValueError(f"{where}: trains = 'lora' needs a lora_alpha above 0, not 0")
+        raise ValueError(f"{label}: trains = 'lora' needs a lora_alpha above 0, not 0")
     if stage.trains != "projector" and not stage.learning_rate:
-        raise ValueError(f"{where}: trains = {stage.trains!r} needs a learning_rate above 0, not 0")
+        raise ValueError(f"{label}: trains = {stage.trains!r} needs a learning_rate above 0, not 0")
     if stage.trains == "full" and recipe.parts == "smol":
         raise ValueError(
-            f"{where}: trains = 'full' would be lost, as only projector and adapters of 'smol' are written; use 'lora'"
+            f"{label}: trains = 'full' would be lost, as only projector and adapters of 'smol' are written; use 'lora'"
         )

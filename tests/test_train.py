@@ -218,7 +218,7 @@ def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
         trainer = Trainer(model, recipe, [data], FeatureCache(out.features, model), out.data, tmp_path / "other")
         (group,) = prepare_stage(model, recipe, stage)
         before = torch.cat([parameter.detach().flatten() for parameter in group["params"]])
-        _, norm = trainer._optimise(data, next(data.step_packs()), torch.optim.SGD([group]))
+        _, norm = trainer._optimizer_step(data, next(data.step_packs()), torch.optim.SGD([group]))
         after = torch.cat([parameter.detach().flatten() for parameter in group["params"]])
         moved.append(float((after - before).norm()) / group["lr"])
         assert norm > 0.5  # before it is clipped
@@ -230,7 +230,7 @@ def test_only_a_run_is_gone_on_with(bundle_copy: Path, tmp_path: Path) -> None:
     """Its files would be lost, or the two would be in one folder."""
     before = sorted(bundle_copy.iterdir())
     out = replace(folders(tmp_path), run=bundle_copy)
-    with pytest.raises(CannotCreateError, match="something else than a run"):
+    with pytest.raises(CannotCreateError, match="is not empty and holds no training run"):
         train_recipe(brief(bf16=False), out)
     assert sorted(bundle_copy.iterdir()) == before
     assert not out.data.exists()
@@ -251,7 +251,7 @@ def test_too_small_a_disk_is_noticed_before_pictures_are_encoded(
     with pytest.raises(StorageError, match="The trained model needs"):
         train_recipe(brief(bf16=False), folders(tmp_path), encoding=lambda *_: pytest.fail("a picture was encoded"))
     monkeypatch.setattr("llava_edge.models.run.check_space", lambda *_: None)
-    with pytest.raises(StorageError, match="What CLIP makes of the pictures needs"):
+    with pytest.raises(StorageError, match="The cache of CLIP features needs"):
         train_recipe(brief(bf16=False), folders(tmp_path))
 
 
@@ -354,7 +354,7 @@ BAD_SETTINGS: list[tuple[str, str, str]] = [  # a line's beginning in smol.toml,
     ("[data.rounds]", "[data.round]", "[data] has unknown fields ['round']"),
     ('name = "instruct"', 'name = "align"', "two stages are called 'align'"),
     ('template = "chatml"', 'template = "chatlm"', STAGE_2 + "template = 'chatlm'; one of vicuna_v1, "),
-    ("[[stage]]", "[[stages]]", "it has no tables that begin with [[stage]]"),
+    ("[[stage]]", "[[stages]]", "it has no [[stage]] tables"),
 ]
 
 
@@ -375,7 +375,7 @@ def test_settings_that_cannot_be_meant_are_refused(old: str, new: str, said: str
     [
         ("pictures = 96", "pictures = 0", "[data] has pictures = 0; a whole number from 1 to 65536 was expected."),
         ("[data]\npictures = 96\n", "data = 96\n", "it has data = 96; a table of named values was expected."),
-        ("[[stage]]", "[stage]", "it has no tables that begin with [[stage]]"),
+        ("[[stage]]", "[stage]", "it has no [[stage]] tables"),
     ],
 )
 def test_the_same_of_micro(old: str, new: str, said: str, tmp_path: Path) -> None:

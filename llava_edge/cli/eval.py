@@ -72,15 +72,15 @@ def eval(
     _check(bundles, variants)
     with needing("train", "Evaluation"):
         from llava_edge.models.data import load_tokenizer
-        from llava_edge.models.evaluate import judge_model, majority, question_sets
-        from llava_edge.models.features import refuse_tiles
+        from llava_edge.models.evaluate import majority_baseline, question_sets, score_model
+        from llava_edge.models.features import check_single_crop
         from llava_edge.models.llava import from_state
         from llava_edge.models.sources import collect
     if checkpoint is not None:
         from llava_edge.export.checkpoint import open_checkpoint
 
         opened = open_checkpoint(checkpoint)
-        refuse_tiles(opened.config)
+        check_single_crop(opened.config)
         tokenizer = load_tokenizer(opened.tokenizer / "tokenizer.json")
     data = data or store.home() / "data" / "smol"
     with needing("train", "Evaluation"):
@@ -93,10 +93,10 @@ def eval(
         def progress(label: str) -> Progress:
             return lambda done, total: status.step(f"{label} {done}/{total}", done / total)
 
-        scores = [majority(train[name], questions, name) for name, questions in sets.items()]
+        scores = [majority_baseline(train[name], questions, name) for name, questions in sets.items()]
         if checkpoint is not None:
             model = from_state(opened.config, opened.tensors)
-            scores += judge_model(model, tokenizer, data, sets, progress, _talk)
+            scores += score_model(model, tokenizer, data, sets, progress, _talk)
         for bundle in bundles:
             scores += _judge_bundle(bundle, data, sets, variants, progress)
     if as_json:
@@ -162,13 +162,13 @@ def _judge(
     sets: dict[str, list[Question]],
     progress: Callable[[str], Progress],
 ) -> Iterator[Score]:
-    from llava_edge.models.evaluate import Score, ask_all
+    from llava_edge.models.evaluate import Score, count_correct
 
     def ask(image: Path, question: str) -> str:
         return model.ask(question, image, options).text
 
     for kind, questions in sets.items():
-        yield Score(kind, name, ask_all(ask, data, questions, progress(f"{name}: {kind}")), len(questions))
+        yield Score(kind, name, count_correct(ask, data, questions, progress(f"{name}: {kind}")), len(questions))
 
 
 def _table(scores: Sequence[Score]) -> str:

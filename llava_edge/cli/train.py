@@ -51,7 +51,7 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
         model = train_recipe(
             chosen,
             Folders(run, data, data / "features", photos),
-            talk=lambda line: click.echo(f"llava-edge: {line}", err=True),
+            log=lambda line: click.echo(f"llava-edge: {line}", err=True),
             encoding=lambda done, total: status.step(f"encoding images {done}/{total}", done / total),
             report=report,
             threads=threads,
