@@ -1,10 +1,10 @@
-"""Low-rank updates (LoRA) of a language model -> adapter.gguf, which llama.cpp adds to the weights while it computes:
+"""Low-rank updates (LoRA) of a language model -> adapter.gguf, which llama.cpp applies at run time:
 
     y = W x + B (A x)         A (rank, in), B (out, rank), in float16; the factor alpha / rank is folded into B
 
-So a public 4-bit file stays as it is, byte for byte. Folding the update into the weights and quantizing the sum again
-costs more than it saves where the update is small: of 50 fine grocery names that the default model knows in float32
-it then said 39 - 4 (Q4_K_M, with or without an importance matrix), with the adapter 39 - 1.
+So a public 4-bit file stays unchanged, byte for byte. Merging a small update and quantizing the sum again loses more
+than it saves: of 50 fine grocery names, 39 of which the default model gets right in float32, it then got 4 fewer right
+(Q4_K_M, with or without an importance matrix), with the adapter 1 fewer.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import numpy as np
 from llava_edge import gguf as header
 from llava_edge.errors import CheckpointError
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile
-from llava_edge.export.verify import relative
+from llava_edge.export.verify import relative_error
 from llava_edge.models.config import TextConfig
 from llava_edge.models.llama_gguf import permute, permuted_heads, read_language_tensor, tensor_names, unpermute
 
 Array = np.ndarray[Any, Any]
 
-SUM_LIMIT = 1e-3  # relative: what rounding A and B to float16 can cost the sum with the base
+SUM_LIMIT = 1e-3  # relative error of base + update from rounding A and B to float16
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A finished language file and the updates of its weights, by classic Hugging Face name without `.weight`.
+    """A finished language file and updates of its weights.
 
-    updates: (A, B), with every factor folded in.
+    updates: (A, B) by classic Hugging Face name without `.weight`, with every factor folded in.
     """
 
     base: LanguageFile
@@ -41,7 +41,7 @@ class LowRank:
 
 
 def write_adapter(low_rank: LowRank, config: TextConfig, path: Path, name: str) -> None:
-    """Write the file as llama.cpp's own converter lays it out (convert_lora_to_gguf.py)."""
+    """Write the file in the format of llama.cpp's converter (convert_lora_to_gguf.py)."""
     import gguf
 
     targets = {source.removesuffix(".weight"): target for target, source in tensor_names(config).items()}
@@ -49,7 +49,7 @@ def write_adapter(low_rank: LowRank, config: TextConfig, path: Path, name: str) 
         writer.add_type("adapter")
         writer.add_name(name)
         writer.add_string("adapter.type", "lora")
-        # llama.cpp multiplies by alpha / rank if alpha is not 0, by 1 if it is.
+        # llama.cpp scales by alpha / rank, or by 1 if alpha is 0.
         writer.add_float32("adapter.lora.alpha", 0.0)
         for source, (a, b) in low_rank.updates.items():
             heads = permuted_heads(targets[source], config)
@@ -68,11 +68,11 @@ def read_back_adapter(language: Path, adapter: Path, checkpoint: Checkpoint) -> 
     header.check_adapter(update, base)
     for target, source in tensor_names(checkpoint.config.text).items():
         heads = permuted_heads(target, checkpoint.config.text)
-        ours = read_language_tensor(base, target, checkpoint.config.text)
+        tensor = read_language_tensor(base, target, checkpoint.config.text)
         if f"{target}.lora_a" in update.tensors:
             change = update.array(f"{target}.lora_b").astype(np.float32) @ update.array(f"{target}.lora_a")
-            ours = ours + (unpermute(change, heads) if heads else change)
-        error = relative(ours, checkpoint.tensors[source])
+            tensor = tensor + (unpermute(change, heads) if heads else change)
+        error = relative_error(tensor, checkpoint.tensors[source])
         if error > SUM_LIMIT:
             raise CheckpointError(
                 f"{adapter} and {language} together do not give the checkpoint's {source}: off by {error:.2g} "

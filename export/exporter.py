@@ -296,15 +296,15 @@ class _Export:
         if options.measured and options.measured.files == bundle.manifest.files:
             self.progress("parity is known: every file equals the one it was measured on", None)
             return options.measured.parity
-        if why_not := parity.obstacle():
-            self.progress(why_not, None)
+        if reason := parity.unavailable_reason():
+            self.progress(reason, None)
             return []
         if options.low_rank and not isinstance(self.language, LanguageFile):
             float16 = self._write_float16(self.language)
         float32 = self.scratch if options.vision != "fp32" else None
         if float32 and not (float32 / VISION).exists():  # as the search for an int8 tower leaves it
             write_clip(self.checkpoint.config, self.checkpoint.tensors, float32, "fp32")
-        rows = parity.parity(
+        rows = parity.measure(
             bundle,
             self.checkpoint,
             float16,

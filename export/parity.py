@@ -1,18 +1,18 @@
-"""The parity table: the very code of `runtimes/` against PyTorch, stage by stage. Needs torch.
+"""The parity table: the code of `runtimes/` compared with PyTorch, stage by stage. Needs torch.
 
-Each stage gets the reference's own input, so that every row shows one stage's own error; `embeddings` is the exception
-that shows what becomes of CLIP's error behind the projector:
+Each stage gets the reference's input, so that every row shows one stage's own error; the exception is `embeddings`,
+which shows CLIP's error after the projector:
 
     pixels       our preprocessing against the recipe of CLIPImageProcessor, written out in reference.py; equal
-    clip fp32    the tower in float32, before its precision was reduced
+    clip fp32    the tower in float32, before its precision is reduced
     clip P       vision.onnx
-    attention    its other output, by which a token budget chooses
+    attention    its other output, which token budgets use
     projector    projector.gguf
-    embeddings   vision.onnx, then projector.gguf: what stands at the image's positions when a bundle is run
+    embeddings   vision.onnx, then projector.gguf: the image embeddings of a running bundle
     arrangement  with "anyres", the order of the crops' embeddings and `image_newline` between them; equal
-    logits f16   the float16 language file, before quantization, at the prompt's end and along its greedy answer
-    greedy f16   share of these positions where the most likely token is the reference's
-    logits Q     the shipped file along the same answer; what four bits cost
+    logits f16   the float16 language file, before quantization, at the end of the prompt and along its greedy answer
+    greedy f16   share of these positions with the same most likely token as the reference
+    logits Q     the shipped file along the same answer: the cost of quantization
     greedy Q
 
 The reference is `models/`, one block in memory at a time, so a 7B needs no more memory than its largest tensor.
@@ -36,7 +36,7 @@ from llava_edge.errors import CheckpointError, install
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
-from llava_edge.export.verify import relative
+from llava_edge.export.verify import relative_error
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes import mapping
 from llava_edge.runtimes.language import LanguageModel
@@ -49,23 +49,23 @@ Progress = Callable[[str, float | None], None]
 
 CLIP_LIMITS = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3e-2}  # relative
 PROJECTOR_LIMIT = 1e-5  # relative; the tanh form of GELU would give about 2e-4
-AMPLIFICATION = 5.0  # of CLIP's relative error by the projector or in its attention, at most
-# Cosine. What bits cost depends on the model and is reported rather than judged; the file's content is checked tensor
-# by tensor. These only stop a bundle that lost its model.
+AMPLIFICATION = 5.0  # at most, of CLIP's relative error by the projector or in its attention
+# Cosine. The cost of quantization depends on the model and is reported, not judged; the file is checked tensor by
+# tensor. These limits only catch a broken model.
 QUANT_LIMITS = {"f16": 0.9999, "q8_0": 0.995, "q5_k_m": 0.95, "q4_k_m": 0.85, "q4_0": 0.6}
-# Cosine of a language file that was quantized elsewhere, against its own weights dequantised. What differs is that
+# Cosine of a language file that was quantized elsewhere, against its own dequantised weights. The difference is that
 # llama.cpp rounds activations to 8 bits: 0.9997 or better on random models of 2 and 16 blocks in all quantizations,
 # 0.9982 for SmolLM2-135M in Q4_1. q and k with rows in the wrong order gave at most 0.98.
-KEPT_LIMITS = {"f32": 0.9999, "f16": 0.9999}
-KEPT_LIMIT = 0.99
-GREEDY_LIMITS = {"f16": 0.95}  # near ties may fall either way; what quantization changes is reported
+PREQUANTIZED_LIMITS = {"f32": 0.9999, "f16": 0.9999}
+PREQUANTIZED_LIMIT = 0.99
+GREEDY_LIMITS = {"f16": 0.95}  # near ties may go either way; after quantization it is only reported
 
 STEPS = 64  # of the greedy answer
 _QUESTION = "Describe the picture."
-_REPACK_BYTES = 1 << 30  # larger files are measured as they are mapped: repacking would hold them in memory again
+_REPACK_BYTES = 1 << 30  # larger files are not repacked, which would hold a second copy in memory
 
 
-def obstacle() -> str:
+def unavailable_reason() -> str:
     """Why parity cannot be measured here, as a sentence; empty if it can."""
     try:
         import torch  # noqa: F401
@@ -74,29 +74,29 @@ def obstacle() -> str:
     return ""
 
 
-def check_fits(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    """Refuse to compare a bundle with a checkpoint of other sizes: `CheckpointError` naming them."""
+def check_same_sizes(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` if the bundle and the checkpoint have different sizes."""
     vision, language, config = bundle.manifest.vision, bundle.manifest.language, checkpoint.config
     ours = (vision.width, vision.image_tokens, language.hidden_size, language.vocab_size)
     theirs = (config.vision.hidden_size, config.image_tokens, config.text.hidden_size, config.text.vocab_size)
     if ours != theirs:
         raise CheckpointError(
-            f"{bundle.folder} is not made from {checkpoint.folder}: vision width, image tokens, hidden size and "
-            f"vocabulary are {ours} there and {theirs} here."
+            f"{bundle.folder} was not made from {checkpoint.folder}: vision width, image tokens, hidden size and "
+            f"vocabulary are {ours} in the bundle and {theirs} in the checkpoint."
         )
 
 
-def parity(
+def measure(
     bundle: Bundle,
     checkpoint: Checkpoint,
     float16: Path | None = None,
     float32: Path | None = None,
     progress: Progress = lambda what, share: None,
 ) -> list[ParityRow]:
-    """Measure every stage, worst last. The bundle's hashes are not looked at.
+    """Measure every stage; the worst row comes last. The bundle's hashes are not checked.
 
-    float16: the language file before quantization, float32: the folder of the tower before that; if they are there.
-    progress: gets what is computed and its share done, None if unknown.
+    float16, float32: the language file before quantization and the folder with the float32 tower, if available.
+    progress: gets what is computed and the share done, None if unknown.
     """
     from llava_edge.models import streamed
 
@@ -105,32 +105,32 @@ def parity(
     images = samples.pictures()
     sizes = [image.size for image in images]
     pixels = [anyres.crops(image, manifest.preprocessing) for image in images]
-    right = replace(manifest.preprocessing, square=config.square, grids=config.grids)
-    rows = [_equal_row("pixels", pixels, [reference_pixels(image, right) for image in images])]
+    spec = replace(manifest.preprocessing, square=config.square, grids=config.grids)
+    rows = [_equal_row("pixels", pixels, [reference_pixels(image, spec) for image in images])]
     attention: list[Array] = []
     if manifest.vision.attention:
         features, attention = streamed.image_features_with_attention(config, tensors, pixels)
     else:
         features = streamed.image_features(config, tensors, pixels)
     embeds = streamed.project(config, tensors, features)
-    shown = streamed.arrange(config, tensors, embeds, sizes)
+    image_embeds = streamed.arrange(config, tensors, embeds, sizes)
     if float32:
-        whole = _encoded(VisionEncoder(Bundle(float32, manifest)), pixels)
-        rows.append(_relative_row("clip fp32", whole, features, CLIP_LIMITS["fp32"]))
+        float32_features = _encode(VisionEncoder(Bundle(float32, manifest)), pixels)
+        rows.append(_relative_row("clip fp32", float32_features, features, CLIP_LIMITS["fp32"]))
     rows += _vision_rows(bundle, pixels, features, attention, embeds)
     if config.square == "anyres":
         orders = [anyres.layout(size, manifest.preprocessing, manifest.vision.image_tokens) for size in sizes]
         newline = Projector(bundle).newline
-        placed = [anyres.arrange(item, newline, order) for item, order in zip(embeds, orders, strict=True)]
-        rows.append(_equal_row("arrangement", placed, shown))
+        arranged = [anyres.arrange(item, newline, order) for item, order in zip(embeds, orders, strict=True)]
+        rows.append(_equal_row("arrangement", arranged, image_embeds))
     mapping.trim()
     files = {"f16": float16} if float16 else {}
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
-    rows += _language_rows(files, checkpoint, bundle, shown[0], progress)
-    return sorted(rows, key=_strain)
+    rows += _language_rows(files, checkpoint, bundle, image_embeds[0], progress)
+    return sorted(rows, key=_limit_fraction)
 
 
-def _encoded(encoder: VisionEncoder, pixels: Sequence[Array]) -> list[Array]:
+def _encode(encoder: VisionEncoder, pixels: Sequence[Array]) -> list[Array]:
     """(crops, 3, S, S) of each picture -> (crops, image_tokens, width) of each."""
     return [np.stack([encoder.encode(crop) for crop in crops]) for crops in pixels]
 
@@ -138,44 +138,44 @@ def _encoded(encoder: VisionEncoder, pixels: Sequence[Array]) -> list[Array]:
 def _vision_rows(
     bundle: Bundle, pixels: list[Array], features: list[Array], attention: list[Array], embeds: list[Array]
 ) -> list[ParityRow]:
-    """The last three are the reference's; `attention` is empty for a bundle without."""
+    """`features`, `attention` and `embeds` are the reference's; `attention` is empty for a bundle without."""
     encoder, layers = VisionEncoder(bundle), Projector(bundle)
     precision = bundle.manifest.vision.precision
     limit = CLIP_LIMITS[precision]
-    ours = _encoded(encoder, pixels)
+    ours = _encode(encoder, pixels)
     rows = [_relative_row(f"clip {precision}", ours, features, limit)]
     if attention:
-        looks = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
-        rows.append(_relative_row(f"attention {precision}", looks, attention, AMPLIFICATION * limit))
+        ours_attention = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
+        rows.append(_relative_row(f"attention {precision}", ours_attention, attention, AMPLIFICATION * limit))
     rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
     rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))
     return rows
 
 
-def _strain(row: ParityRow) -> float:
-    """How much of its limit a row uses; above 1 it fails."""
+def _limit_fraction(row: ParityRow) -> float:
+    """The error as a fraction of the row's limit; above 1 it fails."""
     if row.measure in ("cosine", "agreement"):
         return (1 - row.value) / (1 - row.limit)
     return row.value / row.limit if row.limit else np.inf * row.value if row.value else 0.0
 
 
-def _equal_row(stage: str, ours: list[Array], wanted: list[Array]) -> ParityRow:
-    if [item.shape for item in ours] != [item.shape for item in wanted]:
-        most = sys.float_info.max
-        return ParityRow(stage, "max_abs", most, 0.0, most, most, False)
-    largest = _max_abs(ours, wanted)
-    worst = max(relative(a, b) for a, b in zip(ours, wanted, strict=True))
+def _equal_row(stage: str, ours: list[Array], reference: list[Array]) -> ParityRow:
+    if [item.shape for item in ours] != [item.shape for item in reference]:
+        maximum = sys.float_info.max
+        return ParityRow(stage, "max_abs", maximum, 0.0, maximum, maximum, False)
+    largest = _max_abs(ours, reference)
+    worst = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
     return ParityRow(stage, "max_abs", largest, 0.0, largest, worst, largest == 0)
 
 
-def _relative_row(stage: str, ours: list[Array], wanted: list[Array], limit: float) -> ParityRow:
+def _relative_row(stage: str, ours: list[Array], reference: list[Array], limit: float) -> ParityRow:
     """The worst picture counts."""
-    worst = max(relative(a, b) for a, b in zip(ours, wanted, strict=True))
-    return ParityRow(stage, "relative", worst, limit, _max_abs(ours, wanted), worst, worst <= limit)
+    worst = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
+    return ParityRow(stage, "relative", worst, limit, _max_abs(ours, reference), worst, worst <= limit)
 
 
-def _max_abs(ours: list[Array], wanted: list[Array]) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(ours, wanted, strict=True))
+def _max_abs(ours: list[Array], reference: list[Array]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, reference, strict=True))
 
 
 def _language_rows(
@@ -185,44 +185,44 @@ def _language_rows(
     image: Array,
     progress: Progress = lambda what, share: None,
 ) -> list[ParityRow]:
-    """Every file along the greedy answer of the first; the shipped one with its adapter."""
+    """Compare every file along the greedy answer of the first one; the shipped file has its adapter applied."""
     manifest = bundle.manifest
     rows: list[ParityRow] = []
     answer: list[int] = []
-    wanted: Array | None = None
+    reference: Array | None = None
     for name, path in files.items():
         context = len(image) + 512 + STEPS
         repack = path.stat().st_size < _REPACK_BYTES
         adapter = bundle.adapter if path == bundle.part(LANGUAGE) else None
         with LanguageModel(path, adapter=adapter, context=context, repack=repack) as engine:
             ids = prompt_encoder(engine, manifest)([Message("user", _QUESTION, 1)])
-            ours = _follow(engine, ids, image, answer, partial(progress, f"the answer of {name}"))
-        if wanted is None:
-            wanted = _reference_logits(checkpoint, ids, image, answer, partial(progress, "the reference"))
-        kept = checkpoint.language_file is not None or name not in QUANT_LIMITS
-        limit = KEPT_LIMITS.get(name, KEPT_LIMIT) if kept else QUANT_LIMITS[name]
-        rows += [_logits_row(name, limit, ours, wanted), _greedy_row(name, ours, wanted)]
+            ours = _answer_logits(engine, ids, image, answer, partial(progress, f"the answer of {name}"))
+        if reference is None:
+            reference = _reference_logits(checkpoint, ids, image, answer, partial(progress, "the reference"))
+        prequantized = checkpoint.language_file is not None or name not in QUANT_LIMITS
+        limit = PREQUANTIZED_LIMITS.get(name, PREQUANTIZED_LIMIT) if prequantized else QUANT_LIMITS[name]
+        rows += [_logits_row(name, limit, ours, reference), _greedy_row(name, ours, reference)]
     return rows
 
 
-def _follow(
+def _answer_logits(
     engine: LanguageModel, ids: list[int], image: Array, answer: list[int], progress: Callable[[float], None]
 ) -> Array:
-    """(STEPS + 1, vocab) logits behind the prompt and behind each token of `answer`, which is filled if it is empty."""
-    never = threading.Event()
-    at = ids.index(IMAGE_TOKEN_INDEX)
+    """(STEPS + 1, vocab) logits after the prompt and each token of `answer`, which is filled if empty."""
+    never_cancelled = threading.Event()
+    image_at = ids.index(IMAGE_TOKEN_INDEX)
     progress(0.0)
-    engine.evaluate_tokens(ids[:at], never)
-    engine.evaluate_embeddings(image, [("reference", row) for row in range(len(image))], never)
-    engine.evaluate_tokens(ids[at + 1 :], never)
-    found = [engine.logits().copy()]
+    engine.evaluate_tokens(ids[:image_at], never_cancelled)
+    engine.evaluate_embeddings(image, [("reference", row) for row in range(len(image))], never_cancelled)
+    engine.evaluate_tokens(ids[image_at + 1 :], never_cancelled)
+    logits = [engine.logits().copy()]
     for step in range(STEPS):
         if step == len(answer):
-            answer.append(int(found[-1].argmax()))
-        engine.evaluate_tokens([answer[step]], never)
-        found.append(engine.logits().copy())
+            answer.append(int(logits[-1].argmax()))
+        engine.evaluate_tokens([answer[step]], never_cancelled)
+        logits.append(engine.logits().copy())
         progress((step + 1) / STEPS)
-    return np.stack(found)
+    return np.stack(logits)
 
 
 def _reference_logits(
@@ -235,21 +235,27 @@ def _reference_logits(
     return streamed.logits(checkpoint.config, checkpoint.tensors, embeds, start, progress)
 
 
-def _logits_row(name: str, limit: float, ours: Array, wanted: Array) -> ParityRow:
+def _logits_row(name: str, limit: float, ours: Array, reference: Array) -> ParityRow:
     """The worst position counts."""
-    cosines = (ours * wanted).sum(-1) / (np.linalg.norm(ours, axis=-1) * np.linalg.norm(wanted, axis=-1))
+    cosines = (ours * reference).sum(-1) / (np.linalg.norm(ours, axis=-1) * np.linalg.norm(reference, axis=-1))
     value = float(cosines.min())
     return ParityRow(
-        f"logits {name}", "cosine", value, limit, _max_abs([ours], [wanted]), relative(ours, wanted), value >= limit
+        f"logits {name}",
+        "cosine",
+        value,
+        limit,
+        _max_abs([ours], [reference]),
+        relative_error(ours, reference),
+        value >= limit,
     )
 
 
-def _greedy_row(name: str, ours: Array, wanted: Array) -> ParityRow:
-    """`max_abs`: by how much the reference prefers its own choice, at most; `relative`: that over its logits' std."""
-    mine, theirs = ours.argmax(-1), wanted.argmax(-1)
-    gaps = wanted.max(-1) - np.take_along_axis(wanted, mine[:, None], -1)[:, 0]
+def _greedy_row(name: str, ours: Array, reference: Array) -> ParityRow:
+    """`max_abs`: the largest margin of the reference's own choice over ours; `relative`: divided by its logits' std."""
+    mine, theirs = ours.argmax(-1), reference.argmax(-1)
+    margins = reference.max(-1) - np.take_along_axis(reference, mine[:, None], -1)[:, 0]
     value, limit = float((mine == theirs).mean()), GREEDY_LIMITS.get(name, 0.0)
-    largest = float(gaps.max())
+    largest = float(margins.max())
     return ParityRow(
-        f"greedy {name}", "agreement", value, limit, largest, largest / float(wanted.std()), value >= limit
+        f"greedy {name}", "agreement", value, limit, largest, largest / float(reference.std()), value >= limit
     )

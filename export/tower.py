@@ -1,4 +1,4 @@
-"""The vision tower in the precision that was asked for; of an int8 tower, what suffers gets weights of 16 bits."""
+"""Writes the vision tower in the requested precision; in an int8 tower, sensitive blocks get 16-bit weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llava_edge.runtimes.vision import VisionEncoder
 
 Progress = Callable[[str, float | None], None]
 
-INT8_TARGET = 2e-2  # relative error aimed at; photographs reached 2.2e-2 where the sample drawings had 1.6e-2
+INT8_TARGET = 2e-2  # relative error to stay below; photographs reached 2.2e-2 where the sample drawings had 1.6e-2
 
 
 def write_tower(
@@ -29,11 +29,11 @@ def write_tower(
     scratch: Path,
     progress: Progress,
 ) -> None:
-    """vision.onnx of `bundle` in its manifest's precision.
+    """Write vision.onnx of `bundle` in its manifest's precision.
 
     fine_blocks: of an int8 tower, how many blocks from the front have weights in two int8 parts; if None, as few as
     keep the error on `pictures` below `INT8_TARGET`.
-    Raises `CheckpointError` for a tower that gives the same numbers everywhere.
+    Raises `CheckpointError` for a tower whose output is constant.
     """
     precision: Precision = bundle.manifest.vision.precision
     progress(f"vision tower as {precision}", None)
@@ -48,7 +48,7 @@ def write_tower(
 def _write_int8(
     bundle: Bundle, checkpoint: Checkpoint, pictures: Sequence[Image.Image], scratch: Path, progress: Progress
 ) -> None:
-    """Give as few blocks from the front finer weights as the target allows; found by bisection."""
+    """Find by bisection the fewest finer blocks that meet `INT8_TARGET`, and write that tower."""
     config, tensors = checkpoint.config, checkpoint.tensors
     write_clip(config, tensors, scratch, "fp32")
     reference = _features(Bundle(scratch, bundle.manifest), pictures)
@@ -58,7 +58,7 @@ def _write_int8(
         written = attempt
         write_clip(config, tensors, bundle.folder, "int8", written)
         pairs = zip(_features(bundle, pictures), reference, strict=True)
-        error = max(verify.relative(ours, wanted) for ours, wanted in pairs)
+        error = max(verify.relative_error(ours, expected) for ours, expected in pairs)
         progress(f"vision tower as int8, {written} of {config.vision_blocks} blocks finer: error {error:.4f}", None)
         low, high = (low, written) if error <= INT8_TARGET else (written + 1, high)
         attempt = (low + high) // 2
@@ -67,6 +67,6 @@ def _write_int8(
 
 
 def _features(bundle: Bundle, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
-    """What a vision file makes of each crop of the pictures."""
+    """The features of each crop of the pictures."""
     encoder = VisionEncoder(bundle)
     return [encoder.encode(crop) for item in pictures for crop in crops(item, bundle.manifest.preprocessing)]

@@ -1,4 +1,4 @@
-"""The finished GGUF files, read back: every tensor is dequantised and compared with the checkpoint. Needs no torch."""
+"""Reads the finished GGUF files back and compares every dequantised tensor with the checkpoint. Without torch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TYPE_LIMITS |= {"Q4_K": 0.25, "Q4_0": 0.25, "Q4_1": 0.25}
 
 
 def read_back_language(path: Path, checkpoint: Checkpoint, progress: Callable[[float], None] = lambda x: None) -> None:
-    """Compare every tensor of a language file with its source. Raises `CheckpointError` naming the worst."""
+    """Compare every tensor of a language file with its source. Raises `CheckpointError` naming one that differs."""
     names = llama_gguf.tensor_names(checkpoint.config.text)
     _read_back(path, names, lambda target: llm_gguf.gguf_tensor(checkpoint, target, names[target]), progress)
     gguf.check_language(gguf.read(path))
 
 
 def read_back_projector(path: Path, checkpoint: Checkpoint) -> None:
-    """The same for projector.gguf."""
+    """Compare every tensor of projector.gguf with its source. Raises `CheckpointError` naming one that differs."""
     names = projector.tensor_names(checkpoint.config)
     _read_back(path, names, lambda target: checkpoint.tensors[names[target]], lambda share: None)
 
@@ -45,9 +45,9 @@ def _read_back(
     if stored.keys() != names.keys():
         raise CheckpointError(f"{path} holds other tensors than were written: {sorted(stored.keys() ^ names.keys())}.")
     for done, (name, item) in enumerate(stored.items()):
-        ours, wanted = dequantize(item.data, item.tensor_type), source(name)
+        ours, expected = dequantize(item.data, item.tensor_type), source(name)
         limit = TYPE_LIMITS.get(item.tensor_type.name, 0.0)
-        error = relative(ours, wanted) if ours.shape == wanted.shape else np.inf
+        error = relative_error(ours, expected) if ours.shape == expected.shape else np.inf
         if not error <= limit:
             raise CheckpointError(
                 f"{path} does not hold what was written: {name} as {item.tensor_type.name} is off by {error:.2g} "
@@ -56,8 +56,8 @@ def _read_back(
         progress((done + 1) / len(stored))
 
 
-def relative(ours: Array, reference: Array) -> float:
-    """l2 norm of the difference over that of the reference."""
+def relative_error(ours: Array, reference: Array) -> float:
+    """l2 norm of the difference, divided by that of the reference."""
     norm = float(np.linalg.norm(reference))
     difference = float(np.linalg.norm(np.subtract(ours, reference, dtype=np.float32)))
     return difference / norm if norm else float(difference > 0)

@@ -255,7 +255,7 @@ def tiles_by_column(rows: Any) -> Any:
 def failing(checkpoint: Path, bundle: Path) -> set[str]:
     """Rows of the parity table, measured anew, that would keep a bundle from being published."""
     opened = Bundle.open(bundle)
-    rows = parity.parity(opened, open_checkpoint(checkpoint), opened.part(LANGUAGE))
+    rows = parity.measure(opened, open_checkpoint(checkpoint), opened.part(LANGUAGE))
     return {row.stage for row in rows if not row.passed}
 
 

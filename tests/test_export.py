@@ -610,7 +610,7 @@ def test_a_known_parity_table_is_taken_only_for_identical_files(
     options = ExportOptions(micro_checkpoint, tmp_path / "a", name="micro", quant="q8_0", vision="fp32")
     measured = export(options)
     assert measured.parity
-    monkeypatch.setattr("llava_edge.export.parity.obstacle", lambda: "torch is not installed.")
+    monkeypatch.setattr("llava_edge.export.parity.unavailable_reason", lambda: "torch is not installed.")
     again = export(replace(options, out=tmp_path / "b", measured=measured))
     assert again.parity == measured.parity
     other = export(replace(options, out=tmp_path / "c", quant="q4_0", measured=measured))
@@ -621,7 +621,7 @@ def test_the_number_of_finer_blocks_can_be_given_and_is_found(
     micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tower, "INT8_TARGET", 0.0)  # nothing is enough, so all of both are finer
-    monkeypatch.setattr(parity, "obstacle", lambda: "of no interest here")
+    monkeypatch.setattr(parity, "unavailable_reason", lambda: "of no interest here")
     files = []
     for blocks in (0, 2, None):
         out = tmp_path / str(blocks)

@@ -129,7 +129,7 @@ def test_the_report_of_an_export(micro_checkpoint: Path, float16: Path, data: Pa
 def test_the_matrix_of_an_export_reaches_the_file(
     micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "obstacle", lambda: "of no interest here")
+    monkeypatch.setattr(parity, "unavailable_reason", lambda: "of no interest here")
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for n, colour in enumerate(micro.COLOURS):

@@ -265,7 +265,7 @@ def test_an_exported_chat_is_as_long_as_transformers_says(
     folder: Path, oracles: dict[AfterControl, LlamaTokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From config.json and tokenizer_config.json through the manifest to the runtime: markers and `legacy`."""
-    monkeypatch.setattr(parity, "obstacle", lambda: "of no interest here")
+    monkeypatch.setattr(parity, "unavailable_reason", lambda: "of no interest here")
     (folder / "tokenizer_config.json").write_text('{"legacy": false}', "utf-8")
     manifest = export(ExportOptions(folder, tmp_path / "bundle", quant="f16", vision="fp32"))
     assert (manifest.after_control, manifest.image_markers) == ("bare", ["<im_start>", "<im_end>"])

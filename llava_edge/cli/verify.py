@@ -85,16 +85,16 @@ def _source(
     from llava_edge.export import parity
     from llava_edge.export.exporter import ExportOptions, open_source
 
-    why_not = parity.obstacle()
-    if why_not:
-        raise UnavailableError(why_not)
+    reason = parity.unavailable_reason()
+    if reason:
+        raise UnavailableError(reason)
     template = opened.manifest.template
     options = ExportOptions(
         against, opened.folder, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template
     )
     with needing("export", "--against"):  # of a GGUF
         checkpoint = open_source(options)
-    parity.check_fits(opened, checkpoint)
+    parity.check_same_sizes(opened, checkpoint)
     return checkpoint
 
 
@@ -103,7 +103,7 @@ def _measure(opened: Bundle, checkpoint: Checkpoint) -> list[ParityRow]:
     from llava_edge.export import parity
 
     with status_line(f"Measuring {opened.folder} against {checkpoint.folder}") as status:
-        rows = parity.parity(
+        rows = parity.measure(
             opened, checkpoint, progress=lambda what, share: status.step(f"Measuring {what} of {opened.folder}", share)
         )
     show_parity(rows)
