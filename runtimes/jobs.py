@@ -1,6 +1,6 @@
-"""One thread that owns the engines: callers queue up, each reads its own stream and can stop its own job.
+"""The engine thread and its job queue: each caller reads the stream of its own job, and can cancel that job alone.
 
-Also the threads that it hands parts of its work to. Knows nothing about what the jobs do.
+Also the worker threads that it uses. Knows nothing about what the jobs do.
 """
 
 from __future__ import annotations
@@ -19,98 +19,101 @@ from llava_edge.options import Chunk
 from llava_edge.runtimes import CancelledError
 
 Stream = Generator[Chunk, None, None]
-Last = Callable[[], Chunk]
+MakeChunk = Callable[[], Chunk]
 Tasks = queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
 T = TypeVar("T")
 
 CLOSED = "The engine is closed; load another one."
-FORKED = "The engine is not in this process, which was forked from its own; load one here."
-POLL_SECONDS = 0.05  # how often a waiting caller looks whether it was cancelled
-PAUSE_SECONDS = 1.0  # without a job: longer than programs take from one question to the next
+FORKED = "The engine was loaded before this process was forked and cannot be used in it; load one here."
+POLL_SECONDS = 0.05  # how often a waiting caller checks for cancellation
+IDLE_SECONDS = 1.0  # without a job until `on_idle`: longer than programs take from one question to the next
 
 
 class _Cancel(threading.Event):
-    """Set by whoever leaves a stream, and as soon as the caller's own event is, which is only read."""
+    """Set when a stream is closed early, or as soon as the caller's own event is, which is only read."""
 
-    def __init__(self, callers: threading.Event) -> None:
+    def __init__(self, caller_event: threading.Event) -> None:
         super().__init__()
-        self._callers = callers
+        self._caller_event = caller_event
 
     def is_set(self) -> bool:
-        return super().is_set() or self._callers.is_set()
+        return super().is_set() or self._caller_event.is_set()
 
 
-class _Turn:
-    """Whether the owner has begun with a job, or with several that are done together. Only one side can be first."""
+class _Claim:
+    """Decides atomically whether a queued job, or several that run as one, is started or withdrawn: whoever is first.
+
+    Both methods may be repeated.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken_by = ""
+        self._claimed_by = ""
 
-    def begin(self) -> bool:
-        """By the owner; False if it was dropped."""
-        return self._take("owner")
+    def start(self) -> bool:
+        """Claim it for the engine thread; False if it was withdrawn."""
+        return self._claim("engine")
 
-    def drop(self) -> bool:
-        """By whoever waits; False if it has begun."""
-        return self._take("caller")
+    def withdraw(self) -> bool:
+        """Claim it for the caller; False if it was started."""
+        return self._claim("caller")
 
-    def _take(self, side: str) -> bool:
+    def _claim(self, side: str) -> bool:
         with self._lock:
-            self._taken_by = self._taken_by or side
-            return self._taken_by == side
+            self._claimed_by = self._claimed_by or side
+            return self._claimed_by == side
 
 
 @dataclass
 class Job:
-    """One request: what the owner thread runs, and where it puts what comes out. None ends the stream.
+    """One request: the function that the engine thread runs, and the queue of its output. None ends the stream.
 
-    served: whether the owner's thread lives, which it does not in a process that was forked.
-    dropped: makes the only chunk of a job that is cancelled while it waits for its turn; None: it waits all the same.
-    others: jobs that this one does too; whatever ends it ends them.
+    thread_alive: whether the engine thread lives, which it does not in a forked process.
+    cancelled_chunk: makes the only chunk of a job that is cancelled while queued; None: such a job still waits.
+    followers: jobs whose streams this one fills too; what ends it ends them.
     """
 
     run: Callable[[Job], None]
     cancel: threading.Event
-    served: Callable[[], bool]
-    dropped: Last | None = None
-    turn: _Turn = field(default_factory=_Turn)
+    thread_alive: Callable[[], bool]
+    cancelled_chunk: MakeChunk | None = None
+    claim: _Claim = field(default_factory=_Claim)
     output: queue.SimpleQueue[Chunk | BaseException | None] = field(default_factory=queue.SimpleQueue)
-    others: list[Job] = field(default_factory=list)
-    vision_run: Any = None  # of VisionEncoder.new_run, while pictures are encoded
+    followers: list[Job] = field(default_factory=list)
+    vision_run: Any = None  # of VisionEncoder.new_run_options, while pictures are encoded
 
     def stop(self) -> None:
-        """Ask the owner thread to leave this job, from any thread."""
+        """Ask the engine thread, from any thread, to abort this job."""
         self.cancel.set()
         if self.vision_run is not None:
             self.vision_run.terminate = True
 
     def next(self) -> Chunk | BaseException | None:
-        """Wait for what comes out."""
+        """Wait for the next output."""
         while True:
             try:
                 return self.output.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                if not self.served() and self.output.empty():
+                if not self.thread_alive() and self.output.empty():
                     raise UsageError(FORKED) from None
                 if not self.cancel.is_set():
                     continue
-                if self.dropped is not None and self.turn.drop():
+                if self.cancelled_chunk is not None and self.claim.withdraw():
                     self.output.put(None)
-                    return self.dropped()
+                    return self.cancelled_chunk()
                 self.stop()
 
 
-class _Reader(Stream):
-    """The stream of a job, which `start` queues. Left before its last chunk or end, even unread, it cancels the job."""
+class _JobStream(Stream):
+    """The stream of a job, which `start` queues. Closing it before its last chunk, even unread, cancels the job."""
 
     def __init__(self, job: Job, start: Callable[[], None] | None = None) -> None:
         self._job = job
         self._start = start
-        self._ended = self._whole = False
+        self._closed = self._complete = False
 
     def send(self, value: None) -> Chunk:
-        if self._ended:
+        if self._closed:
             raise StopIteration
         try:
             if self._start is not None:
@@ -123,10 +126,10 @@ class _Reader(Stream):
             self.close()
             raise
         if item is None:
-            self._whole = True
+            self._complete = True
             self.close()
             raise StopIteration
-        self._whole = item.final is not None
+        self._complete = item.final is not None
         return item
 
     def throw(self, *error: Any) -> Chunk:
@@ -134,11 +137,11 @@ class _Reader(Stream):
         return super().throw(*error)  # raises it
 
     def close(self) -> None:
-        self._ended = True
-        if not self._whole:
-            self._job.turn.drop()
+        self._closed = True
+        if not self._complete:
+            self._job.claim.withdraw()
             self._job.stop()
-        self._job.output.put(None)  # for whoever else waits for this stream, and then takes it for whole
+        self._job.output.put(None)  # wakes other readers of this stream, for whom it then ends
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("A stream can be neither copied nor sent to another process.")
@@ -147,70 +150,75 @@ class _Reader(Stream):
         self.close()
 
 
-class Owner:
-    """The thread. `pause` runs in it when nobody has asked for a while, `last` when it ends.
+class EngineThread:
+    """Runs jobs one after the other. `on_idle` runs in the thread after `IDLE_SECONDS` without a job, `on_exit` last.
 
-    It holds no job that is done: what jobs refer to, an engine that nobody uses any more, can be collected.
+    It keeps no reference to a finished job, so that what jobs refer to, an unused engine, can be garbage-collected.
     """
 
-    def __init__(self, last: Callable[[], object]) -> None:
-        self.pause: Callable[[], None] = lambda: None
-        self._last = last
+    def __init__(self, on_exit: Callable[[], object]) -> None:
+        self.on_idle: Callable[[], None] = lambda: None
+        self._on_exit = on_exit
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # what closes it can be a collection, anywhere in its thread
+        self._lock = threading.RLock()  # re-entrant: a garbage collection in any place of this thread may call `close`
         self._closed = False
-        self._at_work: Job | None = None
-        self._thread = threading.Thread(target=self._serve, name="llava-edge engine", daemon=True)
+        self._current: Job | None = None
+        self._thread = threading.Thread(target=self._run_jobs, name="llava-edge engine", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Callable[[Job], None], cancel: threading.Event, dropped: Last | None = None) -> Stream:
-        """A job's chunks; it is queued with the first one that is asked for. Raises what the job raises.
+    def submit(
+        self, run: Callable[[Job], None], cancel: threading.Event, cancelled_chunk: MakeChunk | None = None
+    ) -> Stream:
+        """Return the stream of a job, which is queued when its first chunk is requested. Raises what the job raises.
 
-        Leaving early, by Ctrl-C too, cancels it.
+        Closing the stream early, by Ctrl-C too, cancels the job.
         """
-        job = Job(run, _Cancel(cancel), self._thread.is_alive, dropped)
-        return _Reader(job, lambda: self._queue(job))
+        job = Job(run, _Cancel(cancel), self._thread.is_alive, cancelled_chunk)
+        return _JobStream(job, lambda: self._enqueue(job))
 
-    def begin(self, run: Callable[[Job], None]) -> Stream:
-        """As `submit`, but queued now."""
+    def start(self, run: Callable[[Job], None]) -> Stream:
+        """Like `submit`, but queue the job now."""
         job = Job(run, threading.Event(), self._thread.is_alive)
-        self._queue(job)
-        return _Reader(job)
+        self._enqueue(job)
+        return _JobStream(job)
 
-    def do(self, run: Callable[[Job], None]) -> None:
-        """Run it in the thread, and wait for its end. Raises what it raises."""
+    def run(self, run: Callable[[Job], None]) -> None:
+        """Run a function in the thread and wait until it returns. Raises what it raises."""
         for _ in self.submit(run, threading.Event()):
             pass
 
-    def submit_together(
-        self, run: Callable[[list[Job]], None], cancel: threading.Event, count: int, dropped: Last
+    def submit_many(
+        self, run: Callable[[list[Job]], None], cancel: threading.Event, count: int, cancelled_chunk: MakeChunk
     ) -> list[Stream]:
-        """Queue one job that fills `count` streams. Leaving one before its last chunk cancels all."""
-        own, turn = _Cancel(cancel), _Turn()
+        """Queue one job that fills `count` streams. Closing one before its last chunk cancels all."""
+        shared_cancel, claim = _Cancel(cancel), _Claim()
         alive = self._thread.is_alive
-        jobs = [Job(lambda job: run([job, *job.others]), own, alive, dropped, turn) for _ in range(count)]
-        jobs[0].others += jobs[1:]
-        self._queue(jobs[0])
-        return [_Reader(job) for job in jobs]
+        jobs = [
+            Job(lambda job: run([job, *job.followers]), shared_cancel, alive, cancelled_chunk, claim)
+            for _ in range(count)
+        ]
+        jobs[0].followers += jobs[1:]
+        self._enqueue(jobs[0])
+        return [_JobStream(job) for job in jobs]
 
     def close(self, *, wait: bool = True) -> None:
-        """Cancel the job in work, refuse those that wait, and end the thread. Harmless when repeated."""
-        if not self._thread.is_alive():  # in a forked process somebody may have the lock for ever
+        """Cancel the running job, refuse the queued ones, and end the thread. Harmless when repeated."""
+        if not self._thread.is_alive():  # in a forked process the lock may be held for ever
             return
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._jobs.put(None)
-            if self._at_work is not None:
-                self._at_work.stop()
+            if self._current is not None:
+                self._current.stop()
         if wait and self._thread is not threading.current_thread():
             self._thread.join()
 
     def close_at_exit(self) -> None:
-        """Have Python wait for the thread when it ends, which would abort while engines are being freed."""
+        """Let Python wait for the thread at exit: the process would abort if it ended while engines are being freed."""
         atexit.register(self.close)
 
-    def _queue(self, job: Job) -> None:
+    def _enqueue(self, job: Job) -> None:
         if not self._thread.is_alive():
             raise UsageError(CLOSED if self._closed else FORKED)
         with self._lock:
@@ -219,43 +227,43 @@ class Owner:
             self._jobs.put(job)
 
     def _next(self) -> Job | None:
-        """Wait for it; when that takes long, do once what was put off for those who ask."""
+        """Wait for the next job, None at the end; call `on_idle` once if that takes long."""
         try:
-            return self._jobs.get(timeout=PAUSE_SECONDS)
+            return self._jobs.get(timeout=IDLE_SECONDS)
         except queue.Empty:
-            self.pause()
+            self.on_idle()
             return self._jobs.get()
 
-    def _serve(self) -> None:
-        while self._serve_one():
+    def _run_jobs(self) -> None:
+        while self._run_next():
             pass
-        self._last()
-        atexit.unregister(self.close)  # or it would keep what `pause` refers to: the parts of an engine, and its cache
+        self._on_exit()
+        atexit.unregister(self.close)  # or it would keep what `on_idle` refers to: an engine's parts and its cache
 
-    def _serve_one(self) -> bool:
-        """Whether there may be another one."""
+    def _run_next(self) -> bool:
+        """Run the next job; return whether there may be another one."""
         job = self._next()
-        if job is None or not job.turn.begin():
+        if job is None or not job.claim.start():
             return job is not None
-        end: BaseException | None = None
+        error: BaseException | None = None
         with self._lock:
-            self._at_work = job
+            self._current = job
             if self._closed:
-                end = UsageError(CLOSED)
+                error = UsageError(CLOSED)
         try:
-            if end is None:
+            if error is None:
                 job.run(job)
-        except BaseException as error:  # noqa: BLE001 - the caller gets it
-            end = error
+        except BaseException as raised:  # noqa: BLE001 - the caller gets it
+            error = raised
         with self._lock:
-            self._at_work = None
-        for one in (job, *job.others):
-            one.output.put(end)
+            self._current = None
+        for finished in (job, *job.followers):
+            finished.output.put(error)
         return True
 
 
-def outcome(future: Future[T], cancel: threading.Event) -> T:
-    """Wait for it. Raises `CancelledError` if `cancel` is set before its turn has come."""
+def wait_result(future: Future[T], cancel: threading.Event) -> T:
+    """Wait for a future. Raises `CancelledError` if `cancel` is set before the worker thread has started on it."""
     try:
         while not wait([future], POLL_SECONDS).done:
             if cancel.is_set() and future.cancel():
@@ -267,24 +275,24 @@ def outcome(future: Future[T], cancel: threading.Event) -> T:
 
 
 class Worker:
-    """A thread that does one thing after the other until `shutdown`, which Python's end and nobody's use of it do, too.
+    """A thread that runs one task after the other until `shutdown`, or until it is garbage-collected or Python exits.
 
-    One of concurrent.futures takes no more work once the main thread has ended, when others may still read answers.
+    A ThreadPoolExecutor would refuse tasks once the main thread has ended, when others may still read answers.
     """
 
     def __init__(self, name: str) -> None:
         self._tasks: Tasks = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_work, args=(self._tasks,), name=name, daemon=True)
+        self._thread = threading.Thread(target=_run_tasks, args=(self._tasks,), name=name, daemon=True)
         self._thread.start()
         self._finish = weakref.finalize(self, _finish, self._tasks, self._thread)
 
     @property
     def alive(self) -> bool:
-        """Whether it takes work: not after `shutdown`, and not in a process that was forked."""
+        """Whether it accepts tasks: not after `shutdown`, and not in a forked process."""
         return self._finish.alive and self._thread.is_alive()
 
     def submit(self, run: Callable[..., T], *args: Any) -> Future[T]:
-        """Have it done after what was submitted before. Raises RuntimeError after `shutdown`."""
+        """Queue a call. Raises RuntimeError after `shutdown`."""
         if not self._finish.alive:
             raise RuntimeError("the thread has ended")
         future: Future[T] = Future()
@@ -292,18 +300,18 @@ class Worker:
         return future
 
     def shutdown(self) -> None:
-        """End it after what was submitted. Harmless when repeated."""
+        """End the thread after all queued tasks. Harmless when repeated."""
         self._finish()
 
 
-def _work(tasks: Tasks) -> None:
-    """Holds neither the `Worker` nor what was done, so that they can be collected."""
+def _run_tasks(tasks: Tasks) -> None:
+    """Keep no reference to the `Worker` or to finished tasks, so that they can be garbage-collected."""
     while (task := tasks.get()) is not None:
         future, run, args = task
         try:
             if future.set_running_or_notify_cancel():
                 future.set_result(run(*args))
-        except BaseException as error:  # noqa: BLE001 - who waits for the future gets it
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
             future.set_exception(error)
         del task, future, run, args
 

@@ -24,7 +24,7 @@ from llava_edge import gguf
 from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
 from llava_edge.runtimes import CancelledError, bindings, compute, devices, limit_spinning, mapping, native
 from llava_edge.runtimes.batch import Batch
-from llava_edge.runtimes.jobs import POLL_SECONDS, Worker, outcome
+from llava_edge.runtimes.jobs import POLL_SECONDS, Worker, wait_result
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.threads import Threads
 
@@ -410,7 +410,7 @@ class LanguageModel:
             self.library.llama_set_n_threads(self.context, threads, threads)
         assert self._thread is not None, "closed"
         self._decoded = self._thread.submit(self._call, batch)
-        status = outcome(self._decoded, cancel)
+        status = wait_result(self._decoded, cancel)
         if status == _ABORTED:
             raise CancelledError
         if status:

@@ -29,7 +29,7 @@ from llava_edge.runtimes import CancelledError, devices, presets, probe, tune
 from llava_edge.runtimes.decoding import Answer, decode, decode_together
 from llava_edge.runtimes.draft import Draft, check_draft
 from llava_edge.runtimes.embedder import Embedder
-from llava_edge.runtimes.jobs import CLOSED, Job, Owner, Stream
+from llava_edge.runtimes.jobs import CLOSED, EngineThread, Job, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import RECENT_BYTES, Picture, Recent, check_budget, limited, taken
@@ -64,8 +64,8 @@ class Engine:
         self._recent = Recent(bundle.manifest, RECENT_BYTES if options.cache else 0)
         self._parts = ExitStack()
         self._parts.callback(self._cache.close)
-        self._owner = Owner(self._parts.close)
-        weakref.finalize(self, self._owner.close, wait=False).atexit = False
+        self._thread = EngineThread(self._parts.close)
+        weakref.finalize(self, self._thread.close, wait=False).atexit = False
 
     @staticmethod
     def open(
@@ -86,7 +86,7 @@ class Engine:
         engine = Engine(bundle, options or EngineOptions())
         shown: list[Future[Picture]] = [Future() for _ in pictures]
         try:
-            loading = engine._owner.begin(lambda job: engine._load(job.cancel, shown, on_load))
+            loading = engine._thread.start(lambda job: engine._load(job.cancel, shown, on_load))
             for future, read in zip(shown, pictures, strict=True):
                 future.set_result(read())
             for _ in loading:
@@ -96,9 +96,9 @@ class Engine:
                 future.cancel()  # without effect if it has a result; else nobody may wait for one
             # Ctrl-C does not wait until loading stops. Else Python must not end while another thread frees engines:
             # that would abort the process.
-            engine._owner.close(wait=isinstance(error, Exception))
+            engine._thread.close(wait=isinstance(error, Exception))
             raise
-        engine._owner.close_at_exit()
+        engine._thread.close_at_exit()
         return engine
 
     def generate(
@@ -130,7 +130,7 @@ class Engine:
         def work(job: Job) -> None:
             self._answer_one(*self._ready(job, asked, sources, wanted, stats), wanted, reuse)
 
-        return self._owner.submit(work, event, lambda: self._last_chunk("", "cancelled", stats))
+        return self._thread.submit(work, event, lambda: self._last_chunk("", "cancelled", stats))
 
     def generate_together(
         self,
@@ -163,7 +163,7 @@ class Engine:
         def dropped() -> Chunk:
             return self._last_chunk("", "cancelled", RequestStats(start, wanted[0].seed))
 
-        return self._owner.submit_together(work, cancel or threading.Event(), len(conversations), dropped)
+        return self._thread.submit_many(work, cancel or threading.Event(), len(conversations), dropped)
 
     def require_room(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
@@ -184,7 +184,7 @@ class Engine:
                     which = f"Question {number}: " if len(conversations) > 1 else ""
                     raise ContextOverflowError(f"{which}{error}") from error
 
-        self._owner.do(check)
+        self._thread.run(check)
 
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image, unless it was done lately. Raises `ImageError` or `MissingError`."""
@@ -206,7 +206,7 @@ class Engine:
             assert self._embedder is not None
             found.append(self._embedder.start(picture, RequestStats(0), job).result().copy())
 
-        self._owner.do(work)
+        self._thread.run(work)
         return found[0]
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ class Engine:
 
         Harmless when repeated.
         """
-        self._owner.close()
+        self._thread.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -251,7 +251,7 @@ class Engine:
         self._speculation = Speculation(language, draft)
         self._prefill = Prefill(self.bundle, language, self._embedder, self._cache)
         self._parts.callback(self._prefill.keep)
-        self._owner.pause = self._prefill.keep
+        self._thread.on_idle = self._prefill.keep
         self._template = template(manifest.template)
         self._ends = {language.control_id(name) for name in self._template.stops}
         self._encode = prompt_encoder(language, manifest, unclosed=True)

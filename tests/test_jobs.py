@@ -17,30 +17,30 @@ import pytest
 from llava_edge.errors import ImageError, UsageError
 from llava_edge.options import Chunk, Result
 from llava_edge.runtimes import CancelledError, jobs
-from llava_edge.runtimes.jobs import Job, Owner, Worker, outcome
+from llava_edge.runtimes.jobs import EngineThread, Job, Worker, wait_result
 
 SOON = 5.0  # seconds in which everything here happens
 LAST = Chunk("", 0, "stop", cast(Result, object()), ())
-DROPPED = Chunk("", 0, "cancelled", cast(Result, object()), ())
+CANCELLED = Chunk("", 0, "cancelled", cast(Result, object()), ())
 
 
 @pytest.fixture
-def owner() -> Iterator[Owner]:
-    made = Owner(lambda: None)
+def engine() -> Iterator[EngineThread]:
+    made = EngineThread(lambda: None)
     yield made
     made.close()
 
 
 @pytest.fixture
-def busy(owner: Owner) -> Iterator[Callable[[], None]]:
-    """The owner is at work until this is called."""
+def busy(engine: EngineThread) -> Iterator[Callable[[], None]]:
+    """The engine is at work until this is called."""
     begun, free = threading.Event(), threading.Event()
 
     def work(job: Job) -> None:
         begun.set()
         free.wait(SOON)
 
-    threading.Thread(target=lambda: list(owner.submit(work, threading.Event())), daemon=True).start()
+    threading.Thread(target=lambda: list(engine.submit(work, threading.Event())), daemon=True).start()
     assert begun.wait(SOON)
     yield free.set
     free.set()
@@ -50,17 +50,17 @@ def finish(job: Job) -> None:
     job.output.put(LAST)
 
 
-def test_who_waits_or_asks_while_it_closes_is_told(owner: Owner, busy: Callable[[], None]) -> None:
-    closing = threading.Thread(target=owner.close)
+def test_who_waits_or_asks_while_it_closes_is_told(engine: EngineThread, busy: Callable[[], None]) -> None:
+    closing = threading.Thread(target=engine.close)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(list, owner.submit(finish, threading.Event()))
-        while owner._jobs.empty():
+        waiting = pool.submit(list, engine.submit(finish, threading.Event()))
+        while engine._jobs.empty():
             pass
         closing.start()
-        while not owner._closed:
+        while not engine._closed:
             pass
         with pytest.raises(UsageError, match="closed"):
-            next(owner.submit(finish, threading.Event()))
+            next(engine.submit(finish, threading.Event()))
         busy()
         with pytest.raises(UsageError, match="closed"):
             waiting.result(SOON)
@@ -68,22 +68,22 @@ def test_who_waits_or_asks_while_it_closes_is_told(owner: Owner, busy: Callable[
     assert not closing.is_alive()
 
 
-def test_closing_cancels_what_is_at_work(owner: Owner) -> None:
+def test_closing_cancels_what_is_at_work(engine: EngineThread) -> None:
     begun = threading.Event()
 
     def work(job: Job) -> None:
         begun.set()
         assert wait_for(job.cancel)
-        job.output.put(DROPPED)
+        job.output.put(CANCELLED)
 
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(list, owner.submit(work, threading.Event()))
+        asked = pool.submit(list, engine.submit(work, threading.Event()))
         assert begun.wait(SOON)
-        owner.close()
-        assert asked.result(SOON) == [DROPPED]
+        engine.close()
+        assert asked.result(SOON) == [CANCELLED]
 
 
-def test_the_callers_event_is_only_read(owner: Owner) -> None:
+def test_the_callers_event_is_only_read(engine: EngineThread) -> None:
     """One for a whole app: what goes wrong or is left elsewhere is no reason to stop."""
     stop = threading.Event()
 
@@ -91,7 +91,7 @@ def test_the_callers_event_is_only_read(owner: Owner) -> None:
         raise ImageError("no picture")
 
     with pytest.raises(ImageError):
-        next(owner.submit(fail, stop))
+        next(engine.submit(fail, stop))
     left: list[bool] = []
     ended = threading.Event()
 
@@ -100,14 +100,14 @@ def test_the_callers_event_is_only_read(owner: Owner) -> None:
         left.append(ended.wait(0) or wait_for(job.cancel))
         ended.set()
 
-    stream = owner.submit(endless, stop)
+    stream = engine.submit(endless, stop)
     next(stream)
     stream.close()
     assert ended.wait(SOON)
     assert left == [True]
     assert not stop.is_set()
     seen: list[bool] = []
-    list(owner.submit(lambda job: seen.append(job.cancel.is_set()), stop))
+    list(engine.submit(lambda job: seen.append(job.cancel.is_set()), stop))
     assert seen == [False]
 
 
@@ -120,44 +120,44 @@ def wait_for(event: threading.Event) -> bool:
     return False
 
 
-def test_who_is_cancelled_while_waiting_waits_no_longer(owner: Owner, busy: Callable[[], None]) -> None:
+def test_who_is_cancelled_while_waiting_waits_no_longer(engine: EngineThread, busy: Callable[[], None]) -> None:
     stop = threading.Event()
     ran: list[Job] = []
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(list, owner.submit(ran.append, stop, lambda: DROPPED))
+        asked = pool.submit(list, engine.submit(ran.append, stop, lambda: CANCELLED))
         stop.set()
-        assert asked.result(SOON) == [DROPPED]
-    both = owner.submit_together(ran.extend, stop, 2, lambda: DROPPED)
-    assert [list(stream) for stream in both] == [[DROPPED]] * 2
+        assert asked.result(SOON) == [CANCELLED]
+    both = engine.submit_many(ran.extend, stop, 2, lambda: CANCELLED)
+    assert [list(stream) for stream in both] == [[CANCELLED]] * 2
     busy()
-    assert list(owner.submit(finish, threading.Event())) == [LAST]
+    assert list(engine.submit(finish, threading.Event())) == [LAST]
     assert ran == []
 
 
 FORKED = """
 import os, threading, warnings
 from llava_edge.errors import UsageError
-from llava_edge.runtimes.jobs import Owner
+from llava_edge.runtimes.jobs import EngineThread
 warnings.simplefilter("ignore")
-owner, free, begun = Owner(lambda: None), threading.Event(), threading.Event()
+engine, free, begun = EngineThread(lambda: None), threading.Event(), threading.Event()
 def work(job):
     begun.set()
     free.wait(30)
-stream = owner.submit(work, threading.Event())
+stream = engine.submit(work, threading.Event())
 threading.Thread(target=lambda: list(stream), daemon=True).start()
 begun.wait(30)
-waiting = owner.submit_together(lambda jobs: None, threading.Event(), 1, lambda: None)[0]
-other = threading.Thread(target=owner._lock.acquire)  # it is in the middle of something, for ever in the child
+waiting = engine.submit_many(lambda jobs: None, threading.Event(), 1, lambda: None)[0]
+other = threading.Thread(target=engine._lock.acquire)  # it is in the middle of something, for ever in the child
 other.start()
 other.join()
 if os.fork() == 0:
     refused = 0
-    for asked in (waiting, owner.submit(work, threading.Event())):
+    for asked in (waiting, engine.submit(work, threading.Event())):
         try:
             next(asked)
         except UsageError as error:
             refused += "forked" in str(error)
-    owner.close()
+    engine.close()
     os._exit(refused)
 print(os.waitstatus_to_exitcode(os.wait()[1]))
 os._exit(0)
@@ -170,7 +170,7 @@ def test_a_forked_process_has_no_engine() -> None:
     assert done.stdout == "2\n", done.stderr
 
 
-def test_streams_that_nobody_reads_stop_the_job(owner: Owner) -> None:
+def test_streams_that_nobody_reads_stop_the_job(engine: EngineThread) -> None:
     begun, stopped = threading.Event(), threading.Event()
 
     def work(jobs: list[Job]) -> None:
@@ -178,13 +178,13 @@ def test_streams_that_nobody_reads_stop_the_job(owner: Owner) -> None:
         if wait_for(jobs[0].cancel):
             stopped.set()
 
-    streams = owner.submit_together(work, threading.Event(), 2, lambda: DROPPED)
+    streams = engine.submit_many(work, threading.Event(), 2, lambda: CANCELLED)
     assert begun.wait(SOON)
     del streams
     assert stopped.wait(SOON)
 
 
-def test_a_stream_that_was_read_to_its_last_chunk_stops_nothing(owner: Owner) -> None:
+def test_a_stream_that_was_read_to_its_last_chunk_stops_nothing(engine: EngineThread) -> None:
     """The turn of a chat is kept behind it."""
     kept: list[bool] = []
 
@@ -192,16 +192,16 @@ def test_a_stream_that_was_read_to_its_last_chunk_stops_nothing(owner: Owner) ->
         finish(job)
         kept.append(job.cancel.is_set())
 
-    stream = owner.submit(work, threading.Event())
+    stream = engine.submit(work, threading.Event())
     assert next(stream) == LAST
     stream.close()
     assert list(stream) == []
-    list(owner.submit(finish, threading.Event()))
+    list(engine.submit(finish, threading.Event()))
     assert kept == [False]
 
 
 @pytest.mark.parametrize("end", [LAST, UsageError("It fails.")])
-def test_a_stream_read_by_several_threads_ends_for_all(owner: Owner, end: Chunk | UsageError) -> None:
+def test_a_stream_read_by_several_threads_ends_for_all(engine: EngineThread, end: Chunk | UsageError) -> None:
     reading, ended = threading.Barrier(4), queue.SimpleQueue[object]()
 
     def work(job: Job) -> None:
@@ -216,7 +216,7 @@ def test_a_stream_read_by_several_threads_ends_for_all(owner: Owner, end: Chunk 
         except UsageError as error:
             ended.put(error)
 
-    stream = owner.begin(work)
+    stream = engine.start(work)
     for _ in range(3):
         threading.Thread(target=read, daemon=True).start()
     found = [ended.get(timeout=SOON) for _ in range(3)]
@@ -224,7 +224,7 @@ def test_a_stream_read_by_several_threads_ends_for_all(owner: Owner, end: Chunk 
     assert ([LAST] if end is LAST else end) in found
 
 
-def test_closing_a_stream_that_another_thread_reads_stops_the_job(owner: Owner) -> None:
+def test_closing_a_stream_that_another_thread_reads_stops_the_job(engine: EngineThread) -> None:
     """Whatever the reader does before the one who closes it goes on."""
 
     class Handed(queue.SimpleQueue[Chunk | BaseException | None]):
@@ -238,7 +238,7 @@ def test_closing_a_stream_that_another_thread_reads_stops_the_job(owner: Owner) 
         if wait_for(job.cancel):
             stopped.set()
 
-    stream = owner.begin(work)
+    stream = engine.start(work)
     stream._job.output = Handed()  # type: ignore[attr-defined]
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(list, stream)
@@ -248,10 +248,10 @@ def test_closing_a_stream_that_another_thread_reads_stops_the_job(owner: Owner) 
     assert stopped.wait(SOON)
 
 
-def test_an_unread_stream_does_nothing(owner: Owner) -> None:
+def test_an_unread_stream_does_nothing(engine: EngineThread) -> None:
     ran: list[Job] = []
-    owner.submit(ran.append, threading.Event()).close()
-    list(owner.submit(finish, threading.Event()))
+    engine.submit(ran.append, threading.Event()).close()
+    list(engine.submit(finish, threading.Event()))
     assert ran == []
 
 
@@ -268,15 +268,15 @@ def test_a_worker_leaves_out_what_nobody_waits_for_and_ends_what_it_began(monkey
         raise KeyboardInterrupt
 
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: outcome(worker.submit(first), cancel))
+        running = pool.submit(lambda: wait_result(worker.submit(first), cancel))
         assert begun.wait(SOON)
         cancel.set()
         with pytest.raises(CancelledError):
-            outcome(worker.submit(ran.append, "cancelled"), cancel)
+            wait_result(worker.submit(ran.append, "cancelled"), cancel)
         with monkeypatch.context() as patch:
             patch.setattr(jobs, "wait", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                outcome(worker.submit(ran.append, "interrupted"), threading.Event())
+                wait_result(worker.submit(ran.append, "interrupted"), threading.Event())
         time.sleep(3 * jobs.POLL_SECONDS)
         free.set()
         assert running.result(SOON)

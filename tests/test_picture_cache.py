@@ -499,14 +499,14 @@ def test_it_is_kept_when_nobody_asks_any_more_or_memory_is_needed(
         return save(language, count, most)
 
     monkeypatch.setattr(LanguageModel, "save", noticed)
-    monkeypatch.setattr(jobs, "PAUSE_SECONDS", 60)
+    monkeypatch.setattr(jobs, "IDLE_SECONDS", 60)
     with opened(micro_bundle) as llava:
         for question in QUESTIONS[:2]:
             found(llava, question, [picture("red")])
         assert not saved  # no copy while the same picture is asked about
         found(llava, ASK, [picture("blue")])
         assert len(saved) == 1
-        monkeypatch.setattr(jobs, "PAUSE_SECONDS", 0)
+        monkeypatch.setattr(jobs, "IDLE_SECONDS", 0)
         asked.clear()
         found(llava, ASK, [picture("green")])
         assert asked.wait(20)
@@ -586,7 +586,7 @@ def damage(path: Path, choose: random.Random) -> None:
 def sequence(seed: int, bundle: Path, folder: Path, wanted: dict[tuple[str, int], tuple[str, Array]]) -> list[str]:
     """A random life of one user's cache; what each question found. What is kept is written at once, in half of them."""
     choose = random.Random(seed)
-    jobs.PAUSE_SECONDS = seed % 2
+    jobs.IDLE_SECONDS = seed % 2
     folder.mkdir()
     colours = ["red", "blue", "green"]
     shown = {name: choose.choice(colours) for name in ("a.png", "b.png")}
@@ -632,7 +632,7 @@ QUESTIONS = [
 def test_no_sequence_gives_another_answer(
     count: int, micro_bundle: Path, plain: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "PAUSE_SECONDS", 0)  # each sequence sets it, and this puts it back
+    monkeypatch.setattr(jobs, "IDLE_SECONDS", 0)  # each sequence sets it, and this puts it back
     wanted = {
         (colour, number): computed(plain, messages, [picture(colour)])
         for colour in ("red", "blue", "green")
