@@ -88,7 +88,7 @@ def _predict(bundle: Bundle, data: Path, limit: int, to: Path, moved: bool) -> N
     path = bundle.part(LANGUAGE)
     rows, targets = [], []
     with tempfile.TemporaryDirectory() as folder:
-        samples, pictures = held_out.conversations(data, bundle, path, Path(folder))
+        samples, pictures = held_out.read_conversations(data, bundle, path, Path(folder))
         step = max(1, len(samples) // limit)
         samples = samples[::step][:limit]
         context = max(len(sample.keys) for sample in samples)

@@ -4,7 +4,7 @@
     2 check the target and the space on its disk           5 measure parity with PyTorch
     3 write the parts into a folder beside the target      6 manifest, flush, publish by rename
 
-Whatever goes wrong, the target is what it was before. Knows nothing about the command line.
+If anything fails, the target is unchanged. Knows nothing about the command line.
 """
 
 from __future__ import annotations
@@ -60,25 +60,25 @@ Progress = Callable[[str, float | None], None]
 OnReport = Callable[[report.Report], None]
 
 VISION_PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-TOWER_PICTURES = 8  # that an int8 tower is measured on
+TOWER_PICTURES = 8  # to measure an int8 tower on
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """What to export and how.
 
-    checkpoint: a LLaVA folder of any layout, or the language GGUF of a pair. out: the bundle folder to make.
-    base, vision_tower, template: what the checkpoint lacks, see `open_checkpoint`.
+    checkpoint: a LLaVA folder of any layout, or the language GGUF of a pair. out: the bundle folder to create.
+    base, vision_tower, template: parts the checkpoint lacks, see `open_checkpoint`.
     mmproj: the other file of a pair; `quant` is then the language file's own.
-    emit_mmproj: also write the vision tower and projector there, as llama.cpp's programs load them.
-    name: of the model; the name of `out` unless given. provenance: where its parts are from.
-    force: replace a bundle that `out` already is. force_publish: publish although parity fails.
+    emit_mmproj: also write the vision tower and projector to this file, for llama.cpp's programs.
+    name: of the model; by default the name of `out`. provenance: the sources of its parts.
+    force: replace an existing bundle. force_publish: publish even if parity fails.
     threads: for llama.cpp's quantizer; 0 is all cores.
-    fine_blocks: of an int8 tower, how many blocks from the front have finer weights; searched for unless given.
-    measured: manifest of an earlier export; its parity table holds, and is taken, if every file comes out the same.
-    imatrix: quantize with an importance matrix from pictures, those of the folder `calibrate` or else sample pictures.
+    fine_blocks: number of blocks, from the front, of an int8 tower that get finer weights; by default searched for.
+    known_manifest: of an earlier export; its parity table is reused if every file comes out identical.
+    imatrix: quantize with an importance matrix from the pictures in the folder `calibrate`, or from sample pictures.
     report_data: conversations for the report (`report.measure`).
-    low_rank: the language model as a finished file and an adapter; together they have to give the checkpoint's.
+    low_rank: the language model as a finished file and an adapter, which together must equal the checkpoint's.
     """
 
     checkpoint: Path
@@ -94,7 +94,7 @@ class ExportOptions:
     force_publish: bool = False
     threads: int = 0
     fine_blocks: int | None = None
-    measured: Manifest | None = None
+    known_manifest: Manifest | None = None
     mmproj: Path | None = None
     emit_mmproj: Path | None = None
     imatrix: bool = False
@@ -107,22 +107,22 @@ class ExportOptions:
             if value not in allowed:
                 raise UsageError(f"{value!r} is not a precision; expected one of {', '.join(allowed)}.")
         if self.imatrix and self.quant in ("f16", "q8_0"):
-            raise UsageError(f"{self.quant} takes no notice of an importance matrix; choose 4 or 5 bits for it.")
+            raise UsageError(f"{self.quant} ignores an importance matrix; choose a quantization of 4 or 5 bits for it.")
         if not self.name.isprintable():
-            raise UsageError(f"{self.name!r} cannot be a model's name; expected characters that can be printed.")
+            raise UsageError(f"{self.name!r} cannot be a model's name; expected printable characters.")
         if self.mmproj and (self.base or self.vision_tower):
-            raise UsageError("A pair of GGUF files is whole; leave out --base and --vision-tower.")
+            raise UsageError("A pair of GGUF files is complete; leave out --base and --vision-tower.")
 
 
 def export(
     options: ExportOptions, progress: Progress = lambda stage, share: None, on_report: OnReport | None = None
 ) -> Manifest:
-    """Make the bundle. `progress` gets the stage's name and its share done (None if unknown).
+    """Create the bundle. `progress` gets the stage's name and the share of it that is done (None if unknown).
 
-    on_report: gets a comparison of all quantizations, which is only measured if this is given.
+    on_report: gets a comparison of all quantizations, which is only measured if given.
 
-    Raises `MissingError` or `CheckpointError` for the source, `CannotCreateError` for the target, `StorageError` when
-    the disk fails, `UnavailableError` when an engine does; parity above its limits is a `CheckpointError`.
+    Raises `MissingError` or `CheckpointError` for the source, `CannotCreateError` for the target, `StorageError` if
+    the disk fails, `UnavailableError` if an engine does, and `ParityError` if a stage exceeds its limit.
     """
     require_extra()
     out = Path(os.path.realpath(options.out.parent)) / options.out.name
@@ -131,7 +131,7 @@ def export(
     try:
         str(out).encode()
     except UnicodeEncodeError as error:
-        raise CannotCreateError(f"{os.fsencode(out)!r} is no UTF-8, which ONNX Runtime needs of a path.") from error
+        raise CannotCreateError(f"{os.fsencode(out)!r} is not UTF-8, which ONNX Runtime requires of paths.") from error
     progress("reading the checkpoint", None)
     checkpoint = open_source(options)
     for note in checkpoint.notes:
@@ -139,17 +139,17 @@ def export(
     language = checkpoint.language_file or read_tokenizer(checkpoint.tokenizer, checkpoint.config)
     publish.check_target(out, options.force)
     if options.emit_mmproj:
-        read = [path for path in (options.checkpoint, options.mmproj) if path]
-        check_output(options.emit_mmproj, apart=[*read, out], bundles=[out])
+        inputs = [path for path in (options.checkpoint, options.mmproj) if path]
+        check_output(options.emit_mmproj, apart=[*inputs, out], bundles=[out])
         check_mmproj(checkpoint.config, options.emit_mmproj, options.force)
     probe.require_working_build()
     if options.imatrix or on_report:
-        importance.check(options.calibrate)
+        importance.check_pictures(options.calibrate)
     if on_report and options.report_data:
-        held_out.check(options.report_data, checkpoint.config.image_tokens)
+        held_out.check_data(options.report_data, checkpoint.config.image_tokens)
     with publish.staging(out) as temp:
         try:
-            check_space(out.parent, _estimate(checkpoint, options, reported=on_report is not None), "The export")
+            check_space(out.parent, _estimate(checkpoint, options, with_report=on_report is not None), "The export")
             name = options.name or _printable(out.name)
             manifest = _Export(options, checkpoint, language, temp, name, progress).run(on_report)
             if options.emit_mmproj:
@@ -159,7 +159,7 @@ def export(
             publish.check_target(out, options.force)
             publish.publish(temp, out)
         except OSError as error:
-            reason = error.strerror or f"{error}, as when the disk is full"  # numpy names bytes, but no reason
+            reason = error.strerror or f"{error}, as when the disk is full"  # numpy gives no errno, only byte counts
             raise StorageError(
                 f"Writing the bundle failed: {error.filename or temp}: {reason}. {out} is unchanged."
             ) from error
@@ -167,13 +167,13 @@ def export(
 
 
 def require_extra() -> None:
-    """Raises `ModuleNotFoundError` without our extra [export]: now, not when what needs it is written."""
+    """Raise `ModuleNotFoundError` early if the extra [export] is not installed."""
     for package in ("gguf", "onnx", "safetensors"):
         import_module(package)
 
 
 def open_source(options: ExportOptions) -> Checkpoint:
-    """The checkpoint or pair that `options` name. Raises what `open_checkpoint` and `open_pair` raise."""
+    """Open the checkpoint or pair given by `options`. Raises what `open_checkpoint` and `open_pair` raise."""
     if options.mmproj is not None:
         return open_pair(options.checkpoint, options.mmproj, options.template or "")
     if options.checkpoint.is_file():
@@ -186,34 +186,33 @@ def open_source(options: ExportOptions) -> Checkpoint:
     )
 
 
-def _estimate(checkpoint: Checkpoint, options: ExportOptions, *, reported: bool) -> int:
-    """Bytes on disk while exporting: the float16 language file, the quantized one, vision up to twice, projector;
-    for a report one more quantized file, image embeddings and logits. A finished language file is only copied."""
+def _estimate(checkpoint: Checkpoint, options: ExportOptions, *, with_report: bool) -> int:
+    """Bytes on disk needed while exporting: float16 and quantized language file, vision up to twice, projector; for a
+    report another quantized file, image embeddings and logits. A finished language file is only copied."""
     config = checkpoint.config
     language, vision, projector = (
         sum(int(np.prod(shape)) for shape in shapes.values())
         for shapes in (language_shapes(config), vision_shapes(config), projector_shapes(config))
     )
-    tower = {"fp32": 4, "fp16": 6, "int8": 6}[options.vision]  # beside a float32 copy that is measured
-    kept = checkpoint.language_file
-    text = kept.path.stat().st_size if kept else int(language * (2 + BITS[options.quant] / 8))
+    tower = {"fp32": 4, "fp16": 6, "int8": 6}[options.vision]  # with the float32 copy to measure against
+    finished_file = checkpoint.language_file
+    text = finished_file.path.stat().st_size if finished_file else int(language * (2 + BITS[options.quant] / 8))
     total = text + vision * tower + projector * 4 + (16 << 20)
-    if reported:
+    if with_report:
         total += language * 9 // 8 + held_out.scratch_bytes(config.text.hidden_size, config.text.vocab_size)
     return total
 
 
 def _printable(text: str) -> str:
-    """What can stand in a manifest: names of folders may hold anything."""
+    """Replace characters that a manifest may not contain, but a folder's name may."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 @dataclass(frozen=True)
 class _Export:
-    """One under way.
+    """A running export.
 
-    language: what the language file comes from, a finished one or the words to write one with. folder: what becomes the
-    bundle.
+    language: a finished language file, or the vocabulary to write one with. folder: becomes the bundle.
     """
 
     options: ExportOptions
@@ -228,7 +227,7 @@ class _Export:
         return self.folder / "scratch"
 
     def run(self, on_report: OnReport | None) -> Manifest:
-        """Write, read back and measure everything."""
+        """Write, read back and measure all parts. Returns the manifest."""
         options, checkpoint, folder = self.options, self.checkpoint, self.folder
         self.scratch.mkdir()
         manifest = _manifest(options, checkpoint, self.name)
@@ -238,7 +237,7 @@ class _Export:
         self.progress("projector", None)
         precision = write_projector(checkpoint.config, checkpoint.tensors, folder / PROJECTOR, self.name)
         manifest = replace(manifest, projector=replace(manifest.projector, precision=precision))
-        float16, matrix = self._write_language(manifest, weigh=options.imatrix or on_report is not None)
+        float16, matrix = self._write_language(manifest, with_matrix=options.imatrix or on_report is not None)
         self._read_back(float16)
         mapping.trim()
         self.progress("hashing", None)
@@ -250,12 +249,14 @@ class _Export:
         shutil.rmtree(self.scratch)
         manifest = replace(bundle.manifest, parity=rows)
         write_manifest(folder, manifest)
-        Bundle.open(folder)  # what the runtime will refuse must not be published
+        Bundle.open(folder)  # never publish what the runtime would refuse
         return manifest
 
-    def _write_language(self, manifest: Manifest, *, weigh: bool) -> tuple[Path | None, importance.Importance | None]:
-        """language.gguf, and adapter.gguf if there is one. Returns the float16 file, if one was written on the way, and
-        with `weigh` its importance matrix."""
+    def _write_language(
+        self, manifest: Manifest, *, with_matrix: bool
+    ) -> tuple[Path | None, importance.Importance | None]:
+        """Write language.gguf, and adapter.gguf if there is one. Returns the float16 file, if one was needed, and with
+        `with_matrix` its importance matrix."""
         options, language, target = self.options, self.language, self.folder / LANGUAGE
         if options.low_rank:
             write_adapter(options.low_rank, self.checkpoint.config.text, self.folder / ADAPTER, self.name)
@@ -265,7 +266,7 @@ class _Export:
             shutil.copyfile(language.path, target)
             return None, None
         float16 = self._write_float16(language)
-        matrix = self._importance(manifest, float16) if weigh else None
+        matrix = self._importance(manifest, float16) if with_matrix else None
         progress = partial(self.progress, f"quantizing to {options.quant}")
         quantize(float16, target, options.quant, options.threads, matrix if options.imatrix else None, progress)
         return float16, matrix
@@ -293,9 +294,9 @@ class _Export:
 
     def _parity(self, bundle: Bundle, float16: Path | None) -> list[ParityRow]:
         options = self.options
-        if options.measured and options.measured.files == bundle.manifest.files:
-            self.progress("parity is known: every file equals the one it was measured on", None)
-            return options.measured.parity
+        if options.known_manifest and options.known_manifest.files == bundle.manifest.files:
+            self.progress("parity is known: every file is identical to the one it was measured on", None)
+            return options.known_manifest.parity
         if reason := parity.unavailable_reason():
             self.progress(reason, None)
             return []
@@ -314,9 +315,9 @@ class _Export:
         failed = [row for row in rows if not row.passed]
         if failed and not options.force_publish:
             raise ParityError(
-                "The bundle does not agree with the checkpoint, so nothing was published: "
+                "The bundle does not match the checkpoint, so nothing was published: "
                 + "; ".join(f"{row.stage} has {row.measure} {row.value:.3g}, limit {row.limit:g}" for row in failed)
-                + ". --force-publish publishes it all the same.",
+                + ". --force-publish publishes it anyway.",
                 rows,
             )
         return rows
@@ -329,7 +330,7 @@ class _Export:
 
 
 class ParityError(CheckpointError):
-    """A stage is outside its limit. `rows` is the whole table."""
+    """A stage exceeds its limit. `rows` is the complete table."""
 
     def __init__(self, message: str, rows: list[ParityRow]) -> None:
         super().__init__(message)
@@ -337,9 +338,9 @@ class ParityError(CheckpointError):
 
 
 def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Manifest:
-    """All but files and parity."""
+    """The manifest without files and parity."""
     config = checkpoint.config
-    kept = options.low_rank.base if options.low_rank else checkpoint.language_file
+    finished_file = options.low_rank.base if options.low_rank else checkpoint.language_file
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
@@ -362,7 +363,7 @@ def _manifest(options: ExportOptions, checkpoint: Checkpoint, name: str) -> Mani
             hidden_size=config.text.hidden_size,
             context_length=config.text.max_position_embeddings,
             vocab_size=config.text.vocab_size,
-            quantization=kept.quantization if kept else options.quant,
+            quantization=finished_file.quantization if finished_file else options.quant,
             calibration=importance.describe(options.calibrate) if options.imatrix else "",
         ),
         files={},

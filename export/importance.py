@@ -1,11 +1,11 @@
-"""The importance matrix: how much each input channel of the language model's weights matters when it sees pictures.
+"""The importance matrix: how much each input channel of the language model's weights matters for pictures.
 
-For every Linear, and for the output head, the mean of the squares of what enters each input channel, over prompts
-with pictures that pass through the real model: CLIP, projector, LLaMA. llama.cpp's quantizer spends a tensor's
-precision where these are large. A picture takes many more positions than the question about it, so image and text
-positions are averaged apart, then joined by `IMAGE_WEIGHT`.
+For every Linear and the output head, the mean square of each input channel over prompts with pictures, run through
+the real model: CLIP, projector, LLaMA. llama.cpp's quantizer spends a tensor's precision where these are large. A
+picture takes many more positions than the question about it, so image and text positions are averaged separately, then
+combined by `IMAGE_WEIGHT`.
 
-The language model is never in memory as a whole: all prompts pass through one block after another, each read once.
+The language model is never in memory as a whole: all prompts run through one block after another, each read once.
 Needs torch.
 """
 
@@ -39,11 +39,11 @@ Array = np.ndarray[Any, Any]
 Importance = dict[str, Array]  # GGUF tensor name -> (input channels,) float32, none negative
 
 IMAGE_WEIGHT = 0.5
-PICTURES = 32  # of a folder, chosen by a fixed seed
-PROMPTS = 32  # at least; few pictures come round again with other questions
+PICTURES = 32  # of a folder, sampled with a fixed seed
+PROMPTS = 32  # at least; if there are fewer pictures, they are reused with other questions
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
-# Questions as people ask them, with answers of the kinds the model gives: what they say need not fit the picture.
+# Typical questions and answers; the answers need not be true of the picture.
 QUESTIONS = (
     ("What is this?", "It is an apple."),
     ("Describe the picture in detail.", "The picture shows a table with a plate of food on it. Behind it is a window."),
@@ -56,7 +56,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the language model reads: embeddings (T, hidden size) float32, and which of them are a picture's (T,)."""
+    """Input of the language model: embeddings (T, hidden size) float32, and which positions are a picture's (T,)."""
 
     embeds: Array
     is_image: Array
@@ -69,35 +69,35 @@ def measure(
     folder: Path | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Importance:
-    """From checkpoint to matrix. Raises `MissingError` or `ImageError` for the pictures.
+    """Compute the matrix of a checkpoint. Raises `MissingError` or `ImageError` for the pictures.
 
-    manifest: its preprocessing and prompt layout are used. float16: the language file; only its tokenizer is used.
-    folder: of photos like those the model will see; the sample pictures unless given.
+    manifest: gives the preprocessing and prompt layout. float16: the language file, of which only the tokenizer is
+    used. folder: photos like those the model will see; by default the sample pictures.
     """
     images = encode(checkpoint, manifest.preprocessing, pictures(folder))
     return accumulate(checkpoint, _prompts(checkpoint, manifest, float16, images), progress)
 
 
-def check(folder: Path | None) -> None:
-    """Raises `UnavailableError` without torch, `MissingError` or `ImageError` for a folder's pictures."""
+def check_pictures(folder: Path | None) -> None:
+    """Raise `UnavailableError` without torch, `MissingError` or `ImageError` for a folder's pictures."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise UnavailableError(
             f"An importance matrix is computed with torch, which is not installed. {install('train')}"
         ) from error
-    for _ in pictures(folder):  # each is decoded, so that none ends the export later
+    for _ in pictures(folder):  # decode each one now, so that none fails later in the export
         pass
 
 
 def describe(folder: Path | None) -> str:
-    """What a matrix is from, for the manifest."""
+    """The calibration data in words, for the manifest."""
     count = len(samples.pictures()) if folder is None else len(_files(folder))
     return f"{count} {'drawings' if folder is None else 'pictures'}, image weight {IMAGE_WEIGHT}"
 
 
 def pictures(folder: Path | None) -> Iterable[Image.Image]:
-    """`PICTURES` of a folder and the folders in it, or the sample pictures. One is decoded at a time."""
+    """`PICTURES` of a folder and its subfolders, or the sample pictures. Decoded one at a time."""
     return samples.pictures() if folder is None else map(load_image, _files(folder))
 
 
@@ -125,7 +125,7 @@ def encode(checkpoint: Checkpoint, spec: Preprocessing, images: Iterable[Image.I
 
 
 def _prompts(checkpoint: Checkpoint, manifest: Manifest, float16: Path, images: Sequence[Array]) -> list[Prompt]:
-    """Pictures with questions and answers, laid out by the model's template."""
+    """Pictures with questions and answers, in the model's prompt layout."""
     table = checkpoint.tensors[EMBEDDINGS]
     rows = []
     for n, ids in enumerate(_token_ids(manifest, float16, len(images))):
@@ -137,13 +137,13 @@ def _prompts(checkpoint: Checkpoint, manifest: Manifest, float16: Path, images: 
 
 
 def _token_ids(manifest: Manifest, float16: Path, pictures: int) -> list[list[int]]:
-    found = []
+    matrix = []
     with LanguageModel(float16, context=1) as engine:
         encode_prompt = prompt_encoder(engine, manifest)
         for n in range(max(PROMPTS, pictures)):
             question, answer = QUESTIONS[(n + n // pictures) % len(QUESTIONS)]
-            found.append(encode_prompt([Message("user", question, 1), Message("assistant", answer)]))
-    return found
+            matrix.append(encode_prompt([Message("user", question, 1), Message("assistant", answer)]))
+    return matrix
 
 
 def accumulate(
@@ -159,28 +159,28 @@ def accumulate(
     states = [torch.from_numpy(item.embeds)[None] for item in prompts]
     weights = _position_weights([item.is_image for item in prompts])
     targets = {source: target for target, source in tensor_names(c).items()}
-    found: Importance = {}
+    matrix: Importance = {}
     for number in range(c.num_hidden_layers):
         prefix = f"{TEXT_PREFIX}layers.{number}."
-        sums = _pass(checkpoint, prefix, states, weights)  # loads the block and lets go of it
-        found |= {targets[f"{prefix}{path}.weight"]: values for path, values in sums.items()}
+        sums = _run_block(checkpoint, prefix, states, weights)  # loads the block and frees it
+        matrix |= {targets[f"{prefix}{path}.weight"]: values for path, values in sums.items()}
         progress((number + 1) / c.num_hidden_layers)
     prefix = FINAL_NORM.removesuffix("weight")
     norm = streamed.load_part(lambda: RMSNorm(c.hidden_size, c.rms_norm_eps), tensors, prefix)
     squares = [_weighted_squares(norm(x)[0], weight) for x, weight in zip(states, weights, strict=True)]
     head = "token_embd.weight" if c.tie_word_embeddings else "output.weight"
-    return found | {head: np.sum(squares, axis=0).astype(np.float32)}
+    return matrix | {head: np.sum(squares, axis=0).astype(np.float32)}
 
 
 def _position_weights(masks: Sequence[Array]) -> list[Array]:
-    """What each position counts: all image positions together `IMAGE_WEIGHT`, all text positions the rest."""
+    """Weight of each position: all image positions sum to `IMAGE_WEIGHT`, all text positions to the rest."""
     image = sum(int(mask.sum()) for mask in masks)
     text = sum(int((~mask).sum()) for mask in masks)
     return [np.where(mask, IMAGE_WEIGHT / image, (1 - IMAGE_WEIGHT) / text) for mask in masks]
 
 
-def _pass(checkpoint: Checkpoint, prefix: str, states: list[Tensor], weights: Sequence[Array]) -> Importance:
-    """Move every prompt through the block named `prefix`, in place; weighted squares by the path of each Linear."""
+def _run_block(checkpoint: Checkpoint, prefix: str, states: list[Tensor], weights: Sequence[Array]) -> Importance:
+    """Run every prompt through the block `prefix`, in place. Returns weighted squares by the path of each Linear."""
     import torch
 
     from llava_edge.models import streamed
@@ -189,20 +189,20 @@ def _pass(checkpoint: Checkpoint, prefix: str, states: list[Tensor], weights: Se
     c = checkpoint.config.text
     block = streamed.load_part(lambda: Block(c), checkpoint.tensors, prefix)
     sums: dict[str, Array] = {}
-    now = weights[0]
+    current_weights = weights[0]
 
-    def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sums[path] = sums.get(path, 0) + _weighted_squares(inputs[0][0], now)
+    def recording_hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums[path] = sums.get(path, 0) + _weighted_squares(inputs[0][0], current_weights)
 
-        return add
+        return record
 
     for path, module in block.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(watch(path))
+            module.register_forward_pre_hook(recording_hook(path))
     with torch.no_grad():
         for n, x in enumerate(states):
-            now = weights[n]
+            current_weights = weights[n]
             cos, sin = rotary(torch.arange(x.shape[1])[None], c.head_dim, c.rope_theta)
             states[n] = block(x, Context(cos, sin, None))
     return {path: values.astype(np.float32) for path, values in sums.items()}

@@ -1,9 +1,9 @@
-"""A finished folder appears under its name in one step, or not at all.
+"""Publishes a finished folder under its name atomically.
 
-Everything is written into `NAME.tmp-.../bundle` beside the target, flushed to disk, and put in place by rename. An
-older bundle is exchanged with the new one (renameat2 on Linux, renamex_np on macOS), so that the name always
-leads to a whole bundle. A process that is killed leaves at most its temporary folder, which the next one removes: it
-knows it by a file in it that nobody holds a lock on. Only such folders, and bundles, are ever removed or replaced.
+Everything is written to `NAME.tmp-.../bundle` beside the target, flushed to disk, and renamed. An older bundle is
+exchanged with the new one (renameat2 on Linux, renamex_np on macOS), so that the name always refers to a complete
+bundle. A killed process leaves at most its temporary folder, which the next export recognises by an unlocked lock file
+and removes. Only such folders, and bundles, are ever removed or replaced.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 from llava_edge.bundle import MANIFEST, MAX_MANIFEST_BYTES, PARTS
 from llava_edge.errors import CannotCreateError
 
-_MARK = ".llava-edge-export"  # locked by the export whose temporary folder it is in
-_BUNDLE = "bundle"  # in there: what becomes the target
-_OLD = "old"  # in there: what stood at the target, while a swap is under way
+_LOCK_FILE = ".llava-edge-export"  # lock file, locked by the export that uses the temporary folder
+_BUNDLE = "bundle"  # subfolder: becomes the target
+_OLD = "old"  # subfolder: the old target during a swap by two renames
 
 
 def check_target(out: Path, force: bool) -> None:
-    """Raises `CannotCreateError` unless `out` is free, empty, or a bundle that `force` allows to replace."""
+    """Raise `CannotCreateError` unless `out` does not exist, is empty, or is a bundle and `force` is set."""
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
@@ -49,14 +49,14 @@ def check_target(out: Path, force: bool) -> None:
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`; always gone afterwards. Dead processes' ones are removed first.
+    """A temporary folder beside `out`, always removed afterwards. Removes those of killed processes first.
 
     Raises `CannotCreateError` if nothing can be created there.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_dead(out)
-        folder, lock = _own_folder(out)
+        _remove_abandoned(out)
+        folder, lock = _create_locked_folder(out)
     except OSError as error:
         raise CannotCreateError(
             f"A temporary folder for {out} cannot be created: {error.strerror or error}."
@@ -69,7 +69,7 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 def publish(temp: Path, out: Path) -> None:
-    """Flush everything in `temp` to disk and give it the name `out`; what was there is in `temp` afterwards."""
+    """Flush `temp` to disk and rename it to `out`; an older bundle is moved to `temp`."""
     for path in temp.iterdir():
         _sync(path)
     _sync(temp)
@@ -81,7 +81,7 @@ def publish(temp: Path, out: Path) -> None:
 
 
 def _is_bundle(folder: Path) -> bool:
-    """Of any format version: an old bundle may be replaced."""
+    """Whether it is a bundle, of any format version: old ones may be replaced."""
     path = folder / MANIFEST
     try:
         if not path.is_file() or path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -92,10 +92,10 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(raw, dict) and "format_version" in raw
 
 
-def _lock(file: int, kind: int) -> bool:
-    """Whether the file is locked now. Raises `BlockingIOError` if it is somebody else's, by LOCK_NB."""
+def _lock(file: int, operation: int) -> bool:
+    """Whether the file is locked now. With LOCK_NB, raises `BlockingIOError` if another process has the lock."""
     try:
-        fcntl.flock(file, kind)
+        fcntl.flock(file, operation)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
             return False
@@ -103,12 +103,12 @@ def _lock(file: int, kind: int) -> bool:
     return True
 
 
-def _own_folder(out: Path) -> tuple[Path, int]:
-    """A new folder with the mark in it, and the open file that holds the lock on that."""
+def _create_locked_folder(out: Path) -> tuple[Path, int]:
+    """A new temporary folder and the file descriptor that holds its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
-        with suppress(FileNotFoundError):  # until it is marked, another export may take it for a dead one's
-            lock = os.open(folder / _MARK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        with suppress(FileNotFoundError):  # until it has a lock file, another export may remove it
+            lock = os.open(folder / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
                 _lock(lock, fcntl.LOCK_EX)
                 (folder / _BUNDLE).mkdir()
@@ -118,16 +118,16 @@ def _own_folder(out: Path) -> tuple[Path, int]:
             return folder, lock
 
 
-def _remove_dead(out: Path) -> None:
-    """Remove what killed exports left; bring back a bundle that a plain swap was interrupted over."""
+def _remove_abandoned(out: Path) -> None:
+    """Remove temporary folders of killed exports; restore a bundle whose swap was interrupted."""
     for path in sorted(out.parent.iterdir()):
         if not path.name.startswith(f"{out.name}.tmp-") or path.is_symlink() or not path.is_dir():
             continue
         if re.fullmatch(r"[a-z0-9_]{8}", path.name.removeprefix(f"{out.name}.tmp-")):  # mkdtemp's
             with suppress(OSError):  # it is not empty
                 path.rmdir()
-        with suppress(FileNotFoundError, PermissionError, BlockingIOError):  # not ours; its export is at work
-            lock = os.open(path / _MARK, os.O_RDWR | os.O_CLOEXEC)
+        with suppress(FileNotFoundError, PermissionError, BlockingIOError):  # not ours, or its export is running
+            lock = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
             try:
                 if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     _remove(path, out)
@@ -136,8 +136,8 @@ def _remove_dead(out: Path) -> None:
 
 
 def _remove(folder: Path, out: Path) -> None:
-    """But bring back what stood at `out` before a swap that was cut off. The mark goes at last: who is killed before
-    leaves a folder that is known.
+    """Remove a temporary folder, after restoring `out` from an interrupted swap. The lock file goes last, so that a
+    folder left by a kill is still recognised.
     """
     if (folder / _OLD).is_dir() and not os.path.lexists(out):
         try:
@@ -158,8 +158,8 @@ def _sync(path: Path) -> None:
 
 
 def _exchange(temp: Path, out: Path) -> None:
-    """Swap two folders at once; where the system cannot, by two renames."""
-    if _exchange_at_once(temp, out):
+    """Swap two folders atomically; where the system cannot, by two renames."""
+    if _exchange_atomically(temp, out):
         return
     old = temp.with_name(_OLD)
     out.rename(old)
@@ -171,7 +171,7 @@ def _exchange(temp: Path, out: Path) -> None:
     old.rename(temp)
 
 
-def _exchange_at_once(temp: Path, out: Path) -> bool:
+def _exchange_atomically(temp: Path, out: Path) -> bool:
     library = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(temp), os.fsencode(out)
     try:

@@ -48,6 +48,6 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
             force=True,
             fine_blocks=FINE_BLOCKS,
             low_rank=LowRank(LanguageFile(smol.fetch(smol.LANGUAGE, parts), "q4_1"), updates),
-            measured=read_manifest(smol.delta_path().parent),
+            known_manifest=read_manifest(smol.delta_path().parent),
         )
         return export(options, progress)

@@ -1,7 +1,7 @@
-"""Float16 GGUF -> quantized GGUF with llama.cpp's own quantizer.
+"""Float16 GGUF -> quantized GGUF, by llama.cpp's quantizer.
 
-With an importance matrix (`importance.py`), the quantizer weighs each input channel's error by it, and q4_0 keeps the
-first eighth of the ffn_down tensors as q4_1. F16 and q8_0 take no notice of one.
+With an importance matrix (`importance.py`), the quantizer weights each input channel's error by it, and q4_0 keeps the
+first eighth of the ffn_down tensors as q4_1. F16 and q8_0 ignore it.
 
 K-quants need rows of a multiple of 256 values; where a model has others (576 in SmolLM2-135M), llama.cpp takes
 the next larger classic type for that tensor (q4_K -> q5_0, q5_K -> q5_1, q6_K -> q8_0).
@@ -25,7 +25,7 @@ from llava_edge.runtimes import language
 Quant = Literal["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
 
-# Bits per weight to plan disk space with, rounded up: mixes keep some tensors larger, and see above.
+# Bits per weight for estimating disk space, rounded up: mixes keep some tensors larger, and see above.
 BITS: dict[Quant, float] = {"q4_k_m": 6.5, "q4_0": 5.5, "q5_k_m": 7.0, "q8_0": 8.5, "f16": 16.0}
 
 _POLL_SECONDS = 0.2
@@ -39,10 +39,10 @@ def quantize(
     importance: Mapping[str, np.ndarray] | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Write `target` from the float16 file `source`. Raises `StorageError` when llama.cpp cannot.
+    """Write `target` from the float16 file `source`. Raises `StorageError` if llama.cpp fails.
 
-    threads: 0 lets llama.cpp use all cores. importance: (input channels,) by tensor name; tensors it lacks are
-    quantized without.
+    threads: 0 lets llama.cpp use all cores. importance: (input channels,) by tensor name; tensors without one are
+    quantized without it.
     """
     if quant == "f16":
         shutil.copyfile(source, target)
@@ -58,7 +58,7 @@ def quantize(
     def run() -> None:
         result.append(api.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)))
 
-    # A thread of its own, so that Ctrl-C ends the program at once; llama.cpp reports no progress, the file's size does.
+    # In a thread, so that Ctrl-C works; llama.cpp reports no progress, so the size of the file is used.
     worker = threading.Thread(target=run, daemon=True)
     worker.start()
     expected = source.stat().st_size * BITS[quant] / 16
@@ -71,7 +71,7 @@ def quantize(
 
 
 def _matrix(api: Any, importance: Mapping[str, np.ndarray]) -> Any:
-    """`llama_model_imatrix_data[]`, closed by an entry without a name. ctypes keeps what it points to."""
+    """`llama_model_imatrix_data[]`, terminated by an entry without a name. ctypes keeps what it points to alive."""
     entries = (api.llama_model_imatrix_data * (len(importance) + 1))()
     for entry, (name, values) in zip(entries, importance.items(), strict=False):
         floats = (ctypes.c_float * len(values))(*values.tolist())

@@ -1,7 +1,7 @@
-"""What each quantization of the language model costs: bytes, and how far its answers move, on held-out pictures.
+"""Compares every quantization of the language model: its size, and how its predictions differ on held-out pictures.
 
-Every file predicts the same answers of the same conversations (`held_out.py`), float16 first; compared are the whole
-distributions of the next token. An "image-aware" file was quantized with an importance matrix.
+Every file predicts the same answers of the same conversations (`held_out.py`), float16 first; the full distributions
+of the next token are compared. An "image-aware" file was quantized with an importance matrix.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from llava_edge.runtimes.language import LanguageModel
 
 Array = np.ndarray[Any, Any]
 
-TITLE = "# What quantization costs"  # what a report begins with
+TITLE = "# What quantization costs"  # first line of a report
 
 MEASURED: tuple[tuple[Quant, bool], ...] = (
     ("f16", False),
-    ("q8_0", False),  # takes no notice of a matrix
+    ("q8_0", False),  # ignores a matrix
     ("q5_k_m", False),
     ("q5_k_m", True),
     ("q4_k_m", False),
@@ -42,7 +42,7 @@ MEASURED: tuple[tuple[Quant, bool], ...] = (
 @dataclass(frozen=True)
 class Row:
     """One file. Over all answer tokens: mean `kl` in nats from float16's distribution to this one's, `perplexity` of
-    the answers, share of tokens where both have the same most likely one. types: weights by GGUF type."""
+    the answers, share of tokens where both have the same most likely one. types: number of weights by GGUF type."""
 
     quant: Quant
     image_aware: bool
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """held_out, calibration: in words, what was measured on and what the matrix is from. tokens: answer tokens."""
+    """held_out, calibration: the data measured on and that of the matrix, in words. tokens: number of answer tokens."""
 
     name: str
     held_out: str
@@ -74,16 +74,16 @@ def measure(
     threads: int = 0,
     progress: Callable[[str, float | None], None] = lambda stage, share: None,
 ) -> Report:
-    """Quantize `float16` every way, one after another, and measure each file. `scratch` is an empty folder.
+    """Quantize `float16` in every way, one after another, and measure each file. `scratch` is an empty folder.
 
-    bundle: its vision, projector and template are used. data: conversations; sample pictures with float16's own
-    answers unless given. threads: for llama.cpp's quantizer.
+    bundle: gives vision, projector and template. data: conversations; by default sample pictures with float16's own
+    answers. threads: for llama.cpp's quantizer.
     """
     progress("reading held-out conversations", None)
     if data:
-        samples, pictures = held_out.conversations(data, bundle, float16, scratch)
+        samples, pictures = held_out.read_conversations(data, bundle, float16, scratch)
     else:
-        samples, pictures = held_out.drawings(bundle, float16, scratch)
+        samples, pictures = held_out.sample_conversations(bundle, float16, scratch)
     rows, tokens = [], sum(len(sample.answers) for sample in samples)
     for quant, image_aware in MEASURED:
         progress(f"measuring {_label(quant, image_aware)}", None)
@@ -94,30 +94,30 @@ def measure(
         size = path.stat().st_size
         rows.append(Row(quant, image_aware, size, float(kl), exp(loss), float(agreement), _types(path)))
     source = data.name if data else "drawings, float16's own answers"
-    words = f"{len(samples)} conversations about {len({sample.image for sample in samples})} pictures ({source})"
-    return Report(bundle.manifest.name, words, calibration, tokens, rows)
+    description = f"{len(samples)} conversations about {len({sample.image for sample in samples})} pictures ({source})"
+    return Report(bundle.manifest.name, description, calibration, tokens, rows)
 
 
 def _scores(path: Path, samples: Sequence[Sample], pictures: Pictures, scratch: Path) -> Array:
-    """(answer tokens, 3), by `compare`. The first file's logits are kept in `scratch` and are what is compared with."""
-    found = []
+    """(answer tokens, 3), by `compare`. The first file's logits are saved in `scratch` as the reference."""
+    scores = []
     with LanguageModel(path, context=max(len(sample.keys) for sample in samples)) as engine:
         for number, sample in enumerate(samples):
-            kept = scratch / f"logits-{number}.npy"
+            saved = scratch / f"logits-{number}.npy"
             logits = np.stack([row.copy() for row in held_out.predictions(engine, sample, pictures)])
-            if not kept.exists():
-                np.save(kept, logits)
-            found.append(compare(np.load(kept), logits, sample.targets))
-    return np.concatenate(found)
+            if not saved.exists():
+                np.save(saved, logits)
+            scores.append(compare(np.load(saved), logits, sample.targets))
+    return np.concatenate(scores)
 
 
 def compare(reference: Array, logits: Array, targets: Sequence[int]) -> Array:
-    """(n, vocab) logits twice and n token ids -> (n, 3): KL divergence in nats of the second distribution from the
-    first, minus the log-probability of the target in the second, 1 where both have the same most likely token."""
-    wanted, ours = _log_softmax(reference), _log_softmax(logits)
-    kl = (np.exp(wanted) * (wanted - ours)).sum(-1)
+    """(n, vocab) logits twice and n token ids -> (n, 3): KL(first || second) in nats, negative
+    log-probability of the target in the second, 1 if both have the same most likely token."""
+    reference_logs, logs = _log_softmax(reference), _log_softmax(logits)
+    kl = (np.exp(reference_logs) * (reference_logs - logs)).sum(-1)
     same = reference.argmax(-1) == logits.argmax(-1)
-    return np.stack([kl, -ours[np.arange(len(targets)), targets], same], -1)
+    return np.stack([kl, -logs[np.arange(len(targets)), targets], same], -1)
 
 
 def _log_softmax(logits: Array) -> Array:
@@ -126,10 +126,10 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def _types(path: Path) -> dict[str, int]:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for tensor in gguf.read(path).tensors.values():
-        found[tensor.kind] += int(np.prod(tensor.shape))
-    return dict(found.most_common())
+        counts[tensor.kind] += int(np.prod(tensor.shape))
+    return dict(counts.most_common())
 
 
 def _label(quant: str, image_aware: bool) -> str:
@@ -137,8 +137,8 @@ def _label(quant: str, image_aware: bool) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The table, with what one has to know to read it."""
-    plain = report.rows[0].perplexity
+    """The report as Markdown."""
+    baseline = report.rows[0].perplexity
     lines = [
         f"{TITLE} {report.name}",
         "",
@@ -153,7 +153,7 @@ def markdown(report: Report) -> str:
         kinds = ", ".join(f"{kind} {count / weights:.0%}" for kind, count in row.types.items() if count > weights / 200)
         lines.append(
             f"| {_label(row.quant, row.image_aware)} | {row.size / 1e6:.1f} | {8 * row.size / weights:.2f} "
-            f"| {row.kl:.5f} | {row.perplexity:.4f} | {row.perplexity / plain - 1:+.2%} | {row.agreement:.2%} "
+            f"| {row.kl:.5f} | {row.perplexity:.4f} | {row.perplexity / baseline - 1:+.2%} | {row.agreement:.2%} "
             f"| {kinds} |"
         )
-    return "\n".join([*lines, "", "F16, F32 and Q8_0 take no notice of the matrix.", ""])
+    return "\n".join([*lines, "", "F16, F32 and Q8_0 ignore the matrix.", ""])

@@ -608,12 +608,12 @@ def test_a_known_parity_table_is_taken_only_for_identical_files(
 ) -> None:
     """What `models pull` does where torch is missing."""
     options = ExportOptions(micro_checkpoint, tmp_path / "a", name="micro", quant="q8_0", vision="fp32")
-    measured = export(options)
-    assert measured.parity
+    known_manifest = export(options)
+    assert known_manifest.parity
     monkeypatch.setattr("llava_edge.export.parity.unavailable_reason", lambda: "torch is not installed.")
-    again = export(replace(options, out=tmp_path / "b", measured=measured))
-    assert again.parity == measured.parity
-    other = export(replace(options, out=tmp_path / "c", quant="q4_0", measured=measured))
+    again = export(replace(options, out=tmp_path / "b", known_manifest=known_manifest))
+    assert again.parity == known_manifest.parity
+    other = export(replace(options, out=tmp_path / "c", quant="q4_0", known_manifest=known_manifest))
     assert other.parity == []
 
 

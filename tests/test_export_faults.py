@@ -293,7 +293,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from llava_edge.export import publish
-publish._exchange_at_once = lambda temp, out: False
+publish._exchange_atomically = lambda temp, out: False
 rename = Path.rename
 def cut(self, target):
     if ".tmp-" in str(self):  # the second of two renames
@@ -344,7 +344,7 @@ def test_an_interruption_between_two_renames_is_undone_at_once(
             raise KeyboardInterrupt
         return rename(self, target)
 
-    monkeypatch.setattr(publish, "_exchange_at_once", lambda temp, out: False)
+    monkeypatch.setattr(publish, "_exchange_atomically", lambda temp, out: False)
     monkeypatch.setattr(Path, "rename", interrupted)
 
     def replaced() -> None:
@@ -385,7 +385,7 @@ def test_a_swap_that_was_cut_between_two_renames_is_undone(bundle_copy: Path) ->
 @pytest.mark.parametrize("at_once", [True, False])
 def test_replacing_swaps_whole_folders(at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not at_once:  # a file system without exchange
-        monkeypatch.setattr(publish, "_exchange_at_once", lambda temp, out: False)
+        monkeypatch.setattr(publish, "_exchange_atomically", lambda temp, out: False)
     out, temp = tmp_path / "out", tmp_path / "temp"
     for folder in (out, temp):
         folder.mkdir()

@@ -199,7 +199,7 @@ def test_folders_may_have_any_name(micro_checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_names_that_nothing_could_show(micro_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="printed"):
+    with pytest.raises(UsageError, match="expected printable characters"):
         ExportOptions(micro_checkpoint, tmp_path / "out", name="a\tb")
     with pytest.raises(CannotCreateError, match="UTF-8"):
         export(ExportOptions(micro_checkpoint, tmp_path / "b\udcfcndel"))

@@ -176,13 +176,13 @@ def test_q8_takes_no_notice(float16: Path, tmp_path: Path, skewed: Importance) -
     quantize(float16, tmp_path / "plain.gguf", "q8_0", 1)
     quantize(float16, tmp_path / "aware.gguf", "q8_0", 1, skewed)
     assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "aware.gguf").read_bytes()
-    with pytest.raises(UsageError, match="q8_0 takes no notice"):
+    with pytest.raises(UsageError, match="q8_0 ignores an importance matrix"):
         ExportOptions(tmp_path, tmp_path, quant="q8_0", imatrix=True)
 
 
 def test_calibration_takes_a_fixed_choice_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no pictures"):
-        importance.check(tmp_path)
+        importance.check_pictures(tmp_path)
     rng = np.random.default_rng(0)
     (tmp_path / "sub").mkdir()
     for n in range(40):
@@ -195,7 +195,7 @@ def test_calibration_takes_a_fixed_choice_of_a_folder(tmp_path: Path) -> None:
     for path in tmp_path.rglob("*.PNG"):
         path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ImageError, match=r"\.PNG"):
-        importance.check(tmp_path)
+        importance.check_pictures(tmp_path)
 
 
 def test_manifests_from_before_the_field_open(root: Path) -> None:

@@ -58,7 +58,7 @@ def test_predictions_are_those_of_pytorch_for_every_answer_token(
     data: Path, float16: Path, micro_checkpoint: Path, micro_bundle: Path, tmp_path: Path
 ) -> None:
     bundle, checkpoint = Bundle.open(micro_bundle), open_checkpoint(micro_checkpoint)
-    samples, pictures = held_out.conversations(data, bundle, float16, tmp_path)
+    samples, pictures = held_out.read_conversations(data, bundle, float16, tmp_path)
     tokenizer = load_tokenizer(micro_checkpoint / "tokenizer.json")
     wanted = {}
     for record in (record for record in read_records(data) if "image" in record):
@@ -67,7 +67,7 @@ def test_predictions_are_those_of_pytorch_for_every_answer_token(
         shown = whole.shown(checkpoint.config, checkpoint.tensors, [pixels[None]])
         logits = whole.logits(checkpoint.config, checkpoint.tensors, trained.ids, shown)
         rows = len(logits) - len(trained.ids) + 1
-        sample = held_out.lay_out(trained.ids, trained.labels, record["image"], rows)
+        sample = held_out.expand_image(trained.ids, trained.labels, record["image"], rows)
         wanted[sample] = logits[np.array(sample.answers) - 1]
         assert sample.targets == [label for label in trained.labels if label != IGNORE_INDEX]
         assert sample.targets[-1] == control_id(tokenizer, "<|im_end|>")
@@ -84,7 +84,7 @@ def test_predictions_are_those_of_pytorch_for_every_answer_token(
 
 
 def test_the_answers_of_drawings_are_the_models_own(float16: Path, micro_bundle: Path, tmp_path: Path) -> None:
-    samples, pictures = held_out.drawings(Bundle.open(micro_bundle), float16, tmp_path)
+    samples, pictures = held_out.sample_conversations(Bundle.open(micro_bundle), float16, tmp_path)
     assert len(samples) == 12
     with LanguageModel(float16, context=256) as engine:
         for sample in samples:
@@ -149,9 +149,9 @@ def test_the_matrix_of_an_export_reaches_the_file(
 def test_what_cannot_be_measured_on_is_said(float16: Path, micro_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text('[{"id": "1", "conversations": []}]', "utf-8")
     with pytest.raises(DataError, match="no conversation about a picture"):
-        held_out.conversations(tmp_path / "text.json", Bundle.open(micro_bundle), float16, tmp_path)
+        held_out.read_conversations(tmp_path / "text.json", Bundle.open(micro_bundle), float16, tmp_path)
     with pytest.raises(MissingError):
-        held_out.conversations(tmp_path / "none.json", Bundle.open(micro_bundle), float16, tmp_path)
+        held_out.read_conversations(tmp_path / "none.json", Bundle.open(micro_bundle), float16, tmp_path)
     options = ["export", str(tmp_path), str(tmp_path / "out"), "--report", str(tmp_path / "no" / "report.md")]
     assert isinstance(CliRunner().invoke(cli, options).exception, CannotCreateError)
 
