@@ -1,4 +1,4 @@
 """Checkpoint -> bundle: the stage between the trainer (models/) and the runtime (runtimes/).
 
-torch is needed for `pytorch_model.bin`, the parity table, importance matrices and conversations alone.
+torch is needed only for `pytorch_model.bin`, the parity table, importance matrices and conversations.
 """

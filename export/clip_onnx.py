@@ -3,35 +3,35 @@
     pixels (batch, 3, S, S) float32 -> features  (batch, image_tokens, width) float32
                                        attention (batch, image_tokens) float32
 
-`attention` is how much the class token looks at each of them in the block that gives the features, mean over the heads;
-a tower of no blocks has none. Its few nodes branch off the product that the block computes anyway, so that `features`
-are the same bit for bit with it and without.
+`attention` is the class token's attention to each of them in the block that gives the features, mean over the heads;
+a tower of no blocks has none. Its few nodes branch off a product that the block computes anyway, so that `features` are
+bit-identical with and without it.
 
-The graph is written node by node with `onnx.helper`, not traced out of PyTorch: no torch is needed, it holds
-exactly the blocks that are run and nothing else, only operators of the standard domain, no local functions,
-and the placement of the weights is ours: all of any size are in one data file, aligned so that they can be
-mapped. Reads tensors under classic Hugging Face names; knows nothing about checkpoints or bundles.
+The graph is built node by node with `onnx.helper`, not traced from PyTorch: this needs no torch, the graph has only the
+blocks that are run, only operators of the standard domain and no local functions, and we control where weights are
+stored: all large ones in one data file, aligned for memory mapping. Reads tensors under classic Hugging Face names;
+knows nothing about checkpoints or bundles.
 
 Precisions: `fp32`; `fp16` stores weights as float16 and computes in float32 (relative weight error 2^-11);
-`int8` stores weights as int8 with one scale per output channel and multiplies integers only:
+`int8` stores weights as int8 with one scale per output channel and multiplies only integers:
 
-    x = s (q0 - z) + s/127 (q1 - 64)       two terms of 7 bits, the second quantizes what the first left over
+    x = s (q0 - z) + s/127 (q1 - 64)       two terms of 7 bits, the second quantizes the first one's error
     x @ W = s w (q0 - z) @ W8 + s/127 w (q1 - 64) @ W8
 
-The first `fine_blocks` blocks also store what rounding the weights left over, again as int8: one product more.
+The first `fine_blocks` blocks also store the rounding error of the weights, again as int8: one more product.
 
-Why two terms: one (`quantize_dynamic`) has a single scale for a tensor, and CLIP's activations have a few channels
-and tokens that are 10 to 50 times larger than the rest. Noise in the early blocks then decides which patch the
-tower later uses as a high-norm "register". Measured on CLIP ViT-B/16 with 12 photographs, mean relative error of
-the features: 0.22 with one term, 0.14 with a scale for each token, 0.10 when channels are evened out as well
-(SmoothQuant, arXiv 2211.10438), 0.05 with scales for every 32 values, 0.004 with two terms. Nor does calibration save
-a single term: a scale for each token, the 64 largest channels of 8 other photographs in float32 and the first 6 of 11
-blocks left alone still gave 0.031 (8 photographs). And integer products
-are the ones onnxruntime has matrix instructions for (AMX, VNNI, i8mm): on 577 x 1024 x 3072 and two AMX cores two
-terms took 4.1 ms, three products 5.8 ms, scales for every 32 values 11.8 ms, float32 10.5 ms.
+Why two terms: one (`quantize_dynamic`) has a single scale per tensor, and CLIP's activations have a few channels and
+tokens that are 10 to 50 times larger than the rest. Noise in the early blocks then decides which patch the tower later
+uses as a high-norm "register". Measured on CLIP ViT-B/16 with 12 photographs, mean relative error of the features: 0.22
+with one term, 0.14 with a scale per token, 0.10 when channels are smoothed as well (SmoothQuant, arXiv 2211.10438),
+0.05 with scales for every 32 values, 0.004 with two terms. Calibration does not rescue a single term: a scale per
+token, the 64 largest channels of 8 other photographs in float32 and the first 6 of 11 blocks unquantized still gave
+0.031 (8 photographs). And onnxruntime has matrix instructions for integer products (AMX, VNNI, i8mm): on 577 x 1024 x
+3072 and two AMX cores two terms took 4.1 ms, three products 5.8 ms, scales for every 32 values 11.8 ms, float32 10.5
+ms.
 
 Why 7 bits: a processor without VNNI adds two u8 x s8 products in 16 bits. 2 * 127 * 127 fits there, 2 * 255 * 127 does
-not; onnxruntime then has to be told to widen everything, which needs a copy of all weights. CLIP-L/336 on two Zen 4
+not; onnxruntime must then be told to widen everything, which needs a copy of all weights. CLIP-L/336 on two Zen 4
 cores with AVX2 alone: 6.3 instead of 8.5 s of one thread, loaded in 0.4 instead of 3.8 s, 615 MB less private memory.
 """
 
@@ -52,10 +52,10 @@ Precision = Literal["fp32", "fp16", "int8"]
 OPSET = 21  # the first with DequantizeLinear in blocks; onnxruntime 1.20 and later run it
 IR_VERSION = 10  # goes with opset 21
 INLINE_BYTES = 1024  # smaller tensors stay in the graph file
-MAP_ALIGNMENT = 4096  # page size: a mapped tensor may not share its page's beginning with another
-MAP_FROM_BYTES = 1 << 20  # onnxruntime's own writer aligns from this size on
+MAP_ALIGNMENT = 4096  # page size: a mapped tensor has to start on a page of its own
+MAP_FROM_BYTES = 1 << 20  # onnxruntime's own writer aligns tensors of at least this size
 ACTIVATION_BITS: Literal[7] = 7  # of each term
-LEVELS = 127  # steps between the least and the largest value of a term
+LEVELS = 127  # steps between the smallest and the largest value of a term
 _TINY = 1e-30  # so that no range is empty
 _FLOAT32 = 1  # onnx.TensorProto.FLOAT
 
@@ -65,8 +65,8 @@ def write_clip(
 ) -> None:
     """Write `vision.onnx` and `vision.onnx.data` into `folder`.
 
-    fine_blocks: with int8, how many transformer blocks from the front have their weights in two int8 parts.
-    An int8 graph takes one picture at a time: a scale shared over a batch would let pictures change each other.
+    fine_blocks: with int8, the number of transformer blocks, from the front, whose weights have two int8 parts.
+    An int8 graph takes one picture at a time: a scale shared by a batch would let pictures affect each other.
     """
     import onnx
     from onnx import helper
@@ -99,22 +99,22 @@ def write_clip(
 
 
 def _tower(graph: _Graph, config: LlavaConfig, precision: Precision, fine_blocks: int) -> dict[str, str]:
-    """Embeddings, blocks, choice of tokens, pooling; the graph's outputs."""
+    """Embeddings, blocks, token selection, pooling. Returns the graph's outputs."""
     x = _layer_norm(graph, config, "pre_layrnorm", _embed(graph, config))
     qkv = ""
     for layer in range(config.vision_blocks):
         graph.precision, graph.fine = precision, layer < fine_blocks
         x, qkv = _block(graph, config, f"encoder.layers.{layer}", x)
-    outputs = {"features": _chosen(graph, config, x, config.vision.hidden_size)}
+    outputs = {"features": _select_tokens(graph, config, x, config.vision.hidden_size)}
     if qkv:
-        attention = _chosen(graph, config, _class_attention(graph, config, qkv), 1)
+        attention = _select_tokens(graph, config, _class_attention(graph, config, qkv), 1)
         outputs["attention"] = graph.node("Reshape", attention, graph.ints(0, config.image_tokens))
     return outputs
 
 
 def _embed(graph: _Graph, config: LlavaConfig) -> str:
     c = config.vision
-    kernel = graph.own("embeddings.patch_embedding.weight")
+    kernel = graph.tower_tensor("embeddings.patch_embedding.weight")
     sides = [c.patch_size, c.patch_size]
     patches = graph.node("Conv", "pixels", kernel, kernel_shape=sides, strides=sides)  # (B, D, grid, grid)
     patches = graph.node("Reshape", patches, graph.ints(0, 0, c.grid**2))
@@ -124,7 +124,8 @@ def _embed(graph: _Graph, config: LlavaConfig) -> str:
     row = graph.tensors[f"{VISION_PREFIX}embeddings.class_embedding"].reshape(1, 1, -1)
     cls = graph.node("Expand", graph.weight("embeddings.class_embedding", row), shape)
     x = graph.node("Concat", cls, patches, axis=1)
-    return graph.node("Add", x, graph.own("embeddings.position_embedding.weight"))  # row 0 is the class token's
+    positions = graph.tower_tensor("embeddings.position_embedding.weight")  # row 0 is the class token's
+    return graph.node("Add", x, positions)
 
 
 def _block(graph: _Graph, config: LlavaConfig, name: str, x: str) -> tuple[str, str]:
@@ -164,10 +165,10 @@ def _attention(graph: _Graph, config: LlavaConfig, name: str, qkv: str) -> str:
 def _class_attention(graph: _Graph, config: LlavaConfig, qkv: str) -> str:
     """(B, T, 3, heads, head_dim) -> (B, T, 1): the class token's row of the attention, mean over the heads.
 
-    Apart from `_attention`, which this leaves to be fused: of its (T, T) scores only one row is needed.
+    Separate from `_attention`, which onnxruntime can then still fuse: only one row of its (T, T) scores is needed.
     """
     c = config.vision
-    q = graph.node("Gather", qkv, graph.index(0), axis=1)  # the class token stands first
+    q = graph.node("Gather", qkv, graph.index(0), axis=1)  # the class token comes first
     q = graph.node("Gather", q, graph.index(0), axis=1)  # (B, heads, head_dim)
     q = graph.node("Unsqueeze", q, graph.ints(3))
     k = graph.node("Gather", qkv, graph.index(1), axis=2)
@@ -178,7 +179,7 @@ def _class_attention(graph: _Graph, config: LlavaConfig, qkv: str) -> str:
 
 
 def _layer_norm(graph: _Graph, config: LlavaConfig, name: str, x: str) -> str:
-    weight, bias = graph.own(f"{name}.weight"), graph.own(f"{name}.bias")
+    weight, bias = graph.tower_tensor(f"{name}.weight"), graph.tower_tensor(f"{name}.bias")
     return graph.node("LayerNormalization", x, weight, bias, axis=-1, epsilon=config.vision.layer_norm_eps)
 
 
@@ -190,9 +191,9 @@ def _linear(graph: _Graph, x: str, name: str, *parts: str) -> str:
     return graph.linear(name, x, weight, bias)
 
 
-def _chosen(graph: _Graph, config: LlavaConfig, x: str, width: int) -> str:
-    """(B, T, width) of all tokens -> (B, image_tokens, width) of those that LLaVA reads."""
-    if config.feature == "patch":  # drop the class token, which stands first
+def _select_tokens(graph: _Graph, config: LlavaConfig, x: str, width: int) -> str:
+    """(B, T, width) of all tokens -> (B, image_tokens, width) of those that LLaVA uses."""
+    if config.feature == "patch":  # drop the class token, which comes first
         x = graph.node("Slice", x, graph.ints(1), graph.ints(np.iinfo(np.int64).max), graph.ints(1))
     if config.image_pool == 1:
         return x
@@ -211,7 +212,7 @@ def quantize_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Graph:
-    """Nodes and initializers; large weights are appended to the data file as they come."""
+    """Nodes and initializers; large weights are appended to the data file right away."""
 
     def __init__(self, data: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
         self.data = data
@@ -222,7 +223,7 @@ class _Graph:
         self.initializers: dict[str, Any] = {}
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:
-        """Append one node with one output; returns the output's name."""
+        """Append a node with one output; returns the output's name."""
         from onnx import helper
 
         name = f"{op}_{len(self.nodes)}"
@@ -239,37 +240,37 @@ class _Graph:
             return self.node("Add", self.node("MatMul", x, stored), constant)
         values, scale = quantize_columns(weight)
         stored, scales = self.weight(f"{name}.weight", values), self.weight(f"{name}.scale", scale)
-        step, zero = self.range(x)
-        fine_step, middle = self.node("Mul", step, self.scalar(1 / LEVELS)), self.middle()
+        step, zero = self.scale_and_zero_point(x)
+        fine_step, middle = self.node("Mul", step, self.scalar(1 / LEVELS)), self.middle_zero_point()
         first = self.node("QuantizeLinear", x, step, zero)
         rest = self.node("Sub", x, self.node("DequantizeLinear", first, step, zero))
         second = self.node("QuantizeLinear", rest, fine_step, middle)
-        total = self.node("Add", self.integer(first, step, zero, stored, scales), constant)
-        total = self.node("Add", total, self.integer(second, fine_step, middle, stored, scales))
+        total = self.node("Add", self.integer_product(first, step, zero, stored, scales), constant)
+        total = self.node("Add", total, self.integer_product(second, fine_step, middle, stored, scales))
         if not self.fine:
             return total
         values, scale = quantize_columns(weight - values * scale)
         stored, scales = self.weight(f"{name}.rest", values), self.weight(f"{name}.rest.scale", scale)
-        return self.node("Add", total, self.integer(first, step, zero, stored, scales))
+        return self.node("Add", total, self.integer_product(first, step, zero, stored, scales))
 
-    def range(self, x: str) -> tuple[str, str]:
-        """The step that divides what x spans, zero included, into `LEVELS`, and the uint8 that stands for zero."""
+    def scale_and_zero_point(self, x: str) -> tuple[str, str]:
+        """Scale and zero point that map the range of x, extended to include 0, to `LEVELS` steps."""
         high = self.node("Max", self.node("ReduceMax", x, keepdims=0), self.scalar(0.0))
         low = self.node("Max", self.node("Neg", self.node("ReduceMin", x, keepdims=0)), self.scalar(_TINY))
         step = self.node("Mul", self.node("Add", high, low), self.scalar(1 / LEVELS))
         return step, self.node("QuantizeLinear", low, step)
 
-    def middle(self) -> str:
-        """What stands for zero in the second term, which is as often below it as above."""
+    def middle_zero_point(self) -> str:
+        """The zero point of the second term, which is symmetric around zero."""
         return self.weight("middle", np.array((LEVELS + 1) // 2, np.uint8))
 
-    def integer(self, x: str, step: str, zero: str, weight: str, scale: str) -> str:
-        """A quantized x @ (weight * scale), in the pattern of nodes that onnxruntime fuses into one."""
+    def integer_product(self, x: str, step: str, zero: str, weight: str, scale: str) -> str:
+        """Quantized x @ (weight * scale), in the pattern of nodes that onnxruntime fuses."""
         product = self.node("MatMulInteger", x, weight, zero)
         return self.node("Mul", self.node("Cast", product, to=_FLOAT32), self.node("Mul", step, scale))
 
-    def own(self, name: str) -> str:
-        """A tensor of the tower as it is."""
+    def tower_tensor(self, name: str) -> str:
+        """A tensor of the tower, unchanged."""
         return self.weight(name, self.tensors[f"{VISION_PREFIX}{name}"])
 
     def ints(self, *values: int) -> str:
@@ -285,13 +286,13 @@ class _Graph:
         return self.weight(f"scalar_{value}", np.array(value, np.float32))
 
     def weight(self, name: str, array: np.ndarray) -> str:
-        """An initializer; returns its name. The same name is stored once."""
+        """Add an initializer, unless the name exists; returns its name."""
         if name not in self.initializers:
-            self.initializers[name] = self._stored(name, np.array(array, order="C", copy=None))
+            self.initializers[name] = self._tensor_proto(name, np.array(array, order="C", copy=None))
         return name
 
-    def _stored(self, name: str, array: np.ndarray) -> Any:
-        """Inline or in the data file."""
+    def _tensor_proto(self, name: str, array: np.ndarray) -> Any:
+        """A TensorProto with its values inline or in the data file."""
         from onnx import TensorProto, helper, numpy_helper
 
         if array.nbytes < INLINE_BYTES:

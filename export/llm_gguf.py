@@ -21,7 +21,7 @@ from llava_edge.models.llama_gguf import permute, permuted_heads, tensor_names
 
 
 def gguf_tensor(checkpoint: Checkpoint, target: str, source: str) -> np.ndarray:
-    """The float32 values that belong under the GGUF name `target`."""
+    """The float32 values of the GGUF tensor `target`."""
     array, heads = checkpoint.tensors[source], permuted_heads(target, checkpoint.config.text)
     return permute(array, heads) if heads else array
 
@@ -56,7 +56,7 @@ def write_tensors(
     values: Callable[[Checkpoint, str, str], np.ndarray],
     progress: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Everything a `gguf.GGUFWriter` still has to write: header, fields, tensors; matrices as float16."""
+    """Write a `gguf.GGUFWriter`'s header, fields and tensors; matrices as float16."""
     for target, source in names.items():
         shape = checkpoint.tensors.shape(source)
         dtype = _dtype(shape)

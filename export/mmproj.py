@@ -1,8 +1,8 @@
-"""CLIP and projector -> the `mmproj` GGUF that llama.cpp's programs take beside a language file.
+"""CLIP and projector -> the `mmproj` GGUF that llama.cpp's programs use with a language file.
 
-Matrices are float16, the rest float32. Blocks behind the chosen layer and CLIP's last norm are left out, for
-llama.cpp would apply them. It runs one block fewer than the file has unless `clip.vision.feature_layer` names one,
-so that is written. Where llama.cpp still computes something else than LLaVA, tests/test_interop.py says what.
+Matrices are float16, the rest float32. Blocks after the selected layer and CLIP's last norm are left out, since
+llama.cpp would apply them. It skips the last block unless `clip.vision.feature_layer` is set, so that is written.
+tests/test_interop.py lists the remaining differences between llama.cpp and LLaVA.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BLOCK = {
 
 
 def tensor_names(config: LlavaConfig) -> dict[str, str]:
-    """GGUF name -> classic Hugging Face name of everything up to the chosen layer, and the projector."""
+    """GGUF name -> classic Hugging Face name of everything up to the selected layer, and the projector."""
     names = {target: VISION_PREFIX + source for target, source in _OUTER.items()}
     for layer in range(config.vision_blocks):
         for target, source in _BLOCK.items():
@@ -54,8 +54,8 @@ def tensor_names(config: LlavaConfig) -> dict[str, str]:
 
 
 def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
-    """Raises `CheckpointError` for what such a file cannot say, `CannotCreateError` when `path` is taken or its folder
-    takes no files, `StorageError` when that has no room."""
+    """Raise `CheckpointError` for a model such a file cannot express, `CannotCreateError` if `path` exists or its
+    folder is not writable, `StorageError` if the disk is too full."""
     rules = {
         f"has a projector of the type {config.projector_type}": config.projector_type == "mlp2x_gelu",
         "averages neighbouring patches": config.image_pool == 1,
@@ -63,21 +63,21 @@ def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
         "keeps CLIP's class token": config.feature == "patch",
         "runs no block of CLIP": config.vision_blocks > 0,
     }
-    for fault, good in rules.items():
+    for property, good in rules.items():
         if not good:
             raise CheckpointError(
-                f"No mmproj file can be made of a model that {fault}: llama.cpp would compute something else. "
+                f"No mmproj file can be made of a model that {property}: llama.cpp would compute something else. "
                 "Leave out --emit-mmproj."
             )
     if os.path.lexists(path) and not _is_picture_encoder(path):
         raise CannotCreateError(f"{path} exists and is no picture encoder for llama.cpp; choose another name.")
     if os.path.lexists(path) and not force:
         raise CannotCreateError(f"{path} exists already; use --force to replace it, or choose another name.")
-    if problem := unwritable(path.parent):  # where it is written before it gets its name
-        raise CannotCreateError(f"{path} cannot be written, as its folder takes no files ({problem}).")
+    if reason := unwritable(path.parent):  # it is written there under a temporary name
+        raise CannotCreateError(f"{path} cannot be written, as its folder takes no files ({reason}).")
     shapes = tensor_shapes(config)
-    numbers = sum(prod(shapes[source]) for source in tensor_names(config).values())
-    check_space(path.parent, 2 * numbers, "A picture encoder for llama.cpp")
+    weights = sum(prod(shapes[source]) for source in tensor_names(config).values())
+    check_space(path.parent, 2 * weights, "A picture encoder for llama.cpp")
 
 
 def _is_picture_encoder(path: Path) -> bool:
@@ -88,7 +88,7 @@ def _is_picture_encoder(path: Path) -> bool:
 
 
 def write_mmproj(checkpoint: Checkpoint, path: Path, name: str) -> None:
-    """Write the file beside `path`, then give it its name. Raises `StorageError` when the disk fails."""
+    """Write the file under a temporary name, then rename it to `path`. Raises `StorageError` if the disk fails."""
     import gguf
 
     temp = path.with_name(f"{path.name}.part-{os.getpid()}")
@@ -106,7 +106,7 @@ def write_mmproj(checkpoint: Checkpoint, path: Path, name: str) -> None:
 
 
 def _write_fields(writer: Any, checkpoint: Checkpoint, name: str) -> None:
-    """llama.cpp's own names (tools/mtmd/clip-impl.h). Neither use_gelu nor use_silu means quick-GELU."""
+    """Field names of llama.cpp (tools/mtmd/clip-impl.h). Without use_gelu and use_silu it uses quick-GELU."""
     import gguf
 
     config, (mean, std) = checkpoint.config, checkpoint.normalisation

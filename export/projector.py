@@ -1,8 +1,8 @@
 """The projector -> projector.gguf: tensors `mm.0.weight`, `mm.0.bias`, `mm.2.weight`, ... as LLaVA numbers them.
 
-Between two Linears stands a GELU in its exact erf form (index 1, 3, ... of LLaVA's nn.Sequential, which has no
-weights). LLaVA-1.6's `image_newline`, an embedding like those the projector makes, comes along. They have a file of
-their own because llama.cpp refuses a language file with extra tensors.
+Between two Linears is a GELU in its exact erf form (index 1, 3, ... of LLaVA's nn.Sequential, without weights).
+LLaVA-1.6's `image_newline`, an embedding like the projector's outputs, is included. They are a separate file because
+llama.cpp refuses a language file with extra tensors.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def tensor_names(config: LlavaConfig) -> dict[str, str]:
 
 
 def write_projector(config: LlavaConfig, tensors: Mapping[str, np.ndarray], path: Path, name: str) -> str:
-    """Write the file; returns the precision of its weights, "f16" where that changes none of them, or "f32".
+    """Write the file; returns the precision of its weights: "f16" if that is lossless, else "f32".
 
-    The projector is small, and its error would come on top of all others.
+    The projector is small, and its error would add to all others.
     """
     import gguf
 
     sources = tensor_names(config)
-    halved = all(_halves_exactly(tensors[source]) for name, source in sources.items() if name.endswith(".weight"))
+    lossless = all(_fits_float16(tensors[source]) for name, source in sources.items() if name.endswith(".weight"))
     with closing(gguf.GGUFWriter(path, ARCHITECTURE)) as writer:
         writer.add_name(name)
         writer.add_string(f"{ARCHITECTURE}.type", config.projector_type)
@@ -44,14 +44,14 @@ def write_projector(config: LlavaConfig, tensors: Mapping[str, np.ndarray], path
         writer.add_uint32(f"{ARCHITECTURE}.output_length", config.text.hidden_size)
         for target, source in sources.items():
             tensor = tensors[source]
-            writer.add_tensor(target, tensor.astype(np.float16) if halved and target.endswith(".weight") else tensor)
+            writer.add_tensor(target, tensor.astype(np.float16) if lossless and target.endswith(".weight") else tensor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    return "f16" if halved else "f32"
+    return "f16" if lossless else "f32"
 
 
-def _halves_exactly(tensor: np.ndarray) -> bool:
-    """Whether float16 holds all values, as it does if the checkpoint was in float16."""
+def _fits_float16(tensor: np.ndarray) -> bool:
+    """Whether float16 holds all values exactly, as for a checkpoint in float16."""
     with np.errstate(over="ignore"):
         return bool((tensor.astype(np.float16) == tensor).all())

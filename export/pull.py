@@ -1,4 +1,4 @@
-"""The default model by name: fetch its parts, assemble the checkpoint, export it. No torch is needed."""
+"""Pulls the default model: fetches its parts, assembles the checkpoint and exports it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from llava_edge.export.exporter import ExportOptions, export, require_extra
 from llava_edge.export.publish import check_target
 from llava_edge.models import smol
 
-FINE_BLOCKS = 0  # the tower that smol is made from has int8 weights already, so nothing is left over
+FINE_BLOCKS = 0  # the weights of smol's tower are int8 already, so there is no rounding error
 
 
 def pull(name: str, target: Path, progress: Callable[[str, float | None], None]) -> Manifest:
-    """Make the bundle of the model `name` in the folder `target`, replacing an older bundle there.
+    """Create the bundle of the model `name` in the folder `target`, replacing an older bundle there.
 
-    Downloads are kept in the cache folder, so that a second try starts where the first ended.
-    Raises what `models.smol` and `export` raise; the old bundle stays until the new one is whole.
+    Downloads are cached, so that a second try continues the first.
+    Raises what `models.smol` and `export` raise; the old bundle stays until the new one is complete.
     """
     if name != "smol":
-        raise UsageError(f"There is no model {name!r} to pull; known: smol.")
+        raise UsageError(f"There is no model {name!r} to pull; the only one is smol.")
     require_extra()
     check_target(target, force=True)
     parts = store.home() / "parts"

@@ -1,4 +1,4 @@
-"""The pixels that LLaVA and CLIPImageProcessor make of a picture, written out a second time to measure the first by."""
+"""A second implementation of LLaVA's and CLIPImageProcessor's preprocessing, to check the first against."""
 
 from __future__ import annotations
 
