@@ -125,8 +125,8 @@ def question(text: str = "What colour?", images: tuple[bytes, ...] = (), **more:
     return {"model": "micro", "messages": [{"role": "user", "content": content}], "max_tokens": 16, **more}
 
 
-def showing(source: object) -> dict[str, Any]:
-    """The body of a request with a picture, named by whatever is given."""
+def image_question(source: object) -> dict[str, Any]:
+    """The body of a request with `source` as its image_url."""
     content = [{"type": "image_url", "image_url": source}]
     return question() | {"messages": [{"role": "user", "content": content}]}
 
@@ -187,13 +187,13 @@ def read_all(connection: socket.socket) -> bytes:
     return said
 
 
-def begun(connection: socket.socket) -> socket.socket:
-    """Wait until the first text is there."""
-    seen = b""
-    while b'"content":"' not in seen.replace(b'"content":""', b""):
+def wait_for_text(connection: socket.socket) -> socket.socket:
+    """Wait for the first text of a stream. Returns the connection."""
+    received = b""
+    while b'"content":"' not in received.replace(b'"content":""', b""):
         part = connection.recv(65536)
-        assert part, seen
-        seen += part
+        assert part, received
+        received += part
     return connection
 
 

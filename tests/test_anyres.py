@@ -511,7 +511,7 @@ def test_a_tiling_that_would_give_wrong_answers_is_refused(
 
 def test_training_on_tiles_is_refused(tmp_path: Path) -> None:
     model = from_state(TINY, micro.random_tensors(TINY))
-    with pytest.raises(CheckpointError, match="one crop of each picture"):
+    with pytest.raises(CheckpointError, match="one crop per picture"):
         FeatureCache(tmp_path, model)
 
 

@@ -228,7 +228,7 @@ def test_stop_and_errors(server: Server, browser: Any) -> None:
 @pytest.mark.slow
 def test_after_an_error_the_talk_goes_on(server: Server, browser: Any) -> None:
     """What was not answered is not part of it; its photo is asked about all the same."""
-    browser.execute_script("photos = [arguments[0]]; showWaiting()", data_url(png("blue")))
+    browser.execute_script("photos = [arguments[0]]; showPendingPhotos()", data_url(png("blue")))
     browser.execute_script("document.getElementById('text').value = 'x '.repeat(5000)")
     one(browser, "#text").send_keys("\n")
     server.wait_until(lambda: every(browser, ".failed"))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from serving import Server, data_url, paused, png, question, read_all, running, showing
+from serving import Server, data_url, image_question, paused, png, question, read_all, running
 
 from llava_edge import Llava, Options
 from llava_edge.options import result_of
@@ -327,7 +327,7 @@ def test_errors_as_the_client_raises_them(create: Any) -> None:
     assert error(openai.BadRequestError, messages=[user("x " * 5000)]).code == "context_length_exceeded"
     assert error(openai.BadRequestError, temperature=-1, stream=True).param == "temperature"
     assert error(openai.NotFoundError, model="gpt-4o").code == "model_not_found"
-    messages = showing({"url": "https://example.com/x.png"})["messages"]
+    messages = image_question({"url": "https://example.com/x.png"})["messages"]
     assert "nothing is downloaded" in error(openai.BadRequestError, messages=messages).message
 
 
@@ -382,7 +382,7 @@ def test_the_library_and_the_page_are_served_at_once(server: Server) -> None:
 
 def test_the_bytes_decide_not_their_label(server: Server) -> None:
     def status(address: str) -> int:
-        return server.chat(showing({"url": address}))[0]
+        return server.chat(image_question({"url": address}))[0]
 
     assert status(data_url(png(), "jpeg")) == 200
     assert status("data:image/jpeg;base64,AAAA") == 400
@@ -409,7 +409,7 @@ def test_the_bytes_decide_not_their_label(server: Server) -> None:
     ],
 )
 def test_a_format_that_is_not_read_is_the_reason(label: str, says: str, server: Server) -> None:
-    status, _, answer = server.chat(showing({"url": f"data:{label};base64,AAAA"}))
+    status, _, answer = server.chat(image_question({"url": f"data:{label};base64,AAAA"}))
     message = json.loads(answer)["error"]["message"]
     assert (status, says in message) == (400, True), message
     assert ("downloaded" in message) == ("base64" in says)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, png, question, running, showing
+from serving import Server, image_question, png, question, running
 
 from llava_edge import cli
 from llava_edge.errors import MissingError, UsageError
@@ -310,22 +310,22 @@ ADDRESSES = [
 ]
 
 
-def opened(server: Server) -> list[str]:
+def opened_files(server: Server) -> list[str]:
     return (server.log.parent / "spy.log").read_text().splitlines()
 
 
 def test_addresses_and_files_are_refused_unopened(server: Server) -> None:
     # First that the spy sees both processes: an answered request reads /proc/self/status in the child.
-    before = len(opened(server))
+    before = len(opened_files(server))
     server.text("Hello", (png(),))
-    assert any("/proc/self/status" in line for line in opened(server)[before:])
-    assert any("language.gguf" in line for line in opened(server)[:before])
-    before = len(opened(server))
+    assert any("/proc/self/status" in line for line in opened_files(server)[before:])
+    assert any("language.gguf" in line for line in opened_files(server)[:before])
+    before = len(opened_files(server))
     for address in ADDRESSES:
         for source in ({"url": address.format(port=server.port)}, address.format(port=server.port)):
-            status, _, answer = server.chat(showing(source))
+            status, _, answer = server.chat(image_question(source))
             assert (status, json.loads(answer)["error"]["type"]) == (400, "invalid_request_error"), address
-    assert opened(server)[before:] == []
+    assert opened_files(server)[before:] == []
 
 
 @pytest.mark.parametrize(
@@ -333,18 +333,18 @@ def test_addresses_and_files_are_refused_unopened(server: Server) -> None:
     ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/examples/..%2findex.html", "/examples/index.html", "//etc"],
 )
 def test_no_path_names_a_file(path: str, server: Server) -> None:
-    before = len(opened(server))
+    before = len(opened_files(server))
     assert server.request("GET", path)[0] == 404
     assert server.request("GET", f"/v1/models/{path}")[0] == 404
-    assert opened(server)[before:] == []
+    assert opened_files(server)[before:] == []
 
 
 def test_a_schema_fetches_nothing(server: Server) -> None:
-    before = len(opened(server))
+    before = len(opened_files(server))
     for target in ("http://127.0.0.1:9/s.json", "https://example.com/s.json", "file:///etc/passwd", "other.json#/a"):
         schema = {"type": "json_schema", "json_schema": {"schema": {"$ref": target}}}
         assert server.chat(question(response_format=schema))[0] == 400
-    assert opened(server)[before:] == []
+    assert opened_files(server)[before:] == []
 
 
 # The key.
@@ -466,7 +466,7 @@ def test_a_page_behind_a_proxy_with_tls() -> None:
 # Too much, too slow.
 
 
-def refused(body: object, server: Server) -> tuple[int, str]:
+def error_of(body: object, server: Server) -> tuple[int, str]:
     status, _, answer = server.chat(body)
     return status, json.loads(answer)["error"]["message"]
 
@@ -490,7 +490,7 @@ def test_bodies(server: Server) -> None:
         (good + b"{}", 400, "not valid JSON"),
     ]
     for body, status, says in cases:
-        got, message = refused(body, server)
+        got, message = error_of(body, server)
         assert (got, says in message) == (status, True), message
 
 
@@ -530,7 +530,7 @@ def test_refusing_a_body_takes_little_memory(piece: bytes) -> None:
 def test_a_body_over_the_limit_is_answered(server: Server) -> None:
     """Not reset: the client is told, declared length or not."""
     body = b'{"a": "' + b"x" * Limits().body + b'"}'
-    assert refused(body, server)[0] == 413
+    assert error_of(body, server)[0] == 413
     chunk = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
     data = server.post + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunk * 24 + b"0\r\n\r\n"
     assert status_of(server.raw(data)) == 413
@@ -547,10 +547,10 @@ def test_heads_over_the_limit(server: Server) -> None:
 
 
 def test_texts_over_the_limit(server: Server) -> None:
-    status, message = refused(question("x" * (Limits().prompt + 1)), server)
+    status, message = error_of(question("x" * (Limits().prompt + 1)), server)
     assert (status, "bytes" in message) == (400, True)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 200
-    status, message = refused(question() | {"messages": messages}, server)
+    status, message = error_of(question() | {"messages": messages}, server)
     assert (status, "256" in message) == (400, True)
 
 

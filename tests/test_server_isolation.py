@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 from processes import in_child
-from serving import ROOT, Server, begun, paused, png, question, read_all, running
+from serving import ROOT, Server, paused, png, question, read_all, running, wait_for_text
 
 from llava_edge.bundle import Bundle
 from llava_edge.options import EngineOptions
@@ -76,7 +76,7 @@ def test_only_the_child_has_the_model(server: Server) -> None:
 def test_an_answer_that_died_has_no_clean_end(number: int, server: Server) -> None:
     crashes = server.health()["crashes"]
     wanted = server.text("Hello", (png(),))
-    streaming = begun(server.start(LONG))
+    streaming = wait_for_text(server.start(LONG))
     waiting = server.start(question("Hello", (png(),)))
     os.kill(server.child(), number)
     said = read_all(streaming)
@@ -245,10 +245,10 @@ def test_pictures_are_not_written_out() -> None:
 @pytest.mark.parametrize("stage", ["waiting", "prefill", "streaming"])
 def test_who_leaves_is_not_worked_for(stage: str, server: Server) -> None:
     crashes = server.health()["crashes"]
-    first = begun(server.start(LONG)) if stage == "waiting" else None
+    first = wait_for_text(server.start(LONG)) if stage == "waiting" else None
     leaving = server.start(LONG)
     if stage == "streaming":
-        begun(leaving)
+        wait_for_text(leaving)
     server.wait_until(lambda: server.health()["queue"] == (1 if stage == "waiting" else 0))
     leaving.close()
     if first:
@@ -267,7 +267,7 @@ def test_what_is_left_is_counted(server: Server) -> None:
     )
     server.ask("Hello", max_tokens=4)
     before = [server.metric(name) for name in (tokens, whole)]
-    begun(server.start(LONG)).close()
+    wait_for_text(server.start(LONG)).close()
     server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 1)
     made = server.ask("Hello", max_tokens=4)["usage"]["completion_tokens"]
     assert server.metric(left) >= 1
@@ -283,7 +283,7 @@ def test_answers_come_in_the_order_of_the_questions(server: Server) -> None:
             asked.append(server.start(LONG))
             server.wait_until(lambda number=number: server.metric("llava_edge_requests_in_work") == number + 2)
     for left, connection in zip((3, 2, 1, 0), asked, strict=True):
-        begun(connection)
+        wait_for_text(connection)
         assert server.health()["queue"] == left
         connection.close()
 
@@ -323,7 +323,7 @@ def test_time_limits_of_queue_and_answer(micro_bundle: Path, tmp_path: Path) -> 
 def test_the_child_ends_with_the_server(number: int, code: int, talkative: Path, tmp_path: Path) -> None:
     with running(talkative, tmp_path) as server:
         child = server.child()
-        streaming = begun(server.start(LONG))
+        streaming = wait_for_text(server.start(LONG))
         server.process.send_signal(number)
         assert server.process.wait(10) == code
         server.wait_until(lambda: not Path(f"/proc/{child}").exists(), 2)
@@ -335,7 +335,7 @@ def test_the_child_ends_with_the_server(number: int, code: int, talkative: Path,
 def test_whose_answer_the_end_of_the_server_breaks_off_is_told(talkative: Path, tmp_path: Path) -> None:
     with running(talkative, tmp_path) as server:
         child = server.child()
-        streaming = begun(server.start(LONG))
+        streaming = wait_for_text(server.start(LONG))
         os.kill(child, signal.SIGSTOP)  # so that neither answer ends by itself
         waiting = server.start(question("Hello"))
         server.wait_until(lambda: server.health()["queue"] == 1)
@@ -571,7 +571,7 @@ def test_twenty_deaths(server: Server) -> None:
     for number in range(20):
         streaming = server.start(LONG)
         if number % 2:
-            begun(streaming)
+            wait_for_text(streaming)
         time.sleep(moments.random() * 0.02)
         os.kill(server.child(), moments.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS]))
         said = read_all(streaming)
