@@ -44,7 +44,7 @@ def ours(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     clock = time.process_time if arguments.processor_time else time.monotonic
 
     def work() -> dict[str, Any]:
-        model.keep([])
+        model.keep_common_prefix([])
         model.evaluate_tokens(prompt(arguments), never)
         stats = RequestStats(time.monotonic())
         job = Job(lambda job: None, never, lambda: True)

@@ -70,7 +70,7 @@ def work(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def _change(twice: bool, flash: int | None) -> None:
     """What the product leaves no choice in."""
     if twice:
-        mapping.let_go = lambda path: None
+        mapping.release_pages = lambda path: None
     api = language.library()
     usual = api.llama_init_from_model
 

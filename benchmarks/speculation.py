@@ -102,16 +102,16 @@ def _cost(model: str, threads: int, repeats: int, positions: Sequence[int]) -> N
     tokens = [int(token) for token in np.random.default_rng(0).integers(300, language.vocab_size, WIDTHS[-1])]
     print("positions  batch      ms  singles  same bits")
     for start in positions:
-        language.forget(0)
+        language.truncate(0)
         language.evaluate_tokens([7] * start, never)
-        single = [language.evaluate_all([token], never)[0] for token in tokens]
+        single = [language.evaluate_all_logits([token], never)[0] for token in tokens]
         times: dict[int, list[float]] = {width: [] for width in WIDTHS}
         same = dict.fromkeys(WIDTHS, 0)
         for _ in range(repeats):
             for width in WIDTHS:
-                language.forget(start)
+                language.truncate(start)
                 begin = time.perf_counter()
-                rows = language.evaluate_all(tokens[:width], never)
+                rows = language.evaluate_all_logits(tokens[:width], never)
                 times[width].append(time.perf_counter() - begin)
                 same[width] = sum(np.array_equal(*pair) for pair in zip(rows, single, strict=False))
         one = statistics.median(times[1])

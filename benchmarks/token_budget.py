@@ -78,10 +78,10 @@ def main(model: str, images: Sequence[Path], tokens: int, budgets: Sequence[int]
 def _answers(llava: Llava, rows: Array, tokens: int) -> Iterator[tuple[list[int], Array]]:
     """For each question the answer's tokens, the likeliest each time, and (tokens, vocab_size) logits."""
     for language in _asked(llava, rows):
-        answer, scores = [language.best()], [language.logits().copy()]
-        while len(answer) < tokens and not language.ends(answer[-1]):
+        answer, scores = [language.greedy_token()], [language.logits().copy()]
+        while len(answer) < tokens and not language.is_end_token(answer[-1]):
             language.evaluate_tokens(answer[-1:], threading.Event())
-            answer.append(language.best())
+            answer.append(language.greedy_token())
             scores.append(language.logits().copy())
         yield answer, np.stack(scores)
 
@@ -101,14 +101,14 @@ def _asked(llava: Llava, rows: Array) -> Iterator[LanguageModel]:
     engine, never = llava._engine, threading.Event()
     language = engine._opened()
     keys: list[Key] = [("rows", i) for i in range(len(rows))]
-    language.forget(0)
+    language.truncate(0)
     for question in QUESTIONS:
         ids = engine.encode_prompt([Message("user", question, 1)])
         at = ids.index(IMAGE_TOKEN_INDEX)
-        if not language.held:
+        if not language.cached_keys:
             language.evaluate_tokens(ids[:at], never)
             language.evaluate_embeddings(rows, keys, never)
-        language.forget(at + len(rows))
+        language.truncate(at + len(rows))
         language.evaluate_tokens(ids[at + 1 :], never)
         yield language
 

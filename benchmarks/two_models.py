@@ -30,13 +30,13 @@ def main(model: str, threads: int, repeats: int, tokens: int) -> None:
     """Print a line for each way; the models are loaded anew for each repetition, in turns."""
     engine, options = EngineOptions(device="cpu", threads=threads, cache=False), Options(tokens, speculate="off")
     ways: dict[str, tuple[int, Callable[[], Worker]]] = {
-        "alone": (1, compute.thread),
-        "two, one thread": (2, compute.thread),
+        "alone": (1, compute.shared_worker),
+        "two, one thread": (2, compute.shared_worker),
         "two, a thread each": (2, lambda: Worker("llama.cpp")),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
-        for name, (count, compute.thread) in ways.items():
+        for name, (count, compute.shared_worker) in ways.items():
             with ExitStack() as stack:
                 models = [stack.enter_context(Llava.load(model, engine)) for _ in range(count)]
                 answers = [[one.ask(QUESTION, options=options) for one in models] for _ in range(3)]

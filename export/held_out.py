@@ -154,7 +154,7 @@ def sample_conversations(bundle: Bundle, float16: Path, scratch: Path) -> tuple[
 
 def predictions(engine: LanguageModel, sample: Sample, pictures: Pictures) -> Iterator[Array]:
     """Logits (vocab,) for each answer token in turn, given everything before it. Views: see `logits`."""
-    evaluated = engine.keep(sample.keys[: sample.answers[0]])
+    evaluated = engine.keep_common_prefix(sample.keys[: sample.answers[0]])
     for position in sample.answers:
         _evaluate(engine, sample.keys[evaluated:position], pictures)
         evaluated = position
@@ -163,9 +163,9 @@ def predictions(engine: LanguageModel, sample: Sample, pictures: Pictures) -> It
 
 def _greedy(engine: LanguageModel, question: Sample, pictures: Pictures) -> list[int]:
     """A greedy answer of at least one token; it includes the end-of-answer token, as in training."""
-    _evaluate(engine, question.keys[engine.keep(question.keys) :], pictures)
+    _evaluate(engine, question.keys[engine.keep_common_prefix(question.keys) :], pictures)
     answer: list[int] = []
-    while len(answer) < MAX_OWN_TOKENS and not (answer and engine.ends(answer[-1])):
+    while len(answer) < MAX_OWN_TOKENS and not (answer and engine.is_end_token(answer[-1])):
         answer.append(int(engine.logits().argmax()))
         _evaluate(engine, answer[-1:], pictures)
     return answer

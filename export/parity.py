@@ -123,7 +123,7 @@ def measure(
         newline = Projector(bundle).newline
         arranged = [anyres.arrange(item, newline, order) for item, order in zip(embeds, orders, strict=True)]
         rows.append(_equal_row("arrangement", arranged, image_embeds))
-    mapping.trim()
+    mapping.trim_heap()
     files = {"f16": float16} if float16 else {}
     files[manifest.language.quantization] = bundle.part(LANGUAGE)
     rows += _language_rows(files, checkpoint, bundle, image_embeds[0], progress)

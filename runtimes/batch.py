@@ -1,4 +1,4 @@
-"""A llama_batch, its arrays seen through numpy: what one call of llama_decode evaluates."""
+"""A llama_batch, the input of one llama_decode call, with its arrays as numpy views."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Batch:
-    """Room for up to `size` positions.
+    """Up to `size` positions.
 
     values: int32 token ids (size,), or float32 embeddings (size, width) when width is not 0.
     """
@@ -25,20 +25,20 @@ class Batch:
         else:
             self.values = np.ctypeslib.as_array(self.handle.token, (size,))
         self._positions = np.ctypeslib.as_array(self.handle.pos, (size,))
-        self._wanted = np.ctypeslib.as_array(self.handle.logits, (size,))
+        self._outputs = np.ctypeslib.as_array(self.handle.logits, (size,))
         for i in range(size):
             self.handle.n_seq_id[i] = 1
 
-    def place(self, positions: Sequence[int], wanted: int, sequences: Sequence[int]) -> None:
-        """Use the first values at `positions` of `sequences`; logits are wanted of the last `wanted`."""
+    def place(self, positions: Sequence[int], outputs: int, sequences: Sequence[int]) -> None:
+        """Put the first values at `positions` of `sequences`; logits are computed of the last `outputs`."""
         count = len(positions)
         self.handle.n_tokens = count
         self._positions[:count] = positions
-        self._wanted[:count] = 0
-        self._wanted[count - wanted : count] = 1
+        self._outputs[:count] = 0
+        self._outputs[count - outputs : count] = 1
         for i, sequence in enumerate(sequences):
             self.handle.seq_id[i][0] = sequence
 
     def free(self) -> None:
-        """Once."""
+        """Free the arrays; call it only once."""
         self._api.llama_batch_free(self.handle)

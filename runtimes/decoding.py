@@ -1,4 +1,4 @@
-"""An answer, token by token, from what the language model was shown. Knows nothing about prompts and pictures."""
+"""The decode loops: sample one answer, or several in parallel, token by token. Knows nothing about prompts."""
 
 from __future__ import annotations
 
@@ -11,119 +11,119 @@ from llava_edge.options import Chunk, FinishReason, Options
 from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.sampling import Sampler, chance, penalizes
-from llava_edge.runtimes.speculation import Guessing, Speculation
+from llava_edge.runtimes.sampling import Sampler, has_penalties, token_chance
+from llava_edge.runtimes.speculation import Speculation, SpeculativeDecoder
 from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 from llava_edge.runtimes.text import TextStream
 
-MOST_CHANCES = 64  # of tokens that wait for text: white space that begins an answer has none, however long it is
+MAX_PENDING_CHANCES = 64  # tokens without text before a chunk: leading white space has none, however long it is
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One that is being made: what ends it, and where it goes. `limit` is its most tokens."""
+    """An answer being decoded: what ends it, and where its chunks go."""
 
     language: LanguageModel
-    ends: set[int]
+    end_tokens: set[int]
     stream: TextStream
-    limit: int
+    max_tokens: int
     stats: RequestStats
     job: Job
     top_logprobs: int | None = None
 
-    def take(self, token: int, row: int = -1) -> FinishReason | None:
-        """Add a token sampled from a row of logits; why the answer is complete, or None. Chunks go to `job.output`."""
+    def add_token(self, token: int, row: int = -1) -> FinishReason | None:
+        """Add a token sampled from a row of logits; return why it is complete, or None. Chunks go to `job.output`."""
         stats = self.stats
         stats.first_token = stats.first_token or time.monotonic()
-        if token in self.ends or self.language.ends(token):
+        if token in self.end_tokens or self.language.is_end_token(token):
             return "stop"
         stats.tokens += 1
         stats.pending_tokens += 1
         if self.top_logprobs is not None:
-            stats.pending_chances.append(chance(self.language, token, self.top_logprobs, row))
+            stats.pending_chances.append(token_chance(self.language, token, self.top_logprobs, row))
         text = self.stream.feed(self.language.piece(token))
-        if text or len(stats.pending_chances) >= MOST_CHANCES:
+        if text or len(stats.pending_chances) >= MAX_PENDING_CHANCES:
             stats.text += text
             self.job.output.put(Chunk(text, stats.pending_tokens, chances=tuple(stats.pending_chances)))
             stats.pending_tokens = 0
             stats.pending_chances.clear()
         if self.stream.stopped:
             return "stop"
-        return "length" if stats.tokens >= self.limit else None
+        return "length" if stats.tokens >= self.max_tokens else None
 
 
 def decode(answer: Answer, options: Options, speculation: Speculation) -> FinishReason:
-    """Sample until a token of `ends`, a stop text or `limit` tokens. Raises `CancelledError`."""
-    if _guessable(options) and (speculation.unasked or options.speculate == "ngram"):
-        return _guessed(answer, speculation, always=options.speculate == "ngram")
+    """Sample until an end token, a stop sequence or the token limit. Raises `CancelledError`."""
+    if _can_speculate(options) and (speculation.auto or options.speculate == "ngram"):
+        return _decode_speculatively(answer, speculation, always=options.speculate == "ngram")
     language = answer.language
     with closing(Sampler(language, options)) as sampler:
         while True:
             token = sampler.sample()
-            reason = answer.take(token)
+            reason = answer.add_token(token)
             if reason:
                 return reason
             language.evaluate_tokens([token], answer.job.cancel)
 
 
-def _guessable(options: Options) -> bool:
-    """Whether a token depends on nothing but its logits, which nobody wants to see."""
-    alone = options.greedy and not options.grammar and not penalizes(options)
-    return alone and options.top_logprobs is None and options.speculate != "off"
+def _can_speculate(options: Options) -> bool:
+    """Whether each token is the argmax of its logits, and no log-probabilities are requested."""
+    argmax = options.greedy and not options.grammar and not has_penalties(options)
+    return argmax and options.top_logprobs is None and options.speculate != "off"
 
 
-def decode_together(
+def decode_many(
     answers: Sequence[Answer],
-    tails: Sequence[Sequence[int]],
+    suffixes: Sequence[Sequence[int]],
     options: Sequence[Options],
-    done: Callable[[Answer, FinishReason], None],
+    on_finish: Callable[[Answer, FinishReason], None],
 ) -> None:
-    """Answer prompts that begin with what memory holds and end with `tails`: one token of each answer in a pass.
+    """Answer prompts that consist of what the KV cache holds and one of `suffixes` each, in batches of a token of each.
 
-    options: of each. `done` is called as soon as an answer is complete. Raises `CancelledError` when the first one's
-    job is cancelled.
+    options: one for each answer. `on_finish` is called as soon as an answer is complete. Raises `CancelledError` when
+    the job of the first answer is cancelled.
     """
     language, cancel = answers[0].language, answers[0].job.cancel
     samplers: list[Sampler] = []
-    last: dict[int, int] = {}  # token of each answer that is not complete
+    last_tokens: dict[int, int] = {}  # index of an unfinished answer -> its last token
 
-    def sample(number: int, row: int) -> None:
-        token = samplers[number].sample(row)
-        reason = answers[number].take(token, row)
+    def sample(index: int, row: int) -> None:
+        token = samplers[index].sample(row)
+        reason = answers[index].add_token(token, row)
         if reason:
-            last.pop(number, None)
-            done(answers[number], reason)
+            last_tokens.pop(index, None)
+            on_finish(answers[index], reason)
         else:
-            last[number] = token
+            last_tokens[index] = token
 
     try:
         with Branches(language, len(answers)) as branches:
-            for number, (tail, its) in enumerate(zip(tails, options, strict=True)):
-                samplers.append(Sampler(language, its))
+            for index, (suffix, answer_options) in enumerate(zip(suffixes, options, strict=True)):
+                samplers.append(Sampler(language, answer_options))
                 start = time.perf_counter()
-                branches.extend(number + 1, tail, cancel)
-                answers[number].stats.prefill_ms += elapsed_ms(start)
-                sample(number, -1)
-            while last:
-                open_ones = list(last)
-                branches.step([last[i] for i in open_ones], [i + 1 for i in open_ones], cancel)
-                for row, number in enumerate(open_ones):
-                    sample(number, row)
+                branches.extend(index + 1, suffix, cancel)
+                answers[index].stats.prefill_ms += elapsed_ms(start)
+                sample(index, -1)
+            while last_tokens:
+                indices = list(last_tokens)
+                branches.step([last_tokens[i] for i in indices], [i + 1 for i in indices], cancel)
+                for row, index in enumerate(indices):
+                    sample(index, row)
     finally:
         for sampler in samplers:
             sampler.close()
 
 
-def _guessed(answer: Answer, speculation: Speculation, *, always: bool) -> FinishReason:
-    guessing = Guessing(speculation, always=always)
-    tokens, before = [answer.language.best()], 0
+def _decode_speculatively(answer: Answer, speculation: Speculation, *, always: bool) -> FinishReason:
+    decoder, stats = SpeculativeDecoder(speculation, always=always), answer.stats
+    tokens, accepted_before = [answer.language.greedy_token()], 0
     while True:
-        taken, right = answer.stats.tokens, guessing.accepted - before
+        tokens_before, newly_accepted = stats.tokens, decoder.accepted - accepted_before
         for token in tokens:
-            reason = answer.take(token)
-            if reason:  # of the last pass only what is in the answer counts
-                answer.stats.drafted = guessing.drafted
-                answer.stats.accepted = before + min(right, answer.stats.tokens - taken)
+            reason = answer.add_token(token)
+            if reason:  # of the last batch, only tokens that are in the answer count
+                stats.drafted = decoder.drafted
+                stats.accepted = accepted_before + min(newly_accepted, stats.tokens - tokens_before)
                 return reason
-        before = guessing.accepted
-        tokens = guessing.next(tokens[-1], answer.job.cancel)
+        accepted_before = decoder.accepted
+        tokens = decoder.next_tokens(tokens[-1], answer.job.cancel)

@@ -1,6 +1,6 @@
 """What this machine offers the process: cores, memory, accelerators; and the choice of a device, with its reason.
 
-Knows nothing about models. Reads /proc, /sys and cgroups on Linux, `sysctl` on macOS; elsewhere it falls back.
+Knows nothing about models. Reads /proc, /sys and cgroups on Linux, `sysctl` on macOS; elsewhere it uses fallbacks.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llava_edge.options import Device, Memory
 from llava_edge.protobuf import encode
 from llava_edge.runtimes import bindings
 
-BUSY = 0.15  # of the processors' time: what is measured beside so much does not hold for a quiet machine
-_FIRST_SEEN = time.monotonic()
+MAX_EXTERNAL_LOAD = 0.15  # share of the processors: measurements beside more say nothing about a quiet machine
+_IMPORTED = time.monotonic()
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "metal": "CoreMLExecutionProvider", "cpu": "CPUExecutionProvider"}
 _BACKENDS = {"cuda": "CUDA", "metal": "MTL"}  # names in llama_print_system_info; Metal calls itself MTL or Metal
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A device, why it was taken, and what the two engines need to use it."""
+class DeviceChoice:
+    """A device, why it was chosen, and what the two engines need to use it."""
 
     name: str
     reason: str
@@ -35,67 +35,67 @@ class Choice:
     provider: str  # for ONNX Runtime
 
 
-def choose(device: Device) -> Choice:
-    """Resolve `auto`, or check that the named device works in both engines. Raises `UnavailableError`."""
+def choose(device: Device) -> DeviceChoice:
+    """Resolve `auto`, or check that a device works in both engines. Raises `UnavailableError`."""
     if device == "cpu":
-        return Choice("cpu", "asked for", 0, _PROVIDERS["cpu"])
+        return DeviceChoice("cpu", "asked for", 0, _PROVIDERS["cpu"])
     if device != "auto":
-        lacks = lacking(device)
-        if lacks:
-            raise UnavailableError(f"Device {device} is not available: {lacks} Use --device cpu or --device auto.")
-        return Choice(device, "asked for", -1, _PROVIDERS[device])
-    wanted = "metal" if sys.platform == "darwin" else "cuda"
-    lacks = lacking(wanted)
-    if lacks:
-        return Choice("cpu", f"{wanted} is not available: {lacks.rstrip('.')}", 0, _PROVIDERS["cpu"])
-    return Choice(wanted, f"{wanted} works in both engines", -1, _PROVIDERS[wanted])
+        problem = unavailable_reason(device)
+        if problem:
+            raise UnavailableError(f"Device {device} is not available: {problem} Use --device cpu or --device auto.")
+        return DeviceChoice(device, "asked for", -1, _PROVIDERS[device])
+    gpu = "metal" if sys.platform == "darwin" else "cuda"
+    problem = unavailable_reason(gpu)
+    if problem:
+        return DeviceChoice("cpu", f"{gpu} is not available: {problem.rstrip('.')}", 0, _PROVIDERS["cpu"])
+    return DeviceChoice(gpu, f"{gpu} works in both engines", -1, _PROVIDERS[gpu])
 
 
-def lacking(device: str) -> str:
-    """What keeps `device` ("cuda" or "metal") from working, as a sentence; empty if nothing does."""
-    from llava_edge.runtimes.language import library  # nobody else may load llama.cpp: see there
+def unavailable_reason(device: str) -> str:
+    """Return a sentence saying why `device` ("cuda" or "metal") does not work; empty if it does."""
+    from llava_edge.runtimes.language import library  # the only function that may load llama.cpp
 
     llama = library()
-    built_for = llama.llama_print_system_info().decode("utf-8", "replace")
+    system_info = llama.llama_print_system_info().decode("utf-8", "replace")
     names = (_BACKENDS[device], device.capitalize())
-    if not any(f"{name} :" in built_for for name in names):
+    if not any(f"{name} :" in system_info for name in names):
         return f"llama-cpp-python was built without {device.upper()}."
     if not llama.llama_supports_gpu_offload():
-        return "llama.cpp finds no such device."
+        return f"llama.cpp finds no {device.upper()} device."
     ort = bindings.onnxruntime()
     if _PROVIDERS[device] not in ort.get_available_providers():
         package = "onnxruntime-gpu[cuda,cudnn]" if device == "cuda" else "onnxruntime for macOS"
         return f"ONNX Runtime has no {_PROVIDERS[device]} (install {package})."
-    if device == "cuda" and not _starts(_PROVIDERS[device]):
-        return "ONNX Runtime finds no CUDA or cuDNN that it can use (install onnxruntime-gpu[cuda,cudnn])."
+    if device == "cuda" and not _provider_works(_PROVIDERS[device]):
+        return "ONNX Runtime cannot load CUDA or cuDNN (install onnxruntime-gpu[cuda,cudnn])."
     return ""
 
 
-def _starts(provider: str) -> bool:
-    """Whether ONNX Runtime can use a provider that it was compiled with: it takes the processor if it cannot."""
+def _provider_works(provider: str) -> bool:
+    """Whether ONNX Runtime can use a provider that it was compiled with; otherwise it falls back to the CPU."""
     bindings.load_cuda()
     ort = bindings.onnxruntime()
     settings = ort.SessionOptions()
-    settings.log_severity_level = 4  # why CUDA does not start is said on stderr all the same
-    name, kind = encode(1, b"x"), encode(2, encode(1, encode(1, 1)))  # of a float32 of any shape
+    settings.log_severity_level = 4  # even so, ONNX Runtime writes to stderr why CUDA does not start
+    name, kind = encode(1, b"x"), encode(2, encode(1, encode(1, 1)))  # float32 of any shape
     graph = encode(1, name + encode(2, b"y") + encode(4, b"Identity")) + encode(2, b"try")
     graph += encode(11, name + kind) + encode(12, encode(1, b"y") + kind)
     model = encode(1, 8) + encode(7, graph) + encode(8, encode(2, 17))
     try:
         return bool(ort.InferenceSession(model, settings, providers=[provider]).get_providers()[0] == provider)
-    except Exception:  # noqa: BLE001 - a dozen kinds
+    except Exception:  # noqa: BLE001 - ONNX Runtime raises a dozen kinds
         return False
 
 
-def graphics() -> list[str]:
-    """NVIDIA's graphics processors and their driver, as Linux names them; empty elsewhere."""
+def nvidia_gpus() -> list[str]:
+    """Return the models of NVIDIA's GPUs and the driver's version, from Linux's /proc; empty elsewhere."""
     folders = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     lines = [line for path in folders for line in _read(str(path)).splitlines() if line.startswith("Model:")]
     return [*lines, _read("/proc/driver/nvidia/version")] if lines else []
 
 
 def thread_count() -> tuple[int, str]:
-    """Threads to compute with, and why: physical cores this process may use, within its CPU quota."""
+    """Return the number of threads to compute with, and why: usable physical cores, within the CPU quota."""
     allowed = allowed_cpus()
     cores = _physical_cores(allowed)
     reason = f"{cores} physical cores of {len(allowed)} processors this process may use"
@@ -107,29 +107,29 @@ def thread_count() -> tuple[int, str]:
 
 
 def allowed_cpus() -> set[int]:
-    """Numbers of the processors that this process may use."""
+    """Return the numbers of the processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
 
 
 def _physical_cores(allowed: set[int]) -> int:
-    """Hyper-threads of one core share their sibling list. Apple's efficiency cores only slow matmuls down."""
+    """Count cores: hyper-threads of one share their sibling list. Apple's efficiency cores only slow matmuls down."""
     if sys.platform == "darwin":
         for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
-            answer = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False).stdout.strip()
-            if answer.isdigit() and int(answer) > 0:
-                return int(answer)
+            output = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False).stdout.strip()
+            if output.isdigit() and int(output) > 0:
+                return int(output)
     lists = (_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
     siblings = {text for text in lists if text}
     return len(siblings) or len(allowed)
 
 
 def _cpu_quota() -> float | None:
-    """Processors' worth of time that this process's cgroups leave it, or None without a limit."""
+    """Return the CPU quota of this process's cgroups in processors, or None without one."""
     quotas = []
-    for folder, unified in _groups("cpu"):
-        if unified:
+    for folder, is_v2 in _cgroups("cpu"):
+        if is_v2:
             words = _read(f"{folder}/cpu.max").split()
         else:
             words = [_read(f"{folder}/cpu.cfs_{name}_us") for name in ("quota", "period")]
@@ -140,9 +140,9 @@ def _cpu_quota() -> float | None:
 
 @functools.cache
 def processor() -> tuple[str, list[str]]:
-    """Name of the processor and those of its features that matter to the kernels."""
-    wanted = ["avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni"]
-    wanted += ["amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve"]
+    """Return the name of the processor, and those of its features that matter to the kernels."""
+    relevant = ["avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni"]
+    relevant += ["amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve"]
     name, flags = "", set[str]()
     for line in _read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
@@ -152,45 +152,45 @@ def processor() -> tuple[str, list[str]]:
             flags = set(value.split())
     if not name:
         name = platform.processor() or platform.machine()
-    return name, [flag for flag in wanted if flag in flags]
+    return name, [flag for flag in relevant if flag in flags]
 
 
 def int8_saturates() -> bool:
-    """Whether ONNX Runtime's fast u8 x s8 products may overflow 16 bits: on x86 unless it is known to have VNNI."""
+    """Whether ONNX Runtime's fast u8 x s8 products may overflow 16 bits: on x86 unless VNNI is known to be present."""
     flags = processor()[1]
     return platform.machine() in ("x86_64", "AMD64") and "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
 def int8_is_fast() -> bool:
-    """Whether ONNX Runtime's products of bytes are as fast as ours: with AMX, and perhaps with AVX-VNNI alone."""
+    """Whether ONNX Runtime's int8 products are as fast as ours: with AMX, and perhaps with AVX-VNNI alone."""
     flags = processor()[1]
     return not int8_saturates() and ("amx_int8" in flags or "avx512_vnni" not in flags)
 
 
-_FILES = ("active_file", "inactive_file")  # of memory.stat
+_PAGE_CACHE = ("active_file", "inactive_file")  # fields of memory.stat
 
 
 def available_memory() -> int | None:
-    """Bytes this process may still take without swapping, or None if unknown."""
+    """Return the bytes that this process can still allocate without swapping, or None if unknown."""
     limits = []
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             limits.append(int(line.split()[1]) * 1024)
-    for folder, unified in _groups("memory"):
-        names = ("max", "current") if unified else ("limit_in_bytes", "usage_in_bytes")
+    for folder, is_v2 in _cgroups("memory"):
+        names = ("max", "current") if is_v2 else ("limit_in_bytes", "usage_in_bytes")
         limit, used = (_read(f"{folder}/memory.{name}") for name in names)
         if limit.isdigit() and used.isdigit():
-            # Files that were read or written count as used until something else needs the memory.
+            # The page cache counts as used, but is freed when something else needs the memory.
             fields = dict(line.split(maxsplit=1) for line in _read(f"{folder}/memory.stat").splitlines() if " " in line)
-            # In version 1 those of groups within count as used, too, but have numbers of their own.
-            kinds = [f"total_{name}" if f"total_{name}" in fields else name for name in _FILES]
-            files = sum(int(fields.get(kind, 0)) for kind in kinds)
+            # In version 1, usage includes that of child cgroups, whose page cache is in the total_ fields.
+            keys = [f"total_{name}" if f"total_{name}" in fields else name for name in _PAGE_CACHE]
+            files = sum(int(fields.get(key, 0)) for key in keys)
             limits.append(max(0, int(limit) - int(used) + files))
     return min(limits, default=None)
 
 
 def address_space() -> int | None:
-    """Bytes that this process may still map under its RLIMIT_AS (`ulimit -v`), or None without a limit, or unknown."""
+    """Return the bytes still free under RLIMIT_AS (`ulimit -v`), or None if that is unlimited or unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -201,12 +201,12 @@ def address_space() -> int | None:
     return max(0, limit - int(pages) * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _groups(controller: str) -> list[tuple[str, bool]]:
-    """Folders of this process's cgroups, each with its parents, and whether they are of version 2.
+def _cgroups(controller: str) -> list[tuple[str, bool]]:
+    """Return the folders of this process's cgroups and their parents, each with whether it is of version 2.
 
-    In a container the path may be the one outside, which is not there; the topmost folder is then its own.
+    In a container the path may be the host's, which does not exist here; the topmost folder is then its own.
     """
-    found = []
+    folders = []
     for line in _read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -216,15 +216,15 @@ def _groups(controller: str) -> list[tuple[str, bool]]:
         else:
             continue
         own = PurePosixPath(path)
-        found += [(f"{top}{part}".rstrip("/"), not controllers) for part in map(str, (own, *own.parents))]
-    return found
+        folders += [(f"{top}{part}".rstrip("/"), not controllers) for part in map(str, (own, *own.parents))]
+    return folders
 
 
 def memory_use() -> Memory:
-    """Peak resident memory of this process, and its private and file-backed memory now."""
+    """Return this process's peak resident memory, and its current private and file-backed memory."""
     fields = dict(line.split(":", 1) for line in _read("/proc/self/status").splitlines() if ":" in line)
     if "VmHWM" in fields and "RssAnon" in fields:
-        # Not getrusage: its peak is inherited from the process that forked this one.
+        # Not getrusage, whose peak is inherited from the parent process.
         peak, private, mapped = (int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon", "RssFile"))
         return Memory(peak, private, mapped)
     if sys.platform == "darwin":
@@ -234,44 +234,45 @@ def memory_use() -> Memory:
     return Memory(None, None)
 
 
-class Others:
-    """What other programs take of the processors from now on."""
+class ExternalLoad:
+    """Measures how much CPU time other programs use from now on."""
 
     def __init__(self) -> None:
-        self._begun, self._taken = time.monotonic(), others_seconds()
+        self._started, self._cpu_seconds = time.monotonic(), external_cpu_seconds()
 
-    def passed(self) -> float:
-        """Seconds until now."""
-        return time.monotonic() - self._begun
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
 
     def processors(self) -> float:
-        """Of those that this process may use, 1.0 is one for the whole time; 0 elsewhere than on Linux."""
-        return max(0.0, others_seconds() - self._taken) / self.passed()  # it may use fewer than before
+        """Average number of busy processors, of those that this process may use; 0 except on Linux."""
+        used = external_cpu_seconds() - self._cpu_seconds
+        return max(0.0, used) / self.elapsed()  # negative if this process may use fewer processors than before
 
     def share(self) -> float:
         """`processors` as a share of all that this process may use."""
         return self.processors() / len(allowed_cpus())
 
 
-def others_seconds() -> float:
-    """What others have taken so far of the processors that this process may use; 0 elsewhere than on Linux."""
+def external_cpu_seconds() -> float:
+    """Return the CPU time other programs have used on the processors this process may use; 0 except on Linux."""
     allowed = {f"cpu{number}" for number in allowed_cpus()}
     rows = [words for line in _read("/proc/stat").splitlines() if (words := line.split()) and words[0] in allowed]
-    # All but idle and waiting for disks, see proc(5).
+    # All fields but idle and iowait, see proc(5).
     ticks = sum(sum(map(int, words[1:4])) + sum(map(int, words[6:9])) for words in rows)
     return ticks / os.sysconf("SC_CLK_TCK") - time.process_time() if ticks else 0.0
 
 
 def process_start() -> float:
-    """When this process began, on the clock of `time.monotonic`; elsewhere than on Linux, when it was first asked."""
+    """Return the instant (`time.monotonic`) this process started; except on Linux, that this module was imported."""
     words = _read("/proc/self/stat").rpartition(")")[2].split()
     if len(words) > 19 and hasattr(time, "CLOCK_BOOTTIME"):
-        # Field 22 of proc(5): ticks after boot.
+        # Field 22 in proc(5): start time in ticks after boot.
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(words[19]) / os.sysconf("SC_CLK_TCK")
         start = time.monotonic() - age
-        if age >= 0 and start <= _FIRST_SEEN + 0.02:
+        if age >= 0 and start <= _IMPORTED + 0.02:
             return start
-    return _FIRST_SEEN
+    return _IMPORTED
 
 
 def _read(path: str) -> str:

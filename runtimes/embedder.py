@@ -151,5 +151,5 @@ def _identity(bundle: Bundle, setting: Setting, provider: str, library: Path | N
     operator = str(native.operator_library()) if setting.native else ""  # its folder is named by all it depends on
     settings = [setting.threads, setting.prepack, operator, str(library), provider]
     if provider != "CPUExecutionProvider":
-        settings += ["float32", devices.graphics()]
+        settings += ["float32", devices.nvidia_gpus()]
     return [identity(bundle, *files), parts, engine, devices.processor(), *settings]

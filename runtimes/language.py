@@ -1,7 +1,7 @@
 """Tokens and image embeddings -> logits, by llama.cpp through its C functions.
 
-One context, one sequence, used by one thread. It remembers what each position of its memory holds, so that a prompt
-that begins like the last one is not computed again. Knows nothing about prompts, images or sampling strategy.
+One context, used by one thread. It knows what each position of its KV cache holds, so that a prompt that begins like
+the last one is not computed again. Knows nothing about prompts, images or sampling.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from llava_edge.runtimes import CancelledError, bindings, compute, devices, limi
 from llava_edge.runtimes.batch import Batch
 from llava_edge.runtimes.jobs import POLL_SECONDS, Worker, wait_result
 from llava_edge.runtimes.native import choice
-from llava_edge.runtimes.threads import Threads
+from llava_edge.runtimes.threads import AdaptiveThreads
 
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
 
-BATCH = 512  # positions evaluated at once, unless more are asked for; a cancelled prompt stops within one such chunk
-# Multiplications of a product with a square matrix, about 3 ms of a thread: then those who are free take more parts of
-# it than one who shares its processor, and all threads pay. In smaller ones all wait for that one, see threads.py.
-SMALL = 1 << 28
+BATCH = 512  # default batch size in positions; cancelling a prompt takes effect after at most one batch
+# Multiplications of a product with a square matrix, about 3 ms of one thread. In a larger product the free threads take
+# over work from one that shares its processor, so all threads pay off; in a smaller one all wait for it (threads.py).
+SMALL_PRODUCT = 1 << 28
 MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a prompt of this size fits no context anyway
-MAX_BRANCHES = 8  # as many rows as `speculation.WIDTH`: more gain little, and their answers wait for each other
+MAX_BRANCHES = 8  # as many rows as `speculation.WIDTHS` allows: more gain little, and answers wait for each other
 _SEQUENCE = 0
-_ABORTED = 2  # llama_decode
+_ABORTED = 2  # a status of llama_decode
 
 
 class LanguageModel:
     """language.gguf, mapped, with a context of `context` positions, and adapter.gguf added to it if there is one.
 
     threads: 0 is one for each physical core.
-    batch: positions evaluated at once. All of a picture should fit: each batch reads and unpacks all weights again.
+    batch: positions per batch. A whole picture should fit: each batch reads and dequantizes all weights again.
     on_load: called with the loaded fraction; returning False stops loading, which then raises `CancelledError`. What it
-        raises stops loading, too, and is raised here.
-    Raises `BundleError` when the file is refused, `MemoryLimitError` when the context does not fit into memory.
+        raises also stops loading, and is raised here.
+    Raises `BundleError` if the file is refused, `MemoryLimitError` if the context does not fit into memory.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class LanguageModel:
         self.library = library(verbose)
         self.native = native.activate()
         repack = repack and choice.reordering_pays(self.native, {tensor.kind for tensor in header.tensors.values()})
-        self._thread: Worker | None = Worker("llama.cpp") if gpu_layers else compute.thread()
-        self._decoded: Future[int] = Future()  # the last call
+        self._thread: Worker | None = Worker("llama.cpp") if gpu_layers else compute.shared_worker()
+        self._last_call: Future[int] = Future()  # of llama_decode
         self.context_size = context
-        self.held: list[Key] = []
+        self.cached_keys: list[Key] = []  # of the positions in the KV cache
         self.batch = batch
-        # One more sequence is memory itself, and one what `save` saves of it. llama.cpp aborts with more than room.
+        # Sequence 0 and the one that `save_state` copies to come on top. llama.cpp aborts if they do not fit.
         self.max_branches = max(0, min(MAX_BRANCHES, context - 2, batch - 2))
         self._threads = threads or devices.thread_count()[0]
-        self._team = Threads(self._threads)
-        # With the same bits: llama.cpp's own attention divides float16 keys among its threads.
+        self._adaptive = AdaptiveThreads(self._threads)
+        # Only where the bits stay the same: llama.cpp's own attention splits float16 keys by the number of threads.
         self._threads_vary = not gpu_layers and self.native.few_attention and (kv == "q8_0" or native.attends(header))
         self._kv = kv
         self.on_gpu = gpu_layers != 0
@@ -95,15 +95,15 @@ class LanguageModel:
         self.hidden_size = int(self.library.llama_model_n_embd(self._model))
         self._lora = self._load_adapter(adapter) if adapter is not None else None
         self._open_context()
-        if repack:  # the copies are what is multiplied from now on
-            mapping.let_go(path)
+        if repack:  # from now on only the copies are read
+            mapping.release_pages(path)
         self._tokens = Batch(self.library, batch, 0)
         self._embeddings = Batch(self.library, batch, self.hidden_size)
 
     def close(self) -> None:
-        """Free everything; harmless when repeated."""
-        while self._thread and self._thread.alive and not self._decoded.cancel():  # Ctrl-C may have left it
-            if wait([self._decoded], POLL_SECONDS).done:
+        """Free everything. Harmless when repeated."""
+        while self._thread and self._thread.alive and not self._last_call.cancel():  # Ctrl-C may have left it running
+            if wait([self._last_call], POLL_SECONDS).done:
                 break
         if self.context is not None:
             self._tokens.free()
@@ -113,7 +113,7 @@ class LanguageModel:
         if self._model is not None:
             self.library.llama_model_free(self._model)
             self._model = None
-        self._thread = None  # it ends when no other model has it
+        self._thread = None  # the thread ends when no other model uses it
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -122,18 +122,18 @@ class LanguageModel:
         self.close()
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of plain text. Nothing in it becomes a control token, and none is added."""
+        """Tokenize plain text. Nothing in it becomes a control token, and none is added."""
         return self._tokenize(text.encode("utf-8", "replace"), special=False)
 
     def control_id(self, name: str) -> int:
-        """Id of a control token such as `</s>`. Raises `BundleError` if the vocabulary has none of that name."""
-        found = self._tokenize(name.encode(), special=True)
-        if len(found) == 1 and self.library.llama_vocab_is_control(self.vocabulary, found[0]):
-            return found[0]
+        """Return the id of a control token such as `</s>`. Raises `BundleError` if the vocabulary has no such token."""
+        ids = self._tokenize(name.encode(), special=True)
+        if len(ids) == 1 and self.library.llama_vocab_is_control(self.vocabulary, ids[0]):
+            return ids[0]
         raise BundleError(f"{self._path} has no control token {name!r}, which the bundle's prompt template needs.")
 
     def piece(self, token: int) -> bytes:
-        """Bytes of a token; control tokens have none."""
+        """Return the bytes of a token; control tokens have none."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -143,194 +143,196 @@ class LanguageModel:
             size = -written
 
     @cached_property
-    def unseen(self) -> Array:
-        """Ids of tokens that have no bytes and end no answer: control tokens, and the unknown one."""
+    def textless_tokens(self) -> Array:
+        """Ids of tokens that have no bytes and end no answer: control tokens and the unknown token."""
         library = self.library
         kinds = library.LLAMA_TOKEN_ATTR_CONTROL | library.LLAMA_TOKEN_ATTR_UNKNOWN
-        unseen = [
+        ids = [
             token
             for token in range(self.vocab_size)
-            if library.llama_vocab_get_attr(self.vocabulary, token) & kinds and not self.ends(token)
+            if library.llama_vocab_get_attr(self.vocabulary, token) & kinds and not self.is_end_token(token)
         ]
-        return np.array(unseen, np.intp)
+        return np.array(ids, np.intp)
 
     def token_texts(self) -> list[str]:
-        """Every token as the vocabulary writes it, e.g. `▁US`."""
+        """Return every token as the vocabulary spells it, e.g. `▁US`."""
         get = self.library.llama_vocab_get_text
         return [get(self.vocabulary, i).decode("utf-8", "replace") for i in range(self.vocab_size)]
 
-    def ends(self, token: int) -> bool:
+    def is_end_token(self, token: int) -> bool:
         """Whether the vocabulary marks a token as the end of an answer."""
         return bool(self.library.llama_vocab_is_eog(self.vocabulary, token))
 
-    def common(self, keys: Sequence[Key]) -> int:
-        """Length of the common beginning of memory and `keys`, always below `len(keys)`."""
-        same = 0
-        while same < min(len(self.held), len(keys) - 1) and self.held[same] == keys[same]:
-            same += 1
-        return same
+    def common_prefix(self, keys: Sequence[Key]) -> int:
+        """Return the length of the common prefix of the KV cache and `keys`, always below `len(keys)`."""
+        length = 0
+        while length < min(len(self.cached_keys), len(keys) - 1) and self.cached_keys[length] == keys[length]:
+            length += 1
+        return length
 
-    def keep(self, keys: Sequence[Key]) -> int:
-        """Forget all but that beginning; return its length."""
-        same = self.common(keys)
-        self.forget(same)
-        return same
+    def keep_common_prefix(self, keys: Sequence[Key]) -> int:
+        """Remove everything else from the KV cache; return the length of that prefix."""
+        length = self.common_prefix(keys)
+        self.truncate(length)
+        return length
 
-    def save(self, count: int, most: float = inf) -> memoryview | None:
-        """The first `count` positions that memory holds, in llama.cpp's own form; None if these are over `most` bytes.
+    def save_state(self, count: int, max_bytes: float = inf) -> memoryview | None:
+        """Return the first `count` positions of the KV cache in llama.cpp's format; None if larger than `max_bytes`.
 
         Raises `MemoryError`.
         """
-        api, apart = self.library, 1 + self.max_branches
-        api.llama_memory_seq_cp(self._memory, _SEQUENCE, apart, 0, count)
+        api, copy = self.library, 1 + self.max_branches
+        api.llama_memory_seq_cp(self._memory, _SEQUENCE, copy, 0, count)
         try:
-            size = api.llama_state_seq_get_size(self.context, apart)
-            if size > most:
+            size = api.llama_state_seq_get_size(self.context, copy)
+            if size > max_bytes:
                 return None
             state = np.empty(size, np.uint8)
-            written = api.llama_state_seq_get_data(self.context, _bytes(state), size, apart)
+            written = api.llama_state_seq_get_data(self.context, _byte_pointer(state), size, copy)
             return state[:written].data
         finally:
-            api.llama_memory_seq_rm(self._memory, apart, -1, -1)
+            api.llama_memory_seq_rm(self._memory, copy, -1, -1)
 
-    def restore(self, state: bytes | memoryview, keys: Sequence[Key]) -> bool:
-        """Let memory hold what `save` returned when it held `keys`; whether that worked.
+    def restore_state(self, state: bytes | memoryview, keys: Sequence[Key]) -> bool:
+        """Load what `save_state` returned when the KV cache held `keys`; return whether that worked.
 
-        llama.cpp trusts these bytes: only what this program wrote may come here. After a failure everything is
-        forgotten, in a context made anew, because llama.cpp leaves parts behind.
+        llama.cpp trusts these bytes: only what this program wrote may be passed. A failure leaves an empty KV cache, in
+        a new context, because llama.cpp leaves parts of the state behind.
         """
         self.library.llama_memory_clear(self._memory, False)
-        self.held.clear()
-        source = _bytes(np.frombuffer(state, np.uint8))
+        self.cached_keys.clear()
+        source = _byte_pointer(np.frombuffer(state, np.uint8))
         read = self.library.llama_state_seq_set_data(self.context, source, len(state), _SEQUENCE)
         first = self.library.llama_memory_seq_pos_min(self._memory, _SEQUENCE)
         last = self.library.llama_memory_seq_pos_max(self._memory, _SEQUENCE)
         if (read, first, last) == (len(state), 0, len(keys) - 1):
-            self.held = list(keys)
+            self.cached_keys = list(keys)
             return True
         self.library.llama_free(self.context)
         self._open_context()
         return False
 
     def evaluate_tokens(self, tokens: Sequence[int], cancel: threading.Event) -> None:
-        """Append tokens. The logits of the last one can be sampled from afterwards. Raises `CancelledError`."""
+        """Append tokens; `logits` then returns those of the last one. Raises `CancelledError`."""
         for start in range(0, len(tokens), self.batch):
-            part = list(tokens[start : start + self.batch])
-            self._tokens.values[: len(part)] = part
-            self._decode(self._tokens, part, cancel)
+            chunk = list(tokens[start : start + self.batch])
+            self._tokens.values[: len(chunk)] = chunk
+            self._append(self._tokens, chunk, cancel)
 
     def evaluate_embeddings(self, rows: Array, keys: Sequence[Key], cancel: threading.Event) -> None:
-        """Append image embeddings (n, hidden size) float32, known by `keys`. Raises `CancelledError`."""
-        self._team.pause()  # CLIP, whose threads compute until now, had processors that ours waited for
+        """Append image embeddings (n, hidden size) float32, one key for each row. Raises `CancelledError`."""
+        self._adaptive.reset()  # until now our threads waited for processors that CLIP's threads used
         for start in range(0, len(rows), self.batch):
-            part = list(keys[start : start + self.batch])
-            self._embeddings.values[: len(part)] = rows[start : start + self.batch]
-            self._decode(self._embeddings, part, cancel)
+            chunk = list(keys[start : start + self.batch])
+            self._embeddings.values[: len(chunk)] = rows[start : start + self.batch]
+            self._append(self._embeddings, chunk, cancel)
 
-    def evaluate_all(self, tokens: Sequence[int], cancel: threading.Event) -> Array:
+    def evaluate_all_logits(self, tokens: Sequence[int], cancel: threading.Event) -> Array:
         """Append up to `batch` tokens; return the logits of each (n, vocab_size). Raises `CancelledError`."""
         self._tokens.values[: len(tokens)] = tokens
-        self._decode(self._tokens, list(tokens), cancel, wanted=len(tokens))
+        self._append(self._tokens, list(tokens), cancel, outputs=len(tokens))
         return np.stack([self.logits(i) for i in range(len(tokens))])
 
-    def branch(self, count: int) -> None:
-        """Let sequences 1 to `count` hold what memory holds, and the others nothing. For `Branches`."""
+    def copy_to_branches(self, count: int) -> None:
+        """Copy the KV cache to sequences 1 to `count` and empty the other ones. For `Branches`."""
         for sequence in range(1, 1 + self.max_branches):
             self.library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
             if sequence <= count:
                 self.library.llama_memory_seq_cp(self._memory, _SEQUENCE, sequence, -1, -1)
 
-    def evaluate_at(
+    def evaluate_branches(
         self,
         tokens: Sequence[int],
         positions: Sequence[int],
         sequences: Sequence[int],
-        wanted: int,
+        outputs: int,
         cancel: threading.Event,
     ) -> None:
-        """Append tokens to sequences that `branch` made; logits are wanted of the last. Raises `CancelledError`."""
+        """Append tokens to branches; compute logits of the last `outputs`. Raises `CancelledError`."""
         self._tokens.values[: len(tokens)] = tokens
-        self._tokens.place(positions, wanted, sequences)
-        self._run(self._tokens, cancel, quick=len(tokens) == wanted)
+        self._tokens.place(positions, outputs, sequences)
+        self._evaluate(self._tokens, cancel, few=len(tokens) == outputs)
 
-    def show_states(self, shown: bool) -> None:
-        """Let the next evaluations, of single tokens or all of a batch, keep the hidden states for `state`."""
-        self.library.llama_set_embeddings(self.context, shown)
+    def output_hidden_states(self, enabled: bool) -> None:
+        """Let the next evaluations, of single tokens or with all logits, keep the hidden states for `hidden_state`."""
+        self.library.llama_set_embeddings(self.context, enabled)
 
-    def state(self, row: int = -1) -> Array:
-        """(hidden_size,) float32 that the logits of a row come from: a view, valid until the next evaluation."""
+    def hidden_state(self, row: int = -1) -> Array:
+        """(hidden_size,) float32 from which a row's logits are computed: a view, valid until the next evaluation."""
         pointer = self.library.llama_get_embeddings_ith(self.context, row)
         values: Array = np.ctypeslib.as_array(pointer, (self.hidden_size,))
         return values
 
-    def forget(self, length: int) -> None:
-        """Forget every position from `length` on, whatever llama.cpp holds there after an abort."""
-        del self.held[length:]
+    def truncate(self, length: int) -> None:
+        """Remove every position from `length` on, including what llama.cpp left there after an abort."""
+        del self.cached_keys[length:]
         if not self.library.llama_memory_seq_rm(self._memory, _SEQUENCE, length, -1):
             self.library.llama_memory_clear(self._memory, True)
-            self.held.clear()
+            self.cached_keys.clear()
             if length:
-                raise BundleError(f"llama.cpp cannot drop the end of its memory for {self._path}.")
+                raise BundleError(f"llama.cpp cannot remove the last positions from the KV cache of {self._path}.")
 
     def logits(self, row: int = -1) -> Array:
-        """(vocab_size,) float32 of the last position, or of one that `evaluate_all` appended: a view, valid until the
-        next evaluation. Raises `BundleError` if a value is not finite, and forgets everything.
+        """(vocab_size,) float32 of the last position, or of one from `evaluate_all_logits`: a view, valid until the
+        next evaluation. Raises `BundleError` if a value is not finite, after emptying the KV cache.
         """
         pointer = self.library.llama_get_logits_ith(self.context, row)
         values: Array = np.ctypeslib.as_array(pointer, (self.vocab_size,))
         if not np.isfinite(values).all():
-            # With its data: a hidden key counts with a weight of zero, which is no help against NaN.
+            # Its data too: a masked key has weight zero, and zero times NaN is NaN.
             self.library.llama_memory_clear(self._memory, True)
-            self.held.clear()
-            raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
+            self.cached_keys.clear()
+            raise BundleError(
+                f"{self._path} produced values that are not finite. Run 'llava-edge verify' on the bundle."
+            )
         return values
 
-    def best(self) -> int:
-        """The most likely token after the last position; the first of equals, as llama.cpp's greedy sampler takes."""
+    def greedy_token(self) -> int:
+        """Return the most likely next token; the first one of a tie, as llama.cpp's greedy sampler does."""
         return int(np.argmax(self.logits()))
 
     @property
     def identity(self) -> list[object]:
-        """What its results depend on besides files and prompt: this build of llama.cpp, processor and settings."""
+        """What results depend on besides files and prompt: the build of llama.cpp, the processor and the settings."""
         folder = Path(self.library.__file__).parent / "lib"
         build = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
-        computes = [devices.processor(), devices.graphics()] if self.on_gpu else devices.processor()
-        return [build, computes, self.context_size, self._threads, self._settings, self.batch]
+        hardware = [devices.processor(), devices.nvidia_gpus()] if self.on_gpu else devices.processor()
+        return [build, hardware, self.context_size, self._threads, self._settings, self.batch]
 
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
         api = self.library
-        stopped: list[BaseException] = []
+        errors: list[BaseException] = []
 
         def progress(fraction: float, _: Any) -> bool:
             try:
-                if not stopped and not on_load(fraction):
-                    stopped.append(CancelledError())
+                if not errors and not on_load(fraction):
+                    errors.append(CancelledError())
             except BaseException as error:  # noqa: BLE001 - C cannot pass it on
-                stopped.append(error)
-            return not stopped
+                errors.append(error)
+            return not errors
 
         settings = api.llama_model_default_params()
         settings.n_gpu_layers = gpu_layers
-        none = (ctypes.c_void_p * 1)()  # or llama.cpp lends large products to a GPU whatever is said of layers
+        no_devices = (ctypes.c_void_p * 1)()  # else large products go to a GPU even without layers on it
         if not gpu_layers:
-            settings.devices = ctypes.addressof(none)
+            settings.devices = ctypes.addressof(no_devices)
         settings.load_mode = api.LLAMA_LOAD_MODE_MMAP
         settings.use_extra_bufts = repack
         callback = api.llama_progress_callback(progress)
         settings.progress_callback = callback
-        # In a thread that ends: re-ordering weights starts OpenMP threads for whoever loads (compute.py).
+        # In a thread that ends: repacking weights starts OpenMP threads for the thread that loads (compute.py).
         _errors.clear()
         loader = Worker("llama.cpp loading")
         try:
             self._model = loader.submit(api.llama_model_load_from_file, os.fsencode(self._path), settings).result()
         finally:
             loader.shutdown()
-        if stopped:
+        if errors:
             self.close()
-            raise stopped[0]
+            raise errors[0]
         if not self._model:
             if any("allocate" in error for error in _errors):
-                raise MemoryLimitError(f"There is too little memory to load {self._path}: {_errors[0]}")
+                raise MemoryLimitError(f"There is not enough memory to load {self._path}: {_errors[0]}")
             raise BundleError(f"llama.cpp cannot load {self._path}: {last_error()}")
 
     def _open_context(self) -> None:
@@ -340,10 +342,10 @@ class LanguageModel:
         settings.n_batch = settings.n_ubatch = self.batch
         settings.n_threads = settings.n_threads_batch = self._threads
         settings.n_seq_max = min(2 + self.max_branches, self.context_size)
-        settings.kv_unified = True  # sequences share positions they begin with
+        settings.kv_unified = True  # sequences share the positions of a common prefix
         if self._kv == "q8_0":
             settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0
-        # Nothing else reads values of 8 bits. And by itself llama.cpp leaves it off where another device takes it.
+        # Only flash attention reads 8-bit values. By default llama.cpp turns it off if another device would compute it.
         if self._kv == "q8_0" or (self.native.few_attention and not self.on_gpu):
             settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.context = api.llama_init_from_model(self._model, settings)
@@ -351,25 +353,25 @@ class LanguageModel:
             self.context = None
             self.close()
             raise MemoryLimitError(
-                f"llama.cpp cannot make a context of {self.context_size} positions: {last_error()} "
+                f"llama.cpp cannot create a context of {self.context_size} positions: {last_error()} "
                 "Use a smaller --context."
             )
         self._memory = api.llama_get_memory(self.context)
         self._cancel = threading.Event()
         self._abort = api.ggml_abort_callback(lambda _: self._cancel.is_set())
-        self._never = api.ggml_abort_callback()
+        self._no_abort = api.ggml_abort_callback()
         if self._lora is not None:
-            handles, one = (api.llama_adapter_lora_p_ctypes * 1)(self._lora), (ctypes.c_float * 1)(1.0)
-            if api.llama_set_adapters_lora(self.context, handles, 1, one):
+            handles, scales = (api.llama_adapter_lora_p_ctypes * 1)(self._lora), (ctypes.c_float * 1)(1.0)
+            if api.llama_set_adapters_lora(self.context, handles, 1, scales):
                 self.close()
-                raise BundleError(f"llama.cpp cannot add the adapter of {self._path}: {last_error()}")
+                raise BundleError(f"llama.cpp cannot apply the adapter of {self._path}: {last_error()}")
 
     def _load_adapter(self, adapter: Path) -> Any:
-        """llama.cpp frees an adapter with its model."""
+        """Load the adapter, which llama.cpp frees together with the model."""
         loaded = self.library.llama_adapter_lora_init(self._model, os.fsencode(adapter))
         if not loaded:
             self.close()
-            raise BundleError(f"llama.cpp cannot add {adapter}: {last_error()}")
+            raise BundleError(f"llama.cpp cannot load {adapter}: {last_error()}")
         return loaded
 
     def _tokenize(self, text: bytes, special: bool) -> list[int]:
@@ -377,79 +379,81 @@ class LanguageModel:
             raise BundleError(f"{self._path} has no tokenizer.")
         if len(text) > MAX_TEXT_BYTES:
             raise ContextOverflowError(f"The prompt has {len(text)} bytes; at most {MAX_TEXT_BYTES} are accepted.")
-        room = len(text) + 2  # a token has at least one byte; one more for SentencePiece's dummy prefix
-        buffer = (self.library.llama_token * room)()
-        count = self.library.llama_tokenize(self.vocabulary, text, len(text), buffer, room, False, special)
+        capacity = len(text) + 2  # a token has at least one byte; one more for SentencePiece's dummy prefix
+        buffer = (self.library.llama_token * capacity)()
+        count = self.library.llama_tokenize(self.vocabulary, text, len(text), buffer, capacity, False, special)
         if count < 0:
             raise BundleError(
-                f"{self._path} needs {-count} tokens for a text of {len(text)} bytes: a broken vocabulary."
+                f"{self._path} needs {-count} tokens for a text of {len(text)} bytes: its vocabulary is broken."
             )
         return list(buffer[:count])
 
-    def _decode(self, batch: Batch, keys: Sequence[Key], cancel: threading.Event, wanted: int = 1) -> None:
-        count, start = len(keys), len(self.held)
-        batch.place(range(start, start + count), wanted, [_SEQUENCE] * count)
+    def _append(self, batch: Batch, keys: Sequence[Key], cancel: threading.Event, outputs: int = 1) -> None:
+        count, start = len(keys), len(self.cached_keys)
+        batch.place(range(start, start + count), outputs, [_SEQUENCE] * count)
         try:
-            self._run(batch, cancel, quick=count == wanted)
+            self._evaluate(batch, cancel, few=count == outputs)
         except (CancelledError, BundleError):
-            self.forget(start)
+            self.truncate(start)
             raise
-        self.held += keys
+        self.cached_keys += keys
 
-    def _run(self, batch: Batch, cancel: threading.Event, *, quick: bool) -> None:
+    def _evaluate(self, batch: Batch, cancel: threading.Event, *, few: bool) -> None:
         if cancel.is_set():
             raise CancelledError
         self._cancel = cancel
-        # The callback is asked between graph nodes and is Python, so a few tokens, which are quick, go without.
-        self.library.llama_set_abort_callback(self.context, self._never if quick else self._abort, None)
+        # The callback is Python and is called between graph nodes; a few tokens are fast enough to do without.
+        self.library.llama_set_abort_callback(self.context, self._no_abort if few else self._abort, None)
         if self._threads_vary:
-            small = batch.handle.n_tokens * self.hidden_size**2 < SMALL
+            small = batch.handle.n_tokens * self.hidden_size**2 < SMALL_PRODUCT
             if not small:
-                self._team.pause()
-            threads = self._team.next() if small else self._threads
+                self._adaptive.reset()
+            threads = self._adaptive.next() if small else self._threads
             self.library.llama_set_n_threads(self.context, threads, threads)
         assert self._thread is not None, "closed"
-        self._decoded = self._thread.submit(self._call, batch)
-        status = wait_result(self._decoded, cancel)
+        self._last_call = self._thread.submit(self._llama_decode, batch)
+        status = wait_result(self._last_call, cancel)
         if status == _ABORTED:
             raise CancelledError
         if status:
-            raise BundleError(f"llama.cpp failed with status {status} after {len(self.held)} positions: {last_error()}")
+            raise BundleError(
+                f"llama.cpp failed with status {status} after {len(self.cached_keys)} positions: {last_error()}"
+            )
 
-    def _call(self, batch: Batch) -> int:
-        """In the thread that computes: who holds this is not collected, and so not freed, before it ends."""
+    def _llama_decode(self, batch: Batch) -> int:
+        """Run in the compute thread. As a bound method it keeps the model from being collected meanwhile."""
         return int(self.library.llama_decode(self.context, batch.handle))
 
 
-def _bytes(array: Array) -> Any:
+def _byte_pointer(array: Array) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 _errors: deque[str] = deque(maxlen=4)
-_keep: list[Any] = []  # callbacks that C holds pointers to
+_callbacks: list[Any] = []  # that C holds pointers to
 _ERROR = 4  # of ggml_log_level
 _verbose = False
 
 
 def library(verbose: bool = False) -> Any:
-    """llama.cpp's C functions, with its log kept quiet unless `verbose`. Untyped, hence Any.
+    """Return llama.cpp's C functions (untyped, hence Any) and silence its log unless `verbose`.
 
-    The one way to them, so that no thread spins whoever loads llama.cpp.
+    Everyone loads llama.cpp through this function, so that `limit_spinning` always comes first.
     """
     global _verbose
     _verbose = verbose
     limit_spinning()
     api = bindings.functions()
-    if not _keep:
-        _keep.append(api.llama_log_callback(_log))
-        api.llama_log_set(_keep[0], None)
+    if not _callbacks:
+        _callbacks.append(api.llama_log_callback(_log))
+        api.llama_log_set(_callbacks[0], None)
         api.llama_backend_init()
     return api
 
 
 def last_error() -> str:
-    """What llama.cpp last complained about, as a sentence."""
-    return _errors[-1] if _errors else "it gives no reason."
+    """Return llama.cpp's last error message as a sentence."""
+    return _errors[-1] if _errors else "it gave no reason."
 
 
 def _log(level: int, text: bytes, _: Any) -> None:

@@ -1,7 +1,7 @@
-"""Memory that this process no longer needs, given back: pages of a mapped file, and what was freed.
+"""Returns memory to the operating system: pages of a memory-mapped file, and freed heap memory.
 
-llama.cpp copies weights out of the mapping where it repacks them, but both then count as this process's memory (2.4 GB
-for a language model of 1.1 GB). What is read again later is mapped again. Files stay in the system's cache.
+Where llama.cpp repacks weights, it copies them out of the mapping, and both count as this process's memory (2.4 GB for
+a language model of 1.1 GB). Released pages are mapped again when they are read; the file stays in the page cache.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ import ctypes
 import sys
 from pathlib import Path
 
-_DONT_NEED = 4  # MADV_DONTNEED; of a mapped file nothing is lost
+_MADV_DONTNEED = 4  # loses nothing of a mapped file
 
 
-def let_go(path: Path) -> None:
-    """Unmap the pages of a read-only mapping of `path`. Only Linux tells where it is; elsewhere nothing happens."""
+def release_pages(path: Path) -> None:
+    """Release the pages of read-only mappings of `path`. Does nothing except on Linux, which lists mappings."""
     if sys.platform != "linux":
         return
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for start, end in _ranges(str(path.resolve())):
-        advise(start, end - start, _DONT_NEED)
+        advise(start, end - start, _MADV_DONTNEED)
 
 
-def trim() -> None:
-    """Give back what was freed: glibc keeps pieces of it after every large piece of work."""
+def trim_heap() -> None:
+    """Return freed heap memory, some of which glibc otherwise keeps."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def _ranges(name: str) -> list[tuple[int, int]]:
-    """Addresses of the shared or read-only mappings of a file: dropping private, written pages would lose them."""
-    found = []
+    """Return the address ranges of a file's mappings that are not writable: releasing written pages would lose data."""
+    ranges = []
     for line in Path("/proc/self/maps").read_text("utf-8", "surrogateescape").splitlines():
         span, rights, _, _, _, *mapped = line.split(maxsplit=5)
         if mapped == [name] and rights.startswith("r-"):
             start, end = (int(text, 16) for text in span.split("-"))
-            found.append((start, end))
-    return found
+            ranges.append((start, end))
+    return ranges

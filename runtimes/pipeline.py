@@ -26,8 +26,8 @@ from llava_edge.errors import BundleError, ContextOverflowError, MissingError, U
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, FinishReason, Options
 from llava_edge.runtimes import CancelledError, devices, presets, probe, tune
-from llava_edge.runtimes.decoding import Answer, decode, decode_together
-from llava_edge.runtimes.draft import Draft, check_draft
+from llava_edge.runtimes.decoding import Answer, decode, decode_many
+from llava_edge.runtimes.draft import DraftModel, check_draft
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import CLOSED, EngineThread, Job, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
@@ -246,7 +246,7 @@ class Engine:
         draft = None
         if self.options.draft:
             path, verbose = Path(self.options.draft), self.options.verbose
-            draft = Draft(path, language, threads, repack=self.preset.repack, verbose=verbose)
+            draft = DraftModel(path, language, threads, repack=self.preset.repack, verbose=verbose)
             self._parts.callback(draft.close)
         self._speculation = Speculation(language, draft)
         self._prefill = Prefill(self.bundle, language, self._embedder, self._cache)
@@ -380,7 +380,7 @@ class Engine:
             self._prefill.run(parts, first.stats, first.job, count=len(parts) - 1)
             for answer in answers[1:]:
                 answer.stats.kv_cache_hit = True
-            decode_together(answers, tails, options, done)
+            decode_many(answers, tails, options, done)
         except CancelledError:
             for answer in list(waiting):
                 done(answer, "cancelled")
@@ -468,7 +468,7 @@ def _fitting(ready: Sequence[tuple[list[Segment], Answer]]) -> int:
     shared, language = ready[0][0][:-1], ready[0][1].language
     used, count = sum(len(part.keys) for part in shared), 0
     for parts, answer in ready[: language.max_branches]:
-        used += len(parts[-1].keys) + answer.limit
+        used += len(parts[-1].keys) + answer.max_tokens
         if not shared or parts[-1].picture is not None or parts[:-1] != shared or used > language.context_size:
             break
         count += 1

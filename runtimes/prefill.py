@@ -105,9 +105,9 @@ class Prefill:
         with suppress(MemoryError):
             for keys in self._new:
                 room = self._cache.room
-                if not room or self._language.held[: len(keys)] != keys:
+                if not room or self._language.cached_keys[: len(keys)] != keys:
                     continue
-                if state := self._language.save(len(keys), most=room):
+                if state := self._language.save_state(len(keys), max_bytes=room):
                     about = {"model": self._name, "kind": "state", "positions": str(len(keys))}
                     self._cache.put(self._key(keys), about, state)
         self._new.clear()
@@ -115,18 +115,18 @@ class Prefill:
     def _recall(self, keys: list[Key], ends: list[int], kept: list[int], *, reuse: bool) -> int:
         """Have memory hold a known beginning of `keys` and nothing else; its length, always below `len(keys)`."""
         language = self._language
-        same = language.common(keys)
+        same = language.common_prefix(keys)
         if not reuse:
             same = max(end for end in (0, *ends) if end <= same and end in self._exact)
         for end in reversed(kept):
             state = self._cache.get(self._key(keys[:end])) if end > same else None
             if state is None:
                 continue
-            if language.restore(state, keys[:end]):
+            if language.restore_state(state, keys[:end]):
                 self._exact = {0, end}
                 return end
             same = 0  # an attempt that failed leaves nothing in memory
-        language.forget(same)
+        language.truncate(same)
         return same
 
     def _evaluate(self, part: Segment, done: int, stats: RequestStats, job: Job) -> None:

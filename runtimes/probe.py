@@ -100,8 +100,8 @@ def _llama_facts() -> dict[str, Any]:
     facts = {
         "version": bindings.version(),
         "build": api.llama_print_system_info().decode("utf-8", "replace").strip(),
-        "cuda": devices.lacking("cuda") or "works",
-        "metal": devices.lacking("metal") or "works",
+        "cuda": devices.unavailable_reason("cuda") or "works",
+        "metal": devices.unavailable_reason("metal") or "works",
     }
     with ExitStack() as stack:
         try:

@@ -1,4 +1,4 @@
-"""Logits -> one token, by llama.cpp's sampler chain. Knows nothing about prompts or text."""
+"""Logits -> a token, by llama.cpp's sampler chain. Knows nothing about prompts or text."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from llava_edge.options import Options, TokenChance
 from llava_edge.runtimes.language import Array, LanguageModel
 from llava_edge.runtimes.stderr_capture import capture_stderr, write_stderr
 
-MOST_NESTED = 200  # parentheses of a grammar; llama.cpp's stack ends at some ten thousand
-LOOK = 256  # likeliest tokens shown to a grammar first: llama.cpp takes 0.1 us for each that there is
-WINDOW = 64  # last tokens of an answer that penalties look at, llama.cpp's default
+MAX_GRAMMAR_DEPTH = 200  # of nested parentheses; llama.cpp's stack overflows at some ten thousand
+GRAMMAR_CANDIDATES = 256  # most likely tokens, checked before all others: llama.cpp takes 0.1 us per token
+PENALTY_WINDOW = 64  # last tokens of an answer that penalties consider, llama.cpp's default
 
 
 class Sampler:
-    """A chain for one answer, in the order of Hugging Face's `generate`, which LLaVA's reference uses: penalties,
-    temperature, top-k, top-p, min-p, then a draw. Temperature 0 is greedy and uses penalties alone. A grammar comes
-    before all: it leaves only tokens that continue it.
+    """The sampler chain of one answer, in the order of Hugging Face's `generate`, which LLaVA's reference uses:
+    penalties, temperature, top-k, top-p, min-p, then a random draw. Temperature 0 is greedy, after penalties alone. A
+    grammar comes first and masks the tokens that do not continue it.
 
-    Raises `UsageError` if llama.cpp does not understand the grammar.
+    Raises `UsageError` if llama.cpp cannot parse the grammar.
     """
 
     def __init__(self, language: LanguageModel, options: Options) -> None:
@@ -32,13 +32,13 @@ class Sampler:
         self._language = language
         self._greedy = options.greedy
         self._chain: Any = None
-        self._grammar = self._read_grammar(options.grammar) if options.grammar else None
+        self._grammar = self._parse_grammar(options.grammar) if options.grammar else None
         self._chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
-        for part in self._parts(options):
-            library.llama_sampler_chain_add(self._chain, part)  # the chain owns and frees it
+        for sampler in self._samplers(options):
+            library.llama_sampler_chain_add(self._chain, sampler)  # the chain owns and frees it
 
     def sample(self, row: int = -1) -> int:
-        """Draw a token from a row of logits, of the last evaluated position if not told, and note it for the next.
+        """Sample a token from a row of logits, by default of the last evaluated position, and record it for penalties.
 
         Raises `UsageError` if the vocabulary has no token that the grammar allows next, `BundleError` if the logits are
         not finite.
@@ -46,110 +46,112 @@ class Sampler:
         logits = self._language.logits(row)
         if not self._grammar:
             return int(self._library.llama_sampler_sample(self._chain, self._language.context, row))
-        token = self._allowed(logits)
-        for part in (self._grammar, self._chain):
-            self._library.llama_sampler_accept(part, token)
+        token = self._sample_with_grammar(logits)
+        for sampler in (self._grammar, self._chain):
+            self._library.llama_sampler_accept(sampler, token)
         return token
 
     def close(self) -> None:
-        """Free the chain."""
-        for part in (self._chain, self._grammar):
-            if part is not None:
-                self._library.llama_sampler_free(part)
+        """Free the samplers."""
+        for sampler in (self._chain, self._grammar):
+            if sampler is not None:
+                self._library.llama_sampler_free(sampler)
         self._chain = self._grammar = None
 
-    def _allowed(self, logits: Array) -> int:
-        """The grammar before the chain, and a look at what it left: with nothing left, llama.cpp ends the process."""
+    def _sample_with_grammar(self, logits: Array) -> int:
+        """Apply the grammar, check that it allows a token (without one, llama.cpp aborts), then apply the chain."""
         tokens = np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])  # llama_token_data
         tokens["id"], tokens["logit"] = np.arange(len(logits)), logits
-        tokens["logit"][self._language.unseen] = -np.inf  # llama.cpp takes them for their names, which answers lack
+        # llama.cpp would match the names of these tokens, which do not appear in answers.
+        tokens["logit"][self._language.textless_tokens] = -np.inf
         if self._greedy:
-            likely = tokens.copy()
-            self._apply(self._chain, likely)  # the penalties
-            likely = likely[_highest(likely["logit"], LOOK)]
-            if self._leaves_any(likely):
-                return int(likely["id"][likely["logit"].argmax()])
-        if not self._leaves_any(tokens):
-            raise UsageError("The model has no token that continues what the grammar, or JSON schema, allows here.")
-        choice = self._apply(self._chain, tokens)
-        return int(choice.data[choice.selected].id)
+            candidates = tokens.copy()
+            self._apply(self._chain, candidates)  # the penalties
+            candidates = candidates[_top_indices(candidates["logit"], GRAMMAR_CANDIDATES)]
+            if self._apply_grammar(candidates):
+                return int(candidates["id"][candidates["logit"].argmax()])
+        if not self._apply_grammar(tokens):
+            raise UsageError("The model has no token that the grammar, or JSON schema, allows next.")
+        result = self._apply(self._chain, tokens)
+        return int(result.data[result.selected].id)
 
-    def _leaves_any(self, tokens: Array) -> bool:
-        """Let the grammar set the logits of tokens that it does not allow to -inf; whether it allows one."""
+    def _apply_grammar(self, tokens: Array) -> bool:
+        """Set the logits of tokens that the grammar forbids to -inf; return whether it allows any."""
         self._apply(self._grammar, tokens)
         return bool(np.isfinite(tokens["logit"]).any())
 
-    def _apply(self, part: Any, tokens: Array) -> Any:
-        """Let a sampler change the tokens, and select one if it is the last of a chain."""
+    def _apply(self, sampler: Any, tokens: Array) -> Any:
+        """Apply a sampler, which changes the tokens in place; return the llama_token_data_array."""
         pointer = tokens.ctypes.data_as(ctypes.POINTER(self._library.llama_token_data))
-        choice = self._library.llama_token_data_array(pointer, len(tokens), -1, False)
-        self._library.llama_sampler_apply(part, ctypes.byref(choice))
-        return choice
+        array = self._library.llama_token_data_array(pointer, len(tokens), -1, False)
+        self._library.llama_sampler_apply(sampler, ctypes.byref(array))
+        return array
 
-    def _read_grammar(self, text: str) -> Any:
-        if _depth(text) > MOST_NESTED:
-            raise UsageError(f"The grammar has more than {MOST_NESTED} parentheses in each other.")
+    def _parse_grammar(self, text: str) -> Any:
+        if _grammar_depth(text) > MAX_GRAMMAR_DEPTH:
+            raise UsageError(f"The grammar has parentheses nested deeper than {MAX_GRAMMAR_DEPTH} levels.")
         source = text.encode("utf-8", "replace")
-        part, said = capture_stderr(
+        sampler, log = capture_stderr(
             lambda: self._library.llama_sampler_init_grammar(self._language.vocabulary, source, b"root")
         )
-        if part:
-            write_stderr(said)
+        if sampler:
+            write_stderr(log)
         else:
-            reason = said.partition("grammar: ")[2].partition("\n")[0].strip().removesuffix(" at")
+            reason = log.partition("grammar: ")[2].partition("\n")[0].strip().removesuffix(" at")
             raise UsageError(
-                f"The grammar is not one that llama.cpp understands{f' ({reason:.80})' if reason else ''}; "
-                "its GBNF with a rule 'root' was expected."
+                f"llama.cpp cannot parse the grammar{f' ({reason:.80})' if reason else ''}; "
+                "GBNF with a rule 'root' was expected."
             )
-        return part
+        return sampler
 
-    def _parts(self, options: Options) -> list[Any]:
+    def _samplers(self, options: Options) -> list[Any]:
         library = self._library
-        parts = []
-        if penalizes(options):
+        samplers = []
+        if has_penalties(options):
             penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
-            parts.append(library.llama_sampler_init_penalties(self._language.vocab_size, WINDOW, *penalties))
+            samplers.append(library.llama_sampler_init_penalties(self._language.vocab_size, PENALTY_WINDOW, *penalties))
         if options.greedy:
-            return [*parts, library.llama_sampler_init_greedy()]
-        parts.append(library.llama_sampler_init_temp(options.temperature))
+            return [*samplers, library.llama_sampler_init_greedy()]
+        samplers.append(library.llama_sampler_init_temp(options.temperature))
         if options.top_k:
-            parts.append(library.llama_sampler_init_top_k(options.top_k))
+            samplers.append(library.llama_sampler_init_top_k(options.top_k))
         if options.top_p < 1:
-            parts.append(library.llama_sampler_init_top_p(options.top_p, 1))
+            samplers.append(library.llama_sampler_init_top_p(options.top_p, 1))
         if options.min_p > 0:
-            parts.append(library.llama_sampler_init_min_p(options.min_p, 1))
-        anew = library.LLAMA_DEFAULT_SEED  # the largest 32-bit number is no seed there, but a new one each time
-        seed = anew if options.seed is None else options.seed % anew
-        return [*parts, library.llama_sampler_init_dist(seed)]
+            samplers.append(library.llama_sampler_init_min_p(options.min_p, 1))
+        random_seed = library.LLAMA_DEFAULT_SEED  # the largest 32-bit number; llama.cpp replaces it by a random seed
+        seed = random_seed if options.seed is None else options.seed % random_seed
+        return [*samplers, library.llama_sampler_init_dist(seed)]
 
 
-def penalizes(options: Options) -> bool:
-    """Whether tokens depend on those that the answer has already."""
+def has_penalties(options: Options) -> bool:
+    """Whether the choice of a token depends on the tokens before it in the answer."""
     return (options.repeat_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0)
 
 
-def _depth(grammar: str) -> int:
-    """Of its parentheses, but for those in quotes and between brackets: llama.cpp reads them one in another."""
+def _grammar_depth(grammar: str) -> int:
+    """Return how deep parentheses are nested, outside of strings and character classes: llama.cpp's parser recurses."""
     plain = re.sub(r'"(\\.|[^"\\])*"|\[(\\.|[^\]\\])*\]', "", grammar)
     steps = [(mark == "(") - (mark == ")") for mark in plain]
     return max(accumulate(steps), default=0)
 
 
-def chance(language: LanguageModel, token: int, top: int, row: int) -> TokenChance:
-    """How likely `token` was by a row of logits, and the `top` likeliest tokens."""
+def token_chance(language: LanguageModel, token: int, top: int, row: int) -> TokenChance:
+    """Return the log-probability of `token` in a row of logits, and those of the `top` most likely tokens."""
     logits = language.logits(row).astype(np.float64)
     highest = logits.max()
     logprobs = logits - highest - np.log(np.exp(logits - highest).sum())
     piece = language.piece
-    best = tuple((piece(int(i)), float(logprobs[i])) for i in _highest(logprobs, top))
+    best = tuple((piece(int(i)), float(logprobs[i])) for i in _top_indices(logprobs, top))
     return TokenChance(piece(token), float(logprobs[token]), best)
 
 
-def _highest(values: Array, count: int) -> Array:
-    """Where they are, the highest first, the first of equals before the others. Sorting all would take as long as a
-    small model takes for a token.
+def _top_indices(values: Array, count: int) -> Array:
+    """Return the indices of the `count` highest values, in descending order and stable.
+
+    Sorting all values would take as long as a small model takes for a token.
     """
     count = min(count, len(values))
-    least = np.partition(values, -count)[-count] if count else np.inf
-    places = np.flatnonzero(values >= least)
-    return places[np.argsort(-values[places], kind="stable")][:count]
+    threshold = np.partition(values, -count)[-count] if count else np.inf
+    indices = np.flatnonzero(values >= threshold)
+    return indices[np.argsort(-values[indices], kind="stable")][:count]

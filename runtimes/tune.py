@@ -66,7 +66,7 @@ def measure(bundle: Bundle) -> list[Setting]:
     programs kept the processor busy meanwhile; a result that cannot be written is only returned.
     """
     count = devices.thread_count()[0]
-    others = devices.Others()
+    others = devices.ExternalLoad()
     pixels = _pixels(bundle)
     wanted = VisionEncoder(bundle).encode(pixels)
     first = untuned(bundle, count)
@@ -80,7 +80,7 @@ def measure(bundle: Bundle) -> list[Setting]:
         more.append(Setting(threads, False, native=not found[0].native))
     found += _compare(bundle, more, wanted)
     share = others.share()
-    if share > devices.BUSY:
+    if share > devices.MAX_EXTERNAL_LOAD:
         raise UnavailableError(
             f"Other programs took {share:.0%} of the processor while it was measured; nothing is kept."
         )

@@ -310,13 +310,13 @@ def test_the_engine_answers_as_pytorch_does(
     size: Size, llava: Llava, ours: whole.Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled: list[int] = []
-    take = Answer.take
+    take = Answer.add_token
 
     def watched(self: Answer, token: int) -> FinishReason | None:
         sampled.append(token)
         return take(self, token)
 
-    monkeypatch.setattr(Answer, "take", watched)
+    monkeypatch.setattr(Answer, "add_token", watched)
     result = llava.ask("What is it?", image(size), Options(max_tokens=16))
     language = llava._engine._language
     assert language is not None

@@ -311,7 +311,7 @@ def test_the_likeliest_tokens_are_found_without_sorting_all(llava: Llava, monkey
     """Sorting a vocabulary takes as long as a small model takes for a token. Of equals the first come first."""
     values = np.random.default_rng(0).integers(0, 40, 500) / 8
     for count in (0, 1, 5, 20, 499, 500, 501):
-        assert sampling._highest(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
+        assert sampling._top_indices(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
     sizes, sort = list[int](), np.argsort
 
     def noticed(values: np.ndarray[Any, Any], **how: Any) -> Any:
@@ -360,13 +360,13 @@ def test_an_awaited_stream_leaves_the_loop_free(llava: Llava) -> None:
 
 
 def test_cancelling_a_task_stops_the_work(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, take = list[int](), Answer.take
+    taken, take = list[int](), Answer.add_token
 
     def counted(self: Answer, token: int) -> FinishReason | None:
         taken.append(token)
         return take(self, token)
 
-    monkeypatch.setattr(Answer, "take", counted)
+    monkeypatch.setattr(Answer, "add_token", counted)
 
     async def run() -> None:
         stream = llava.astream("Hello", options=Options(max_tokens=480))

@@ -29,7 +29,7 @@ def load(bundle: Path) -> LanguageModel:
 def busy() -> Iterator[threading.Event]:
     """Another model computes until this is set."""
     begun, free = threading.Event(), threading.Event()
-    kept = compute.thread()
+    kept = compute.shared_worker()
     kept.submit(begun.set)
     kept.submit(free.wait, SOON)
     assert begun.wait(SOON)
@@ -74,10 +74,10 @@ def test_cancelling_does_not_wait_for_another_model(micro_bundle: Path, busy: th
         cancel.set()
         asking.join(SOON)
         assert ended == ["cancelled"]
-        assert language.held == []
+        assert language.cached_keys == []
         busy.set()
         language.evaluate_tokens([5], NEVER)
-        assert language.held == [5]
+        assert language.cached_keys == [5]
 
 
 def test_closing_does_not_wait_for_another_model(micro_bundle: Path, busy: threading.Event) -> None:
@@ -142,7 +142,7 @@ if os.fork() == 0:
     language.close()
     fresh = load()
     fresh.evaluate_tokens([5, 6], threading.Event())
-    os._exit(len(fresh.held))
+    os._exit(len(fresh.cached_keys))
 print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
@@ -181,11 +181,11 @@ def test_a_process_forked_while_others_are_at_work_can_load_a_model(micro_bundle
 
 
 def test_the_thread_ends_with_the_last_model_that_has_it(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "_last", None)  # which other tests may have
+    monkeypatch.setattr(compute, "_current", None)  # which other tests may have
     one, other = load(micro_bundle), load(micro_bundle)
-    thread = compute.thread().submit(threading.current_thread).result(SOON)
+    thread = compute.shared_worker().submit(threading.current_thread).result(SOON)
     one.close()
     assert thread.is_alive()
     other.close()
     assert not thread.is_alive()
-    assert compute.thread().submit(threading.current_thread).result(SOON) is not thread
+    assert compute.shared_worker().submit(threading.current_thread).result(SOON) is not thread

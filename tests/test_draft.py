@@ -21,10 +21,10 @@ from llava_edge.export.tokenizer import Vocabulary, read_tokenizer
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options
 from llava_edge.runtimes import speculation
-from llava_edge.runtimes.draft import Draft
+from llava_edge.runtimes.draft import DraftModel
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.speculation import PROOF, WIDTHS, Costs, Speculation
+from llava_edge.runtimes.speculation import MIN_EQUAL_ROWS, WIDTHS, Costs, Speculation
 
 NEVER = threading.Event()
 COUNT = WIDTHS[0] - 1
@@ -49,8 +49,8 @@ def load(bundle: Path, draft: Path) -> Llava:
 def prove(llava: Llava) -> Speculation:
     """Take batches for proven."""
     for block in range(2):
-        for width in WIDTHS * PROOF:
-            llava._engine._speculation.bits.note(block * speculation.BLOCK, width, True)
+        for width in WIDTHS * MIN_EQUAL_ROWS:
+            llava._engine._speculation.bits.record(block * speculation.BLOCK, width, True)
     return llava._engine._speculation
 
 
@@ -58,23 +58,23 @@ def fix_costs(shared: Speculation, draft: float, monkeypatch: pytest.MonkeyPatch
     """A pass of four costs two single tokens, and a guess `draft` of them."""
     shared.costs = Costs()
     for what, cost in ((1, 1.0), (WIDTHS[0], 2.0), ("draft", draft)):
-        Costs.note(shared.costs, what, cost)
-    monkeypatch.setattr(shared.costs, "note", lambda what, seconds: None)
+        Costs.record(shared.costs, what, cost)
+    monkeypatch.setattr(shared.costs, "record", lambda what, seconds: None)
 
 
 def test_it_guesses_what_it_would_say_itself(micro_bundle: Path, language: LanguageModel) -> None:
     """Pictures left out, and again after other words."""
-    draft = Draft(micro_bundle / LANGUAGE, language, threads=1)
+    draft = DraftModel(micro_bundle / LANGUAGE, language, threads=1)
     for text in ([5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 10, 11]):
-        language.forget(0)
+        language.truncate(0)
         language.evaluate_tokens(text, NEVER)
         wanted = []
         for _ in range(COUNT):
-            wanted.append(language.best())
+            wanted.append(language.greedy_token())
             language.evaluate_tokens(wanted[-1:], NEVER)
-        assert draft.guess([*text[:2], ("picture", 0), ("picture", 1), *text[2:]], COUNT, NEVER) == wanted
-    assert draft.guess([5] * 510, COUNT, NEVER) == []  # no room
-    assert draft.guess([language.vocab_size], COUNT, NEVER) == []  # unknown to it
+        assert draft.propose([*text[:2], ("picture", 0), ("picture", 1), *text[2:]], COUNT, NEVER) == wanted
+    assert draft.propose([5] * 510, COUNT, NEVER) == []  # no room
+    assert draft.propose([language.vocab_size], COUNT, NEVER) == []  # unknown to it
     draft.close()
 
 
@@ -87,8 +87,8 @@ def test_tokens_that_only_the_draft_has_are_no_guess(tmp_path: Path, language: L
     head[-1] = -head[-2]
     checkpoint = open_checkpoint(micro.write_checkpoint(tmp_path, config=config, tensors=tensors))
     write_language(checkpoint, read_tokenizer(checkpoint.tokenizer, checkpoint.config), tmp_path / "longer.gguf", "x")
-    draft = Draft(tmp_path / "longer.gguf", language, threads=1)
-    assert draft.guess([5, 6, 7], COUNT, NEVER) == []
+    draft = DraftModel(tmp_path / "longer.gguf", language, threads=1)
+    assert draft.propose([5, 6, 7], COUNT, NEVER) == []
     draft.close()
 
 
@@ -112,7 +112,7 @@ def test_a_bad_one_is_soon_left_alone(micro_bundle: Path, other: Path, monkeypat
     with load(micro_bundle, other) as llava:
         shared = prove(llava)
         fix_costs(shared, 0.5, monkeypatch)
-        monkeypatch.setattr(speculation.Lookup, "guess", lambda lookup, count: [])
+        monkeypatch.setattr(speculation.NgramLookup, "propose", lambda lookup, count: [])
         result = llava.ask("a list:", (), Options(max_tokens=100, speculate="auto"))
         assert result.completion_tokens == 100
         assert COUNT <= result.drafted_tokens <= 4 * COUNT
@@ -124,7 +124,7 @@ def test_a_draft_that_costs_more_than_it_wins_is_left_alone(
     """It is always right, but as slow as the model itself."""
     with load(micro_bundle, micro_bundle / LANGUAGE) as llava:
         shared = prove(llava)
-        monkeypatch.setattr(speculation.Lookup, "guess", lambda lookup, count: [])
+        monkeypatch.setattr(speculation.NgramLookup, "propose", lambda lookup, count: [])
         for cost, least, most in ((0.5, 60, 99), (9.0, 1, 3 * COUNT)):
             fix_costs(shared, cost, monkeypatch)
             result = llava.ask("a list:", (), Options(max_tokens=100, speculate="auto"))
@@ -150,7 +150,7 @@ def test_what_cannot_be_a_draft_is_refused(
     swapped = [*right.tokens[:20], right.tokens[21], right.tokens[20], *right.tokens[22:]]
     wrong = Vocabulary(**{**right.__dict__, "tokens": swapped})
     write_language(checkpoint, wrong, tmp_path / "swapped.gguf", "swapped")
-    with pytest.raises(UsageError, match=r"another vocabulary .*token 20 differs"):
+    with pytest.raises(UsageError, match=r"vocabulary of .* differs .*token 20 on"):
         load(micro_bundle, tmp_path / "swapped.gguf")
 
 

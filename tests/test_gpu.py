@@ -111,12 +111,12 @@ def test_llama_cpp_is_shown_no_gpu_unless_layers_are_for_one(
 
 
 def test_a_provider_that_starts_is_known_to() -> None:
-    assert devices._starts("CPUExecutionProvider")
+    assert devices._provider_works("CPUExecutionProvider")
 
 
 @pytest.fixture(scope="module")
 def cuda() -> None:
-    lacks = devices.lacking("cuda")
+    lacks = devices.unavailable_reason("cuda")
     if lacks:
         pytest.skip(lacks)
 
@@ -193,5 +193,5 @@ def test_the_processor_computes_alone_if_that_is_asked_for(colours: Path) -> Non
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
 def test_a_context_too_large_for_it_is_refused_in_a_sentence(colours: Path) -> None:
-    with pytest.raises(MemoryLimitError, match="cannot make a context"):
+    with pytest.raises(MemoryLimitError, match="cannot create a context"):
         LanguageModel(colours / LANGUAGE, context=1 << 30, threads=1, gpu_layers=-1)

@@ -63,7 +63,7 @@ def llama_cpp(mtmd: Any, micro_bundle: Path) -> Iterator[Encode]:
     mtmd.mtmd_log_set(quiet, None)
     mtmd.mtmd_helper_log_set(quiet, None)
     yield lambda path: encode(mtmd, model, path)
-    mtmd.mtmd_log_set(language._keep[0], None)
+    mtmd.mtmd_log_set(language._callbacks[0], None)
     api.llama_model_free(model)
 
 

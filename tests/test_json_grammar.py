@@ -351,7 +351,7 @@ def test_a_schema_that_is_only_itself_is_refused(schema: Any) -> None:
 
 def test_an_unreadable_grammar_costs_no_picture(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llava._engine, "_prefill", None)
-    with pytest.raises(UsageError, match=r"not one that llama\.cpp understands"):
+    with pytest.raises(UsageError, match=r"llama\.cpp cannot parse the grammar"):
         llava.ask("?", Image.new("RGB", (8, 8)), Options(grammar='root ::= "x', max_tokens=4))
 
 
@@ -367,17 +367,17 @@ def test_a_grammar_looks_at_the_likeliest_tokens_first(
     grammar: str, change: dict[str, float], llava: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A look at all of them takes as long as a small model takes for a token. The answer is the same."""
-    shown, real = list[int](), Sampler._leaves_any
+    shown, real = list[int](), Sampler._apply_grammar
 
     def noticed(self: Sampler, tokens: Any) -> bool:
         shown.append(len(tokens))
         return real(self, tokens)
 
-    monkeypatch.setattr(Sampler, "_leaves_any", noticed)
+    monkeypatch.setattr(Sampler, "_apply_grammar", noticed)
     options = Options(grammar=grammar, max_tokens=24, **change)  # type: ignore[arg-type]
     answers, looks = [], []
     for most in (0, 1, 64):  # at 0 the whole vocabulary is looked at for each token
-        monkeypatch.setattr(sampling, "LOOK", most)
+        monkeypatch.setattr(sampling, "GRAMMAR_CANDIDATES", most)
         answers.append(llava.ask("?", options=options).text)
         looks.append(sum(shown))
         shown.clear()
@@ -388,20 +388,20 @@ def test_a_grammar_looks_at_the_likeliest_tokens_first(
 @pytest.mark.parametrize("grammar", ['root ::= "\\x04"', from_schema({"enum": ["\U00050000"]})], ids=["byte", "schema"])
 def test_a_grammar_that_no_token_continues_is_refused(grammar: str, llava: Llava, monkeypatch: Any) -> None:
     """llama.cpp would end the process. The vocabulary here can say all; so its words are taken away."""
-    real = Sampler._allowed
+    real = Sampler._sample_with_grammar
 
     def poorer(self: Sampler, logits: Any) -> int:
         return real(self, np.full_like(logits, -np.inf))
 
-    monkeypatch.setattr(Sampler, "_allowed", poorer)
-    with pytest.raises(UsageError, match="no token that continues"):
+    monkeypatch.setattr(Sampler, "_sample_with_grammar", poorer)
+    with pytest.raises(UsageError, match="no token that the grammar, or JSON schema, allows"):
         llava.ask("?", options=Options(grammar=grammar, max_tokens=4))
     monkeypatch.undo()
     assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
 
 
 def test_deep_parentheses_are_refused_before_llama_cpp_reads_them(llava: Llava) -> None:
-    with pytest.raises(UsageError, match="more than 200 parentheses"):
+    with pytest.raises(UsageError, match="nested deeper than 200 levels"):
         llava.ask("?", options=Options(grammar=f'root ::= {"(" * 30_000}"x"{")" * 30_000}'))
     quoted = f'root ::= "{"(" * 300}" | [({"(" * 300}]'
     assert llava.ask("?", options=Options(grammar=quoted, max_tokens=400)).text.strip("(") == ""

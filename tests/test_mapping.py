@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from processes import resident
 
-from llava_edge.runtimes.mapping import let_go
+from llava_edge.runtimes.mapping import release_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -22,7 +22,7 @@ def test_pages_go_and_come_back(tmp_path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert bytes(mapped) == content
         assert resident(path) >= len(content)
-        let_go(path)
+        release_pages(path)
         assert resident(path) == 0
         assert bytes(mapped) == content
 
@@ -36,6 +36,6 @@ def test_other_files_and_written_pages_stay(tmp_path: Path) -> None:
         before = resident(other)
         with one.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as changed:
             changed[:4] = b"mine"
-            let_go(one)
+            release_pages(one)
             assert changed[:4] == b"mine"
         assert resident(other) == before

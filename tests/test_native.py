@@ -262,7 +262,7 @@ model.evaluate_tokens(tokens, never)
 first = model.logits().copy()
 model.evaluate_tokens([5], never)
 second = model.logits().copy()
-model.forget(0)
+model.truncate(0)
 asked = []
 class Late(threading.Event):
     def is_set(self):
@@ -275,47 +275,47 @@ except CancelledError:
     stopped = True
 model.evaluate_tokens(tokens, never)
 again = bool((model.logits() == first).all())
-held = len(model.held)
-model.forget(0)
+held = len(model.cached_keys)
+model.truncate(0)
 model.evaluate_embeddings(np.full((90, model.hidden_size), np.nan, np.float32), [("nan", i) for i in range(90)], never)
 try:
     model.logits()
     refused = False
 except BundleError:
-    refused = not model.held
+    refused = not model.cached_keys
 model.evaluate_tokens(tokens, never)
 recovered = bool((model.logits() == first).all())
-model.forget(0)
+model.truncate(0)
 model.evaluate_tokens((tokens * 5)[:300], never)
-model.show_states(True)
+model.output_hidden_states(True)
 alone = []
 for token in tokens[:8]:
-    alone.append([model.evaluate_all([token], never)[0], model.state().copy()])
-model.forget(300)
+    alone.append([model.evaluate_all_logits([token], never)[0], model.hidden_state().copy()])
+model.truncate(300)
 numbers = []
 for i, token in enumerate(tokens[:8]):
-    model._team._told, model._team.count = False, 1 + i % 2
+    model._adaptive._supported, model._adaptive.count = False, 1 + i % 2
     model.evaluate_tokens([token], never)
     numbers.append(bool((model.logits() == alone[i][0]).all()))
 texts = []
-for model._team.count in (1, 2):
-    model.forget(0)
+for model._adaptive.count in (1, 2):
+    model.truncate(0)
     for length in (17, 33, 5, 31):
         model.evaluate_tokens((tokens * 2)[:length], never)
         texts.append(model.logits().tobytes())
-    texts.append(bytes(model.save(86)))
-model.forget(0)
+    texts.append(bytes(model.save_state(86)))
+model.truncate(0)
 model.evaluate_tokens((tokens * 5)[:300], never)
-rows = model.evaluate_all(tokens[:8], never)
-same = all((rows[i] == alone[i][0]).all() and (model.state(i) == alone[i][1]).all() for i in range(8))
-model.show_states(False)
-model.forget(40)
+rows = model.evaluate_all_logits(tokens[:8], never)
+same = all((rows[i] == alone[i][0]).all() and (model.hidden_state(i) == alone[i][1]).all() for i in range(8))
+model.output_hidden_states(False)
+model.truncate(40)
 apart, tails = [], [tokens[3:9], tokens[20:31], tokens[:40]]
 for tail in tails:
     for part in (tail, [7]):
         model.evaluate_tokens(part, never)
     apart.append(model.logits().copy())
-    model.forget(40)
+    model.truncate(40)
 with Branches(model, 3) as branches:
     for number, tail in enumerate(tails):
         branches.extend(number + 1, tail, never)

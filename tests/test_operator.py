@@ -478,7 +478,7 @@ def test_the_self_test_finds_a_wrong_one(native_build: Path, monkeypatch: pytest
 
 
 def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
+    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
     monkeypatch.setattr(devices, "int8_saturates", lambda: True)
     assert tune.untuned(quantized, 1).native
     found = tune.measure(quantized)
@@ -494,7 +494,7 @@ def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: p
 
 
 def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
+    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
     monkeypatch.setattr(devices, "int8_saturates", lambda: True)
     real = VisionEncoder.encode
 

@@ -57,7 +57,7 @@ def plain(micro_bundle: Path) -> Iterator[Llava]:
 
 def computed(llava: Llava, messages: list[Message], images: list[Any], options: Options = SHORT) -> tuple[str, Array]:
     """Answer and last logits if nothing is known."""
-    language_of(llava).forget(0)
+    language_of(llava).truncate(0)
     result = result_of(llava.answer(messages, images, options))
     assert result.cache == "miss"
     return result.text, language_of(llava).logits().copy()
@@ -122,13 +122,13 @@ def test_the_longest_known_beginning_is_taken(
     with opened(micro_bundle) as llava:
         found(llava, ASK, images[:1])
     with opened(micro_bundle) as llava:
-        before, restored = language_of(llava).restore, []
+        before, restored = language_of(llava).restore_state, []
 
         def watched(state: Payload, keys: Sequence[Key]) -> bool:
             restored.append(len(keys))
             return before(state, keys)
 
-        monkeypatch.setattr(language_of(llava), "restore", watched)
+        monkeypatch.setattr(language_of(llava), "restore_state", watched)
         first = found(llava, talk, images)
         assert first[2] == "miss"  # the second picture
         assert len(restored) == 1
@@ -187,13 +187,13 @@ def test_the_text_before_a_picture_is_kept_for_the_next_picture(
 def test_an_answer_does_not_wait_for_what_is_kept(
     questions: int, micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, told = LanguageModel.save, threading.Event()
+    right, told = LanguageModel.save_state, threading.Event()
 
-    def late(self: LanguageModel, count: int, most: float) -> memoryview | None:
+    def late(self: LanguageModel, count: int, max_bytes: float) -> memoryview | None:
         assert told.wait(60)
-        return right(self, count, most)
+        return right(self, count, max_bytes)
 
-    monkeypatch.setattr(LanguageModel, "save", late)
+    monkeypatch.setattr(LanguageModel, "save_state", late)
     with opened(micro_bundle) as llava:
         prompts, answers = ["What?", "And?"][:questions], [""] * questions
         for number, stream in enumerate(llava.ask_many(prompts, [picture("red")], SHORT)):
@@ -405,7 +405,7 @@ def test_bytes_that_llama_cpp_refuses_leave_a_context_as_new(micro_bundle: Path)
     keys: list[Key] = [*model.tokenize("look:"), *(("x", row) for row in range(20))]
 
     def fill() -> None:
-        model.forget(0)
+        model.truncate(0)
         model.evaluate_tokens(model.tokenize("look:"), NEVER)
         model.evaluate_embeddings(rows, keys[-20:], NEVER)
 
@@ -414,18 +414,18 @@ def test_bytes_that_llama_cpp_refuses_leave_a_context_as_new(micro_bundle: Path)
         return model.logits().copy()
 
     fill()
-    state = bytes(model.save(len(keys)) or b"")
+    state = bytes(model.save_state(len(keys)) or b"")
     wanted = logits()
-    assert bytes(model.save(len(keys)) or b"") == state  # what came behind is not in it
-    assert len(model.save(len(keys) + 1) or b"") > len(state)
-    assert model.restore(state, keys)
+    assert bytes(model.save_state(len(keys)) or b"") == state  # what came behind is not in it
+    assert len(model.save_state(len(keys) + 1) or b"") > len(state)
+    assert model.restore_state(state, keys)
     assert np.array_equal(logits(), wanted)
     for wrong in (b"", state[:40], state[:-1], state[: len(state) // 2], bytes(len(state)), state + b"\0"):
-        assert not model.restore(wrong, keys)
-        assert model.held == []
+        assert not model.restore_state(wrong, keys)
+        assert model.cached_keys == []
         fill()
         assert np.array_equal(logits(), wanted)
-    assert not model.restore(state, keys[:-1])
+    assert not model.restore_state(state, keys[:-1])
     model.close()
 
 
@@ -490,15 +490,15 @@ def test_what_is_still_being_written_is_found(tmp_path: Path, monkeypatch: pytes
 def test_it_is_kept_when_nobody_asks_any_more_or_memory_is_needed(
     micro_bundle: Path, isolated_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved, save = list[int](), LanguageModel.save
+    saved, save = list[int](), LanguageModel.save_state
     asked = threading.Event()
 
-    def noticed(language: LanguageModel, count: int, most: float) -> memoryview | None:
+    def noticed(language: LanguageModel, count: int, max_bytes: float) -> memoryview | None:
         saved.append(count)
         asked.set()
-        return save(language, count, most)
+        return save(language, count, max_bytes)
 
-    monkeypatch.setattr(LanguageModel, "save", noticed)
+    monkeypatch.setattr(LanguageModel, "save_state", noticed)
     monkeypatch.setattr(jobs, "IDLE_SECONDS", 60)
     with opened(micro_bundle) as llava:
         for question in QUESTIONS[:2]:
@@ -522,14 +522,14 @@ def test_it_is_kept_when_nobody_asks_any_more_or_memory_is_needed(
 def test_what_would_not_be_kept_is_not_saved(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be hundreds of megabytes, and the next picture would wait for them."""
     room = 1 << 14
-    sizes, save = list[int](), LanguageModel.save
+    sizes, save = list[int](), LanguageModel.save_state
 
-    def noticed(language: LanguageModel, count: int, most: float) -> memoryview | None:
-        state = save(language, count, most)
+    def noticed(language: LanguageModel, count: int, max_bytes: float) -> memoryview | None:
+        state = save(language, count, max_bytes)
         sizes.append(len(state or b""))
         return state
 
-    monkeypatch.setattr(LanguageModel, "save", noticed)
+    monkeypatch.setattr(LanguageModel, "save_state", noticed)
     with opened(micro_bundle, replace(CPU, cache="memory")) as llava:
         found(llava, ASK, [picture("red")])
         found(llava, ASK, [picture("blue")])

@@ -32,7 +32,7 @@ CPU = EngineOptions(device="cpu", threads=1, cache=False)
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
+    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_weights_are_not_held_twice(repack: bool, tmp_path: Path, monkeypatch: p
     after = resident(path)
     model.close()
     assert after >= path.stat().st_size // 2 if not repack else after == 0
-    monkeypatch.setattr(mapping, "let_go", lambda path: None)  # without it they would be
+    monkeypatch.setattr(mapping, "release_pages", lambda path: None)  # without it they would be
     model = language.LanguageModel(path, context=64, threads=1, repack=repack)
     assert resident(path) >= path.stat().st_size // 2
     model.close()
@@ -235,7 +235,7 @@ def test_keys_and_values_of_8_bits_are_used_and_answers_stay_close(micro_bundle:
         model = language.LanguageModel(micro_bundle / LANGUAGE, context=512, threads=1, kv=kv)
         model.evaluate_tokens([7 + i % 50 for i in range(200)], threading.Event())
         states.append(model.logits().copy())
-        sizes.append(len(model.save(200) or b""))
+        sizes.append(len(model.save_state(200) or b""))
         model.close()
     assert sizes[1] < 0.6 * sizes[0]
     difference = np.linalg.norm(states[1] - states[0]) / np.linalg.norm(states[0])
@@ -311,11 +311,11 @@ def test_a_busy_machine_and_a_damaged_note_decide_nothing(
 ) -> None:
     bundle = Bundle.open(micro_bundle)
     clock = iter((0.0, 1e6))
-    monkeypatch.setattr(devices, "others_seconds", lambda: next(clock))
+    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: next(clock))
     with pytest.raises(UnavailableError, match="Other programs"):
         tune.measure(bundle)
     assert tune.known(bundle) == []
-    monkeypatch.setattr(devices, "others_seconds", lambda: 0.0)
+    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
     tune.measure(bundle)
     [path] = (isolated_home / "tune").iterdir()
     right = {"threads": 1, "prepack": False, "encode_ms": 1.0, "load_ms": 1.0}
@@ -336,10 +336,10 @@ def test_only_a_clear_gain_leaves_the_usual_setting() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_time_of_others_is_not_our_own() -> None:
-    before = devices.others_seconds()
+    before = devices.external_cpu_seconds()
     assert before > 0
     sum(i * i for i in range(2_000_000))
-    assert devices.others_seconds() - before >= -0.05
+    assert devices.external_cpu_seconds() - before >= -0.05
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not keep RLIMIT_AS")

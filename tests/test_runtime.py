@@ -98,22 +98,22 @@ def test_a_kept_beginning_gives_the_logits_of_a_fresh_start(language: LanguageMo
         return language.logits().copy()
 
     keys: list[Key] = [*first, *image, *last]
-    assert language.keep([0]) == 0
+    assert language.keep_common_prefix([0]) == 0
     fresh = evaluate(0)
-    assert language.keep([*first, *image[:7], ("another", 7), *last]) == len(first) + 7
-    assert language.keep(keys) == len(first) + 7
+    assert language.keep_common_prefix([*first, *image[:7], ("another", 7), *last]) == len(first) + 7
+    assert language.keep_common_prefix(keys) == len(first) + 7
     assert np.allclose(evaluate(len(first) + 7), fresh, atol=1e-3)
-    assert language.keep(keys) == len(keys) - 1  # one position is always left, for its logits
+    assert language.keep_common_prefix(keys) == len(keys) - 1  # one position is always left, for its logits
 
 
 def test_cancelled_evaluation_leaves_nothing_half_done(language: LanguageModel) -> None:
     """Setting the event in the middle of a long prompt stops it, and the next evaluation is not disturbed."""
     tokens = language.tokenize("the red colour ") * 30
     assert len(tokens) > 200
-    language.keep([0])
+    language.keep_common_prefix([0])
     language.evaluate_tokens(tokens, NEVER)
     wanted = language.logits().copy()
-    language.keep([0])
+    language.keep_common_prefix([0])
     cancel = threading.Event()
     real = language._abort
     try:
@@ -124,7 +124,7 @@ def test_cancelled_evaluation_leaves_nothing_half_done(language: LanguageModel) 
             language.evaluate_tokens(tokens, cancel)
     finally:
         language._abort = real
-    assert language.held == []
+    assert language.cached_keys == []
     language.evaluate_tokens(tokens, NEVER)
     assert np.allclose(language.logits(), wanted, atol=1e-3)
 
@@ -147,7 +147,7 @@ def test_draws_follow_transformers_warpers(options: Options, language: LanguageM
     import torch
     from transformers.generation import logits_process as hf
 
-    language.keep([0])
+    language.keep_common_prefix([0])
     language.evaluate_tokens(language.tokenize("the red colour"), NEVER)
     scores = torch.from_numpy(language.logits().copy())[None] * 1.0
     warpers: list[Any] = [hf.TemperatureLogitsWarper(options.temperature)]
@@ -183,7 +183,7 @@ def sampled(language: LanguageModel, options: Options, count: int) -> list[int]:
 
 
 def start_over(language: LanguageModel) -> None:
-    language.keep([0])
+    language.keep_common_prefix([0])
     language.evaluate_tokens(language.tokenize("the red colour"), NEVER)
 
 
@@ -388,8 +388,8 @@ def test_tokens_that_the_vocabulary_says_end_an_answer_end_it(language: Language
     """Also where the prompt layout has another: llama.cpp knows `<|endoftext|>` by its name."""
     job = Job(lambda job: None, threading.Event(), lambda: True)
     answer = Answer(language, {language.control_id("<|im_end|>")}, TextStream(), 5, RequestStats(0), job)
-    assert answer.take(language.tokenize("a")[0]) is None
-    assert answer.take(language.control_id("<|endoftext|>")) == "stop"
+    assert answer.add_token(language.tokenize("a")[0]) is None
+    assert answer.add_token(language.control_id("<|endoftext|>")) == "stop"
     assert (answer.stats.text, answer.stats.tokens) == ("a", 1)
 
 

@@ -17,7 +17,7 @@ from llava_edge.errors import BundleError
 from llava_edge.options import EngineOptions, Options, Result, Speculate
 from llava_edge.runtimes import speculation
 from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.speculation import BLOCK, PROOF, WIDTHS, Costs, Lookup, SameBits
+from llava_edge.runtimes.speculation import BLOCK, MIN_EQUAL_ROWS, WIDTHS, BitChecks, Costs, NgramLookup
 
 CPU = EngineOptions(device="cpu", threads=1, cache=False)
 NEVER = threading.Event()
@@ -66,33 +66,33 @@ ONCE = sum(width - 1 for width in WIDTHS)  # guesses, if each width is tried onc
 def guess_from(monkeypatch: pytest.MonkeyPatch, answer: list[int], wrong: tuple[int, ...] = ()) -> None:
     """Guesses are the plain answer, but for those at `wrong` places of each."""
 
-    def guess(lookup: Lookup, count: int) -> list[int]:
+    def propose(lookup: NgramLookup, count: int) -> list[int]:
         said = len(lookup.keys) - lookup.prompt  # type: ignore[attr-defined]
         right = (answer[said:] + [5] * count)[:count]
         return [t if i not in wrong else 6 - (t == 6) for i, t in enumerate(right)]
 
-    real = Lookup.__init__
+    real = NgramLookup.__init__
 
-    def begin(lookup: Lookup, keys: list[Any]) -> None:
+    def begin(lookup: NgramLookup, keys: list[Any]) -> None:
         real(lookup, keys)
         lookup.prompt = len(keys)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(Lookup, "__init__", begin)
-    monkeypatch.setattr(Lookup, "guess", guess)
+    monkeypatch.setattr(NgramLookup, "__init__", begin)
+    monkeypatch.setattr(NgramLookup, "propose", propose)
 
 
 def tokens_of(llava: Llava, prompt: str, tokens: int) -> list[int]:
     """Tokens of a plain answer, all but the last; they are what memory holds behind the prompt."""
     result = ask(llava, prompt, "off", tokens)
-    held = llava._engine._speculation.language.held[result.prompt_tokens :]
+    held = llava._engine._speculation.language.cached_keys[result.prompt_tokens :]
     return [key for key in held if isinstance(key, int)]
 
 
 def prove(llava: Llava) -> None:
     """Take batches for proven."""
     for block in range(2):
-        for width in WIDTHS * PROOF:
-            llava._engine._speculation.bits.note(block * BLOCK, width, True)
+        for width in WIDTHS * MIN_EQUAL_ROWS:
+            llava._engine._speculation.bits.record(block * BLOCK, width, True)
 
 
 @pytest.mark.parametrize(("wrong", "most", "least"), [((), 80, 50), ((0,), 0, 0), ((3,), 60, 30), ((6,), 75, 45)])
@@ -111,13 +111,13 @@ def test_any_guesses_give_the_plain_answer(
 def test_memory_holds_what_was_said(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     said = tokens_of(unproven, PROMPT, 60)
     language = unproven._engine._speculation.language
-    plain = list(language.held)
+    plain = list(language.cached_keys)
     guess_from(monkeypatch, said, (2,))
     prove(unproven)
     assert ask(unproven, PROMPT, "ngram", 60).accepted_tokens > 10
-    assert language.held[: len(plain)] == plain
+    assert language.cached_keys[: len(plain)] == plain
     end = language.library.llama_memory_seq_pos_max(language._memory, 0)
-    assert end == len(language.held) - 1
+    assert end == len(language.cached_keys) - 1
 
 
 def test_a_rollback_that_keeps_too_much_would_be_noticed(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,20 +125,20 @@ def test_a_rollback_that_keeps_too_much_would_be_noticed(unproven: Llava, monkey
     plain = ask(unproven, PROMPT, "off", 80)
     guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80), (2,))
     prove(unproven)
-    real = LanguageModel.forget
-    monkeypatch.setattr(LanguageModel, "forget", lambda self, length: real(self, length + 1))
+    real = LanguageModel.truncate
+    monkeypatch.setattr(LanguageModel, "truncate", lambda self, length: real(self, length + 1))
     assert ask(unproven, PROMPT, "ngram", 80).text != plain.text
 
 
 def noisy(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
-    real, rng = LanguageModel.evaluate_all, np.random.default_rng(0)
+    real, rng = LanguageModel.evaluate_all_logits, np.random.default_rng(0)
 
     def evaluate(self: LanguageModel, tokens: list[int], cancel: threading.Event) -> np.ndarray[Any, Any]:
         rows = real(self, tokens, cancel)
         rows += rng.standard_normal(rows.shape, np.float32) * size
         return rows
 
-    monkeypatch.setattr(LanguageModel, "evaluate_all", evaluate)
+    monkeypatch.setattr(LanguageModel, "evaluate_all_logits", evaluate)
 
 
 def test_batches_that_round_differently_are_not_used(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,15 +147,15 @@ def test_batches_that_round_differently_are_not_used(unproven: Llava, monkeypatc
     noisy(monkeypatch, 1e-6)
     guessed = ask(unproven, PROMPT, "ngram", 80)
     assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, ONCE)
-    assert not any(unproven._engine._speculation.bits.possible(0, width) for width in WIDTHS)
+    assert not any(unproven._engine._speculation.bits.may_be_equal(0, width) for width in WIDTHS)
 
 
 def test_equal_logits_of_other_states_are_no_proof(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding in the last product can hide that other kernels computed a batch."""
     plain = ask(unproven, PROMPT, "off", 80)
     guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
-    real = LanguageModel.state
-    monkeypatch.setattr(LanguageModel, "state", lambda self, row=-1: real(self, row) * (1 + 1e-6 * (row >= 0)))
+    real = LanguageModel.hidden_state
+    monkeypatch.setattr(LanguageModel, "hidden_state", lambda self, row=-1: real(self, row) * (1 + 1e-6 * (row >= 0)))
     guessed = ask(unproven, PROMPT, "ngram", 80)
     assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, ONCE)
 
@@ -166,19 +166,19 @@ def test_without_the_proof_such_batches_change_answers(unproven: Llava, monkeypa
     guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
     noisy(monkeypatch, 0.5)
     assert ask(unproven, PROMPT, "ngram", 80).text == plain.text
-    unproven._engine._speculation.bits = SameBits()
+    unproven._engine._speculation.bits = BitChecks()
     prove(unproven)
     assert ask(unproven, PROMPT, "ngram", 80).text != plain.text
 
 
 def test_guessing_ends_where_it_does_not_pay(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     guess_from(monkeypatch, tokens_of(unproven, PROMPT, 150), (0,))
-    monkeypatch.setattr(Costs, "note", lambda self, what, seconds: None)
+    monkeypatch.setattr(Costs, "record", lambda self, what, seconds: None)
     auto, always = ask(unproven, PROMPT, "auto", 150), ask(unproven, PROMPT, "ngram", 150)
     assert auto.text == always.text
     passes = auto.drafted_tokens / (WIDTHS[0] - 1)
     # Each loses one token's time at the assumed cost of 2.
-    assert 1 <= passes <= speculation.FREE_LOSS + 150 * speculation.SHARE_LOSS
+    assert 1 <= passes <= speculation.FIXED_LOSS + 150 * speculation.LOSS_PER_TOKEN
     assert always.drafted_tokens > 20 * auto.drafted_tokens
 
 
@@ -220,52 +220,52 @@ def test_drawn_answers_are_not_guessed(llava: Llava) -> None:
 
 
 def test_numbers_that_are_not_finite_are_refused_in_a_batch(language: LanguageModel) -> None:
-    language.keep([0])
-    rows = language.evaluate_all([5, 6, 7], NEVER)
-    language.forget(0)
+    language.keep_common_prefix([0])
+    rows = language.evaluate_all_logits([5, 6, 7], NEVER)
+    language.truncate(0)
     for token, row in zip([5, 6, 7], rows, strict=True):
         language.evaluate_tokens([token], NEVER)
         assert np.allclose(language.logits(), row, atol=1e-3)
     values = language.library.llama_get_logits_ith(language.context, -1)
     values[3] = float("nan")
     with pytest.raises(BundleError, match="not finite"):
-        language.best()
+        language.greedy_token()
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 9))
 def test_a_guess_is_what_followed_last_time(keys: list[int], count: int) -> None:
     n = speculation.NGRAM
-    lookup = Lookup(list(keys))
+    lookup = NgramLookup(list(keys))
     ends = [at for at in range(n, len(keys)) if keys[at - n : at] == keys[-n:]]
     wanted = list(keys)
     if ends:
         for i in range(count):
             wanted.append(wanted[ends[-1] + i])
-    assert lookup.guess(count) == wanted[len(keys) :]
+    assert lookup.propose(count) == wanted[len(keys) :]
 
 
 def test_images_are_no_guesses() -> None:
     image: list[Any] = [("image", row) for row in range(6)]
-    assert Lookup([1, 2, 3, 4, *image, 1, 2, 3, 4]).guess(3) == []
-    assert Lookup([*image, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4]).guess(3) == [5, 6, 7]
+    assert NgramLookup([1, 2, 3, 4, *image, 1, 2, 3, 4]).propose(3) == []
+    assert NgramLookup([*image, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4]).propose(3) == [5, 6, 7]
 
 
 def test_one_verdict_for_each_width_and_block() -> None:
-    bits = SameBits()
-    for _ in range(PROOF - 1):
-        bits.note(10, 8, True)
-    assert bits.possible(10, 8)
+    bits = BitChecks()
+    for _ in range(MIN_EQUAL_ROWS - 1):
+        bits.record(10, 8, True)
+    assert bits.may_be_equal(10, 8)
     assert not bits.proven(10, 8)
-    bits.note(20, 8, True)
+    bits.record(20, 8, True)
     assert bits.proven(BLOCK - 8, 8)
     assert not bits.proven(BLOCK, 8)
     assert not bits.proven(20, 4)
-    assert not bits.possible(BLOCK - 7, 8)  # it would reach into the next block
-    assert bits.possible(BLOCK - 7, 4)
-    bits.note(30, 8, False)
-    bits.note(30, 8, True)
-    assert not bits.possible(10, 8)
-    assert bits.possible(10, 4)
+    assert not bits.may_be_equal(BLOCK - 7, 8)  # it would reach into the next block
+    assert bits.may_be_equal(BLOCK - 7, 4)
+    bits.record(30, 8, False)
+    bits.record(30, 8, True)
+    assert not bits.may_be_equal(10, 8)
+    assert bits.may_be_equal(10, 4)
 
 
 @pytest.mark.parametrize(("four", "eight", "wanted"), [(2.0, 3.9, 4), (1.3, 1.8, 8), (1.3, 3.0, 4), (2.0, 2.2, 8)])
@@ -273,39 +273,39 @@ def test_the_width_that_promises_most(
     four: float, eight: float, wanted: int, unproven: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = unproven._engine._speculation
-    shared.costs.note(4, 1.0)  # before any single token: unknown
-    assert shared.costs.of(4) == 2.0
+    shared.costs.record(4, 1.0)  # before any single token: unknown
+    assert shared.costs.batch(4) == 2.0
     for _ in range(5):
-        shared.costs.note(1, 0.01)
+        shared.costs.record(1, 0.01)
     for width, cost in ((4, four), (8, eight)):
-        shared.costs.note(width, 9.0)  # others used the processor
+        shared.costs.record(width, 9.0)  # others used the processor
         for _ in range(4):
-            shared.costs.note(width, cost / 100)
-    assert shared.width(0, 99) == wanted
-    assert shared.width(0, min(four, eight) - 0.1) == 0  # more than it may cost
-    shared.bits.note(0, wanted, False)
-    assert shared.width(0, 99) == 12 - wanted
-    assert shared.width(shared.language.context_size - 3, 99) == 0
+            shared.costs.record(width, cost / 100)
+    assert shared.best_width(0, 99) == wanted
+    assert shared.best_width(0, min(four, eight) - 0.1) == 0  # more than it may cost
+    shared.bits.record(0, wanted, False)
+    assert shared.best_width(0, 99) == 12 - wanted
+    assert shared.best_width(shared.language.context_size - 3, 99) == 0
 
 
 def test_a_disturbance_does_not_stop_guessing_for_good() -> None:
     costs = Costs()
-    costs.note(1, 0.01)
+    costs.record(1, 0.01)
     for seconds in (0.017, 0.09, 0.08, 0.07):  # others used the processor
-        costs.note(4, seconds)
-    assert costs.of(4) > 7
-    costs.renew()  # with the next answer
-    assert costs.of(4) == pytest.approx(1.7)
+        costs.record(4, seconds)
+    assert costs.batch(4) > 7
+    costs.keep_lowest()  # with the next answer
+    assert costs.batch(4) == pytest.approx(1.7)
     for seconds in (0.08, 0.08):  # they still do
-        costs.note(4, seconds)
-    assert costs.of(4) > 7
+        costs.record(4, seconds)
+    assert costs.batch(4) > 7
 
 
 def test_what_was_not_measured_costs_as_much_for_each_token() -> None:
     costs = Costs()
-    costs.note(1, 1.0)
-    costs.note(4, 1.6)
-    assert costs.of(8) == pytest.approx(2.4)
+    costs.record(1, 1.0)
+    costs.record(4, 1.6)
+    assert costs.batch(8) == pytest.approx(2.4)
     assert costs.draft == 0
-    costs.note("draft", 0.5)
+    costs.record("draft", 0.5)
     assert costs.draft == 0.5

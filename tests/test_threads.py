@@ -15,18 +15,18 @@ import pytest
 
 from llava_edge.runtimes import devices
 from llava_edge.runtimes import language as model
-from llava_edge.runtimes.devices import Others
+from llava_edge.runtimes.devices import ExternalLoad
 from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.threads import LONGEST, Threads
+from llava_edge.runtimes.threads import MAX_BACKOFF, AdaptiveThreads
 
 QUIET, BUSY = (0.0, 1.5), (0.6, 0.0)  # processors' worth of waiting, and of idleness, during a window
 
 
 def decided(most: int, windows: Sequence[tuple[float, float]]) -> list[int]:
     """The number of threads after each of these windows."""
-    threads, seen = Threads(most), []
+    threads, seen = AdaptiveThreads(most), []
     for waited, idle in windows:
-        threads._decide(waited, idle)
+        threads._adjust(waited, idle)
         seen.append(threads.count)
     return seen
 
@@ -35,13 +35,13 @@ def test_each_crowded_window_takes_a_thread_away_but_the_last() -> None:
     assert decided(4, [BUSY] * 5) == [3, 2, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("passed", "others", "expected"), [(0.3, 0.9, 3), (0.3, 0.6, 4), (0.3, 9, 1), (0.05, 9, 4)])
+@pytest.mark.parametrize(("elapsed", "others", "expected"), [(0.3, 0.9, 3), (0.3, 0.6, 4), (0.3, 9, 1), (0.05, 9, 4)])
 def test_it_begins_with_what_others_leave(
-    passed: float, others: float, expected: int, monkeypatch: pytest.MonkeyPatch
+    elapsed: float, others: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Others, "passed", lambda self: passed)
-    monkeypatch.setattr(Others, "processors", lambda self: others)
-    threads = Threads(4)
+    monkeypatch.setattr(ExternalLoad, "elapsed", lambda self: elapsed)
+    monkeypatch.setattr(ExternalLoad, "processors", lambda self: others)
+    threads = AdaptiveThreads(4)
     assert [threads.next(), threads.next()] == [expected] * 2
 
 
@@ -50,9 +50,9 @@ def test_a_process_that_may_use_fewer_processors_than_before_gets_no_more_thread
 ) -> None:
     """Thousands of them ended it: what others had taken of the processors that are left is less."""
     taken = iter((5000.0, 2500.0))
-    monkeypatch.setattr(devices, "others_seconds", lambda: next(taken))
-    monkeypatch.setattr(Others, "passed", lambda self: 0.3)
-    assert Threads(4).next() == 4
+    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: next(taken))
+    monkeypatch.setattr(ExternalLoad, "elapsed", lambda self: 0.3)
+    assert AdaptiveThreads(4).next() == 4
 
 
 def test_texts_of_small_models_are_left_to_threads_that_do_not_wait(
@@ -62,15 +62,15 @@ def test_texts_of_small_models_are_left_to_threads_that_do_not_wait(
     monkeypatch.setattr(language.library, "llama_set_n_threads", lambda context, one, many: used.append(many))
     monkeypatch.setattr(language, "_threads_vary", True)
     monkeypatch.setattr(language, "_threads", 5)
-    monkeypatch.setattr(language._team, "next", lambda: 3)
+    monkeypatch.setattr(language._adaptive, "next", lambda: 3)
     never = threading.Event()
-    language.forget(0)
+    language.truncate(0)
     language.evaluate_tokens([5] * 20, never)
-    monkeypatch.setattr(model, "SMALL", 20 * language.hidden_size**2)
+    monkeypatch.setattr(model, "SMALL_PRODUCT", 20 * language.hidden_size**2)
     language.evaluate_tokens([5] * 20, never)
     language.evaluate_tokens([5], never)
     language.evaluate_embeddings(np.zeros((19, language.hidden_size), np.float32), [("", i) for i in range(19)], never)
-    language.forget(0)
+    language.truncate(0)
     assert used == [3, 5, 3, 3]
 
 
@@ -91,19 +91,19 @@ def test_no_thread_comes_back_while_no_processor_is_idle() -> None:
 
 
 def test_a_thread_that_never_works_out_is_tried_ever_more_seldom() -> None:
-    threads, tried = Threads(2), []
+    threads, tried = AdaptiveThreads(2), []
     for window in range(400):
         before = threads.count
-        threads._decide(*(BUSY if threads.count == 2 else QUIET))  # idle again as soon as one computes alone
+        threads._adjust(*(BUSY if threads.count == 2 else QUIET))  # idle again as soon as one computes alone
         if threads.count > before:
             tried.append(window)
     gaps = [after - before for before, after in pairwise(tried)]
     assert gaps == sorted(gaps)
-    assert gaps[-1] == LONGEST + 1
+    assert gaps[-1] == MAX_BACKOFF + 1
 
 
 def test_after_calm_times_a_thread_comes_back_soon() -> None:
-    windows = [*[BUSY, *[QUIET] * LONGEST] * 8, *[QUIET] * 3 * LONGEST, BUSY, QUIET, QUIET]
+    windows = [*[BUSY, *[QUIET] * MAX_BACKOFF] * 8, *[QUIET] * 3 * MAX_BACKOFF, BUSY, QUIET, QUIET]
     assert decided(2, windows)[-1] == 2
 
 
@@ -115,11 +115,11 @@ def test_waiting_and_idleness_are_linuxs_numbers() -> None:
         one = {min(own)}
         os.sched_setaffinity(busy.pid, one)
         os.sched_setaffinity(0, one)  # this thread alone, beside the busy program
-        threads = Threads(2)
-        before, end = threads._look(), time.monotonic() + 1
+        threads = AdaptiveThreads(2)
+        before, end = threads._read_counters(), time.monotonic() + 1
         while time.monotonic() < end:
             pass
-        after = threads._look()
+        after = threads._read_counters()
     finally:
         os.sched_setaffinity(0, own)
         busy.kill()
@@ -133,8 +133,8 @@ def test_waiting_and_idleness_are_linuxs_numbers() -> None:
 
 
 def test_where_nothing_is_told_the_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Threads, "_look", lambda self: None)
-    threads = Threads(3)
+    monkeypatch.setattr(AdaptiveThreads, "_read_counters", lambda self: None)
+    threads = AdaptiveThreads(3)
     assert [threads.next() for _ in range(3)] == [3, 3, 3]
 
 
@@ -142,13 +142,13 @@ def test_only_whole_windows_of_tokens_count(monkeypatch: pytest.MonkeyPatch) -> 
     """Not the time before them, in which a picture is read by threads of our own that wait for each other."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(Threads, "_look", lambda self: (now[0], 0.9 * now[0], 0.0))  # always crowded
-    threads, seen = Threads(4), []
+    monkeypatch.setattr(AdaptiveThreads, "_read_counters", lambda self: (now[0], 0.9 * now[0], 0.0))  # always crowded
+    threads, seen = AdaptiveThreads(4), []
     for seconds in (0.0, 0.05, 0.05, 0.05, 0.05):
         now[0] += seconds
         seen.append(threads.next())
     now[0] += 5
-    threads.pause()
+    threads.reset()
     seen += [threads.next()]
     now[0] += 0.2
     assert [*seen, threads.next()] == [4, 4, 3, 3, 2, 2, 1]

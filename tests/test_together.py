@@ -36,15 +36,15 @@ def llava(micro_bundle: Path) -> Iterator[Llava]:
 def passes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many positions each pass over the weights evaluates."""
     language = llava._engine._speculation.language
-    language.forget(0)
+    language.truncate(0)
     seen: list[int] = []
-    right = language._run
+    right = language._evaluate
 
-    def run(batch: Any, cancel: threading.Event, *, quick: bool) -> None:
+    def evaluate(batch: Any, cancel: threading.Event, *, few: bool) -> None:
         seen.append(batch.handle.n_tokens)
-        right(batch, cancel, quick=quick)
+        right(batch, cancel, few=few)
 
-    monkeypatch.setattr(language, "_run", run)
+    monkeypatch.setattr(language, "_evaluate", evaluate)
     return seen
 
 
@@ -195,7 +195,7 @@ def test_an_error_reaches_every_stream(llava: Llava, monkeypatch: pytest.MonkeyP
     def broken(*_: Any) -> None:
         raise BundleError("not finite")
 
-    monkeypatch.setattr(llava._engine._speculation.language, "evaluate_at", broken)
+    monkeypatch.setattr(llava._engine._speculation.language, "evaluate_branches", broken)
     for stream in list(llava.ask_many(["one,", "two,"], RED, SHORT)):
         with pytest.raises(BundleError, match="not finite"):
             list(stream)
@@ -209,10 +209,10 @@ def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) 
     start, ends = [5, 6, 7, 8], [[20, 21, 22], [30], [40, 41]]
     alone = []
     for end in ends:
-        language.forget(0)
+        language.truncate(0)
         language.evaluate_tokens([*start, *end, 50], NEVER)
         alone.append(language.logits().copy())
-    language.forget(0)
+    language.truncate(0)
     language.evaluate_tokens(start, NEVER)
     with Branches(language, 3) as branches:
         for number, end in enumerate(ends, 1):
@@ -221,7 +221,7 @@ def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) 
         for row, logits in enumerate(alone):
             np.testing.assert_allclose(language.logits(row), logits, atol=0.05)
             assert np.abs(language.logits(row) - alone[row - 1]).max() > 0.5
-    assert language.held == start
+    assert language.cached_keys == start
     with pytest.raises(ValueError, match="1 to 8 are possible"):
         Branches(language, MAX_BRANCHES + 1)
     language.close()

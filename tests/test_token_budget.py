@@ -271,7 +271,7 @@ def test_positions_are_counted_and_the_rest_is_no_different(llava: Llava) -> Non
 def logits_after(llava: Llava, options: Options, *, reuse: bool) -> Array:
     assert llava._engine._language is not None
     if not reuse:
-        llava._engine._language.forget(0)
+        llava._engine._language.truncate(0)
     for _ in llava._engine.generate([Message("user", "?", 1)], [RED], replace(options, max_tokens=1), reuse=reuse):
         pass
     return llava._engine._language.logits().copy()

@@ -38,7 +38,7 @@ ATTENTION_WIDTH = 128
 
 def main(path: str) -> None:
     """Body of the child process: one line of JSON."""
-    others = devices.Others()
+    others = devices.ExternalLoad()
     language.library()
     ggml, library = Ggml(), Library(Path(path))
     facts: dict[str, Any] = {"kernels": library.kernels(), "problems": {}, "types": {}}
@@ -70,7 +70,7 @@ def main(path: str) -> None:
             "one": _race_products(ggml, library, kind, one, few, threads),
         }
     facts["attention"] = {name: _race_attention(ggml, library, *shape, threads) for name, shape in ATTENTION.items()}
-    facts["crowded"] = others.share() > devices.BUSY
+    facts["crowded"] = others.share() > devices.MAX_EXTERNAL_LOAD
     sys.stdout.write(json.dumps(facts) + "\n")
 
 
