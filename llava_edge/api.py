@@ -1,6 +1,6 @@
-"""The library: load a model, ask it about images, stream the answer, hold a conversation; from threads or asyncio.
+"""The library: load a model, ask it about images, stream answers, hold conversations, from threads or asyncio.
 
-Everything else (command line, chat) is written on top of this file. Knows no engine by name.
+The command line, chat and server are built on it. It knows no engine by name.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from llava_edge.runtimes.pictures import Picture, copied, taken
 from llava_edge.runtimes.pipeline import Engine, check_request, check_slots
 from llava_edge.store import DEFAULT_MODEL, resolve
 
-Shown = ImageInput | bytearray | memoryview | Picture
-Images = Shown | Sequence[Shown] | None
+AnyImage = ImageInput | bytearray | memoryview | Picture
+Images = AnyImage | Sequence[AnyImage] | None
 
-_BEGIN_ANEW = "A new conversation begins with /reset, in Python Chat.reset()."
+_RESET_HINT = "Start a new conversation with /reset, or Chat.reset() in Python."
 
 
 class Llava:
-    """A loaded model. Use it in a `with` block, or call `close`; calls from several threads are served in turn."""
+    """A loaded model. Use it in a `with` block, or call `close`. Calls from several threads are served in order."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -46,13 +46,16 @@ class Llava:
         pictures: Sequence[Callable[[], Picture]] = (),
         on_load: Callable[[float], None] = lambda fraction: None,
     ) -> Llava:
-        """Open a bundle folder, or a model pulled before, by name.
+        """Load a model, given as a bundle folder or as the name of a pulled model.
 
-        on_load: gets the loaded fraction, 0 to 1, in another thread. What it raises stops loading and is raised here:
-            the way to cancel it.
-        pictures: each prepares one that will be asked about first; they are read and encoded while the model loads.
-        device: short for `EngineOptions(device=...)`. Weights are mapped: what two processes or two `Llava` load of the
-        same bundle is in memory once, except for what the preset "latency" copies (`EngineOptions.preset`).
+        device: shorthand for `EngineOptions(device=...)`.
+        pictures: functions that prepare the pictures to be asked about first, which are read and encoded while the
+            model loads.
+        on_load: gets the loaded fraction, 0 to 1, in another thread. To cancel loading, raise an exception in it, which
+            is then raised here.
+
+        Weights are memory-mapped: processes, or several `Llava`, that load the same bundle share them, except for the
+        copies that the preset "latency" makes (`EngineOptions.preset`).
         Raises `MissingError`, `BundleError`, `UnavailableError`, `MemoryLimitError`, `UsageError`, or what
         one of `pictures` raises.
         """
@@ -63,9 +66,9 @@ class Llava:
     def ask(
         self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> Result:
-        """Answer one question about any number of images (path, bytes, PIL image or RGB array each).
+        """Answer one question about any number of images (each a path, bytes, PIL image or RGB array).
 
-        system: text in place of the model's own before the question; empty leaves that.
+        system: system prompt; empty means the model's own.
         """
         return result_of(self.stream(prompt, images, options, system=system))
 
@@ -79,15 +82,16 @@ class Llava:
         cancel: threading.Event | None = None,
         started: float | None = None,
     ) -> Stream:
-        """Like `ask`, but a generator of `Chunk`s; the last one has the `Result`. Leaving or closing it stops the work.
+        """Like `ask`, but a generator of `Chunk`s, the last of which has the `Result`. Closing it stops the work.
 
-        Nothing is computed before the first chunk is asked for; from then on the answer goes on ahead of its reader.
-        PIL images and arrays are read now, so that they may be changed or filled anew; files when the stream is read.
+        Nothing is computed before the first chunk is requested; after that, decoding runs ahead of the reader.
+        PIL images and arrays are copied now, so the caller may reuse them; files are opened when the stream is read.
         cancel: set it from another thread to stop. started: the instant (time.monotonic) that times count from.
         """
-        shown = _as_list(images)
-        _check_question(prompt, shown)
-        return self._engine.generate(_asked(system, prompt, shown), shown, options, cancel, started=started)
+        sources = _as_list(images)
+        _check_question(prompt, sources)
+        messages = _question_messages(system, prompt, sources)
+        return self._engine.generate(messages, sources, options, cancel, started=started)
 
     def ask_many(
         self,
@@ -99,19 +103,19 @@ class Llava:
         cancel: threading.Event | None = None,
         started: float | None = None,
     ) -> Iterator[Stream]:
-        """Several questions about the same images: one stream for each, as of `stream`. Leaving one early stops all.
+        """Several questions about the same images: yields one stream per question. Closing one early stops all.
 
-        The images are encoded and read once, and the answers grow together: each pass over the weights gives a token of
-        every answer, which with the native kernels is the one that `ask` gives. Without them a pass for several rounds
-        otherwise than one for a single token, so that where two tokens are as good as equally likely, an answer may go
-        on otherwise. Raises `ContextOverflowError` with the number of the question before anything is computed.
+        The images are encoded and prefilled once, and the answers are decoded as a batch: each pass over the weights
+        gives one token of every answer. With the native kernels these are the tokens that `ask` gives; without them a
+        batch rounds differently from a single token, so where two tokens are almost equally likely an answer may
+        differ. Raises `ContextOverflowError` with the number of the question before anything is computed.
         """
         if isinstance(prompts, str):
-            raise UsageError("ask_many wants a list of questions; for one there is ask.")
+            raise UsageError("ask_many expects a list of questions; use ask for a single one.")
         sources = taken(_as_list(images), self.bundle.manifest)
-        return self._answers(tuple(prompts), sources, options, system, cancel, started)
+        return self._stream_answers(tuple(prompts), sources, options, system, cancel, started)
 
-    def _answers(
+    def _stream_answers(
         self,
         prompts: Sequence[str],
         sources: Sequence[ImageInput | Picture],
@@ -123,7 +127,7 @@ class Llava:
         pictures = self._engine.prepare_all(sources)
         for text in prompts:
             _check_question(text, pictures)
-        conversations = [_asked(system, text, pictures) for text in prompts]
+        conversations = [_question_messages(system, text, pictures) for text in prompts]
         self._engine.require_room(conversations, pictures, options)
         streams = self._engine.generate_together(conversations, pictures, options, cancel, started=started)
         try:
@@ -141,40 +145,40 @@ class Llava:
         *,
         cancel: threading.Event | None = None,
     ) -> Stream:
-        """Stream the answer to a conversation kept elsewhere, or, if it ends with an answer, the rest of that.
+        """Stream the next answer of a conversation kept by the caller; if it ends with an answer, continue that one.
 
-        Images fill its slots.
+        Images fill the messages' image slots in order.
         """
         return self._engine.generate(messages, _as_list(images), options, cancel)
 
     def aask(
         self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> Coroutine[Any, Any, Result]:
-        """`ask` without blocking the event loop. Cancelling the task stops the work."""
-        return _alast(self.astream(prompt, images, options, system=system))
+        """`ask` for asyncio. Cancelling the task stops the work."""
+        return _collect_result(self.astream(prompt, images, options, system=system))
 
     def astream(
         self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> AsyncGenerator[Chunk, None]:
-        """`stream` without blocking the event loop. Closing it, or cancelling the task, stops the work."""
-        shown = [copied(image) for image in _as_list(images)]
-        return _awaited(lambda cancel: self.stream(prompt, shown, options, system=system, cancel=cancel))
+        """`stream` for asyncio. Closing it, or cancelling the task, stops the work."""
+        sources = [copied(image) for image in _as_list(images)]
+        return _stream_in_thread(lambda cancel: self.stream(prompt, sources, options, system=system, cancel=cancel))
 
-    def embed_image(self, image: Shown) -> np.ndarray[Any, Any]:
-        """What the language model sees of a picture: (positions, hidden size) float32, CLIP and projector applied.
+    def embed_image(self, image: AnyImage) -> np.ndarray[Any, Any]:
+        """Image embeddings after CLIP and projector, as the language model gets them: (positions, hidden size) float32.
 
         Raises `ImageError`, `MissingError` or `BundleError`.
         """
-        return self._engine.embed(_as_bytes(image))
+        return self._engine.embed(_copy_buffer(image))
 
-    def aembed_image(self, image: Shown) -> Coroutine[Any, Any, np.ndarray[Any, Any]]:
-        """`embed_image` without blocking the event loop."""
+    def aembed_image(self, image: AnyImage) -> Coroutine[Any, Any, np.ndarray[Any, Any]]:
+        """`embed_image` for asyncio."""
         import asyncio
 
-        return asyncio.to_thread(self.embed_image, copied(_as_bytes(image)))
+        return asyncio.to_thread(self.embed_image, copied(_copy_buffer(image)))
 
     def chat(self, system: str = "", options: Options | None = None) -> Chat:
-        """Begin a conversation. An empty `system` leaves the model's own system text."""
+        """Start a conversation. An empty `system` means the model's own system prompt."""
         return Chat(self._engine, system, options)
 
     @property
@@ -184,30 +188,30 @@ class Llava:
 
     @property
     def device(self) -> str:
-        """Device in use and why, e.g. "cpu (asked for)"."""
+        """Device in use and why, such as "cpu (asked for)"."""
         return f"{self._engine.choice.name} ({self._engine.choice.reason})"
 
     @property
     def preset(self) -> str:
-        """Preset in use and why, e.g. "memory (asked for)"."""
+        """Preset in use and why, such as "memory (asked for)"."""
         return f"{self._engine.preset.name} ({self._engine.preset.reason})"
 
     @property
     def context(self) -> int:
-        """Positions that prompt and answer share."""
+        """Context length: positions that prompt and answer share."""
         return self._engine.context_size
 
     @property
     def load_ms(self) -> float:
-        """What loading took, in milliseconds."""
+        """Loading time in milliseconds."""
         return self._engine.load_ms
 
     def close(self) -> None:
-        """Free the engines. An answer in work ends as cancelled, calls that wait raise. Harmless when repeated."""
+        """Free the engines. A running answer ends as cancelled, waiting calls raise. May be called again."""
         self._engine.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("A Llava can be neither copied nor sent; load another one, which shares the mapped weights.")
+        raise TypeError("A Llava cannot be copied or pickled; load another one, which shares the mapped weights.")
 
     def __enter__(self) -> Llava:
         return self
@@ -217,128 +221,129 @@ class Llava:
 
 
 class Chat:
-    """A conversation. Turns and images are kept here; what the model already read is not computed again.
+    """A conversation. It keeps turns and images, and the model reuses what it has already read.
 
-    One answer is open at a time. While it is, `say` raises `UsageError`, and `asay` waits for an awaited one to end.
+    One answer is open at a time. Meanwhile `say` raises `UsageError`, and `asay` waits for earlier `asay`s to end.
     """
 
     def __init__(self, engine: Engine, system: str = "", options: Options | None = None) -> None:
         self._engine = engine
         self._system = system
         self._options = options
-        self._turns = threading.Condition()
-        self._waiting: list[object] = []  # awaited turns in the order of their beginning; the first is open
+        self._queue_changed = threading.Condition()
+        self._async_queue: list[object] = []  # one ticket per asay in the order they started; the first is running
         self.messages: list[Message] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget all turns and images, an open answer's too."""
-        self._begin(_before(self._system), [])
+        """Forget all turns and images, including those of an open answer."""
+        self._set_conversation(_system_messages(self._system), [])
 
     def resume(self, messages: Sequence[Message], images: Images = ()) -> None:
-        """Go on with a conversation kept elsewhere in place of this one; images fill its slots.
+        """Replace this conversation with one kept by the caller; images fill its image slots in order.
 
-        Raises what `say` would, `ContextOverflowError` among others; this conversation is then as it was.
+        Raises what `say` would, such as `ContextOverflowError`; this conversation is then unchanged.
         """
         check_request([messages])
         if messages and messages[-1].role == "user":
-            raise UsageError("The conversation ends with a question; one that ends with an answer was expected.")
-        shown = self._engine.prepare_all(_as_list(images))
-        check_slots(messages, shown)
+            raise UsageError("The conversation ends with a question; expected one that ends with an answer.")
+        pictures = self._engine.prepare_all(_as_list(images))
+        check_slots(messages, pictures)
         if any(message.role != "system" for message in messages):
-            self._engine.require_room([messages], shown, self._options)
-        self._begin(list(messages), shown)
+            self._engine.require_room([messages], pictures, self._options)
+        self._set_conversation(list(messages), pictures)
 
-    def _begin(self, messages: list[Message], pictures: list[Picture]) -> None:
-        """An answer that is still open goes on with the lists that it began with."""
-        self.messages, self._pictures, self._open = messages, pictures, threading.Lock()
+    def _set_conversation(self, messages: list[Message], pictures: list[Picture]) -> None:
+        """Use new lists and a new lock: an answer that is still open keeps those it started with."""
+        self.messages, self._pictures, self._answer_lock = messages, pictures, threading.Lock()
 
     def say(self, text: str, images: Images = (), *, cancel: threading.Event | None = None) -> Stream:
         """Stream the answer to the next turn.
 
-        The turn is kept once the stream ends or is closed, with what was answered until then; after an error it is not.
-        Raises `ContextOverflowError` when the conversation is too long for another turn; `reset` is the way out.
+        The turn is kept when the stream ends or is closed, with the answer so far; after an error it is dropped.
+        Raises `ContextOverflowError` when the conversation is too long for another turn; call `reset` then.
         """
-        return self._turn(text, taken(_as_list(images), self._engine.bundle.manifest), cancel)
+        return self._stream_turn(text, taken(_as_list(images), self._engine.bundle.manifest), cancel)
 
-    def _turn(self, text: str, images: Sequence[ImageInput | Picture], cancel: threading.Event | None) -> Stream:
-        with _alone(self._open):
+    def _stream_turn(self, text: str, images: Sequence[ImageInput | Picture], cancel: threading.Event | None) -> Stream:
+        with _exclusive(self._answer_lock):
             messages, pictures = self.messages, self._pictures
-            new = self._engine.prepare_all(images)
-            shown = [*pictures, *new]
-            _check_question(text, shown)
-            turn = Message("user", text, len(new))
+            new_pictures = self._engine.prepare_all(images)
+            all_pictures = [*pictures, *new_pictures]
+            _check_question(text, all_pictures)
+            turn = Message("user", text, len(new_pictures))
             answer = ""
             failed = False
             try:
                 prompt = [*messages, turn]
-                with closing(self._engine.generate(prompt, shown, self._options, cancel, reuse=True)) as chunks:
+                with closing(self._engine.generate(prompt, all_pictures, self._options, cancel, reuse=True)) as chunks:
                     for chunk in chunks:
                         answer += chunk.text
                         yield chunk
             except Exception as error:
                 failed = True
                 if isinstance(error, ContextOverflowError) and len(messages) > 1:
-                    raise ContextOverflowError(f"{error} {_BEGIN_ANEW}") from error
+                    raise ContextOverflowError(f"{error} {_RESET_HINT}") from error
                 raise
             finally:  # also when closed or interrupted
                 if not failed:
                     messages += [turn, Message("assistant", answer)]
-                    pictures += new
+                    pictures += new_pictures
 
     def asay(self, text: str, images: Images = ()) -> AsyncGenerator[Chunk, None]:
-        """`say` without blocking the event loop. Closing it, or cancelling the task, stops it; the turn is kept.
+        """`say` for asyncio. Closing it, or cancelling the task, stops it; the turn is kept.
 
-        If `break` leaves the loop over it, it is stopped soon after; `contextlib.aclosing` stops it at once.
+        After a `break` out of its loop it stops when Python closes the generator; `contextlib.aclosing` stops it at
+        once.
         """
-        shown = [copied(image) for image in _as_list(images)]
+        sources = [copied(image) for image in _as_list(images)]
 
-        def turn(cancel: threading.Event) -> Stream:
-            own = object()
-            self._waiting.append(own)
+        def say_in_turn(cancel: threading.Event) -> Stream:
+            ticket = object()
+            self._async_queue.append(ticket)
             try:
-                with self._turns:
-                    while self._waiting[0] is not own and not cancel.is_set():
-                        self._turns.wait(POLL_SECONDS)
+                with self._queue_changed:
+                    while self._async_queue[0] is not ticket and not cancel.is_set():
+                        self._queue_changed.wait(POLL_SECONDS)
                 if not cancel.is_set():
-                    yield from self.say(text, shown, cancel=cancel)
+                    yield from self.say(text, sources, cancel=cancel)
             finally:
-                with self._turns:
-                    self._waiting.remove(own)
-                    self._turns.notify_all()
+                with self._queue_changed:
+                    self._async_queue.remove(ticket)
+                    self._queue_changed.notify_all()
 
-        return _awaited(turn, settle=True)
+        return _stream_in_thread(say_in_turn, wait_for_end=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("A Chat cannot be copied; begin one with Llava.chat, and resume it with messages and images.")
+        raise TypeError("A Chat cannot be copied; start one with Llava.chat, and resume it with messages and images.")
 
-    def prepare(self, image: Shown) -> Picture:
-        """Decode and preprocess an image now, to be shown later. Raises `ImageError` or `MissingError`."""
-        return self._engine.prepare(_as_bytes(image))
+    def prepare(self, image: AnyImage) -> Picture:
+        """Decode and preprocess an image now, for a later `say`. Raises `ImageError` or `MissingError`."""
+        return self._engine.prepare(_copy_buffer(image))
 
 
 @contextmanager
-def _alone(lock: threading.Lock) -> Iterator[None]:
+def _exclusive(lock: threading.Lock) -> Iterator[None]:
     if not lock.acquire(blocking=False):
-        raise UsageError("The last answer of this conversation is still open; read it to its end, or close it, first.")
+        raise UsageError("The last answer of this conversation is still open; read it to the end or close it first.")
     try:
         yield
     finally:
         lock.release()
 
 
-def _before(system: str) -> list[Message]:
+def _system_messages(system: str) -> list[Message]:
     return [Message("system", system)] if system else []
 
 
-def _asked(system: str, prompt: str, images: Sequence[object]) -> list[Message]:
-    return [*_before(system), Message("user", prompt, len(images))]
+def _question_messages(system: str, prompt: str, images: Sequence[object]) -> list[Message]:
+    return [*_system_messages(system), Message("user", prompt, len(images))]
 
 
 def _check_question(text: str, images: Sequence[object]) -> None:
-    """Raises `UsageError` for what is no text, or is about a picture that is not there."""
+    """Raise `UsageError` if `text` is not a string, or asks for a description without an image."""
     if not isinstance(text, str):
-        raise UsageError(f"A text was expected as a question, not {text!r:.60}.")
+        raise UsageError(f"A question is a text, not {text!r:.60}.")
     if text == DEFAULT_PROMPT and not images:
         raise UsageError("There is no image to describe; pass one, or a question.")
 
@@ -347,35 +352,37 @@ def _as_list(images: Images) -> list[ImageInput | Picture]:
     if images is None:
         return []
     if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
-        return [_as_bytes(image) for image in images]
-    return [_as_bytes(images)]
+        return [_copy_buffer(image) for image in images]
+    return [_copy_buffer(images)]
 
 
-def _as_bytes(image: Shown) -> ImageInput | Picture:
-    """A buffer as what it holds now: its owner may write to it."""
+def _copy_buffer(image: AnyImage) -> ImageInput | Picture:
+    """Copy the contents of a buffer, which its owner may change."""
     return bytes(image) if isinstance(image, bytearray | memoryview) else image
 
 
-async def _alast(stream: AsyncGenerator[Chunk, None]) -> Result:
+async def _collect_result(stream: AsyncGenerator[Chunk, None]) -> Result:
     async with aclosing(stream) as chunks:
         return result_of([chunk async for chunk in chunks])
 
 
-async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = False) -> AsyncGenerator[Chunk, None]:
-    """A stream, read in a thread of its own. `settle`: who leaves early waits until it has really ended.
+async def _stream_in_thread(
+    start: Callable[[threading.Event], Stream], wait_for_end: bool = False
+) -> AsyncGenerator[Chunk, None]:
+    """Read a stream in a thread of its own. wait_for_end: after an early exit, wait until the stream has ended.
 
-    The last chunk arrives when the stream has ended, so that who leaves with it (Python closes such a generator later)
-    finds a turn kept.
+    The last chunk is delivered after the stream has ended: a caller that stops there, whose generator Python closes
+    later, then finds its turn kept.
     """
-    import asyncio  # 20 ms that the command line does without
+    import asyncio  # 20 ms, not needed by the command line
 
     loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
     cancel = threading.Event()
 
     def put(item: Chunk | Exception | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(arrived.put_nowait, item)
+        with suppress(RuntimeError):  # the loop is closed and nobody is waiting
+            loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def pump() -> None:
         last: Chunk | None = None
@@ -385,7 +392,7 @@ async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = Fa
                     put(chunk)
                 else:
                     last = chunk
-        except Exception as error:  # noqa: BLE001 - raised where it is awaited
+        except Exception as error:  # noqa: BLE001 - raised again in the event loop
             put(error)
         if last is not None:
             put(last)
@@ -394,12 +401,12 @@ async def _awaited(start: Callable[[threading.Event], Stream], settle: bool = Fa
     threading.Thread(target=pump, name="llava-edge stream", daemon=True).start()
     ended = False
     try:
-        while (item := await arrived.get()) is not None:
+        while (item := await queue.get()) is not None:
             if isinstance(item, Exception):
                 raise item
             yield item
         ended = True
     finally:
         cancel.set()
-        while settle and not ended:
-            ended = await arrived.get() is None
+        while wait_for_end and not ended:
+            ended = await queue.get() is None

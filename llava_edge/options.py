@@ -1,4 +1,4 @@
-"""What goes into a generation and what comes out: plain frozen records, shared by API, command line and chat.
+"""Options of a generation and its result, as frozen dataclasses shared by API, command line, server and chat.
 
 Knows nothing about engines, bundles or images.
 """
@@ -25,37 +25,38 @@ DEFAULT_PROMPT = "Describe this image in one sentence."
 
 DEVICES: tuple[Device, ...] = get_args(Device)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
-KVS: tuple[KV, ...] = get_args(KV)
+KV_TYPES: tuple[KV, ...] = get_args(KV)
 SPECULATE: tuple[Speculate, ...] = get_args(Speculate)
 TOKEN_METHODS: tuple[TokenMethod, ...] = get_args(TokenMethod)
-MAX_TOKENS = 1 << 20  # of an answer: more than any context has
-LEAST_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, and logits over it leave float32 at last
-MAX_STOPS = 16
+MAX_TOKENS = 1 << 20  # per answer; more than any context length
+MIN_TEMPERATURE = 1e-6  # below, sampling always picks the likeliest token, and logits / temperature overflow float32
+MAX_STOP_SEQUENCES = 16
 MAX_STOP_BYTES = 256
-MAX_GRAMMAR = 1 << 18
+MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an answer is sampled, and from how much of a picture. The default is greedy: always the most likely token.
+    """How an answer is sampled, and how many tokens an image gets. The default is greedy decoding.
 
-    max_tokens: longest answer in tokens; the end of the context may end it earlier.
-    temperature: 0, or less than 1e-6, is greedy; otherwise logits are divided by it before drawing.
-    top_p, top_k, min_p: keep the smallest set of tokens with this total probability (0 = the likeliest) / this many of
-        them (0 = all) / tokens at least this likely relative to the best one. They matter only when temperature > 0.
-    seed: of the random draw; the same seed gives the same answer on the same machine. None: another one each time,
-        which `Result.seed` tells.
-    stop: texts that end the answer; the answer is cut at the earliest match and does not contain it.
-    speculate: guess tokens from what was said before and check several in one pass. Greedy answers are the same with
-        and without (docs/gpu.md), and only those use it. "auto" stops where it does not pay, and guesses nothing on a
-        GPU unless a draft model is given; "ngram" never stops.
-    grammar: the only form an answer may have, in llama.cpp's GBNF; `llava_edge.from_schema` writes one. Empty: any.
-    top_logprobs: report how likely each token was, and this many of the likeliest in its place. None: do not.
-    image_tokens: positions that a picture may take; 0 is all of them. Fewer are faster and show less.
-    image_token_method: how so many are made, see `llava_edge.token_budget`; all but "cls" are there to compare with.
+    max_tokens: maximum length of the answer in tokens; a full context ends it earlier.
+    temperature: 0, or less than 1e-6, is greedy; otherwise logits are divided by it before sampling.
+    top_p, top_k, min_p: sample from the smallest set of tokens with this total probability (0: the likeliest) / from
+        this many of the likeliest (0: all) / from tokens at least this likely relative to the likeliest. They matter
+        only when temperature > 0.
+    seed: random seed; the same seed gives the same answer on the same machine. None: a new one each time, reported in
+        `Result.seed`.
+    stop: stop sequences; the answer is cut before the earliest match.
+    speculate: speculative decoding: guess tokens from earlier text and verify several in one pass. It is used for
+        greedy answers only and does not change them (docs/gpu.md). "auto" stops where it does not pay, and on a GPU
+        does not start without a draft model; "ngram" never stops.
+    grammar: GBNF grammar (llama.cpp's) that the answer must follow; `llava_edge.from_schema` writes one. Empty: none.
+    top_logprobs: report the log probability of each token and of this many likeliest alternatives. None: do not.
+    image_tokens: maximum number of positions per image; 0 is all. Fewer are faster and show less detail.
+    image_token_method: how they are reduced, see `llava_edge.token_budget`; all but "cls" are baselines.
     repeat_penalty: make the last 64 tokens of the answer less likely: positive logits are divided by it, others
-        multiplied. 1 is none; 1.1 is usual against loops. The prompt does not count: its words may be the answer.
-    frequency_penalty, presence_penalty: subtract this from the logits of those tokens, for each time, and once.
+        multiplied. 1 is none; 1.1 is usual against loops. Prompt tokens do not count, as they may be the answer.
+    frequency_penalty, presence_penalty: subtracted from the logits of those tokens, per occurrence and once.
     Raises `UsageError` naming the field when a value is out of range.
     """
 
@@ -76,59 +77,59 @@ class Options:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        _plain(self)
+        _convert_numpy_numbers(self)
         if self.speculate not in SPECULATE:
-            raise UsageError(f"speculate is {_shown(self.speculate)}; one of {', '.join(SPECULATE)} was expected.")
-        _whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        _real("temperature", self.temperature, 0.0, 100.0)
-        _real("top_p", self.top_p, 0.0, 1.0)
-        _whole("top_k", self.top_k, 0, 1 << 24)
-        _real("min_p", self.min_p, 0.0, 1.0)
+            raise UsageError(f"speculate is {_abbreviate(self.speculate)}; expected one of {', '.join(SPECULATE)}.")
+        _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_integer("top_k", self.top_k, 0, 1 << 24)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
-            _whole("seed", self.seed, 0, (1 << 32) - 1)
+            _check_integer("seed", self.seed, 0, (1 << 32) - 1)
         if self.top_logprobs is not None:
-            _whole("top_logprobs", self.top_logprobs, 0, 20)
-        if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR:
-            raise UsageError(f"grammar must be a text of at most {MAX_GRAMMAR} characters.")
-        _whole("image_tokens", self.image_tokens, 0, 1 << 20)
+            _check_integer("top_logprobs", self.top_logprobs, 0, 20)
+        if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR_CHARACTERS:
+            raise UsageError(f"grammar must be a text of at most {MAX_GRAMMAR_CHARACTERS} characters.")
+        _check_integer("image_tokens", self.image_tokens, 0, 1 << 20)
         if self.image_token_method not in TOKEN_METHODS:
             raise UsageError(
-                f"image_token_method is {_shown(self.image_token_method)}; {', '.join(TOKEN_METHODS)} are possible."
+                f"image_token_method is {_abbreviate(self.image_token_method)}; "
+                f"expected one of {', '.join(TOKEN_METHODS)}."
             )
-        _real("repeat_penalty", self.repeat_penalty, 0.1, 10.0)
-        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("repeat_penalty", self.repeat_penalty, 0.1, 10.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
-            raise UsageError("stop must be a tuple of texts.")
-        if len(self.stop) > MAX_STOPS:
-            raise UsageError(f"There are {len(self.stop)} stop texts; at most {MAX_STOPS} are allowed.")
+            raise UsageError("stop must be a tuple of strings.")
+        if len(self.stop) > MAX_STOP_SEQUENCES:
+            raise UsageError(f"There are {len(self.stop)} stop sequences; at most {MAX_STOP_SEQUENCES} are allowed.")
         for text in self.stop:
             if not 1 <= len(text.encode("utf-8", "replace")) <= MAX_STOP_BYTES:
-                raise UsageError(f"A stop text must have 1 to {MAX_STOP_BYTES} bytes; {text[:20]!r} does not.")
+                raise UsageError(f"A stop sequence must have 1 to {MAX_STOP_BYTES} bytes; {text[:20]!r} does not.")
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
-        return self.temperature < LEAST_TEMPERATURE
+        """Whether the likeliest token is always taken, without sampling."""
+        return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How the engines are opened.
+    """How a model is loaded.
 
     device: "auto" takes the best one that works.
-    threads: 0 means one for each physical core this process may use.
-    context: positions for prompt and answer together; 0 means what the model was trained for, at most 4096.
-    cache: find what pictures became before, in this process or another, and keep it for the next time, on this disk too
-        (`llava_edge.cache`; a path is the folder to keep it in, "memory" keeps it in this process alone). Answers are
-        the same without.
-    preset: "latency" lets the engines keep weights re-ordered for this processor, a private copy, where that pays; with
-        "memory" all are only mapped, the context has 2048 positions (not for tiles) and "q8_0" unless told otherwise.
-        "auto" is as "latency", but copies nothing that would leave less than half of the free memory.
-    kv: numbers that the context is kept in; "q8_0" is half as large as "f16" and rounds a little more.
-    verbose: show llama.cpp's log on stderr. It is one for all models of a process: the one loaded last decides.
-    draft: GGUF file of a small language model with the same vocabulary, which guesses tokens of greedy answers; answers
-        stay the same.
+    threads: 0 means one per physical core this process may use.
+    context: context length, positions for prompt and answer together; 0 means the model's, at most 4096.
+    cache: reuse what was computed from an image, in this process and on disk (`llava_edge.cache`). A path is the folder
+        to use, "memory" keeps it in this process only. Answers are the same without it.
+    preset: "latency" lets the engines copy weights into a faster layout for this processor where that pays; "memory"
+        only memory-maps them and defaults to a context of 2048 (except with tiles) and `kv` "q8_0". "auto" is "latency"
+        without copies that would leave less than half of the free memory.
+    kv: type of the KV cache; "q8_0" takes half the memory of "f16" and rounds a little more.
+    verbose: show llama.cpp's log on stderr. All models of a process share it: the one loaded last decides.
+    draft: GGUF file of a draft model for speculative decoding: a small language model with the same vocabulary.
+        Answers stay the same.
     """
 
     device: Device = "auto"
@@ -141,28 +142,28 @@ class EngineOptions:
     draft: str | Path | None = None
 
     def __post_init__(self) -> None:
-        _plain(self)
+        _convert_numpy_numbers(self)
         if self.device not in DEVICES:
             raise UsageError(f"Device {self.device!r} is not known; choose one of {', '.join(DEVICES)}.")
-        for name, value, allowed in (("preset", self.preset, PRESETS), ("kv", self.kv, KVS)):
+        for name, value, allowed in (("preset", self.preset, PRESETS), ("kv", self.kv, KV_TYPES)):
             if value not in allowed:
-                raise UsageError(f"{name} is {_shown(value)}; one of {', '.join(allowed)} was expected.")
-        _whole("threads", self.threads, 0, 512)
-        _whole("context", self.context, 0, 1 << 20)
+                raise UsageError(f"{name} is {_abbreviate(value)}; expected one of {', '.join(allowed)}.")
+        _check_integer("threads", self.threads, 0, 512)
+        _check_integer("context", self.context, 0, 1 << 20)
         if not isinstance(self.cache, bool | Path) and self.cache != "memory":
-            raise UsageError(f'cache is {_shown(self.cache)}; True, False, "memory" or a Path was expected.')
+            raise UsageError(f'cache is {_abbreviate(self.cache)}; expected True, False, "memory" or a Path.')
         if self.draft is not None and not (isinstance(self.draft, str | Path) and str(self.draft).strip()):
-            raise UsageError(f"draft is {_shown(self.draft)}; the path of a GGUF file was expected.")
+            raise UsageError(f"draft is {_abbreviate(self.draft)}; expected the path of a GGUF file.")
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of wall time for each stage of one answer.
+    """Wall time in milliseconds of each stage of one answer.
 
-    `ttft_ms` and `total_ms` count from the start of the process (command line) or of the call (library).
-    `decode_ms` is the time for all answer tokens after the first; the rate is over those. Of `preprocess_ms`,
-    `image_ms` went into decoding picture files; of `encode_ms`, `project_ms` into the projector. Of questions that are
-    asked in one go each has the times of what was done once for all.
+    `ttft_ms` (time to first token) and `total_ms` count from the start of the process (command line) or of the call
+    (library). `decode_ms` and the rate are for all answer tokens after the first. `preprocess_ms` includes `image_ms`,
+    decoding image files; `encode_ms` includes `project_ms`, the projector. With several questions at once, each
+    reports the stages they shared.
     """
 
     load_ms: float
@@ -179,7 +180,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of this process. `private_bytes` leaves out mapped files, `file_bytes` is these; None where it is not told."""
+    """Memory of this process. `private_bytes` excludes mapped files, `file_bytes` counts them; None if unknown."""
 
     peak_rss_bytes: int | None
     private_bytes: int | None
@@ -190,10 +191,9 @@ class Memory:
 class Result:
     """A finished answer. `prompt_tokens` counts every position of the prompt, `image_tokens` those of images.
 
-    cache: "kv" if the prompt was known up to its last image, "embedding" if only what CLIP makes of the images was.
-
-    drafted_tokens, accepted_tokens: what was guessed of the answer, and how much of that was right and used.
-    seed: what the answer can be drawn again with; None if it is greedy.
+    cache: "kv" if the prompt up to its last image was in the KV cache, "embedding" if only image embeddings were known.
+    drafted_tokens, accepted_tokens: tokens guessed by speculative decoding, and those accepted.
+    seed: repeats the answer when passed as `Options.seed`; None if it is greedy.
     """
 
     text: str
@@ -214,7 +214,7 @@ class Result:
 @dataclass(frozen=True)
 class TokenChance:
     """How likely a token of the answer was: its bytes, the natural logarithm of its probability at temperature 1 and
-    before any penalty, limit or grammar, and the same of the likeliest tokens in its place, best first."""
+    before any penalty, limit or grammar, and the same for the likeliest alternatives, best first."""
 
     token: bytes
     logprob: float
@@ -225,8 +225,8 @@ class TokenChance:
 class Chunk:
     """A piece of a streamed answer.
 
-    token_count: answer tokens since the chunk before. The last chunk, and only that, has `finish_reason` and `final`.
-    chances: of these tokens, if `Options.top_logprobs` asked for them.
+    token_count: answer tokens since the previous chunk. Only the last chunk has `finish_reason` and `final`.
+    chances: of these tokens, if `Options.top_logprobs` is set.
     """
 
     text: str
@@ -237,29 +237,29 @@ class Chunk:
 
 
 def result_of(chunks: Iterable[Chunk]) -> Result:
-    """Read a stream to its end; its last chunk has the result."""
+    """Read a stream to its end and return the result in its last chunk."""
     *_, last = chunks
     assert last.final is not None
     return last.final
 
 
-def _plain(options: object) -> None:
-    """Make numpy's numbers Python's, the only ones that C functions and JSON take."""
+def _convert_numpy_numbers(options: object) -> None:
+    """Convert numpy numbers to Python's, which ctypes and JSON require."""
     for name, value in list(vars(options).items()):
         if isinstance(value, Real) and not isinstance(value, int | float):
             object.__setattr__(options, name, int(value) if isinstance(value, Integral) else float(value))
 
 
-def _whole(name: str, value: object, low: int, high: int) -> None:
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name} is {_shown(value)}; a whole number from {low} to {high} was expected.")
+        raise UsageError(f"{name} is {_abbreviate(value)}; expected a whole number from {low} to {high}.")
 
 
-def _real(name: str, value: object, low: float, high: float) -> None:
+def _check_number(name: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:  # NaN is in no range
-        raise UsageError(f"{name} is {_shown(value)}; a number from {low:g} to {high:g} was expected.")
+        raise UsageError(f"{name} is {_abbreviate(value)}; expected a number from {low:g} to {high:g}.")
 
 
-def _shown(value: object) -> str:
+def _abbreviate(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -283,7 +283,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "{}", "--max-tokens", "-1"], 2, "--max-tokens is -1;"),
     (["run", "--model", "{}", "--temperature", "nan"], 2, "--temperature is"),
     (["run", "--model", "{}", "--temperature", "-1"], 2, "--temperature is"),
-    (["run", "--model", "{}", "--top-p", "2"], 2, "--top-p is 2.0; a number from 0 to 1"),
+    (["run", "--model", "{}", "--top-p", "2"], 2, "--top-p is 2.0; expected a number from 0 to 1"),
     (["run", "--model", "{}", "--min-p", "2"], 2, "--min-p is"),
     (["run", "--model", "{}", "--top-k", "-3"], 2, "--top-k is"),
     (["run", "--model", "{}", "--seed", "-1"], 2, "--seed is"),

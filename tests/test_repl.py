@@ -398,7 +398,7 @@ def test_a_full_context_names_the_way_out(talk: Talk, capsys: pytest.CaptureFixt
     talk(["word " * 2000])
     assert "/reset" not in capsys.readouterr().err  # a new conversation is no shorter
     talk(["hello", "word " * 2000])
-    assert "A new conversation begins with /reset" in capsys.readouterr().err
+    assert "Start a new conversation with /reset" in capsys.readouterr().err
 
 
 def test_a_path_as_a_question_is_a_question(talk: Talk) -> None:

@@ -237,5 +237,5 @@ def test_a_small_context_has_fewer_branches(context: int, micro_bundle: Path) ->
 
 
 def test_one_question_is_not_many(llava: Llava) -> None:
-    with pytest.raises(UsageError, match="ask_many wants a list"):
+    with pytest.raises(UsageError, match="ask_many expects a list"):
         next(llava.ask_many("ab", RED))

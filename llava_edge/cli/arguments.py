@@ -15,7 +15,7 @@ import click
 
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import DataError, UnavailableError, UsageError, install
-from llava_edge.options import DEVICES, KVS, PRESETS, SPECULATE, EngineOptions, Options
+from llava_edge.options import DEVICES, KV_TYPES, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import is_file, meant
 from llava_edge.runtimes.devices import allowed_cpus
 from llava_edge.store import DEFAULT_MODEL, refuse_download
@@ -61,7 +61,7 @@ def engine_options(command: Command) -> Command:
             show_default=True,
             help="latency: copy weights into a faster order where that pays; memory: only memory-map them.",
         ),
-        click.option("--kv", type=click.Choice(KVS), default="auto", show_default=True, help="KV cache type."),
+        click.option("--kv", type=click.Choice(KV_TYPES), default="auto", show_default=True, help="KV cache type."),
         click.option("--cache/--no-cache", default=True, show_default=True, help="Cache what is computed from images."),
         click.option(
             "--draft",
