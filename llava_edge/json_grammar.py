@@ -1,8 +1,8 @@
-"""JSON schemas -> grammars in llama.cpp's GBNF, so that an answer cannot be anything but JSON of that schema.
+"""JSON schemas -> grammars in llama.cpp's GBNF, which make every answer valid JSON of that schema.
 
-What a grammar allows always satisfies the schema; it may allow less (properties come in the schema's order, none is
-added, at most one space between tokens). A keyword that cannot be kept is refused, never ignored, except for those
-that only describe. Knows nothing about engines. Schemas come from strangers: size and depth are limited.
+A grammar allows only what satisfies the schema, and may allow less: properties come in the schema's order, none is
+added, and there is at most one space between tokens. An unsupported keyword is refused, never ignored, except for
+annotations. Knows nothing about engines. Schemas are untrusted: size and depth are limited.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 
 from llava_edge.errors import UsageError
 from llava_edge.json_disjoint import TYPES, has_type, pairwise_disjoint
-from llava_edge.json_numbers import MOST, MOST_BOUND, integers, numbers
+from llava_edge.json_numbers import MAX_BOUND, MAX_INTEGER, integer_range, number_range
 
 MAX_RULES = 500
-MAX_CHOICES = 500  # of an enum
-MAX_REPEATS = 500  # of a character or item with a stated number: llama.cpp writes each out
+MAX_ALTERNATIVES = 500  # of an enum, anyOf or oneOf
+MAX_REPETITIONS = 500  # bound on lengths and item counts: llama.cpp expands each repetition
 MAX_DEPTH = 32
 
-_DESCRIBING = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
-_DESCRIBING |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
-_LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
+_ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _KEYWORDS = {
     "object": {"properties", "required", "additionalProperties"},
     "array": {"items", "prefixItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength"},
-    "number": _LIMITS,
-    "integer": _LIMITS,
+    "number": _BOUNDS,
+    "integer": _BOUNDS,
 }
 
 _BASE = {
@@ -37,7 +37,7 @@ _BASE = {
     "colon": '":" " "?',
     "char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" (bmp | pair))',
     "bmp": "[0-9a-cA-Ce-fE-F] hex{3} | [dD] [0-7] hex{2}",
-    "pair": r'[dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}',  # of surrogates: one character
+    "pair": r'[dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}',  # two surrogates, one character
     "hex": "[0-9a-fA-F]",
     "string": r'"\"" char* "\""',
     "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
@@ -51,207 +51,214 @@ _BASE = {
 
 
 def any_object() -> str:
-    """The grammar of every JSON object."""
-    return _text({"root": "object"})
+    """A grammar for any JSON object."""
+    return _grammar_text({"root": "object"})
 
 
 def from_schema(schema: object) -> str:
-    """The grammar of a JSON schema, as `json.loads` gives it. Raises `UsageError` naming what it cannot express."""
+    """Convert a JSON schema, parsed by `json.loads`, to a grammar. Raises `UsageError` naming what is unsupported."""
     converter = _Converter(schema)
     root = converter.convert(schema, "#", 0)
-    return _text({"root": root, **converter.rules})
+    return _grammar_text({"root": root, **converter.rules})
 
 
-def _text(rules: dict[str, str]) -> str:
+def _grammar_text(rules: dict[str, str]) -> str:
     return "".join(f"{name} ::= {rule}\n" for name, rule in (rules | _BASE).items())
 
 
 class _Converter:
-    """Turns schemas into expressions; `rules` are what they name."""
+    """Converts schemas to GBNF expressions; `rules` are those that the expressions refer to."""
 
     def __init__(self, root: object) -> None:
         self._root = root
         self._refs: dict[str, str] = {}
-        self._names: dict[str, str] = {}  # of expressions that have a rule already
-        self._open: set[str] = set()  # references that are being followed, with nothing of an answer between them
+        self._rule_names: dict[str, str] = {}  # expression -> its rule
+        self._active_refs: set[str] = set()  # references being resolved with no bracket of the answer between them
         self.rules: dict[str, str] = {}
 
     def convert(self, schema: object, path: str, depth: int) -> str:
-        """An expression for a schema. `path` tells a person where it stands."""
+        """Convert one schema to an expression. `path` says where it is, for error messages."""
         if schema is True or schema == {}:
             return "value"
         if not isinstance(schema, dict):
-            raise _refused(path, f"is {_short(schema)}, not an object")
+            raise _schema_error(path, f"is {_abbreviate(schema)}, not an object")
         if depth > MAX_DEPTH:
-            raise _refused(path, f"is nested deeper than {MAX_DEPTH} levels")
-        words = set(schema) - _DESCRIBING
-        if not words:
+            raise _schema_error(path, f"is nested deeper than {MAX_DEPTH} levels")
+        keywords = set(schema) - _ANNOTATIONS
+        if not keywords:
             return "value"
-        for word, method in (("$ref", self._ref), ("const", self._const), ("enum", self._enum)):
-            if word in words:
-                _only(words - {word, "type"}, path, word)
-                return method(self._of_type(schema, word, path), path, depth)
-        for word in ("anyOf", "oneOf", "allOf"):
-            if word in words:
-                _only(words - {word}, path, word)
-                options = _list(schema[word], f"{path}/{word}")
-                if word == "oneOf" and not pairwise_disjoint(options, lambda target: self._find(target, path)):
-                    raise _refused(path, "uses 'oneOf' of schemas that one answer may satisfy two of; use 'anyOf'")
-                if word == "allOf" and len(options) > 1:
-                    raise _refused(path, "uses 'allOf' of several schemas, which answers cannot be held to")
-                return self._either(
-                    self.convert(each, f"{path}/{word}/{i}", depth + 1) for i, each in enumerate(options)
+        for keyword, method in (("$ref", self._ref), ("const", self._const), ("enum", self._enum)):
+            if keyword in keywords:
+                _reject_keywords(keywords - {keyword, "type"}, path, keyword)
+                return method(self._check_type(schema, keyword, path), path, depth)
+        for keyword in ("anyOf", "oneOf", "allOf"):
+            if keyword in keywords:
+                _reject_keywords(keywords - {keyword}, path, keyword)
+                options = _choices(schema[keyword], f"{path}/{keyword}")
+                if keyword == "oneOf" and not pairwise_disjoint(options, lambda target: self._resolve(target, path)):
+                    raise _schema_error(path, "uses 'oneOf' with schemas that may overlap; use 'anyOf'")
+                if keyword == "allOf" and len(options) > 1:
+                    raise _schema_error(path, "uses 'allOf' with several schemas, which is not supported")
+                return self._alternatives(
+                    self.convert(each, f"{path}/{keyword}/{i}", depth + 1) for i, each in enumerate(options)
                 )
-        return self._typed(schema, words, path, depth)
+        return self._typed(schema, keywords, path, depth)
 
-    def _typed(self, schema: dict[str, Any], words: set[str], path: str, depth: int) -> str:
-        _only(words - {"type"}.union(*_KEYWORDS.values()), path)
-        kinds = schema.get("type", [kind for kind in TYPES if words & _KEYWORDS.get(kind, set())])
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        if not kinds or not all(kind in TYPES for kind in kinds):
-            raise _refused(path, f"has the type {_short(schema.get('type'))}, which JSON does not have")
-        _only(words - {"type"}.union(*(_KEYWORDS.get(kind, set()) for kind in kinds)), path)
-        kinds = [kind for kind in kinds if kind != "integer" or "number" not in kinds]
+    def _typed(self, schema: dict[str, Any], keywords: set[str], path: str, depth: int) -> str:
+        _reject_keywords(keywords - {"type"}.union(*_KEYWORDS.values()), path)
+        types = schema.get("type", [kind for kind in TYPES if keywords & _KEYWORDS.get(kind, set())])
+        types = types if isinstance(types, list) else [types]
+        if not types or not all(kind in TYPES for kind in types):
+            raise _schema_error(path, f"has the type {_abbreviate(schema.get('type'))}, which is not a JSON type")
+        _reject_keywords(keywords - {"type"}.union(*(_KEYWORDS.get(kind, set()) for kind in types)), path)
+        types = [kind for kind in types if kind != "integer" or "number" not in types]
         methods = {"object": self._object, "array": self._array, "string": self._string}
         methods |= {"integer": self._integer, "number": self._number}
-        return self._either(methods[kind](schema, path, depth) if kind in methods else kind for kind in kinds)
+        return self._alternatives(methods[kind](schema, path, depth) if kind in methods else kind for kind in types)
 
-    def _either(self, options: Iterator[str]) -> str:
-        """One of several. Equal ones are one: each would be followed for itself, twice as many with every level."""
+    def _alternatives(self, options: Iterator[str]) -> str:
+        """Alternatives without duplicates, which llama.cpp would each follow: twice as many at every level."""
         return self._rule(" | ".join(dict.fromkeys(options)))
 
-    def _inner(self, schema: object, path: str, depth: int) -> str:
-        """An expression for a part, before which there is a bracket."""
-        outer, self._open = self._open, set()
+    def _convert_nested(self, schema: object, path: str, depth: int) -> str:
+        """Convert a schema inside a bracket, where references to enclosing schemas are allowed."""
+        outer, self._active_refs = self._active_refs, set()
         try:
             return self.convert(schema, path, depth)
         finally:
-            self._open = outer
+            self._active_refs = outer
 
     def _ref(self, target: object, path: str, depth: int) -> str:
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            raise _refused(path, f"refers to {_short(target)}; only places inside the schema can be referred to")
-        if target in self._open or target == "#" == path:
-            raise _refused(path, f"refers to {_short(target)}, which is itself, with nothing between")
+            raise _schema_error(
+                path, f"refers to {_abbreviate(target)}; only references inside the schema are supported"
+            )
+        if target in self._active_refs or target == "#" == path:
+            raise _schema_error(path, f"refers to {_abbreviate(target)}, which leads back to itself")
         if target not in self._refs:
             self._refs[target] = name = f"ref{len(self._refs)}"
-            self.rules[name] = ""  # it may refer to itself
-            self._open.add(target)
-            self.rules[name] = self.convert(self._find(target, path), target, depth + 1)
-            self._open.discard(target)
+            self.rules[name] = ""  # reserved: the schema may refer to itself
+            self._active_refs.add(target)
+            self.rules[name] = self.convert(self._resolve(target, path), target, depth + 1)
+            self._active_refs.discard(target)
         return self._refs[target]
 
-    def _of_type(self, schema: dict[str, Any], word: str, path: str) -> object:
-        """The schema's `const`, `enum` or `$ref`. Raises `UsageError` if its `type` says something else beside."""
+    def _check_type(self, schema: dict[str, Any], keyword: str, path: str) -> object:
+        """The schema's `const`, `enum` or `$ref`. Raises `UsageError` if its `type` contradicts it."""
         if "type" not in schema:
-            return schema[word]
-        if word == "$ref":
-            target = self._find(schema[word], path) if isinstance(schema[word], str) else None
+            return schema[keyword]
+        if keyword == "$ref":
+            target = self._resolve(schema[keyword], path) if isinstance(schema[keyword], str) else None
             if not isinstance(target, dict) or target.get("type") != schema["type"]:
-                _only({"type"}, path, word)
-            return schema[word]
-        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        values = [schema[word]] if word == "const" else _list(schema[word], path)
-        if wrong := [value for value in values if not any(has_type(value, kind) for kind in kinds)]:
-            raise _refused(path, f"allows {_short(wrong[0])}, which is not of its type")
-        return schema[word]
+                _reject_keywords({"type"}, path, keyword)
+            return schema[keyword]
+        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        values = [schema[keyword]] if keyword == "const" else _choices(schema[keyword], path)
+        if wrong := [value for value in values if not any(has_type(value, kind) for kind in types)]:
+            raise _schema_error(path, f"allows {_abbreviate(wrong[0])}, which is not of its type")
+        return schema[keyword]
 
-    def _find(self, target: str, path: str) -> object:
-        found: Any = self._root
+    def _resolve(self, target: str, path: str) -> object:
+        schema: Any = self._root
         for part in target[1:].split("/")[1:]:
             name = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(found, dict) or name not in found:
-                raise _refused(path, f"refers to {_short(target)}, which is not there")
-            found = found[name]
-        return found
+            if not isinstance(schema, dict) or name not in schema:
+                raise _schema_error(path, f"refers to {_abbreviate(target)}, which does not exist")
+            schema = schema[name]
+        return schema
 
     def _const(self, value: object, path: str, depth: int) -> str:
         return _literal(value, path)
 
     def _enum(self, values: object, path: str, depth: int) -> str:
-        return self._either(_literal(value, path) for value in _list(values, path))
+        return self._alternatives(_literal(value, path) for value in _choices(values, path))
 
     def _string(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        low, high = _range(schema, "minLength", "maxLength", path)
-        return "string" if (low, high) == (0, None) else rf'"\"" char{_times(low, high)} "\""'
+        low, high = _length_range(schema, "minLength", "maxLength", path)
+        return "string" if (low, high) == (0, None) else rf'"\"" char{_repetition(low, high)} "\""'
 
     def _integer(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        if not _LIMITS & set(schema):
+        if not _BOUNDS & set(schema):
             return "integer"
-        low, above = _limit(schema, "minimum", path)
-        high, below = _limit(schema, "maximum", path)
-        least = -MOST if low is None else max(-MOST, math.floor(low) + 1 if above else math.ceil(low))
-        most = MOST if high is None else min(MOST, math.ceil(high) - 1 if below else math.floor(high))
+        low, exclusive_low = _bound(schema, "minimum", path)
+        high, exclusive_high = _bound(schema, "maximum", path)
+        least, most = -MAX_INTEGER, MAX_INTEGER
+        if low is not None:
+            least = max(least, math.floor(low) + 1 if exclusive_low else math.ceil(low))
+        if high is not None:
+            most = min(most, math.ceil(high) - 1 if exclusive_high else math.floor(high))
         if least > most:
-            raise _refused(path, f"leaves no integer of up to {len(str(MOST))} digits")
-        return self._rule(integers(least, most))
+            raise _schema_error(path, f"allows no integer of up to {len(str(MAX_INTEGER))} digits")
+        return self._rule(integer_range(least, most))
 
     def _number(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        if not _LIMITS & set(schema):
+        if not _BOUNDS & set(schema):
             return "number"
-        low, above = _limit(schema, "minimum", path)
-        high, below = _limit(schema, "maximum", path)
-        expression = numbers(_whole(low, path), _whole(high, path), above, below)
+        low, exclusive_low = _bound(schema, "minimum", path)
+        high, exclusive_high = _bound(schema, "maximum", path)
+        expression = number_range(_integer_bound(low, path), _integer_bound(high, path), exclusive_low, exclusive_high)
         if not expression:
-            raise _refused(path, "leaves no number")
+            raise _schema_error(path, "allows no number")
         return self._rule(expression)
 
     def _array(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        low, high = _range(schema, "minItems", "maxItems", path)
+        low, high = _length_range(schema, "minItems", "maxItems", path)
         items, first = schema.get("items", True), schema.get("prefixItems", [])
         if not isinstance(first, list):
-            raise _refused(path, "has prefixItems that are no list")
+            raise _schema_error(path, "has prefixItems that are not a list")
         listed = [self._item(each, f"{path}/prefixItems/{i}", depth) for i, each in enumerate(first[:high])]
         most = len(listed) if items is False else high
         if most is not None and low > most:
-            raise _refused(path, "needs more items than it allows")
+            raise _schema_error(path, "requires more items than it allows")
         if most == len(listed):
             return f'"[" {self._sequence(listed, low, "")} "]"'
         item = self._item(items, f"{path}/items", depth)
         listed = listed or [item]
-        more = _times(max(low - len(listed), 0), None if most is None else most - len(listed))
+        more = _repetition(max(low - len(listed), 0), None if most is None else most - len(listed))
         return f'"[" {self._sequence(listed, low, f"(comma {item}){more}")} "]"'
 
     def _item(self, schema: object, path: str, depth: int) -> str:
-        return self._rule(self._inner(schema, path, depth + 1))
+        return self._rule(self._convert_nested(schema, path, depth + 1))
 
-    def _sequence(self, items: list[str], needed: int, end: str) -> str:
-        """Items with commas, of which the first ones are needed; `end` may only follow all of them."""
+    def _sequence(self, items: list[str], required_count: int, end: str) -> str:
+        """Items separated by commas, of which the first `required_count` are required; `end` follows the last only."""
         for number, item in reversed(list(enumerate(items))):
             name = self._rule(f"{'comma ' if number else ''}{item} {end}".strip())
-            end = name if number < needed else f"{name}?"
+            end = name if number < required_count else f"{name}?"
         return end
 
     def _object(self, schema: dict[str, Any], path: str, depth: int) -> str:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         extra = schema.get("additionalProperties", True)
         if not isinstance(properties, dict) or not isinstance(required, list):
-            raise _refused(path, "has properties that are no object, or a list of required ones that is none")
+            raise _schema_error(path, "has properties that are not an object, or a required that is not a list")
         if not all(isinstance(name, str) for name in required):
-            raise _refused(path, "requires something that is no name")
+            raise _schema_error(path, "requires something that is not a name")
         if missing := [name for name in required if name not in properties]:
-            raise _refused(path, f"requires {_short(missing[0])}, which is not among its properties")
+            raise _schema_error(path, f"requires {_abbreviate(missing[0])}, which is not among its properties")
         if not properties and extra is not False:
-            value = self._rule(self._inner(extra, f"{path}/additionalProperties", depth + 1))
+            value = self._rule(self._convert_nested(extra, f"{path}/additionalProperties", depth + 1))
             return f'"{{" (string colon {value} (comma string colon {value})*)? "}}"'
         rest, begin = '""', '""'
         for name, value in reversed(properties.items()):
-            member = f"{_literal(name, path)} colon " + self._inner(value, f"{path}/properties/{name}", depth + 1)
+            member = f"{_literal(name, path)} colon " + self._convert_nested(
+                value, f"{path}/properties/{name}", depth + 1
+            )
             member, after = self._rule(member), self._rule(rest)
-            needed = name in required
-            begin = f"{member} {after}" if needed else f"{member} {after} | {self._rule(begin)}"
-            rest = f"comma {member} {after}" if needed else f"(comma {member})? {after}"
+            is_required = name in required
+            begin = f"{member} {after}" if is_required else f"{member} {after} | {self._rule(begin)}"
+            rest = f"comma {member} {after}" if is_required else f"(comma {member})? {after}"
         return f'"{{" {self._rule(begin)} "}}"'
 
     def _rule(self, expression: str) -> str:
-        """The name of the rule with this expression; a single name stays what it is."""
-        if expression in self._names:
-            return self._names[expression]
+        """Name of the rule for an expression, added if it is new; a single name is returned unchanged."""
+        if expression in self._rule_names:
+            return self._rule_names[expression]
         if expression == '""' or expression.isidentifier():
             return expression
         if len(self.rules) >= MAX_RULES:
             raise UsageError(f"The JSON schema is too large: it needs more than {MAX_RULES} rules.")
-        name = self._names[expression] = f"r{len(self.rules)}"
+        name = self._rule_names[expression] = f"r{len(self.rules)}"
         self.rules[name] = expression
         return name
 
@@ -260,65 +267,68 @@ def _literal(value: object, path: str) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except ValueError as error:
-        raise _refused(path, "names a number that JSON does not have") from error
-    if any(0xD800 <= ord(mark) < 0xE000 for mark in text):
-        raise _refused(path, "names a text with half a surrogate pair")
+        raise _schema_error(path, "has a number that JSON does not have") from error
+    if any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise _schema_error(path, "has a text with half a surrogate pair")
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _list(value: object, path: str) -> list[Any]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_CHOICES:
-        raise _refused(path, f"needs a list of 1 to {MAX_CHOICES} choices")
+def _choices(value: object, path: str) -> list[Any]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_ALTERNATIVES:
+        raise _schema_error(path, f"needs a list of 1 to {MAX_ALTERNATIVES} choices")
     return value
 
 
-def _range(schema: dict[str, Any], least: str, most: str, path: str) -> tuple[int, int | None]:
-    for value in (schema[word] for word in (least, most) if word in schema):
-        if type(value) is not int or not 0 <= value <= MAX_REPEATS:
-            raise _refused(path, f"has a {least} or {most} that is no whole number up to {MAX_REPEATS}")
+def _length_range(schema: dict[str, Any], least: str, most: str, path: str) -> tuple[int, int | None]:
+    for value in (schema[keyword] for keyword in (least, most) if keyword in schema):
+        if type(value) is not int or not 0 <= value <= MAX_REPETITIONS:
+            raise _schema_error(path, f"has a {least} or {most} that is not a whole number up to {MAX_REPETITIONS}")
     low, high = schema.get(least, 0), schema.get(most)
     if high is not None and high < low:
-        raise _refused(path, f"has a {most} below its {least}")
+        raise _schema_error(path, f"has a {most} below its {least}")
     return low, high
 
 
-def _limit(schema: dict[str, Any], word: str, path: str) -> tuple[int | float | None, bool]:
-    """A minimum or maximum, and whether it is itself outside."""
-    exclusive = f"exclusive{word.capitalize()}"
-    if word in schema and exclusive in schema:
-        raise _refused(path, f"has a {word} and an {exclusive}; one of them was expected")
-    name = exclusive if exclusive in schema else word
+def _bound(schema: dict[str, Any], keyword: str, path: str) -> tuple[int | float | None, bool]:
+    """A minimum or maximum, and whether it is exclusive."""
+    exclusive = f"exclusive{keyword.capitalize()}"
+    if keyword in schema and exclusive in schema:
+        raise _schema_error(path, f"has both {keyword} and {exclusive}; expected one of them")
+    name = exclusive if exclusive in schema else keyword
     if name not in schema:
         return None, False
     value = schema[name]
     if type(value) is not int and not (type(value) is float and math.isfinite(value)):
-        raise _refused(path, f"has {_short(value)} for {name}, where a number was expected")
+        raise _schema_error(path, f"has {_abbreviate(value)} for {name}; expected a number")
     return value, name == exclusive
 
 
-def _whole(bound: int | float | None, path: str) -> int | None:
-    if bound is not None and (bound != int(bound) or abs(bound) > MOST_BOUND):
-        raise _refused(path, f"limits a number by {_short(bound)}; only whole limits up to {MOST_BOUND} can be kept")
+def _integer_bound(bound: int | float | None, path: str) -> int | None:
+    if bound is not None and (bound != int(bound) or abs(bound) > MAX_BOUND):
+        raise _schema_error(
+            path, f"bounds a number by {_abbreviate(bound)}; only whole bounds up to {MAX_BOUND} are supported"
+        )
     return None if bound is None else int(bound)
 
 
-def _times(low: int, high: int | None) -> str:
+def _repetition(low: int, high: int | None) -> str:
     return f"{{{low},{'' if high is None else high}}}"
 
 
-def _only(left: set[str], path: str, beside: str = "") -> None:
-    if not left:
+def _reject_keywords(keywords: set[str], path: str, beside: str = "") -> None:
+    """Raise `UsageError` if there are any. beside: the keyword that they cannot be combined with."""
+    if not keywords:
         return
     if beside:
-        raise _refused(path, f"uses {_short(min(left))} beside {beside!r}, and answers cannot be held to both at once")
-    raise _refused(path, f"uses {_short(min(left))}, which answers cannot be held to")
+        raise _schema_error(path, f"combines {_abbreviate(min(keywords))} with {beside!r}, which is not supported")
+    raise _schema_error(path, f"uses {_abbreviate(min(keywords))}, which is not supported")
 
 
-def _refused(path: str, what: str) -> UsageError:
-    where = "The JSON schema" if path == "#" else f"The JSON schema at {_short(path)}"
+def _schema_error(path: str, what: str) -> UsageError:
+    where = "The JSON schema" if path == "#" else f"The JSON schema at {_abbreviate(path)}"
     return UsageError(f"{where} {what}.")
 
 
-def _short(value: object) -> str:
+def _abbreviate(value: object) -> str:
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
