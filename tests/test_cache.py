@@ -33,7 +33,7 @@ ABOUT = {"kind": "state", "model": "micro", "positions": "7"}
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Cache:
-    found = Cache(tmp_path / "cache", floor=0)
+    found = Cache(tmp_path / "cache", min_free=0)
     assert found.put(KEY, ABOUT, PAYLOAD)
     return found
 
@@ -69,7 +69,7 @@ def test_a_link_to_a_folder_is_as_good_as_one(kept: Cache, tmp_path: Path) -> No
     kept.folder.symlink_to(tmp_path / "large disk")
     assert kept.get(KEY) == PAYLOAD
     assert kept.put(OTHER, ABOUT, PAYLOAD)
-    assert kept.obstacle() == ""
+    assert kept.disabled_reason() == ""
     (tmp_path / "large disk").chmod(0o755)
     assert kept.get(OTHER) == PAYLOAD
     assert stat.S_IMODE((tmp_path / "large disk").stat().st_mode) == 0o700
@@ -82,16 +82,16 @@ def test_a_link_to_a_folder_for_all_closes_nothing(kept: Cache, tmp_path: Path) 
     (tmp_path / "tmp").chmod(0o1777)
     assert kept.get(KEY) is None
     assert not kept.put(OTHER, ABOUT, PAYLOAD)
-    assert "is for all of them" in kept.obstacle()
+    assert "shared by all users" in kept.disabled_reason()
     assert stat.S_IMODE((tmp_path / "tmp").stat().st_mode) == 0o1777
 
 
 def test_why_nothing_is_kept_is_said(kept: Cache, tmp_path: Path) -> None:
-    assert kept.obstacle() == ""
-    assert Cache(tmp_path / "later", floor=0).obstacle() == ""
+    assert kept.disabled_reason() == ""
+    assert Cache(tmp_path / "later", min_free=0).disabled_reason() == ""
     shutil.rmtree(kept.folder)
     kept.folder.touch()
-    assert "cannot be written to (Not a directory)" in kept.obstacle()
+    assert "cannot be written to (Not a directory)" in kept.disabled_reason()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
@@ -104,7 +104,7 @@ def test_a_folder_of_somebody_else_is_said(linked: bool, kept: Cache, tmp_path: 
     os.chown(kept.folder, 1, 1, follow_symlinks=False)
     assert kept.get(KEY) is None
     assert not kept.put(OTHER, ABOUT, PAYLOAD)
-    assert "belongs to another user" in kept.obstacle()
+    assert "belongs to another user" in kept.disabled_reason()
 
 
 def test_a_long_description_costs_no_entry(kept: Cache) -> None:
@@ -120,7 +120,7 @@ def test_a_long_description_costs_no_entry(kept: Cache) -> None:
 @settings(max_examples=150)
 @given(data=st.data())
 def test_a_changed_byte_anywhere_is_noticed(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    kept = Cache(tmp_path_factory.mktemp("cache"), floor=0)
+    kept = Cache(tmp_path_factory.mktemp("cache"), min_free=0)
     assert kept.put(KEY, ABOUT, PAYLOAD)
     path = kept.folder / KEY
     whole = path.read_bytes()
@@ -163,7 +163,7 @@ def test_damage_is_a_miss(how: str, kept: Cache) -> None:
 
 def test_an_entry_of_somebody_elses_making_is_refused(kept: Cache, tmp_path: Path) -> None:
     """The right form and a right code, but not under this folder's secret."""
-    foreign = Cache(tmp_path / "foreign", floor=0)
+    foreign = Cache(tmp_path / "foreign", min_free=0)
     assert foreign.put(KEY, ABOUT, b"harm")
     shutil.copy(foreign.folder / KEY, kept.folder / KEY)
     assert kept.get(KEY) is None
@@ -176,7 +176,7 @@ def test_a_payload_of_many_parts(kept: Cache, monkeypatch: pytest.MonkeyPatch, t
     def refused(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("llava_edge.cache._PART", 1000)
+    monkeypatch.setattr("llava_edge.cache._READ_BYTES", 1000)
     if not threads:
         monkeypatch.setattr(threading.Thread, "start", refused)
     large = np.random.default_rng(0).bytes(10_500)
@@ -221,7 +221,7 @@ def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
-    kept = Cache(tmp_path, limit=4 * 1200, floor=0)
+    kept = Cache(tmp_path, limit=4 * 1200, min_free=0)
     keys = [f"{i:064x}" for i in range(4)]
     for age, key in enumerate(keys[:3]):
         assert kept.put(key, {}, bytes(1000))
@@ -237,7 +237,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
 
 def test_a_full_folder_is_not_looked_through_for_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look takes 4 us an entry, of which there are thousands, while the model computes."""
-    kept, looks, files = Cache(tmp_path, limit=100 * 1200, floor=0), list[int](), Cache._files
+    kept, looks, files = Cache(tmp_path, limit=100 * 1200, min_free=0), list[int](), Cache._scan
 
     def noticed(self: Cache) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         looks.append(1)
@@ -249,13 +249,13 @@ def test_a_full_folder_is_not_looked_through_for_every_entry(tmp_path: Path, mon
         assert number % 20 or sum(info.st_size for _, info in files(kept)) <= kept.limit
     assert len(looks) < 90
     assert kept.get(f"{699:064}") == b"x" * 100
-    other = Cache(tmp_path, limit=1200, floor=0)
+    other = Cache(tmp_path, limit=1200, min_free=0)
     assert other.put("f" * 64, {}, b"x" * 100)
     assert sum(info.st_size for _, info in files(other)) <= other.limit
 
 
 def test_the_disk_is_never_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Cache(tmp_path, floor=10_000)
+    kept = Cache(tmp_path, min_free=10_000)
     assert kept.put(KEY, {}, bytes(1000))
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 10_500))
@@ -292,7 +292,7 @@ def test_other_files_in_the_folder_stay(kept: Cache) -> None:
     for path in others:
         path.touch()
         os.utime(path, (0, 0))
-    assert Cache(kept.folder, limit=kept.folder.joinpath(KEY).stat().st_size, floor=0).put(OTHER, ABOUT, PAYLOAD)
+    assert Cache(kept.folder, limit=kept.folder.joinpath(KEY).stat().st_size, min_free=0).put(OTHER, ABOUT, PAYLOAD)
     kept.clear()
     assert all(path.exists() for path in others)
 
@@ -301,8 +301,8 @@ def test_files_that_were_never_finished_go(kept: Cache) -> None:
     new, old = kept.folder / ".new.tmp", kept.folder / ".old.tmp"
     for path in (new, old):
         path.write_bytes(bytes(100))
-    os.utime(old, (0, time.time() - 2 * cache._ABANDONED))
-    assert Cache(kept.folder, floor=0).put(OTHER, ABOUT, PAYLOAD)  # of a process that looks for the first time
+    os.utime(old, (0, time.time() - 2 * cache._STALE_SECONDS))
+    assert Cache(kept.folder, min_free=0).put(OTHER, ABOUT, PAYLOAD)  # of a process that looks for the first time
     assert new.exists()
     assert not old.exists()
 
@@ -314,7 +314,7 @@ def test_a_writer_killed_at_any_moment_leaves_nothing_wrong(tmp_path: Path) -> N
         "def watch(event, _):\n    global left\n"
         "    if event in ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.chmod'):\n"
         "        left -= 1\n        left or os._exit(9)\n"
-        f"sys.addaudithook(watch)\nCache(pathlib.Path({str(tmp_path)!r}) / 'cache', floor=0)"
+        f"sys.addaudithook(watch)\nCache(pathlib.Path({str(tmp_path)!r}) / 'cache', min_free=0)"
         f".put({KEY!r}, {{}}, b'x' * 50_000)\n"
     )
     codes = []

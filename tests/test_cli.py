@@ -686,7 +686,7 @@ def test_doctor_looks_at_the_cache_folder(run: Run, tmp_path: Path, monkeypatch:
     assert [found()[name]["level"] for name in ("cache folder", "image cache")] == ["ok", "ok"]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 30))
-    assert "nothing is kept: 1.0 GiB of the disk are free, and 2 must stay free" in found()["image cache"]["text"]
+    assert "nothing is cached: 1.0 GiB of the disk are free, and 2 must stay free" in found()["image cache"]["text"]
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "file"))
     assert found()["cache folder"]["level"] == "note"

@@ -479,7 +479,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 def test_what_is_still_being_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = threading.Event()
     monkeypatch.setattr(Cache, "put", lambda *_: written.wait(20))
-    kept = PictureCache(Cache(tmp_path, floor=0), recent=0)
+    kept = PictureCache(Cache(tmp_path, min_free=0), recent=0)
     kept.put("key", {}, b"payload")
     assert kept.get("key") == b"payload"
     written.set()

@@ -161,7 +161,7 @@ def _pictures() -> Finding:
     entries = kept.entries()
     size = sum(entry.size for entry in entries)
     text = f"{len(entries)} entries, {size / 1e6:.1f} of {kept.limit / 1e6:.0f} MB"
-    obstacle = kept.obstacle()
+    obstacle = kept.disabled_reason()
     return Finding("image cache", "note" if obstacle else "ok", f"{text}; {obstacle}" if obstacle else text)
 
 
