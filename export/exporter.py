@@ -140,7 +140,7 @@ def export(
     publish.check_target(out, options.force)
     if options.emit_mmproj:
         inputs = [path for path in (options.checkpoint, options.mmproj) if path]
-        check_output(options.emit_mmproj, apart=[*inputs, out], bundles=[out])
+        check_output(options.emit_mmproj, distinct_from=[*inputs, out], bundles=[out])
         check_mmproj(checkpoint.config, options.emit_mmproj, options.force)
     probe.require_working_build()
     if options.imatrix or on_report:

@@ -20,7 +20,7 @@ from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.llm_gguf import write_tensors
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.shapes import VISION_PREFIX, tensor_shapes
-from llava_edge.outputs import check_space, unwritable, writing
+from llava_edge.outputs import check_space, storage_errors, write_problem
 
 ARCHITECTURE = "clip"
 
@@ -73,7 +73,7 @@ def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
         raise CannotCreateError(f"{path} exists and is no picture encoder for llama.cpp; choose another name.")
     if os.path.lexists(path) and not force:
         raise CannotCreateError(f"{path} exists already; use --force to replace it, or choose another name.")
-    if reason := unwritable(path.parent):  # it is written there under a temporary name
+    if reason := write_problem(path.parent):  # it is written there under a temporary name
         raise CannotCreateError(f"{path} cannot be written, as its folder takes no files ({reason}).")
     shapes = tensor_shapes(config)
     weights = sum(prod(shapes[source]) for source in tensor_names(config).values())
@@ -93,7 +93,7 @@ def write_mmproj(checkpoint: Checkpoint, path: Path, name: str) -> None:
 
     temp = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
-        with writing(path):
+        with storage_errors(path):
             with closing(gguf.GGUFWriter(temp, ARCHITECTURE)) as writer:
                 _write_fields(writer, checkpoint, name)
                 names = tensor_names(checkpoint.config)

@@ -32,7 +32,7 @@ import numpy as np
 
 from llava_edge import anyres
 from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
-from llava_edge.errors import CheckpointError, install
+from llava_edge.errors import CheckpointError, install_hint
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
@@ -70,7 +70,7 @@ def unavailable_reason() -> str:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return f"Parity was not measured: torch is not installed. {install('train')}, then export again."
+        return f"Parity was not measured: torch is not installed. {install_hint('train')}, then export again."
     return ""
 
 

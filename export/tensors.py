@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.errors import CheckpointError, MissingError, StorageError, UnavailableError, install
+from llava_edge.errors import CheckpointError, MissingError, StorageError, UnavailableError, install_hint
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -157,7 +157,7 @@ def _pickle(path: Path) -> dict[str, StoredTensor]:
     except ImportError as error:
         raise UnavailableError(
             f"{path} is a PyTorch pickle and torch is not installed. Use the checkpoint's safetensors files, if it has "
-            f"any. {install('train')}"
+            f"any. {install_hint('train')}"
         ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))

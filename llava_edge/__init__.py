@@ -4,7 +4,7 @@
     with Llava.load() as llava:
         print(llava.ask("What is this?", images="photo.jpg").text)
 
-Names are resolved on first use, so importing this package loads no engine.
+Names are imported on first use, so importing this package loads no engine.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# ONNX Runtime 1.32 sends usage data to its maker unless this is set when it is loaded.
+# ONNX Runtime 1.32 sends telemetry unless this is set when it is loaded.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-# Threads of numpy's OpenBLAS spin for up to 100 ms after a product, on the cores that llama.cpp needs next: the default
-# model read a picture in 0.18 instead of 0.11 s. It counts when numpy is loaded; 2^4 processor cycles is the least.
+# numpy's OpenBLAS threads spin for up to 100 ms after a product, on the cores that llama.cpp needs next: prefill of the
+# default model took 0.18 instead of 0.11 s. Read when numpy is loaded; the minimum, 4, is 2^4 processor cycles.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 __version__ = "0.1.0"
@@ -41,7 +41,7 @@ __all__ = [
     "from_schema",
 ]
 
-_HOMES = {
+_MODULES = {
     "Chat": "llava_edge.api",
     "Llava": "llava_edge.api",
     "LlavaEdgeError": "llava_edge.errors",
@@ -60,8 +60,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""`llava-edge`, and `python -m llava_edge`: the command line, in peace from its first moment on."""
+"""Entry point of `llava-edge` and `python -m llava_edge`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C ends it without a traceback while its modules are still being imported, too."""
+    """Run the command line; Ctrl-C during its imports ends it without a traceback, too."""
     try:
         from llava_edge import cli
 

@@ -31,7 +31,7 @@ from typing import BinaryIO
 
 from llava_edge import store
 from llava_edge.errors import UsageError
-from llava_edge.outputs import unwritable
+from llava_edge.outputs import write_problem
 
 DEFAULT_LIMIT = 4 << 30  # bytes in total, unless $LLAVA_EDGE_CACHE_MIB is set; LRU eviction
 MIN_FREE_BYTES = 2 << 30  # left free on the disk
@@ -120,7 +120,7 @@ class Cache:
         """Why nothing can be cached, as a sentence; empty if it can."""
         if not self.limit:
             return "nothing is cached: the limit is 0."
-        if problem := unwritable(self.folder):
+        if problem := write_problem(self.folder):
             return f"nothing is cached: {self.folder} cannot be written to ({problem})."
         if self.folder.exists() and not _is_private(self.folder):
             return f"nothing is cached: {self.folder} belongs to another user or is shared by all users; move it away."

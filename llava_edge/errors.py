@@ -7,19 +7,19 @@ Anything else that is raised is a bug and keeps its traceback.
 from __future__ import annotations
 
 
-def install(extra: str) -> str:
-    """What to run for one of our extras: in the clone, because the name on a package index is not ours."""
+def install_hint(extra: str) -> str:
+    """How to install one of our extras: from the clone, because the package is not on PyPI."""
     return f"Run in the clone of llava-edge: pip install '.[{extra}]'"
 
 
 class LlavaEdgeError(Exception):
-    """Base of every error that is meant to be read by a person."""
+    """Base of all errors whose message is meant for the user."""
 
     exit_code = 70
 
 
 class UsageError(LlavaEdgeError):
-    """The request itself makes no sense: a bad option value or combination."""
+    """The request is invalid: a bad option value or combination."""
 
     exit_code = 2
 
@@ -35,7 +35,7 @@ class ImageError(DataError):
 
 
 class BundleError(DataError):
-    """A bundle is damaged, incomplete, mixed or of another format version."""
+    """A bundle is damaged, incomplete, mixed up with another or of another format version."""
 
 
 class CheckpointError(DataError):
@@ -43,7 +43,7 @@ class CheckpointError(DataError):
 
 
 class ContextOverflowError(DataError):
-    """Prompt plus answer do not fit the context; the sentence carries the numbers."""
+    """Prompt plus answer exceed the context length; the message has the numbers."""
 
     exit_code = UsageError.exit_code
 
@@ -61,18 +61,18 @@ class UnavailableError(LlavaEdgeError):
 
 
 class MemoryLimitError(LlavaEdgeError):
-    """The machine has too little memory for what was asked."""
+    """The machine has too little memory."""
 
     exit_code = 71
 
 
 class CannotCreateError(LlavaEdgeError):
-    """An output cannot be created where it was asked for."""
+    """An output file or folder cannot be created."""
 
     exit_code = 73
 
 
 class StorageError(LlavaEdgeError):
-    """Reading or writing failed half way: disk full, I/O error."""
+    """Reading or writing failed: disk full, I/O error."""
 
     exit_code = 74

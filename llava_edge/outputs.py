@@ -1,5 +1,4 @@
-"""Where results go: what cannot be written is refused before hours of work, not after them; what fails all the same is
-said in a sentence."""
+"""Output files: refuse those that cannot be written before hours of work, and report failed writes in a sentence."""
 
 from __future__ import annotations
 
@@ -10,38 +9,38 @@ from pathlib import Path
 
 from llava_edge.errors import CannotCreateError, StorageError
 
-HEADROOM = 1.1  # free space asked for, relative to the estimate
+HEADROOM = 1.1  # free space required, relative to the estimate
 
 
-def check_output(path: Path, *, apart: Iterable[Path] = (), bundles: Iterable[Path] = ()) -> None:
-    """Refuse a file that cannot be written, is one of those `apart`, or would be in a bundle: `CannotCreateError`."""
-    place = _place(path)
-    if place in map(_place, apart):
-        raise CannotCreateError(f"{path} is named for something else, too; choose another name.")
+def check_output(path: Path, *, distinct_from: Iterable[Path] = (), bundles: Iterable[Path] = ()) -> None:
+    """Raise `CannotCreateError` if a file cannot be written, is one of `distinct_from`, or is inside a bundle."""
+    target = _real_path(path)
+    if target in map(_real_path, distinct_from):
+        raise CannotCreateError(f"{path} is also given for something else; choose another name.")
     for bundle in bundles:
-        if _place(bundle) in place.parents:
-            raise CannotCreateError(f"{path} would be in the bundle {bundle}; choose a place outside of it.")
-    if place.is_dir() or not place.parent.is_dir():
+        if _real_path(bundle) in target.parents:
+            raise CannotCreateError(f"{path} would be inside the bundle {bundle}; choose a path outside it.")
+    if target.is_dir() or not target.parent.is_dir():
         raise CannotCreateError(f"{path} cannot be written: it is a folder, or its folder does not exist.")
-    # /dev/stdout exists, though what it leads to may have no place; a link to itself has a place, but does not exist.
-    if not os.access(path, os.W_OK) if path.exists() else os.path.lexists(place) or unwritable(place.parent):
-        raise CannotCreateError(f"{path} cannot be written to; choose another place.")
+    # /dev/stdout exists although its target may have no path; a link to itself has a path but does not exist.
+    if not os.access(path, os.W_OK) if path.exists() else os.path.lexists(target) or write_problem(target.parent):
+        raise CannotCreateError(f"{path} cannot be written to; choose another path.")
 
 
-def unwritable(folder: Path) -> str:
-    """What keeps files from being made in a folder, which may not exist yet; empty if nothing does."""
+def write_problem(folder: Path) -> str:
+    """Why no file can be created in a folder, which may not exist yet; empty if one can."""
     import tempfile  # 5 ms
 
     try:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-        with tempfile.TemporaryFile(dir=there):
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=existing):
             return ""
     except OSError as error:
         return error.strerror or str(error)
 
 
 def check_space(folder: Path, estimate: int, what: str) -> None:
-    """Raises `StorageError` when the disk has not `HEADROOM` x `estimate` bytes free. `what` begins the sentence."""
+    """Raise `StorageError` if the disk has less than `HEADROOM` x `estimate` bytes free. `what` begins the sentence."""
     import shutil  # 3 ms
 
     free, needed = shutil.disk_usage(folder).free, int(estimate * HEADROOM)
@@ -52,14 +51,14 @@ def check_space(folder: Path, estimate: int, what: str) -> None:
 
 
 @contextmanager
-def writing(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Raises `StorageError` for a write that fails; libraries say so by exceptions of their own kinds, too."""
+def storage_errors(path: Path, *exceptions: type[Exception]) -> Iterator[None]:
+    """Turn a failed write into `StorageError`. exceptions: types that a library raises for one besides `OSError`."""
     try:
         yield
-    except (OSError, *kinds) as error:  # type: ignore[misc]
+    except (OSError, *exceptions) as error:  # type: ignore[misc]
         reason = (isinstance(error, OSError) and error.strerror) or f"{error}, as when the disk is full"
         raise StorageError(f"{path} could not be written: {reason}.") from error
 
 
-def _place(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises at a link that leads to itself
+def _real_path(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for a link to itself

@@ -1,7 +1,4 @@
-"""Names of files as people give them: quoted, from the home folder, or as a terminal or browser writes what is dropped.
-
-Knows nothing about what is in them.
-"""
+"""File names as people type or drop them: quoted, escaped by a shell, with ~, or as file:// URLs."""
 
 from __future__ import annotations
 
@@ -12,33 +9,33 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
-def meant(name: str) -> str:
-    """The path that `name` means. A file of exactly that name goes first; what is no path comes back as it is."""
+def expand_path(name: str) -> str:
+    """Resolve quotes, escapes, ~ and file:// in `name`. If a file of exactly this name exists, return it unchanged."""
     if exists(name):
         return name
     if name.startswith("file://"):
-        with suppress(ValueError):  # it is no URL
+        with suppress(ValueError):  # not a valid URL
             return unquote(urlsplit(name).path)
     plain = name.strip().strip("'\"")
     if os.sep == "/" and not exists(plain):
         plain = re.sub(r"\\(.)", r"\1", plain)
     if plain.startswith("~"):
-        with suppress(RuntimeError):  # there is no such home
+        with suppress(RuntimeError):  # no such user
             return str(Path(plain).expanduser())
     return plain
 
 
 def is_file(name: str) -> bool:
-    """Whether `name` means a file; any text may be asked about."""
+    """Whether `name` names a regular file; it may be any text."""
     try:
-        return Path(meant(name)).is_file()
-    except OSError:  # too long
+        return Path(expand_path(name)).is_file()
+    except OSError:  # name too long
         return False
 
 
 def exists(path: str | Path) -> bool:
-    """Unlike Path.exists, it takes names that are too long for any file."""
+    """Like `Path.exists`, but False for names that are too long or invalid."""
     try:
         return os.access(path, os.F_OK)
-    except ValueError:  # a NUL in it
+    except ValueError:  # contains NUL
         return False

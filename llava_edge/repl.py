@@ -17,7 +17,7 @@ import click
 
 from llava_edge import transcript
 from llava_edge.errors import LlavaEdgeError
-from llava_edge.paths import meant
+from llava_edge.paths import expand_path
 
 if TYPE_CHECKING:
     from llava_edge.api import Chat
@@ -61,7 +61,9 @@ class Repl:
     def add(self, pictures: list[Picture], names: list[str]) -> None:
         """Show these images with the next question."""
         self._pending += pictures
-        self._names += [str(Path(meant(name)).absolute()) for name in names]  # to be found from other folders, too
+        self._names += [
+            str(Path(expand_path(name)).absolute()) for name in names
+        ]  # to be found from other folders, too
 
     def run(self) -> None:
         """Until /quit or the end of input. Ctrl-C stops what is done; at the prompt of a terminal it says how to leave.
@@ -123,7 +125,7 @@ class Repl:
                 click.echo()
 
     def _image(self, name: str) -> None:
-        path = meant(name)
+        path = expand_path(name)
         if not path.strip():
             _remark("/image needs a file name.")
             return
@@ -156,7 +158,7 @@ class Repl:
             return
         try:
             found = transcript.read(path)
-            pictures = [self._chat.prepare(meant(image)) for image in found.images]
+            pictures = [self._chat.prepare(expand_path(image)) for image in found.images]
             self._chat.resume(found.messages, pictures[: found.message_images])
         except LlavaEdgeError as error:
             _remark(f"Not loaded: {error}")
@@ -170,7 +172,7 @@ class Repl:
 
 def _named(command: str, name: str) -> Path | None:
     """The file that a command is about; if no file can have that name, it says so."""
-    path = Path(meant(name))
+    path = Path(expand_path(name))
     if path.name and "\0" not in name:
         return path
     _remark(f"{command} needs a file name.")

@@ -1,6 +1,6 @@
-"""Where models live on this machine: a cache folder with one bundle folder for each pulled model, found and removed.
+"""Models on this machine: a cache folder with one bundle folder per pulled model.
 
-Knows nothing about engines or how a model is made.
+Knows nothing about engines or how a model is built.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_edge.bundle import MANIFEST, PARTS
 from llava_edge.errors import MissingError, UsageError
-from llava_edge.paths import exists, meant
+from llava_edge.paths import exists, expand_path
 
 DEFAULT_MODEL = "smol"
 
@@ -24,15 +24,15 @@ class Entry:
     """A known or installed model. `folder` is None while it is not installed."""
 
     name: str
-    about: str
+    description: str
     folder: Path | None
 
 
 def home() -> Path:
-    """The cache folder: $LLAVA_EDGE_HOME, or llava-edge below $XDG_CACHE_HOME or ~/.cache. It may not exist yet."""
+    """The cache folder: $LLAVA_EDGE_HOME, or llava-edge in $XDG_CACHE_HOME or ~/.cache. It may not exist yet."""
     try:
-        if named := os.environ.get("LLAVA_EDGE_HOME"):
-            return Path(named).expanduser()  # what sets it need not be a shell
+        if configured := os.environ.get("LLAVA_EDGE_HOME"):
+            return Path(configured).expanduser()  # ~ is not expanded unless a shell set the variable
         if base := os.environ.get("XDG_CACHE_HOME"):
             return Path(base) / "llava-edge"
         return Path.home() / ".cache" / "llava-edge"
@@ -41,37 +41,37 @@ def home() -> Path:
 
 
 def models_folder() -> Path:
-    """Folder of pulled models."""
+    """The folder of pulled models."""
     return home() / "models"
 
 
 def resolve(model: str | Path) -> Path:
-    """Folder of a model given by name or as a folder. A pulled model goes before a folder of the same name (`./NAME`).
+    """The bundle folder of a model given by name or path. A pulled model wins over a folder of its name (use `./NAME`).
 
-    Raises `MissingError` telling how to get it.
+    Raises `MissingError` that says how to get it.
     """
     name = str(model)
     if not isinstance(model, Path) and _is_name(name) and _is_installed(name):
         return models_folder() / name
-    if name.strip() and exists(path := meant(name)):
+    if name.strip() and exists(path := expand_path(name)):
         return Path(path)
     if name in KNOWN_MODELS:
-        looked = f" in {models_folder()}, where LLAVA_EDGE_HOME says" if os.environ.get("LLAVA_EDGE_HOME") else ""
-        raise MissingError(f"Model {name!r} is not installed{looked}. Run 'llava-edge models pull {name}'.")
+        location = f" in {models_folder()}, where LLAVA_EDGE_HOME says" if os.environ.get("LLAVA_EDGE_HOME") else ""
+        raise MissingError(f"Model {name!r} is not installed{location}. Run 'llava-edge models pull {name}'.")
     refuse_download(name, "download the checkpoint, then run 'llava-edge export CHECKPOINT BUNDLE' and give BUNDLE")
     known = ", ".join(entry.name for entry in entries())
     raise MissingError(f"{name!r} is neither a bundle folder nor a model name; known models: {known}.")
 
 
 def refuse_download(name: str, instead: str) -> None:
-    """Raises `MissingError` if a name is an address or that of a model on a hub, and nothing that is here."""
-    elsewhere = "://" in name or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
-    if elsewhere and not exists(Path(name)):
-        raise MissingError(f"{name!r} is not here, and llava-edge downloads no model but its own: {instead}.")
+    """Raise `MissingError` if a name is a URL or OWNER/MODEL on a hub, and no such path exists."""
+    is_remote = "://" in name or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if is_remote and not exists(Path(name)):
+        raise MissingError(f"{name!r} does not exist, and llava-edge downloads only its own models: {instead}.")
 
 
 def entries() -> list[Entry]:
-    """Known models, then others that are installed."""
+    """Known models, then other installed ones."""
     try:
         found = {path.name for path in models_folder().iterdir() if _is_installed(path.name)}
     except OSError:
@@ -83,9 +83,9 @@ def entries() -> list[Entry]:
 
 
 def remove(name: str) -> int:
-    """Delete the bundle of a pulled model; returns how many bytes it had.
+    """Delete the bundle of a pulled model; returns its size in bytes.
 
-    Raises `MissingError` with the names there are, `UsageError` for what `pull` did not put there: links, other files.
+    Raises `MissingError` with the installed names, `UsageError` for what `pull` did not create: links, other files.
     """
     if not (_is_name(name) and _is_installed(name)):
         installed = ", ".join(entry.name for entry in entries() if entry.folder) or "none"
@@ -93,18 +93,18 @@ def remove(name: str) -> int:
     folder = models_folder() / name
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link to {folder.resolve()}, which was not pulled; remove the link itself.")
-    if foreign := sorted({path.name for path in folder.iterdir()} - {MANIFEST, *PARTS}):
-        raise UsageError(f"{folder} also holds {', '.join(foreign[:5])}; move that away first.")
+    if other_files := sorted({path.name for path in folder.iterdir()} - {MANIFEST, *PARTS}):
+        raise UsageError(f"{folder} also holds {', '.join(other_files[:5])}; move that away first.")
     files = [folder / part for part in (*PARTS, MANIFEST) if os.path.lexists(folder / part)]
     size = sum(path.lstat().st_size for path in files)
-    for path in files:  # the manifest at last: a model that is half removed is still known
+    for path in files:  # the manifest last, so that a half removed model is still listed
         path.unlink()
     folder.rmdir()
     return size
 
 
 def _is_name(text: str) -> bool:
-    return bool(text) and text not in (".", "..") and not any(mark in text for mark in "/\\\0")
+    return bool(text) and text not in (".", "..") and not any(character in text for character in "/\\\0")
 
 
 def _is_installed(name: str) -> bool:

@@ -1,7 +1,7 @@
-"""JSON and TOML, as Python reads them -> dataclasses by their type hints, strict in every type.
+"""Parsed JSON and TOML -> dataclasses, with every value checked against its type hint.
 
-Hints are of `int`, `float` (without NaN and infinity), `str`, `bool`, `Literal`, dataclasses, `X | None`, lists, tuples
-and dicts of these, and `Annotated` with a `Range` or `Printable`; `Any` is not looked at.
+Hints may be `int`, `float` (without NaN and infinity), `str`, `bool`, `Literal`, dataclasses, `X | None`, lists, tuples
+and dicts of these, and `Annotated` with a `Range` or `Printable`; `Any` is not checked.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a value may be. `above` leaves the least one out."""
+    """Bounds of a number, both inclusive unless `exclusive_low` is set."""
 
-    least: float
-    most: float
-    above: bool = False
+    low: float
+    high: float
+    exclusive_low: bool = False
 
     def allows(self, number: float) -> bool:
-        """Whether a number is one of them."""
-        return self.least <= number <= self.most and not (self.above and number == self.least)
+        """Whether a number is within the bounds."""
+        return self.low <= number <= self.high and not (self.exclusive_low and number == self.low)
 
     def __str__(self) -> str:
-        return f"above {self.least} and up to {self.most}" if self.above else f"from {self.least} to {self.most}"
+        return f"above {self.low} and up to {self.high}" if self.exclusive_low else f"from {self.low} to {self.high}"
 
 
 class Printable:
-    """Texts that may reach a terminal."""
+    """Texts that are safe to print on a terminal."""
 
     def allows(self, text: str) -> bool:
-        """Whether all of it can be printed."""
+        """Whether all characters are printable."""
         return text.isprintable()
 
     def __str__(self) -> str:
@@ -43,51 +43,51 @@ class Printable:
 
 
 def build(kind: type[T], raw: object, place: str = "it") -> T:
-    """A dataclass from a dict, or a list of them from a list.
+    """Build a dataclass from a dict, or a list of them from a list.
 
-    Raises `ValueError` with what is wrong; `place` begins that clause.
+    Raises `ValueError` with a clause that says what is wrong and begins with `place`.
     """
-    made: T = _build(kind, raw, place, "")
-    return made
+    result: T = _build(kind, raw, place, "")
+    return result
 
 
-_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))  # they cost more than parsing a file
+_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))  # slower than parsing a file
 
 
 def _build(kind: Any, raw: Any, place: str, name: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if isinstance(raw, dict) and is_dataclass(kind):
-        return _record(kind, raw, place, name)
+        return _build_dataclass(kind, raw, place, name)
     if isinstance(raw, dict) and origin is dict:
         for key in raw:
-            if not _fits(args[0], key):
-                raise ValueError(f"{place} has {key!r:.60} in {name}; {_expected(args[0])} was expected")
+            if not _is_valid(args[0], key):
+                raise ValueError(f"{place} has {key!r:.60} in {name}; {_describe(args[0])} was expected")
         return {key: _build(args[1], value, place, f"{name}.{key}") for key, value in raw.items()}
     if isinstance(raw, list) and origin in (list, tuple) and (origin is list or ... in args or len(raw) == len(args)):
         return origin(_build(args[0], item, place, f"{name}[{i}]") for i, item in enumerate(raw))
     if origin is UnionType and raw is not None:
         return _build(args[0], raw, place, name)
-    if not _fits(kind, raw):
-        found = f"has {name} =" if name else "is"
-        raise ValueError(f"{place} {found} {raw!r:.60}; {_expected(kind)} was expected")
+    if not _is_valid(kind, raw):
+        subject = f"has {name} =" if name else "is"
+        raise ValueError(f"{place} {subject} {raw!r:.60}; {_describe(kind)} was expected")
     return raw
 
 
-def _record(kind: Any, raw: dict[str, Any], place: str, name: str) -> Any:
-    hints, within = _hints(kind), f"{name}." if name else ""
+def _build_dataclass(kind: Any, raw: dict[str, Any], place: str, name: str) -> Any:
+    hints, prefix = _hints(kind), f"{name}." if name else ""
     if unknown := sorted(set(raw) - set(hints)):
-        raise ValueError(f"{place} has unknown fields {[within + field for field in unknown]}")
-    needed = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
-    if missing := [field for field in needed if field not in raw]:
-        raise ValueError(f"{place} has no {within}{missing[0]}")
-    return kind(**{field: _build(hints[field], value, place, within + field) for field, value in raw.items()})
+        raise ValueError(f"{place} has unknown fields {[prefix + field for field in unknown]}")
+    required = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
+    if missing := [field for field in required if field not in raw]:
+        raise ValueError(f"{place} has no {prefix}{missing[0]}")
+    return kind(**{field: _build(hints[field], value, place, prefix + field) for field, value in raw.items()})
 
 
-def _fits(kind: Any, raw: Any) -> bool:
-    """Of what has no parts."""
+def _is_valid(kind: Any, raw: Any) -> bool:
+    """Whether a value that is not a container matches its hint."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _fits(args[0], raw) and bool(args[1].allows(raw))
+        return _is_valid(args[0], raw) and bool(args[1].allows(raw))
     if origin is Literal:
         return raw in args
     if kind is float:
@@ -95,10 +95,10 @@ def _fits(kind: Any, raw: Any) -> bool:
     return kind is Any or type(raw) is kind or (origin is UnionType and raw is None)
 
 
-def _expected(kind: Any) -> str:
+def _describe(kind: Any) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return f"{_expected(args[0])} {args[1]}"
+        return f"{_describe(args[0])} {args[1]}"
     if origin is Literal:
         return f"one of {', '.join(map(repr, args))}"
     if origin in (list, tuple):

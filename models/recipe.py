@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 Count = Annotated[int, Range(1, 65536)]
-Rate = Annotated[float, Range(0, 1, above=True)]
+Rate = Annotated[float, Range(0, 1, exclusive_low=True)]
 Share = Annotated[float, Range(0, 1)]
 Source = Literal["grocery", "clothing", "objects", "easy-vqa", "emoji", "tuxpaint"]  # of pictures: sources.py
 
@@ -32,10 +32,10 @@ class Stage:
     projector_learning_rate: Rate
     batch: Count  # packs per optimiser step
     accumulate: Count = 1  # micro-batches per step
-    epochs: Annotated[float, Range(0, 10_000, above=True)] = 1.0
+    epochs: Annotated[float, Range(0, 10_000, exclusive_low=True)] = 1.0
     max_length: Count = 512  # tokens of text in a pack
     warmup_ratio: Share = 0.03
-    clip_norm: Annotated[float, Range(0, 1_000_000, above=True)] = 1.0
+    clip_norm: Annotated[float, Range(0, 1_000_000, exclusive_low=True)] = 1.0
     lora_rank: Annotated[int, Range(0, 1024)] = 0
     lora_alpha: Annotated[float, Range(0, 65536)] = 0.0
 

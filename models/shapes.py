@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_edge.models.config import LlavaConfig
-from llava_edge.outputs import writing
+from llava_edge.outputs import storage_errors
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -84,5 +84,5 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], **metadata: str)
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    with writing(path, SafetensorError):
+    with storage_errors(path, SafetensorError):
         save_file(dict(tensors), path, {"format": "pt", **metadata})

@@ -31,7 +31,7 @@ from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava
 from llava_edge.models.lora import LoraLinear, add_lora
 from llava_edge.models.recipe import Recipe, Stage
-from llava_edge.outputs import writing
+from llava_edge.outputs import storage_errors
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -242,7 +242,7 @@ class Trainer:
         partial = path.with_suffix(".partial")
         saved = {"recipe": self._identity, "stage": stage, "step": step, "trained": self._trained_state(),
                  "optimizer": optimizer.state_dict()}  # fmt: skip
-        with writing(path, RuntimeError):
+        with storage_errors(path, RuntimeError):
             torch.save(saved, partial)
             partial.replace(path)
 

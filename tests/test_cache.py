@@ -243,7 +243,7 @@ def test_a_full_folder_is_not_looked_through_for_every_entry(tmp_path: Path, mon
         looks.append(1)
         return files(self)
 
-    monkeypatch.setattr(Cache, "_files", noticed)
+    monkeypatch.setattr(Cache, "_scan", noticed)
     for number in range(700):
         assert kept.put(f"{number:064}", {}, b"x" * 100)
         assert number % 20 or sum(info.st_size for _, info in files(kept)) <= kept.limit

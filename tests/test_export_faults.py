@@ -407,7 +407,7 @@ def test_a_folder_that_takes_no_picture_encoder_is_noticed_first(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(StorageError, match=r"^A picture encoder for llama\.cpp needs"):
         export(options)
-    monkeypatch.setattr("llava_edge.export.mmproj.unwritable", lambda folder: "Permission denied")
+    monkeypatch.setattr("llava_edge.export.mmproj.write_problem", lambda folder: "Permission denied")
     with pytest.raises(CannotCreateError, match=r"folder takes no files \(Permission denied\)"):
         export(options)
     assert list(tmp_path.iterdir()) == [mmproj]

@@ -135,7 +135,7 @@ def test_files_that_are_read_are_not_written_over(pair: tuple[Path, Path], tmp_p
         done = command(language, tmp_path / "out", "--mmproj", mmproj, "--template", "chatml", "--force",
                        "--emit-mmproj", target)  # fmt: skip
         assert isinstance(done.exception, CannotCreateError), done.output
-        assert "is named for something else, too" in str(done.exception)
+        assert "is also given for something else" in str(done.exception)
     assert (language.read_bytes(), mmproj.read_bytes()) == before
 
 

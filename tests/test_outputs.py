@@ -9,13 +9,13 @@ import pytest
 
 from llava_edge import outputs
 from llava_edge.errors import CannotCreateError, StorageError
-from llava_edge.outputs import check_output, check_space, unwritable, writing
+from llava_edge.outputs import check_output, check_space, storage_errors, write_problem
 
 
 def test_whether_a_folder_takes_files(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert unwritable(tmp_path) == unwritable(tmp_path / "a" / "b") == ""
-    assert unwritable(tmp_path / "file") == unwritable(tmp_path / "file" / "b") == "Not a directory"
+    assert write_problem(tmp_path) == write_problem(tmp_path / "a" / "b") == ""
+    assert write_problem(tmp_path / "file") == write_problem(tmp_path / "file" / "b") == "Not a directory"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -24,7 +24,7 @@ def test_new_files_old_ones_and_links_to_either_may_be_written(tmp_path: Path) -
     (tmp_path / "to old").symlink_to("old")
     (tmp_path / "to new").symlink_to("new")
     for name in ("old", "new", "to old", "to new"):
-        check_output(tmp_path / name, apart=[tmp_path / "other"], bundles=[tmp_path / "bundle"])
+        check_output(tmp_path / name, distinct_from=[tmp_path / "other"], bundles=[tmp_path / "bundle"])
     check_output(Path("/dev/null"))
     reader, writer = os.pipe()  # as of a shell's >(...), or of what is piped on
     check_output(Path(f"/dev/fd/{writer}"))
@@ -50,7 +50,7 @@ def test_what_would_be_lost_or_spoil_something_is_refused(tmp_path: Path) -> Non
         with pytest.raises(CannotCreateError, match=why):
             check_output(
                 tmp_path / name,
-                apart=[tmp_path / "taken"],
+                distinct_from=[tmp_path / "taken"],
                 bundles=[tmp_path / "bundle", tmp_path / "folder"],
             )
 
@@ -59,7 +59,7 @@ def test_what_the_system_lets_nobody_write_is_refused(tmp_path: Path, monkeypatc
     """Which it lets root, who runs tests."""
     (tmp_path / "old").touch()
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(outputs, "unwritable", lambda folder: "Read-only file system")
+    monkeypatch.setattr(outputs, "write_problem", lambda folder: "Read-only file system")
     for name in ("old", "new"):
         with pytest.raises(CannotCreateError, match="cannot be written to"):
             check_output(tmp_path / name)
@@ -73,9 +73,12 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "none" / "file"
-    with pytest.raises(StorageError, match=r"file could not be written: No such file or directory\.$"), writing(path):
+    with (
+        pytest.raises(StorageError, match=r"file could not be written: No such file or directory\.$"),
+        storage_errors(path),
+    ):
         path.write_text("lost")
-    with pytest.raises(StorageError, match=r"pos, as when the disk is full\.$"), writing(path, RuntimeError):
+    with pytest.raises(StorageError, match=r"pos, as when the disk is full\.$"), storage_errors(path, RuntimeError):
         raise RuntimeError("unexpected pos")
-    with pytest.raises(RuntimeError), writing(path):
+    with pytest.raises(RuntimeError), storage_errors(path):
         raise RuntimeError("a bug")

@@ -189,10 +189,10 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_is_measur
     for out, path, why in (
         ("out", tmp_path / "folder", "it is a folder"),
         ("out", micro_checkpoint / "config.json", "is not an earlier report"),
-        ("out", tmp_path / "out", "is named for something else, too"),
-        ("out", tmp_path / "model-mmproj.gguf", "is named for something else, too"),
-        ("folder", tmp_path / "folder" / "report.md", "would be in the bundle"),
-        ("folder", tmp_path / "link" / "report.md", "would be in the bundle"),
+        ("out", tmp_path / "out", "is also given for something else"),
+        ("out", tmp_path / "model-mmproj.gguf", "is also given for something else"),
+        ("folder", tmp_path / "folder" / "report.md", "would be inside the bundle"),
+        ("folder", tmp_path / "link" / "report.md", "would be inside the bundle"),
         ("out", data, "is not an earlier report"),
     ):
         arguments = ["export", str(micro_checkpoint), str(tmp_path / out)]

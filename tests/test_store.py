@@ -77,7 +77,7 @@ def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_folder_that_is_here_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`checkpoints/llava` looks like the name of a model on a hub."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MissingError, match="downloads no model but its own"):
+    with pytest.raises(MissingError, match="downloads only its own models"):
         store.refuse_download("checkpoints/llava", "get it")
     (tmp_path / "checkpoints" / "llava").mkdir(parents=True)
     store.refuse_download("checkpoints/llava", "get it")

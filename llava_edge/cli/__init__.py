@@ -87,8 +87,8 @@ def _instead(name: str) -> str:
         return f"; to ask about an image, run: llava-edge run --image {shlex.quote(name)}"
     from difflib import get_close_matches
 
-    meant = ELSEWHERE.get(name) or next(iter(get_close_matches(name, COMMANDS, 1)), "")
-    return f"; did you mean 'llava-edge {meant}'?" if meant else "; 'llava-edge --help' lists all commands."
+    command = ELSEWHERE.get(name) or next(iter(get_close_matches(name, COMMANDS, 1)), "")
+    return f"; did you mean 'llava-edge {command}'?" if command else "; 'llava-edge --help' lists all commands."
 
 
 @click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli.terminal import status_line
-from llava_edge.errors import DataError, UnavailableError, UsageError, install
+from llava_edge.errors import DataError, UnavailableError, UsageError, install_hint
 from llava_edge.options import DEVICES, KV_TYPES, PRESETS, SPECULATE, EngineOptions, Options
-from llava_edge.paths import is_file, meant
+from llava_edge.paths import expand_path, is_file
 from llava_edge.runtimes.devices import allowed_cpus
 from llava_edge.store import DEFAULT_MODEL, refuse_download
 
@@ -110,7 +110,7 @@ def engine_options_from(values: dict[str, Any]) -> EngineOptions:
     """The engine's part of them. Says on stderr what too many threads cost. Raises `UsageError` on a bad one."""
     engine = EngineOptions(**{name: values[name] for name in _ENGINE})
     if engine.draft:
-        engine = replace(engine, draft=meant(values["draft"]))
+        engine = replace(engine, draft=expand_path(values["draft"]))
     if engine.threads > (processors := len(allowed_cpus())):
         slow = f"{engine.threads} threads on {processors} processors wait for each other"
         click.echo(f"({slow} and take many times as long; use fewer, or omit --threads)", err=True)
@@ -156,7 +156,7 @@ def needing(extra: str, doing: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{doing} needs {error.name}, which is not installed. {install(extra)}") from error
+        raise UnavailableError(f"{doing} needs {error.name}, which is not installed. {install_hint(extra)}") from error
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def loaded(
 
 def picture_path(name: str) -> str:
     """The path that --image means, as in `chat`. Raises `UsageError` if there is nothing in it."""
-    path = meant(name)
+    path = expand_path(name)
     if not path.strip():
         raise UsageError(f"--image is {name!r}; expected the path of an image.")
     return path

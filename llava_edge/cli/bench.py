@@ -79,7 +79,7 @@ def bench(
     planned = configurations(plan)
     named = [*older, *([picture] if picture else [])]
     for file in filter(None, (csv_file, html_file)):
-        check_output(file, apart=named, bundles=[bundle.folder for _, bundle in planned])
+        check_output(file, distinct_from=named, bundles=[bundle.folder for _, bundle in planned])
         named.append(file)
     earlier = {str(path): read_report(path) for path in older}
     for name, old in earlier.items():

@@ -17,7 +17,7 @@ import click
 
 from llava_edge import __version__, store
 from llava_edge.errors import LlavaEdgeError, UnavailableError
-from llava_edge.outputs import unwritable
+from llava_edge.outputs import write_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,7 +144,7 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
 
 
 def _home(folder: Path) -> Finding:
-    problem = unwritable(folder)
+    problem = write_problem(folder)
     if not problem:
         return Finding("cache folder", "ok", str(folder))
     text = f"{folder} cannot be written to ({problem}): models cannot be pulled, and nothing is cached."

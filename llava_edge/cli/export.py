@@ -124,7 +124,7 @@ def _check_report(path: Path, out: Path, emit_mmproj: Path | None) -> None:
     """Refuse before hours of measuring what would lose the report, or spoil something else with it."""
     from llava_edge.export.report import TITLE
 
-    check_output(path, apart=[out, *([emit_mmproj] if emit_mmproj else [])], bundles=[out])
+    check_output(path, distinct_from=[out, *([emit_mmproj] if emit_mmproj else [])], bundles=[out])
     if path.is_file():
         with path.open("rb") as file:
             if file.read(len(TITLE)) not in (TITLE.encode(), b""):

@@ -13,7 +13,7 @@ from llava_edge.bundle import Bundle
 from llava_edge.cli.arguments import needing
 from llava_edge.cli.terminal import ended_cleanly, one_line, status_line
 from llava_edge.errors import CannotCreateError, LlavaEdgeError, UnavailableError, UsageError
-from llava_edge.outputs import unwritable
+from llava_edge.outputs import write_problem
 
 
 @click.group()
@@ -27,7 +27,7 @@ def list_models() -> None:
     for entry in store.entries():
         state = _state(entry.folder) if entry.folder is not None else "not installed"
         default = " (default)" if entry.name == store.DEFAULT_MODEL else ""
-        click.echo("  ".join(filter(None, (f"{entry.name}{default}", state, entry.about))))
+        click.echo("  ".join(filter(None, (f"{entry.name}{default}", state, entry.description))))
         if entry.folder is not None:
             click.echo(f"    {entry.folder}")
 
@@ -87,7 +87,7 @@ def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
 
     target = store.models_folder() / name
     home = store.home()
-    if problem := unwritable(home) or unwritable(target.parent):
+    if problem := write_problem(home) or write_problem(target.parent):
         raise CannotCreateError(f"{home} cannot be written to ({problem}); set LLAVA_EDGE_HOME to a folder of yours.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with needing("export", "Pulling a model"):

@@ -15,7 +15,7 @@ from llava_edge.cli.arguments import AboutPictures, generation_options, loaded, 
 from llava_edge.cli.terminal import advise, show, status_line
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
-from llava_edge.paths import meant
+from llava_edge.paths import expand_path
 
 if TYPE_CHECKING:
     from llava_edge.options import Result
@@ -115,7 +115,7 @@ def _form(json_schema: str | None, grammar: str | None) -> str:
 
 
 def _text_of(name: str, flag: str) -> str:
-    path = Path(meant(name))
+    path = Path(expand_path(name))
     try:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError as error:

@@ -13,7 +13,7 @@ from llava_edge import store
 from llava_edge.cli.arguments import needing
 from llava_edge.cli.terminal import Status, status_line
 from llava_edge.errors import CannotCreateError
-from llava_edge.outputs import unwritable
+from llava_edge.outputs import write_problem
 
 if TYPE_CHECKING:
     from llava_edge.models.train import Step
@@ -63,7 +63,7 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
 def _writable(named: Path | None, option: str, usual: Path) -> Path:
     """The folder to use. Raises `CannotCreateError` if nothing can be written there, before anything is computed."""
     folder = named or usual
-    if problem := unwritable(folder):
+    if problem := write_problem(folder):
         remedy = f"name another folder with {option}" + ("" if named else ", or set LLAVA_EDGE_HOME to one of yours")
         raise CannotCreateError(f"{folder} cannot be written to ({problem}); {remedy}.")
     return folder

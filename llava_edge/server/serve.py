@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from llava_edge import interpreter, store
 from llava_edge.bundle import Bundle
-from llava_edge.errors import MissingError, UnavailableError, UsageError, install
+from llava_edge.errors import MissingError, UnavailableError, UsageError, install_hint
 from llava_edge.options import EngineOptions
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
@@ -65,7 +65,7 @@ def serve(bundle: Bundle, options: EngineOptions, settings: Settings, log: Calla
     """
     interpreter.refuse_frozen("The server")
     if not all(find_spec(name) for name in ("starlette", "uvicorn")):
-        raise UnavailableError(f"The server needs the extra [serve]. {install('serve')}")
+        raise UnavailableError(f"The server needs the extra [serve]. {install_hint('serve')}")
     with ExitStack() as stack:
         sockets = [stack.enter_context(listener) for listener in _listen(settings.host, settings.port, log)]
         asyncio.run(_serve(bundle, options, settings, sockets, log))
