@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 
 from llava_edge import gguf, templates
-from llava_edge.bundle import Merge, Square, tiling_fault
+from llava_edge.bundle import Merge, Square, tiling_problem
 from llava_edge.errors import CheckpointError
 from llava_edge.export import chat_template, layouts, normalisation
 from llava_edge.export.layouts import Layout, Source
@@ -90,7 +90,7 @@ def open_checkpoint(
     Raises `MissingError`, `UsageError` or `CheckpointError`.
     """
     if template:
-        templates.template(template)
+        templates.get_template(template)
     try:
         source = layouts.read_source(folder, base, vision_tower)
         config = _config(source, template)
@@ -193,7 +193,7 @@ def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> No
     for name, value, expected in fixed:
         if value != expected:
             raise CheckpointError(f"{path} sets {name} to {value!r}; only {expected!r} is supported.")
-    fault = tiling_fault(config.vision.image_size, config.square, config.grids, config.merge, config.image_tokens)
+    fault = tiling_problem(config.vision.image_size, config.square, config.grids, config.merge, config.image_tokens)
     if fault:
         raise CheckpointError(f"{path} cannot be right: {fault}.")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_edge import gguf, templates
-from llava_edge.bundle import Square, tiling_fault
+from llava_edge.bundle import Square, tiling_problem
 from llava_edge.errors import CheckpointError
 from llava_edge.export import chat_template
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors, tensor_mismatches
@@ -56,7 +56,7 @@ def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
     projector, grids = _projector_type(vision_file, text), _grids(vision_file)
     square, square_note = _square(vision, projector, grids)
     if template:
-        templates.template(template)
+        templates.get_template(template)
     else:
         chat_template_text = str(text_file.metadata.get("tokenizer.chat_template", ""))
         template = chat_template.resolve_template(chat_template_text, _guess_template(text, grids), language)
@@ -74,7 +74,7 @@ def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
         # both are the same.
         after_control="prefix" if square == "crop" or template == "mistral_instruct" else "bare",
     )
-    fault = tiling_fault(vision.image_size, square, grids, config.merge, config.image_tokens)
+    fault = tiling_problem(vision.image_size, square, grids, config.merge, config.image_tokens)
     if fault:
         raise CheckpointError(f"{mmproj} cannot be right: {fault}.")
     _check_tokens(text_file, template)
@@ -259,7 +259,7 @@ def _normalisation(file: Gguf) -> Normalisation:
 def _check_tokens(file: Gguf, template: str) -> None:
     tokens, types = file.items("tokenizer.ggml.tokens"), file.items("tokenizer.ggml.token_type")
     control = {text for text, kind in zip(tokens, types, strict=False) if kind == CONTROL}
-    missing = [text for text in templates.template(template).controls if text not in control]
+    missing = [text for text in templates.get_template(template).controls if text not in control]
     if missing:
         raise CheckpointError(
             f"{file.path} lacks the control tokens {', '.join(missing)} of the prompt layout {template!r}; "

@@ -20,7 +20,7 @@ from llava_edge.export import llama_json
 from llava_edge.export.tensors import read_json, refuse_placeholder
 from llava_edge.models.config import LlavaConfig
 from llava_edge.prompt import AfterControl
-from llava_edge.templates import template
+from llava_edge.templates import get_template
 
 # Token types, the same numbers in SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -185,7 +185,7 @@ def _check_vocabulary(folder: Path, config: LlavaConfig, vocabulary: Vocabulary)
     if len(set(vocabulary.tokens)) != size:
         raise CheckpointError(f"The tokenizer in {folder} has the same token twice.")
     control = {text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL}
-    missing = [text for text in template(config.template).controls if text not in control]
+    missing = [text for text in get_template(config.template).controls if text not in control]
     if missing:
         raise CheckpointError(
             f"The prompt template {config.template!r} needs the special tokens {', '.join(missing)}, "

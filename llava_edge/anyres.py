@@ -1,16 +1,16 @@
-"""LLaVA-1.6's way to look at a picture: once whole and once in tiles, and the order of what is seen.
+"""LLaVA-1.6's "anyres" images: the whole picture and tiles of it, and the order of their embeddings.
 
-    crops     RGB picture -> pixels (1 + tiles, 3, S, S): the whole picture squeezed to a square, then the tiles of an
-              enlarged or reduced copy on a black canvas of one of the allowed sizes (`grids`), row by row
-    layout    which embedding of which crop stands at which position of the language model
+    crops     RGB picture -> pixels (1 + tiles, 3, S, S): the whole picture resized to a square, then the tiles of a
+              resized copy on a black canvas of one of the allowed sizes (`grids`), row by row
+    layout    which embedding of which crop goes to which position of the language model
 
-Pictures that are one crop ("pad", "crop") go through the same two functions. The rules are those of haotian-liu/LLaVA
-(llava/mm_utils.py, llava/model/llava_arch.py). transformers differs in two points:
+Pictures of one crop ("pad", "crop") use the same two functions. The rules are those of haotian-liu/LLaVA
+(llava/mm_utils.py, llava/model/llava_arch.py). transformers differs in two ways:
 
-- Its grids are (height, width), and published conversions kept LLaVA's numbers, which are (width, height). Where two
-  grids are equally good (pictures smaller than both) it takes the other one. A checkpoint's own order is followed.
-- Before it cuts off the padding it rounds the picture's side on the map to 7 digits, where LLaVA only truncates. This
-  matters where a whole number comes out a last digit too small: of 47 x 1128 pixels it keeps 4 columns of 24, not 2.
+- Its grids are (height, width), but published conversions kept LLaVA's numbers, which are (width, height). Where two
+  grids are equally good (pictures smaller than both) it picks the other one. A checkpoint's own order is followed.
+- Before removing the padding it rounds the picture's side in patches to 7 digits, where LLaVA only truncates. This
+  matters where an integer comes out slightly too small: of 47 x 1128 pixels it keeps 4 columns of 24, not 2.
 
 Sizes are (width, height) everywhere. Knows nothing about the width of embeddings.
 """
@@ -32,11 +32,11 @@ Array = np.ndarray[Any, Any]
 
 
 def crops(image: Image.Image, spec: Preprocessing) -> Array:
-    """What CLIP gets: float32, (crops, 3, S, S). `image` is what `load_image` returns; raises `ImageError` else."""
+    """Preprocess a picture for CLIP: float32, (crops, 3, S, S). Raises `ImageError` unless `load_image` made it."""
     if spec.square != "anyres":
         return preprocess(image, spec)[None]
     if image.mode != "RGB":
-        raise ImageError(f"Preprocessing takes an RGB picture as load_image returns it, not one of mode {image.mode}.")
+        raise ImageError(f"Preprocessing expects an RGB picture from load_image, not one of mode {image.mode}.")
     side = spec.image_size
     canvas = _canvas(image, best_grid(image.size, spec.grids))
     parts = [image.resize((side, side), Image.Resampling.BICUBIC)]
@@ -46,22 +46,22 @@ def crops(image: Image.Image, spec: Preprocessing) -> Array:
 
 
 def best_grid(size: Size, grids: tuple[Size, ...]) -> Size:
-    """The grid that keeps most pixels of a picture; of equals the one that wastes least, of those the first."""
+    """The grid that keeps most pixels of a picture, then the one that wastes least, then the first."""
 
-    def kept(grid: Size) -> int:
+    def effective_pixels(grid: Size) -> int:
         scale = min(grid[0] / size[0], grid[1] / size[1])
         return min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
 
-    return max(grids, key=lambda grid: (kept(grid), kept(grid) - grid[0] * grid[1]))
+    return max(grids, key=lambda grid: (effective_pixels(grid), effective_pixels(grid) - grid[0] * grid[1]))
 
 
 def _canvas(image: Image.Image, grid: Size) -> Image.Image:
-    """The picture at the largest size that fits, its free side rounded up, in the middle of black."""
-    across, down = grid[0] / image.width, grid[1] / image.height
-    if across < down:
-        fitted = grid[0], min(math.ceil(image.height * across), grid[1])
+    """The picture resized to fit the grid (its free side rounded up) and centred on black."""
+    scale_x, scale_y = grid[0] / image.width, grid[1] / image.height
+    if scale_x < scale_y:
+        fitted = grid[0], min(math.ceil(image.height * scale_x), grid[1])
     else:
-        fitted = min(math.ceil(image.width * down), grid[0]), grid[1]
+        fitted = min(math.ceil(image.width * scale_y), grid[0]), grid[1]
     canvas = Image.new("RGB", grid)
     corner = (grid[0] - fitted[0]) // 2, (grid[1] - fitted[1]) // 2
     canvas.paste(image.resize(fitted, Image.Resampling.BICUBIC), corner)
@@ -69,9 +69,9 @@ def _canvas(image: Image.Image, grid: Size) -> Image.Image:
 
 
 def layout(size: Size, spec: Preprocessing, tokens: int) -> Array:
-    """(positions,) int: rows of the embeddings (crops * tokens, ..) that a picture of `size` shows the language model.
+    """Order of a picture's embeddings in the prompt: (positions,) int, rows of (crops * tokens, ...).
 
-    tokens: embeddings of one crop. The row behind the last, crops * tokens, is the newline's.
+    tokens: embeddings per crop. Row crops * tokens, one past the last, is the newline embedding.
     """
     if spec.square != "anyres":
         return np.arange(tokens)
@@ -82,25 +82,25 @@ def layout(size: Size, spec: Preprocessing, tokens: int) -> Array:
         return np.arange(newline)
     side = math.isqrt(tokens)
     tiles = np.arange(tokens, newline).reshape(rows, columns, side, side)
-    seen = _without_padding(tiles.swapaxes(1, 2).reshape(rows * side, columns * side), size)
-    lines = np.pad(seen, ((0, 0), (0, 1)), constant_values=newline)
+    unpadded = _unpad(tiles.swapaxes(1, 2).reshape(rows * side, columns * side), size)
+    lines = np.pad(unpadded, ((0, 0), (0, 1)), constant_values=newline)
     return np.concatenate([np.arange(tokens), lines.ravel()])
 
 
-def _without_padding(places: Array, size: Size) -> Array:
-    """Cut off the rows or columns that are padding, as many on either side: of an odd number, one stays.
+def _unpad(indices: Array, size: Size) -> Array:
+    """Remove the rows or columns of padding, equally many on both sides; of an odd number, one stays.
 
-    Of a picture thinner than half a patch nothing is left, as in LLaVA.
+    As in LLaVA, nothing is left of a picture thinner than half a patch.
     """
-    height, width = places.shape
+    height, width = indices.shape
     if size[0] / size[1] > width / height:
         margin = (height - int(size[1] * (width / size[0]))) // 2
-        return places[margin : height - margin]
+        return indices[margin : height - margin]
     margin = (width - int(size[0] * (height / size[1]))) // 2
-    return places[:, margin : width - margin]
+    return indices[:, margin : width - margin]
 
 
 def arrange(embeddings: Array, newline: Array | None, rows: Array) -> Array:
-    """(crops, tokens, D) -> (positions, D) in the order `layout` gave; `newline` (D,) is its last row."""
+    """Arrange embeddings (crops, tokens, D) as `layout` says: (positions, D); `newline` (D,) becomes the last row."""
     flat = embeddings.reshape(-1, embeddings.shape[-1])
     return (flat if newline is None else np.concatenate([flat, newline[None]]))[rows]

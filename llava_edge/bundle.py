@@ -203,7 +203,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Parse and check `manifest.json`. Raises `MissingError` or `BundleError` with what was expected."""
     path = folder / MANIFEST
     try:
-        raw = json.loads(_manifest_text(folder), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        raw = json.loads(
+            _manifest_text(folder), object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constants
+        )
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not a valid manifest: {error}.") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
@@ -261,19 +263,19 @@ def _checksum(raw: dict[str, Any]) -> str:
 def _manifest_text(folder: Path) -> str:
     path = folder / MANIFEST
     try:
-        size = _plain_file(path).st_size
+        size = _stat_regular_file(path).st_size
         if size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so it is not a bundle manifest.")
         return path.read_bytes().decode("utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         if not folder.exists():
             raise MissingError(f"{folder} does not exist; a bundle folder or a model name was expected.") from error
-        raise BundleError(f"{folder} is not a bundle{_instead(folder)}") from error
+        raise BundleError(f"{folder} is not a bundle{_explain_non_bundle(folder)}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _instead(folder: Path) -> str:
+def _explain_non_bundle(folder: Path) -> str:
     """What was named in place of a bundle, and what to do."""
     if not folder.is_file():
         return f": it has no {MANIFEST}. Make one with 'llava-edge export'."
@@ -284,7 +286,7 @@ def _instead(folder: Path) -> str:
     return " but a file; the folder of a bundle was expected. Make one with 'llava-edge export'."
 
 
-def _plain_file(path: Path) -> os.stat_result:
+def _stat_regular_file(path: Path) -> os.stat_result:
     """Status of a file that is no link of either kind, pipe, device or folder. Raises `BundleError`, `OSError`."""
     info = path.lstat()
     if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
@@ -310,12 +312,14 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path} has image_size {pixels.image_size}; 1 to {MAX_IMAGE_SIZE} is possible.")
     if min(pixels.std) <= 0:
         raise BundleError(f"{path} has a std that is not positive: {pixels.std}.")
-    fault = tiling_fault(pixels.image_size, pixels.square, pixels.grids, pixels.merge, vision.image_tokens)
-    if fault:
-        raise BundleError(f"{path} cannot be right: {fault}.")
+    problem = tiling_problem(pixels.image_size, pixels.square, pixels.grids, pixels.merge, vision.image_tokens)
+    if problem:
+        raise BundleError(f"{path} cannot be right: {problem}.")
 
 
-def tiling_fault(size: int, square: Square, grids: tuple[tuple[int, int], ...], merge: Merge, image_tokens: int) -> str:
+def tiling_problem(
+    size: int, square: Square, grids: tuple[tuple[int, int], ...], merge: Merge, image_tokens: int
+) -> str:
     """What is wrong with a tiling (see `Preprocessing`) of crops with `image_tokens` embeddings; empty if nothing."""
     if square != "anyres":
         return "grids and merge are for square anyres only" if grids or merge != "flat" else ""
@@ -332,17 +336,17 @@ def tiling_fault(size: int, square: Square, grids: tuple[tuple[int, int], ...], 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
     try:
-        size = _plain_file(path).st_size
+        size = _stat_regular_file(path).st_size
     except OSError as error:
         raise BundleError(f"{path} is missing from the bundle ({error.strerror}). Export or pull it again.") from error
     if size != entry.size:
         raise BundleError(
             f"{path} has {size} bytes, the manifest says {entry.size}: it is truncated or from another "
-            f"bundle.{_hint(path)} Export or pull the bundle again."
+            f"bundle.{_mixup_hint(path)} Export or pull the bundle again."
         )
 
 
-def _hint(path: Path) -> str:
+def _mixup_hint(path: Path) -> str:
     """What stands where the weights should be, if it is one of the usual mix-ups."""
     with path.open("rb") as file:
         start = file.read(64).lstrip().lower()
@@ -353,12 +357,12 @@ def _hint(path: Path) -> str:
     return ""
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key appears twice")
     return found
 
 
-def _no_constants(text: str) -> Any:
+def _reject_constants(text: str) -> Any:
     raise ValueError(f"{text} is not a number JSON allows")

@@ -1,13 +1,13 @@
 """Messages -> prompt pieces -> token ids. Used by the trainer, the exporter and the runtime alike.
 
-A prompt is a list of `Piece`s: plain text, a control token by name, or an image slot. Control tokens never
-travel inside text, so nothing a user types can become one: text is tokenized with special parsing off.
+A prompt is a list of `Piece`s: plain text, a control token by name, or an image slot. Control tokens are
+never part of text, so nothing a user types can become one: text is tokenized without parsing special tokens.
 
-Tokenization follows LLaVA's rule (llava/mm_utils.py, tokenizer_image_token): every stretch of text between
-images and control tokens is tokenized on its own, and only one BOS stands at the start. With SentencePiece
-each stretch therefore gets its own dummy prefix; only behind control tokens tokenizers differ (`AfterControl`).
+Tokenization follows LLaVA's rule (llava/mm_utils.py, tokenizer_image_token): each segment of text between
+images and control tokens is tokenized on its own, with a single BOS at the start. With SentencePiece each
+segment therefore gets its own dummy prefix; only after control tokens do tokenizers differ (`AfterControl`).
 
-This module knows nothing about tokenizers' files, tensors or engines; the caller hands in the functions.
+This module knows nothing about tokenizer files, tensors or engines; the caller passes the functions.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from operator import attrgetter
 from typing import Literal
 
 from llava_edge.errors import UsageError
-from llava_edge.templates import Style, Template, template
+from llava_edge.templates import Style, Template, get_template
 
 IMAGE_TOKEN_INDEX = -200  # llava/constants.py; stands for one image in a list of ids, never an embedding row
-IGNORE_INDEX = -100  # llava/constants.py; a label that is not trained
+IGNORE_INDEX = -100  # llava/constants.py; label of tokens without loss
 IMAGE_PLACEHOLDER = "<image>"
 
 Role = Literal["system", "user", "assistant"]
-# How the text right behind a control token begins. LLaMA's tokenizers differ, here in `USER` behind `</s>`:
+# How text right after a control token is tokenized. LLaMA's tokenizers differ; for `USER` after `</s>`:
 #   prefix  with SentencePiece's dummy prefix, as everywhere: `▁US ER`, 3148 1001 (legacy transformers, llama.cpp)
-#   bare    without: `USER`, 11889 (transformers from 4.34 on with legacy = false)
+#   bare    without it: `USER`, 11889 (transformers from 4.34 on with legacy = false)
 #   cut     the prefix cut off the first token: `US ER`, 3308 1001 (transformers 4.31 to 4.33 with legacy = false)
 AfterControl = Literal["prefix", "bare", "cut"]
 EncodeText = Callable[[str], list[int]]
@@ -37,7 +37,7 @@ ControlId = Callable[[str], int]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `images` counts the pictures shown with it; the template says on which side of the text they stand."""
+    """One turn. `images` is the number of images in it; the template puts them before or after the text."""
 
     role: Role
     text: str
@@ -46,9 +46,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Piece:
-    """One stretch of a prompt. `trained` marks what an answer consists of (LLaVA's label rule).
+    """A part of a prompt. `trained` marks the pieces of an answer, whose tokens get labels (LLaVA's label rule).
 
-    kind "bos": the control token that the tokenizer itself puts first. Text behind it begins like any text.
+    kind "bos": the control token that the tokenizer itself puts first. Text after it is tokenized like any text.
     """
 
     kind: Literal["text", "control", "bos", "image"]
@@ -59,13 +59,13 @@ class Piece:
 def render(
     name: str, messages: Sequence[Message], markers: Sequence[str] = (), *, unclosed: bool = False
 ) -> list[Piece]:
-    """Lay messages out. If the last one is the user's, the assistant's turn is opened and left open.
+    """Convert messages to pieces. If the last one is the user's, the assistant's turn is opened.
 
-    markers: names of the two control tokens around every picture, for models that have them (mm_use_im_start_end).
-    unclosed: leave an answer at the end open, too, so that what comes next goes on with it.
+    markers: names of the two control tokens around every image, for models that have them (mm_use_im_start_end).
+    unclosed: also leave an answer at the end open, so that generation continues it.
     Raises `UsageError` when the turns do not alternate user / assistant after an optional system message.
     """
-    layout = template(name)
+    layout = get_template(name)
     system, turns = _split_system(layout, messages)
     pieces = [Piece("bos", layout.bos)] if layout.bos else []
     for piece in _LAYOUTS[layout.style](layout, system, turns):
@@ -73,11 +73,11 @@ def render(
             pieces += [Piece("control", markers[0]), piece, Piece("control", markers[1])]
         else:
             pieces.append(piece)
-    return _cut(pieces, turns[-1].text.strip()) if unclosed and turns[-1].role == "assistant" else pieces
+    return _drop_closing(pieces, turns[-1].text.strip()) if unclosed and turns[-1].role == "assistant" else pieces
 
 
-def _cut(pieces: Sequence[Piece], answer: str) -> list[Piece]:
-    """Without what closes the answer at the end; nothing of an empty one is left."""
+def _drop_closing(pieces: Sequence[Piece], answer: str) -> list[Piece]:
+    """Drop what closes the answer at the end; if the answer is empty, also the space before it."""
     last = max(i for i, piece in enumerate(pieces) if piece.kind == "text" and piece.trained)
     text = pieces[last].text
     return [*pieces[:last], replace(pieces[last], text=text[: text.rindex(answer) + len(answer)] if answer else "")]
@@ -94,12 +94,12 @@ def _split_system(layout: Template, messages: Sequence[Message]) -> tuple[str, l
         if turn.role != ("user" if i % 2 == 0 else "assistant"):
             raise UsageError("Messages must alternate user, assistant, user, ... after an optional system message.")
         if turn.images and turn.role != "user":
-            raise UsageError("Only messages of the user can have images.")
+            raise UsageError("Only user messages can have images.")
     return system, turns
 
 
 def _question(layout: Template, turn: Message) -> list[Piece]:
-    """`<image>\\n` for every picture, then the text (llava/train/train.py, preprocess_multimodal)."""
+    """`<image>\\n` for each image, then the text (llava/train/train.py, preprocess_multimodal)."""
     pieces: list[Piece] = []
     for _ in range(turn.images):
         pieces += [Piece("text", "\n"), Piece("image")] if layout.image_last else [Piece("image"), Piece("text", "\n")]
@@ -133,13 +133,13 @@ def _single(layout: Template, system: str, turns: list[Message]) -> list[Piece]:
 
 
 def _llama_2(layout: Template, system: str, turns: list[Message]) -> list[Piece]:
-    about = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
-    again = [Piece("control", layout.again)] if layout.again else []
+    system_block = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+    turn_start = [Piece("control", layout.turn_start)] if layout.turn_start else []
     pieces: list[Piece] = []
     for i, turn in enumerate(turns):
         if turn.role == "user":
-            pieces += again if i else []
-            pieces += [Piece("text", "[INST] " + ("" if i else about)), *_question(layout, turn)]
+            pieces += turn_start if i else []
+            pieces += [Piece("text", "[INST] " + ("" if i else system_block)), *_question(layout, turn)]
             pieces.append(Piece("text", " [/INST]"))
         else:
             pieces += [Piece("text", f" {turn.text.strip()} ", True), Piece("control", layout.end, True)]
@@ -160,7 +160,7 @@ def _chatml(layout: Template, system: str, turns: list[Message]) -> list[Piece]:
 
 
 def _plain(layout: Template, system: str, turns: list[Message]) -> list[Piece]:
-    """Stage 1: the question is thrown away; image, caption, newline. No end token."""
+    """Stage 1 of training: image, caption, newline; the question is dropped. No end token."""
     pieces = [Piece("image")] * turns[0].images
     if len(turns) > 1:
         pieces.append(Piece("text", turns[1].text.strip() + "\n", True))
@@ -182,7 +182,7 @@ def encode(
     control_id: ControlId,
     encode_after_control: EncodeText | None = None,
 ) -> list[int]:
-    """Token ids, with `IMAGE_TOKEN_INDEX` for each image slot."""
+    """Convert pieces to token ids, with `IMAGE_TOKEN_INDEX` for each image slot."""
     return encode_with_labels(pieces, encode_text, control_id, encode_after_control)[0]
 
 
@@ -194,59 +194,59 @@ def encode_with_labels(
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of equal length; labels are `IGNORE_INDEX` except for answers and their end tokens.
 
-    encode_after_control: for text right behind a control token other than BOS, where it differs (`AfterControl`).
-    Neighbouring text is tokenized as one stretch. Where an answer begins or ends inside a stretch, the token there
-    is found as LLaVA does: by the length of the stretch's beginning tokenized alone. If that beginning comes out
-    as other tokens inside the whole (a tokenization mismatch), the sample's labels are all masked.
+    encode_after_control: for text right after a control token other than BOS, where it differs (`AfterControl`).
+    Adjacent text is tokenized as one segment. Where an answer begins or ends inside a segment, the token there is found
+    as LLaVA does: by the token count of the text before it, tokenized alone. If that text is tokenized differently
+    within the segment (a tokenization mismatch), all labels of the sample are masked.
     """
     ids: list[int] = []
     labels: list[int] = []
     mismatch = False
-    encode_here = encode_text
-    for run in _runs(pieces):
-        kind = run[0].kind
+    tokenize = encode_text
+    for segment in _segments(pieces):
+        kind = segment[0].kind
         if kind == "image":
             ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)
         elif kind != "text":
-            token = control_id(run[0].text)
+            token = control_id(segment[0].text)
             ids.append(token)
-            labels.append(token if run[0].trained else IGNORE_INDEX)
+            labels.append(token if segment[0].trained else IGNORE_INDEX)
         else:
-            stretch = encode_here("".join(piece.text for piece in run))
-            found = _labels(run, stretch, encode_here)
-            mismatch |= found is None
-            ids += stretch
-            labels += found or []
-        encode_here = encode_after_control if kind == "control" and encode_after_control else encode_text
+            segment_ids = tokenize("".join(piece.text for piece in segment))
+            segment_labels = _labels(segment, segment_ids, tokenize)
+            mismatch |= segment_labels is None
+            ids += segment_ids
+            labels += segment_labels or []
+        tokenize = encode_after_control if kind == "control" and encode_after_control else encode_text
     if mismatch:
         labels = [IGNORE_INDEX] * len(ids)
     return ids, labels
 
 
-def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Group neighbouring text pieces; drop empty ones; everything else stands alone."""
-    runs: list[list[Piece]] = []
+def _segments(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Group adjacent text pieces and drop empty ones; each other piece is a group of its own."""
+    segments: list[list[Piece]] = []
     for piece in pieces:
         if piece.kind == "text" and not piece.text:
             continue
-        if piece.kind == "text" and runs and runs[-1][0].kind == "text":
-            runs[-1].append(piece)
+        if piece.kind == "text" and segments and segments[-1][0].kind == "text":
+            segments[-1].append(piece)
         else:
-            runs.append([piece])
-    return runs
+            segments.append([piece])
+    return segments
 
 
-def _labels(run: list[Piece], stretch: list[int], encode_text: EncodeText) -> list[int] | None:
-    """Labels of a stretch of text; None on a mismatch."""
+def _labels(segment: list[Piece], segment_ids: list[int], encode_text: EncodeText) -> list[int] | None:
+    """Labels of a text segment; None on a tokenization mismatch."""
     labels: list[int] = []
-    grouped = groupby(run, attrgetter("trained"))
+    grouped = groupby(segment, attrgetter("trained"))
     groups = [(trained, "".join(piece.text for piece in group)) for trained, group in grouped]
     before = ""
     for i, (trained, text) in enumerate(groups):
         before += text
-        start = encode_text(before) if i + 1 < len(groups) else stretch
-        if stretch[: len(start)] != start:
+        start = encode_text(before) if i + 1 < len(groups) else segment_ids
+        if segment_ids[: len(start)] != start:
             return None
         labels += start[len(labels) :] if trained else [IGNORE_INDEX] * (len(start) - len(labels))
     return labels

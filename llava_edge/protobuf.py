@@ -1,7 +1,6 @@
-"""Protocol buffers, as far as ONNX graphs and SentencePiece models need them: fields <-> bytes.
+"""Minimal protobuf wire format for ONNX graphs and SentencePiece models: fields <-> bytes.
 
-By hand, because neither the package `onnx` nor `sentencepiece` is needed otherwise. Knows no message: numbers of fields
-are those of its .proto file.
+Saves depending on `onnx` and `sentencepiece` at run time. Knows no message types: field numbers come from .proto files.
 """
 
 from __future__ import annotations
@@ -10,66 +9,70 @@ from collections.abc import Iterator
 
 Field = tuple[int, bytes | int]  # number and value
 
-_INTEGER, _BYTES = 0, 2  # wire types; of the others only sizes are known
-_SIZES = {1: 8, 5: 4}
+_INTEGER, _BYTES = 0, 2  # wire types
+_SIZES = {1: 8, 5: 4}  # bytes of the fixed-size wire types
 
 
 def fields(message: bytes) -> Iterator[Field]:
     """Number and value of each field: an integer (unsigned, 64 bits), or bytes.
 
-    Raises `IndexError` or `ValueError` if it is no message.
+    Raises `IndexError` or `ValueError` if `message` is malformed.
     """
-    at, end = 0, len(message)
-    while at < end:
-        key, at = _varint(message, at) if message[at] > 127 else (message[at], at + 1)  # most have one byte
+    position, end = 0, len(message)
+    while position < end:
+        key, position = (
+            _decode_varint(message, position) if message[position] > 127 else (message[position], position + 1)
+        )  # most have one byte
         number, wire = key >> 3, key & 7
         if wire == _INTEGER:
-            value, at = _varint(message, at)
+            value, position = _decode_varint(message, position)
             yield number, value
             continue
         if wire == _BYTES:
-            size, at = _varint(message, at) if message[at] > 127 else (message[at], at + 1)
+            size, position = (
+                _decode_varint(message, position) if message[position] > 127 else (message[position], position + 1)
+            )
         elif wire in _SIZES:
             size = _SIZES[wire]
         else:
             raise ValueError(f"there is no wire type {wire}")
-        if at + size > end:
-            raise ValueError("a field ends behind its message")
-        yield number, message[at : at + size]
-        at += size
+        if position + size > end:
+            raise ValueError("a field extends beyond its message")
+        yield number, message[position : position + size]
+        position += size
 
 
 def varints(packed: bytes) -> list[int]:
-    """Integers that are packed into one field. Raises as `fields` does."""
-    found, at = [], 0
-    while at < len(packed):
-        value, at = _varint(packed, at)
-        found.append(value)
-    return found
+    """Decode a packed field of integers. Raises as `fields` does."""
+    values, position = [], 0
+    while position < len(packed):
+        value, position = _decode_varint(packed, position)
+        values.append(value)
+    return values
 
 
 def encode(number: int, value: bytes | int) -> bytes:
-    """One field; an integer is not negative."""
+    """Encode one field; integers must not be negative."""
     if isinstance(value, int):
-        return _encoded(number << 3) + _encoded(value)
-    return _encoded(number << 3 | _BYTES) + _encoded(len(value)) + value
+        return _encode_varint(number << 3) + _encode_varint(value)
+    return _encode_varint(number << 3 | _BYTES) + _encode_varint(len(value)) + value
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
+def _decode_varint(message: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = message[at]
+        byte = message[position]
         value |= (byte & 127) << shift
-        shift, at = shift + 7, at + 1
+        shift, position = shift + 7, position + 1
         if byte < 128:
-            return value, at
+            return value, position
         if shift > 63:
             raise ValueError("a number has more than 64 bits")
 
 
-def _encoded(value: int) -> bytes:
-    out = bytearray()
+def _encode_varint(value: int) -> bytes:
+    encoded = bytearray()
     while value > 127:
-        out.append(value & 127 | 128)
+        encoded.append(value & 127 | 128)
         value >>= 7
-    return bytes([*out, value])
+    return bytes([*encoded, value])

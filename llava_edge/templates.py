@@ -1,7 +1,7 @@
-"""The prompt layouts of the published LLaVAs, as data; `llava_edge.prompt` lays messages out by them.
+"""Prompt templates of the published LLaVAs, as data for `llava_edge.prompt`.
 
-Every text must be, byte for byte, what a model was trained on; they are from llava/conversation.py, which holds the
-layouts of several years, as far as nothing else is said.
+Every text must match, byte for byte, what a model was trained on. Unless noted otherwise they come from the versions of
+llava/conversation.py over the years.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Style = Literal["two", "single", "llama_2", "chatml", "plain"]
 
 @dataclass(frozen=True)
 class Template:
-    """A chat layout as data.
+    """A prompt template. Styles are named after LLaVA's `SeparatorStyle` (chatml: MPT).
 
     style "two": `SYSTEM USER: q ASSISTANT: a</s>USER: ...` (Vicuna v1).
     style "single": `SYSTEM###Human: q###Assistant: a###Human: ...` (Vicuna v0). Here `###` is text, so a user can type
@@ -25,10 +25,10 @@ class Template:
     style "chatml": `<|im_start|>role\\n...<|im_end|>` with `newline` after each end token.
     style "plain": image and caption only, stage 1 of training.
 
-    bos: control token that the tokenizer puts first. end: what closes an answer; a control token but in style "single".
-    again: control token before every question but the first.
-    example: an exchange that stands before every conversation.
-    image_last: pictures stand behind the question, as in April 2023.
+    bos: control token the tokenizer puts first. end: what closes an answer; a control token except in style "single".
+    turn_start: control token before every question but the first.
+    example: question and answer placed before every conversation.
+    image_last: images come after the question, as in April 2023.
     """
 
     style: Style
@@ -36,35 +36,32 @@ class Template:
     bos: str | None
     end: str
     newline: str = ""
-    again: str = ""
+    turn_start: str = ""
     example: tuple[str, str] | None = None
     image_last: bool = False
 
     @property
-    def stops(self) -> tuple[str, ...]:
+    def stop_tokens(self) -> tuple[str, ...]:
         """Control tokens that end an answer."""
         return (self.end,) if self.style in ("two", "llama_2", "chatml") else ()
 
     @property
-    def stop_texts(self) -> tuple[str, ...]:
-        """Texts that end an answer and are no part of it.
-
-        LLaMA has several tokenizations of `###`, so only the decoded text tells.
-        """
+    def stop_sequences(self) -> tuple[str, ...]:
+        """Texts that end an answer: LLaMA tokenizes `###` in several ways, so only the decoded text tells."""
         return (self.end,) if self.style == "single" else ()
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """Every control token that a prompt of this layout may contain."""
-        names = (self.bos, self.again, "<|im_start|>" if self.style == "chatml" else "", *self.stops)
+        """Every control token that a prompt of this template may contain."""
+        names = (self.bos, self.turn_start, "<|im_start|>" if self.style == "chatml" else "", *self.stop_tokens)
         return tuple(dict.fromkeys(name for name in names if name))
 
 
-_ABOUT = (
+_ASSISTANT = (
     "A chat between a curious {who} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
 )
-_HUMAN = _ABOUT.format(who="human")
+_HUMAN_ASSISTANT = _ASSISTANT.format(who="human")
 
 # No space between the sentences: that is how the models of 2023 before v1.0 were trained.
 _WAIV = (
@@ -81,7 +78,7 @@ _LLAMA_2 = (
 
 _MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 
-_ENERGY = (
+_ENERGY_EXAMPLE = (
     "What are the key differences between renewable and non-renewable energy sources?",
     "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such "
     "as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and "
@@ -102,16 +99,16 @@ _ENERGY = (
 )
 
 TEMPLATES: dict[str, Template] = {
-    "vicuna_v1": Template("two", _ABOUT.format(who="user"), "<s>", "</s>"),
-    "llava_v1": Template("two", _HUMAN, "<s>", "</s>"),
+    "vicuna_v1": Template("two", _ASSISTANT.format(who="user"), "<s>", "</s>"),
+    "llava_v1": Template("two", _HUMAN_ASSISTANT, "<s>", "</s>"),
     "llava_v1_1": Template("two", _WAIV, "<s>", "</s>"),  # called llava_v1 in July 2023; the v1-1 weights
-    "llava_v0": Template("single", _HUMAN, "<s>", "###"),
-    "v0": Template("single", _HUMAN, "<s>", "###", example=_ENERGY),
+    "llava_v0": Template("single", _HUMAN_ASSISTANT, "<s>", "###"),
+    "v0": Template("single", _HUMAN_ASSISTANT, "<s>", "###", example=_ENERGY_EXAMPLE),
     # The v0 weights of April 2023.
     "multimodal": Template(
         "single", _WAIV, "<s>", "###", example=("Hi!", "Hi there!  How can I help you today?\n"), image_last=True
     ),
-    "llava_llama_2": Template("llama_2", _LLAMA_2, "<s>", "</s>", again="<s>"),
+    "llava_llama_2": Template("llama_2", _LLAMA_2, "<s>", "</s>", turn_start="<s>"),
     "mistral_instruct": Template("llama_2", "", "<s>", "</s>"),
     "mpt": Template("chatml", _MPT, None, "<|im_end|>"),
     "chatml_direct": Template("chatml", "Answer the questions.", None, "<|im_end|>"),  # v1.6-34b
@@ -121,8 +118,8 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def template(name: str) -> Template:
-    """Look a built-in template up by name. Raises `UsageError` naming the valid ones."""
+def get_template(name: str) -> Template:
+    """Look up a built-in template by name. Raises `UsageError` with the valid names."""
     try:
         return TEMPLATES[name]
     except KeyError:

@@ -39,7 +39,7 @@ from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 from llava_edge.runtimes.text import TextStream
 from llava_edge.runtimes.tokenization import prompt_encoder
-from llava_edge.templates import template
+from llava_edge.templates import get_template
 
 MAX_BATCH = 1024  # a batch's working memory grows with it: 13 MB for 64 positions of a 7B
 
@@ -252,8 +252,8 @@ class Engine:
         self._prefill = Prefill(self.bundle, language, self._embedder, self._cache)
         self._parts.callback(self._prefill.keep)
         self._thread.on_idle = self._prefill.keep
-        self._template = template(manifest.template)
-        self._ends = {language.control_id(name) for name in self._template.stops}
+        self._template = get_template(manifest.template)
+        self._ends = {language.control_id(name) for name in self._template.stop_tokens}
         self._encode = prompt_encoder(language, manifest, unclosed=True)
         if not shown:
             embedding.result()
@@ -338,7 +338,7 @@ class Engine:
         stats.preprocess_ms = sum(picture.milliseconds for picture in once)
         stats.image_ms = sum(picture.decode_milliseconds for picture in once)
         within = messages[-1].role == "assistant" and messages[-1].text[-1:].strip() != ""
-        stream = TextStream((*options.stop, *self._template.stop_texts), within=within)
+        stream = TextStream((*options.stop, *self._template.stop_sequences), within=within)
         limit = min(options.max_tokens, self.context_size - stats.prompt_tokens)
         language = self._opened()
         if options.grammar:

@@ -314,7 +314,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["info", "no-such"], 66, "known models"),
     (["info", "llava-hf/llava-1.5-7b-hf"], 66, "'llava-hf/llava-1.5-7b-hf' does not exist, and"),
     (["models", "pull", "llava-hf/llava-1.5-7b-hf"], 66, "downloads only its own models"),
-    (["export", "llava-hf/llava-1.5-7b-hf", "out"], 66, "but its own: download it, then give its folder"),
+    (["export", "llava-hf/llava-1.5-7b-hf", "out"], 66, "only its own models: download it, then give its folder"),
     (["export", "https://example.org/x", "out"], 66, "'https://example.org/x' does not exist, and"),
     (["export", "{}", "out", "--base", "lmsys/vicuna-7b-v1.5"], 66, "'lmsys/vicuna-7b-v1.5' does not exist, and"),
     (["export", "{}", "out", "--vision-tower", "openai/clip"], 66, "'openai/clip' does not exist, and"),

@@ -44,8 +44,8 @@ def test_what_would_be_lost_or_spoil_something_is_refused(tmp_path: Path) -> Non
         ("loop", "cannot be written to"),
         ("taken", "something else"),
         ("folder/../taken", "something else"),
-        ("bundle/file", "in the bundle"),
-        ("link/file", "in the bundle"),
+        ("bundle/file", "inside the bundle"),
+        ("link/file", "inside the bundle"),
     ):
         with pytest.raises(CannotCreateError, match=why):
             check_output(

@@ -21,7 +21,7 @@ from llava_edge.server.limits import Limits
 from llava_edge.server.metrics import Metrics
 from llava_edge.server.supervisor import Supervisor
 from llava_edge.server.votes import VoteLog
-from llava_edge.templates import template
+from llava_edge.templates import get_template
 
 if TYPE_CHECKING:
     import uvicorn
@@ -85,7 +85,7 @@ async def _serve(
     metrics = Metrics()
     supervisor = Supervisor(bundle, options, limits, metrics.count_answer)
     manifest = bundle.manifest
-    vote_log = VoteLog(store.home() / "log" / "votes.jsonl", manifest.name, template(manifest.template))
+    vote_log = VoteLog(store.home() / "log" / "votes.jsonl", manifest.name, get_template(manifest.template))
     allowed_origins = guard.parse_origins(settings.allowed_origins)
     access_guard = guard.Guard(hosts, settings.key, settings.allowed_hosts, allowed_origins)
     app = App(manifest.name, supervisor, vote_log, limits, metrics).asgi(access_guard, log)
