@@ -1,10 +1,10 @@
-"""Any picture people have -> RGB -> the pixels CLIP gets. Used by the trainer, the exporter's checks and the runtime.
+"""Image files -> RGB -> CLIP's input pixels. Used by the trainer, the exporter's checks and the runtime.
 
-`load_image` decodes and normalises what a picture *is* (orientation, transparency, depth, colour model);
-`preprocess` does what LLaVA does to it. Pictures come from strangers: only five parsers can ever run, sizes are
-checked before decoding, and a file that is cut off or damaged is refused rather than shown half grey.
+`load_image` decodes a picture and normalises orientation, transparency, bit depth and colour model; `preprocess`
+does LLaVA's preprocessing. Pictures are untrusted: only five parsers can ever run, sizes are checked before decoding,
+and a truncated or damaged file is refused rather than shown half grey.
 
-Knows nothing about models, engines or the network. Colour profiles (ICC) are ignored, as LLaVA ignores them.
+Knows nothing about models, engines or the network. Colour profiles (ICC) are ignored, as in LLaVA.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from PIL import Image, ImageFile, WebPImagePlugin  # noqa: F401 - without WebP, 
 
 from llava_edge.bundle import Preprocessing, Square
 from llava_edge.errors import ImageError, LlavaEdgeError, MissingError
-from llava_edge.image_format import ACCEPTED, BASE64, format_of, is_whole, what_it_is
+from llava_edge.image_format import ACCEPTED, BASE64, describe_bytes, detect_format, is_complete
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray[Any, Any]
 
 BACKGROUND = (255, 255, 255)  # shows through transparent pixels: most such pictures are drawn for a white page
 MAX_PIXELS = 1 << 26  # 67 megapixels; Pillow keeps 4 bytes a pixel, so 256 MiB
-MAX_SIDE = 1 << 14  # pixels; the work of `_pad` grows with its square, and no wider panorama comes from a phone
+MAX_SIDE = 1 << 14  # pixels; the cost of `_pad` grows with its square, and no phone takes a wider panorama
 MAX_BYTES = 1 << 28  # of an encoded file
-BAND_PIXELS = 1 << 20  # `_pad` widens this much of a picture at a time, in each of its threads
+BAND_PIXELS = 1 << 20  # that each thread of `_pad` pads at a time
 BAND_THREADS = 2
 RESCALE = 0.00392156862745098  # 1/255 as CLIP's preprocessor_config.json has it
 
-LAZY = threading.Lock()  # Pillow's images read pixels and EXIF when first asked, which two threads must not do at once
-os.register_at_fork(before=LAZY.acquire, after_in_parent=LAZY.release, after_in_child=LAZY.release)
-_ORIENTATION = 0x0112  # EXIF tag; the table says how to bring each value upright
-_UPRIGHT = {
+PILLOW_LOCK = threading.Lock()  # Pillow images load pixels and EXIF lazily, which is not thread-safe
+os.register_at_fork(before=PILLOW_LOCK.acquire, after_in_parent=PILLOW_LOCK.release, after_in_child=PILLOW_LOCK.release)
+_ORIENTATION = 0x0112  # EXIF tag
+_TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -50,29 +50,29 @@ _UPRIGHT = {
 
 
 def load_image(source: ImageInput, name: str = "") -> Image.Image:
-    """Decode to RGB, uint8, upright, first frame. A Pillow image that is all that already is the result.
+    """Decode to RGB, uint8, upright, first frame. A Pillow image that already is all of that is returned unchanged.
 
     source: a path, an encoded file as bytes, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
-    name: what messages call it, if it is no path.
+    name: name for error messages, if `source` is not a path.
 
-    EXIF orientation is applied (LLaVA's own code does not). Transparency lies on `BACKGROUND`. 16-bit grey is
-    divided by 257 and rounded; 16-bit colour keeps its high byte, which is all Pillow delivers.
-    Only PNG has checksums: bytes that were changed, or replaced by zeros, can pass unseen in the other formats.
+    EXIF orientation is applied (LLaVA's own code does not). Transparency is blended with `BACKGROUND`. 16-bit grey is
+    divided by 257 and rounded; 16-bit colour keeps its high byte, which is all Pillow provides.
+    Only PNG has checksums: in the other formats, changed or zeroed bytes can go unnoticed.
 
-    Raises `MissingError` if there are no bytes to read, `ImageError` if they are not an acceptable picture.
+    Raises `MissingError` if there is nothing to read, `ImageError` if it is not an acceptable picture.
     """
     if isinstance(source, str | os.PathLike):
         source, name = read_image(source)
     elif isinstance(source, ImageFile.ImageFile) and source.filename:
-        name = _printable(os.fsdecode(source.filename))
+        name = _display_name(os.fsdecode(source.filename))
     name = name or "The picture"
     try:
-        with warnings.catch_warnings(), LAZY if isinstance(source, Image.Image) else nullcontext():
-            warnings.simplefilter("ignore")  # Pillow's remarks on metadata are no news to the person
+        with warnings.catch_warnings(), PILLOW_LOCK if isinstance(source, Image.Image) else nullcontext():
+            warnings.simplefilter("ignore")  # Pillow's warnings about metadata do not help the user
             image = _open(source, name)
             _check_size(image.size, name)
             image.load()
-            rgb = _to_rgb(_upright(image), name)  # no copy where none is needed: 40 ms of a phone's photo
+            rgb = _to_rgb(_apply_orientation(image), name)  # without needless copies, 40 ms for a phone's photo
             if rgb is not source:
                 rgb.info = {}
             return rgb
@@ -82,35 +82,35 @@ def load_image(source: ImageInput, name: str = "") -> Image.Image:
         raise ImageError(f"{name} has more than {MAX_PIXELS:,} pixels, the limit; make it smaller first.") from error
     except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, KeyError, ... on bad data
         if isinstance(source, Image.Image) and "closed" in str(error):
-            raise ImageError(f"{name} is a Pillow image that was closed; ask before that, or open it again.") from error
-        raise ImageError(f"{name} is damaged or cut off and cannot be decoded; get the file again.") from error
+            raise ImageError(f"{name} is a Pillow image that was closed; open it again.") from error
+        raise ImageError(f"{name} is damaged or truncated and cannot be decoded; get the file again.") from error
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[bytes, str]:
-    """A file's bytes, and what messages call it. Raises `MissingError`, or `ImageError` if it is too large."""
+    """A file's bytes, and its name for error messages. Raises `MissingError`, or `ImageError` if it is too large."""
     if not isinstance(path, str | Path):
         path = Path(os.fsdecode(path))
-    name = _printable(path)
+    name = _display_name(path)
     return _read(path, name), name
 
 
 def pixel_count(data: bytes) -> int:
-    """Pixels that the header of an encoded picture promises; 0 if `load_image` will refuse it anyway."""
-    kind = format_of(data)
+    """Number of pixels by the header of an encoded picture; 0 if `load_image` will refuse it anyway."""
+    kind = detect_format(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             width, height = Image.open(io.BytesIO(data), formats=[kind] if kind else []).size
-    except Exception:  # noqa: BLE001 - Pillow's parsers raise anything, and `load_image` will say what is wrong
+    except Exception:  # noqa: BLE001 - Pillow's parsers raise anything, and `load_image` reports it
         return 0
     return width * height
 
 
 def preprocess(image: Image.Image, spec: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """What CLIP gets of a picture that is one crop ("pad", "crop"); `anyres.crops` is for all. Float32, (3, S, S).
+    """Preprocess a picture of one crop ("pad", "crop") for CLIP: float32, (3, S, S). `anyres.crops` handles all kinds.
 
-    `image` is what `load_image` returns. Bit-equal to transformers' CLIPImageProcessor (the Pillow one), after LLaVA's
-    padding if `spec.square` is "pad". Raises `ImageError` for other modes than RGB.
+    `image` is from `load_image`. Bit-identical to transformers' CLIPImageProcessor (the Pillow one), after LLaVA's
+    padding if `spec.square` is "pad". Raises `ImageError` for modes other than RGB.
     """
     return normalise(square_and_resize(image, spec.image_size, spec.mean, spec.square), spec)
 
@@ -124,73 +124,73 @@ def normalise(image: Image.Image, spec: Preprocessing) -> np.ndarray[Any, np.dty
 
 
 def square_and_resize(image: Image.Image, size: int, mean: tuple[float, float, float], square: Square) -> Image.Image:
-    """The uint8 half of `preprocess`: an RGB image of `size` x `size`, by Pillow's antialiased bicubic filter."""
+    """The uint8 part of `preprocess`: an RGB image of `size` x `size`, by Pillow's antialiased bicubic filter."""
     if image.mode != "RGB":
-        raise ImageError(f"Preprocessing takes an RGB picture as load_image returns it, not one of mode {image.mode}.")
+        raise ImageError(f"Preprocessing expects an RGB picture from load_image, not one of mode {image.mode}.")
     if square == "anyres":
         raise ValueError("anyres makes several crops of a picture; use anyres.crops")
     return _pad(image, size, mean) if square == "pad" else _crop(image, size)
 
 
 def _pad(image: Image.Image, size: int, mean: tuple[float, float, float]) -> Image.Image:
-    """Centre on a square of the mean colour (llava/mm_utils.py, expand2square), then resize; the same to the bit.
+    """Centre on a square of the mean colour (llava/mm_utils.py, expand2square), then resize; bit-identical.
 
-    The square itself is never allocated: for a strip of 1 x 16,384 it would take 1 GiB. Pillow resizes rows first
-    and columns second, rounding to uint8 between, so rows can be padded and resized band by band.
+    The square is never allocated: for a strip of 1 x 16,384 it would take 1 GiB. Pillow resizes rows first and
+    columns second, rounding to uint8 in between, so rows can be padded and resized in bands.
     """
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
-    colour = (int(255 * mean[0]), int(255 * mean[1]), int(255 * mean[2]))  # truncated, as there
+    colour = (int(255 * mean[0]), int(255 * mean[1]), int(255 * mean[2]))  # truncated, as in expand2square
     rows = max(1, BAND_PIXELS // side)
 
-    def narrowed(y: int) -> Image.Image:
+    def resize_band(y: int) -> Image.Image:
         band = Image.new("RGB", (side, min(rows, height - y)), colour)
         band.paste(image.crop((0, y, width, y + band.height)), (left, 0))
         return band.resize((size, band.height), Image.Resampling.BICUBIC)
 
-    narrow = Image.new("RGB", (size, side), colour)
-    starts = iter(range(0, height, rows))  # each thread takes the next one
-    failed: list[BaseException] = []
+    resized = Image.new("RGB", (size, side), colour)
+    band_starts = iter(range(0, height, rows))  # each thread takes the next one
+    errors: list[BaseException] = []
 
-    def fill() -> None:
+    def resize_bands() -> None:
         try:
-            for y in starts:
-                narrow.paste(narrowed(y), (0, top + y))
+            for y in band_starts:
+                resized.paste(resize_band(y), (0, top + y))
         except BaseException as error:  # noqa: BLE001 - raised below
-            failed.append(error)
+            errors.append(error)
 
-    # Pillow resizes without Python's lock. A pool of concurrent.futures would refuse once the main thread has ended.
-    threads = [threading.Thread(target=fill, daemon=True) for _ in range(BAND_THREADS)]
+    # Pillow resizes without the GIL. A concurrent.futures pool would refuse work once the main thread has ended.
+    threads = [threading.Thread(target=resize_bands, daemon=True) for _ in range(BAND_THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if failed:
-        raise failed[0]
-    return narrow.resize((size, size), Image.Resampling.BICUBIC)
+    if errors:
+        raise errors[0]
+    return resized.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the short side to `size`, then cut out the centre (CLIPImageProcessor)."""
+    """Resize the short side to `size`, then crop the centre (CLIPImageProcessor)."""
     width, height = image.size
     long = int(size * max(width, height) / min(width, height))
     if size * long > MAX_PIXELS:
-        raise ImageError(f"A picture of {width} x {height} pixels is too thin for this model; cut out a part of it.")
+        raise ImageError(f"A picture of {width} x {height} pixels is too thin for this model; crop it first.")
     wide, tall = (size, long) if width <= height else (long, size)
     left, top = (wide - size) // 2, (tall - size) // 2
     return image.resize((wide, tall), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
-def _printable(path: str | Path) -> str:
-    """A file's name on one line, whatever characters it has and however many."""
+def _display_name(path: str | Path) -> str:
+    """A file name for messages: on one line, without control characters, of at most 300 characters."""
     text = str(path)
     text = text if text.isprintable() and text else repr(text)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _read(path: str | Path, name: str) -> bytes:
-    """All bytes of a regular file. Never opens a pipe or device, which could block for ever."""
+    """All bytes of a regular file. Never opens a pipe or device, which could block forever."""
     try:
         info = Path(path).stat()
         if not stat.S_ISREG(info.st_mode):
@@ -198,45 +198,46 @@ def _read(path: str | Path, name: str) -> bytes:
             raise MissingError(f"{name} is {kind}, not a picture file.")
         _check_bytes(info.st_size, name)
         with Path(path).open("rb") as file:
-            return file.read(info.st_size)  # Python takes memory for as many bytes as are asked for
+            return file.read(info.st_size)  # Python allocates as many bytes as are requested
     except OSError as error:
         start = str(path)[:6].lower()
         if start.startswith("data:"):
-            problem = f"{name[:20]}... is a data: URL, not a file; the bytes in it were expected."
+            problem = f"{name[:20]}... is a data: URL, not a file; pass the bytes it encodes."
         elif start.startswith(("http:", "https:")):
             problem = f"{name} is a web address, not a file; download the picture first."
         elif str(path).startswith(BASE64):
-            problem = f"{name[:20]}... is base64 text, not a file; pass the bytes that base64.b64decode makes of it."
+            problem = f"{name[:20]}... is base64 text, not a file; pass the bytes that base64.b64decode returns."
         elif isinstance(error, FileNotFoundError | NotADirectoryError):
-            problem = f"{name} does not exist; the path of a picture was expected."
+            problem = f"{name} does not exist; expected the path of a picture."
         else:
             problem = f"{name} cannot be read: {error.strerror}."
         raise MissingError(problem) from error
-    except ValueError as error:  # a NUL or half a surrogate pair in it
+    except ValueError as error:  # contains NUL or half a surrogate pair
         raise MissingError(f"{name} cannot be the name of a file.") from error
 
 
 def _open(source: ImageInput, name: str) -> Image.Image:
-    """A Pillow image whose pixels may not be decoded yet."""
+    """Open a source as a Pillow image, whose pixels may not be decoded yet."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
             raise ImageError(
                 f"{name} is an array of {source.dtype} with shape {source.shape}; "
-                "uint8 of shape (H, W), (H, W, 3) or (H, W, 4) was expected."
+                "expected uint8 of shape (H, W), (H, W, 3) or (H, W, 4)."
             )
         _check_size((source.shape[1], source.shape[0]), name)
         return Image.fromarray(np.ascontiguousarray(source))
     if not isinstance(source, bytes):
-        read = "; pass what its read() gives" if hasattr(source, "read") else ""
-        what = type(source).__name__
-        raise ImageError(f"{name} is a Python {what}; a path, bytes, image or array was expected{read}.")
+        hint = "; pass what its read() returns" if hasattr(source, "read") else ""
+        raise ImageError(
+            f"{name} is a Python {type(source).__name__}; expected a path, bytes, an image or an array{hint}."
+        )
     _check_bytes(len(source), name)
-    kind = format_of(source)
+    kind = detect_format(source)
     if kind is None:
-        raise ImageError(f"{name} {what_it_is(source)}; llava-edge reads {ACCEPTED}.")
-    if not is_whole(source, kind):
+        raise ImageError(f"{name} {describe_bytes(source)}; llava-edge reads {ACCEPTED}.")
+    if not is_complete(source, kind):
         raise ValueError(f"{kind} without its end marker or with a wrong checksum")
     image = Image.open(io.BytesIO(source), formats=[kind])
     if kind == "PNG":
@@ -245,7 +246,7 @@ def _open(source: ImageInput, name: str) -> Image.Image:
 
 
 def _scale_colour_key(image: Image.Image, bits: int) -> None:
-    """Bring a PNG's transparent colour to the 8 bits Pillow gives the pixels; Pillow leaves it as stored."""
+    """Scale a PNG's transparent colour to 8 bits, as Pillow does with the pixels but not with this."""
     key = image.info.get("transparency")
     highest = (1 << bits) - 1
     if image.mode == "L" and isinstance(key, int):
@@ -270,18 +271,18 @@ def _check_size(size: tuple[int, int], name: str) -> None:
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Unreadable EXIF counts as none, as in every viewer."""
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. Unreadable EXIF is ignored, as in every viewer."""
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001 - as many kinds as there are ways to damage EXIF
+        transpose = _TRANSPOSE_BY_ORIENTATION.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - damaged EXIF raises anything
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16"):
-        image = _from_16_bit(image)
+        image = _16_bit_grey_to_8(image)
     if image.mode in ("I", "F"):
         raise ImageError(f"{name} has mode {image.mode}, whose values have no fixed range; convert it to 8 bits first.")
     if image.has_transparency_data:
@@ -292,8 +293,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey -> L, or LA where the PNG names a transparent value. Pillow's own conversion clips at 255."""
+def _16_bit_grey_to_8(image: Image.Image) -> Image.Image:
+    """16-bit grey -> L, or LA if the PNG has a transparent value. Pillow's own conversion clips at 255."""
     values = np.asarray(image).astype(np.uint32)
     grey = Image.fromarray(((values * 255 + 32_895) >> 16).astype(np.uint8))  # = round(value / 257)
     if "transparency" in image.info:

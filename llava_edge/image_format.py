@@ -1,4 +1,4 @@
-"""What the bytes of a picture file are: one of the five formats that are read, or something a person should be told.
+"""Detect the format of an image file, and describe other files for error messages.
 
 Looks at content only, never at file names, and decodes nothing.
 """
@@ -10,12 +10,12 @@ import zlib
 ACCEPTED = "JPEG, PNG, WebP, GIF and BMP"
 CONVERT_HEIC = "convert it, say by 'heif-convert photo.heic photo.jpg'"
 
-_MAGICS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"BM": "BMP"}
+_MAGIC_BYTES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"BM": "BMP"}
 
-BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # what JPEG, PNG, GIF and WebP begin with in it
+BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # prefixes of base64-encoded JPEG, PNG, GIF and WebP
 
-# (offset, first bytes, what it is): only to tell a person what they have. The first match counts.
-_OTHER_KINDS = (
+# (offset, magic bytes, description), only for error messages. The first match counts.
+_OTHER_FORMATS = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the picture itself (run 'git lfs pull' to get it)"),
     (0, b"\x89PNG", "a PNG picture that a transfer in text mode has damaged"),
     (4, b"ftypavi", "an AVIF picture"),
@@ -54,22 +54,22 @@ _OTHER_KINDS = (
     (0, b"Rar!", "a RAR archive"),
     (0, b"GGUF", "a GGUF model"),
     (0, b"data:", "a data: URL as text"),
-    *((0, start.encode(), "base64 text; pass what base64.b64decode makes of it") for start in BASE64),
+    *((0, start.encode(), "base64 text; pass what base64.b64decode returns") for start in BASE64),
 )
 
 
-def format_of(data: bytes) -> str | None:
-    """Pillow's name of the one parser that may read this, by content; file names are not looked at."""
+def detect_format(data: bytes) -> str | None:
+    """Pillow's name for the format of `data`, by content; None if it is not one of the five."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    return next((kind for magic, kind in _MAGICS.items() if data.startswith(magic)), None)
+    return next((kind for magic, kind in _MAGIC_BYTES.items() if data.startswith(magic)), None)
 
 
-def what_it_is(data: bytes) -> str:
-    """The verb phrase of a refusal: "is a PDF document", "is empty", ..."""
+def describe_bytes(data: bytes) -> str:
+    """A predicate for error messages: "is a PDF document", "is empty", ..."""
     if not data.strip(b"\0"):
         return f"holds nothing but {len(data)} zero bytes" if data else "is empty"
-    for offset, magic, what in _OTHER_KINDS:
+    for offset, magic, what in _OTHER_FORMATS:
         if data.startswith(magic, offset):
             return f"is {what}"
     text = data[:4096].decode("utf-8-sig", "ignore").lstrip().lower()
@@ -80,29 +80,34 @@ def what_it_is(data: bytes) -> str:
     return "is not a picture"
 
 
-def is_whole(data: bytes, kind: str) -> bool:
-    """False if a file is surely cut off or damaged in a way Pillow would not notice; True promises nothing."""
+def is_complete(data: bytes, kind: str) -> bool:
+    """False if a file is certainly truncated or damaged in a way Pillow would not notice; True proves nothing."""
     if kind == "JPEG":
-        return _is_whole_jpeg(data)
-    return kind != "PNG" or _is_whole_png(data)
+        return _is_complete_jpeg(data)
+    return kind != "PNG" or _is_complete_png(data)
 
 
-def _is_whole_jpeg(data: bytes) -> bool:
-    """Whether the scan is closed by an end marker; without one, Pillow may show what is missing as grey."""
-    at = 2
-    while at + 4 <= len(data) and data[at + 1] != 0xDA:  # up to the start of scan: a thumbnail has markers of its own
-        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return data.find(b"\xff\xd9", at) >= 0
+def _is_complete_jpeg(data: bytes) -> bool:
+    """Whether the scan has an end marker; without one, Pillow may fill the missing part with grey."""
+    position = 2
+    while (
+        position + 4 <= len(data) and data[position + 1] != 0xDA
+    ):  # skip to start of scan: thumbnails have end markers
+        position += 1 if data[position + 1] == 0xFF else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return data.find(b"\xff\xd9", position) >= 0
 
 
-def _is_whole_png(data: bytes) -> bool:
-    """Whether every critical chunk fits its checksum, up to the last one; Pillow does not check those of the pixels."""
-    at, view = 8, memoryview(data)
-    while at + 12 <= len(data):
-        kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], "big")
-        if kind[:1].isupper() and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+def _is_complete_png(data: bytes) -> bool:
+    """Whether the critical chunks up to IEND match their checksums; Pillow does not check those of the pixels."""
+    position, view = 8, memoryview(data)
+    while position + 12 <= len(data):
+        kind, end = (
+            data[position + 4 : position + 8],
+            position + 8 + int.from_bytes(data[position : position + 4], "big"),
+        )
+        if kind[:1].isupper() and zlib.crc32(view[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             return False
         if kind == b"IEND":
             return True
-        at = end + 4
+        position = end + 4
     return False

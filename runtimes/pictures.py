@@ -21,7 +21,7 @@ from PIL import Image
 from llava_edge import anyres
 from llava_edge.bundle import Manifest
 from llava_edge.errors import UsageError
-from llava_edge.image import LAZY, MAX_PIXELS, ImageInput, load_image, read_image
+from llava_edge.image import MAX_PIXELS, PILLOW_LOCK, ImageInput, load_image, read_image
 from llava_edge.options import Options, TokenMethod
 from llava_edge.runtimes import devices
 from llava_edge.runtimes.stats import elapsed_ms
@@ -155,7 +155,7 @@ def copied(source: ImageInput | Picture) -> ImageInput | Picture:
     """A copy of a picture that the caller may change or use again: quicker than `taken`, but larger."""
     with suppress(Exception):  # what is wrong with it is said when it is prepared
         if isinstance(source, Image.Image):
-            with LAZY:
+            with PILLOW_LOCK:
                 return source.copy()
         if isinstance(source, np.ndarray) and source.size <= 4 * MAX_PIXELS:
             return source.copy()

@@ -157,11 +157,11 @@ def test_a_forked_process_computes_in_a_thread_of_its_own(micro_bundle: Path) ->
 MEANWHILE = """
 import os, signal, sys, threading, warnings
 from llava_edge import EngineOptions, Llava, Options
-from llava_edge.image import LAZY
+from llava_edge.image import PILLOW_LOCK
 from llava_edge.runtimes import bindings, compute, stderr_capture
 from PIL import Image
 warnings.simplefilter("ignore")
-locks = [LAZY, bindings._executing, compute._lock, stderr_capture._lock]
+locks = [PILLOW_LOCK, bindings._executing, compute._lock, stderr_capture._lock]
 for lock in locks:
     lock.acquire()
     threading.Timer(0.2, lock.release).start()

@@ -305,7 +305,7 @@ def test_what_cannot_be_loaded_leaves_the_conversation(
     said = remarks(capsys)
     parts = [
         "/load needs a file name.",
-        f"Not loaded: {red} does not exist; the path of a picture was expected.",
+        f"Not loaded: {red} does not exist; expected the path of a picture.",
         "Not loaded: The prompt needs",
         "none.json cannot be read: No such file or directory.",
         "pipe is not a conversation written by /save.",
