@@ -1,12 +1,12 @@
 """The bundle: a folder whose `manifest.json` is the contract between exporter and runtime.
 
     manifest.json    everything below, with the size and SHA-256 of every other file
-    vision.onnx      CLIP up to the chosen layer (weights in vision.onnx.data, mapped at load)
+    vision.onnx      CLIP up to the chosen layer (weights in vision.onnx.data, memory-mapped)
     projector.gguf   projector weights
     language.gguf    LLaMA and tokenizer, quantized
-    adapter.gguf     low-rank updates (LoRA) of its weights, if there are any
+    adapter.gguf     its LoRA adapter, if there is one
 
-Nothing is guessed from names. Opening checks structure, sizes and that each part belongs here;
+Nothing is guessed from names. Opening checks structure, sizes and that each part belongs to the bundle;
 `Bundle.verify` also reads every byte. This module knows nothing about engines or tensors.
 """
 
@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_IMAGE_SIZE = 4096  # pixels on a side; published CLIP towers have 224 to 448
-MAX_TILES = 36  # that a picture is cut into; LLaVA-1.6 has at most 4
+MAX_TILES = 36  # of one picture; LLaVA-1.6 has at most 4
 
 VISION = "vision.onnx"
 VISION_DATA = "vision.onnx.data"
@@ -50,8 +50,8 @@ Merge = Literal["flat", "spatial_unpad"]
 class Preprocessing:
     """How a picture becomes crops: made square, resized (Pillow bicubic) to `image_size`, (x/255 - mean) / std.
 
-    grids, merge: only for "anyres", see `llava_edge.anyres`: sizes (width, height) in pixels that a picture may be cut
-    up at, and how the crops' embeddings are put together ("spatial_unpad" uses `image_newline` of projector.gguf).
+    grids, merge: only for "anyres", see `llava_edge.anyres`: canvas sizes (width, height) in pixels that may be split
+    into tiles, and how the crops' embeddings are merged ("spatial_unpad" uses `image_newline` of projector.gguf).
     """
 
     image_size: int
@@ -66,9 +66,9 @@ class Preprocessing:
 class VisionPart:
     """vision.onnx: `pixels` (batch, 3, S, S) float32 -> `features` (batch, image_tokens, width) float32.
 
-    attention: whether it also gives `attention` (batch, image_tokens) float32, how much the class token looks at each.
-    activation_bits: of what an int8 graph multiplies. 7 are exact everywhere; with 8, sums of u8 x s8 products overflow
-    on processors without VNNI, unless ONNX Runtime is told to take slower ones.
+    attention: whether there is a second output `attention` (batch, image_tokens) float32, of the class token.
+    activation_bits: of the activations of an int8 graph. 7 are exact everywhere; with 8, sums of u8 x s8 products
+    overflow on processors without VNNI, unless ONNX Runtime is set to use slower products.
     """
 
     hidden_layer: int  # index into CLIP's hidden states; may be negative, as in the checkpoint
@@ -85,7 +85,7 @@ class VisionPart:
 class ProjectorPart:
     """projector.gguf: tensors `mm.0.weight`, `mm.0.bias`, `mm.2.weight`, ... (GELU, erf form, in between).
 
-    With merge "spatial_unpad" also `image_newline` (language hidden size), the embedding that ends a row of patches.
+    With merge "spatial_unpad" also `image_newline` (language hidden size), the embedding that ends each row of patches.
     """
 
     type: Text
@@ -94,7 +94,7 @@ class ProjectorPart:
 
 @dataclass(frozen=True)
 class LanguagePart:
-    """language.gguf as llama.cpp loads it. calibration: what its importance matrix is from; empty without one."""
+    """language.gguf as llama.cpp loads it. calibration: data of its importance matrix; empty without one."""
 
     hidden_size: int
     context_length: int
@@ -113,7 +113,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One stage against the PyTorch reference: largest absolute and relative (l2) difference, limit on `measure`."""
+    """One stage compared with PyTorch: largest absolute and relative (l2) difference, and the limit on `measure`."""
 
     stage: Text
     measure: Text  # what `value` is: "max_abs", "relative", "cosine" or "agreement" (share of equal greedy tokens)
@@ -126,7 +126,7 @@ class ParityRow:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a part came from and under which terms."""
+    """Source and licence of a part."""
 
     part: Text
     source: Text
@@ -136,7 +136,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything the runtime may know about a bundle."""
+    """Everything the runtime knows about a bundle."""
 
     format_version: int
     name: Text
@@ -150,13 +150,13 @@ class Manifest:
     files: dict[Text, FileEntry]
     parity: list[ParityRow] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
-    # Fields that came later have defaults: what bundles without them mean.
-    image_markers: list[Text] = field(default_factory=list)  # the control tokens before and after a picture, or none
+    # Fields added later have defaults, which apply to bundles without them.
+    image_markers: list[Text] = field(default_factory=list)  # the control tokens before and after an image, or none
     after_control: AfterControl = "prefix"
 
     @property
     def identity(self) -> str:
-        """Hash over all part hashes: two bundles are the same exactly if this is."""
+        """Hash over the hashes of all parts; equal for bundles of equal content."""
         joined = "\n".join(f"{name} {entry.sha256}" for name, entry in sorted(self.files.items()))
         return hashlib.sha256(joined.encode()).hexdigest()
 
@@ -185,11 +185,11 @@ class Bundle:
 
     @property
     def adapter(self) -> Path | None:
-        """Low-rank updates of the language model, if the bundle has any."""
+        """Path of the language model's LoRA adapter, if the bundle has one."""
         return self.part(ADAPTER) if ADAPTER in self.manifest.files else None
 
     def verify(self, progress: Callable[[int], None] = lambda n: None) -> None:
-        """Read every byte and compare hashes. `progress` gets byte counts as they are read. Raises `BundleError`."""
+        """Read every byte and compare hashes. `progress` gets counts of bytes read. Raises `BundleError`."""
         for name, entry in self.manifest.files.items():
             actual = sha256_of(self.part(name), progress)
             if actual != entry.sha256:
@@ -212,7 +212,7 @@ def read_manifest(folder: Path) -> Manifest:
     if type(version) is int and version > FORMAT_VERSION:
         raise BundleError(
             f"{path} has bundle format version {version}, this program reads version {FORMAT_VERSION}: a newer "
-            "llava-edge made it. Update llava-edge."
+            "llava-edge wrote it. Update llava-edge."
         )
     if version != FORMAT_VERSION:
         raise BundleError(
@@ -241,7 +241,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and hash of a finished part."""
+    """Size and hash of a part."""
     return FileEntry(path.stat().st_size, sha256_of(path))
 
 
@@ -256,7 +256,7 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda n: None) -> s
 
 
 def _checksum(raw: dict[str, Any]) -> str:
-    """SHA-256 over the manifest's own content: a changed digit in `mean` would otherwise be a silently wrong answer."""
+    """SHA-256 of the manifest's content: a changed digit in `mean` would otherwise silently give wrong answers."""
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
@@ -269,28 +269,28 @@ def _manifest_text(folder: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         if not folder.exists():
-            raise MissingError(f"{folder} does not exist; a bundle folder or a model name was expected.") from error
+            raise MissingError(f"{folder} does not exist; expected a bundle folder or a model name.") from error
         raise BundleError(f"{folder} is not a bundle{_explain_non_bundle(folder)}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _explain_non_bundle(folder: Path) -> str:
-    """What was named in place of a bundle, and what to do."""
+    """What was given instead of a bundle, and what to do."""
     if not folder.is_file():
-        return f": it has no {MANIFEST}. Make one with 'llava-edge export'."
+        return f": it has no {MANIFEST}. Create one with 'llava-edge export'."
     if (folder.parent / MANIFEST).is_file():
         return f" but a part of one; give its folder, {folder.parent}."
     if folder.suffix == ".gguf":
-        return f" but a GGUF file; make one: llava-edge export {shlex.quote(str(folder))} BUNDLE --mmproj FILE"
-    return " but a file; the folder of a bundle was expected. Make one with 'llava-edge export'."
+        return f" but a GGUF file; run: llava-edge export {shlex.quote(str(folder))} BUNDLE --mmproj FILE"
+    return " but a file; expected a bundle folder. Create one with 'llava-edge export'."
 
 
 def _stat_regular_file(path: Path) -> os.stat_result:
-    """Status of a file that is no link of either kind, pipe, device or folder. Raises `BundleError`, `OSError`."""
+    """Status of a regular file without symbolic or hard links. Raises `BundleError`, `OSError`."""
     info = path.lstat()
     if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
-        raise BundleError(f"{path} must be a plain file of its own, not a link, folder, pipe or device.")
+        raise BundleError(f"{path} must be a regular file, not a link, folder, pipe or device.")
     return info
 
 
@@ -298,38 +298,38 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
     missing = [name for name in (VISION, PROJECTOR, LANGUAGE) if name not in manifest.files]
     unknown = [name for name in manifest.files if name not in PARTS]
     if missing or unknown:
-        raise BundleError(f"{path} lists the wrong files: missing {missing}, not known {unknown}.")
+        raise BundleError(f"{path} lists the wrong files: missing {missing}, unknown {unknown}.")
     if manifest.template not in TEMPLATES:
         raise BundleError(f"{path} names the prompt template {manifest.template!r}; known: {', '.join(TEMPLATES)}.")
     if len(manifest.image_markers) not in (0, 2):
-        raise BundleError(f"{path} has {len(manifest.image_markers)} image_markers; two or none are possible.")
+        raise BundleError(f"{path} has {len(manifest.image_markers)} image_markers; expected two or none.")
     pixels, vision, language = manifest.preprocessing, manifest.vision, manifest.language
     sizes = [vision.image_tokens, vision.width, vision.image_pool]
     sizes += [language.hidden_size, language.context_length, language.vocab_size]
     if min(sizes) < 1 or max(sizes) > 1 << 24:
-        raise BundleError(f"{path} holds a size that cannot be right: {sizes}.")
+        raise BundleError(f"{path} has a size out of range: {sizes}.")
     if not 1 <= pixels.image_size <= MAX_IMAGE_SIZE:
-        raise BundleError(f"{path} has image_size {pixels.image_size}; 1 to {MAX_IMAGE_SIZE} is possible.")
+        raise BundleError(f"{path} has image_size {pixels.image_size}; expected 1 to {MAX_IMAGE_SIZE}.")
     if min(pixels.std) <= 0:
         raise BundleError(f"{path} has a std that is not positive: {pixels.std}.")
     problem = tiling_problem(pixels.image_size, pixels.square, pixels.grids, pixels.merge, vision.image_tokens)
     if problem:
-        raise BundleError(f"{path} cannot be right: {problem}.")
+        raise BundleError(f"{path} is not valid: {problem}.")
 
 
 def tiling_problem(
     size: int, square: Square, grids: tuple[tuple[int, int], ...], merge: Merge, image_tokens: int
 ) -> str:
-    """What is wrong with a tiling (see `Preprocessing`) of crops with `image_tokens` embeddings; empty if nothing."""
+    """What is wrong with a tiling (see `Preprocessing`) of crops with `image_tokens` embeddings; empty if valid."""
     if square != "anyres":
-        return "grids and merge are for square anyres only" if grids or merge != "flat" else ""
+        return "grids and merge need square anyres" if grids or merge != "flat" else ""
     if not grids:
         return "square anyres needs at least one grid"
     for width, height in grids:
         if min(width, height) < 1 or width % size or height % size or width * height > MAX_TILES * size * size:
             return f"a grid of {width} x {height} pixels is not 1 to {MAX_TILES} tiles of {size} x {size}"
     if merge == "spatial_unpad" and math.isqrt(image_tokens) ** 2 != image_tokens:
-        return f"merge spatial_unpad needs crops of as many columns as rows, not {image_tokens} embeddings"
+        return f"merge spatial_unpad needs a square number of embeddings per crop, not {image_tokens}"
     return ""
 
 
@@ -347,7 +347,7 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
 
 
 def _mixup_hint(path: Path) -> str:
-    """What stands where the weights should be, if it is one of the usual mix-ups."""
+    """What the file is instead, if it is one of the usual mix-ups."""
     with path.open("rb") as file:
         start = file.read(64).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
@@ -358,11 +358,11 @@ def _mixup_hint(path: Path) -> str:
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise ValueError("a key appears twice")
-    return found
+    return fields
 
 
 def _reject_constants(text: str) -> Any:
-    raise ValueError(f"{text} is not a number JSON allows")
+    raise ValueError(f"JSON does not allow the number {text}")

@@ -267,7 +267,7 @@ def test_parity_notices_a_wrong_order(
     mistake: Any, checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if mistake == "unpad skipped":
-        monkeypatch.setattr(anyres, "_without_padding", lambda places, size: places)
+        monkeypatch.setattr(anyres, "_unpad", lambda places, size: places)
     else:
         right = anyres.layout
         monkeypatch.setattr(anyres, "layout", lambda *arguments: mistake(right(*arguments)))
@@ -377,7 +377,7 @@ BAD_PIXELS: list[tuple[dict[str, Any], str]] = [
     ({"grids": ((32, 65),)}, "32 x 65 pixels is not"),
     ({"grids": ((0, 64),)}, "0 x 64"),
     ({"grids": ((32 * 37, 32),)}, "1 to 36 tiles"),
-    ({"square": "pad"}, "for square anyres only"),
+    ({"square": "pad"}, "need square anyres"),
     ({"merge": "flat"}, "projector.gguf has the tensors"),
 ]
 
@@ -493,7 +493,7 @@ def test_what_a_mistral_leaves_out() -> None:
         ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "wrong type"),
         ({"image_grid_pinpoints": [32, 64]}, "wrong type"),
         ({"model_type": "llava"}, "at least one grid"),
-        ({"vision_feature_select_strategy": "full"}, "as many columns as rows, not 17"),
+        ({"vision_feature_select_strategy": "full"}, "a square number of embeddings per crop, not 17"),
         ({"llava_edge": {"template": "chatml", "merge": "spatial"}}, "merge to 'spatial'"),
         ({"llava_edge": {"template": "chatml", "merge": "flat"}}, "unknown .image_newline"),
     ],

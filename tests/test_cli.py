@@ -301,7 +301,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "/"], 65, "not a bundle"),
     (["run", "--model", "{}/manifest.json"], 65, "give its folder, {}."),
     (["run", "--model", "{}/language.gguf"], 65, "give its folder, {}."),
-    (["run", "--model", __file__], 65, "the folder of a bundle was expected"),
+    (["run", "--model", __file__], 65, "expected a bundle folder"),
     *(
         ([*command.split(), ""], 66, "'' is neither a bundle folder nor a model name; known models: smol.")
         for command in ("run --model", "chat --model", "serve --model", "bench --model", "info", "verify")
