@@ -31,7 +31,7 @@ def milliseconds(runners: dict[str, Operation | None], repeats: int) -> dict[str
         for name, made in runners.items():
             if made is not None:
                 start = time.thread_time()
-                made.seconds()
+                made.run()
                 taken[name].append(1000 * (time.thread_time() - start))
     for made in runners.values():
         if made is not None:
@@ -47,9 +47,9 @@ def products(ggml: Ggml, kind: str, shape: tuple[int, int, int], repeats: int) -
     weights = Weights(kind, columns, inner, some * (columns // 64))
     x = numbers.standard_normal((rows, inner), np.float32)
     runners = {
-        "mapped": ggml.multiply(weights, x, device=ggml.device(), threads=1),
-        "re-ordered": ggml.multiply(weights, x, device=ggml.device(), threads=1, repacked=True),
-        "ours": ggml.multiply(weights, x, device=ggml.device(DEVICE), threads=1),
+        "mapped": ggml.mul_mat(weights, x, device=ggml.device(), threads=1),
+        "re-ordered": ggml.mul_mat(weights, x, device=ggml.device(), threads=1, repacked=True),
+        "ours": ggml.mul_mat(weights, x, device=ggml.device(DEVICE), threads=1),
     }
     return milliseconds(runners, repeats)
 
@@ -62,10 +62,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     asked = parser.parse_args()
     language.library()
-    ggml, path = Ggml(), native.place() / native.LIBRARY
+    ggml, path = Ggml(), native.kernel_folder() / native.LIBRARY
     library = Library(path)
-    taken = [(kind, asked.kernel, 32) for kind in TYPES if library.take(asked.kernel, kind)]
-    library.use(taken, [kind for kind in TYPES if library.take(FEW, kind)], attention=True)
+    taken = [(kind, asked.kernel, 32) for kind in TYPES if library.select(asked.kernel, kind)]
+    library.configure(taken, [kind for kind in TYPES if library.select(FEW, kind)], attention=True)
     if not ggml.load_backend(path):
         parser.error(f"ggml does not accept {path}")
     for kind in asked.types:
@@ -76,7 +76,7 @@ def main() -> None:
             found = products(ggml, kind, shape, asked.repeats)
             print(f"{kind}: rows {shape[0]}, ms:", ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
     inputs = check.attention_inputs(*ATTENTION)
-    cpu, ours = (ggml.attend(*inputs, device=ggml.device(name), threads=1) for name in (None, DEVICE))
+    cpu, ours = (ggml.flash_attention(*inputs, device=ggml.device(name), threads=1) for name in (None, DEVICE))
     found = milliseconds({"llama.cpp": cpu, "ours": ours}, asked.repeats)
     print("attention, ms:", ", ".join(f"{name} {value:.1f}" for name, value in found.items()))
 

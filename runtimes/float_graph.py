@@ -7,7 +7,7 @@ linear layer becomes one product with weights that are widened on the way; the f
 from __future__ import annotations
 
 from llava_edge.runtimes.native.onnx_bytes import Graph, Node
-from llava_edge.runtimes.native.steps import WITH_GRAPHS, Layer, Steps
+from llava_edge.runtimes.native.patterns import CONTROL_FLOW_OPS, Layer, Patterns
 
 
 def in_float(model: bytes) -> bytes | None:
@@ -16,15 +16,15 @@ def in_float(model: bytes) -> bytes | None:
     Raises `ValueError` or `IndexError` if it is not an ONNX model.
     """
     graph = Graph(model)
-    steps = Steps(graph)
-    layers = steps.layers() | steps.finer()
-    if not layers or any(node.kind in WITH_GRAPHS for node in graph.nodes):
+    patterns = Patterns(graph)
+    layers = patterns.linear_layers() | patterns.correction_layers()
+    if not layers or any(node.op_type in CONTROL_FLOW_OPS for node in graph.nodes):
         return None
     nodes: list[Node] = []
     for node in graph.nodes:
         layer = layers.get(node.outputs[0])
         nodes += [node] if layer is None else _products(layer, node.outputs[0])
-    return graph.with_nodes(nodes)
+    return graph.replace_nodes(nodes)
 
 
 def _products(layer: Layer, out: str) -> list[Node]:

@@ -71,7 +71,7 @@ class LanguageModel:
             gguf.check_adapter(gguf.read(adapter), header)
         self.library = library(verbose)
         self.native = native.activate()
-        repack = repack and choice.reordering_pays(self.native, {tensor.kind for tensor in header.tensors.values()})
+        repack = repack and choice.should_repack(self.native, {tensor.kind for tensor in header.tensors.values()})
         self._thread: Worker | None = Worker("llama.cpp") if gpu_layers else compute.shared_worker()
         self._last_call: Future[int] = Future()  # of llama_decode
         self.context_size = context
@@ -82,7 +82,8 @@ class LanguageModel:
         self._threads = threads or devices.thread_count()[0]
         self._adaptive = AdaptiveThreads(self._threads)
         # Only where the bits stay the same: llama.cpp's own attention splits float16 keys by the number of threads.
-        self._threads_vary = not gpu_layers and self.native.few_attention and (kv == "q8_0" or native.attends(header))
+        same_bits = kv == "q8_0" or native.supports_attention(header)
+        self._threads_vary = not gpu_layers and self.native.few_attention and same_bits
         self._kv = kv
         self.on_gpu = gpu_layers != 0
         self._settings = [gpu_layers, repack, kv, *self.native.identity]

@@ -62,18 +62,18 @@ def measure(threads: int) -> Limits:
 def _kernels_rate(threads: int) -> float:
     """Operations per second of the fastest of our own kernels in 8 bits; 0 if none is used here."""
     language.library()
-    kinds = [kind for kind, kernel, _ in native.activate().many if kernel.endswith("-int8")]
+    kinds = [kind for kind, kernel, _ in native.activate().many_rows if kernel.endswith("-int8")]
     if not kinds:
         return 0.0
-    rows, columns, inner = choice.MANY
+    rows, columns, inner = choice.MANY_ROWS
     ggml, x = Ggml(), np.ones((rows, inner), np.float32)
     rates = []
     for kind in kinds:
         weights = Weights(kind, columns, inner, ggml.quantize(kind, np.ones((columns, inner), np.float32)))
-        operation = ggml.multiply(weights, x, device=ggml.device(DEVICE), threads=threads)
+        operation = ggml.mul_mat(weights, x, device=ggml.device(DEVICE), threads=threads)
         if operation is not None:
             with operation:
-                rates.append(2.0 * rows * columns * inner / _best(operation.seconds))
+                rates.append(2.0 * rows * columns * inner / _best(operation.run))
     return max(rates, default=0.0)
 
 

@@ -133,7 +133,7 @@ def _copied_bytes(header: Gguf) -> int:
     features = devices.processor()[1]
     if "avx2" in features and "avx512f" not in features and sizes["Q4_K"] > sizes["Q4_0"] + sizes["IQ4_NL"]:
         return 0
-    if not choice.reordering_pays(native.status(), sizes):
+    if not choice.should_repack(native.status(), sizes):
         return 0
     if "amx_int8" not in features:
         del sizes["Q4_1"]  # which has an order of its own there alone

@@ -68,7 +68,7 @@ class Projector:
 
     def _layer(self, values: Array, weight: Array, bias: Array, then_gelu: bool) -> Array:
         """values @ weight.T + bias and GELU of it, by our kernel where it takes the layer."""
-        if self._library is not None and operator.projects(weight):
+        if self._library is not None and operator.supports_projection(weight):
             try:
                 return operator.project(self._library, values, weight, bias, self._threads, then_gelu)
             except OSError as error:  # its file has gone, or there is no memory

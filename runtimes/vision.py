@@ -84,7 +84,7 @@ class VisionEncoder:
         if library is None or self._part.precision != "int8":
             return None
         try:
-            graph = operator.with_operators(self._path.read_bytes(), threads)
+            graph = operator.fuse_operators(self._path.read_bytes(), threads)
             if graph is not None:
                 settings.register_custom_ops_library(_utf8(library))
                 self._weights_beside(settings)

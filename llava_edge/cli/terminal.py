@@ -34,7 +34,7 @@ def advise(device: str) -> None:
     from llava_edge.runtimes import native
     from llava_edge.runtimes.native.choice import COMMAND
 
-    if sys.stderr.isatty() and device.startswith("cpu") and native.unbuilt():
+    if sys.stderr.isatty() and device.startswith("cpu") and native.needs_build():
         click.echo(f"(the native kernels are not built for this version; to build them, run: {COMMAND})", err=True)
 
 

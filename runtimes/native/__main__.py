@@ -1,4 +1,4 @@
-"""`python -m llava_edge.runtimes.native`: build the native kernels, try them, say what is used. Part of our set-up."""
+"""`python -m llava_edge.runtimes.native`: build and test the native kernels and print which are used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import sys
 from llava_edge.runtimes import native
 
 if __name__ == "__main__":
-    found = native.prepare(lambda line: print(line, file=sys.stderr))
-    print(f"Native kernels: {found.reason}", file=sys.stderr)
-    sys.exit(1 if found.fix else 0)  # no failure: a machine that has no compiler, or whose processor has its own ways
+    status = native.prepare(lambda line: print(line, file=sys.stderr))
+    print(f"Native kernels: {status.reason}", file=sys.stderr)
+    sys.exit(1 if status.fix else 0)  # 0 too without a compiler, or if llama.cpp's own kernels are faster

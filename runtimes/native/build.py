@@ -1,4 +1,4 @@
-"""C++ sources -> one shared library, with the machine's compiler. Which kernels it has depends on what that knows."""
+"""Compile the C++ sources into shared libraries. Kernels whose flags the machine's compiler lacks are left out."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ FLAGS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-fopenmp", "-fvisibility=hidden",
 
 @dataclass(frozen=True)
 class Unit:
-    """A source file as it is compiled. `kernel`: left out with it where the compiler does not know the flags."""
+    """A source file and its flags. `kernel`: left out, with all its units, where the compiler lacks the flags."""
 
     source: str
     flags: tuple[str, ...] = AVX2
     kernel: str = ""
 
 
-_OPERATORS = ("operators.cpp", "linear.cpp", "vision_attention.cpp")  # in ONNX Runtime's library alone
-_VECTORS = ("int8.cpp", "int16.cpp")  # each compiled for every set of instructions
+_OPERATORS = ("operators.cpp", "linear.cpp", "vision_attention.cpp")  # only in ONNX Runtime's library
+_VECTORS = ("int8.cpp", "int16.cpp")  # compiled once per instruction set
 _VNNI512 = (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE")
 
 X86_64 = (
@@ -62,7 +62,7 @@ X86_64 = (
 AARCH64 = (
     Unit("arm_int8.cpp", ("-march=armv8.2-a+i8mm",), "I8MM"),
     Unit("arm_int8.cpp", ("-march=armv8.2-a+dotprod",), "DOTPROD"),
-    Unit("attention.cpp", ("-fno-schedule-insns",)),  # scheduled, its loads would need more registers than there are
+    Unit("attention.cpp", ("-fno-schedule-insns",)),  # scheduled, its loads would spill registers
     Unit("few.cpp", ("-march=armv8.2-a+dotprod",)),
     Unit("few_attention.cpp", ()),
     *(Unit(source, ()) for source in ("product.cpp", "backend.cpp", "memory.cpp", "api.cpp")),
@@ -72,7 +72,7 @@ UNITS = AARCH64 if platform.machine() == "aarch64" else X86_64
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX or c++; None if there is none."""
+    """Path of the C++ compiler, $CXX or c++; None if there is none."""
     return shutil.which(os.environ.get("CXX") or "c++")
 
 
@@ -84,65 +84,67 @@ def package() -> Path:
         raise UnavailableError("llama-cpp-python is not installed.") from error
 
 
-def tools() -> tuple[str, Path]:
+def find_toolchain() -> tuple[str, Path]:
     """The compiler and the folder of ggml's headers. Raises `UnavailableError` where nothing can be built."""
-    tool, headers = compiler(), package().parent / "include"
-    if tool is None:
+    path, headers = compiler(), package().parent / "include"
+    if path is None:
         raise UnavailableError("There is no C++ compiler; install one (Debian: sudo apt-get install build-essential).")
-    if _is_clang(tool):
-        raise UnavailableError(f"{tool} is clang, whose OpenMP has threads of its own; install gcc and set CXX=g++.")
+    if _is_clang(path):
+        raise UnavailableError(f"{path} is clang, whose OpenMP uses its own threads; install gcc and set CXX=g++.")
     if not (headers / "ggml-backend.h").is_file():
         raise UnavailableError(f"This llama-cpp-python has no headers in {headers}.")
-    return tool, headers
+    return path, headers
 
 
 def build(
     target: Path, operator: Path | None = None, *, units: Sequence[Unit] = UNITS, flags: Sequence[str] = ()
 ) -> None:
-    """Compile `units` and link them into `target`, whose folder also gets the objects, and ONNX Runtime's operator, if
-    they have it.
+    """Compile `units`, link them into `target` and, if they include ONNX Runtime's operators, into `operator`.
 
-    flags: in addition to `FLAGS`. Raises `UnavailableError` with what the compiler said first.
+    Objects are written to the folder of `target`. flags: in addition to `FLAGS`. Raises `UnavailableError` with the
+    compiler's first error.
     """
-    (tool, headers), folder = tools(), package() / "lib"
+    (compiler_path, headers), folder = find_toolchain(), package() / "lib"
     (base,) = sorted(folder.glob("libggml-base.so.0")) or [folder / "libggml-base.so"]
-    common = [tool, *FLAGS, *flags, f"-I{headers}", f"-I{SOURCES}"]
+    command = [compiler_path, *FLAGS, *flags, f"-I{headers}", f"-I{SOURCES}"]
 
-    def compile_one(numbered: tuple[int, Unit]) -> tuple[Unit, Path, str]:
+    def compile_unit(numbered: tuple[int, Unit]) -> tuple[Unit, Path, str]:
         number, unit = numbered
         out = target.parent / f"{number}-{Path(unit.source).stem}.o"
-        return unit, out, _run([*common, *unit.flags, "-c", str(SOURCES / unit.source), "-o", str(out)])
+        return unit, out, _run([*command, *unit.flags, "-c", str(SOURCES / unit.source), "-o", str(out)])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(compile_one, enumerate(units)))
-    lacking = {unit.kernel for unit, _, problem in done if problem}
-    for unit, _, problem in done:
-        if problem and not unit.kernel:
-            raise UnavailableError(f"{unit.source} does not compile: {problem}")
-    defined = [f"-DNATIVE_HAS_{name}" for name in {unit.kernel for unit in units} - lacking if name]
+        results = list(pool.map(compile_unit, enumerate(units)))
+    unsupported = {unit.kernel for unit, _, error in results if error}
+    for unit, _, error in results:
+        if error and not unit.kernel:
+            raise UnavailableError(f"{unit.source} does not compile: {error}")
+    defines = [f"-DNATIVE_HAS_{name}" for name in {unit.kernel for unit in units} - unsupported if name]
 
     def link(path: Path, without: Sequence[str], *libraries: str) -> None:
-        objects = [str(out) for unit, out, _ in done if unit.kernel not in lacking and unit.source not in without]
-        listed = str(SOURCES / "kernels.cpp")
-        problem = _run([*common, *defined, "-shared", *objects, listed, *libraries, "-o", str(path)])
-        if problem:
-            raise UnavailableError(f"The native kernels cannot be linked: {problem}")
+        objects = [
+            str(out) for unit, out, _ in results if unit.kernel not in unsupported and unit.source not in without
+        ]
+        registry = str(SOURCES / "kernels.cpp")
+        error = _run([*command, *defines, "-shared", *objects, registry, *libraries, "-o", str(path)])
+        if error:
+            raise UnavailableError(f"The native kernels cannot be linked: {error}")
 
-    # By its path: the loader then finds the copy that llama.cpp has loaded, by the name inside.
+    # Linked by path; at run time the loader finds the copy that llama.cpp has loaded, by its soname.
     link(target, _OPERATORS, str(base))
     if operator is not None and any(unit.source in _OPERATORS for unit in units):
         link(operator, ["backend.cpp", "memory.cpp", "api.cpp"])
 
 
 def _is_clang(tool: str) -> bool:
-    said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    return "clang" in said.stdout
+    result = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return "clang" in result.stdout
 
 
 def _run(command: Sequence[str]) -> str:
-    """First complaint of a command that failed; empty if it did not."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode == 0:
+    """Run a command; returns its first error, empty if it succeeded."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if result.returncode == 0:
         return ""
-    lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-    return lines[0] if lines else f"exit code {done.returncode}"
+    lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+    return lines[0] if lines else f"exit code {result.returncode}"

@@ -1,4 +1,4 @@
-"""The shared library's own functions, beside those that ggml calls."""
+"""The kernel library's own functions, besides those that ggml calls (src/api.cpp)."""
 
 from __future__ import annotations
 
@@ -8,56 +8,59 @@ from pathlib import Path
 
 from llava_edge.runtimes.native.ggml import TYPES
 
-DEVICE = "LLAVA_EDGE"  # as ggml lists it
-FEW = "few"  # the kernel for products of few rows, which needs no choice
+DEVICE = "LLAVA_EDGE"  # its name in ggml
+FEW = "few"  # name of the kernel for few rows, of which there is only one
 
 
 class Library:
-    """Opened from a file; llama.cpp must be loaded already, or a second ggml would be."""
+    """Opened from a file, after llama.cpp was loaded; otherwise a second copy of ggml would be."""
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
         self._functions.llava_edge_native_kernels.restype = ctypes.c_char_p
-        self._functions.llava_edge_native_use.argtypes = (
+        self._functions.llava_edge_native_configure.argtypes = (
             *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
         )
-        self._functions.llava_edge_native_forget.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        self._functions.llava_edge_native_evict.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
     def kernels(self) -> list[str]:
-        """Names of those that this processor can run, preferred ones first."""
+        """Names of the kernels that this processor can run, preferred ones first."""
         return str(self._functions.llava_edge_native_kernels().decode()).split()
 
-    def use(
+    def configure(
         self,
-        many: Iterable[tuple[str, str, int]] = (),
-        few: Iterable[str] = (),
+        many_rows: Iterable[tuple[str, str, int]] = (),
+        few_rows: Iterable[str] = (),
         attention: bool = False,
         few_attention: bool = False,
     ) -> None:
-        """From now on take products with weights of these types, and attention. many: type, kernel, and from how many
-        rows on (1 to 255); few: of fewer, 31 at most. Attention: of 32 queries or more, and of fewer.
+        """Set which operations the backend accepts from now on.
 
-        Raises `ValueError` if one is not there or does not take a type; then nothing has changed.
+        many_rows: (weight type, kernel, minimum number of rows, 1 to 255) of products; few_rows: weight types for which
+        products of fewer rows, 31 at most, are accepted. attention, few_attention: with 32 queries or more, and with
+        fewer. Raises `ValueError` if a kernel does not exist or does not support a type; then nothing changes.
         """
         numbers = {name: number for number, name in enumerate(self.kernels())}
-        kernel_of, least = bytearray(b"\xff" * 64), bytearray(64)
-        for kind, name, rows in many:
+        kernel_of, min_rows = bytearray(b"\xff" * 64), bytearray(64)
+        for kind, name, rows in many_rows:
             if name not in numbers:
                 raise ValueError(f"there is no kernel {name}")
-            kernel_of[TYPES[kind]], least[TYPES[kind]] = numbers[name], rows
-        mask = sum(1 << TYPES[kind] for kind in few)
-        if not self._functions.llava_edge_native_use(bytes(kernel_of), bytes(least), mask, attention, few_attention):
-            asked = sorted({kind for kind, _, _ in many} | set(few)) + ["attention"] * (attention or few_attention)
-            raise ValueError(f"there is no kernel for one of {', '.join(asked)}")
+            kernel_of[TYPES[kind]], min_rows[TYPES[kind]] = numbers[name], rows
+        mask = sum(1 << TYPES[kind] for kind in few_rows)
+        arguments = (bytes(kernel_of), bytes(min_rows), mask, attention, few_attention)
+        if not self._functions.llava_edge_native_configure(*arguments):
+            kinds = {kind for kind, _, _ in many_rows} | set(few_rows)
+            names = sorted(kinds) + ["attention"] * (attention or few_attention)
+            raise ValueError(f"there is no kernel for one of {', '.join(names)}")
 
-    def take(self, kernel: str, kind: str) -> bool:
-        """From now on take products with weights of that type alone, by that kernel; False if it does not take them."""
+    def select(self, kernel: str, kind: str) -> bool:
+        """Accept only products with weights of one type, computed by one kernel; False if it does not support them."""
         try:
-            self.use(few=[kind]) if kernel == FEW else self.use([(kind, kernel, 1)])
+            self.configure(few_rows=[kind]) if kernel == FEW else self.configure([(kind, kernel, 1)])
         except ValueError:
             return False
         return True
 
-    def forget(self, address: int, size: int) -> None:
-        """Take memory out of the processor's caches, where it knows how to."""
-        self._functions.llava_edge_native_forget(address, size)
+    def evict(self, address: int, size: int) -> None:
+        """Evict memory from the processor's caches, where it has an instruction for that."""
+        self._functions.llava_edge_native_evict(address, size)

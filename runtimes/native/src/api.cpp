@@ -37,7 +37,7 @@ EXPORT const char *llava_edge_native_kernels() {
 // What the backend takes from now on: of each type products of `least` rows or more by the kernel with that number in the list
 // of names above (negative: none), and of fewer, up to FEW, if its bit (1 << ggml_type) is set in `few`; attention of more
 // queries than FEW, and of fewer. Returns 0, with nothing changed, if a kernel does not take a type or there is no attention.
-EXPORT int llava_edge_native_use(const int8_t *many, const uint8_t *least, uint64_t few, int attention, int few_attention) {
+EXPORT int llava_edge_native_configure(const int8_t *many, const uint8_t *least, uint64_t few, int attention, int few_attention) {
     Use wanted{{}, {}, few, attention != 0, few_attention != 0};
     if ((attention || few_attention) && !attends(64)) return 0;
     for (int type = 0; type < TYPES; type++) {
@@ -55,7 +55,7 @@ EXPORT int llava_edge_native_use(const int8_t *many, const uint8_t *least, uint6
 }
 
 // Out of the caches: weights of a model are read from memory, and a race over some that lie in caches says little of that.
-EXPORT void llava_edge_native_forget(const char *memory, size_t bytes) {
+EXPORT void llava_edge_native_evict(const char *memory, size_t bytes) {
 #ifdef __x86_64__
     for (const char *line = memory; line < memory + bytes; line += 64) _mm_clflush(line);
     if (bytes) _mm_clflush(memory + bytes - 1);
