@@ -125,7 +125,7 @@ def test_attention_of_every_shape(library: Path, positions: int, heads: int, wid
 
 def test_attention_is_refused_where_heads_do_not_fit(library: Path) -> None:
     for width in (8, 24, 272):
-        with pytest.raises(OSError, match="attend of .* does not support"):
+        with pytest.raises(OSError, match=r"attend of .* does not support"):
             operator.attention(library, np.zeros((1, 4, 3 * width), np.float32), 1)
 
 
