@@ -1,7 +1,7 @@
-"""A small reader for GGUF files, with every count bounded before it is believed.
+"""A small GGUF reader that checks every count, size and offset before using it.
 
-Used for projector weights, and to check language.gguf before llama.cpp's C code sees it: a count, size or offset
-that does not fit the file is refused here with a sentence. Writing GGUF is not its business, nor is dequantising.
+Used for projector weights, and to check language.gguf before llama.cpp's C code reads it: what does not fit the file
+is refused here with a sentence. It neither writes nor dequantizes.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 """
@@ -25,8 +25,8 @@ MAX_TENSORS = 65_536
 MAX_KEYS = 4_096
 MAX_KEY_BYTES = 256
 MAX_NAME_BYTES = 64  # GGML_MAX_NAME
-MAX_TEXT_BYTES = 1 << 20
-MAX_ITEMS = 1 << 21  # of one array; the largest vocabularies have about 2^18 tokens
+MAX_STRING_BYTES = 1 << 20
+MAX_ITEMS = 1 << 21  # per array; the largest vocabularies have about 2^18 tokens
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
 
@@ -34,7 +34,7 @@ MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# Tensor types of ggml.h that a LLaMA export may hold: id -> (name, values in a block, bytes in a block).
+# Tensor types of ggml.h that a LLaMA export may use: id -> (name, values per block, bytes per block).
 TENSOR_TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -61,7 +61,7 @@ _LANGUAGE_TENSOR = re.compile(
 
 @dataclass(frozen=True)
 class Array:
-    """A metadata array that was measured, not read: type id of its items, their count, where in the file they begin."""
+    """A metadata array that was not read yet: type id and count of its items, and their offset in the file."""
 
     kind: int
     count: int
@@ -70,7 +70,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies. `shape` is in numpy order (slowest first); `offset` counts from the start of the file."""
+    """A tensor's place in the file. `shape` is in numpy order (slowest first), `offset` from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -81,7 +81,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Gguf:
-    """Header of a GGUF file, fully checked against the size of the file."""
+    """Header of a GGUF file, checked against the size of the file."""
 
     path: Path
     metadata: dict[str, Any]
@@ -89,16 +89,16 @@ class Gguf:
 
     @property
     def architecture(self) -> str:
-        """`general.architecture`, or an empty text."""
+        """`general.architecture`, or an empty string."""
         return str(self.metadata.get("general.architecture", ""))
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """A mapped F32 or F16 tensor. Raises `BundleError` if it cannot be read, is missing or of another type."""
+        """Memory-map an F32 or F16 tensor. Raises `BundleError` if it is missing, unreadable or of another type."""
         tensor = self.tensors.get(name)
         if tensor is None:
             raise BundleError(f"{self.path} has no tensor {name!r}.")
         if tensor.kind not in ("F32", "F16"):
-            raise BundleError(f"Tensor {name!r} of {self.path} is {tensor.kind}; F32 or F16 was expected.")
+            raise BundleError(f"Tensor {name!r} of {self.path} is {tensor.kind}; expected F32 or F16.")
         kind = np.dtype("<f4" if tensor.kind == "F32" else "<f2")
         try:
             return np.memmap(self.path, kind, mode="r", offset=tensor.offset, shape=tensor.shape)
@@ -106,7 +106,7 @@ class Gguf:
             raise BundleError(f"{self.path} cannot be read: {error.strerror}.") from error
 
     def items(self, key: str) -> list[Any]:
-        """The values of a metadata array; none if there is no such array."""
+        """The values of a metadata array; empty if there is no such array."""
         array = self.metadata.get(key)
         if not isinstance(array, Array):
             return []
@@ -114,18 +114,18 @@ class Gguf:
             return _Header(self.path, data).items(array)
 
     def number(self, key: str, low: int, high: int) -> int:
-        """A whole number of the metadata within bounds. Raises `BundleError`."""
+        """An integer from the metadata, within bounds. Raises `BundleError`."""
         value = self.metadata.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise BundleError(f"{self.path} has {key} = {value!r}; a whole number from {low} to {high} was expected.")
+            raise BundleError(f"{self.path} has {key} = {value!r}; expected an integer from {low} to {high}.")
         return value
 
 
 def read(path: Path) -> Gguf:
     """Read and check the header. Raises `MissingError`, or `BundleError` with what does not fit; reads no weights."""
     try:
-        if path.is_fifo():  # which would be waited for
-            raise BundleError(f"{path} is a pipe; a GGUF file was expected.")
+        if path.is_fifo():  # opening one would block
+            raise BundleError(f"{path} is a pipe; expected a GGUF file.")
         with path.open("rb") as file:
             _check_magic(path, file.read(8))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -137,9 +137,9 @@ def read(path: Path) -> Gguf:
 
 
 def check_language(file: Gguf) -> None:
-    """Refuse a language model that this runtime does not export. Raises `BundleError`.
+    """Refuse a language model unlike those that this project exports. Raises `BundleError`.
 
-    llama.cpp trusts much of what these checks cover: sizes of zero, too many blocks, tokenizer arrays of another type.
+    llama.cpp does not check most of this: sizes of zero, too many blocks, tokenizer arrays of another type.
     """
     if file.architecture != "llama":
         raise BundleError(f"{file.path} holds the architecture {file.architecture!r}; only 'llama' is supported.")
@@ -153,41 +153,41 @@ def check_language(file: Gguf) -> None:
     file.number("llama.feed_forward_length", 1, 1 << 20)
     if width % heads or heads % kv_heads:
         raise BundleError(f"{file.path} has {heads} heads and {kv_heads} key/value heads in a width of {width}.")
-    _check_settings(file)
+    _check_metadata(file)
     for tensor in file.tensors.values():
         known = _LANGUAGE_TENSOR.fullmatch(tensor.name)
         if not known or (known[2] is not None and int(known[2]) >= blocks):
-            raise BundleError(f"{file.path} has a tensor that a LLaMA of {blocks} blocks has not: {tensor.name!r}.")
+            raise BundleError(f"{file.path} has a tensor unknown to a LLaMA of {blocks} blocks: {tensor.name!r}.")
     _check_vocabulary(file, width)
 
 
 def check_adapter(file: Gguf, base: Gguf) -> None:
-    """Refuse what is no LoRA of the language model `base`: `BundleError`. Each pair has to fit its weight."""
+    """Raise `BundleError` unless `file` is a LoRA adapter of `base`, each pair of tensors fitting its weight."""
     kind = (file.metadata.get("general.type"), file.metadata.get("adapter.type"), file.architecture)
     if kind != ("adapter", "lora", base.architecture):
-        raise BundleError(f"{file.path} is no LoRA adapter of a {base.architecture}: it says {kind}.")
+        raise BundleError(f"{file.path} is not a LoRA adapter for {base.architecture}: its types are {kind}.")
     pairs = {name.rpartition(".lora_")[0] for name in file.tensors}
     for name in pairs:
         a, b, weight = file.tensors.get(f"{name}.lora_a"), file.tensors.get(f"{name}.lora_b"), base.tensors.get(name)
         if a is None or b is None or weight is None or len(weight.shape) != 2:
-            raise BundleError(f"{file.path} has an update of {name!r} that is not a pair, or that the model lacks.")
+            raise BundleError(f"{file.path} adapts {name!r}, which is not a matrix of the model, or lacks half a pair.")
         if (b.shape[0], a.shape[-1]) != weight.shape or a.shape != (b.shape[-1], weight.shape[1]):
             raise BundleError(f"{file.path} has {a.shape} and {b.shape} for {name!r}, whose weight is {weight.shape}.")
     if 2 * len(pairs) != len(file.tensors):
-        raise BundleError(f"{file.path} has tensors that belong to no update.")
+        raise BundleError(f"{file.path} has tensors that are not part of a LoRA pair.")
 
 
-def _check_settings(file: Gguf) -> None:
-    """What llama.cpp aborts at, or reads as another kind of model."""
+def _check_metadata(file: Gguf) -> None:
+    """Refuse metadata that makes llama.cpp abort or load another kind of model."""
     experts = [key for key, value in file.metadata.items() if key.startswith("llama.expert") and value]
     if experts:
-        raise BundleError(f"{file.path} has {experts[0]}: models of experts are not supported.")
+        raise BundleError(f"{file.path} has {experts[0]}: mixture-of-experts models are not supported.")
     scaling = file.metadata.get("llama.rope.scaling.type", "none")
     if scaling not in ("none", "linear", "yarn", "longrope"):
-        raise BundleError(f"{file.path} has the rope scaling {scaling!r}, which llama.cpp does not know.")
+        raise BundleError(f"{file.path} has the rope scaling {scaling!r}, which llama.cpp does not support.")
     kind = file.metadata.get("tokenizer.ggml.model", "none")
     if kind not in ("llama", "gpt2", "none"):
-        raise BundleError(f"{file.path} has a tokenizer of the kind {kind!r}; 'llama' or 'gpt2' was expected.")
+        raise BundleError(f"{file.path} has a tokenizer of type {kind!r}; expected 'llama' or 'gpt2'.")
 
 
 def _check_vocabulary(file: Gguf, width: int) -> None:
@@ -195,7 +195,7 @@ def _check_vocabulary(file: Gguf, width: int) -> None:
     if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != width:
         raise BundleError(f"{file.path} has no token_embd.weight of width {width}.")
     count = embedding.shape[0]
-    # 6: float32, 5: int32; as llama.cpp reads them without asking.
+    # 6: float32, 5: int32; llama.cpp assumes these types without checking.
     for key, kind in (("tokens", _STRING), ("scores", 6), ("token_type", 5), ("merges", _STRING)):
         value = file.metadata.get(f"tokenizer.ggml.{key}")
         if value is None and (key != "tokens" or file.metadata.get("tokenizer.ggml.model") == "none"):
@@ -215,8 +215,8 @@ def _check_magic(path: Path, head: bytes) -> None:
         elif head.lstrip()[:1] == b"<":
             hint = " It looks like a web page: the download failed."
         elif head[:4] == b"GGML"[::-1] or head[:4] in (b"tjgg", b"fmgg", b"lmgg"):
-            hint = " It is of the older ggml format: convert it to GGUF first."
-        raise BundleError(f"{path} is not a GGUF file: it starts with {head[:4]!r}, {MAGIC!r} was expected.{hint}")
+            hint = " It is in the older ggml format: convert it to GGUF first."
+        raise BundleError(f"{path} is not a GGUF file: it starts with {head[:4]!r}, not {MAGIC!r}.{hint}")
     if len(head) < 8:
         raise BundleError(f"{path} is truncated: it has only {len(head)} bytes.")
 
@@ -227,7 +227,7 @@ class _Header:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
         self.data = data
-        self.at = 4
+        self.position = 4
         self.end = len(data)
 
     def read(self) -> Gguf:
@@ -235,120 +235,124 @@ class _Header:
         if version not in (2, 3):
             big = struct.unpack(">I", struct.pack("<I", version))[0]
             hint = " (it is big-endian)" if big in (2, 3) else ""
-            raise self.bad(f"GGUF version {version} is not supported{hint}; 2 or 3 was expected")
+            raise self.error(f"GGUF version {version} is not supported{hint}; expected 2 or 3")
         tensor_count = self.count(MAX_TENSORS, "tensors")
         key_count = self.count(MAX_KEYS, "metadata keys")
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
             key = self.text(MAX_KEY_BYTES, "a metadata key")
             if not key or key in metadata:
-                raise self.bad(f"the metadata key {key!r} is empty or appears twice")
+                raise self.error(f"the metadata key {key!r} is empty or appears twice")
             metadata[key] = self.value(self.scalar("I"))
-        infos = [self.tensor_info() for _ in range(tensor_count)]
-        return Gguf(self.path, metadata, self.place(infos, metadata.get("general.alignment", 32)))
+        infos = [self.read_tensor_info() for _ in range(tensor_count)]
+        return Gguf(self.path, metadata, self.locate_tensors(infos, metadata.get("general.alignment", 32)))
 
-    def place(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: object) -> dict[str, Tensor]:
-        """Check that tensors lie inside the file and nowhere overlap."""
+    def locate_tensors(
+        self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: object
+    ) -> dict[str, Tensor]:
+        """Check that tensors lie inside the file and do not overlap."""
         if not isinstance(alignment, int) or not 8 <= alignment <= 65_536 or alignment & (alignment - 1):
-            raise self.bad(f"general.alignment is {alignment!r}")
-        base = -(-self.at // alignment) * alignment
+            raise self.error(f"general.alignment is {alignment!r}")
+        base = -(-self.position // alignment) * alignment
         tensors: dict[str, Tensor] = {}
-        taken = 0
+        previous_end = 0
         for name, shape, kind, offset in sorted(infos, key=lambda info: info[3]):
-            label, block, block_bytes = TENSOR_TYPES[kind]
+            type_name, block, block_bytes = TENSOR_TYPES[kind]
             if shape[-1] % block:
-                raise self.bad(f"tensor {name!r} has rows of {shape[-1]} values, not a multiple of {block} for {label}")
+                raise self.error(
+                    f"tensor {name!r} has rows of {shape[-1]} values, not a multiple of {block} for {type_name}"
+                )
             size = prod(shape) // block * block_bytes
-            if name in tensors or offset % alignment or offset < taken or base + offset + size > self.end:
-                raise self.bad(
+            if name in tensors or offset % alignment or offset < previous_end or base + offset + size > self.end:
+                raise self.error(
                     f"tensor {name!r} ({size} bytes at {offset}) appears twice, overlaps another or lies outside "
                     "the file, which may be truncated"
                 )
-            tensors[name] = Tensor(name, shape, label, base + offset, size)
-            taken = offset + size
+            tensors[name] = Tensor(name, shape, type_name, base + offset, size)
+            previous_end = offset + size
         return tensors
 
-    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+    def read_tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.text(MAX_NAME_BYTES, "a tensor name")
         dimensions = self.scalar("I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise self.bad(f"tensor {name!r} has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} were expected")
+            raise self.error(f"tensor {name!r} has {dimensions} dimensions; expected 1 to {MAX_DIMENSIONS}")
         shape = tuple(self.scalar("Q") for _ in range(dimensions))[::-1]
         kind = self.scalar("I")
         offset = self.scalar("Q")
-        # A third of a byte (Q2_K) is the least a value takes.
+        # The smallest type, Q2_K, takes a third of a byte per value.
         if min(shape) < 1 or prod(shape) > 4 * self.end:
-            raise self.bad(f"tensor {name!r} has the shape {shape}, which does not fit the file")
+            raise self.error(f"tensor {name!r} has the shape {shape}, which does not fit the file")
         if kind not in TENSOR_TYPES:
-            raise self.bad(f"tensor {name!r} is of type {kind}, which is not supported")
+            raise self.error(f"tensor {name!r} is of type {kind}, which is not supported")
         return name, shape, kind, offset
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
-            return self.text(MAX_TEXT_BYTES, "a metadata text")
+            return self.text(MAX_STRING_BYTES, "a metadata string")
         if kind != _ARRAY:
-            raise self.bad(f"a metadata value is of type {kind}, which GGUF does not have")
+            raise self.error(f"a metadata value is of type {kind}, which GGUF does not have")
         return self.array()
 
     def array(self) -> Array:
         kind = self.scalar("I")
         count = self.count(MAX_ITEMS, "items of an array")
-        start = self.at
+        start = self.position
         if kind in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[kind]))
         elif kind == _STRING:
-            self.skip_texts(count)
+            self.skip_strings(count)
         else:
-            raise self.bad(f"an array holds items of type {kind}; numbers or texts were expected")
+            raise self.error(f"an array has items of type {kind}; expected numbers or strings")
         return Array(kind, count, start)
 
     def items(self, array: Array) -> list[Any]:
-        self.at = array.offset
+        self.position = array.offset
         if array.kind == _STRING:
-            return [self.text(MAX_TEXT_BYTES, "an item of an array") for _ in range(array.count)]
+            return [self.text(MAX_STRING_BYTES, "an item of an array") for _ in range(array.count)]
         self.skip(array.count * struct.calcsize("<" + _SCALARS[array.kind]))
         return list(struct.unpack_from(f"<{array.count}{_SCALARS[array.kind]}", self.data, array.offset))
 
-    def skip_texts(self, count: int) -> None:
-        """Step over `count` texts. A vocabulary has about 10^5 of them, hence one tight loop."""
+    def skip_strings(self, count: int) -> None:
+        """Skip `count` strings. A vocabulary has about 10^5 of them, hence one tight loop."""
         length = struct.Struct("<Q").unpack_from
-        data, at, end = self.data, self.at, self.end - 8
+        data, position, end = self.data, self.position, self.end - 8
         for _ in range(count):
-            if at > end:
-                raise self.bad("it ends inside its header, so it is truncated")
-            size = length(data, at)[0]
-            if size > MAX_TEXT_BYTES:
-                raise self.bad(f"a text in an array claims {size} bytes, at most {MAX_TEXT_BYTES} are accepted")
-            at += 8 + size
-        self.at = at
+            if position > end:
+                raise self.error("it ends inside its header, so it is truncated")
+            size = length(data, position)[0]
+            if size > MAX_STRING_BYTES:
+                raise self.error(f"a string in an array claims {size} bytes, at most {MAX_STRING_BYTES} are accepted")
+            position += 8 + size
+        self.position = position
         self.skip(0)
 
     def text(self, limit: int, what: str) -> str:
         size = self.count(limit, f"bytes of {what}")
-        start = self.at
+        start = self.position
         self.skip(size)
         try:
-            return self.data[start : self.at].decode("utf-8")
+            return self.data[start : self.position].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.bad(f"{what} is not UTF-8") from error
+            raise self.error(f"{what} is not UTF-8") from error
 
     def count(self, limit: int, what: str) -> int:
         number: int = self.scalar("Q")
         if number > limit:
-            raise self.bad(f"it claims {number} {what}, at most {limit} are accepted")
+            raise self.error(f"it claims {number} {what}, at most {limit} are accepted")
         return number
 
-    def scalar(self, form: str) -> Any:
-        start = self.at
-        self.skip(struct.calcsize("<" + form))
-        return struct.unpack_from("<" + form, self.data, start)[0]
+    def scalar(self, format_code: str) -> Any:
+        start = self.position
+        self.skip(struct.calcsize("<" + format_code))
+        return struct.unpack_from("<" + format_code, self.data, start)[0]
 
     def skip(self, size: int) -> None:
-        if self.at + size > self.end:
-            raise self.bad("it ends inside its header, so it is truncated")
-        self.at += size
+        if self.position + size > self.end:
+            raise self.error("it ends inside its header, so it is truncated")
+        self.position += size
 
-    def bad(self, reason: str) -> BundleError:
+    def error(self, reason: str) -> BundleError:
         return BundleError(f"{self.path} is not a usable GGUF file: {reason}.")

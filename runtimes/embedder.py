@@ -129,7 +129,7 @@ def _reduced(
     """(positions, vision width) float32."""
     encoded = [vision.encode_attended(crop, vision_run) for crop in _crops(picture, cancel)]
     features, attention = (np.concatenate(outputs)[budget.rows] for outputs in zip(*encoded, strict=True))
-    return token_budget.reduce(features, attention, len(picture.rows), budget.method, budget.seed)
+    return token_budget.reduce_features(features, attention, len(picture.rows), budget.method, budget.seed)
 
 
 def _crops(picture: Picture, cancel: threading.Event) -> Iterator[Array]:

@@ -37,7 +37,7 @@ class Budget:
     """What a picture's positions are made from.
 
     rows: (candidates,) which of all crops' features (crops * tokens, width), in the picture's order.
-    method, seed: how, see `token_budget.reduce`.
+    method, seed: how, see `token_budget.reduce_features`.
     """
 
     rows: Array

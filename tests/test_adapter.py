@@ -137,12 +137,12 @@ def test_updates_that_do_not_fit_the_weights_are_refused(low_rank: LowRank, tmp_
         file = write(replace(low_rank, updates={module: pair}), tmp_path / f"{number}.gguf")
         with pytest.raises(BundleError, match="whose weight is"):
             gguf.check_adapter(file, base)
-    with pytest.raises(BundleError, match="is no LoRA adapter"):
+    with pytest.raises(BundleError, match="is not a LoRA adapter"):
         gguf.check_adapter(base, base)
     good = gguf.read(tmp_path / "good.gguf")
     name, tensor = next(iter(good.tensors.items()))
     third = {name.replace(".lora_a", ".lora_magnitude").replace(".lora_b", ".lora_magnitude"): tensor}
-    with pytest.raises(BundleError, match="belong to no update"):
+    with pytest.raises(BundleError, match="not part of a LoRA pair"):
         gguf.check_adapter(replace(good, tensors=good.tensors | third), base)
 
 

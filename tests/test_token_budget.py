@@ -79,14 +79,14 @@ def plainly(features: Array, attention: Array, count: int) -> Array:
 def test_the_choice_is_the_one_of_plain_loops(tokens: int, count: int, seed: int) -> None:
     count = min(count, tokens)
     features, attention = draw(tokens, seed)
-    found = token_budget.reduce(features, attention, count)
+    found = token_budget.reduce_features(features, attention, count)
     assert found.shape == (count, 12)
     np.testing.assert_allclose(found, plainly(features, attention, count), atol=1e-5)
 
 
 def test_what_is_looked_at_most_stays_as_it_is_and_in_its_order() -> None:
     features, attention = draw(576)
-    found = token_budget.reduce(features, attention, 64)
+    found = token_budget.reduce_features(features, attention, 64)
     rows = {features[place].tobytes(): place for place in range(576)}
     places = [rows[row.tobytes()] for row in found if row.tobytes() in rows]
     assert len(places) == 54  # and 10 means, VisionZip's numbers
@@ -98,7 +98,7 @@ def test_what_is_looked_at_most_stays_as_it_is_and_in_its_order() -> None:
 def test_patches_that_are_all_alike_stay_what_they_are(value: float) -> None:
     """Each is as like to one mean as to another, or has no direction at all: no mean may be left without a member."""
     features = np.full((49, 8), value, np.float32)
-    assert np.array_equal(token_budget.reduce(features, np.arange(49, dtype=np.float32), 25), features[:25])
+    assert np.array_equal(token_budget.reduce_features(features, np.arange(49, dtype=np.float32), 25), features[:25])
 
 
 @pytest.mark.parametrize(("side", "fields"), [(24, 12), (24, 8), (6, 3), (5, 5), (4, 1)])
@@ -106,7 +106,7 @@ def test_pooling_whole_fields_is_torchs(side: int, fields: int) -> None:
     features, attention = draw(side**2)
     grid = torch.from_numpy(features).T.reshape(1, 12, side, side)
     wanted = torch.nn.functional.avg_pool2d(grid, side // fields)[0].flatten(1).T
-    found = token_budget.reduce(features, attention, fields**2, "pool")
+    found = token_budget.reduce_features(features, attention, fields**2, "pool")
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
 
 
@@ -115,18 +115,18 @@ def test_pooling_shares_out_patches_on_a_border() -> None:
     features, attention = draw(49)
     large = features.reshape(7, 7, -1).repeat(5, axis=0).repeat(5, axis=1)
     wanted = large.reshape(5, 7, 5, 7, -1).mean(axis=(1, 3)).reshape(25, -1)
-    np.testing.assert_allclose(token_budget.reduce(features, attention, 25, "pool"), wanted, atol=1e-5)
+    np.testing.assert_allclose(token_budget.reduce_features(features, attention, 25, "pool"), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(49, 24), (50, 25)])
 def test_pooling_needs_squares(tokens: int, count: int) -> None:
-    with pytest.raises(UsageError, match=f"not {count} positions of {tokens}"):
-        token_budget.reduce(*draw(tokens), count, "pool")
+    with pytest.raises(UsageError, match=f"not {tokens} to {count} tokens"):
+        token_budget.reduce_features(*draw(tokens), count, "pool")
 
 
 def test_the_lot_is_drawn_by_its_seed() -> None:
     features, attention = draw(49)
-    first, again, other = (token_budget.reduce(features, attention, 9, "random", seed) for seed in (1, 1, 2))
+    first, again, other = (token_budget.reduce_features(features, attention, 9, "random", seed) for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     rows = [features.tolist().index(row) for row in first.tolist()]
@@ -342,7 +342,7 @@ def test_more_than_there_are(micro_bundle: Path, llava: Llava, capsys: pytest.Ca
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(UsageError, match="image_token_method is 'best'; cls, pool, random"):
+    with pytest.raises(UsageError, match="image_token_method is 'best'; expected one of cls, pool, random"):
         Options(image_token_method=cast(Any, "best"))
 
 
