@@ -13,7 +13,7 @@ import pytest
 from pairs import in_halves
 
 from llava_edge import gguf
-from llava_edge.bench.work import work
+from llava_edge.bench.work import bundle_work
 from llava_edge.bundle import ADAPTER, LANGUAGE, Bundle, file_entry, write_manifest
 from llava_edge.cli import execute
 from llava_edge.errors import BundleError, CheckpointError
@@ -86,7 +86,7 @@ def test_base_and_adapter_answer_as_the_merged_model(bundle: Path, merged: Path,
 def test_bench_counts_the_adapter_that_each_token_reads(bundle: Path, low_rank: LowRank) -> None:
     opened = Bundle.open(bundle)
     files = {name: entry for name, entry in opened.manifest.files.items() if name != ADAPTER}
-    with_it, without = work(opened), work(replace(opened, manifest=replace(opened.manifest, files=files)))
+    with_it, without = bundle_work(opened), bundle_work(replace(opened, manifest=replace(opened.manifest, files=files)))
     numbers = sum(a.size + b.size for a, b in low_rank.updates.values())
     assert with_it.token_bytes(0) - without.token_bytes(0) == 2 * numbers
     assert with_it.prefill_ops(7) - without.prefill_ops(7) == 2 * 7 * numbers

@@ -531,6 +531,6 @@ def test_bench_counts_the_rows_that_are_projected(
     task = {"bundle": str(bundle), "cache": str(tmp_path / "cache"), "threads": 1, "context": 0, "device": "cpu",
             "prompt": "hi", "max_tokens": 1, "image_tokens": budget, "preset": "auto",
             "pictures": {"first": str(tmp_path / "wide.png")}}  # fmt: skip
-    found = child.answer(task)
+    found = child.measure_answers(task)
     assert found["projected"] == sum(projected) != 0
     assert (found["projected"] == found["questions"]["first"]["image_tokens"]) == bool(budget)

@@ -24,7 +24,7 @@ from llava_edge import cli
 from llava_edge.bench import child, records, runner
 from llava_edge.bench.compare import compare, stages
 from llava_edge.bench.page import page
-from llava_edge.bench.picture import variant
+from llava_edge.bench.picture import marked_copy
 from llava_edge.bench.records import (
     ENCODE,
     FIRST,
@@ -35,13 +35,13 @@ from llava_edge.bench.records import (
     SCHEMA,
     WARM,
     Configuration,
-    Measured,
     Report,
+    Run,
     read_report,
 )
-from llava_edge.bench.runner import Plan, measure, summary
+from llava_edge.bench.runner import Plan, measure, summarize_run
 from llava_edge.bench.table import comparison, table, to_csv
-from llava_edge.bench.work import Work, initializers, work
+from llava_edge.bench.work import Work, bundle_work, initializers
 from llava_edge.bundle import LANGUAGE, VISION, Bundle, Preprocessing
 from llava_edge.errors import DataError, LlavaEdgeError, MissingError
 from llava_edge.image import load_image, preprocess
@@ -81,7 +81,7 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
 
 def made(*milliseconds: float, peaks: dict[str, dict[str, float]] | None = None, **other: Any) -> Report:
     """A report of one configuration with these samples."""
-    run = summary(replace(SETTINGS, **other), NEEDED, [sample(value) for value in milliseconds], peaks or {})
+    run = summarize_run(replace(SETTINGS, **other), NEEDED, [sample(value) for value in milliseconds], peaks or {})
     machine = {"processor": "P", "features": ["f"], "system": "s"}
     settings = {"repeats": len(milliseconds), "image": "drawn", "prompt": "<b>&"}
     return Report(SCHEMA, "2026-01-01", machine, {"llava-edge": "0"}, settings, peaks or {}, (run,))
@@ -135,7 +135,7 @@ def test_a_child_that_dies_of_a_signal_is_an_error(tmp_path: Path, monkeypatch: 
     python.write_text("#!/bin/sh\nkill -ILL $$\n", "utf-8")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    found = runner._child({"kind": "limits", "threads": 1})
+    found = runner._run_child({"kind": "limits", "threads": 1})
     assert ("killed by SIGILL" in found["error"], found["exit_code"]) == (True, 69)
 
 
@@ -143,7 +143,7 @@ def test_pictures_of_two_numbers_differ_in_pixels_only(tmp_path: Path) -> None:
     for suffix in ("PNG", "JPEG"):
         path = tmp_path / suffix
         Image.new("RGB", (90, 60), "red").save(path, suffix)
-        first, again, other = (Image.open(io.BytesIO(variant(path, number))) for number in (0, 0, 1))
+        first, again, other = (Image.open(io.BytesIO(marked_copy(path, number))) for number in (0, 0, 1))
         assert first.format == suffix
         assert first.size == other.size == (90, 60)
         assert first.tobytes() == again.tobytes() != other.tobytes()
@@ -152,9 +152,9 @@ def test_pictures_of_two_numbers_differ_in_pixels_only(tmp_path: Path) -> None:
     Image.new("RGB", (300, 60), "red").save(wide)
     for square in ("crop", "pad"):
         spec = Preprocessing(image_size, CLIP_MEAN, CLIP_STD, square)
-        shown = [preprocess(load_image(variant(wide, number)), spec).tobytes() for number in range(3)]
+        shown = [preprocess(load_image(marked_copy(wide, number)), spec).tobytes() for number in range(3)]
         assert len(set(shown)) == 3
-    drawn = [np.asarray(Image.open(io.BytesIO(variant(None, number)))) for number in range(3)]
+    drawn = [np.asarray(Image.open(io.BytesIO(marked_copy(None, number)))) for number in range(3)]
     assert len({picture.tobytes() for picture in drawn}) == 3
 
 
@@ -179,7 +179,7 @@ def test_operations_are_those_that_pytorch_counts(micro_checkpoint: Path, micro_
             call()
         return int(counter.get_total_flops())
 
-    needed = work(Bundle.open(micro_bundle))
+    needed = bundle_work(Bundle.open(micro_bundle))
     features = torch.zeros(1, CONFIG.image_tokens, CONFIG.vision.hidden_size)
     pixels = torch.zeros(1, 3, side, side)
     assert needed.encode_ops == counted(lambda: model.vision_tower.vision_model(pixels))
@@ -215,11 +215,11 @@ def test_what_is_counted_as_known_is_not_evaluated(
     pictures = {}
     for number, question in enumerate((FIRST, WARM)):
         path = tmp_path / f"{question}.jpg"
-        path.write_bytes(variant(None, number))
+        path.write_bytes(marked_copy(None, number))
         pictures[question] = str(path)
     task = {"bundle": str(micro_bundle), "cache": str(tmp_path / "cache"), "threads": 1, "context": 0, "device": "cpu",
             "prompt": "hi", "max_tokens": 1, "image_tokens": 0, "preset": preset, "pictures": pictures}  # fmt: skip
-    found = child.answer(task)
+    found = child.measure_answers(task)
     first, warm = (found["questions"][name] for name in (FIRST, WARM))
     assert first["text_known"] == 0 < warm["text_known"]
     assert sum(evaluated) == 2 * warm["prompt_tokens"] - warm["text_known"]
@@ -230,7 +230,7 @@ def test_bytes_of_a_token_are_those_of_the_file(micro_bundle: Path) -> None:
     from gguf import GGUFReader
 
     tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(micro_bundle / LANGUAGE).tensors}
-    needed = work(Bundle.open(micro_bundle))
+    needed = bundle_work(Bundle.open(micro_bundle))
     assert "output.weight" in tensors
     assert needed.token_bytes(0) == sum(tensors.values()) - tensors["token_embd.weight"]
     text = CONFIG.text
@@ -277,9 +277,9 @@ def test_a_share_is_work_by_time_and_limit() -> None:
     assert asked["prefill"].share == pytest.approx(NEEDED.prefill_ops(20, 3) / 2 / 8e9)
     assert asked["decode"].share == pytest.approx(NEEDED.token_bytes(22) / 2 / 1e9)
     assert asked["image"].share is None
-    ours = summary(SETTINGS, NEEDED, [{**sample(2000), "integer_projector": True}], PEAKS).questions[WARM]
+    ours = summarize_run(SETTINGS, NEEDED, [{**sample(2000), "integer_projector": True}], PEAKS).questions[WARM]
     assert ours.stages["project"].limit == "int8_ops"
-    small = summary(SETTINGS, NEEDED, [{**sample(2000), "kv": "q8_0"}], PEAKS).questions[WARM].stages["decode"]
+    small = summarize_run(SETTINGS, NEEDED, [{**sample(2000), "kv": "q8_0"}], PEAKS).questions[WARM].stages["decode"]
     keys = NEEDED.token_bytes(22) - NEEDED.token_bytes(0)
     assert small.share == pytest.approx((NEEDED.token_bytes(0) + keys * 34 / 64) / 2 / 1e9)
 
@@ -287,7 +287,7 @@ def test_a_share_is_work_by_time_and_limit() -> None:
 def test_guessed_tokens_take_no_pass_of_their_own() -> None:
     guessed = sample(2000)
     guessed["questions"] = {name: {**asked, "accepted_tokens": 2} for name, asked in guessed["questions"].items()}
-    stage = summary(SETTINGS, NEEDED, [guessed], PEAKS).questions[WARM].stages["decode"]
+    stage = summarize_run(SETTINGS, NEEDED, [guessed], PEAKS).questions[WARM].stages["decode"]
     assert stage.share == pytest.approx(NEEDED.token_bytes(22) / 3 / 2 / 1e9)
 
 
@@ -298,7 +298,7 @@ def test_float_parts_are_compared_with_the_float_limit() -> None:
 
 
 def test_what_a_cache_spared_has_no_share() -> None:
-    run = summary(SETTINGS, NEEDED, [sample(1, "miss"), sample(1, "kv")], PEAKS)
+    run = summarize_run(SETTINGS, NEEDED, [sample(1, "miss"), sample(1, "kv")], PEAKS)
     asked = run.questions[WARM]
     assert asked.cache == ("miss", "kv")
     assert all(asked.stages[name].share is None for name in ("encode", "project", "prefill"))
@@ -307,7 +307,7 @@ def test_what_a_cache_spared_has_no_share() -> None:
 
 def test_without_limits_or_on_another_device_there_are_no_shares() -> None:
     graphics = {**sample(1), "device": "cuda"}
-    for run in (summary(SETTINGS, NEEDED, [sample(1)], {}), summary(SETTINGS, NEEDED, [graphics], PEAKS)):
+    for run in (summarize_run(SETTINGS, NEEDED, [sample(1)], {}), summarize_run(SETTINGS, NEEDED, [graphics], PEAKS)):
         assert all(stage.share is None for _, stage in stages(run))
 
 
@@ -321,8 +321,8 @@ def test_without_limits_or_on_another_device_there_are_no_shares() -> None:
         ((30, 40, 40, 50), (15, 20, 20, 25), 2.0, "faster"),
         ((15, 20, 20, 25), (30, 40, 40, 50), 0.5, "slower"),
         ((20, 40, 40, 50), (15, 20, 20, 25), 2.0, "no difference beyond the spread"),
-        ((40,), (20,), 2.0, "too few repeats to tell: 4 on both sides would do"),
-        ((30, 40, 40, 50), (15, 20, 25), 2.0, "too few repeats to tell: 4 on both sides would do"),
+        ((40,), (20,), 2.0, "too few repeats to tell: both sides need 4"),
+        ((30, 40, 40, 50), (15, 20, 25), 2.0, "too few repeats to tell: both sides need 4"),
     ],
 )
 def test_ratios_are_of_medians_and_sure_only_beyond_the_spread(
@@ -382,7 +382,7 @@ def test_another_schema_and_a_missing_file_are_refused(tmp_path: Path) -> None:
         read_report(tmp_path / "x.json")
     with pytest.raises(MissingError):
         read_report(tmp_path / "none.json")
-    with pytest.raises(DataError, match=r"cannot be read.*was expected"):
+    with pytest.raises(DataError, match=r"cannot be read.*expected"):
         read_report(tmp_path)
 
 
@@ -434,7 +434,7 @@ def test_bars_are_as_long_as_their_numbers() -> None:
 
 
 def test_a_page_of_failures_says_why() -> None:
-    failed = replace(made(1), runs=(Measured(SETTINGS, "It <broke>."),))
+    failed = replace(made(1), runs=(Run(SETTINGS, "It <broke>."),))
     assert "It &lt;broke&gt;." in page({"this run": failed})
 
 
@@ -449,7 +449,7 @@ def execute(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_child", lambda task: pytest.fail("a process was started"))
+    monkeypatch.setattr(runner, "_run_child", lambda task: pytest.fail("a process was started"))
 
 
 ONCE = ("--repeats", "1", "--warmup", "0", "--no-limits", "--threads", "1", "--prompt", "hi", "--max-tokens", "2")

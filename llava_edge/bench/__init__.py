@@ -1,7 +1,7 @@
-"""`llava-edge bench`: time, memory and share of the machine's limit for each stage of an answer.
+"""`llava-edge bench`: time, memory and share of the machine's limits for each stage of an answer.
 
-records.py   what was measured, as JSON       work.py      operations and bytes a stage cannot do without
+records.py   results, as dataclasses and JSON work.py      minimum operations and bytes of each stage
 child.py     one process, one measurement     runner.py    all processes, interleaved
-picture.py   the picture that is shown        compare.py   two results, as ratios
+picture.py   the picture to ask about         compare.py   ratios of two reports
 table.py     text and CSV                     page.py      one HTML page
 """

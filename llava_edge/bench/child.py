@@ -1,6 +1,6 @@
-"""One measurement in a process of its own, so that memory and loading are those of a program that does just this.
+"""One measurement in its own process, so that memory and load time are those of a program that does nothing else.
 
-The task comes as JSON in the first argument, the numbers go as one line of JSON to stdout.
+The task is JSON in the first argument; the results are printed as one line of JSON.
 """
 
 from __future__ import annotations
@@ -22,55 +22,58 @@ from llava_edge.runtimes.pictures import limited, prepare
 from llava_edge.runtimes.pipeline import Engine
 
 
-def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """Open a bundle and ask about pictures.
+def measure_answers(task: dict[str, Any]) -> dict[str, Any]:
+    """Open a bundle and answer the prompt about each picture.
 
-    task: bundle, cache (folder), threads, context, device, prompt, max_tokens, image_tokens, preset, and pictures: the
-    path of one for each name of a question.
+    task: bundle, cache (folder), threads, context, device, prompt, max_tokens, image_tokens, preset, and pictures: name
+    of the question -> path.
     """
-    born = devices.process_start()
+    process_start = devices.process_start()
     bundle = Bundle.open(Path(task["bundle"]))
     device, threads, context, preset = (task[name] for name in ("device", "threads", "context", "preset"))
-    options = EngineOptions(device, threads, context, preset, cache=Path(task["cache"]))
-    wanted = Options(max_tokens=task["max_tokens"], image_tokens=task["image_tokens"])
-    asked = [Message("user", task["prompt"], 1)]
-    begun = time.monotonic()
+    engine_options = EngineOptions(device, threads, context, preset, cache=Path(task["cache"]))
+    options = Options(max_tokens=task["max_tokens"], image_tokens=task["image_tokens"])
+    messages = [Message("user", task["prompt"], 1)]
+    open_start = time.monotonic()
     # As `llava-edge run` does: the first picture is read and encoded while the language model loads.
-    first, *_ = pictures = {name: Path(path) for name, path in task["pictures"].items()}
-    prepared = cache(lambda: limited(prepare(pictures[first], bundle.manifest), wanted, bundle.manifest))
-    with Engine.open(bundle, options, pictures=[prepared]) as engine:
-        loaded = time.monotonic()
-        shown = prepared()
-        found = {first: result_of(engine.generate(asked, [shown], wanted))}
-        cold = (loaded - born) * 1000 + found[first].timings.ttft_ms
+    first_name, *_ = pictures = {name: Path(path) for name, path in task["pictures"].items()}
+    prepared = cache(lambda: limited(prepare(pictures[first_name], bundle.manifest), options, bundle.manifest))
+    with Engine.open(bundle, engine_options, pictures=[prepared]) as engine:
+        open_end = time.monotonic()
+        picture = prepared()
+        results = {first_name: result_of(engine.generate(messages, [picture], options))}
+        cold = (open_end - process_start) * 1000 + results[first_name].timings.ttft_ms
         for name in list(pictures)[1:]:
-            found[name] = result_of(engine.generate(asked, [pictures[name]], wanted))
-        # Text before the picture stays in memory from one question to the next, which no result says.
-        text = engine.encode_prompt(asked).index(IMAGE_TOKEN_INDEX)
+            results[name] = result_of(engine.generate(messages, [pictures[name]], options))
+        # Text before the picture stays in the KV cache from one question to the next, which no result reports.
+        text_positions = engine.encode_prompt(messages).index(IMAGE_TOKEN_INDEX)
         return {
-            "start_ms": (begun - born) * 1000,
+            "start_ms": (open_start - process_start) * 1000,
             "load_ms": engine.load_ms,
             "cold_ms": cold,
             "device": engine.choice.name,
-            "crops": len(shown.crops),
-            "projected": len(shown.rows) if shown.budget else len(shown.crops) * bundle.manifest.vision.image_tokens,
+            "crops": len(picture.crops),
+            "projected": len(picture.rows)
+            if picture.budget
+            else len(picture.crops) * bundle.manifest.vision.image_tokens,
             "integer_projector": native.projector_library() is not None,
             "kv": engine.preset.kv,
             "questions": {
-                name: {**asdict(result), "text_known": text if name != first else 0} for name, result in found.items()
+                name: {**asdict(result), "text_known": text_positions if name != first_name else 0}
+                for name, result in results.items()
             },
             "memory": asdict(devices.memory_use()),
         }
 
 
 def main() -> None:
-    """Print the numbers, or {"error": sentence, "exit_code": what `llava-edge run` would end with}."""
+    """Print the results, or {"error": sentence, "exit_code": that of `llava-edge run`}."""
     task = json.loads(sys.argv[1])
     try:
-        found = asdict(limits.measure(task["threads"])) if task["kind"] == "limits" else answer(task)
+        results = asdict(limits.measure(task["threads"])) if task["kind"] == "limits" else measure_answers(task)
     except LlavaEdgeError as error:
-        found = {"error": str(error), "exit_code": error.exit_code}
-    sys.stdout.write(json.dumps(found) + "\n")
+        results = {"error": str(error), "exit_code": error.exit_code}
+    sys.stdout.write(json.dumps(results) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as one HTML page: charts drawn in place, light and dark, nothing fetched from anywhere, no scripts."""
+"""A report as one self-contained HTML page: SVG charts, light and dark, no scripts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from llava_edge.bench.compare import compare, stages
-from llava_edge.bench.records import DECODE, FIRST_TOKEN, PARTS, QUESTIONS, WARM, Measured, Report
+from llava_edge.bench.records import DECODE, FIRST_TOKEN, PARTS, QUESTIONS, WARM, Report, Run
 from llava_edge.bench.table import LIMIT_NAMES
 
-WIDTH, LABEL, THICK, GAP = 960, 340, 18, 10  # pixels
+WIDTH, LABEL_WIDTH, BAR_HEIGHT, BAR_GAP = 960, 340, 18, 10  # pixels
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --page: #ffffff; --line: #d5d9de; --dim: #5b6470;
@@ -29,16 +29,16 @@ Bar = tuple[str, Sequence[float]]  # label, one value for each colour
 
 
 def page(reports: Mapping[str, Report]) -> str:
-    """The page. The first report is the new one; the others are drawn beside it and compared with it."""
+    """Render the page. The first report is the new one; the others are shown beside it and compared with it."""
     runs = [(name, run) for name, report in reports.items() for run in report.runs if not run.error]
-    newest = next(iter(reports.values()))
-    body = [f"<h1>llava-edge bench</h1><p class=dim>{_conditions(newest)}</p>", *_limits(newest)]
-    body += _chart("Until the first token, warm process, new picture (ms)", [*PARTS, "rest"], _parts(runs))
-    body += _chart("Each token after that (ms)", [DECODE], _decoding(runs))
-    body += _chart("Memory at the end (MB)", ["private", "of files"], _memory(runs))
+    new_report = next(iter(reports.values()))
+    body = [f"<h1>llava-edge bench</h1><p class=dim>{_conditions(new_report)}</p>", *_limits(new_report)]
+    body += _chart("Until the first token, warm process, new picture (ms)", [*PARTS, "rest"], _first_token_bars(runs))
+    body += _chart("Each token after that (ms)", [DECODE], _decode_bars(runs))
+    body += _chart("Memory at the end (MB)", ["private", "of files"], _memory_bars(runs))
     for name, report in list(reports.items())[1:]:
-        body += _ratios(name, report, newest)
-    body += [part for name, report in reports.items() for run in report.runs for part in _numbers(name, run)]
+        body += _comparison_table(name, report, new_report)
+    body += [part for name, report in reports.items() for run in report.runs for part in _stage_table(name, run)]
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>llava-edge bench</title><style>{_STYLE}</style>"
     return f"{head}\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
 
@@ -46,41 +46,41 @@ def page(reports: Mapping[str, Report]) -> str:
 def _conditions(report: Report) -> str:
     machine, settings = report.machine, report.settings
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    shown = f"{settings['repeats']} repeats, picture {settings['image']}, prompt “{settings['prompt']}”"
+    settings_text = f"{settings['repeats']} repeats, picture {settings['image']}, prompt “{settings['prompt']}”"
     return escape(f"{report.created}. {machine['processor']} ({' '.join(machine['features'])}), {machine['system']}. "
-                  f"{versions}. {shown}.")  # fmt: skip
+                  f"{versions}. {settings_text}.")  # fmt: skip
 
 
 def _limits(report: Report) -> list[str]:
     rows = [
         [
             f"{threads}",
-            f"{found['int8_ops'] / 1e12:.2f}",
-            f"{found['fp32_ops'] / 1e12:.2f}",
-            f"{found['read_bytes'] / 1e9:.1f}",
+            f"{limits['int8_ops'] / 1e12:.2f}",
+            f"{limits['fp32_ops'] / 1e12:.2f}",
+            f"{limits['read_bytes'] / 1e9:.1f}",
         ]
-        for threads, found in report.limits.items()
+        for threads, limits in report.limits.items()
     ]
-    heads = ["threads", "8-bit products, T operations/s", "float32 products, T operations/s", "memory reads, GB/s"]
-    return ["<h2>Limits of the machine, reached in this run</h2>", _table(heads, rows)] if rows else []
+    headings = ["threads", "8-bit products, T operations/s", "float32 products, T operations/s", "memory reads, GB/s"]
+    return ["<h2>Limits of the machine, reached in this run</h2>", _table(headings, rows)] if rows else []
 
 
-def _parts(runs: Sequence[tuple[str, Measured]]) -> list[Bar]:
+def _first_token_bars(runs: Sequence[tuple[str, Run]]) -> list[Bar]:
     bars: list[Bar] = []
     for name, run in runs:
-        asked = run.questions[WARM].stages
-        values = [asked[part].median for part in PARTS]
-        rest = max(0.0, asked[FIRST_TOKEN].median - sum(values))
+        warm = run.questions[WARM].stages
+        values = [warm[part].median for part in PARTS]
+        rest = max(0.0, warm[FIRST_TOKEN].median - sum(values))
         bars.append((_name(name, run), [*values, rest]))
     return bars
 
 
-def _decoding(runs: Sequence[tuple[str, Measured]]) -> list[Bar]:
-    found = [(name, run, run.questions[WARM].stages.get(DECODE)) for name, run in runs]
-    return [(_name(name, run), [stage.median]) for name, run, stage in found if stage]
+def _decode_bars(runs: Sequence[tuple[str, Run]]) -> list[Bar]:
+    decode_stages = [(name, run, run.questions[WARM].stages.get(DECODE)) for name, run in runs]
+    return [(_name(name, run), [stage.median]) for name, run, stage in decode_stages if stage]
 
 
-def _memory(runs: Sequence[tuple[str, Measured]]) -> list[Bar]:
+def _memory_bars(runs: Sequence[tuple[str, Run]]) -> list[Bar]:
     return [
         (_name(name, run), [run.memory["private"] / 1e6, run.memory["file"] / 1e6])
         for name, run in runs
@@ -89,38 +89,38 @@ def _memory(runs: Sequence[tuple[str, Measured]]) -> list[Bar]:
 
 
 def _chart(title: str, legend: Sequence[str], bars: Sequence[Bar]) -> list[str]:
-    """Horizontal stacked bars on one scale, their sums beside them."""
+    """Horizontal stacked bars on one scale, labelled with their sums."""
     if not bars:
         return []
-    scale = (WIDTH - LABEL - 90) / max(max(sum(values) for _, values in bars), 1e-9)
+    scale = (WIDTH - LABEL_WIDTH - 90) / max(max(sum(values) for _, values in bars), 1e-9)
     shapes = []
     for row, (label, values) in enumerate(bars):
-        y, x = row * (THICK + GAP), float(LABEL)
-        shapes.append(f"<text x={LABEL - 8} y={y + 13} text-anchor=end>{escape(label)}</text>")
+        y, x = row * (BAR_HEIGHT + BAR_GAP), float(LABEL_WIDTH)
+        shapes.append(f"<text x={LABEL_WIDTH - 8} y={y + 13} text-anchor=end>{escape(label)}</text>")
         for number, (value, part) in enumerate(zip(values, legend, strict=True)):
             hint = f"<title>{escape(part)}: {value:,.1f}</title>"
             shapes.append(
-                f"<rect class=c{number} x={x:.1f} y={y} width={value * scale:.1f} height={THICK}>{hint}</rect>"
+                f"<rect class=c{number} x={x:.1f} y={y} width={value * scale:.1f} height={BAR_HEIGHT}>{hint}</rect>"
             )
             x += value * scale
         shapes.append(f"<text x={x + 6:.1f} y={y + 13}>{sum(values):,.1f}</text>")
     keys = " ".join(f"<span class=c{number}>&emsp;</span> {escape(part)}&ensp;" for number, part in enumerate(legend))
-    height = len(bars) * (THICK + GAP)
+    height = len(bars) * (BAR_HEIGHT + BAR_GAP)
     drawing = f'<svg viewBox="0 0 {WIDTH} {height}" width={WIDTH} height={height} role=img>{"".join(shapes)}</svg>'
     return [f"<h2>{escape(title)}</h2>", f"<p>{keys}</p>" if len(legend) > 1 else "", drawing]
 
 
-def _ratios(name: str, old: Report, new: Report) -> list[str]:
+def _comparison_table(name: str, old: Report, new: Report) -> list[str]:
     rows = [
         [item.label, f"{item.question} {item.stage}".strip(), f"{item.old:.1f}", f"{item.new:.1f}", f"{item.ratio:.2f}",
          f"{item.low:.2f} to {item.high:.2f}", item.verdict]
         for item in compare(old, new)
     ]  # fmt: skip
-    heads = ["configuration", "stage", "old ms", "new ms", "times faster", "range", ""]
-    return [f"<h2>Compared with {escape(name)}</h2>", _table(heads, rows)]
+    headings = ["configuration", "stage", "old ms", "new ms", "times faster", "range", ""]
+    return [f"<h2>Compared with {escape(name)}</h2>", _table(headings, rows)]
 
 
-def _numbers(name: str, run: Measured) -> list[str]:
+def _stage_table(name: str, run: Run) -> list[str]:
     title = f"<h2>{escape(_name(name, run))}</h2>"
     if run.error:
         return [title, f"<p>Failed. {escape(run.error)}</p>"]
@@ -130,24 +130,24 @@ def _numbers(name: str, run: Measured) -> list[str]:
         cells = [f"{stage.median:.1f}", f"{stage.low:.1f}", f"{stage.high:.1f}"]
         rows.append([question, stage_name, *cells, share])
     caches = ", ".join(f"{question} {'/'.join(dict.fromkeys(run.questions[question].cache))}" for question in QUESTIONS)
-    asked = run.questions[WARM]
-    facts = f"{asked.prompt_tokens} positions, {asked.image_tokens} of them image, {asked.completion_tokens} answered; "
+    warm = run.questions[WARM]
+    facts = f"{warm.prompt_tokens} positions, {warm.image_tokens} of them image, {warm.completion_tokens} answered; "
     facts += f"cache: {caches}; bundle {run.configuration.identity[:12]}"
     return [title, f"<p class=dim>{escape(facts)}</p>",
             _table(["question", "stage", "median ms", "low", "high", "share of the limit"], rows)]  # fmt: skip
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(head)}</th>" for head in heads)
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    heading_cells = "".join(f"<th>{escape(head)}</th>" for head in headings)
     lines = [
         "".join(f"<td{' class=n' if _is_number(cell) else ''}>{escape(cell)}</td>" for cell in row) for row in rows
     ]
-    return f"<table><tr>{top}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return f"<table><tr>{heading_cells}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdigit()
 
 
-def _name(name: str, run: Measured) -> str:
+def _name(name: str, run: Run) -> str:
     return f"{name}: {run.configuration.label}"

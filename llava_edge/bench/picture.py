@@ -1,4 +1,4 @@
-"""The picture a measurement shows, and copies of it that no cache can know."""
+"""The picture of a measurement, and marked copies of it that no cache has seen."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw
 
 from llava_edge.image import load_image
 
-SIZE = (1280, 960)  # about what a message or a web page carries
-_MARK = 16  # pixels: what is painted over, as wide as a block of JPEG's coarsest sampling
+SIZE = (1280, 960)  # typical of messages and web pages
+_MARK_SIZE = 16  # pixels, a block at JPEG's coarsest subsampling
 
 
-def drawn() -> Image.Image:
-    """A fixed scene with gradients, edges and fine grain, so that decoding and resizing have what photos give them."""
+def draw_scene() -> Image.Image:
+    """A fixed scene with gradients, edges and fine grain, so that decoding and resizing cost as much as for photos."""
     width, height = SIZE
     y, x = np.mgrid[0:height, 0:width]
     sky = np.stack([x * 160 // width + 60, y * 120 // height + 90, 220 - y * 100 // height], -1)
@@ -27,21 +27,19 @@ def drawn() -> Image.Image:
     return image
 
 
-def variant(path: Path | None, number: int) -> bytes:
-    """The picture of a file, or the drawn one, as a file of its format with a mark that differs for each number.
+def marked_copy(path: Path | None, number: int) -> bytes:
+    """Encode the picture of a file, or the drawn one, in the same format with a mark of a colour that `number` selects.
 
-    The mark is in the middle, where no model crops.
-
-    Raises `ImageError` or `MissingError`.
+    The mark is in the middle, which no model crops away. Raises `ImageError` or `MissingError`.
     """
-    image = drawn() if path is None else load_image(path)
+    image = draw_scene() if path is None else load_image(path)
     kind = "JPEG"
     if path is not None:
         with Image.open(path) as original:
             kind = original.format if original.format in ("PNG", "WEBP", "BMP") else kind
     colour = (number * 67 % 256, number * 31 % 256, number * 11 % 256)
-    left, top = max(image.width - _MARK, 0) // 2, max(image.height - _MARK, 0) // 2
-    image.paste(colour, (left, top, min(left + _MARK, image.width), min(top + _MARK, image.height)))
+    left, top = max(image.width - _MARK_SIZE, 0) // 2, max(image.height - _MARK_SIZE, 0) // 2
+    image.paste(colour, (left, top, min(left + _MARK_SIZE, image.width), min(top + _MARK_SIZE, image.height)))
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
     return buffer.getvalue()

@@ -1,7 +1,7 @@
-"""What was measured: plain frozen records, and the one JSON object they become.
+"""Results of a measurement, as frozen dataclasses and one JSON object.
 
-The schema is these classes, field by field; `SCHEMA` rises when a field changes its meaning or goes. Times are in
-milliseconds. Knows nothing about how anything is measured or shown.
+The JSON schema is these classes, field by field; `SCHEMA` increases when a field changes its meaning or is removed.
+Times are in milliseconds. Knows nothing about how anything is measured or shown.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from llava_edge.typed import build
 
 SCHEMA = 2
 
-# Of a process, once: Python and imports; opening the bundle; process start to the first token of the first answer
+# Stages of a process: Python and imports; opening the bundle; process start to the first token of the first answer
 # (whose picture is encoded while the language model loads).
 START, LOAD, COLD = "start", "load", "cold_first_token"
-# Of a question, in order. `first_token` is from the question to the first token, `decode` is per token after that.
+# Stages of a question, in order. `first_token` is from question to first token, `decode` is per token after that.
 IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL = "image", "preprocess", "encode", "project", "prefill"
 FIRST_TOKEN, DECODE, TOTAL = "first_token", "decode", "total"
-PARTS = (IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL)  # these follow one another within `first_token`
-# `first`: the first of its process; `warm`: another picture, nothing known but the text before it; `again`: that one;
-# `known`: the first of a process, about a picture that only an earlier process was shown.
+PARTS = (IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL)  # consecutive within `first_token`
+# `first`: the first of its process; `warm`: a new picture, only the text before it cached; `again`: the same picture;
+# `known`: the first of a process, about a picture that an earlier process cached.
 FIRST, WARM, AGAIN, KNOWN = "first", "warm", "again", "known"
 QUESTIONS = (FIRST, WARM, AGAIN, KNOWN)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Milliseconds of one stage, a sample for each repeat.
+    """Milliseconds of one stage, one sample per repeat.
 
-    share: of the machine's limit named `limit` ("int8_ops", "fp32_ops" or "read_bytes"): the work that the stage
-    cannot do without, divided by its median and by the limit. None where no limit is known, or nothing was computed.
+    share: fraction reached of the machine's limit named `limit` ("int8_ops", "fp32_ops" or "read_bytes"): the stage's
+    minimum work, divided by its median and by the limit. None where no limit is known, or nothing was computed.
     """
 
     samples: tuple[float, ...]
@@ -49,7 +49,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Question:
-    """One kind of question. cache: what `Result.cache` said, once for each repeat."""
+    """One kind of question. cache: `Result.cache` of each repeat."""
 
     cache: tuple[str, ...]
     image_tokens: int
@@ -62,7 +62,7 @@ class Question:
 class Configuration:
     """What is measured. identity: hash over the bundle's parts. context: positions, 0 is the model's default.
 
-    image_tokens: positions a picture may take, 0 is all. preset: as of `EngineOptions`.
+    image_tokens: positions per picture, 0 is all. preset: as in `EngineOptions`.
     """
 
     model: str
@@ -77,7 +77,7 @@ class Configuration:
 
     @property
     def label(self) -> str:
-        """For people; differs between the configurations of one sweep."""
+        """Human-readable name; differs between the configurations of one sweep."""
         context = f", context {self.context}" if self.context else ""
         context += f", {self.image_tokens} image tokens" if self.image_tokens else ""
         context += f", preset {self.preset}" if self.preset != "auto" else ""
@@ -86,8 +86,8 @@ class Configuration:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A configuration's numbers. error: why there are none; otherwise empty. exit_code: what `run` ends with then.
+class Run:
+    """Results of one configuration. error: why there are none, else empty. exit_code: that of `llava-edge run` then.
 
     memory: bytes, medians over the repeats, at the end of all questions: "peak_rss", "private", "file".
     """
@@ -102,7 +102,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """One run of `llava-edge bench`. limits: by number of threads, the best that was reached in this run."""
+    """One run of `llava-edge bench`. limits: by number of threads, the best reached in this run."""
 
     schema: int
     created: str
@@ -110,31 +110,31 @@ class Report:
     versions: dict[str, str]
     settings: dict[str, Any]
     limits: dict[str, dict[str, float]]
-    runs: tuple[Measured, ...]
+    runs: tuple[Run, ...]
 
     def to_json(self) -> str:
-        """One line."""
+        """The report as one line of JSON."""
         return json.dumps(asdict(self), allow_nan=False)
 
 
-def stage(samples: list[float], share: float | None = None, limit: str = "") -> Stage:
-    """Median and extremes of at least one sample."""
+def summarize(samples: list[float], share: float | None = None, limit: str = "") -> Stage:
+    """Summarize at least one sample as median and extremes."""
     kept = tuple(round(sample, 3) for sample in samples)
     return Stage(kept, round(median(kept), 3), min(kept), max(kept), share, limit)
 
 
 def read_report(path: Path) -> Report:
-    """The last line of a file that `llava-edge bench` wrote. Raises `MissingError` or `DataError`."""
+    """Read the last line of a file that `llava-edge bench` wrote. Raises `MissingError` or `DataError`."""
     try:
         raw = json.loads(path.read_text("utf-8").strip().splitlines()[-1])
         if raw["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {raw['schema']!r}; this program reads {SCHEMA}. Measure it again.")
         return build(Report, raw)
     except FileNotFoundError as error:
-        raise MissingError(f"{path} does not exist; the JSON line of 'llava-edge bench' was expected there.") from error
+        raise MissingError(f"{path} does not exist; expected the JSON line of 'llava-edge bench'.") from error
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}); a file with the JSON line of 'llava-edge bench' was expected."
+            f"{path} cannot be read ({error.strerror}); expected a file with the JSON line of 'llava-edge bench'."
         ) from error
     except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Results as text for people and as CSV for programs."""
+"""Reports as text tables and as CSV."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from io import StringIO
 
 from llava_edge.bench.compare import Ratio, stages
-from llava_edge.bench.records import QUESTIONS, WARM, Measured, Report, Stage
+from llava_edge.bench.records import QUESTIONS, WARM, Report, Run, Stage
 
 COLUMNS = (
     "model", "quantization", "vision", "device", "threads", "context", "preset", "question", "cache", "image_tokens",
@@ -18,15 +18,15 @@ LIMIT_NAMES = {"int8_ops": "8-bit products", "fp32_ops": "float32 products", "re
 
 
 def table(report: Report) -> str:
-    """Everything, for a terminal of 110 columns."""
+    """A report as text, for a terminal of 110 columns."""
     machine = report.machine
     lines = [f"{machine['processor']}: {' '.join(machine['features'])}"]
     lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
-    lines.append(f"native kernels: {machine.get('native', 'unknown')}")  # reports before there were any lack it
-    for threads, found in report.limits.items():
+    lines.append(f"native kernels: {machine.get('native', 'unknown')}")  # missing in old reports
+    for threads, limits in report.limits.items():
         lines.append(
-            f"limits with {threads} threads: products of 8 bits {found['int8_ops'] / 1e12:.2f} and of float32 "
-            f"{found['fp32_ops'] / 1e12:.2f} T operations/s, memory {found['read_bytes'] / 1e9:.1f} GB/s"
+            f"limits with {threads} threads: products of 8 bits {limits['int8_ops'] / 1e12:.2f} and of float32 "
+            f"{limits['fp32_ops'] / 1e12:.2f} T operations/s, memory {limits['read_bytes'] / 1e9:.1f} GB/s"
         )
     for run in report.runs:
         lines += ["", *_run_lines(run)]
@@ -34,33 +34,33 @@ def table(report: Report) -> str:
 
 
 def comparison(ratios: Sequence[Ratio], name: str, other: Sequence[str] = ()) -> str:
-    """How many times faster than in the file called `name`. other: conditions that differ, see `other_conditions`."""
+    """Speedups over the report called `name`. other: conditions that differ, see `condition_differences`."""
     lines = [f"times faster than {name} (of the medians; range of the extremes)"]
     lines += [f"  note: {condition}" for condition in other]
     if not ratios:
         lines.append("  nothing to compare: no configuration is in both")
-    for number, item in enumerate(ratios):
-        if number == 0 or ratios[number - 1].label != item.label:
-            lines.append(item.label)
-        stage = f"{item.question} {item.stage}".strip()
+    for number, ratio in enumerate(ratios):
+        if number == 0 or ratios[number - 1].label != ratio.label:
+            lines.append(ratio.label)
+        stage = f"{ratio.question} {ratio.stage}".strip()
         lines.append(
-            f"  {stage:22} {item.old:10.1f} -> {item.new:10.1f} ms  {item.ratio:6.2f} x "
-            f"({item.low:.2f} to {item.high:.2f})  {item.verdict}"
+            f"  {stage:22} {ratio.old:10.1f} -> {ratio.new:10.1f} ms  {ratio.ratio:6.2f} x "
+            f"({ratio.low:.2f} to {ratio.high:.2f})  {ratio.verdict}"
         )
     return "\n".join(lines)
 
 
 def to_csv(report: Report) -> str:
-    """One row for each stage of each question; the process's own stages have no question."""
+    """A report as CSV, one row per stage and question; stages of the process have no question."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for run in report.runs:
         c = run.configuration
         for (question, name), stage in stages(run):
-            asked = run.questions.get(question)
-            counts = (asked.image_tokens, asked.prompt_tokens, asked.completion_tokens) if asked else ("",) * 3
-            cache = "|".join(dict.fromkeys(asked.cache)) if asked else ""
+            result = run.questions.get(question)
+            counts = (result.image_tokens, result.prompt_tokens, result.completion_tokens) if result else ("",) * 3
+            cache = "|".join(dict.fromkeys(result.cache)) if result else ""
             share = "" if stage.share is None else stage.share
             settings = (c.model, c.quantization, c.vision, c.device, c.threads, c.context, c.preset)
             row = [*settings, question, cache, *counts, name]
@@ -68,25 +68,25 @@ def to_csv(report: Report) -> str:
     return text.getvalue()
 
 
-def memory_text(run: Measured) -> str:
-    """Peak, private and file-backed memory in megabytes; empty where the system does not tell."""
+def memory_text(run: Run) -> str:
+    """Peak, private and file-backed memory in megabytes; empty where the system does not report it."""
     names = {"peak_rss": "peak", "private": "private", "file": "of files"}
     return ", ".join(f"{run.memory[key] / 1e6:,.0f} MB {text}" for key, text in names.items() if key in run.memory)
 
 
-def _run_lines(run: Measured) -> list[str]:
+def _run_lines(run: Run) -> list[str]:
     if run.error:
         return [f"{run.configuration.label}: FAILED. {run.error}"]
-    asked = run.questions[WARM]
-    counts = f"{asked.prompt_tokens} positions, {asked.image_tokens} of them image; {asked.completion_tokens} answered"
+    warm = run.questions[WARM]
+    counts = f"{warm.prompt_tokens} positions, {warm.image_tokens} of them image; {warm.completion_tokens} answered"
     lines = [f"{run.configuration.label}, {run.configuration.device}", f"  {counts}; memory: {memory_text(run)}"]
     lines += [f"  {name:18} {_cell(stage)}" for name, stage in run.process.items()]
-    heads = [f"{name} ({', '.join(dict.fromkeys(run.questions[name].cache))})" for name in QUESTIONS]
-    lines.append(f"  {'ms':18} " + " ".join(f"{head:26}" for head in heads) + f" {WARM}: share of limit")
-    for name in asked.stages:
+    headings = [f"{name} ({', '.join(dict.fromkeys(run.questions[name].cache))})" for name in QUESTIONS]
+    lines.append(f"  {'ms':18} " + " ".join(f"{head:26}" for head in headings) + f" {WARM}: share of limit")
+    for name in warm.stages:
         cells = [_cell(run.questions[question].stages.get(name)) for question in QUESTIONS]
         lines.append(
-            (f"  {name:18} " + " ".join(f"{cell:26}" for cell in cells) + f" {_share(asked.stages[name])}").rstrip()
+            (f"  {name:18} " + " ".join(f"{cell:26}" for cell in cells) + f" {_share(warm.stages[name])}").rstrip()
         )
     return lines
 

@@ -1,17 +1,17 @@
-"""The work a stage cannot do without, from what the bundle's files say of themselves; no engine is asked.
+"""The minimum work of each stage, computed from the bundle's files without an engine.
 
 An operation is a multiplication or an addition: a product of (m, k) and (k, n) is 2 m k n.
 
     encode    2 T W + 4 T T d L + 2 P (3 p p d)   for each crop: T positions (P patches and the class token), W weights
                                                   in the matrices of L blocks of width d, patches of p x p pixels
-    project   2 N W                               N rows of features (of all crops, or what a token budget leaves of
-                                                  them), W weights of the projector
-    prefill   2 (n - k) W + 2 (n n - k k) d L     n positions, the first k of which are in memory already, W weights in
+    project   2 N W                               N rows of features (of all crops, or those left by a token budget),
+                                                  W weights of the projector
+    prefill   2 (n - k) W + 2 (n n - k k) d L     n positions, the first k of which are in the KV cache, W weights in
                                                   the matrices of L blocks of width d and of their adapters; attention
-                                                  looks back only, hence half of 4 n n d
+                                                  is causal, hence half of 4 n n d
               + 2 d V                             logits of the last position over a vocabulary of V
-    decode    bytes of every weight but the token table (unless it is the output matrix too), of adapters, and of keys
-              and values of the positions before
+    decode    bytes of every weight except the token embeddings (unless tied to the output), of adapters, and of the
+              KV cache of earlier positions
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BLOCK_MATRIX = re.compile(r"encoder\.layers\.(\d+)\..*\.weight")
 
 @dataclass(frozen=True)
 class Work:
-    """What one bundle needs, see the formulas above."""
+    """Minimum work for one bundle, by the formulas above."""
 
     encode_ops: float  # for each crop
     project_ops: float  # for each row of features
@@ -44,17 +44,17 @@ class Work:
     _cache_width: int  # of keys, and of values
 
     def prefill_ops(self, positions: int, known: int = 0) -> float:
-        """For a prompt of `positions`, the first `known` of which are in memory already."""
+        """Operations for a prompt of `positions`, the first `known` of which are in the KV cache."""
         attention = 2.0 * (positions**2 - known**2) * self._width * self._blocks
         return 2.0 * (positions - known) * self._matrices + attention + 2.0 * self._width * self._vocabulary
 
     def token_bytes(self, positions: float, kv: str = "f16") -> float:
-        """Read for one token after `positions` others, whose keys and values are kept as `kv`."""
+        """Bytes read to decode one token after `positions` others, with a KV cache of type `kv`."""
         return self._token_bytes + 2 * KV_BYTES[kv] * self._cache_width * self._blocks * positions
 
 
-def work(bundle: Bundle) -> Work:
-    """Raises `BundleError` if a file is not what it should be."""
+def bundle_work(bundle: Bundle) -> Work:
+    """Compute the work for a bundle. Raises `BundleError` if a file is malformed."""
     language = gguf.read(bundle.part(LANGUAGE))
     projector = gguf.read(bundle.part(PROJECTOR))
     read = {name: tensor for name, tensor in language.tensors.items() if name != "token_embd.weight"}
@@ -91,7 +91,7 @@ def _encode_ops(bundle: Bundle) -> float:
 
 
 def initializers(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every constant of an ONNX file by its name."""
+    """Shape of every initializer of an ONNX file, by name."""
     try:
         constants = Graph(path.read_bytes()).constants
     except (IndexError, ValueError) as error:

@@ -67,7 +67,7 @@ def bench(
     llava-edge bench --threads 1,2 --repeats 7 > now.json
     llava-edge bench --compare before.json --html report.html
     """
-    from llava_edge.bench.compare import asked_otherwise, compare, in_common, other_conditions
+    from llava_edge.bench.compare import compare, condition_differences, has_common_configuration, setting_differences
     from llava_edge.bench.page import page
     from llava_edge.bench.records import read_report
     from llava_edge.bench.runner import Plan, configurations, measure, settings
@@ -83,11 +83,11 @@ def bench(
         named.append(file)
     earlier = {str(path): read_report(path) for path in older}
     for name, old in earlier.items():
-        if differs := asked_otherwise(old, settings(plan)):
+        if differs := setting_differences(old, settings(plan)):
             raise UsageError(
                 f"{name} was measured with other settings: {differs}. Use the same ones, or omit --compare."
             )
-        if not in_common(old, [configuration for configuration, _ in planned]):
+        if not has_common_configuration(old, [configuration for configuration, _ in planned]):
             click.echo(
                 f"llava-edge: {name} has none of this run's configurations, so there is nothing to compare.", err=True
             )
@@ -95,7 +95,7 @@ def bench(
         report = measure(plan, status.step)
     click.echo(table(report), err=True)
     for name, old in earlier.items():
-        click.echo("\n" + comparison(compare(old, report), name, other_conditions(old, report)), err=True)
+        click.echo("\n" + comparison(compare(old, report), name, condition_differences(old, report)), err=True)
     try:
         click.echo(report.to_json())
     finally:  # minutes went into it: what can be written is
