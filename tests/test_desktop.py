@@ -154,7 +154,7 @@ def test_stop(desktop: Any, window: Any, photo: Path) -> None:
 def test_a_file_that_is_no_picture(window: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     window.open(tmp_path / "notes.txt")
-    assert "no picture" in window.statusBar().currentMessage()
+    assert "not a picture" in window.statusBar().currentMessage()
     assert not window.button.isEnabled()
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from llava_edge.cli.terminal import ended_cleanly, show, status_line
+from llava_edge.cli.terminal import interrupt_on_termination, show, status_line
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def test_a_request_to_end_is_ctrl_c_but_for_what_nohup_ignores() -> None:
     kinds = (signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGHUP, signal.SIG_IGN)]
     try:
-        with ended_cleanly():
+        with interrupt_on_termination():
             signal.raise_signal(signal.SIGHUP)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)

@@ -3,9 +3,9 @@
     pip install . PySide6-Essentials
     python examples/desktop/app.py [MODEL]
 
-in the clone, llama.cpp being built as README.md says.
+Run these in the clone, after building llama.cpp as README.md says.
 
-The window never waits: the model is loaded and asked in threads, and what they have to say arrives as Qt signals.
+The window never blocks: the model is loaded and asked in threads, which report back through Qt signals.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from PySide6.QtWidgets import (
 
 from llava_edge import Llava, LlavaEdgeError, Options
 
-PICTURES = "Photos (*.jpg *.jpeg *.png *.webp *.gif *.bmp)"
+PHOTO_FILTER = "Photos (*.jpg *.jpeg *.png *.webp *.gif *.bmp)"
 
 
 class Model(QObject):
-    """The model in the background. Its methods return at once."""
+    """The model, in background threads. Its methods return at once."""
 
-    loaded = Signal(str)  # on which device
-    said = Signal(str)  # the next piece of an answer
-    ended = Signal(str)  # how an answer ended, for the status line
-    failed = Signal(str)  # a sentence for the person
+    loaded = Signal(str)  # device
+    chunk_received = Signal(str)  # the next piece of an answer
+    finished = Signal(str)  # how an answer ended, for the status bar
+    failed = Signal(str)  # an error message for the user
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -59,20 +59,20 @@ class Model(QObject):
         self._cancel = threading.Event()
 
     def load(self) -> None:
-        """Load it, with `loaded` or `failed`; connect these first, as a wrong name fails at once."""
-        self._start(self._load)
+        """Load the model, then emit `loaded` or `failed`; connect these first, as a wrong name fails at once."""
+        self._run_in_thread(self._load)
 
     def ask(self, question: str, photo: Path) -> None:
-        """Answer with `said` and `ended`, or `failed`."""
+        """Answer a question: emit `chunk_received`, then `finished`, or `failed`."""
         self._cancel = cancel = threading.Event()
-        self._start(lambda: self._answer(question, photo, cancel))
+        self._run_in_thread(lambda: self._answer(question, photo, cancel))
 
     def stop(self) -> None:
-        """Leave the answer in work."""
+        """Stop the current answer."""
         self._cancel.set()
 
     def close(self) -> None:
-        """Leave it and free the model."""
+        """Stop the current answer and free the model."""
         self.stop()
         if self._llava:
             self._llava.close()
@@ -84,16 +84,18 @@ class Model(QObject):
     def _answer(self, question: str, photo: Path, cancel: threading.Event) -> None:
         assert self._llava
         for chunk in self._llava.stream(question, photo, Options(max_tokens=256), cancel=cancel):
-            self.said.emit(chunk.text)
+            self.chunk_received.emit(chunk.text)
             if chunk.final:
-                times = chunk.final.timings
-                how = "Stopped" if chunk.finish_reason == "cancelled" else f"First word after {times.ttft_ms:.0f} ms"
-                self.ended.emit(f"{how}, {times.decode_tokens_per_s:.0f} tokens/s")
+                timings = chunk.final.timings
+                outcome = (
+                    "Stopped" if chunk.finish_reason == "cancelled" else f"First word after {timings.ttft_ms:.0f} ms"
+                )
+                self.finished.emit(f"{outcome}, {timings.decode_tokens_per_s:.0f} tokens/s")
 
-    def _start(self, work: Callable[[], None]) -> None:
+    def _run_in_thread(self, task: Callable[[], None]) -> None:
         def run() -> None:
             try:
-                work()
+                task()
             except LlavaEdgeError as error:
                 self.failed.emit(str(error))
 
@@ -101,7 +103,7 @@ class Model(QObject):
 
 
 class Photo(QLabel):
-    """Shows a picture as large as there is room; a click asks for another one."""
+    """Shows a picture scaled to the available space; emits `clicked` to choose another."""
 
     clicked = Signal()
 
@@ -113,7 +115,7 @@ class Photo(QLabel):
         self._original = QPixmap()
 
     def show_file(self, path: Path) -> bool:
-        """Show a file; whether it is a picture."""
+        """Show a file; returns whether it is a picture."""
         reader = QImageReader(str(path))
         reader.setAutoTransform(True)  # upright, as the model sees it
         self._original = QPixmap.fromImageReader(reader)
@@ -129,8 +131,8 @@ class Photo(QLabel):
     def _fit(self) -> None:
         if not self._original.isNull():
             smooth = Qt.TransformationMode.SmoothTransformation
-            room = self.contentsRect().size()
-            self.setPixmap(self._original.scaled(room, Qt.AspectRatioMode.KeepAspectRatio, smooth))
+            available = self.contentsRect().size()
+            self.setPixmap(self._original.scaled(available, Qt.AspectRatioMode.KeepAspectRatio, smooth))
 
 
 class Window(QMainWindow):
@@ -148,26 +150,26 @@ class Window(QMainWindow):
         self.question = QLineEdit("What is in the picture?")
         self.button = QPushButton("Ask")
         self.answer = QPlainTextEdit(readOnly=True, placeholderText="The answer appears here.")
-        self._lay_out()
+        self._build_layout()
         self.photo.clicked.connect(self._choose)
         QShortcut(QKeySequence(QKeySequence.StandardKey.Open), self, self._choose)
         self.question.returnPressed.connect(self._ask)
         self.button.clicked.connect(self._ask_or_stop)
-        model.loaded.connect(self._loaded)
-        model.said.connect(self._said)
-        model.ended.connect(self._ended)
-        model.failed.connect(self._ended)
+        model.loaded.connect(self._on_loaded)
+        model.chunk_received.connect(self._append_text)
+        model.finished.connect(self._finish)
+        model.failed.connect(self._finish)
         self.statusBar().showMessage("Loading the model ...")
         self._update()
         model.load()
 
     def open(self, path: Path) -> None:
-        """Show a photo and ask about it from now on."""
+        """Show a photo, which later questions are about."""
         if self.photo.show_file(path):
             self._path = path
             self.question.setFocus()
         else:
-            self.statusBar().showMessage(f"{path.name} is no picture.")
+            self.statusBar().showMessage(f"{path.name} is not a picture.")
         self._update()
 
     def dragEnterEvent(self, event: QDragEnterEvent) -> None:
@@ -180,22 +182,22 @@ class Window(QMainWindow):
     def closeEvent(self, event: QCloseEvent) -> None:
         self._model.close()
 
-    def _lay_out(self) -> None:
+    def _build_layout(self) -> None:
         row = QHBoxLayout()
         row.addWidget(self.question, 1)
         row.addWidget(self.button)
-        right = QVBoxLayout()
-        right.addLayout(row)
-        right.addWidget(self.answer, 1)
-        both = QHBoxLayout()
-        both.addWidget(self.photo, 1)
-        both.addLayout(right, 1)
-        middle = QWidget()
-        middle.setLayout(both)
-        self.setCentralWidget(middle)
+        right_column = QVBoxLayout()
+        right_column.addLayout(row)
+        right_column.addWidget(self.answer, 1)
+        columns = QHBoxLayout()
+        columns.addWidget(self.photo, 1)
+        columns.addLayout(right_column, 1)
+        central = QWidget()
+        central.setLayout(columns)
+        self.setCentralWidget(central)
 
     def _choose(self) -> None:
-        name, _ = QFileDialog.getOpenFileName(self, "Open a photo", "", PICTURES)
+        name, _ = QFileDialog.getOpenFileName(self, "Open a photo", "", PHOTO_FILTER)
         if name:
             self.open(Path(name))
 
@@ -214,17 +216,17 @@ class Window(QMainWindow):
         self._model.ask(self.question.text(), self._path)
         self._update()
 
-    def _loaded(self, device: str) -> None:
+    def _on_loaded(self, device: str) -> None:
         self._ready = True
         self.statusBar().showMessage(f"Ready on {device}")
         self._update()
 
-    def _said(self, text: str) -> None:
+    def _append_text(self, text: str) -> None:
         cursor = self.answer.textCursor()
         cursor.movePosition(cursor.MoveOperation.End)
         cursor.insertText(text)
 
-    def _ended(self, message: str) -> None:
+    def _finish(self, message: str) -> None:
         self._busy = False
         self.statusBar().showMessage(message)
         self._update()

@@ -1,6 +1,6 @@
-"""The `llava-edge` command: finds a subcommand, runs it, and turns errors into one sentence and an exit code.
+"""The `llava-edge` command: runs a subcommand and turns errors into one sentence and an exit code.
 
-Each subcommand is a file of its own, imported when it is used. stdout is the answer, stderr everything else.
+Each subcommand is a module of its own, imported on use. Answers go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ COMMANDS = {
     "doctor": "Check this machine and suggest fixes.",
 }
 
-# What is called otherwise here -> how.
-ELSEWHERE = {
+# Command names of other tools -> ours.
+SUGGESTIONS = {
     **dict.fromkeys(("list", "ls", "ps"), "models list"),
     **dict.fromkeys(("pull", "download", "get", "install"), "models pull"),
     **dict.fromkeys(("rm", "remove", "delete", "uninstall"), "models rm"),
@@ -54,7 +54,7 @@ ELSEWHERE = {
 }
 
 INTERRUPTED = 130
-BROKEN_PIPE = 141  # what a shell shows for a program that SIGPIPE ended
+BROKEN_PIPE = 141  # exit code that shells report for a program killed by SIGPIPE
 
 
 class _Group(click.Group):
@@ -74,7 +74,7 @@ class _Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise click.UsageError(f"There is no command {args[0]!r}{_instead(args[0])}", ctx)
+            raise click.UsageError(f"There is no command {args[0]!r}{_suggestion(args[0])}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -82,12 +82,12 @@ class _Group(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-def _instead(name: str) -> str:
+def _suggestion(name: str) -> str:
     if is_file(name):
         return f"; to ask about an image, run: llava-edge run --image {shlex.quote(name)}"
     from difflib import get_close_matches
 
-    command = ELSEWHERE.get(name) or next(iter(get_close_matches(name, COMMANDS, 1)), "")
+    command = SUGGESTIONS.get(name) or next(iter(get_close_matches(name, COMMANDS, 1)), "")
     return f"; did you mean 'llava-edge {command}'?" if command else "; 'llava-edge --help' lists all commands."
 
 
@@ -106,12 +106,12 @@ def cli(context: click.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave the process with its exit code."""
+    """Run the command line and exit with its exit code."""
     limit_spinning()
     _prepare_streams()
     code = execute(sys.argv[1:] if arguments is None else arguments)
     if code in (INTERRUPTED, BROKEN_PIPE):
-        # Engine threads may still be inside C code, which tearing the interpreter down would pull the floor from.
+        # Engine threads may still be running C code, which finalizing the interpreter would crash.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def execute(arguments: Sequence[str]) -> int:
-    """Run the command line; return its exit code. Every error has become text on stderr."""
+    """Run the command line; print errors on stderr and return the exit code."""
     try:
         with cli.make_context("llava-edge", list(arguments)) as context:
             cli.invoke(context)
@@ -139,7 +139,7 @@ def execute(arguments: Sequence[str]) -> int:
     except LlavaEdgeError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process by itself
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills the process
         return INTERRUPTED
     except BrokenPipeError:
         return BROKEN_PIPE
@@ -148,7 +148,7 @@ def execute(arguments: Sequence[str]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", StorageError.exit_code)
-    except Exception:  # noqa: BLE001 - a bug: its traceback is what helps
+    except Exception:  # noqa: BLE001 - a bug, reported with its traceback
         traceback.print_exc()
         return _fail("This is a bug in llava-edge; please report it with the lines above.", LlavaEdgeError.exit_code)
 
@@ -160,30 +160,30 @@ def _fail(sentence: str, code: int) -> int:
 
 
 def _prepare_streams() -> None:
-    """No traceback for a character the terminal cannot show, nor an answer lost because nobody hears the talk."""
+    """Replace characters that the terminal cannot show, and keep running without a readable stderr."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if stream is None:  # closed by who started us: no file that is opened later may take its place
+        if stream is None:  # closed by the parent process: keep later files from getting its descriptor
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is None:
-        sys.stdout = _Closed()
+        sys.stdout = _ClosedStdout()
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives as long as we do
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open until the process exits
     elif isinstance(sys.stderr, io.TextIOWrapper):
-        talk = _Talk(sys.stderr.buffer, encoding=sys.stderr.encoding, errors="replace", line_buffering=True)
-        sys.stderr = talk  # what it was stays open as sys.__stderr__
+        stderr = _LossyStderr(sys.stderr.buffer, encoding=sys.stderr.encoding, errors="replace", line_buffering=True)
+        sys.stderr = stderr  # the original stays open as sys.__stderr__
 
 
-class _Closed(io.TextIOBase):
-    """A standard output that is not there: an answer does not vanish in it without a word."""
+class _ClosedStdout(io.TextIOBase):
+    """Stands in for a closed stdout: writing an answer to it is an error."""
 
     def write(self, text: str, /) -> int:
         raise OSError(errno.EBADF, "Standard output is closed")
 
 
-class _Talk(io.TextIOWrapper):
-    """Standard error. That it cannot be written, the disk being full or its reader gone, is no reason to stop."""
+class _LossyStderr(io.TextIOWrapper):
+    """Standard error that ignores failed writes: a full disk or a closed pipe there must not end the command."""
 
     def write(self, text: str, /) -> int:
         with contextlib.suppress(OSError):

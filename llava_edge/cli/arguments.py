@@ -1,4 +1,4 @@
-"""What `run`, `chat` and `serve` share: options, how their values become `Options` and `EngineOptions`, loading."""
+"""Shared by `run`, `chat` and `serve`: click options, their conversion to option dataclasses, and loading."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Decorator = Callable[[Command], Command]
 
 MAX_STDIN_BYTES = 1 << 28  # as for image files
 
-_SAMPLING = {
+_SAMPLING_HELP = {
     "max_tokens": "Maximum number of tokens in an answer.",
     "temperature": "Sampling temperature (0: greedy).",
     "top_p": "Sample from the smallest set of tokens with this total probability.",
@@ -40,7 +40,7 @@ _SAMPLING = {
     "seed": "Random seed; a new one each time if omitted.",
     "image_tokens": "Maximum number of tokens per image (0: all); fewer are faster.",
 }
-_ENGINE = ("device", "threads", "context", "preset", "kv", "cache", "verbose", "draft")
+_ENGINE_FIELDS = ("device", "threads", "context", "preset", "kv", "cache", "verbose", "draft")
 
 
 def engine_options(command: Command) -> Command:
@@ -70,7 +70,7 @@ def engine_options(command: Command) -> Command:
         ),
         click.option("--verbose", is_flag=True, help="Show the engines' logs on stderr."),
     ]
-    return _decorated(command, options)
+    return _apply_options(command, options)
 
 
 def generation_options(command: Command) -> Command:
@@ -86,15 +86,15 @@ def generation_options(command: Command) -> Command:
         ),
     ]
     defaults = Options()
-    for name, text in _SAMPLING.items():
+    for name, text in _SAMPLING_HELP.items():
         value = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
         kind = int if value is None else type(value)
         options.append(click.option(flag, type=kind, default=value, show_default=True, help=text))
-    return engine_options(_decorated(command, options))
+    return engine_options(_apply_options(command, options))
 
 
-def _decorated(command: Command, options: list[Decorator]) -> Command:
+def _apply_options(command: Command, options: list[Decorator]) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
@@ -102,13 +102,15 @@ def _decorated(command: Command, options: list[Decorator]) -> Command:
 
 def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
     """Take the shared values out of a command's keyword arguments. Raises `UsageError` on a bad one."""
-    sampling = Options(stop=values["stop"], speculate=values["speculate"], **{name: values[name] for name in _SAMPLING})
+    sampling = Options(
+        stop=values["stop"], speculate=values["speculate"], **{name: values[name] for name in _SAMPLING_HELP}
+    )
     return sampling, engine_options_from(values)
 
 
 def engine_options_from(values: dict[str, Any]) -> EngineOptions:
-    """The engine's part of them. Says on stderr what too many threads cost. Raises `UsageError` on a bad one."""
-    engine = EngineOptions(**{name: values[name] for name in _ENGINE})
+    """Take the engine options out of them; warn on stderr about too many threads. Raises `UsageError` on a bad one."""
+    engine = EngineOptions(**{name: values[name] for name in _ENGINE_FIELDS})
     if engine.draft:
         engine = replace(engine, draft=expand_path(values["draft"]))
     if engine.threads > (processors := len(allowed_cpus())):
@@ -118,13 +120,13 @@ def engine_options_from(values: dict[str, Any]) -> EngineOptions:
 
 
 def with_flag(sentence: str) -> str:
-    """What the library says of a field, as the command line calls it: "max_tokens is 0" becomes "--max-tokens is 0"."""
-    names = "|".join((*_SAMPLING, *_ENGINE, "stop", "speculate"))
+    """Replace a field name at the start of a message by its flag: "max_tokens is 0" -> "--max-tokens is 0"."""
+    names = "|".join((*_SAMPLING_HELP, *_ENGINE_FIELDS, "stop", "speculate"))
     return re.sub(rf"^({names})\b", lambda found: "--" + found[0].replace("_", "-"), sentence)
 
 
-class AboutPictures(click.Command):
-    """A command that says how pictures and questions are given if they are given without an option."""
+class ImageCommand(click.Command):
+    """A command that suggests --image and --prompt for unexpected arguments."""
 
     allow_extra_args = True
 
@@ -142,28 +144,28 @@ class AboutPictures(click.Command):
 
 
 class CheckpointPath(click.Path):
-    """A path of a checkpoint. Raises `MissingError` for what would have to be downloaded."""
+    """Path of a checkpoint. Raises `MissingError` for one that would have to be downloaded."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """From what was typed: a Path loses a slash of an address."""
+        """Check the text as typed: a Path would drop a slash of a URL."""
         refuse_download(str(value), "download it, then give its folder")
         return super().convert(value, param, ctx)
 
 
 @contextmanager
-def needing(extra: str, doing: str) -> Iterator[None]:
-    """Imports of what comes with one of our extras. Raises `UnavailableError`, which `doing` begins, without it."""
+def require_extra(extra: str, action: str) -> Iterator[None]:
+    """Turn a failed import of one of our extras into `UnavailableError`. `action` begins the sentence."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{doing} needs {error.name}, which is not installed. {install_hint(extra)}") from error
+        raise UnavailableError(f"{action} needs {error.name}, which is not installed. {install_hint(extra)}") from error
 
 
 @contextmanager
-def loaded(
+def load_model_and_images(
     bundle: Bundle, engine: EngineOptions, options: Options, names: Sequence[str], source: Callable[[str], str | bytes]
 ) -> Iterator[tuple[Llava, list[Picture]]]:
-    """The model, and the pictures that `source` makes of names: read, each name once, and encoded while it loads."""
+    """Load the model, and meanwhile read and encode the pictures that `source` gives for names, each name once."""
     from llava_edge.api import Llava
     from llava_edge.runtimes.pictures import check_budget, limited, prepare
 
@@ -175,8 +177,8 @@ def loaded(
         yield llava, [read(name) for name in names]
 
 
-def picture_path(name: str) -> str:
-    """The path that --image means, as in `chat`. Raises `UsageError` if there is nothing in it."""
+def image_path(name: str) -> str:
+    """Resolve the path given by --image, as in `chat`. Raises `UsageError` if it is empty."""
     path = expand_path(name)
     if not path.strip():
         raise UsageError(f"--image is {name!r}; expected the path of an image.")
@@ -184,7 +186,7 @@ def picture_path(name: str) -> str:
 
 
 def read_stdin() -> bytes:
-    """All of standard input, for `-`. Raises `UsageError` when there is none, `DataError` when it is too long."""
+    """Read standard input, for `-`. Raises `UsageError` if nothing is piped in, `DataError` if it is too long."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("'-' reads standard input, but nothing is piped in.")
     data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)

@@ -1,4 +1,4 @@
-"""`llava-edge bench`: every stage of an answer measured, in fresh processes, beside the limits of the machine."""
+"""`llava-edge bench`: measure every stage of an answer in fresh processes, relative to the limits of the machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import click
 
-from llava_edge.cli.arguments import picture_path
+from llava_edge.cli.arguments import image_path
 from llava_edge.errors import LlavaEdgeError, StorageError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS
 from llava_edge.outputs import check_output
 from llava_edge.store import DEFAULT_MODEL
 
 
-def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them."""
+def _parse_integers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+    """Parse comma-separated integers, dropping duplicates."""
     try:
         return tuple(dict.fromkeys(int(word) for word in text.split(",")))
     except ValueError:
@@ -27,13 +27,27 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
 @click.option("--model", "models", multiple=True, metavar="NAME|DIR", help="Model name or bundle folder; repeatable.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Device to compute on.")
 @click.option(
-    "--threads", callback=_numbers, default="0", metavar="N,N", help="Thread counts to try (0: one per physical core)."
+    "--threads",
+    callback=_parse_integers,
+    default="0",
+    metavar="N,N",
+    help="Thread counts to try (0: one per physical core).",
 )
 @click.option(
-    "--context", "contexts", callback=_numbers, default="0", metavar="N,N", help="Context lengths to try (0: default)."
+    "--context",
+    "contexts",
+    callback=_parse_integers,
+    default="0",
+    metavar="N,N",
+    help="Context lengths to try (0: default).",
 )
 @click.option(
-    "--image-tokens", "budgets", callback=_numbers, default="0", metavar="N,N", help="Tokens per image to try (0: all)."
+    "--image-tokens",
+    "budgets",
+    callback=_parse_integers,
+    default="0",
+    metavar="N,N",
+    help="Tokens per image to try (0: all).",
 )
 @click.option("--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=["auto"], show_default=True,
               help="Preset to try; repeatable.")  # fmt: skip
@@ -74,18 +88,18 @@ def bench(
     from llava_edge.bench.table import comparison, table, to_csv
     from llava_edge.cli.terminal import status_line
 
-    picture = None if image is None else Path(picture_path(image))
+    picture = None if image is None else Path(image_path(image))
     plan = Plan(models or (DEFAULT_MODEL,), image=picture, **values)
     planned = configurations(plan)
-    named = [*older, *([picture] if picture else [])]
+    inputs = [*older, *([picture] if picture else [])]
     for file in filter(None, (csv_file, html_file)):
-        check_output(file, distinct_from=named, bundles=[bundle.folder for _, bundle in planned])
-        named.append(file)
+        check_output(file, distinct_from=inputs, bundles=[bundle.folder for _, bundle in planned])
+        inputs.append(file)
     earlier = {str(path): read_report(path) for path in older}
     for name, old in earlier.items():
-        if differs := setting_differences(old, settings(plan)):
+        if differences := setting_differences(old, settings(plan)):
             raise UsageError(
-                f"{name} was measured with other settings: {differs}. Use the same ones, or omit --compare."
+                f"{name} was measured with other settings: {differences}. Use the same ones, or omit --compare."
             )
         if not has_common_configuration(old, [configuration for configuration, _ in planned]):
             click.echo(
@@ -98,7 +112,7 @@ def bench(
         click.echo("\n" + comparison(compare(old, report), name, condition_differences(old, report)), err=True)
     try:
         click.echo(report.to_json())
-    finally:  # minutes went into it: what can be written is
+    finally:  # it took minutes to measure: write what can be written
         _write((csv_file, lambda: to_csv(report)), (html_file, lambda: page({"this run": report, **earlier})))
     failed = [run for run in report.runs if run.error]
     if len(failed) == len(report.runs):
@@ -112,7 +126,7 @@ def bench(
 
 
 def _write(*files: tuple[Path | None, Callable[[], str]]) -> None:
-    """Write what was asked for. Raises `StorageError` naming what could not be, after the others were written."""
+    """Write each file that has a path, then raise `StorageError` naming those that could not be written."""
     problems = []
     for path, text in files:
         if path is not None:

@@ -1,4 +1,4 @@
-"""`llava-edge cache`: what is kept of pictures between runs, and how to be rid of it."""
+"""`llava-edge cache`: list and clear the image cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 import click
 
 from llava_edge.cache import Entry, user_cache
-from llava_edge.cli.terminal import one_line
+from llava_edge.cli.terminal import printable
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
@@ -23,16 +23,23 @@ def cache() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def list_cache(as_json: bool) -> None:
     """List entries, most recently used first."""
-    kept = user_cache()
-    entries = kept.entries()
+    image_cache = user_cache()
+    entries = image_cache.entries()
     total = sum(entry.size for entry in entries)
     if as_json:
-        listed = [{**asdict(entry), "path": str(entry.path), "about": _typed(entry.about)} for entry in entries]
-        click.echo(json.dumps({"folder": str(kept.folder), "limit": kept.limit, "bytes": total, "entries": listed}))
+        listed = [{**asdict(entry), "path": str(entry.path), "about": _parse_numbers(entry.about)} for entry in entries]
+        click.echo(
+            json.dumps(
+                {"folder": str(image_cache.folder), "limit": image_cache.limit, "bytes": total, "entries": listed}
+            )
+        )
         return
     for entry in entries:
         click.echo(_line(entry))
-    click.echo(f"{len(entries)} entries, {total / 1e6:.1f} of {kept.limit / 1e6:.0f} MB, in {kept.folder}", err=True)
+    click.echo(
+        f"{len(entries)} entries, {total / 1e6:.1f} of {image_cache.limit / 1e6:.0f} MB, in {image_cache.folder}",
+        err=True,
+    )
 
 
 @cache.command("clear")
@@ -42,18 +49,18 @@ def clear_cache() -> None:
     click.echo(f"{count} entries removed, {size / 1e6:.1f} MB.", err=True)
 
 
-def _typed(about: dict[str, str]) -> dict[str, str | int]:
-    """What is a number, as a number."""
+def _parse_numbers(about: dict[str, str]) -> dict[str, str | int]:
+    """Convert the values that are numbers."""
     return {name: int(text) if name == "positions" and text.isdecimal() else text for name, text in about.items()}
 
 
 def _line(entry: Entry) -> str:
     kind, positions, model = (entry.about.get(name, "?") for name in ("kind", "positions", "model"))
-    size, age = f"{entry.size / 1e6:.1f} MB", _ago(entry.used)
-    return one_line(f"{entry.path.name[:12]}  {kind:10}  {size:>9}  {positions:>5} positions  {age:>7}  {model}")
+    size, age = f"{entry.size / 1e6:.1f} MB", _age(entry.used)
+    return printable(f"{entry.path.name[:12]}  {kind:10}  {size:>9}  {positions:>5} positions  {age:>7}  {model}")
 
 
-def _ago(then: float) -> str:
+def _age(then: float) -> str:
     seconds = max(0.0, time.time() - then)
     if seconds < _HOUR:
         return f"{seconds // _MINUTE:.0f} min"

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from llava_edge.cli.arguments import AboutPictures, generation_options, loaded, options_from, picture_path
-from llava_edge.cli.terminal import advise, show, status_line
+from llava_edge.cli.arguments import ImageCommand, generation_options, image_path, load_model_and_images, options_from
+from llava_edge.cli.terminal import show, status_line, suggest_native_build
 
 
-@click.command(cls=AboutPictures)
+@click.command(cls=ImageCommand)
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image for the first question; repeatable.")
 @click.option("--system", default="", metavar="TEXT", help="System prompt, instead of the model's own.")
 @generation_options
@@ -27,16 +27,16 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
     from llava_edge.repl import Repl
     from llava_edge.store import resolve
 
-    with loaded(Bundle.open(resolve(model)), engine, options, images, picture_path) as (llava, pictures):
+    with load_model_and_images(Bundle.open(resolve(model)), engine, options, images, image_path) as (llava, pictures):
         click.echo(f"{llava.bundle.manifest.name} on {llava.device}. /help lists the commands.", err=True)
-        advise(llava.device)
-        repl = Repl(llava.chat(system, options), show, _waiting)
+        suggest_native_build(llava.device)
+        repl = Repl(llava.chat(system, options), show, _busy)
         repl.add(pictures, list(images))
         repl.run()
 
 
 @contextmanager
-def _waiting(doing: str) -> Iterator[Callable[[], None]]:
+def _busy(doing: str) -> Iterator[Callable[[], None]]:
     with status_line(doing) as status:
         status(None)
         yield status.clear

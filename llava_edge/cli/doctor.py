@@ -1,6 +1,6 @@
-"""`llava-edge doctor`: is everything here that an answer needs, and if not, what to run.
+"""`llava-edge doctor`: check that everything an answer needs works here, and if not, say what to run.
 
-Engines are tried in child processes (runtimes/probe.py), so that a broken one cannot end this command.
+Engines are tested in child processes (runtimes/probe.py), so that a broken one cannot end this command.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def doctor(as_json: bool, model: str, tune: bool) -> None:
             if finding.fix:
                 click.echo(f"{'':22} run: {finding.fix}")
     if broken:
-        said = [f"Not everything works: {', '.join(finding.subject for finding in broken)}."]
-        said += [finding.text for finding in broken if not finding.fix]  # such a text says itself what to do
-        said += ["Run the commands shown above."] if any(finding.fix for finding in broken) else []
-        raise UnavailableError(" ".join(said))
+        sentences = [f"Not everything works: {', '.join(finding.subject for finding in broken)}."]
+        sentences += [finding.text for finding in broken if not finding.fix]  # these texts say themselves what to do
+        sentences += ["Run the commands shown above."] if any(finding.fix for finding in broken) else []
+        raise UnavailableError(" ".join(sentences))
 
 
 def _machine() -> list[Finding]:
@@ -91,9 +91,9 @@ def _engines() -> list[Finding]:
 def _engine(subject: str, report: Report, detail: str) -> Finding:
     if report.problem:
         return Finding(subject, "broken", report.problem, report.fix)
-    shown = report.facts[detail]
-    shown = shown if isinstance(shown, str) else ", ".join(shown)
-    return Finding(subject, "ok", f"{report.facts['version']} works. {shown}")
+    details = report.facts[detail]
+    details = details if isinstance(details, str) else ", ".join(details)
+    return Finding(subject, "ok", f"{report.facts['version']} works. {details}")
 
 
 def _models(model: str, tune: bool) -> list[Finding]:
@@ -102,7 +102,7 @@ def _models(model: str, tune: bool) -> list[Finding]:
         installed = {entry.name: entry.folder for entry in store.entries()}
     except LlavaEdgeError as error:
         return [Finding("cache folder", "broken", str(error))]
-    findings = [_home(folder), _pictures()]
+    findings = [_cache_folder(folder), _image_cache()]
     if model == store.DEFAULT_MODEL and installed[model] is None:
         return [
             *findings,
@@ -123,7 +123,7 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
     from llava_edge.cli.terminal import status_line
     from llava_edge.runtimes import tune
 
-    again = "llava-edge doctor --tune" + ("" if model == store.DEFAULT_MODEL else f" --model {shlex.quote(model)}")
+    command = "llava-edge doctor --tune" + ("" if model == store.DEFAULT_MODEL else f" --model {shlex.quote(model)}")
     if measure:
         try:
             with status_line("Measuring the fastest way to encode images") as status:
@@ -131,19 +131,19 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
                 tune.measure(bundle)
         except LlavaEdgeError as error:
             level = "note" if isinstance(error, UnavailableError) else "broken"
-            return [Finding("vision", level, str(error), again)]
-    found = tune.known(bundle)
-    if not found:
+            return [Finding("vision", level, str(error), command)]
+    settings = tune.known(bundle)
+    if not settings:
         text = "not tuned on this machine; default settings are used."
-        return [Finding("vision", "note", text, again)]
-    findings = [Finding("vision", "ok", f"measured here: {item}") for item in found]
+        return [Finding("vision", "note", text, command)]
+    findings = [Finding("vision", "ok", f"measured here: {item}") for item in settings]
     for preset, copies in (("latency", True), ("memory", False)):
-        taken = tune.choose(found, copies)
-        findings.append(Finding("vision", "ok", f"{preset} uses {taken}"))
+        setting = tune.choose(settings, copies)
+        findings.append(Finding("vision", "ok", f"{preset} uses {setting}"))
     return findings
 
 
-def _home(folder: Path) -> Finding:
+def _cache_folder(folder: Path) -> Finding:
     problem = write_problem(folder)
     if not problem:
         return Finding("cache folder", "ok", str(folder))
@@ -151,18 +151,18 @@ def _home(folder: Path) -> Finding:
     return Finding("cache folder", "note", text, "export LLAVA_EDGE_HOME=FOLDER")
 
 
-def _pictures() -> Finding:
+def _image_cache() -> Finding:
     from llava_edge.cache import user_cache
 
     try:
-        kept = user_cache()
+        cache = user_cache()
     except LlavaEdgeError as error:
         return Finding("image cache", "broken", str(error), "unset LLAVA_EDGE_CACHE_MIB")
-    entries = kept.entries()
+    entries = cache.entries()
     size = sum(entry.size for entry in entries)
-    text = f"{len(entries)} entries, {size / 1e6:.1f} of {kept.limit / 1e6:.0f} MB"
-    obstacle = kept.disabled_reason()
-    return Finding("image cache", "note" if obstacle else "ok", f"{text}; {obstacle}" if obstacle else text)
+    text = f"{len(entries)} entries, {size / 1e6:.1f} of {cache.limit / 1e6:.0f} MB"
+    problem = cache.disabled_reason()
+    return Finding("image cache", "note" if problem else "ok", f"{text}; {problem}" if problem else text)
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""`llava-edge eval`: accuracy of the default model on what it was never trained on."""
+"""`llava-edge eval`: accuracy of the default model on held-out questions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import store
-from llava_edge.cli.arguments import needing
+from llava_edge.cli.arguments import require_extra
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import UsageError
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options, TokenMethod
@@ -70,7 +70,7 @@ def eval(
         raise UsageError("Name at least one --bundle or a --checkpoint to evaluate.")
     variants = _variants(budgets, methods)
     _check(bundles, variants)
-    with needing("train", "Evaluation"):
+    with require_extra("train", "Evaluation"):
         from llava_edge.models.data import load_tokenizer
         from llava_edge.models.evaluate import majority_baseline, question_sets, score_model
         from llava_edge.models.features import check_single_crop
@@ -83,11 +83,11 @@ def eval(
         check_single_crop(opened.config)
         tokenizer = load_tokenizer(opened.tokenizer / "tokenizer.json")
     data = data or store.home() / "data" / "smol"
-    with needing("train", "Evaluation"):
+    with require_extra("train", "Evaluation"):
         items = collect(data, photos)
     train = question_sets(items, "train")
-    asked = question_sets(items)
-    sets = {name: _thin(questions, limit) for name, questions in asked.items() if questions and train[name]}
+    held_out = question_sets(items)
+    sets = {name: _subsample(questions, limit) for name, questions in held_out.items() if questions and train[name]}
     with status_line("Evaluating") as status:
 
         def progress(label: str) -> Progress:
@@ -96,7 +96,7 @@ def eval(
         scores = [majority_baseline(train[name], questions, name) for name, questions in sets.items()]
         if checkpoint is not None:
             model = from_state(opened.config, opened.tensors)
-            scores += score_model(model, tokenizer, data, sets, progress, _talk)
+            scores += score_model(model, tokenizer, data, sets, progress, _log)
         for bundle in bundles:
             scores += _judge_bundle(bundle, data, sets, variants, progress)
     if as_json:
@@ -105,16 +105,16 @@ def eval(
         click.echo(_table(scores))
 
 
-def _talk(line: str) -> None:
+def _log(line: str) -> None:
     click.echo(f"llava-edge: {line}", err=True)
 
 
-def _thin(questions: list[Question], limit: int | None) -> list[Question]:
+def _subsample(questions: list[Question], limit: int | None) -> list[Question]:
     return questions if limit is None else questions[:: -(-len(questions) // limit)]
 
 
 def _variants(budgets: Sequence[int], methods: Sequence[TokenMethod]) -> dict[str, Options]:
-    """How a bundle is asked, by the ending of the column's name."""
+    """Options to evaluate a bundle with, by the suffix of the column's name."""
     base = Options(max_tokens=32)
     variants = {} if budgets and 0 not in budgets else {"": base}
     for method in methods:
@@ -124,7 +124,7 @@ def _variants(budgets: Sequence[int], methods: Sequence[TokenMethod]) -> dict[st
 
 
 def _check(bundles: Sequence[str], variants: dict[str, Options]) -> None:
-    """Refuse before minutes of judging the others what a bundle cannot be asked."""
+    """Raise an error for options that a bundle does not support, before minutes of evaluating the others."""
     from llava_edge.bundle import Bundle
     from llava_edge.runtimes.pictures import check_budget
 
@@ -143,14 +143,14 @@ def _judge_bundle(
 ) -> list[Score]:
     from llava_edge.api import Llava
 
-    with Llava.load(bundle, EngineOptions(cache=False)) as model:  # nobody asks about these pictures again
+    with Llava.load(bundle, EngineOptions(cache=False)) as model:  # these pictures are not asked about again
         manifest = model.bundle.manifest
-        # As it was called, because others may have its precisions, and copies its name.
+        # The name as given: other bundles may have its precisions, and copies its manifest's name.
         name = f"{bundle}, {manifest.language.quantization} + {manifest.vision.precision}"
         return [
             score
-            for ending, options in variants.items()
-            for score in _judge(model, name + ending, options, data, sets, progress)
+            for suffix, options in variants.items()
+            for score in _judge(model, name + suffix, options, data, sets, progress)
         ]
 
 
@@ -167,19 +167,21 @@ def _judge(
     def ask(image: Path, question: str) -> str:
         return model.ask(question, image, options).text
 
-    for kind, questions in sets.items():
-        yield Score(kind, name, count_correct(ask, data, questions, progress(f"{name}: {kind}")), len(questions))
+    for set_name, questions in sets.items():
+        yield Score(
+            set_name, name, count_correct(ask, data, questions, progress(f"{name}: {set_name}")), len(questions)
+        )
 
 
 def _table(scores: Sequence[Score]) -> str:
-    """One row a set, one column an answerer, in per cent."""
+    """One row per set, one column per model or baseline, in per cent."""
     names = list(dict.fromkeys(score.name for score in scores))
     sets = list(dict.fromkeys(score.set for score in scores))
-    found = {(score.set, score.name): score for score in scores}
+    by_name = {(score.set, score.name): score for score in scores}
     rows = [["set", "questions", *names]]
-    for kind in sets:
-        total = next(score.total for score in scores if score.set == kind)
-        rows.append([kind, str(total), *(f"{100 * found[kind, name].accuracy:.1f}" for name in names)])
+    for set_name in sets:
+        total = next(score.total for score in scores if score.set == set_name)
+        rows.append([set_name, str(total), *(f"{100 * by_name[set_name, name].accuracy:.1f}" for name in names)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""`llava-edge export`: a LLaVA checkpoint becomes a bundle, and shows how faithfully."""
+"""`llava-edge export`: convert a LLaVA checkpoint to a bundle and print its parity table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from llava_edge.cli.arguments import CheckpointPath, needing
-from llava_edge.cli.terminal import ended_cleanly, status_line
+from llava_edge.cli.arguments import CheckpointPath, require_extra
+from llava_edge.cli.terminal import interrupt_on_termination, status_line
 from llava_edge.errors import CannotCreateError, UsageError
 from llava_edge.outputs import check_output
 
@@ -105,7 +105,7 @@ def export(report_file: Path | None, as_json: bool, **values: Any) -> None:
     if report_file:
         _check_report(report_file, options.out, options.emit_mmproj)
     try:
-        with needing("export", "Exporting"), ended_cleanly(), _stages() as progress:
+        with require_extra("export", "Exporting"), interrupt_on_termination(), _stages() as progress:
             manifest = exporter.export(options, progress, reports.append if report_file else None)
     except exporter.ParityError as error:
         show_parity(error.rows)
@@ -121,7 +121,7 @@ def export(report_file: Path | None, as_json: bool, **values: Any) -> None:
 
 
 def _check_report(path: Path, out: Path, emit_mmproj: Path | None) -> None:
-    """Refuse before hours of measuring what would lose the report, or spoil something else with it."""
+    """Raise `CannotCreateError` before hours of measuring if the report cannot be written or would overwrite a file."""
     from llava_edge.export.report import TITLE
 
     check_output(path, distinct_from=[out, *([emit_mmproj] if emit_mmproj else [])], bundles=[out])
@@ -133,18 +133,18 @@ def _check_report(path: Path, out: Path, emit_mmproj: Path | None) -> None:
 
 @contextmanager
 def _stages() -> Iterator[Callable[[str, float | None], None]]:
-    """One line on stderr for each stage as it begins; below it, on a terminal, its share and the time it needs yet."""
-    start, began, last = time.monotonic(), 0.0, ""
+    """Print each stage on stderr when it starts; below it, on a terminal, its progress and remaining time."""
+    start, stage_start, current_stage = time.monotonic(), 0.0, ""
     with status_line("") as status:
 
         def progress(stage: str, share: float | None) -> None:
-            nonlocal last, began
-            if stage != last:
+            nonlocal current_stage, stage_start
+            if stage != current_stage:
                 status(None)
-                began, last = time.monotonic(), stage
-                click.echo(f"{began - start:6.1f} s  {stage}", err=True)
+                stage_start, current_stage = time.monotonic(), stage
+                click.echo(f"{stage_start - start:6.1f} s  {stage}", err=True)
             if share:
-                minutes, seconds = divmod(int((time.monotonic() - began) * (1 - share) / share), 60)
+                minutes, seconds = divmod(int((time.monotonic() - stage_start) * (1 - share) / share), 60)
                 status.step(f"          {minutes}:{seconds:02d} left", share)
 
         yield progress
@@ -162,7 +162,7 @@ def _write_report(path: Path, report: Report) -> None:
 
 
 def show_parity(rows: list[ParityRow]) -> None:
-    """The parity table on stderr, worst stage last."""
+    """Print the parity table on stderr, worst stage last."""
     if not rows:
         return
     click.echo(f"{'stage':<16}{'max abs':>11}{'relative':>11}  {'limit':<20}", err=True)

@@ -1,4 +1,4 @@
-"""`llava-edge info`: what a bundle, a GGUF file or a checkpoint folder holds."""
+"""`llava-edge info`: show what a bundle, a GGUF file or a checkpoint folder contains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.bundle import MANIFEST, Bundle, Manifest
-from llava_edge.cli.terminal import one_line
+from llava_edge.cli.terminal import printable
 from llava_edge.errors import CheckpointError, DataError, MissingError, UsageError
 from llava_edge.store import DEFAULT_MODEL, resolve
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("thing", default=DEFAULT_MODEL, metavar="[BUNDLE|FILE.gguf|CHECKPOINT]")
+@click.argument("target", default=DEFAULT_MODEL, metavar="[BUNDLE|FILE.gguf|CHECKPOINT]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-def info(thing: str, as_json: bool) -> None:
+def info(target: str, as_json: bool) -> None:
     """Show what a bundle (folder or model name), GGUF file or checkpoint folder contains."""
-    path = resolve(thing)
+    path = resolve(target)
     if path.is_file():
         facts = _gguf_facts(path)
     elif (path / MANIFEST).exists():
@@ -43,16 +43,16 @@ def info(thing: str, as_json: bool) -> None:
 
 def _print_bundle(path: Path, manifest: Manifest) -> None:
     vision, language, pixels = manifest.vision, manifest.language, manifest.preprocessing
-    how = f"made square by {pixels.square}"
+    squaring = f"made square by {pixels.square}"
     if pixels.square == "anyres":
         sizes = ", ".join(f"{width} x {height}" for width, height in pixels.grids)
-        how = f"whole, and in tiles at {sizes}; {pixels.merge}"
+        squaring = f"whole, and in tiles at {sizes}; {pixels.merge}"
     total = sum(entry.size for entry in manifest.files.values())
     rows = {
         "model": f"{manifest.name} ({manifest.family}), made by {manifest.created_by}",
         "folder": str(path),
         "identity": manifest.identity,
-        "images": f"{pixels.image_size} x {pixels.image_size}, {how}",
+        "images": f"{pixels.image_size} x {pixels.image_size}, {squaring}",
         "vision": f"CLIP layer {vision.hidden_layer}, {vision.feature}, {vision.image_tokens} tokens of {vision.width}"
         f" (pooled {vision.image_pool} x {vision.image_pool}), {vision.precision}",
         "projector": f"{manifest.projector.type}, {manifest.projector.precision}",
@@ -82,14 +82,14 @@ def _gguf_facts(path: Path) -> dict[str, Any]:
     from llava_edge import gguf
 
     file = gguf.read(path)
-    shown = {key: _short(value) for key, value in file.metadata.items()}
+    metadata = {key: _short(value) for key, value in file.metadata.items()}
     kinds = Counter(tensor.kind for tensor in file.tensors.values())
     return {
         "file": str(path),
         "size": path.stat().st_size,
         "tensors": len(file.tensors),
         "tensor types": dict(kinds),
-        "metadata": shown,
+        "metadata": metadata,
     }
 
 
@@ -104,7 +104,7 @@ def _short(value: object) -> object:
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
-    """What the folder is, what it still needs, and what an export would make of it."""
+    """Layout and configuration of a checkpoint folder, and what is missing or how to export it."""
     from llava_edge.export import layouts
     from llava_edge.export.checkpoint import open_checkpoint
 
@@ -121,12 +121,12 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
         "image_tokens": config.image_tokens,
         **asdict(config),
         "files": files,
-        **_next(path, checkpoint),
+        **_export_hint(path, checkpoint),
     }
 
 
-def _next(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """How to export it, or what an export would say of its tokenizer."""
+def _export_hint(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """The command that exports it, or the error that its tokenizer would cause."""
     from llava_edge.export.tokenizer import read_tokenizer
 
     try:
@@ -143,5 +143,5 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
         if isinstance(value, dict):
             lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
         else:
-            lines.append(one_line(f"{indent}{name:{width}}  {value}"))
+            lines.append(printable(f"{indent}{name:{width}}  {value}"))
     return lines

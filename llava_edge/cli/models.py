@@ -1,4 +1,4 @@
-"""`llava-edge models`: what is installed, how to get more, and how to be rid of it."""
+"""`llava-edge models`: list, pull and remove models."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import click
 
 from llava_edge import store
 from llava_edge.bundle import Bundle
-from llava_edge.cli.arguments import needing
-from llava_edge.cli.terminal import ended_cleanly, one_line, status_line
+from llava_edge.cli.arguments import require_extra
+from llava_edge.cli.terminal import interrupt_on_termination, printable, status_line
 from llava_edge.errors import CannotCreateError, LlavaEdgeError, UnavailableError, UsageError
 from llava_edge.outputs import write_problem
 
@@ -35,8 +35,8 @@ def list_models() -> None:
 def _state(folder: Path) -> str:
     try:
         files = Bundle.open(folder).manifest.files
-    except LlavaEdgeError as error:  # it is damaged, or of another version
-        return one_line(f"cannot be used: {error}")
+    except LlavaEdgeError as error:  # damaged, or of another version
+        return printable(f"cannot be used: {error}")
     return f"installed  {sum(entry.size for entry in files.values()) / 1e6:.0f} MB"
 
 
@@ -55,7 +55,7 @@ def pull_model(name: str, force: bool) -> None:
     if installed.get(name) and not force:
         click.echo(f"{name} is already installed in {installed[name]}; --force rebuilds it.", err=True)
         return
-    with ended_cleanly(), status_line(f"Pulling {name}") as status:
+    with interrupt_on_termination(), status_line(f"Pulling {name}") as status:
         folder = _pull(name, status.step)
         status.step("Measuring the fastest way to encode images", None)
         _tune(folder)
@@ -75,10 +75,10 @@ def remove_model(name: str) -> None:
 
 
 def _tune(folder: Path) -> None:
-    """Now, because this command takes its time anyway and no answer waits."""
+    """Measure the fastest settings now, because a pull takes long anyway."""
     from llava_edge.runtimes import tune
 
-    with suppress(UnavailableError):  # the machine is busy; doctor says how to measure it later
+    with suppress(UnavailableError):  # the machine is busy; doctor says how to measure later
         tune.measure(Bundle.open(folder))
 
 
@@ -90,6 +90,6 @@ def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
     if problem := write_problem(home) or write_problem(target.parent):
         raise CannotCreateError(f"{home} cannot be written to ({problem}); set LLAVA_EDGE_HOME to a folder of yours.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with needing("export", "Pulling a model"):
+    with require_extra("export", "Pulling a model"):
         pull(name, target, progress)
     return target

@@ -1,4 +1,4 @@
-"""`llava-edge run`: questions about any number of images; the answers are streamed to stdout."""
+"""`llava-edge run`: answer questions about images; answers are streamed to stdout."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import AboutPictures, generation_options, loaded, options_from, picture_path, read_stdin
-from llava_edge.cli.terminal import advise, show, status_line
+from llava_edge.cli.arguments import (
+    ImageCommand,
+    generation_options,
+    image_path,
+    load_model_and_images,
+    options_from,
+    read_stdin,
+)
+from llava_edge.cli.terminal import show, status_line, suggest_native_build
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 from llava_edge.paths import expand_path
@@ -22,7 +29,7 @@ if TYPE_CHECKING:
     from llava_edge.runtimes.jobs import Stream
 
 
-@click.command(cls=AboutPictures)
+@click.command(cls=ImageCommand)
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to ask about (-: stdin); repeatable.")
 @click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], show_default=True, metavar="TEXT",
               help="Question to ask (-: stdin); repeatable.")  # fmt: skip
@@ -53,7 +60,7 @@ def run(
     curl -s URL | llava-edge run --image - --prompt "What is this?" --json
     """
     options, engine = options_from(shared)
-    options = replace(options, grammar=_form(json_schema, grammar))
+    options = replace(options, grammar=_grammar_text(json_schema, grammar))
     prompts = _prompt_texts(prompts, images)
     from llava_edge.bundle import Bundle
     from llava_edge.runtimes.devices import process_start
@@ -63,12 +70,12 @@ def run(
     bundle = Bundle.open(resolve(model))
     if not images and prompts == (DEFAULT_PROMPT,):
         raise UsageError("There is no image to describe; give one with --image, or a question with --prompt.")
-    with loaded(bundle, engine, options, images, _image_source) as (llava, pictures):
+    with load_model_and_images(bundle, engine, options, images, _image_source) as (llava, pictures):
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
-        advise(llava.device)
+        suggest_native_build(llava.device)
         for stream in llava.ask_many(prompts, pictures, options, system=system, started=started):
-            result = _answer(stream, "Looking at the image" if images else "Reading", quiet=as_json)
+            result = _print_answer(stream, "Looking at the image" if images else "Reading", quiet=as_json)
             if as_json:
                 click.echo(json.dumps(asdict(result), ensure_ascii=False))
             elif result.finish_reason == "length":
@@ -77,10 +84,10 @@ def run(
                 click.echo(f"(cut off after {result.completion_tokens} tokens: {why})", err=True)
 
 
-def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
+def _print_answer(stream: Stream, doing: str, quiet: bool) -> Result:
     final, shown = None, False
     try:
-        # Whoever does not read on, because nobody reads the output, does not let the model go on either.
+        # Closing the stream stops the model, for example when stdout is a closed pipe.
         with closing(stream), status_line(doing) as status:
             status(None)
             for chunk in stream:
@@ -96,25 +103,25 @@ def _answer(stream: Stream, doing: str, quiet: bool) -> Result:
     return final
 
 
-def _form(json_schema: str | None, grammar: str | None) -> str:
-    """The grammar that answers are held to; empty if there is none."""
+def _grammar_text(json_schema: str | None, grammar: str | None) -> str:
+    """The grammar that answers must follow; empty if there is none."""
     if json_schema is not None and grammar is not None:
         raise UsageError("--json-schema and --grammar cannot be combined; give one of them.")
     if grammar is not None:
-        return _text_of(grammar, "--grammar")
+        return _read_text(grammar, "--grammar")
     if json_schema is None:
         return ""
     from llava_edge.json_grammar import from_schema
 
     try:
-        return from_schema(json.loads(_text_of(json_schema, "--json-schema")))
+        return from_schema(json.loads(_read_text(json_schema, "--json-schema")))
     except UsageError as error:
         raise DataError(f"{json_schema} cannot be used. {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{json_schema} is not JSON ({error}); expected a JSON schema.") from error
 
 
-def _text_of(name: str, flag: str) -> str:
+def _read_text(name: str, flag: str) -> str:
     path = Path(expand_path(name))
     try:
         text = path.read_text("utf-8-sig")
@@ -149,11 +156,11 @@ def _prompt_text(prompt: str) -> str:
 def _image_source(name: str) -> str | bytes:
     if name == "-":
         return read_stdin()
-    path = picture_path(name)
+    path = image_path(name)
     try:
-        piped = Path(path).is_fifo()
-    except OSError:  # a name that is too long
-        piped = False
-    if piped:
+        is_pipe = Path(path).is_fifo()
+    except OSError:  # name too long
+        is_pipe = False
+    if is_pipe:
         raise MissingError(f"{path} is a pipe, not an image file; pipe the image into this command with --image -.")
     return path

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from llava_edge.cli.arguments import engine_options, engine_options_from
-from llava_edge.cli.terminal import status_line, takes_a_line
+from llava_edge.cli.terminal import is_writable, status_line
 from llava_edge.errors import UsageError
 
 
@@ -71,7 +71,7 @@ def serve(
     from llava_edge.server.serve import serve as run
     from llava_edge.store import resolve
 
-    # Taken out: the model's process need not know it.
+    # Removed from the environment, so that the model's process does not inherit it.
     key = read_key(api_key_file, os.environ.pop("LLAVA_EDGE_API_KEY", ""))
     limits = Limits(queue=queue, requests=max(64, 2 * queue), answer_seconds=timeout)
     host = "127.0.0.1" if host == "localhost" else host
@@ -81,7 +81,7 @@ def serve(
 
         def say(line: str) -> None:
             status.clear()
-            if takes_a_line(sys.stderr):
+            if is_writable(sys.stderr):
                 click.echo(line, err=True)
 
         status(None)

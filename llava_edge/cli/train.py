@@ -1,4 +1,4 @@
-"""`llava-edge train`: both of LLaVA's stages, by a recipe."""
+"""`llava-edge train`: train both of LLaVA's stages from a recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import store
-from llava_edge.cli.arguments import needing
+from llava_edge.cli.arguments import require_extra
 from llava_edge.cli.terminal import Status, status_line
 from llava_edge.errors import CannotCreateError
 from llava_edge.outputs import write_problem
@@ -40,16 +40,16 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
     llava-edge train micro --out runs/micro
     llava-edge export runs/micro/model bundles/micro
     """
-    with needing("train", "Training"):
+    with require_extra("train", "Training"):
         from llava_edge.models.recipe import load_recipe
         from llava_edge.models.run import Folders, train_recipe
-    chosen = load_recipe(recipe)
-    run = _writable(out, "--out", store.home() / "runs" / chosen.name)
-    data = _writable(data, "--data", store.home() / "data" / chosen.name)
-    with needing("train", "Training"), status_line(f"Training {chosen.name}") as status:
+    loaded_recipe = load_recipe(recipe)
+    run = _writable(out, "--out", store.home() / "runs" / loaded_recipe.name)
+    data = _writable(data, "--data", store.home() / "data" / loaded_recipe.name)
+    with require_extra("train", "Training"), status_line(f"Training {loaded_recipe.name}") as status:
         report = _Reporter(status)
         model = train_recipe(
-            chosen,
+            loaded_recipe,
             Folders(run, data, data / "features", photos),
             log=lambda line: click.echo(f"llava-edge: {line}", err=True),
             encoding=lambda done, total: status.step(f"encoding images {done}/{total}", done / total),
@@ -60,17 +60,17 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
     click.echo(str(model))
 
 
-def _writable(named: Path | None, option: str, usual: Path) -> Path:
-    """The folder to use. Raises `CannotCreateError` if nothing can be written there, before anything is computed."""
-    folder = named or usual
+def _writable(given: Path | None, option: str, default: Path) -> Path:
+    """The folder to use. Raises `CannotCreateError` if it cannot be written to, before anything is computed."""
+    folder = given or default
     if problem := write_problem(folder):
-        remedy = f"name another folder with {option}" + ("" if named else ", or set LLAVA_EDGE_HOME to one of yours")
+        remedy = f"name another folder with {option}" + ("" if given else ", or set LLAVA_EDGE_HOME to one of yours")
         raise CannotCreateError(f"{folder} cannot be written to ({problem}); {remedy}.")
     return folder
 
 
 class _Reporter:
-    """Draws each step on a terminal; elsewhere writes a line every half minute."""
+    """Updates a status line on a terminal; elsewhere prints a line every 30 s."""
 
     def __init__(self, status: Status) -> None:
         self._status = status

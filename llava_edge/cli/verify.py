@@ -1,4 +1,4 @@
-"""`llava-edge verify`: read every byte of a bundle and compare with its manifest, or measure it against its source."""
+"""`llava-edge verify`: compare every byte of a bundle with its manifest, or its stages with those of its checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llava_edge.cli.arguments import CheckpointPath, needing
+from llava_edge.cli.arguments import CheckpointPath, require_extra
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import CheckpointError, UnavailableError, UsageError
 from llava_edge.store import DEFAULT_MODEL
@@ -42,9 +42,9 @@ def verify(
         raise UsageError("--base, --vision-tower, --mmproj and --json go with --against CHECKPOINT.")
     opened = Bundle.open(resolve(bundle))
     checkpoint = None if against is None else _source(opened, against, base, vision_tower, mmproj)
-    total = _read(opened)
-    said = f"{opened.folder}: {len(opened.manifest.files)} files, {total:,} bytes, all as in the manifest."
-    click.echo(said, err=as_json)
+    total = _read_all(opened)
+    summary = f"{opened.folder}: {len(opened.manifest.files)} files, {total:,} bytes, all as in the manifest."
+    click.echo(summary, err=as_json)
     if checkpoint is None:
         return
     rows = _measure(opened, checkpoint)
@@ -55,8 +55,8 @@ def verify(
         raise CheckpointError(f"{opened.folder} does not agree with {checkpoint.folder} in: {', '.join(failed)}.")
 
 
-def _read(opened: Bundle) -> int:
-    """Read everything; returns the number of bytes."""
+def _read_all(opened: Bundle) -> int:
+    """Verify hashes and GGUF headers; returns the number of bytes."""
     from llava_edge import gguf
     from llava_edge.bundle import LANGUAGE, PROJECTOR
 
@@ -81,7 +81,7 @@ def _read(opened: Bundle) -> int:
 def _source(
     opened: Bundle, against: Path, base: Path | None, vision_tower: Path | None, mmproj: Path | None
 ) -> Checkpoint:
-    """What to measure against, before minutes of reading. Raises `UnavailableError` if nothing can be measured."""
+    """Open the checkpoint to compare with, before minutes of reading. Raises `UnavailableError` without PyTorch."""
     from llava_edge.export import parity
     from llava_edge.export.exporter import ExportOptions, open_source
 
@@ -92,7 +92,7 @@ def _source(
     options = ExportOptions(
         against, opened.folder, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template
     )
-    with needing("export", "--against"):  # of a GGUF
+    with require_extra("export", "--against"):  # of a GGUF
         checkpoint = open_source(options)
     parity.check_same_sizes(opened, checkpoint)
     return checkpoint
