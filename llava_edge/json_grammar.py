@@ -102,9 +102,9 @@ class _Converter:
                 return self._alternatives(
                     self.convert(each, f"{path}/{keyword}/{i}", depth + 1) for i, each in enumerate(options)
                 )
-        return self._typed(schema, keywords, path, depth)
+        return self._convert_by_type(schema, keywords, path, depth)
 
-    def _typed(self, schema: dict[str, Any], keywords: set[str], path: str, depth: int) -> str:
+    def _convert_by_type(self, schema: dict[str, Any], keywords: set[str], path: str, depth: int) -> str:
         _reject_keywords(keywords - {"type"}.union(*_KEYWORDS.values()), path)
         types = schema.get("type", [kind for kind in TYPES if keywords & _KEYWORDS.get(kind, set())])
         types = types if isinstance(types, list) else [types]
@@ -315,12 +315,14 @@ def _repetition(low: int, high: int | None) -> str:
     return f"{{{low},{'' if high is None else high}}}"
 
 
-def _reject_keywords(keywords: set[str], path: str, beside: str = "") -> None:
+def _reject_keywords(keywords: set[str], path: str, other_keyword: str = "") -> None:
     """Raise `UsageError` if there are any. beside: the keyword that they cannot be combined with."""
     if not keywords:
         return
-    if beside:
-        raise _schema_error(path, f"combines {_abbreviate(min(keywords))} with {beside!r}, which is not supported")
+    if other_keyword:
+        raise _schema_error(
+            path, f"combines {_abbreviate(min(keywords))} with {other_keyword!r}, which is not supported"
+        )
     raise _schema_error(path, f"uses {_abbreviate(min(keywords))}, which is not supported")
 
 

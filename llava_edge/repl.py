@@ -43,7 +43,7 @@ class Repl:
         self,
         chat: Chat,
         write: Callable[[str], object],
-        busy: BusyIndicator = lambda doing: contextlib.nullcontext(lambda: None),
+        busy: BusyIndicator = lambda activity: contextlib.nullcontext(lambda: None),
     ) -> None:
         self._chat = chat
         self._write = write
@@ -106,10 +106,10 @@ class Repl:
 
     def _say(self, text: str) -> None:
         pictures, self._pending = self._pending, []
-        doing = "Looking at the image" if pictures else "Reading"
+        activity = "Looking at the image" if pictures else "Reading"
         message_count, has_output = len(self._chat.messages), False
         try:
-            with self._busy(doing) as hide_busy, contextlib.closing(self._chat.say(text, pictures)) as answer:
+            with self._busy(activity) as hide_busy, contextlib.closing(self._chat.say(text, pictures)) as answer:
                 for chunk in answer:
                     hide_busy()
                     has_output = True

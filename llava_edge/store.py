@@ -63,11 +63,11 @@ def resolve(model: str | Path) -> Path:
     raise MissingError(f"{name!r} is neither a bundle folder nor a model name; known models: {known}.")
 
 
-def refuse_download(name: str, instead: str) -> None:
+def refuse_download(name: str, remedy: str) -> None:
     """Raise `MissingError` if a name is a URL or OWNER/MODEL on a hub, and no such path exists."""
     is_remote = "://" in name or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
     if is_remote and not exists(Path(name)):
-        raise MissingError(f"{name!r} does not exist, and llava-edge downloads only its own models: {instead}.")
+        raise MissingError(f"{name!r} does not exist, and llava-edge downloads only its own models: {remedy}.")
 
 
 def entries() -> list[Entry]:

@@ -115,11 +115,11 @@ def test_fewer_questions_are_spread_over_the_whole_set() -> None:
     """Sets are in the order of their labels: the first ones would be about one kind of thing."""
     questions = [Question(f"{number}.png", "?", str(number)) for number in range(100)]
     for limit in (1, 7, 33, 100, 1000):
-        chosen = [int(question.answer) for question in cli_eval._thin(questions, limit)]
+        chosen = [int(question.answer) for question in cli_eval._subsample(questions, limit)]
         assert len(chosen) <= limit
         assert chosen[-1] >= 100 - 100 // limit - 1 or limit == 1
         assert len(set(np.diff(chosen))) <= 1
-    assert cli_eval._thin(questions, None) == questions
+    assert cli_eval._subsample(questions, None) == questions
 
 
 @pytest.fixture

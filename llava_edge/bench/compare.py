@@ -61,8 +61,8 @@ def setting_differences(old: Report, settings: Mapping[str, Any]) -> str:
     """Settings that differ between then and now, which makes times incomparable; empty if none do."""
     names = {"prompt": "prompt", "image": "picture", "max_tokens": "max-tokens"}
     return "; ".join(
-        f"{shown} {old.settings[name]!r} then, {settings[name]!r} now"
-        for name, shown in names.items()
+        f"{label} {old.settings[name]!r} then, {settings[name]!r} now"
+        for name, label in names.items()
         if name in old.settings and old.settings[name] != settings[name]
     )
 

@@ -60,8 +60,8 @@ def _line(entry: Entry) -> str:
     return printable(f"{entry.path.name[:12]}  {kind:10}  {size:>9}  {positions:>5} positions  {age:>7}  {model}")
 
 
-def _age(then: float) -> str:
-    seconds = max(0.0, time.time() - then)
+def _age(timestamp: float) -> str:
+    seconds = max(0.0, time.time() - timestamp)
     if seconds < _HOUR:
         return f"{seconds // _MINUTE:.0f} min"
     return f"{seconds // _HOUR:.0f} h" if seconds < _DAY else f"{seconds // _DAY:.0f} d"

@@ -36,7 +36,7 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
 
 
 @contextmanager
-def _busy(doing: str) -> Iterator[Callable[[], None]]:
-    with status_line(doing) as status:
+def _busy(activity: str) -> Iterator[Callable[[], None]]:
+    with status_line(activity) as status:
         status(None)
         yield status.clear

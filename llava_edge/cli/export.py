@@ -168,6 +168,6 @@ def show_parity(rows: list[ParityRow]) -> None:
     click.echo(f"{'stage':<16}{'max abs':>11}{'relative':>11}  {'limit':<20}", err=True)
     for row in rows:
         sign = ">=" if row.measure in ("cosine", "agreement") else "<="
-        judged = f"{row.measure} {row.value:.6g} {sign} {row.limit:g}"
+        comparison = f"{row.measure} {row.value:.6g} {sign} {row.limit:g}"
         verdict = "" if row.passed else "  FAILED"
-        click.echo(f"{row.stage:<16}{row.max_abs:>11.3g}{row.relative:>11.3g}  {judged}{verdict}", err=True)
+        click.echo(f"{row.stage:<16}{row.max_abs:>11.3g}{row.relative:>11.3g}  {comparison}{verdict}", err=True)

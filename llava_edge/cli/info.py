@@ -82,7 +82,7 @@ def _gguf_facts(path: Path) -> dict[str, Any]:
     from llava_edge import gguf
 
     file = gguf.read(path)
-    metadata = {key: _short(value) for key, value in file.metadata.items()}
+    metadata = {key: _abbreviate(value) for key, value in file.metadata.items()}
     kinds = Counter(tensor.kind for tensor in file.tensors.values())
     return {
         "file": str(path),
@@ -93,7 +93,7 @@ def _gguf_facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _short(value: object) -> object:
+def _abbreviate(value: object) -> object:
     from llava_edge.gguf import Array
 
     if isinstance(value, Array):

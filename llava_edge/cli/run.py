@@ -79,25 +79,25 @@ def run(
             if as_json:
                 click.echo(json.dumps(asdict(result), ensure_ascii=False))
             elif result.finish_reason == "length":
-                full = result.completion_tokens < options.max_tokens
-                why = "the context is full; see --context" if full else "--max-tokens reached"
-                click.echo(f"(cut off after {result.completion_tokens} tokens: {why})", err=True)
+                context_full = result.completion_tokens < options.max_tokens
+                reason = "the context is full; see --context" if context_full else "--max-tokens reached"
+                click.echo(f"(cut off after {result.completion_tokens} tokens: {reason})", err=True)
 
 
-def _print_answer(stream: Stream, doing: str, quiet: bool) -> Result:
-    final, shown = None, False
+def _print_answer(stream: Stream, activity: str, quiet: bool) -> Result:
+    final, has_output = None, False
     try:
         # Closing the stream stops the model, for example when stdout is a closed pipe.
-        with closing(stream), status_line(doing) as status:
+        with closing(stream), status_line(activity) as status:
             status(None)
             for chunk in stream:
                 status.clear()
                 final = chunk.final
                 if not quiet:
-                    shown = True
+                    has_output = True
                     show(chunk.text)
     finally:
-        if shown:
+        if has_output:
             click.echo()
     assert final is not None
     return final

@@ -75,8 +75,8 @@ class Status:
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"  # which knows no escapes
-        self._shown = ""
+        self._enabled = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"  # which knows no escapes
+        self._current_text = ""
         self._lock = threading.Lock()  # nothing is drawn after `clear`
 
     def __call__(self, fraction: float | None) -> None:
@@ -86,7 +86,7 @@ class Status:
             filled = int(_WIDTH * min(max(fraction, 0.0), 1.0))
             bar = f" [{'#' * filled}{'-' * (_WIDTH - filled)}] {fraction:4.0%}"
         with self._lock:
-            if self._live:
+            if self._enabled:
                 self._draw(f"{self._label}{bar}")
 
     def step(self, label: str, fraction: float | None) -> None:
@@ -97,14 +97,14 @@ class Status:
     def clear(self) -> None:
         """Clear the line and show nothing more."""
         with self._lock:
-            if self._live:
+            if self._enabled:
                 self._draw("")
-            self._live = False
+            self._enabled = False
 
     def _draw(self, text: str) -> None:
         text = text[: _columns() - 1]  # a wrapped line could not be cleared
-        if text != self._shown:
-            self._shown = text
+        if text != self._current_text:
+            self._current_text = text
             sys.stderr.write(f"\r\x1b[K{text}")
             sys.stderr.flush()
 

@@ -74,17 +74,19 @@ class _Reporter:
 
     def __init__(self, status: Status) -> None:
         self._status = status
-        self._smooth: float | None = None
-        self._last = 0.0
+        self._smoothed_loss: float | None = None
+        self._last_line_time = 0.0
 
     def __call__(self, step: Step) -> None:
-        self._smooth = step.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * step.loss
+        self._smoothed_loss = (
+            step.loss if self._smoothed_loss is None else 0.95 * self._smoothed_loss + 0.05 * step.loss
+        )
         minutes, seconds = divmod(int(step.seconds_left), 60)
         text = (
-            f"{step.stage} {step.step}/{step.steps}  loss {self._smooth:.4f}  "
+            f"{step.stage} {step.step}/{step.steps}  loss {self._smoothed_loss:.4f}  "
             f"{step.packs_per_s:.1f} pictures/s  {minutes}:{seconds:02d} left"
         )
         self._status.step(text, step.step / step.steps)
-        if not sys.stderr.isatty() and (time.monotonic() - self._last > 30 or step.step == step.steps):
-            self._last = time.monotonic()
+        if not sys.stderr.isatty() and (time.monotonic() - self._last_line_time > 30 or step.step == step.steps):
+            self._last_line_time = time.monotonic()
             click.echo(text, err=True)

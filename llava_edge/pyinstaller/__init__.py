@@ -1,4 +1,4 @@
-"""What PyInstaller has to know to freeze an app that uses this package; it asks by the entry point in setup.py."""
+"""PyInstaller hooks for apps that use this package, found through the entry point in setup.py."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def hook_dirs() -> list[str]:
-    """Folders of hooks."""
+    """Folders that contain hooks."""
     return [str(Path(__file__).parent)]

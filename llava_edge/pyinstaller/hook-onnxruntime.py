@@ -1,8 +1,8 @@
-"""Read by PyInstaller where `onnxruntime` is imported, in place of the hook of pyinstaller-hooks-contrib."""
+"""PyInstaller hook for `onnxruntime`, replacing that of pyinstaller-hooks-contrib."""
 
 from __future__ import annotations
 
 from PyInstaller.utils.hooks import collect_dynamic_libs
 
 binaries = collect_dynamic_libs("onnxruntime")
-excludedimports = ["onnxruntime.transformers.machine_info"]  # one line of a debugging aid, and with it 1.3 GB of torch
+excludedimports = ["onnxruntime.transformers.machine_info"]  # a debugging aid that imports 1.3 GB of torch
