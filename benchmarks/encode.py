@@ -30,7 +30,7 @@ def ours(bundle: Bundle, arguments: argparse.Namespace) -> Work:
     from llava_edge.runtimes import native, tune
     from llava_edge.runtimes.projector import Projector
 
-    vision = tune.opened(bundle, tune.untuned(bundle, arguments.threads))
+    vision = tune.open_encoder(bundle, tune.default_setting(bundle, arguments.threads))
     projector = Projector(bundle, native.projector_library(), arguments.threads)
     shown = pixels(bundle)
     return lambda: {"shape": projector.project(vision.encode(shown)).shape}

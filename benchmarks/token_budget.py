@@ -29,7 +29,7 @@ from llava_edge.image import ImageInput
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes.language import Key, LanguageModel
-from llava_edge.runtimes.pictures import Picture, check_budget, limited, prepare
+from llava_edge.runtimes.pictures import Picture, apply_token_budget, check_budget, prepare
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 Array = np.ndarray[Any, Any]
@@ -64,7 +64,7 @@ def main(model: str, images: Sequence[Path], tokens: int, budgets: Sequence[int]
             rows = llava.embed_image(picture)
             said = list(_answers(llava, rows, tokens))
             for way, options in ways.items():
-                fewer = llava.embed_image(limited(picture, options, llava.bundle.manifest))
+                fewer = llava.embed_image(apply_token_budget(picture, options, llava.bundle.manifest))
                 again = _follow(llava, fewer, [answer for answer, _ in said])
                 for (_, whole), scores in zip(said, again, strict=True):
                     found[way].append((_likeness(rows, fewer), *_agreement(whole, scores)))
@@ -99,7 +99,7 @@ def _follow(llava: Llava, rows: Array, answers: Sequence[Sequence[int]]) -> Iter
 def _asked(llava: Llava, rows: Array) -> Iterator[LanguageModel]:
     """The language model behind a picture and each of the questions."""
     engine, never = llava._engine, threading.Event()
-    language = engine._opened()
+    language = engine._require_open()
     keys: list[Key] = [("rows", i) for i in range(len(rows))]
     language.truncate(0)
     for question in QUESTIONS:

@@ -145,7 +145,7 @@ def _vision_rows(
     ours = _encode(encoder, pixels)
     rows = [_relative_row(f"clip {precision}", ours, features, limit)]
     if attention:
-        ours_attention = [np.stack([encoder.encode_attended(crop)[1] for crop in item]) for item in pixels]
+        ours_attention = [np.stack([encoder.encode_with_attention(crop)[1] for crop in item]) for item in pixels]
         rows.append(_relative_row(f"attention {precision}", ours_attention, attention, AMPLIFICATION * limit))
     rows.append(_relative_row("projector", [layers.project(item) for item in features], embeds, PROJECTOR_LIMIT))
     rows.append(_relative_row("embeddings", [layers.project(item) for item in ours], embeds, AMPLIFICATION * limit))

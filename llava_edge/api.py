@@ -20,7 +20,7 @@ from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes.jobs import POLL_SECONDS, Stream
-from llava_edge.runtimes.pictures import Picture, copied, taken
+from llava_edge.runtimes.pictures import Picture, copy_image, snapshot_images
 from llava_edge.runtimes.pipeline import Engine, check_request, check_slots
 from llava_edge.store import DEFAULT_MODEL, resolve
 
@@ -112,7 +112,7 @@ class Llava:
         """
         if isinstance(prompts, str):
             raise UsageError("ask_many expects a list of questions; use ask for a single one.")
-        sources = taken(_as_list(images), self.bundle.manifest)
+        sources = snapshot_images(_as_list(images), self.bundle.manifest)
         return self._stream_answers(tuple(prompts), sources, options, system, cancel, started)
 
     def _stream_answers(
@@ -128,8 +128,8 @@ class Llava:
         for text in prompts:
             _check_question(text, pictures)
         conversations = [_question_messages(system, text, pictures) for text in prompts]
-        self._engine.require_room(conversations, pictures, options)
-        streams = self._engine.generate_together(conversations, pictures, options, cancel, started=started)
+        self._engine.check_context(conversations, pictures, options)
+        streams = self._engine.generate_many(conversations, pictures, options, cancel, started=started)
         try:
             yield from streams
         except GeneratorExit:
@@ -161,7 +161,7 @@ class Llava:
         self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` for asyncio. Closing it, or cancelling the task, stops the work."""
-        sources = [copied(image) for image in _as_list(images)]
+        sources = [copy_image(image) for image in _as_list(images)]
         return _stream_in_thread(lambda cancel: self.stream(prompt, sources, options, system=system, cancel=cancel))
 
     def embed_image(self, image: AnyImage) -> np.ndarray[Any, Any]:
@@ -175,7 +175,7 @@ class Llava:
         """`embed_image` for asyncio."""
         import asyncio
 
-        return asyncio.to_thread(self.embed_image, copied(_copy_buffer(image)))
+        return asyncio.to_thread(self.embed_image, copy_image(_copy_buffer(image)))
 
     def chat(self, system: str = "", options: Options | None = None) -> Chat:
         """Start a conversation. An empty `system` means the model's own system prompt."""
@@ -189,7 +189,7 @@ class Llava:
     @property
     def device(self) -> str:
         """Device in use and why, such as "cpu (asked for)"."""
-        return f"{self._engine.choice.name} ({self._engine.choice.reason})"
+        return f"{self._engine.device.name} ({self._engine.device.reason})"
 
     @property
     def preset(self) -> str:
@@ -250,7 +250,7 @@ class Chat:
         pictures = self._engine.prepare_all(_as_list(images))
         check_slots(messages, pictures)
         if any(message.role != "system" for message in messages):
-            self._engine.require_room([messages], pictures, self._options)
+            self._engine.check_context([messages], pictures, self._options)
         self._set_conversation(list(messages), pictures)
 
     def _set_conversation(self, messages: list[Message], pictures: list[Picture]) -> None:
@@ -263,7 +263,7 @@ class Chat:
         The turn is kept when the stream ends or is closed, with the answer so far; after an error it is dropped.
         Raises `ContextOverflowError` when the conversation is too long for another turn; call `reset` then.
         """
-        return self._stream_turn(text, taken(_as_list(images), self._engine.bundle.manifest), cancel)
+        return self._stream_turn(text, snapshot_images(_as_list(images), self._engine.bundle.manifest), cancel)
 
     def _stream_turn(self, text: str, images: Sequence[ImageInput | Picture], cancel: threading.Event | None) -> Stream:
         with _exclusive(self._answer_lock):
@@ -296,7 +296,7 @@ class Chat:
         After a `break` out of its loop it stops when Python closes the generator; `contextlib.aclosing` stops it at
         once.
         """
-        sources = [copied(image) for image in _as_list(images)]
+        sources = [copy_image(image) for image in _as_list(images)]
 
         def say_in_turn(cancel: threading.Event) -> Stream:
             ticket = object()

@@ -1,7 +1,7 @@
-"""Pictures -> embeddings: CLIP, the token budget if there is one, projector, and the order of the crops.
+"""Pictures -> embeddings: CLIP, the token budget if there is one, the projector, and the order of the crops.
 
-Works in a thread of its own, so that a picture is encoded while the language model loads or reads what comes before
-it, and loads CLIP only when a picture is not known.
+Works in its own thread, so that a picture is encoded while the language model loads or evaluates the text before it.
+Loads CLIP only when a picture's embeddings are not cached.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from llava_edge import anyres, token_budget
 from llava_edge.bundle import PROJECTOR, VISION, VISION_DATA, Bundle
 from llava_edge.runtimes import CancelledError, devices, native
 from llava_edge.runtimes.jobs import Job, Worker
-from llava_edge.runtimes.picture_cache import PictureCache, digest, identity
+from llava_edge.runtimes.picture_cache import PictureCache, digest, file_identity
 from llava_edge.runtimes.pictures import Budget, Picture
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.stats import RequestStats, elapsed_ms
-from llava_edge.runtimes.tune import Setting, opened
+from llava_edge.runtimes.tune import Setting, open_encoder
 from llava_edge.runtimes.vision import VisionEncoder
 
 Array = np.ndarray[Any, Any]
@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Embedding:
-    """rows: (positions, hidden size) float32, not to be written to. Milliseconds that CLIP and projector took."""
+    """rows: (positions, hidden size) float32, read-only. encode_ms, project_ms: time in CLIP and the projector."""
 
     rows: Array
     encode_ms: float
@@ -41,7 +41,7 @@ class Embedding:
 
 
 class Embedder:
-    """One for an open engine. Faults of vision.onnx and projector.gguf (`BundleError`) come when these are needed."""
+    """Embeds the pictures of an open engine. `BundleError` for vision.onnx or projector.gguf is raised at first use."""
 
     def __init__(self, bundle: Bundle, setting: Setting, provider: str, cache: PictureCache) -> None:
         self._bundle = bundle
@@ -50,106 +50,107 @@ class Embedder:
         self._cache = cache
         self._library = native.projector_library()
         self._identity = _identity(bundle, setting, provider, self._library)
-        self._parts: tuple[VisionEncoder, Projector] | None = None
-        self._early: dict[str, Embedding] = {}
+        self._models: tuple[VisionEncoder, Projector] | None = None
+        self._precomputed: dict[str, Embedding] = {}  # picture key -> embedding
         self._thread = Worker("llava-edge vision")
 
-    def begin(self, shown: Sequence[Future[Picture]], cancel: threading.Event) -> Future[None]:
-        """Embed in advance those of the pictures that are not known; without any, load what embeds them."""
-        return self._thread.submit(self._begin, shown, cancel)
+    def precompute(self, pictures: Sequence[Future[Picture]], cancel: threading.Event) -> Future[None]:
+        """Embed pictures that are not cached, in the background; without any pictures, load CLIP and the projector."""
+        return self._thread.submit(self._precompute, pictures, cancel)
 
-    def start(self, picture: Picture, stats: RequestStats, job: Job) -> Future[Array]:
+    def submit(self, picture: Picture, stats: RequestStats, job: Job) -> Future[Array]:
         """Embed in the background: (positions, hidden size) float32. Raises `CancelledError` or `BundleError`."""
         return self._thread.submit(self._embed, picture, stats, job)
 
-    def key(self, picture_key: str) -> str:
-        """What decides about a picture's embeddings."""
+    def cache_key(self, picture_key: str) -> str:
+        """Hash everything that a picture's embeddings depend on."""
         return digest("embeddings", self._identity, picture_key)
 
     def close(self) -> None:
-        """Free the engine. Harmless when repeated."""
+        """Free the models. Harmless when repeated."""
         self._thread.shutdown()
-        self._parts = None
+        self._models = None
 
-    def _begin(self, shown: Sequence[Future[Picture]], cancel: threading.Event) -> None:
-        if not shown:
-            self._opened()
-        for picture in map(Future.result, shown):
-            if picture.key not in self._early and self._known(picture) is None:
-                self._early[picture.key] = self._compute(picture, None, cancel)
+    def _precompute(self, pictures: Sequence[Future[Picture]], cancel: threading.Event) -> None:
+        if not pictures:
+            self._load_models()
+        for picture in map(Future.result, pictures):
+            if picture.key not in self._precomputed and self._cached(picture) is None:
+                self._precomputed[picture.key] = self._compute(picture, None, cancel)
 
     def _embed(self, picture: Picture, stats: RequestStats, job: Job) -> Array:
         start = time.perf_counter()
-        rows = self._known(picture)
+        rows = self._cached(picture)
         if rows is not None:
             stats.encode_ms += elapsed_ms(start)
             return rows
-        found = self._early.pop(picture.key, None)
-        if found is None:
-            job.vision_run = job.vision_run or self._opened()[0].new_run()
-            found = self._compute(picture, job.vision_run, job.cancel)
+        embedding = self._precomputed.pop(picture.key, None)
+        if embedding is None:
+            job.vision_run = job.vision_run or self._load_models()[0].new_run_options()
+            embedding = self._compute(picture, job.vision_run, job.cancel)
         stats.encoded_pictures += 1
-        stats.encode_ms += found.encode_ms + found.project_ms
-        stats.project_ms += found.project_ms
-        about = {"model": self._bundle.manifest.name, "kind": "embeddings", "positions": str(len(found.rows))}
-        self._cache.put(self.key(picture.key), about, found.rows.data.cast("B"))
-        return found.rows
+        stats.encode_ms += embedding.encode_ms + embedding.project_ms
+        stats.project_ms += embedding.project_ms
+        about = {"model": self._bundle.manifest.name, "kind": "embeddings", "positions": str(len(embedding.rows))}
+        self._cache.put(self.cache_key(picture.key), about, embedding.rows.data.cast("B"))
+        return embedding.rows
 
-    def _known(self, picture: Picture) -> Array | None:
-        payload = self._cache.get(self.key(picture.key))
+    def _cached(self, picture: Picture) -> Array | None:
+        payload = self._cache.get(self.cache_key(picture.key))
         shape = (len(picture.rows), self._bundle.manifest.language.hidden_size)
         if payload is None or len(payload) != shape[0] * shape[1] * 4:
             return None
         return np.frombuffer(payload, np.float32).reshape(shape)
 
-    def _opened(self) -> tuple[VisionEncoder, Projector]:
-        if self._parts is None:
+    def _load_models(self) -> tuple[VisionEncoder, Projector]:
+        """Return CLIP and the projector; load them first if necessary."""
+        if self._models is None:
             projector = Projector(self._bundle, self._library, self._setting.threads)
-            self._parts = opened(self._bundle, self._setting, self._provider), projector
-        return self._parts
+            self._models = open_encoder(self._bundle, self._setting, self._provider), projector
+        return self._models
 
     def _compute(self, picture: Picture, vision_run: Any, cancel: threading.Event) -> Embedding:
-        """Crops go one by one: five at once take five times the working memory."""
-        vision, projector = self._opened()
+        """Encode and project a picture. Crops go one by one: five at once take five times the working memory."""
+        vision, projector = self._load_models()
         start = time.perf_counter()
         if picture.budget is not None:
-            features = [_reduced(vision, picture, picture.budget, vision_run, cancel)]
+            features = [_encode_reduced(vision, picture, picture.budget, vision_run, cancel)]
         else:
             features = [vision.encode(crop, vision_run) for crop in _crops(picture, cancel)]
-        encoded = elapsed_ms(start)
+        encode_ms = elapsed_ms(start)
         start = time.perf_counter()
         embeddings = np.stack([projector.project(item) for item in features])
         rows = embeddings[0] if picture.budget else anyres.arrange(embeddings, projector.newline, picture.rows)
-        return Embedding(np.ascontiguousarray(rows), encoded, elapsed_ms(start))
+        return Embedding(np.ascontiguousarray(rows), encode_ms, elapsed_ms(start))
 
 
-def _reduced(
+def _encode_reduced(
     vision: VisionEncoder, picture: Picture, budget: Budget, vision_run: Any, cancel: threading.Event
 ) -> Array:
-    """(positions, vision width) float32."""
-    encoded = [vision.encode_attended(crop, vision_run) for crop in _crops(picture, cancel)]
+    """Encode a picture and reduce its features to the budget: (positions, vision width) float32."""
+    encoded = [vision.encode_with_attention(crop, vision_run) for crop in _crops(picture, cancel)]
     features, attention = (np.concatenate(outputs)[budget.rows] for outputs in zip(*encoded, strict=True))
     return token_budget.reduce_features(features, attention, len(picture.rows), budget.method, budget.seed)
 
 
 def _crops(picture: Picture, cancel: threading.Event) -> Iterator[Array]:
-    """The crops, until the job is cancelled: `CancelledError`."""
+    """Yield the crops until the job is cancelled. Raises `CancelledError`."""
     for crop in picture.crops:
-        if cancel.is_set():  # asked after the handle of the run can be seen, so that no stop is lost
+        if cancel.is_set():  # checked after `job.vision_run` is set, so that `Job.stop` is never missed
             raise CancelledError
         yield crop
 
 
 def _identity(bundle: Bundle, setting: Setting, provider: str, library: Path | None) -> list[object]:
-    """What embeddings depend on besides the picture. ONNX Runtime is not loaded for it, which takes a while."""
+    """What embeddings depend on besides the picture, found without loading ONNX Runtime, which is slow."""
     manifest = bundle.manifest
     files = [name for name in (VISION, VISION_DATA, PROJECTOR) if name in manifest.files]
     spec = find_spec("onnxruntime")
     libraries = sorted(Path(spec.origin).parent.glob("capi/*.so*")) if spec and spec.origin else []
     engine = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in libraries]
     parts = [asdict(manifest.preprocessing), asdict(manifest.vision), asdict(manifest.projector)]
-    operator = str(native.operator_library()) if setting.native else ""  # its folder is named by all it depends on
+    operator = str(native.operator_library()) if setting.native else ""  # in a folder named by all it depends on
     settings = [setting.threads, setting.prepack, operator, str(library), provider]
     if provider != "CPUExecutionProvider":
         settings += ["float32", devices.nvidia_gpus()]
-    return [identity(bundle, *files), parts, engine, devices.processor(), *settings]
+    return [file_identity(bundle, *files), parts, engine, devices.processor(), *settings]

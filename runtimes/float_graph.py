@@ -1,7 +1,7 @@
-"""vision.onnx in int8 -> the same in float32, for graphics processors, which have no use for our integer products.
+"""Converts an int8 vision.onnx to float32 products, for GPUs.
 
-ONNX Runtime's CUDA provider leaves MatMulInteger to the processor, each time with a copy there and back. So every
-linear layer becomes one product with weights that are widened on the way; the file, a quarter as large, stays as it is.
+ONNX Runtime's CUDA provider runs MatMulInteger on the CPU, with a copy there and back each time. So every linear layer
+becomes one product with weights that are dequantized at use; the file, a quarter of the size, stays as it is.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from llava_edge.runtimes.native.onnx_bytes import Graph, Node
 from llava_edge.runtimes.native.patterns import CONTROL_FLOW_OPS, Layer, Patterns
 
 
-def in_float(model: bytes) -> bytes | None:
-    """The model with float32 products in place of int8 ones; None if it has no such layer.
+def to_float(model: bytes) -> bytes | None:
+    """Return the model with float32 products in place of int8 ones; None if it has none.
 
     Raises `ValueError` or `IndexError` if it is not an ONNX model.
     """
@@ -23,11 +23,11 @@ def in_float(model: bytes) -> bytes | None:
     nodes: list[Node] = []
     for node in graph.nodes:
         layer = layers.get(node.outputs[0])
-        nodes += [node] if layer is None else _products(layer, node.outputs[0])
+        nodes += [node] if layer is None else _float_layer(layer, node.outputs[0])
     return graph.replace_nodes(nodes)
 
 
-def _products(layer: Layer, out: str) -> list[Node]:
+def _float_layer(layer: Layer, out: str) -> list[Node]:
     weight, product = f"{out}/weight", f"{out}/product"
     return [
         Node.make("DequantizeLinear", "", [layer.weight, layer.scale], weight, {"axis": 1}),

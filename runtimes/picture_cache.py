@@ -1,7 +1,7 @@
-"""What pictures became, found again by content: embeddings, and the language model's memory of what a picture ends.
+"""Caches the results of pictures: embeddings, and KV cache states of prompt prefixes that end in a picture.
 
-In this process what fits into `RECENT` bytes, the rest on disk. A key is a hash of everything that a result depends
-on, so that nothing has to be invalidated. Knows nothing about how results are computed.
+Recent results are kept in memory, up to a number of bytes, the others on disk. A key is a hash of everything that a
+result depends on, so that nothing has to be invalidated. Knows nothing about how results are computed.
 """
 
 from __future__ import annotations
@@ -18,69 +18,69 @@ from llava_edge.bundle import Bundle
 from llava_edge.cache import Cache
 from llava_edge.runtimes.jobs import Worker
 
-RECENT = 64 << 20  # bytes in memory: seven pictures of LLaVA-1.5-7B, hundreds of the default model
-WAITING = 1 << 30  # bytes that may wait to be written; what comes on top is not kept
+MEMORY_BYTES = 64 << 20  # kept in memory: seven pictures of LLaVA-1.5-7B, hundreds of the default model
+MAX_QUEUED_BYTES = 1 << 30  # waiting to be written; what exceeds this is not written
 
 Payload = bytes | memoryview
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 (hex) of values that JSON can hold, and of what computes beside the engines: this program and numpy."""
+    """Return the SHA-256 (hex) of JSON values and the versions of llava-edge and numpy, which compute too."""
     return hashlib.sha256(json.dumps([__version__, np.__version__, *parts], sort_keys=True).encode()).hexdigest()
 
 
-def identity(bundle: Bundle, *names: str) -> list[object]:
-    """What the named files of a bundle are. With time and size: their hashes are compared by `verify` only."""
-    found: list[object] = []
+def file_identity(bundle: Bundle, *names: str) -> list[object]:
+    """Identify files of a bundle by hash, size and time: only `llava-edge verify` checks hashes against the files."""
+    files: list[object] = []
     for name in names:
         info = bundle.part(name).stat()
-        found.append([name, bundle.manifest.files[name].sha256, info.st_size, info.st_mtime_ns])
-    return found
+        files.append([name, bundle.manifest.files[name].sha256, info.st_size, info.st_mtime_ns])
+    return files
 
 
 class PictureCache:
-    """disk: where results outlive the process, if anywhere. recent: bytes in memory. Any thread may use it."""
+    """An LRU cache in memory in front of one on `disk`, if any, which outlives the process. Thread-safe."""
 
-    def __init__(self, disk: Cache | None, recent: int = RECENT) -> None:
+    def __init__(self, disk: Cache | None, memory_bytes: int = MEMORY_BYTES) -> None:
         self._disk = disk
-        self._room = recent
-        self._recent: OrderedDict[str, Payload] = OrderedDict()
-        self._waiting: dict[str, Payload] = {}
+        self._memory_bytes = memory_bytes
+        self._memory: OrderedDict[str, Payload] = OrderedDict()
+        self._queued: dict[str, Payload] = {}  # to be written
         self._lock = threading.Lock()
         self._writer = Worker("llava-edge cache")
 
     @property
-    def room(self) -> int:
-        """Bytes of the largest payload that would be kept now; a larger one need not be made."""
+    def max_payload(self) -> int:
+        """Size of the largest payload in bytes that would be kept now; a larger one need not be made."""
         with self._lock:
-            waiting = sum(map(len, self._waiting.values()))
-        return max(self._room, WAITING - waiting if self._disk is not None else 0)
+            queued = sum(map(len, self._queued.values()))
+        return max(self._memory_bytes, MAX_QUEUED_BYTES - queued if self._disk is not None else 0)
 
     def get(self, key: str) -> Payload | None:
-        """What was put under `key`, here or in another process."""
+        """Return the payload stored under `key`, by this process or another one."""
         with self._lock:
-            if key in self._recent:
-                self._recent.move_to_end(key)
-            found = self._recent.get(key, self._waiting.get(key))
-        if found is None and self._disk is not None:
-            found = self._disk.get(key)
-            if found is not None:
-                self._remember(key, found)
-        return found
+            if key in self._memory:
+                self._memory.move_to_end(key)
+            payload = self._memory.get(key, self._queued.get(key))
+        if payload is None and self._disk is not None:
+            payload = self._disk.get(key)
+            if payload is not None:
+                self._put_in_memory(key, payload)
+        return payload
 
     def put(self, key: str, about: dict[str, str], payload: Payload) -> None:
-        """Keep a payload, which must not change afterwards. It is written in the background."""
-        self._remember(key, payload)
+        """Store a payload, which must not change afterwards. It is written to disk in the background."""
+        self._put_in_memory(key, payload)
         if self._disk is None:
             return
         with self._lock:
-            if len(payload) + sum(map(len, self._waiting.values())) > WAITING:
+            if len(payload) + sum(map(len, self._queued.values())) > MAX_QUEUED_BYTES:
                 return
-            self._waiting[key] = payload
+            self._queued[key] = payload
         self._writer.submit(self._write, key, about, payload)
 
     def close(self) -> None:
-        """Wait until all is written. Harmless when repeated."""
+        """Wait until everything is written. Harmless when repeated."""
         self._writer.shutdown()
 
     def _write(self, key: str, about: dict[str, str], payload: Payload) -> None:
@@ -89,14 +89,14 @@ class PictureCache:
             self._disk.put(key, about, payload)
         finally:
             with self._lock:
-                self._waiting.pop(key, None)
+                self._queued.pop(key, None)
 
-    def _remember(self, key: str, payload: Payload) -> None:
-        if len(payload) > self._room:
+    def _put_in_memory(self, key: str, payload: Payload) -> None:
+        if len(payload) > self._memory_bytes:
             return
         with self._lock:
-            self._recent[key] = payload
-            self._recent.move_to_end(key)
-            size = sum(map(len, self._recent.values()))
-            while size > self._room:
-                size -= len(self._recent.popitem(last=False)[1])
+            self._memory[key] = payload
+            self._memory.move_to_end(key)
+            size = sum(map(len, self._memory.values()))
+            while size > self._memory_bytes:
+                size -= len(self._memory.popitem(last=False)[1])

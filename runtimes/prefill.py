@@ -1,8 +1,7 @@
-"""A prompt into the language model's memory: text as tokens, pictures as embeddings.
+"""Prefill: evaluates a prompt, text as tokens and pictures as embeddings, into the language model's KV cache.
 
-Nothing is computed twice that was computed for the same beginning before: by the last prompt, or by one that ended in
-the same picture, or in the same text before another one, in another process too. Knows nothing about templates, files
-of images or answers.
+A prefix is not computed twice if the KV cache still holds it from the last prompt, or if a prompt that shares it up to
+its text or its last picture was saved, by another process too. Knows nothing about templates, image files or answers.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from llava_edge.prompt import IMAGE_TOKEN_INDEX
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import Key, LanguageModel
-from llava_edge.runtimes.picture_cache import PictureCache, digest, identity
+from llava_edge.runtimes.picture_cache import PictureCache, digest, file_identity
 from llava_edge.runtimes.pictures import Picture
 from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 
-LEAST_TEXT = 16  # positions before a picture that are worth a file
+MIN_TEXT_PREFIX = 16  # positions of text before the first picture that are worth saving
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring positions of one kind. `keys` are what `LanguageModel` remembers of them; picture None is text.
+    """Consecutive positions of a picture, or of text if `picture` is None. `keys`: see `language.Key`.
 
     Segments with the same keys are equal.
     """
@@ -36,23 +35,23 @@ class Segment:
     keys: list[Key]
 
 
-def segments(ids: Sequence[int], pictures: Sequence[Picture]) -> list[Segment]:
-    """Token ids with `IMAGE_TOKEN_INDEX` for each picture -> what is evaluated, in order."""
-    waiting = iter(pictures)
-    parts: list[Segment] = []
+def split_segments(ids: Sequence[int], pictures: Sequence[Picture]) -> list[Segment]:
+    """Split token ids, in which `IMAGE_TOKEN_INDEX` stands for each picture, into segments."""
+    remaining = iter(pictures)
+    segments: list[Segment] = []
     for token in ids:
         if token == IMAGE_TOKEN_INDEX:
-            picture = next(waiting)
-            parts.append(Segment(picture, [(picture.key, row) for row in range(len(picture.rows))]))
-        elif parts and parts[-1].picture is None:
-            parts[-1].keys.append(token)
+            picture = next(remaining)
+            segments.append(Segment(picture, [(picture.key, row) for row in range(len(picture.rows))]))
+        elif segments and segments[-1].picture is None:
+            segments[-1].keys.append(token)
         else:
-            parts.append(Segment(None, [token]))
-    return parts
+            segments.append(Segment(None, [token]))
+    return segments
 
 
 class Prefill:
-    """One for an open engine. `language` is made from files of `bundle`."""
+    """Evaluates the prompts of an open engine. `language` is loaded from files of `bundle`."""
 
     def __init__(self, bundle: Bundle, language: LanguageModel, embedder: Embedder, cache: PictureCache) -> None:
         self._language = language
@@ -60,88 +59,97 @@ class Prefill:
         self._cache = cache
         self._name = bundle.manifest.name
         files = [name for name in (LANGUAGE, ADAPTER) if name in bundle.manifest.files]
-        self._identity = [identity(bundle, *files), language.identity]
-        self._exact = {0}  # where a segment ended, if all up to there was evaluated segment by segment
-        self._new: list[list[Key]] = []  # beginnings that memory holds and `keep` saves
+        self._identity = [file_identity(bundle, *files), language.identity]
+        self._exact_ends = {0}  # segment ends up to which the KV cache was evaluated segment by segment
+        self._unsaved: list[list[Key]] = []  # prefixes in the KV cache that `save_states` has to save
 
     def run(
-        self, parts: Sequence[Segment], stats: RequestStats, job: Job, *, reuse: bool = False, count: int | None = None
+        self,
+        segments: Sequence[Segment],
+        stats: RequestStats,
+        job: Job,
+        *,
+        reuse: bool = False,
+        count: int | None = None,
     ) -> None:
-        """Evaluate a prompt, or only its first `count` segments, except for a beginning that is known.
+        """Evaluate a prompt, or only its first `count` segments, except for a prefix that is cached.
 
-        Without `reuse` only whole segments count, evaluated one by one: the answer is, bit for bit, the one that
-        follows if everything is computed. With it also what this prompt has in common with the last one and its answer,
-        which is more, but was computed by other kernels and so rounded differently.
-        What the last prompts computed is kept first, if this one would overwrite it.
+        Without `reuse`, a cached prefix consists of whole segments that were evaluated one by one: the answer is
+        bit-identical to one computed from scratch. With it, the prefix is all that this prompt has in common with the
+        last one and its answer: longer, but computed by other kernels and so rounded differently.
+        If this prompt would overwrite unsaved prefixes in the KV cache, they are saved first.
         Raises `CancelledError` or `BundleError`.
         """
-        keys = [key for part in parts for key in part.keys]
-        if any(keys[: len(new)] != new for new in self._new):
-            self.keep()
-        ends = list(accumulate(len(part.keys) for part in parts))
-        pictures = [end for part, end in zip(parts[:-1], ends, strict=False) if part.picture is not None]
-        last = max(pictures, default=0)
-        text = ends[0] if pictures and parts[0].picture is None and ends[0] >= LEAST_TEXT else 0
+        keys = [key for segment in segments for key in segment.keys]
+        if any(keys[: len(prefix)] != prefix for prefix in self._unsaved):
+            self.save_states()
+        ends = list(accumulate(len(segment.keys) for segment in segments))
+        picture_ends = [end for item, end in zip(segments[:-1], ends, strict=False) if item.picture is not None]
+        last_picture = max(picture_ends, default=0)
+        text = ends[0] if picture_ends and segments[0].picture is None and ends[0] >= MIN_TEXT_PREFIX else 0
         start = time.perf_counter()
-        done = self._recall(keys, ends, [text, *pictures], reuse=reuse)
+        cached = self._reuse_prefix(keys, ends, [text, *picture_ends], reuse=reuse)
         stats.prefill_ms += elapsed_ms(start)
-        stats.kv_cache_hit = done >= last > 0
-        exact = done in self._exact and done in (0, *ends)
-        self._exact = {end for end in self._exact if end <= done}
-        self._new = [new for new in self._new if len(new) <= done]
-        for part, end in list(zip(parts, ends, strict=True))[:count]:
-            if end <= done:
+        stats.kv_cache_hit = cached >= last_picture > 0
+        exact = cached in self._exact_ends and cached in (0, *ends)
+        self._exact_ends = {end for end in self._exact_ends if end <= cached}
+        self._unsaved = [prefix for prefix in self._unsaved if len(prefix) <= cached]
+        for segment, end in list(zip(segments, ends, strict=True))[:count]:
+            if end <= cached:
                 continue
-            self._evaluate(part, max(done - end + len(part.keys), 0), stats, job)
+            self._evaluate(segment, max(cached - end + len(segment.keys), 0), stats, job)
             if exact:
-                self._exact.add(end)
-            if exact and end in (text, last):
-                self._new.append(keys[:end])
+                self._exact_ends.add(end)
+            if exact and end in (text, last_picture):
+                self._unsaved.append(keys[:end])
 
-    def keep(self) -> None:
-        """Save what the last prompts computed, for others. Not before nobody asks any more, or memory is needed:
-        a question more about the same picture needs no copy, and would share the processor with its making.
+    def save_states(self) -> None:
+        """Save the prefixes that the last prompts computed. Called when the engine is idle, or will overwrite them: the
+        next question about the same picture needs no copy, and would share the processor with making one.
         """
         with suppress(MemoryError):
-            for keys in self._new:
-                room = self._cache.room
-                if not room or self._language.cached_keys[: len(keys)] != keys:
+            for keys in self._unsaved:
+                max_bytes = self._cache.max_payload
+                if not max_bytes or self._language.cached_keys[: len(keys)] != keys:
                     continue
-                if state := self._language.save_state(len(keys), max_bytes=room):
+                if state := self._language.save_state(len(keys), max_bytes):
                     about = {"model": self._name, "kind": "state", "positions": str(len(keys))}
-                    self._cache.put(self._key(keys), about, state)
-        self._new.clear()
+                    self._cache.put(self._cache_key(keys), about, state)
+        self._unsaved.clear()
 
-    def _recall(self, keys: list[Key], ends: list[int], kept: list[int], *, reuse: bool) -> int:
-        """Have memory hold a known beginning of `keys` and nothing else; its length, always below `len(keys)`."""
+    def _reuse_prefix(self, keys: list[Key], ends: list[int], saved_ends: list[int], *, reuse: bool) -> int:
+        """Reduce the KV cache to a prefix of `keys`, restored from a file if that is longer; return its length.
+
+        saved_ends: where the prefixes end that may have been saved. The length is always below `len(keys)`.
+        """
         language = self._language
-        same = language.common_prefix(keys)
+        cached = language.common_prefix(keys)
         if not reuse:
-            same = max(end for end in (0, *ends) if end <= same and end in self._exact)
-        for end in reversed(kept):
-            state = self._cache.get(self._key(keys[:end])) if end > same else None
+            cached = max(end for end in (0, *ends) if end <= cached and end in self._exact_ends)
+        for end in reversed(saved_ends):
+            state = self._cache.get(self._cache_key(keys[:end])) if end > cached else None
             if state is None:
                 continue
             if language.restore_state(state, keys[:end]):
-                self._exact = {0, end}
+                self._exact_ends = {0, end}
                 return end
-            same = 0  # an attempt that failed leaves nothing in memory
-        language.truncate(same)
-        return same
+            cached = 0  # a failed attempt leaves the KV cache empty
+        language.truncate(cached)
+        return cached
 
-    def _evaluate(self, part: Segment, done: int, stats: RequestStats, job: Job) -> None:
-        """All of a segment but its first `done` positions."""
-        keys = part.keys[done:]
-        if part.picture is None:
+    def _evaluate(self, segment: Segment, skip: int, stats: RequestStats, job: Job) -> None:
+        """Evaluate a segment except for its first `skip` positions."""
+        keys = segment.keys[skip:]
+        if segment.picture is None:
             start = time.perf_counter()
             self._language.evaluate_tokens([key for key in keys if isinstance(key, int)], job.cancel)
         else:
-            rows = self._embedder.start(part.picture, stats, job).result()
+            rows = self._embedder.submit(segment.picture, stats, job).result()
             start = time.perf_counter()
-            self._language.evaluate_embeddings(rows[done:], keys, job.cancel)
+            self._language.evaluate_embeddings(rows[skip:], keys, job.cancel)
         stats.prefill_ms += elapsed_ms(start)
 
-    def _key(self, keys: list[Key]) -> str:
-        """What decides about the language model's memory of a prompt that begins with `keys`."""
+    def _cache_key(self, keys: list[Key]) -> str:
+        """Hash everything that the KV cache of a prompt prefix depends on."""
         pictures = sorted({key[0] for key in keys if not isinstance(key, int)})
-        return digest("state", self._identity, keys, [self._embedder.key(name) for name in pictures])
+        return digest("state", self._identity, keys, [self._embedder.cache_key(name) for name in pictures])

@@ -1,6 +1,6 @@
 """CLIP features -> image embeddings for the language model: the Linear and GELU layers of projector.gguf.
 
-In numpy, or products by the kernel that our operator for ONNX Runtime has, where that is faster.
+Computed in numpy, or by the kernel of our ONNX Runtime operators where that is faster.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Array = np.ndarray[Any, Any]
 ARCHITECTURE = "llava-projector"
 MAX_LAYERS = 16
 NEWLINE = "image_newline"
-ROWS = 4  # of activations at once: what is computed on the way stays in the processor's cache
-BLOCK = 1024  # outputs computed together: 16 MB of float32 weights for LLaVA-1.5-7B
+GELU_ROWS = 4  # of activations at a time, so that temporaries stay in the processor's cache
+BLOCK = 1024  # outputs computed at a time: 16 MB of float32 weights for LLaVA-1.5-7B
 
 
 class Projector:
-    """Mapped weights `mm.0`, `mm.2`, ...: each `weight` (out, in) and `bias` (out). Raises `BundleError`.
+    """Memory-mapped layers `mm.0`, `mm.2`, ...: each has `weight` (out, in) and `bias` (out). Raises `BundleError`.
 
-    library: our operator's, if its kernel shall compute, with so many threads (`native.projector_library`).
-    newline: (hidden size) float32, the embedding that ends a row of patches, or None where rows have no end.
+    library: our operators', whose kernel then computes with `threads` threads (`native.projector_library`).
+    newline: (hidden size) float32, the embedding that ends a row of patches, or None if the model has none.
     """
 
     def __init__(self, bundle: Bundle, library: Path | None = None, threads: int = 1) -> None:
@@ -41,17 +41,19 @@ class Projector:
         names = {f"mm.{index}.{kind}" for index in numbers for kind in ("weight", "bias")}
         names |= {NEWLINE} if bundle.manifest.preprocessing.merge == "spatial_unpad" else set()
         if not numbers or numbers != list(range(0, 2 * len(numbers), 2)) or names != set(file.tensors):
-            wanted_names = "mm.0, mm.2, ..." + (f" and {NEWLINE}" if NEWLINE in names else "")
-            raise BundleError(f"{path} has the tensors {sorted(file.tensors)[:6]}; {wanted_names} were expected.")
+            expected = "mm.0, mm.2, ..." + (f" and {NEWLINE}" if NEWLINE in names else "")
+            raise BundleError(f"{path} has the tensors {sorted(file.tensors)[:6]}; {expected} were expected.")
         self._layers = [(file.array(f"mm.{index}.weight"), file.array(f"mm.{index}.bias")) for index in numbers]
         width = bundle.manifest.vision.width
         for weight, bias in self._layers:
             if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
-                raise BundleError(f"{path} has a layer {weight.shape} with bias {bias.shape} after a width of {width}.")
+                raise BundleError(
+                    f"{path} has a layer {weight.shape} with bias {bias.shape}, but its input has width {width}."
+                )
             width = weight.shape[0]
-        if width != bundle.manifest.language.hidden_size:
-            wanted = bundle.manifest.language.hidden_size
-            raise BundleError(f"{path} ends in a width of {width}; the language model has {wanted}.")
+        hidden_size = bundle.manifest.language.hidden_size
+        if width != hidden_size:
+            raise BundleError(f"{path} has output width {width}, but the language model has width {hidden_size}.")
         self.newline = file.array(NEWLINE).astype(np.float32) if NEWLINE in names else None
         if self.newline is not None and self.newline.shape != (width,):
             raise BundleError(f"{path} has an {NEWLINE} of shape {self.newline.shape}; ({width},) was expected.")
@@ -63,26 +65,28 @@ class Projector:
         for number, (weight, bias) in enumerate(self._layers, 1):
             values = self._layer(values, weight, bias, then_gelu=number < len(self._layers))
         if not np.isfinite(values).all():
-            raise BundleError(f"{self._path} gave numbers that are not finite. Run 'llava-edge verify' on the bundle.")
+            raise BundleError(
+                f"{self._path} produced values that are not finite. Run 'llava-edge verify' on the bundle."
+            )
         return np.ascontiguousarray(values, np.float32)
 
     def _layer(self, values: Array, weight: Array, bias: Array, then_gelu: bool) -> Array:
-        """values @ weight.T + bias and GELU of it, by our kernel where it takes the layer."""
+        """Compute values @ weight.T + bias, then GELU if `then_gelu`, by our kernel where it supports the layer."""
         if self._library is not None and operator.supports_projection(weight):
             try:
                 return operator.project(self._library, values, weight, bias, self._threads, then_gelu)
-            except OSError as error:  # its file has gone, or there is no memory
+            except OSError as error:  # its file is gone, or there is no memory
                 raise UnavailableError(
                     f"The native kernel for the projector failed: {error}. Try again, or set LLAVA_EDGE_NATIVE=off."
                 ) from error
         values = linear(values, weight, bias)
-        for first in range(0, len(values) if then_gelu else 0, ROWS):
-            values[first : first + ROWS] = gelu(values[first : first + ROWS])
+        for first in range(0, len(values) if then_gelu else 0, GELU_ROWS):
+            values[first : first + GELU_ROWS] = gelu(values[first : first + GELU_ROWS])
         return values
 
 
 def linear(values: Array, weight: Array, bias: Array) -> Array:
-    """values @ weight.T + bias in numpy. Float16 weights stay mapped: converted at use, never all of them at once."""
+    """Compute values @ weight.T + bias in numpy. Mapped float16 weights are converted at use, a block at a time."""
     result = np.empty((*values.shape[:-1], len(weight)), np.float32)
     for first in range(0, len(weight), BLOCK):
         part = slice(first, first + BLOCK)
@@ -100,5 +104,5 @@ def gelu(values: Array) -> Array:
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         tail += np.float32(coefficient)
         tail *= t
-    tail *= np.float32(0.5) * np.exp(np.float32(-0.5) * values * values)  # what lies beyond |x|
+    tail *= np.float32(0.5) * np.exp(np.float32(-0.5) * values * values)  # probability beyond |x|
     return np.asarray(values * np.where(values < 0, tail, 1 - tail))

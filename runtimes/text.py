@@ -1,4 +1,4 @@
-"""Bytes of tokens -> text that is safe to show: whole characters only, and nothing of a stop text.
+"""Token bytes -> text that is safe to output: whole characters only, and nothing of a stop sequence.
 
 Knows nothing about tokens, engines or terminals.
 """
@@ -10,28 +10,28 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """Turns the byte pieces of an answer into text as early as can be, and cuts it at the earliest stop text.
+    """Decodes the bytes of an answer as early as possible, and cuts the text at the earliest stop sequence.
 
-    Characters split over tokens are joined; U+FFFD stands only for bytes that are no UTF-8.
-    Joined, the outputs of `feed` and `end` are what cutting the whole answer at once would give, after white space at
-    its start was dropped (SentencePiece's first token has some): `text[:min(text.find(s) for s in stops that occur)]`.
-    within: the answer goes on with a text, so that white space at its start counts.
+    Characters that are split over tokens are joined; only invalid UTF-8 becomes U+FFFD.
+    Together, the outputs of `feed` and `end` equal the whole answer, stripped of leading white space (SentencePiece's
+    first token has some) and cut: `text[:min(text.find(s) for s in stops that occur)]`.
+    continued: the answer continues a text, so that leading white space is kept.
     """
 
-    def __init__(self, stops: Sequence[str] = (), *, within: bool = False) -> None:
+    def __init__(self, stops: Sequence[str] = (), *, continued: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = tuple(stops)
-        self._held = ""
-        self._started = within
+        self._pending = ""
+        self._started = continued
         self.stopped = False
 
     def feed(self, piece: bytes) -> str:
-        """Text that can be shown after this piece; sets `stopped` once a stop text is certain."""
+        """Return the text that can be output after this piece; set `stopped` once a stop sequence is complete."""
         return self._release(self._decoder.decode(piece), final=False)
 
-    def end(self, *, cut: bool = False) -> str:
-        """What is still held back. `cut`: the answer was interrupted, so half a character at its end is dropped."""
-        return self._release("" if cut else self._decoder.decode(b"", final=True), final=True)
+    def end(self, *, interrupted: bool = False) -> str:
+        """Return the pending text. `interrupted`: the answer is incomplete, so drop a partial character at its end."""
+        return self._release("" if interrupted else self._decoder.decode(b"", final=True), final=True)
 
     def _release(self, text: str, final: bool) -> str:
         if self.stopped:
@@ -39,24 +39,24 @@ class TextStream:
         if not self._started:
             text = text.lstrip()
             self._started = bool(text)
-        self._held += text
+        self._pending += text
         match = self._earliest_match()
-        # Text from the first possible beginning of a stop text on has to wait, even before a complete match:
-        # the longer stop text that begins there may still be completed and then is the earliest.
-        safe = len(self._held) if final else self._first_beginning()
+        # Text from the first partial match on has to wait, even before a complete match: the stop sequence that begins
+        # there may still be completed, and is then the earliest.
+        safe = len(self._pending) if final else self._first_partial_match()
         self.stopped = match is not None and match <= safe
-        shown = self._held[: safe if match is None else min(safe, match)]
-        self._held = self._held[len(shown) :]
-        return shown
+        released = self._pending[: safe if match is None else min(safe, match)]
+        self._pending = self._pending[len(released) :]
+        return released
 
     def _earliest_match(self) -> int | None:
-        return min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
+        return min((at for stop in self._stops if (at := self._pending.find(stop)) >= 0), default=None)
 
-    def _first_beginning(self) -> int:
-        """Index of the first tail of the held text that is a proper beginning of a stop text."""
-        held = self._held
+    def _first_partial_match(self) -> int:
+        """Return the index of the first suffix of the pending text that is a proper prefix of a stop sequence."""
+        text = self._pending
         longest = max((len(stop) for stop in self._stops), default=1)
-        for at in range(max(0, len(held) - longest + 1), len(held)):
-            if any(len(stop) > len(held) - at and stop.startswith(held[at:]) for stop in self._stops):
+        for at in range(max(0, len(text) - longest + 1), len(text)):
+            if any(len(stop) > len(text) - at and stop.startswith(text[at:]) for stop in self._stops):
                 return at
-        return len(held)
+        return len(text)

@@ -1,9 +1,9 @@
-"""Which settings of ONNX Runtime encode a picture fastest here: measured once, on request, and remembered.
+"""Autotuning of ONNX Runtime: the fastest settings to encode a picture here, measured once on request, and stored.
 
-One vision.onnx leaves three things to the machine: how many threads pay, whether weights are rearranged when it is
-loaded, which is a private copy of all of them, and whether our operator is faster than ONNX Runtime's own. Precision is
-settled by the export. Nothing is measured while somebody waits for an answer, nor behind an answer, where it would slow
-down the next: `doctor --tune` and `models pull` do it.
+Three choices depend on the machine: the number of threads; whether weights are prepacked at load, into a private copy
+of all of them; and whether our operators are faster than ONNX Runtime's own. The export decides the precision. Nothing
+is measured while an answer is computed, or after one, which would slow down the next: `doctor --tune` and `models pull`
+measure.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from llava_edge.runtimes import bindings, devices, native
 from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.typed import Range, build
 
-ROUNDS = 2  # each candidate is opened and measured in turns with the others
-GAIN = 0.05  # of its time: less than this is noise, and the plain settings stay
-# Relative difference of features, unless the manifest has a limit for its own. In int8 the standard operators are up to
+ROUNDS = 2  # of loading and measuring each candidate in turn
+MIN_GAIN = 0.05  # relative; less is noise, and the default setting stays
+# Relative difference of features, unless the manifest has a limit of its own. In int8 the standard operators are up to
 # 1 % off what the same weights give in float32, ours up to 0.3 % (12 photos, CLIP ViT-B/16).
-EQUAL, EQUAL_INT8 = 1e-3, 3e-2
+TOLERANCE, TOLERANCE_INT8 = 1e-3, 3e-2
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run vision.onnx, with the best of its times in milliseconds."""
+    """A way to run vision.onnx, with its best times in milliseconds."""
 
     threads: Annotated[int, Range(1, 512)]
     prepack: bool
@@ -49,98 +49,98 @@ class Setting:
         return f"{threads}, weights {weights}: {self.encode_ms:.0f} ms a picture, {self.load_ms:.0f} ms to load"
 
 
-def untuned(bundle: Bundle, threads: int) -> Setting:
-    """What is taken where nothing was measured.
+def default_setting(bundle: Bundle, threads: int) -> Setting:
+    """Return the setting for machines on which nothing was measured.
 
-    Our operator was 1.5 to 1.7 times as fast as ONNX Runtime on AVX2 without VNNI, 1.5 to 2 times with AVX-512 VNNI
+    Our operators were 1.5 to 1.7 times as fast as ONNX Runtime on AVX2 without VNNI, 1.5 to 2 times with AVX-512 VNNI
     (AMD Zen 4), and no faster where ONNX Runtime uses AMX.
     """
-    pays = bundle.manifest.vision.precision == "int8" and not devices.int8_is_fast()
-    return Setting(threads, False, native=pays and native.operator_library() is not None)
+    faster = bundle.manifest.vision.precision == "int8" and not devices.int8_is_fast()
+    return Setting(threads, False, native=faster and native.operator_library() is not None)
 
 
 def measure(bundle: Bundle) -> list[Setting]:
-    """Measure the candidates on the processor and remember the result. The first is what untuned machines use.
+    """Measure candidates on the CPU and store the results. The first is the default setting, if its features are right.
 
-    Candidates that give other features than it does are left out. Raises `BundleError`, and `UnavailableError` if other
-    programs kept the processor busy meanwhile; a result that cannot be written is only returned.
+    Candidates whose features are wrong are left out. Raises `BundleError`, and `UnavailableError` if other programs
+    kept the processor busy meanwhile; results that cannot be written are only returned.
     """
     count = devices.thread_count()[0]
-    others = devices.ExternalLoad()
-    pixels = _pixels(bundle)
-    wanted = VisionEncoder(bundle).encode(pixels)
-    first = untuned(bundle, count)
+    load = devices.ExternalLoad()
+    reference = VisionEncoder(bundle).encode(_pixels(bundle))
+    default = default_setting(bundle, count)
     counts = dict.fromkeys((count, max(1, count // 2)))
-    found = _compare(bundle, [replace(first, threads=n) for n in counts], wanted)
-    if not found:  # our operator gives other features than the standard ones
-        found = _compare(bundle, [Setting(n, False) for n in counts], wanted)
-    threads = _best(found, lambda item: item.encode_ms).threads
-    more = [Setting(threads, True)]
+    results = _measure(bundle, [replace(default, threads=n) for n in counts], reference)
+    if not results:  # the features of our operators differ too much from those of the standard ones
+        results = _measure(bundle, [Setting(n, False) for n in counts], reference)
+    threads = _cheapest(results, lambda setting: setting.encode_ms).threads
+    variants = [Setting(threads, True)]
     if native.operator_library() is not None:
-        more.append(Setting(threads, False, native=not found[0].native))
-    found += _compare(bundle, more, wanted)
-    share = others.share()
+        variants.append(Setting(threads, False, native=not results[0].native))
+    results += _measure(bundle, variants, reference)
+    share = load.share()
     if share > devices.MAX_EXTERNAL_LOAD:
         raise UnavailableError(
-            f"Other programs took {share:.0%} of the processor while it was measured; nothing is kept."
+            f"Other programs used {share:.0%} of the processor while it was measured; the results were discarded."
         )
-    with suppress(OSError, LlavaEdgeError):  # without a home it is measured for nothing, and nothing else is lost
-        _remember(bundle, found)
-    return found
+    with suppress(OSError, LlavaEdgeError):  # nowhere to store them
+        _store(bundle, results)
+    return results
 
 
-def _remember(bundle: Bundle, found: Sequence[Setting]) -> None:
+def _store(bundle: Bundle, results: Sequence[Setting]) -> None:
     path = _path(bundle)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps([asdict(item) for item in found]), "utf-8")
+    part.write_text(json.dumps([asdict(setting) for setting in results]), "utf-8")
     part.replace(path)
 
 
-def known(bundle: Bundle) -> list[Setting]:
-    """What was measured for this bundle's tower, processor and version of ONNX Runtime; empty if nothing was."""
+def load(bundle: Bundle) -> list[Setting]:
+    """Return the results for this bundle's CLIP, processor and version of ONNX Runtime; empty if there are none."""
     try:
         return build(list[Setting], json.loads(_path(bundle).read_text("utf-8")))
     except (OSError, ValueError, RecursionError, LlavaEdgeError, ImportError):
         return []
 
 
-def choose(found: Sequence[Setting], copies: bool) -> Setting | None:
-    """The setting to take of those measured: with `copies`, by what the first picture of a process waits for."""
-    allowed = [item for item in found if copies or not item.prepack]
-    return _best(allowed, lambda item: item.load_ms + item.encode_ms) if allowed else None
+def choose(results: Sequence[Setting], copies: bool) -> Setting | None:
+    """Choose the setting that loads and encodes one picture fastest; without `copies`, none that prepacks."""
+    allowed = [setting for setting in results if copies or not setting.prepack]
+    return _cheapest(allowed, lambda setting: setting.load_ms + setting.encode_ms) if allowed else None
 
 
-def _best(found: Sequence[Setting], cost: Callable[[Setting], float]) -> Setting:
-    """The cheapest, if it is `GAIN` cheaper than the first."""
-    best = min(found, key=cost)
-    return best if cost(best) < (1 - GAIN) * cost(found[0]) else found[0]
+def _cheapest(results: Sequence[Setting], cost: Callable[[Setting], float]) -> Setting:
+    """Return the cheapest setting if it gains `MIN_GAIN` over the first one, else the first one."""
+    best = min(results, key=cost)
+    return best if cost(best) < (1 - MIN_GAIN) * cost(results[0]) else results[0]
 
 
-def _compare(bundle: Bundle, candidates: Sequence[Setting], wanted: np.ndarray[Any, Any]) -> list[Setting]:
+def _measure(bundle: Bundle, candidates: Sequence[Setting], reference: np.ndarray[Any, Any]) -> list[Setting]:
+    """Return the candidates whose features equal the reference, with their best times."""
     precision = bundle.manifest.vision.precision
-    usual = EQUAL_INT8 if precision == "int8" else EQUAL
-    limit = next((row.limit for row in bundle.manifest.parity if row.stage == f"clip {precision}"), usual)
+    default_limit = TOLERANCE_INT8 if precision == "int8" else TOLERANCE
+    limit = next((row.limit for row in bundle.manifest.parity if row.stage == f"clip {precision}"), default_limit)
     pixels, times = _pixels(bundle), dict[Setting, list[tuple[float, float]]]()
     for _ in range(ROUNDS):
-        for item in candidates:
+        for setting in candidates:
             start = time.perf_counter()
-            encoder = opened(bundle, item)
+            encoder = open_encoder(bundle, setting)
             loaded = time.perf_counter()
             features = encoder.encode(pixels)  # also warms up
-            begun = time.perf_counter()
+            warm = time.perf_counter()
             encoder.encode(pixels)
-            took = (loaded - start) * 1000, (time.perf_counter() - begun) * 1000
-            if np.linalg.norm(features - wanted) <= limit * np.linalg.norm(wanted):
-                times.setdefault(item, []).append(took)
+            load_and_encode_ms = (loaded - start) * 1000, (time.perf_counter() - warm) * 1000
+            if np.linalg.norm(features - reference) <= limit * np.linalg.norm(reference):
+                times.setdefault(setting, []).append(load_and_encode_ms)
     return [
-        replace(item, load_ms=min(load for load, _ in took), encode_ms=min(encode for _, encode in took))
-        for item, took in times.items()
+        replace(setting, load_ms=min(load for load, _ in pairs), encode_ms=min(encode for _, encode in pairs))
+        for setting, pairs in times.items()
     ]
 
 
-def opened(bundle: Bundle, setting: Setting, provider: str = "CPUExecutionProvider") -> VisionEncoder:
-    """The encoder, run that way."""
+def open_encoder(bundle: Bundle, setting: Setting, provider: str = "CPUExecutionProvider") -> VisionEncoder:
+    """Open vision.onnx with a setting."""
     return VisionEncoder(bundle, setting.threads, provider, prepack=setting.prepack, native=setting.native)
 
 
@@ -150,10 +150,10 @@ def _pixels(bundle: Bundle) -> np.ndarray[Any, Any]:
 
 
 def _path(bundle: Bundle) -> Path:
-    """Named by all that the times depend on."""
+    """Return the file of the results, named by a hash of all that they depend on."""
     files = [bundle.manifest.files[name].sha256 for name in (VISION, VISION_DATA) if name in bundle.manifest.files]
     if not files:
         raise BundleError(f"{bundle.folder} has no vision.onnx in its manifest.")
     about = [files, devices.processor(), devices.thread_count()[0], bindings.version("onnxruntime")]
-    about += [str(native.operator_library())]  # its folder is named by all it depends on
+    about += [str(native.operator_library())]  # its folder's name is a hash of all it depends on
     return store.home() / "tune" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"

@@ -247,9 +247,9 @@ def test_a_conversation_kept_elsewhere_is_gone_on_with_or_refused(llava: Llava) 
     kept = [*first.messages]
     long = [Message("user", "word " * 2000), kept[1]]
     refused: list[tuple[Any, Any, str]] = [
-        (kept, [], "room for 1 images"),
-        ([], RED, "room for 0 images"),
-        ([Message("system", "x")], RED, "room for 0 images"),
+        (kept, [], "slots for 1 images"),
+        ([], RED, "slots for 0 images"),
+        ([Message("system", "x")], RED, "slots for 0 images"),
         (kept[:1], RED, "ends with a question"),
         (kept[1:], [], "must alternate"),
         (kept, b"no picture", "not a picture"),

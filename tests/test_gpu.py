@@ -39,8 +39,8 @@ def test_an_int8_tower_in_float_multiplies_no_integers_and_gives_what_its_weight
         (tmp_path / name).mkdir()
         write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path / name, name, fine_blocks if name == "int8" else 0)
     changed = tmp_path / "int8" / "changed.onnx"
-    changed.write_bytes(float_graph.in_float((tmp_path / "int8" / VISION).read_bytes()) or b"")
-    assert float_graph.in_float((tmp_path / "fp32" / VISION).read_bytes()) is None
+    changed.write_bytes(float_graph.to_float((tmp_path / "int8" / VISION).read_bytes()) or b"")
+    assert float_graph.to_float((tmp_path / "fp32" / VISION).read_bytes()) is None
     onnx.checker.check_model(changed)
     kinds = Counter(node.op_type for node in onnx.load(changed, load_external_data=False).graph.node)
     assert kinds["MatMulInteger"] == kinds["QuantizeLinear"] == 0
@@ -63,7 +63,7 @@ def test_graphs_with_graphs_of_their_own_stay(tmp_path: Path) -> None:
     write_clip(LlavaConfig(vision=TOWER), clip_tower()[1], tmp_path, "int8")
     model = onnx.load(tmp_path / VISION, load_external_data=False)
     model.graph.node.append(onnx.helper.make_node("If", ["on"], ["out"]))
-    assert float_graph.in_float(model.SerializeToString()) is None
+    assert float_graph.to_float(model.SerializeToString()) is None
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])

@@ -20,7 +20,7 @@ from processes import in_child
 from llava_edge import image as image_module
 from llava_edge.bundle import Preprocessing
 from llava_edge.image import load_image, preprocess, square_and_resize
-from llava_edge.runtimes.pictures import copied
+from llava_edge.runtimes.pictures import copy_image
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -262,7 +262,7 @@ def test_several_threads_may_show_a_picture_that_is_not_loaded_yet() -> None:
     with ThreadPoolExecutor(8) as pool:
         for _ in range(30):
             lazy = Image.open(io.BytesIO(data))
-            for shown in pool.map(lambda take, lazy=lazy: take(lazy), [load_image, copied] * 4):
+            for shown in pool.map(lambda take, lazy=lazy: take(lazy), [load_image, copy_image] * 4):
                 assert same(load_image(shown), wanted)
 
 

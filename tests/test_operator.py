@@ -195,7 +195,7 @@ def test_features_are_those_of_the_standard_operators(quantized: Bundle, install
     for seed in range(3):
         image = pixels(quantized, seed)
         usual, ours = (VisionEncoder(quantized, 2, CPU, native=choice) for choice in (False, True))
-        found, expected = ours.encode_attended(image), usual.encode_attended(image)
+        found, expected = ours.encode_with_attention(image), usual.encode_with_attention(image)
         for one, other in zip(found, expected, strict=True):
             assert 0 < relative(one, other) < 2e-2  # they round differently
 
@@ -495,17 +495,17 @@ def test_the_self_test_finds_a_wrong_one(native_build: Path, monkeypatch: pytest
 def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
     monkeypatch.setattr(devices, "int8_saturates", lambda: True)
-    assert tune.untuned(quantized, 1).native
+    assert tune.default_setting(quantized, 1).native
     found = tune.measure(quantized)
     assert found[0].native
     assert {item.native for item in found} == {True, False}
-    assert tune.known(quantized) == found
+    assert tune.load(quantized) == found
     assert "our operator" in str(found[0])
     monkeypatch.setattr(devices, "int8_saturates", lambda: False)
     monkeypatch.setattr(native, "operator_library", lambda: installed / native.OPERATOR)
     for flags, ours in (["avx_vnni"], False), (["avx512_vnni"], True), (["avx512_vnni", "amx_int8"], False):
         monkeypatch.setattr(devices, "processor", lambda flags=flags: ("a processor", flags))
-        assert tune.untuned(quantized, 1).native == ours
+        assert tune.default_setting(quantized, 1).native == ours
 
 
 def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,7 +250,7 @@ def test_what_equal_files_took_is_counted_for_each(micro_bundle: Path, monkeypat
     first, second = (
         replace(prepare(picture("red"), Bundle.open(micro_bundle).manifest), milliseconds=ms) for ms in (90, 1)
     )
-    monkeypatch.setattr(pictures.Recent, "prepare_all", lambda *_: [first, second])
+    monkeypatch.setattr(pictures.RecentPictures, "prepare_all", lambda *_: [first, second])
     with opened(micro_bundle) as llava:
         result = result_of(llava.answer([Message("user", "What is it?", 2)], [picture("red")] * 2))
     assert result.timings.preprocess_ms == 91
@@ -261,15 +261,15 @@ def test_embedding_goes_on_when_the_model_is_loaded(micro_bundle: Path, monkeypa
 
     def late(*arguments: Any) -> Any:
         assert loaded.wait(30)
-        return tune.opened(*arguments)
+        return tune.open_encoder(*arguments)
 
-    monkeypatch.setattr(embedder, "opened", late)
+    monkeypatch.setattr(embedder, "open_encoder", late)
     with opened(micro_bundle, shown=[lambda: shown]) as llava:
         loaded.set()
         part = llava._engine._embedder
         assert part is not None
         part._thread.submit(bool).result(30)  # after what was begun while it was loaded
-        assert list(part._early) == [shown.key]
+        assert list(part._precomputed) == [shown.key]
 
 
 def test_clip_is_not_even_loaded_for_a_known_picture(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,13 +314,13 @@ def test_decoded_pictures_are_those_asked_for_last(micro_bundle: Path, tmp_path:
     for name in names:
         picture(name.stem).save(name)
     size = prepare(names[0], manifest).crops.nbytes
-    recent = pictures.Recent(manifest, 2 * size)
+    recent = pictures.RecentPictures(manifest, 2 * size)
     red, green = recent.prepare(names[0]), recent.prepare(names[1])
     assert recent.prepare(names[0]).crops is red.crops
     recent.prepare(names[2])
     assert recent.prepare(names[0]).crops is red.crops
     assert recent.prepare(names[1]).crops is not green.crops
-    assert pictures.Recent(manifest, size - 1).prepare(names[0]).key == red.key  # larger than all that is kept
+    assert pictures.RecentPictures(manifest, size - 1).prepare(names[0]).key == red.key  # larger than all that is kept
 
 
 class _Full:
@@ -356,7 +356,7 @@ def test_pictures_side_by_side_are_what_each_is_alone(
         np.array(picture("black")),
         tmp_path / "red.png",
     ]
-    recent = pictures.Recent(manifest, 1 << 20)
+    recent = pictures.RecentPictures(manifest, 1 << 20)
     start = time.perf_counter()
     made = recent.prepare_all(sources)
     taken = (time.perf_counter() - start) * 1000
@@ -467,7 +467,7 @@ def test_a_home_that_cannot_be_written(micro_bundle: Path, isolated_home: Path) 
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    kept = PictureCache(None, recent=1000)
+    kept = PictureCache(None, memory_bytes=1000)
     for number in range(5):
         kept.put(str(number), {}, bytes(400))
     assert [kept.get(str(number)) is not None for number in range(5)] == [False, False, False, True, True]
@@ -479,7 +479,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 def test_what_is_still_being_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = threading.Event()
     monkeypatch.setattr(Cache, "put", lambda *_: written.wait(20))
-    kept = PictureCache(Cache(tmp_path, min_free=0), recent=0)
+    kept = PictureCache(Cache(tmp_path, min_free=0), memory_bytes=0)
     kept.put("key", {}, b"payload")
     assert kept.get("key") == b"payload"
     written.set()
@@ -535,24 +535,24 @@ def test_what_would_not_be_kept_is_not_saved(micro_bundle: Path, monkeypatch: py
         found(llava, ASK, [picture("blue")])
         assert max(sizes) > room
         sizes.clear()
-        llava._engine._cache._room = room
+        llava._engine._cache._memory_bytes = room
         found(llava, ASK, [picture("green")])
     assert sizes
     assert not any(sizes)
 
 
 def test_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [PictureCache(None, recent=size).room for size in (0, 10)] == [0, 10]
-    monkeypatch.setattr(picture_cache, "WAITING", 12)
+    assert [PictureCache(None, memory_bytes=size).max_payload for size in (0, 10)] == [0, 10]
+    monkeypatch.setattr(picture_cache, "MAX_QUEUED_BYTES", 12)
     written = threading.Event()
     monkeypatch.setattr(Cache, "put", lambda *_: written.wait(20))
-    kept = PictureCache(Cache(tmp_path), recent=10)
-    assert kept.room == 12
+    kept = PictureCache(Cache(tmp_path), memory_bytes=10)
+    assert kept.max_payload == 12
     kept.put("key", {}, b"12345")
-    assert kept.room == 10
+    assert kept.max_payload == 10
     written.set()
     kept.close()
-    assert kept.room == 12
+    assert kept.max_payload == 12
 
 
 LEFT = """

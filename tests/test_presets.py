@@ -129,10 +129,10 @@ def test_clips_second_copy_counts_too(tmp_path: Path, monkeypatch: pytest.Monkey
     header = gguf.read(four_bits(tmp_path))
     monkeypatch.setattr(devices, "available_memory", lambda: 1 << 30)
     assert presets.choose(EngineOptions(), header, 512).name == "latency"
-    assert presets.choose(EngineOptions(), header, 512, tower=1 << 29).name == "memory"
-    assert presets.choose(EngineOptions(preset="memory"), header, 512, tower=1 << 31).name == "memory"
+    assert presets.choose(EngineOptions(), header, 512, vision_copy_bytes=1 << 29).name == "memory"
+    assert presets.choose(EngineOptions(preset="memory"), header, 512, vision_copy_bytes=1 << 31).name == "memory"
     with pytest.raises(MemoryLimitError, match="--preset memory"):
-        presets.choose(EngineOptions(preset="latency"), header, 512, tower=1 << 31)
+        presets.choose(EngineOptions(preset="latency"), header, 512, vision_copy_bytes=1 << 31)
 
 
 def test_memory_means_a_small_context_too_unless_told_otherwise(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_run_says_which_preset_and_why(micro_bundle: Path) -> None:
     assert asked.exit_code == 0
     assert "preset: memory (asked for)" in asked.stderr
     usual = CliRunner().invoke(cli, [*arguments, "--verbose"]).stderr
-    assert re.search(r"preset: (latency|memory) \(re-ordered weights and context take up to \d+ of", usual)
+    assert re.search(r"preset: (latency|memory) \(repacked weights and context take up to \d+ of", usual)
 
 
 # What the language model then does.
@@ -259,9 +259,9 @@ def test_what_was_measured_is_kept_used_and_shown(
     micro_bundle: Path, isolated_home: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(micro_bundle)
-    assert tune.known(bundle) == []
+    assert tune.load(bundle) == []
     found = tune.measure(bundle)
-    assert found == tune.known(bundle)
+    assert found == tune.load(bundle)
     assert (found[0].threads, found[0].prepack) == (devices.thread_count()[0], False)
     assert any(item.prepack for item in found)
     assert all(item.load_ms > 0 and item.encode_ms > 0 for item in found)
@@ -270,8 +270,8 @@ def test_what_was_measured_is_kept_used_and_shown(
     path.write_text(json.dumps([vars(found[0]), vars(fastest)]), "utf-8")
     for preset, threads, prepack in (("latency", 3, True), ("memory", found[0].threads, False)):
         engine = pipeline.Engine(bundle, replace(CPU, threads=0, preset=preset))  # type: ignore[arg-type]
-        engine.preset = presets.Chosen(preset, "")  # type: ignore[arg-type]
-        setting = engine._vision(found[0].threads)
+        engine.preset = presets.Preset(preset, "")  # type: ignore[arg-type]
+        setting = engine._vision_setting(found[0].threads)
         assert (setting.threads, setting.prepack) == (threads, prepack)
         engine.close()
     shown = CliRunner().invoke(cli, ["doctor", "--json", "--model", str(micro_bundle)])
@@ -284,7 +284,7 @@ def test_threads_that_were_asked_for_stay(micro_bundle: Path, quiet: None) -> No
     bundle = Bundle.open(micro_bundle)
     tune.measure(bundle)
     engine = pipeline.Engine(bundle, replace(CPU, threads=5))
-    assert engine._vision(5).threads == 5
+    assert engine._vision_setting(5).threads == 5
     engine.close()
 
 
@@ -314,7 +314,7 @@ def test_a_busy_machine_and_a_damaged_note_decide_nothing(
     monkeypatch.setattr(devices, "external_cpu_seconds", lambda: next(clock))
     with pytest.raises(UnavailableError, match="Other programs"):
         tune.measure(bundle)
-    assert tune.known(bundle) == []
+    assert tune.load(bundle) == []
     monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
     tune.measure(bundle)
     [path] = (isolated_home / "tune").iterdir()
@@ -322,7 +322,7 @@ def test_a_busy_machine_and_a_damaged_note_decide_nothing(
     wrong = [json.dumps([{**right, key: "x"}]) for key in right]
     for text in ("", "{}", "[1]", "null", *wrong):
         path.write_text(text)
-        assert tune.known(bundle) == []
+        assert tune.load(bundle) == []
 
 
 def test_only_a_clear_gain_leaves_the_usual_setting() -> None:

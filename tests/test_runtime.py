@@ -368,7 +368,7 @@ def test_context_overflow_is_told_before_any_work(micro_bundle: Path) -> None:
 
 def test_a_picture_that_nobody_waits_for_is_no_fault_of_the_bundle(micro_bundle: Path) -> None:
     encoder = VisionEncoder(Bundle.open(micro_bundle), 1, "CPUExecutionProvider")
-    pixels, run = np.zeros((3, 32, 32), np.float32), encoder.new_run()
+    pixels, run = np.zeros((3, 32, 32), np.float32), encoder.new_run_options()
     encoder.encode(pixels, run)
     run.terminate = True  # as whoever leaves does, from another thread
     with pytest.raises(CancelledError):
@@ -499,7 +499,7 @@ def test_a_closed_engine_says_so(micro_bundle: Path) -> None:
 
 
 def test_images_and_slots_must_match(llava: Llava) -> None:
-    with pytest.raises(UsageError, match="room for 1 images, 0"):
+    with pytest.raises(UsageError, match="slots for 1 images, but 0"):
         list(llava._engine.generate([Message("user", "hello", 1)], []))
 
 

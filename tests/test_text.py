@@ -89,8 +89,8 @@ def test_half_a_character_at_the_end(cut: bool, tail: str) -> None:
     """An answer that was cut off loses the half character; one that ended by itself really had a broken one."""
     stream = TextStream()
     assert stream.feed("a€".encode()[:-1]) == "a"
-    assert stream.end(cut=cut) == tail
+    assert stream.end(interrupted=cut) == tail
 
 
 def test_white_space_within_a_text_is_kept() -> None:
-    assert [TextStream(within=within).feed(b" sky") for within in (False, True)] == ["sky", " sky"]
+    assert [TextStream(continued=continued).feed(b" sky") for continued in (False, True)] == ["sky", " sky"]

@@ -38,7 +38,7 @@ from llava_edge.options import EngineOptions, Options
 from llava_edge.prompt import Message
 from llava_edge.runtimes import pictures
 from llava_edge.runtimes.jobs import Job
-from llava_edge.runtimes.pictures import limited, prepare
+from llava_edge.runtimes.pictures import apply_token_budget, prepare
 from llava_edge.runtimes.stats import RequestStats
 
 Array = np.ndarray[Any, Any]
@@ -232,9 +232,9 @@ def tiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llava]:
 def embedded(llava: Llava, options: Options) -> Array:
     engine = llava._engine
     assert engine._embedder is not None
-    shown = limited(prepare(RED, llava.bundle.manifest), options, llava.bundle.manifest)
+    shown = apply_token_budget(prepare(RED, llava.bundle.manifest), options, llava.bundle.manifest)
     job = cast(Job, SimpleNamespace(vision_run=None, cancel=threading.Event()))
-    return np.asarray(engine._embedder.start(shown, RequestStats(0), job).result())
+    return np.asarray(engine._embedder.submit(shown, RequestStats(0), job).result())
 
 
 def in_torch(checkpoint: Path, llava: Llava, count: int) -> Array:
@@ -296,12 +296,12 @@ def test_nothing_that_another_budget_left_is_taken_for_this_one(before: Options,
 def test_the_check_for_stale_memory_notices_a_key_without_the_budget(
     llava: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = pictures.limited
+    right = pictures.apply_token_budget
 
     def wrong(shown: pictures.Picture, options: Options, manifest: Manifest) -> pictures.Picture:
         return replace(right(shown, options, manifest), key=shown.key)
 
-    monkeypatch.setattr("llava_edge.runtimes.pipeline.limited", wrong)
+    monkeypatch.setattr("llava_edge.runtimes.pipeline.apply_token_budget", wrong)
     assert stale(llava, BUDGET_8, OTHERS[2]) > 0.05
 
 
@@ -321,7 +321,7 @@ def test_tiles_have_one_budget_together(count: int, tiled: Llava) -> None:
 def test_tiles_are_chosen_among_without_newlines_and_padding(tiled: Llava) -> None:
     manifest = tiled.bundle.manifest
     shown = prepare(picture(40, 33), manifest)  # padded left and right
-    budget = limited(shown, Options(image_tokens=10), manifest).budget
+    budget = apply_token_budget(shown, Options(image_tokens=10), manifest).budget
     assert budget is not None
     newline = len(shown.crops) * 16
     assert budget.rows.tolist() == [row for row in shown.rows.tolist() if row != newline]

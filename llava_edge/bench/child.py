@@ -18,7 +18,7 @@ from llava_edge.errors import LlavaEdgeError
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes import devices, limits, native
-from llava_edge.runtimes.pictures import limited, prepare
+from llava_edge.runtimes.pictures import apply_token_budget, prepare
 from llava_edge.runtimes.pipeline import Engine
 
 
@@ -37,7 +37,9 @@ def measure_answers(task: dict[str, Any]) -> dict[str, Any]:
     open_start = time.monotonic()
     # As `llava-edge run` does: the first picture is read and encoded while the language model loads.
     first_name, *_ = pictures = {name: Path(path) for name, path in task["pictures"].items()}
-    prepared = cache(lambda: limited(prepare(pictures[first_name], bundle.manifest), options, bundle.manifest))
+    prepared = cache(
+        lambda: apply_token_budget(prepare(pictures[first_name], bundle.manifest), options, bundle.manifest)
+    )
     with Engine.open(bundle, engine_options, pictures=[prepared]) as engine:
         open_end = time.monotonic()
         picture = prepared()
@@ -51,7 +53,7 @@ def measure_answers(task: dict[str, Any]) -> dict[str, Any]:
             "start_ms": (open_start - process_start) * 1000,
             "load_ms": engine.load_ms,
             "cold_ms": cold,
-            "device": engine.choice.name,
+            "device": engine.device.name,
             "crops": len(picture.crops),
             "projected": len(picture.rows)
             if picture.budget

@@ -167,10 +167,10 @@ def load_model_and_images(
 ) -> Iterator[tuple[Llava, list[Picture]]]:
     """Load the model, and meanwhile read and encode the pictures that `source` gives for names, each name once."""
     from llava_edge.api import Llava
-    from llava_edge.runtimes.pictures import check_budget, limited, prepare
+    from llava_edge.runtimes.pictures import apply_token_budget, check_budget, prepare
 
     check_budget(options, bundle.manifest)
-    read = cache(lambda name: limited(prepare(source(name), bundle.manifest), options, bundle.manifest))
+    read = cache(lambda name: apply_token_budget(prepare(source(name), bundle.manifest), options, bundle.manifest))
     with status_line("Loading the model") as status:
         llava = Llava.load(bundle.folder, engine, pictures=[partial(read, name) for name in names], on_load=status)
     with llava:

@@ -132,7 +132,7 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
         except LlavaEdgeError as error:
             level = "note" if isinstance(error, UnavailableError) else "broken"
             return [Finding("vision", level, str(error), command)]
-    settings = tune.known(bundle)
+    settings = tune.load(bundle)
     if not settings:
         text = "not tuned on this machine; default settings are used."
         return [Finding("vision", "note", text, command)]
