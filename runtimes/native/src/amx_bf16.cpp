@@ -4,9 +4,9 @@
 // unpacking a row of blocks writes whole 64-byte rows and needs no transposition. Activations are the second operand, pairs
 // of inner values for 16 rows, and are transposed once when they are packed. Four sums of 16 x 16 use each operand twice.
 //
-// An inner block is 256: a panel of 32 columns then has 16 KB and stays in the first-level cache (48 KB where there is AMX)
+// An inner block is 256: a panel of 32 columns then has 16 KB and stays in the L1 cache (48 KB where there is AMX)
 // together with a tile of activations, 16 KB too, and its sums. The activations of one inner block (300 KB at 576 rows) stay
-// in the second-level cache, which has 2 MB there, and so do the sums of 8 panels (590 KB).
+// in the L2 cache, which has 2 MB there, and so do the sums of 8 panels (590 KB).
 //
 // 4-bit blocks become bfloat16 by a table: the 16 possible values of a block are computed once, and one instruction of AVX-512,
 // which all processors with AMX have, picks 32 of them.
@@ -188,7 +188,7 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
     tile_store<0>(sums, 64), tile_store<1>(sums + 256, 64), tile_store<2>(sums + 512, 64), tile_store<3>(sums + 768, 64);
 }
 
-bool works() { return tiles_work(BF16_BIT); }
+bool available() { return has_amx(BF16_BIT); }
 
 }  // namespace
 
@@ -208,8 +208,8 @@ void store_tiles(const float *sums, float *y, size_t stride, int rows, int colum
 
 extern const Kernel amx_bf16;
 const Kernel amx_bf16 = {
-    "amx-bf16", works, unpacks, ROWS, COLUMNS, INNER, 8, STEPS * sizeof(Step), STEPS * sizeof(Step),
-    pack, unpack, multiply, store_tiles, enter_tiles, leave_tiles,
+    "amx-bf16", available, is_supported_type, ROWS, COLUMNS, INNER, 8, STEPS * sizeof(Step), STEPS * sizeof(Step),
+    pack, unpack, multiply, store_tiles, configure_tiles, restore_tiles,
 };
 
 }  // namespace native

@@ -1,6 +1,6 @@
 // Products in int8 by the matrix unit (AMX): twice as many per cycle as in bfloat16, and less exact. Opt-in.
 //
-// Both sides are rounded to 7 bits and a sign, with one float32 scale for 256 values of a row; sums of 256 products are
+// Both sides are rounded to int8 (-127 to 127), with one float32 scale for 256 values of a row; sums of 256 products are
 // scaled and added up in float32. Outliers among activations cost accuracy: with a few channels 30 times as large as the rest
 // the relative error of a product is 3 %, against 1 % without (bfloat16: 0.24 and 0.26 %).
 //
@@ -96,14 +96,14 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
     }
 }
 
-bool works() { return tiles_work(INT8_BIT); }
+bool available() { return has_amx(INT8_BIT); }
 
 }  // namespace
 
 extern const Kernel amx_int8;
 const Kernel amx_int8 = {
-    "amx-int8", works, unpacks, ROWS, COLUMNS, INNER, 8, sizeof(Block), sizeof(Block),
-    pack, unpack, multiply, store_tiles, enter_tiles, leave_tiles,
+    "amx-int8", available, is_supported_type, ROWS, COLUMNS, INNER, 8, sizeof(Block), sizeof(Block),
+    pack, unpack, multiply, store_tiles, configure_tiles, restore_tiles,
 };
 
 }  // namespace native

@@ -1,4 +1,4 @@
-// What Python calls: which kernels there are, what the backend may use, and each kernel alone, for tests.
+// The functions that Python calls: list kernels, configure the backend and, for tests, run a single kernel.
 #include "backend.h"
 #include "kernels.h"
 
@@ -13,48 +13,50 @@ using namespace native;
 
 static const Kernel *find(const char *name) {
     for (const Kernel *const *k = kernels; *k; k++)
-        if (!strcmp((*k)->name, name) && (*k)->works()) return *k;
+        if (!strcmp((*k)->name, name) && (*k)->available()) return *k;
     return nullptr;
 }
 
-static Scratch scratch;  // for calls from one thread
+static Scratch scratch;  // the functions below are called from one thread
 
 extern "C" {
 
 #define EXPORT __attribute__((visibility("default")))
 
-// Names of the kernels that work on this processor, preferred ones first, with spaces between them.
+// Names of the kernels that this processor can run, preferred ones first, separated by spaces.
 EXPORT const char *llava_edge_native_kernels() {
     static const std::string names = [] {
         std::string all;
         for (const Kernel *const *k = kernels; *k; k++)
-            if ((*k)->works()) all += (all.empty() ? "" : " ") + std::string((*k)->name);
+            if ((*k)->available()) all += (all.empty() ? "" : " ") + std::string((*k)->name);
         return all;
     }();
     return names.c_str();
 }
 
-// What the backend takes from now on: of each type products of `least` rows or more by the kernel with that number in the list
-// of names above (negative: none), and of fewer, up to FEW, if its bit (1 << ggml_type) is set in `few`; attention of more
-// queries than FEW, and of fewer. Returns 0, with nothing changed, if a kernel does not take a type or there is no attention.
-EXPORT int llava_edge_native_configure(const int8_t *many, const uint8_t *least, uint64_t few, int attention, int few_attention) {
-    Use wanted{{}, {}, few, attention != 0, few_attention != 0};
-    if ((attention || few_attention) && !attends(64)) return 0;
+// Set which operations the backend accepts. many, min_rows: for each ggml_type the kernel for products of at least so many
+// rows, as an index into the names above (negative: none). few: bits 1 << ggml_type, types whose products of fewer rows, at most
+// MAX_FEW, are accepted. attention, few_attention: with more queries than MAX_FEW, and with at most so many.
+// Returns 0, with nothing changed, if a kernel does not support a type or there is no attention.
+EXPORT int llava_edge_native_configure(const int8_t *many, const uint8_t *min_rows, uint64_t few, int attention,
+                                       int few_attention) {
+    Configuration config{{}, {}, few, attention != 0, few_attention != 0};
+    if ((attention || few_attention) && !supports_width(64)) return 0;
     for (int type = 0; type < TYPES; type++) {
-        if (few >> type & 1 && !takes_few(type, 1, block_values(type))) return 0;
+        if (few >> type & 1 && !supports_few(type, 1, block_values(type))) return 0;
         if (many[type] < 0) continue;
         int number = many[type];
-        wanted.least[type] = least[type];
+        config.min_rows[type] = min_rows[type];
         const Kernel *const *k = kernels;
-        while (*k && (!(*k)->works() || number-- > 0)) k++;
-        if (!*k || !(*k)->takes(type)) return 0;
-        wanted.kernel[type] = *k;
+        while (*k && (!(*k)->available() || number-- > 0)) k++;
+        if (!*k || !(*k)->supports(type)) return 0;
+        config.kernel[type] = *k;
     }
-    use(wanted);
+    configure(config);
     return 1;
 }
 
-// Out of the caches: weights of a model are read from memory, and a race over some that lie in caches says little of that.
+// Evict memory from the caches: a model's weights are read from memory, so a benchmark must not find them in a cache.
 EXPORT void llava_edge_native_evict(const char *memory, size_t bytes) {
 #ifdef __x86_64__
     for (const char *line = memory; line < memory + bytes; line += 64) _mm_clflush(line);
@@ -65,19 +67,19 @@ EXPORT void llava_edge_native_evict(const char *memory, size_t bytes) {
 #endif
 }
 
-// One product; the kernel "few" is the one for few rows.
+// Compute one product; "few" names the kernel for few rows.
 EXPORT int llava_edge_native_multiply(const char *kernel, int type, const char *w, const float *x, float *y, int rows,
                                       int columns, int inner, size_t w_stride, int threads) {
     const Product p{type, w, w_stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
-    if (!strcmp(kernel, "few")) return rows <= FEW && takes_few(type, columns, inner) && multiply_few(p, threads, scratch);
-    const Kernel *found = find(kernel);
+    if (!strcmp(kernel, "few")) return rows <= MAX_FEW && supports_few(type, columns, inner) && multiply_few(p, threads, scratch);
+    const Kernel *k = find(kernel);
     OpenMp team(threads);
-    return found && found->takes(type) && inner % block_values(type) == 0 && multiply(*found, p, team, scratch);
+    return k && k->supports(type) && inner % block_values(type) == 0 && multiply(*k, p, team, scratch);
 }
 
-// The same for attention, of many queries by the instructions that it uses.
+// Compute one attention. name: "few", or the instruction set of a kernel for many queries.
 EXPORT int llava_edge_native_attend(const char *name, const Attention *a, int threads) {
-    if (!strcmp(name, "few")) return attends(a->width) && attend_few(*a, threads, scratch);
+    if (!strcmp(name, "few")) return supports_width(a->width) && attend_few(*a, threads, scratch);
     return attend_by(name, *a, threads, scratch);
 }
 }

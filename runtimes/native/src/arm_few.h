@@ -1,7 +1,8 @@
-// One row of weights with R rows of activations, by sdot (FEAT_DotProd): what is unpacked meets all of them, and each gets what
-// it would get alone, operation by operation. x: [part][row], `step` parts from one to the next.
+// One row of weights with R rows of activations, by sdot (FEAT_DotProd): weights are unpacked once for all of them, and each
+// row has the same operations as it would have alone. x: [block of 128][row], `step` from one block to the next.
 //
-// Whole numbers are those of arm_int8.cpp: Q4_0 and Q6_K have their 8 and 32 subtracted, minima meet the activations' sums.
+// Integers are those of arm_int8.cpp: 8 and 32 are subtracted in Q4_0 and Q6_K, minima are multiplied with the activations'
+// sums.
 #pragma once
 
 #include "arm_rounding.h"
@@ -32,23 +33,23 @@ inline int32x4_t products(const Bytes32 &w, const int8_t *low, const int8_t *hig
 }
 
 template <int TYPE, int R>
-void rows_of_32(const uint8_t *row, const Part128 *x, int step, int blocks, float *out) {
+void rows_of_32(const uint8_t *row, const Activations128 *x, int step, int blocks, float *out) {
     float32x4_t sums[R];
-    float least[R] = {};
+    float minima_sum[R] = {};
     for (int r = 0; r < R; r++) sums[r] = vdupq_n_f32(0);
     for (int b = 0; b < blocks; b++, row += block_bytes(TYPE)) {
-        fetch<R>(reinterpret_cast<const char *>(row), block_bytes(TYPE));
-        const Part128 *const part = x + b / 4 * step;
+        prefetch<R>(reinterpret_cast<const char *>(row), block_bytes(TYPE));
+        const Activations128 *const part = x + b / 4 * step;
         const Bytes32 w = block_of_32<TYPE>(row);
         const float scale = half(row), minimum = TYPE == Q4_1 ? half(row + 2) : 0;
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const int32x4_t whole = products(w, part[r].low[b % 4], part[r].high[b % 4]);
             sums[r] = vfmaq_n_f32(sums[r], vcvtq_f32_s32(whole), scale * part[r].scales[b % 4]);
-            if (TYPE == Q4_1) least[r] = __builtin_fmaf(minimum, part[r].sums[b % 4], least[r]);
+            if (TYPE == Q4_1) minima_sum[r] = __builtin_fmaf(minimum, part[r].sums[b % 4], minima_sum[r]);
         }
     }
-    for (int r = 0; r < R; r++) out[r] = vaddvq_f32(sums[r]) + least[r];
+    for (int r = 0; r < R; r++) out[r] = vaddvq_f32(sums[r]) + minima_sum[r];
 }
 
 // Group j of 32 values of a block
@@ -73,12 +74,12 @@ inline Bytes32 group(const uint8_t *b, int j) {
 }
 
 template <int TYPE, int R>
-void rows_of_256(const uint8_t *row, const Part256 *x, int step, int blocks, float *out) {
+void rows_of_256(const uint8_t *row, const Activations256 *x, int step, int blocks, float *out) {
     float32x4_t sums[R];
-    float least[R] = {};
+    float minima_sum[R] = {};
     for (int r = 0; r < R; r++) sums[r] = vdupq_n_f32(0);
     for (; blocks > 0; blocks--, row += block_bytes(TYPE), x += step) {
-        fetch<R>(reinterpret_cast<const char *>(row), block_bytes(TYPE));
+        prefetch<R>(reinterpret_cast<const char *>(row), block_bytes(TYPE));
         uint64_t scales = 0, minima = 0;  // eight bytes each
         if (TYPE != Q6_K) group_scales(row + 4, scales, minima);
         const int8_t *const of_16 = reinterpret_cast<const int8_t *>(row + 192);
@@ -107,14 +108,14 @@ void rows_of_256(const uint8_t *row, const Part256 *x, int step, int blocks, flo
             if (TYPE == Q6_K) continue;
             const int16x8_t of_x = vld1q_s16(x[r].sums);
             const int32x4_t low = vmull_s16(vget_low_s16(lowest), vget_low_s16(of_x));
-            least[r] = __builtin_fmaf(-dmin * x[r].scale, float(vaddvq_s32(vmlal_high_s16(low, lowest, of_x))), least[r]);
+            minima_sum[r] = __builtin_fmaf(-dmin * x[r].scale, float(vaddvq_s32(vmlal_high_s16(low, lowest, of_x))), minima_sum[r]);
         }
     }
-    for (int r = 0; r < R; r++) out[r] = vaddvq_f32(sums[r]) + least[r];
+    for (int r = 0; r < R; r++) out[r] = vaddvq_f32(sums[r]) + minima_sum[r];
 }
 
 template <int R>
-void rows(int type, const char *row, const Part128 *x, int step, int blocks, float *out) {
+void rows(int type, const char *row, const Activations128 *x, int step, int blocks, float *out) {
     const uint8_t *b = reinterpret_cast<const uint8_t *>(row);
     if (type == Q4_0) rows_of_32<Q4_0, R>(b, x, step, blocks, out);
     else if (type == Q4_1) rows_of_32<Q4_1, R>(b, x, step, blocks, out);
@@ -122,7 +123,7 @@ void rows(int type, const char *row, const Part128 *x, int step, int blocks, flo
 }
 
 template <int R>
-void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
+void rows(int type, const char *row, const Activations256 *x, int step, int blocks, float *out) {
     const uint8_t *b = reinterpret_cast<const uint8_t *>(row);
     if (type == Q4_K) rows_of_256<Q4_K, R>(b, x, step, blocks, out);
     else if (type == Q5_K) rows_of_256<Q5_K, R>(b, x, step, blocks, out);

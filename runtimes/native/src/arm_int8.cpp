@@ -1,5 +1,5 @@
-// Products in int8 on ARM processors, as exact as llama.cpp's: weights stay the whole numbers that their format stores, and
-// activations are rounded to 7 bits and a sign with a scale for 32 of them (Q4_0, Q4_1, Q8_0) or for 256 (the others), as
+// Products in int8 on ARM processors, as accurate as llama.cpp's: weights stay the integers of their format, and
+// activations are rounded to int8 (-127 to 127) with a scale for 32 of them (Q4_0, Q4_1, Q8_0) or for 256 (the others), as
 // llama.cpp does.
 //
 // The instructions (arm.h) multiply signed bytes and add up in int32. All formats fit: 4 and 5 bits are positive, Q4_0 and Q6_K
@@ -10,7 +10,7 @@
 //   Q4_K, Q5_K     y = x_scale * (d * sum over groups of scale * (sum of w * x) - dmin * sum over groups of min * (sum of x))
 //   Q6_K           y = x_scale * d * sum over groups of scale * (sum of w * x)
 //
-// Sums over 256 values are whole numbers: at most 16 * 16 * 32 * 127 * 128 < 2^31 in Q6_K, less in the others. The eight minima
+// Sums over 256 values are integers: at most 16 * 16 * 32 * 127 * 128 < 2^31 in Q6_K, less in the others. The eight minima
 // of 256 values meet the eight sums of activations like one more step of the product, twice: a sum of 32 has 13 bits, the high
 // ones in one byte and the low six in another.
 //
@@ -29,11 +29,11 @@ namespace {
 constexpr int INNER = 256, STEPS = INNER / 8, BLOCKS = INNER / 32;
 constexpr int COLUMNS = 16, QUADS = COLUMNS / 4;
 
-bool takes(int type) { return unpacks(type) && type != F16; }
-bool by_blocks(int type) { return block_values(type) == 32; }  // with a scale of activations for each 32
+bool supports(int type) { return is_supported_type(type) && type != F16; }
+bool by_blocks(int type) { return block_values(type) == 32; }  // activations have a scale per 32 values
 
 struct alignas(64) Tile {
-    float scales[BLOCKS][ROWS][2];  // of activations, twice, as arm.h wants it; the first ones alone if there is one for 256
+    float scales[BLOCKS][ROWS][2];  // of activations, twice, as arm.h needs it; the first ones alone if there is one for 256
     float shares[BLOCKS][ROWS][2];  // Q4_1: scale * sum
     int8_t high[ROWS][BLOCKS], low[ROWS][BLOCKS];  // sum of each 32 = 64 * high + low
     int8_t bytes[STEPS][ROWS][8];
@@ -137,7 +137,7 @@ void multiply_by_blocks(const Tile &tile, const Panel &panel, int q, int blocks,
     }
 }
 
-// SCALED: values with one scale
+// SCALED: values per scale
 template <int SCALED, bool MINIMA>
 void multiply_by_256(const Tile &tile, const Panel &panel, int q, Floats &sums) {
     if (MINIMA) {
@@ -177,7 +177,7 @@ void store(const float *sums, float *y, size_t stride, int rows, int columns) {
         for (int i = 0; i < rows; i++) {
             const float *pair = sums + n * ROWS + first_pair(i);
             const float row[4] = {pair[0], pair[1], pair[NEXT_PAIR], pair[NEXT_PAIR + 1]};
-            if (n + 4 <= columns) memcpy(y + i * stride + n, row, sizeof row);  // known to the compiler, which makes it one move
+            if (n + 4 <= columns) memcpy(y + i * stride + n, row, sizeof row);  // constant size: one move
             else memcpy(y + i * stride + n, row, (columns - n) * sizeof(float));
         }
 }
@@ -187,7 +187,7 @@ void store(const float *sums, float *y, size_t stride, int rows, int columns) {
 extern const Kernel KERNEL(int8);
 const Kernel KERNEL(int8) = {
     INSTRUCTIONS "-int8",
-    works, takes, ROWS, COLUMNS, INNER, 64 / COLUMNS, sizeof(Tile), sizeof(Panel),
+    available, supports, ROWS, COLUMNS, INNER, 64 / COLUMNS, sizeof(Tile), sizeof(Panel),
     pack, unpack, multiply, store, nullptr, nullptr,
 };
 

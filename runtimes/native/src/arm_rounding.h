@@ -1,4 +1,4 @@
-// float32 -> int8 with a scale, and a float16, with NEON.
+// Quantize float32 to int8 with a scale, and convert float16, with NEON.
 #pragma once
 
 #include <arm_neon.h>
@@ -9,16 +9,18 @@
 namespace native {
 namespace {
 
-constexpr float LEAST = 1e-30f;  // below it the inverse scale would not be finite: taken for zero
+constexpr float MIN_MAGNITUDE = 1e-30f;  // below it the inverse scale would not be finite: taken for zero
 
-// out = round(v / scale), ties to even; returns scale. NaN if a value is not finite, so that the result says it.
+// out = round(v / scale), ties to even; returns scale, NaN if a value is not finite, so that the result is NaN, too.
 inline float quantize8(const float *v, int count, int8_t *out) {
-    uint32x4_t most = vdupq_n_u32(0);  // as integers, magnitudes of floats order like the floats, infinity and NaN last
-    for (int i = 0; i < count; i += 4) most = vmaxq_u32(most, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(v + i))));
-    const uint32_t bits = vmaxvq_u32(most);
+    // As integers, the bits of floats without sign compare like the floats, with infinity and NaN last.
+    uint32x4_t largest_magnitude = vdupq_n_u32(0);
+    for (int i = 0; i < count; i += 4)
+        largest_magnitude = vmaxq_u32(largest_magnitude, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(v + i))));
+    const uint32_t bits = vmaxvq_u32(largest_magnitude);
     float magnitude;
     memcpy(&magnitude, &bits, sizeof magnitude);
-    if (bits >= 0x7f800000 || magnitude < LEAST) {
+    if (bits >= 0x7f800000 || magnitude < MIN_MAGNITUDE) {
         memset(out, 0, count);
         return bits >= 0x7f800000 ? __builtin_nanf("") : 0;
     }

@@ -1,11 +1,11 @@
-// Attention of many queries at once, in float32, with AVX2, AVX-512 or NEON. The first two give the same bits, since each
-// lane of a register has the sums of its own key, and then of its own place in a value.
+// Attention with many queries, in float32, with AVX2, AVX-512 or NEON. The first two give the same bits, because each lane
+// accumulates its own key, and then its own element of a value.
 //
-// A thread takes one head and a run of queries, few enough that up to 8,192 keys their scores stay in the second-level
-// cache: softmax then needs no second thought about maxima. Both products are tiles of 6 queries x 16 keys or values, or of
-// 12 x 32: 12 sums in registers, or 24. Keys are turned into panels [width][16 or 32] and values into panels
-// [128 keys][16 or 32], float32, 8 or 16 KB each where heads have a width of 128, and used by all queries of the run. Keys
-// behind the last visible one of a run are not looked at: half of the work where the mask is causal.
+// A thread computes one head and a run of queries, few enough that with up to 8,192 keys all their scores fit the L2 cache, so
+// that no online softmax is needed. Both products use tiles of 6 queries x 16 keys or values, or of 12 x 32: 12 accumulators in
+// registers, or 24. Keys are transposed into panels [width][16 or 32] and values packed into panels [128 keys][16 or 32],
+// float32, 8 or 16 KB each for heads of width 128, and reused by all queries of the run. Keys after the last visible one of a
+// run are skipped: half of the work with a causal mask.
 
 #include <omp.h>
 
@@ -24,10 +24,10 @@ namespace {
 #ifdef NATIVE_WIDE
 constexpr int COLUMNS = 32, ROWS = 12;
 #else
-using Floats = Eight;
+using Floats = Float8;
 constexpr int COLUMNS = 16, ROWS = 6;
 #endif
-constexpr int KEYS = 128;  // of a panel of values
+constexpr int KEYS = 128;  // keys in a panel of values
 constexpr int MAX_QUERIES = 96, MAX_WIDTH = 256;
 
 // c[ROWS][COLUMNS] (+)= a[ROWS][count] * b[count][COLUMNS]; rows of a and c are `a_row` and `c_row` floats apart
@@ -54,7 +54,7 @@ inline void tile(const float *a, size_t a_row, const float *b, int count, float 
     }
 }
 
-// What one thread needs for one run of queries.
+// Buffers of one thread for one run of queries.
 struct Run {
     const Attention &a;
     float *const q;       // [queries][width], scaled
@@ -63,23 +63,23 @@ struct Run {
     float *const panel;   // keys [width][COLUMNS], or values [width / COLUMNS][KEYS][COLUMNS]
     const int stride;
 
-    void take_queries(int head, int first, int queries, int padded) const {
+    void load_queries(int head, int first, int queries, int padded) const {
         for (int i = 0; i < padded; i++) {
             const char *row = a.q + head * a.q_head + size_t(first + std::min(i, queries - 1)) * a.q_row;
             for (int d = 0; d < a.width; d += 8)
-                (Eight::load(floats(row) + d) * Eight::same(a.scale)).store(q + i * a.width + d);
+                (Float8::load(floats(row) + d) * Float8::broadcast(a.scale)).store(q + i * a.width + d);
         }
     }
 
-    // keys: `seen` of them are looked at, up to a multiple of COLUMNS
-    void score(int shared, int keys, int seen, int padded) const {
+    // keys: `visible` rounded up to a multiple of COLUMNS
+    void score(int kv_head, int keys, int visible, int padded) const {
         for (int j = 0; j < keys; j += COLUMNS) {
-            Eight rows[8];
+            Float8 rows[8];
             for (int c = 0; c < COLUMNS; c += 8)
                 for (int d = 0; d < a.width; d += 8) {
                     for (int i = 0; i < 8; i++) {
-                        const uint16_t *row = halves(a.k + shared * a.k_head + size_t(j + c + i) * a.k_row) + d;
-                        rows[i] = j + c + i < seen ? Eight::load(row) : Eight::zero();
+                        const uint16_t *row = halves(a.k + kv_head * a.k_head + size_t(j + c + i) * a.k_row) + d;
+                        rows[i] = j + c + i < visible ? Float8::load(row) : Float8::zero();
                     }
                     transpose(rows, panel + d * COLUMNS + c, COLUMNS);
                 }
@@ -88,13 +88,13 @@ struct Run {
         }
     }
 
-    void weigh(int shared, int keys, int seen, int padded) const {
+    void weighted_sum(int kv_head, int keys, int visible, int padded) const {
         for (int j = 0; j < keys; j += KEYS) {
             const int count = std::min(KEYS, keys - j);
             for (int i = 0; i < count; i++) {
-                const uint16_t *row = halves(a.v + shared * a.v_head + size_t(j + i) * a.v_row);
+                const uint16_t *row = halves(a.v + kv_head * a.v_head + size_t(j + i) * a.v_row);
                 for (int d = 0; d < a.width; d += 8) {
-                    const Eight part = j + i < seen ? Eight::load(row + d) : Eight::zero();
+                    const Float8 part = j + i < visible ? Float8::load(row + d) : Float8::zero();
                     part.store(panel + d / COLUMNS * KEYS * COLUMNS + i * COLUMNS + d % COLUMNS);
                 }
             }
@@ -108,46 +108,46 @@ struct Run {
         }
     }
 
-    void compute(int head, int first, int queries, int seen) const {
-        const int shared = head / (a.heads / a.shared_heads), padded = (queries + ROWS - 1) / ROWS * ROWS;
-        const int keys = (seen + COLUMNS - 1) / COLUMNS * COLUMNS;
+    void compute(int head, int first, int queries, int visible) const {
+        const int kv_head = head / (a.heads / a.kv_heads), padded = (queries + ROWS - 1) / ROWS * ROWS;
+        const int keys = (visible + COLUMNS - 1) / COLUMNS * COLUMNS;
         float inverse[MAX_QUERIES];
-        take_queries(head, first, queries, padded);
-        score(shared, keys, seen, padded);
+        load_queries(head, first, queries, padded);
+        score(kv_head, keys, visible, padded);
         for (int i = 0; i < padded; i++)
-            inverse[i] = soften(mask_of(a, first + std::min(i, queries - 1)), scores + size_t(i) * stride, keys, seen);
-        if (keys) weigh(shared, keys, seen, padded);
+            inverse[i] = softmax(query_mask(a, first + std::min(i, queries - 1)), scores + size_t(i) * stride, keys, visible);
+        if (keys) weighted_sum(kv_head, keys, visible, padded);
         for (int i = 0; i < queries; i++) {
             float *row = reinterpret_cast<float *>(a.out + size_t(first + i) * a.out_row + head * a.out_head);
             for (int d = 0; d < a.width; d += 8) {
-                const Eight value = Eight::load(out + i * a.width + d) * Eight::same(inverse[i]);
-                (inverse[i] ? value : Eight::zero()).store(row + d);
+                const Float8 value = Float8::load(out + i * a.width + d) * Float8::broadcast(inverse[i]);
+                (inverse[i] ? value : Float8::zero()).store(row + d);
             }
         }
     }
 };
 
-bool takes(int width) { return width % COLUMNS == 0 && width <= MAX_WIDTH; }
+bool supports(int width) { return width % COLUMNS == 0 && width <= MAX_WIDTH; }
 
 bool attend_many(const Attention &a, int threads, Scratch &scratch) {
     const int stride = (a.keys + COLUMNS - 1) / COLUMNS * COLUMNS;
     const int run = std::clamp(SCORES / stride / ROWS * ROWS, ROWS, MAX_QUERIES);
     const int runs = (a.queries + run - 1) / run;
     const size_t q = size_t(run) * a.width, scores = size_t(run) * stride, panel = size_t(KEYS) * a.width;
-    const size_t own = ((2 * q + scores + panel) * sizeof(float) + 63) / 64 * 64;
-    char *memory = scratch.need(threads * own);
+    const size_t per_thread = ((2 * q + scores + panel) * sizeof(float) + 63) / 64 * 64;
+    char *memory = scratch.reserve(threads * per_thread);
     if (!memory) return false;
     std::atomic<int> next{0};
 #pragma omp parallel num_threads(threads)
     {
-        float *mine = reinterpret_cast<float *>(memory + omp_get_thread_num() * own);
-        const Run work{a, mine + panel, mine + panel + 2 * q, mine + panel + q, mine, stride};
-        // The last queries see the most: they come first.
-        int last = -1, seen = 0;  // all heads of a run see the same
+        float *buffer = reinterpret_cast<float *>(memory + omp_get_thread_num() * per_thread);
+        const Run work{a, buffer + panel, buffer + panel + 2 * q, buffer + panel + q, buffer, stride};
+        // The last queries have the most visible keys, so they come first.
+        int last = -1, visible = 0;  // the same for all heads of a run
         for (int i; (i = next.fetch_add(1)) < runs * a.heads;) {
             const int first = (runs - 1 - i / a.heads) * run, queries = std::min(run, a.queries - first);
-            if (first != last) seen = visible(a, first, queries), last = first;
-            work.compute(i % a.heads, first, queries, seen);
+            if (first != last) visible = visible_keys(a, first, queries), last = first;
+            work.compute(i % a.heads, first, queries, visible);
         }
     }
     return true;
@@ -155,32 +155,32 @@ bool attend_many(const Attention &a, int threads, Scratch &scratch) {
 
 }  // namespace
 
-extern const ManyQueries KERNEL(attention);
-const ManyQueries KERNEL(attention) = {INSTRUCTIONS, works, takes, attend_many};
+extern const AttentionKernel KERNEL(attention);
+const AttentionKernel KERNEL(attention) = {INSTRUCTIONS, available, supports, attend_many};
 
-#ifndef NATIVE_WIDE  // which of the two is taken
+#ifndef NATIVE_WIDE  // choice between the two
 
 template <class F>
-static const ManyQueries *first_that(F suits) {
-    for (const ManyQueries *each : {wide_attention, &KERNEL(attention)})
-        if (each && each->works() && suits(*each)) return each;
+static const AttentionKernel *find_kernel(F matches) {
+    for (const AttentionKernel *each : {wide_attention, &KERNEL(attention)})
+        if (each && each->available() && matches(*each)) return each;
     return nullptr;
 }
 
-static const ManyQueries *of_width(int width) {
-    return first_that([&](const ManyQueries &each) { return each.takes(width); });
+static const AttentionKernel *kernel_for_width(int width) {
+    return find_kernel([&](const AttentionKernel &each) { return each.supports(width); });
 }
 
-bool attends(int width) { return of_width(width); }
+bool supports_width(int width) { return kernel_for_width(width); }
 
 bool attend(const Attention &a, int threads, Scratch &scratch) {
-    const ManyQueries *taken = of_width(a.width);
-    return taken && taken->attend(a, threads, scratch);
+    const AttentionKernel *kernel = kernel_for_width(a.width);
+    return kernel && kernel->attend(a, threads, scratch);
 }
 
 bool attend_by(const char *name, const Attention &a, int threads, Scratch &scratch) {
-    const ManyQueries *taken = first_that([&](const ManyQueries &each) { return !strcmp(each.name, name); });
-    return taken && taken->takes(a.width) && taken->attend(a, threads, scratch);
+    const AttentionKernel *kernel = find_kernel([&](const AttentionKernel &each) { return !strcmp(each.name, name); });
+    return kernel && kernel->supports(a.width) && kernel->attend(a, threads, scratch);
 }
 
 #endif

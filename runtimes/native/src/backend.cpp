@@ -1,7 +1,7 @@
-// A ggml backend of the kind "accelerator": llama.cpp asks it first for each operation, and the CPU does what it declines.
+// A ggml backend of the type "accelerator": llama.cpp offers it each operation first; the CPU backend computes the others.
 //
-// It takes operations on memory that the CPU sees (mapped weights are left where they are) and computes them with OpenMP,
-// whose threads it shares with ggml's CPU backend, so that no second team of threads spins while one of them works.
+// It accepts operations on host memory (memory-mapped weights are not copied) and computes them with OpenMP, whose threads it
+// shares with ggml's CPU backend, so that no second team of threads spins meanwhile.
 
 #include "backend.h"
 
@@ -15,9 +15,9 @@ namespace native {
 namespace {
 
 constexpr const char *NAME = "LLAVA_EDGE";
-constexpr int MAX_ROWS = 8192;  // more would need scratch without bound
+constexpr int MAX_ROWS = 8192;  // bounds the scratch memory
 
-Use used{};
+Configuration config{};
 
 struct Context {
     int threads = 1;
@@ -38,29 +38,30 @@ bool floats(const ggml_tensor *t) { return t->type == GGML_TYPE_F32 && t->nb[0] 
 bool halves(const ggml_tensor *t) { return t->type == GGML_TYPE_F16 && t->nb[0] == 2; }
 bool has(uint64_t types, int type) { return types >> type & 1; }
 
-// The kernel for so many rows; null: multiply_few, or nothing
-const Kernel *kernel(int type, int64_t rows) { return rows >= used.least[type] ? used.kernel[type] : nullptr; }
+// The kernel for so many rows; null: multiply_few, or none
+const Kernel *kernel(int type, int64_t rows) { return rows >= config.min_rows[type] ? config.kernel[type] : nullptr; }
 
-bool takes_rows(const ggml_tensor *w, int64_t rows) {
-    if (rows > MAX_ROWS || w->type >= TYPES || !unpacks(w->type)) return false;
+bool supports_rows(const ggml_tensor *w, int64_t rows) {
+    if (rows > MAX_ROWS || w->type >= TYPES || !is_supported_type(w->type)) return false;
     if (kernel(w->type, rows)) return w->ne[0] % block_values(w->type) == 0;
-    return rows <= FEW && has(used.few, w->type) && takes_few(w->type, w->ne[1], w->ne[0]);
+    return rows <= MAX_FEW && has(config.few, w->type) && supports_few(w->type, w->ne[1], w->ne[0]);
 }
 
-bool takes_product(const ggml_tensor *op) {
+bool supports_product(const ggml_tensor *op) {
     const ggml_tensor *w = op->src[0], *x = op->src[1];
-    return takes_rows(w, x->ne[1]) && on_host(w) && floats(x) && floats(op) && one_matrix(w) && one_matrix(x) &&
+    return supports_rows(w, x->ne[1]) && on_host(w) && floats(x) && floats(op) && one_matrix(w) && one_matrix(x) &&
            w->ne[0] <= 1 << 20 && w->ne[1] <= 1 << 24 &&
            w->nb[0] == ggml_type_size(w->type) && w->nb[1] >= ggml_row_size(w->type, w->ne[0]) && x->nb[1] % 4 == 0;
 }
 
-bool takes_attention(const ggml_tensor *op) {
+bool supports_attention(const ggml_tensor *op) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
-    float settings[3];  // scale, largest bias (ALiBi), cap of the scores
+    float settings[3];  // scale, maximum ALiBi bias, logit soft cap
     memcpy(settings, op->op_params, sizeof settings);
-    return (q->ne[1] <= FEW ? used.few_attention : used.attention) && mask && !op->src[4] && settings[1] == 0 &&
-           settings[2] == 0 && floats(q) && floats(op) && halves(k) && halves(v) && halves(mask) && q->ne[1] <= MAX_ROWS && q->ne[3] == 1 &&
-           k->ne[3] == 1 && v->ne[3] == 1 && one_matrix(mask) && attends(q->ne[0]) && v->ne[0] == q->ne[0] &&
+    return (q->ne[1] <= MAX_FEW ? config.few_attention : config.attention) && mask && !op->src[4] && settings[1] == 0 &&
+           settings[2] == 0 && floats(q) && floats(op) && halves(k) && halves(v) && halves(mask) &&
+           q->ne[1] <= MAX_ROWS && q->ne[3] == 1 &&
+           k->ne[3] == 1 && v->ne[3] == 1 && one_matrix(mask) && supports_width(q->ne[0]) && v->ne[0] == q->ne[0] &&
            k->ne[1] <= 1 << 17 && k->ne[1] == v->ne[1] && mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1] &&
            q->ne[2] % k->ne[2] == 0 && k->ne[2] == v->ne[2] && on_host(q) && on_host(k) && on_host(v) && on_host(mask);
 }
@@ -85,12 +86,12 @@ bool attention(Context &c, const ggml_tensor *op) {
     a.v = static_cast<const char *>(v->data), a.v_row = v->nb[1], a.v_head = v->nb[2];
     a.mask = static_cast<const char *>(mask->data), a.mask_row = mask->nb[1];
     a.out = static_cast<char *>(op->data), a.out_row = op->nb[2], a.out_head = op->nb[1];
-    a.queries = q->ne[1], a.keys = k->ne[1], a.heads = q->ne[2], a.shared_heads = k->ne[2], a.width = q->ne[0];
+    a.queries = q->ne[1], a.keys = k->ne[1], a.heads = q->ne[2], a.kv_heads = k->ne[2], a.width = q->ne[0];
     memcpy(&a.scale, op->op_params, sizeof a.scale);
-    return a.queries <= FEW ? attend_few(a, c.threads, c.scratch) : attend(a, c.threads, c.scratch);
+    return a.queries <= MAX_FEW ? attend_few(a, c.threads, c.scratch) : attend(a, c.threads, c.scratch);
 }
 
-// ---- the backend: what computes
+// ---- backend
 
 const char *backend_name(ggml_backend_t) { return NAME; }
 
@@ -118,14 +119,14 @@ void set_abort(ggml_backend_t backend, ggml_abort_callback abort, void *data) {
     context(backend)->abort_data = data;
 }
 
-// ---- its device: what llama.cpp asks
+// ---- device
 
 const char *device_name(ggml_backend_dev_t) { return NAME; }
 const char *device_description(ggml_backend_dev_t) { return "kernels of llava-edge"; }
 void device_memory(ggml_backend_dev_t, size_t *free, size_t *total) { *free = *total = 0; }
 enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
-ggml_backend_buffer_type_t device_buffers(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
-bool device_reads(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return ggml_backend_buft_is_host(type); }
+ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
+bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return ggml_backend_buft_is_host(type); }
 
 void device_properties(ggml_backend_dev_t device, ggml_backend_dev_props *properties) {
     *properties = {};
@@ -135,16 +136,16 @@ void device_properties(ggml_backend_dev_t device, ggml_backend_dev_props *proper
     properties->caps.buffer_from_host_ptr = true;
 }
 
-ggml_backend_buffer_t device_wrap(ggml_backend_dev_t, void *memory, size_t size, size_t) {
+ggml_backend_buffer_t device_buffer_from_ptr(ggml_backend_dev_t, void *memory, size_t size, size_t) {
     return ggml_backend_cpu_buffer_from_ptr(memory, size);
 }
 
-bool device_takes(ggml_backend_dev_t, const ggml_tensor *op) {
+bool device_supports_op(ggml_backend_dev_t, const ggml_tensor *op) {
     switch (op->op) {
         case GGML_OP_NONE: case GGML_OP_RESHAPE: case GGML_OP_VIEW: case GGML_OP_PERMUTE: case GGML_OP_TRANSPOSE:
             return true;  // nothing to compute
-        case GGML_OP_MUL_MAT: return takes_product(op);
-        case GGML_OP_FLASH_ATTN_EXT: return takes_attention(op);
+        case GGML_OP_MUL_MAT: return supports_product(op);
+        case GGML_OP_FLASH_ATTN_EXT: return supports_attention(op);
         default: return false;
     }
 }
@@ -167,7 +168,7 @@ ggml_backend_t device_open(ggml_backend_dev_t device, const char *) {
     return backend;
 }
 
-// ---- the registry entry: how ggml finds it
+// ---- registry
 
 const char *registry_name(ggml_backend_reg_t) { return NAME; }
 size_t registry_count(ggml_backend_reg_t) { return 1; }
@@ -180,10 +181,10 @@ ggml_backend_dev_t registry_device(ggml_backend_reg_t registry, size_t) {
     device.iface.get_type = device_type;
     device.iface.get_props = device_properties;
     device.iface.init_backend = device_open;
-    device.iface.get_buffer_type = device_buffers;
-    device.iface.buffer_from_host_ptr = device_wrap;
-    device.iface.supports_op = device_takes;
-    device.iface.supports_buft = device_reads;
+    device.iface.get_buffer_type = device_buffer_type;
+    device.iface.buffer_from_host_ptr = device_buffer_from_ptr;
+    device.iface.supports_op = device_supports_op;
+    device.iface.supports_buft = device_supports_buft;
     device.reg = registry;
     return &device;
 }
@@ -196,12 +197,12 @@ void *registry_function(ggml_backend_reg_t, const char *name) {
 
 }  // namespace
 
-void use(const Use &wanted) { used = wanted; }
+void configure(const Configuration &new_config) { config = new_config; }
 
 }  // namespace native
 
 extern "C" __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
-    native::clear_by_giving_back();
+    native::install_lazy_clear();
     static ggml_backend_reg registry{};
     registry.api_version = GGML_BACKEND_API_VERSION;
     registry.iface.get_name = native::registry_name;

@@ -1,4 +1,4 @@
-// What the backend may take; set before llama.cpp asks it.
+// Which operations the backend accepts; set before llama.cpp asks.
 #pragma once
 
 #include "kernels.h"
@@ -7,14 +7,14 @@ namespace native {
 
 constexpr int TYPES = 64;  // more than ggml has
 
-struct Use {
-    const Kernel *kernel[TYPES];  // of each type; null: not taken
-    int least[TYPES];             // rows from which on it is
-    uint64_t few;                 // 1 << ggml_type: types whose products of fewer rows are taken by multiply_few
+struct Configuration {
+    const Kernel *kernel[TYPES];  // by ggml_type; null: not accepted
+    int min_rows[TYPES];             // that the kernel is used for
+    uint64_t few;                 // bits 1 << ggml_type: types whose products of fewer rows multiply_few computes
     bool attention, few_attention;
 };
 
-void use(const Use &);
-void clear_by_giving_back();  // what ggml allocates from now on
+void configure(const Configuration &);
+void install_lazy_clear();  // for buffers that ggml allocates from now on
 
 }  // namespace native

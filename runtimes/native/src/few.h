@@ -1,4 +1,4 @@
-// Activations for products of few rows: rounded to 8 bits and a scale for 32 or 256 of them, as llama.cpp does.
+// Activations for products of few rows, quantized to int8 with a scale per 32 or 256 of them, as in llama.cpp.
 #pragma once
 
 #include <type_traits>
@@ -12,14 +12,14 @@
 
 namespace native {
 
-struct Part128 {  // 128 activations, for formats of 32 values
+struct Activations128 {  // 128 activations, for formats of 32 values
     static constexpr int VALUES = 128;
-    int8_t low[4][16], high[4][16];  // of each 32 the first 16 and the last
-    float scales[4], sums[4];        // sums: of each 32, as rounded
-    int below[4];                    // -128 times the whole sum, for bytes without sign
+    int8_t low[4][16], high[4][16];  // first and last 16 of each 32
+    float scales[4], sums[4];        // sums: scale * sum of each 32
+    int below[4];                    // -128 * integer sum, for unsigned weights
 };
 
-struct alignas(64) Part256 {  // 256 activations, for formats of 256 values
+struct alignas(64) Activations256 {  // 256 activations, for formats of 256 values
     static constexpr int VALUES = 256;
     int8_t values[256];
     int16_t sums[8];     // of each 32
@@ -29,16 +29,16 @@ struct alignas(64) Part256 {  // 256 activations, for formats of 256 values
 
 namespace {
 
-// Weights, before they are needed, while a row of them is computed with R rows of activations. With one or two that makes a
-// Xeon almost 1.5 times as fast and costs Zen 4, which reads as fast as memory gives anyway, next to nothing; with more any
-// processor looks less far ahead by itself.
+// Prefetch weights while a row of them is multiplied with R rows of activations. With R of one or two that makes a Xeon almost
+// 1.5 times as fast and costs Zen 4, which saturates memory bandwidth anyway, next to nothing; with more rows the out-of-order
+// window covers less of the weights, so the distance is larger.
 template <int R>
-inline void fetch(const char *weights, int bytes) {
+inline void prefetch(const char *weights, int bytes) {
     constexpr int AHEAD = R > 2 ? 4096 : 2048;
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(weights + AHEAD + i);
 }
 
-inline void take(const float *x, int there, Part128 &part) {  // a multiple of 32; the others are zero
+inline void quantize_part(const float *x, int there, Activations128 &part) {  // there: a multiple of 32; the others are zero
     part = {};
     for (int b = 0; b < there / 32; b++) {
         int8_t values[32];
@@ -52,7 +52,7 @@ inline void take(const float *x, int there, Part128 &part) {  // a multiple of 3
     }
 }
 
-inline void take(const float *x, int, Part256 &part) {
+inline void quantize_part(const float *x, int, Activations256 &part) {
     part.scale = quantize8(x, 256, part.values);
     for (int j = 0; j < 8; j++) {
         int sums[2] = {0, 0};
@@ -62,8 +62,8 @@ inline void take(const float *x, int, Part256 &part) {
     }
 }
 
-// Column `n` of a product, four rows at a time: with(R, m, y) computes R of them, from row m on. From the fifth on the weights
-// are in the first-level cache.
+// Compute column `n` of a product, four rows at a time: with(R, m, y) computes R of them from row m on. After the first four the
+// weights are in the L1 cache.
 template <class F>
 inline void column(const Product &p, int n, F with) {
     for (int m = 0; m < p.rows; m += 4) {

@@ -1,8 +1,8 @@
-// One row of float16 weights, as of an adapter, with R rows of activations in float32: what is widened meets all of them, and
-// each gets what it would get alone, operation by operation.
+// One row of float16 weights, as of an adapter, times R rows of float32 activations. Weights are converted once for all of them,
+// and each row has the same operations as it would have alone.
 #pragma once
 
-#include "eight.h"
+#include "float8.h"
 #include "few.h"
 
 namespace native {
@@ -10,12 +10,12 @@ namespace {
 
 template <int R>
 inline void rows_of_halves(const uint16_t *w, const float *x, size_t next, int inner, float *out) {
-    Eight even[R], odd[R];
-    for (int r = 0; r < R; r++) even[r] = odd[r] = Eight::zero();
-    const auto eight = [&](int k, Eight (&sums)[R]) {
-        const Eight v = Eight::load(w + k);
+    Float8 even[R], odd[R];
+    for (int r = 0; r < R; r++) even[r] = odd[r] = Float8::zero();
+    const auto eight = [&](int k, Float8 (&sums)[R]) {
+        const Float8 v = Float8::load(w + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sums[r].add(v, Eight::load(x + r * next + k));
+        for (int r = 0; r < R; r++) sums[r].add(v, Float8::load(x + r * next + k));
     };
     int k = 0;
     for (; k + 16 <= inner; k += 16) eight(k, even), eight(k + 8, odd);

@@ -1,11 +1,11 @@
-// One row of weights in Q4_K, Q5_K or Q6_K with R rows of activations: what is unpacked meets all of them, and each gets what
-// it would get alone, operation by operation. x: [block][row], `step` parts from block to block.
+// One row of weights in Q4_K, Q5_K or Q6_K with R rows of activations: weights are unpacked once for all of them, and each
+// row has the same operations as it would have alone. x: [block][row], `step` from block to block.
 //
-// Q4_K, Q5_K: products of each group of 32 times its 6-bit scale add up in int32; minima meet the sums of the groups'
-// activations. Q6_K: the same for groups of 16 and their 8-bit scales; its -32 meets the sums of 16.
+// Q4_K, Q5_K: products of each group of 32 times its 6-bit scale add up in int32; minima are multiplied with the sums of
+// the groups' activations. Q6_K: the same for groups of 16 and their 8-bit scales; its -32 is multiplied with the sums of 16.
 #pragma once
 
-#include "few_totals.h"
+#include "few_reduce.h"
 #include "few_wide.h"
 
 namespace native {
@@ -24,9 +24,9 @@ inline void add(__m256i &sums, __m256i q, const int8_t *x, __m256i scales) {
     }
 }
 
-// What becomes of a block's sums: of products in eight lanes, to be multiplied by d, and of minima in four, by -dmin.
+// Accumulates a block's sums: of products in eight lanes, multiplied by d, and of minima in four, by -dmin.
 
-// Lanes stay apart until the end of the row.
+// Lanes are only added at the end of the row.
 template <int R>
 struct ByLane {
     __m256 sums[R];
@@ -35,14 +35,14 @@ struct ByLane {
     ByLane() {
         for (int r = 0; r < R; r++) sums[r] = _mm256_setzero_ps(), minima[r] = _mm_setzero_ps();
     }
-    void add(const __m256i *whole, __m128 d, const Part256 *x) {
+    void add(const __m256i *whole, __m128 d, const Activations256 *x) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const __m128 both = _mm_mul_ps(d, _mm_set1_ps(x[r].scale));
             sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r]), _mm256_broadcastss_ps(both), sums[r]);
         }
     }
-    void add(const __m256i *whole, const __m128i *least, __m128 d_and_dmin, const Part256 *x) {
+    void add(const __m256i *whole, const __m128i *least, __m128 d_and_dmin, const Activations256 *x) {
         add(whole, d_and_dmin, x);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
@@ -56,8 +56,8 @@ struct ByLane {
     }
 };
 
-// Each block's sum is one whole number first. In whatever order that came about, its float32 is the same: what few_wide.cpp
-// needs beside it.
+// Reduces each block to one integer first. Its float32 does not depend on the order of additions, which makes the bits equal to
+// few_wide.cpp's.
 template <int R>
 struct ByBlock {
     __m128 sums = _mm_setzero_ps(), minima = _mm_setzero_ps();  // of a row each; R = 1: side by side in the former
@@ -72,16 +72,16 @@ struct ByBlock {
         for (int r = 0; r < R; r++) four[r] = four_of(v[r]);
         return wholes(four);
     }
-    static __m128 scales(const Part256 *x) {
+    static __m128 scales(const Activations256 *x) {
         if (R == 1) return _mm_set1_ps(x[0].scale);
         return _mm_setr_ps(x[0].scale, x[1].scale, R > 2 ? x[2].scale : 0, R > 3 ? x[3].scale : 0);
     }
     static void add(__m128i whole, __m128 both, __m128 &to) { to = _mm_fmadd_ps(_mm_cvtepi32_ps(whole), both, to); }
 
-    void add(const __m256i *whole, __m128 d, const Part256 *x) {
+    void add(const __m256i *whole, __m128 d, const Activations256 *x) {
         add(wholes(whole), _mm_mul_ps(R > 1 ? _mm_permute_ps(d, 0) : d, scales(x)), sums);
     }
-    void add(const __m256i *whole, const __m128i *least, __m128 d_and_dmin, const Part256 *x) {
+    void add(const __m256i *whole, const __m128i *least, __m128 d_and_dmin, const Activations256 *x) {
         if (R == 1) {
             const __m128i pairs = _mm_hadd_epi32(four_of(whole[0]), least[0]);
             return add(_mm_hadd_epi32(pairs, pairs), _mm_mul_ps(d_and_dmin, scales(x)), sums);
@@ -97,11 +97,11 @@ struct ByBlock {
 };
 
 template <int R, bool FIFTH, class Totals>
-void rows_q45_k(const char *row, const Part256 *x, int step, int blocks, float *out) {
+void rows_q45_k(const char *row, const Activations256 *x, int step, int blocks, float *out) {
     const __m256i low = _mm256_set1_epi8(15);
     Totals all;
     for (; blocks > 0; blocks--, row += FIFTH ? 176 : 144, x += step) {
-        fetch<R>(row, FIFTH ? 176 : 144);
+        prefetch<R>(row, FIFTH ? 176 : 144);
         uint64_t groups, least;
         group_scales(reinterpret_cast<const uint8_t *>(row) + 4, groups, least);
         alignas(32) int32_t scales[8];  // each twice, in int16
@@ -137,11 +137,11 @@ void rows_q45_k(const char *row, const Part256 *x, int step, int blocks, float *
 }
 
 template <int R, class Totals>
-void rows_q6_k(const char *row, const Part256 *x, int step, int blocks, float *out) {
+void rows_q6_k(const char *row, const Activations256 *x, int step, int blocks, float *out) {
     const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(0x30);
     Totals all;
     for (; blocks > 0; blocks--, row += 210, x += step) {
-        fetch<R>(row, 210);
+        prefetch<R>(row, 210);
         const __m256i scales = _mm256_cvtepi8_epi16(load128(row + 192));  // of 16 groups of 16
         const __m256i halves[2] = {_mm256_permute4x64_epi64(scales, 0x44), _mm256_permute4x64_epi64(scales, 0xee)};
         __m256i whole[R];
@@ -171,15 +171,15 @@ void rows_q6_k(const char *row, const Part256 *x, int step, int blocks, float *o
 }
 
 template <int R, class Totals>
-void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
+void rows(int type, const char *row, const Activations256 *x, int step, int blocks, float *out) {
     if (type == Q4_K) rows_q45_k<R, false, Totals>(row, x, step, blocks, out);
     else if (type == Q5_K) rows_q45_k<R, true, Totals>(row, x, step, blocks, out);
     else rows_q6_k<R, Totals>(row, x, step, blocks, out);
 }
 
 template <int R>
-void rows(int type, const char *row, const Part256 *x, int step, int blocks, float *out) {
-    if (wide_works()) rows<R, ByBlock<R>>(type, row, x, step, blocks, out);
+void rows(int type, const char *row, const Activations256 *x, int step, int blocks, float *out) {
+    if (wide_available()) rows<R, ByBlock<R>>(type, row, x, step, blocks, out);
     else rows<R, ByLane<R>>(type, row, x, step, blocks, out);
 }
 

@@ -1,11 +1,12 @@
-// Products of a few rows with rounded weights, for processors with AVX-512 VNNI.
+// Products of a few rows with quantized weights, for processors with AVX-512 VNNI.
 //
-// few_256.h and few_32.h go along a row of weights and end each group of 32 with several more instructions for every row of
-// activations. Here 16 columns are taken together, one in each lane of 32 bits: eight products add up a group of a column
-// before its scale is looked at. What that costs first, turning 16 rows of blocks around, meets all rows of activations. One
-// or two rows do not pay for it.
+// few_256.h and few_32.h process one row of weights at a time and need several more instructions per group of 32 for every row
+// of activations. Here 16 columns are processed together, one in each 32-bit lane: eight dot products accumulate a group of a
+// column before it is scaled. That requires transposing 16 rows of blocks, once for all rows of activations; for one or two
+// rows it does not pay.
 //
-// Each column has the same operations in the same order as there, whole numbers aside, whose order is all one: the same bits.
+// Each column has the same floating-point operations in the same order as there (the order of integer additions does not
+// matter), so the bits are the same.
 
 #include "few_wide.h"
 #include "few.h"
@@ -19,40 +20,40 @@
 namespace native {
 namespace {
 
-// 16 columns at a time, as long as there are so many and enough rows; the first one that is left.
+// 16 columns at a time, if there are enough rows; returns the first column not computed.
 template <int TYPE, class Part>
-int in_steps(const Product &p, const Part *x, int blocks, int from, int to) {
-    if (p.rows < LEAST_WIDE) return from;
-    for (; from + WIDE <= to; from += WIDE)
+int multiply_wide_blocks(const Product &p, const Part *x, int blocks, int from, int to) {
+    if (p.rows < MIN_WIDE_ROWS) return from;
+    for (; from + WIDE_COLUMNS <= to; from += WIDE_COLUMNS)
         multiply_wide<TYPE>(p.w + size_t(from) * p.w_stride, p.w_stride, x, p.rows, blocks, p.y + from, p.y_stride);
     return from;
 }
 
 template <int TYPE>
-int in_steps_and_rows(const Product &p, const Part128 *x, int blocks, int from, int to) {
-    for (from = in_steps<TYPE>(p, x, blocks, from, to); from < to; from++) {
+int multiply_all_columns(const Product &p, const Activations128 *x, int blocks, int from, int to) {
+    for (from = multiply_wide_blocks<TYPE>(p, x, blocks, from, to); from < to; from++) {
         const char *row = p.w + size_t(from) * p.w_stride;
         column(p, from, [&](auto count, int m, float *y) { multiply_row<TYPE, count()>(row, x + m, p.rows, blocks, y); });
     }
     return to;
 }
 
-int of_32(const Product &p, const Part128 *x, int blocks, int from, int to) {
-    if (p.type == Q4_0) return in_steps_and_rows<Q4_0>(p, x, blocks, from, to);
-    if (p.type == Q4_1) return in_steps_and_rows<Q4_1>(p, x, blocks, from, to);
-    return in_steps_and_rows<Q8_0>(p, x, blocks, from, to);
+int of_32(const Product &p, const Activations128 *x, int blocks, int from, int to) {
+    if (p.type == Q4_0) return multiply_all_columns<Q4_0>(p, x, blocks, from, to);
+    if (p.type == Q4_1) return multiply_all_columns<Q4_1>(p, x, blocks, from, to);
+    return multiply_all_columns<Q8_0>(p, x, blocks, from, to);
 }
 
-int of_256(const Product &p, const Part256 *x, int blocks, int from, int to) {
-    if (p.type == Q4_K) return in_steps<Q4_K>(p, x, blocks, from, to);
-    if (p.type == Q5_K) return in_steps<Q5_K>(p, x, blocks, from, to);
-    return in_steps<Q6_K>(p, x, blocks, from, to);
+int of_256(const Product &p, const Activations256 *x, int blocks, int from, int to) {
+    if (p.type == Q4_K) return multiply_wide_blocks<Q4_K>(p, x, blocks, from, to);
+    if (p.type == Q5_K) return multiply_wide_blocks<Q5_K>(p, x, blocks, from, to);
+    return multiply_wide_blocks<Q6_K>(p, x, blocks, from, to);
 }
 
 }  // namespace
 
-extern const Wide wide_few;
-const Wide wide_few = {works, of_32, of_256};
+extern const WideKernel wide_few;
+const WideKernel wide_few = {available, of_32, of_256};
 
 }  // namespace native
 
@@ -60,8 +61,8 @@ const Wide wide_few = {works, of_32, of_256};
 
 namespace native {
 
-extern const Wide wide_few;
-const Wide wide_few = {[] { return false; }, nullptr, nullptr};
+extern const WideKernel wide_few;
+const WideKernel wide_few = {[] { return false; }, nullptr, nullptr};
 
 }  // namespace native
 

@@ -1,27 +1,27 @@
-// Products of a few rows with 16 columns at a time (few_wide.cpp).
+// Products of a few rows, 16 columns at a time (few_wide.cpp).
 #pragma once
 
 namespace native {
 
 struct Product;  // kernels.h
-struct Part128;  // few.h
-struct Part256;
+struct Activations128;  // few.h
+struct Activations256;
 
-constexpr int WIDE = 16;  // columns
-constexpr int LEAST_WIDE = 3;  // rows: with fewer the memory is what is waited for, and one column after the other has less to do
+constexpr int WIDE_COLUMNS = 16;  // columns
+constexpr int MIN_WIDE_ROWS = 3;  // with fewer, memory is the bottleneck and the transposition is wasted
 
-struct Wide {
-    bool (*works)();
-    // Columns from `from` on, of all rows; returns the first one that is left, `to` at most. x: [part][row]
-    int (*of_32)(const Product &p, const Part128 *x, int blocks, int from, int to);
-    int (*of_256)(const Product &p, const Part256 *x, int blocks, int from, int to);
+struct WideKernel {
+    bool (*available)();
+    // Compute columns from `from` on for all rows; returns the first one not computed, at most `to`. x: [block][row]
+    int (*of_32)(const Product &p, const Activations128 *x, int blocks, int from, int to);
+    int (*of_256)(const Product &p, const Activations256 *x, int blocks, int from, int to);
 };
 
-extern const Wide *const wide;  // null where the compiler does not know the instructions
+extern const WideKernel *const wide;  // null if the compiler lacks the instructions
 
-inline bool wide_works() {
-    static const bool works = wide && wide->works();
-    return works;
+inline bool wide_available() {
+    static const bool available = wide && wide->available();
+    return available;
 }
 
 }  // namespace native

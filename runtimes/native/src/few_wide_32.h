@@ -1,11 +1,10 @@
 // 16 columns of weights in Q4_0, Q4_1 or Q8_0 with a few rows of activations (few_wide.cpp).
 //
-// Four blocks at a time, the first of them in one sum, the second in another, and so on: each column has the operations of
-// multiply_row.
+// Four blocks at a time, each in its own accumulator: each column has the operations of multiply_row.
 #pragma once
 
 #include "few_32.h"
-#include "few_wide_turn.h"
+#include "few_wide_transpose.h"
 
 namespace native {
 namespace {
@@ -24,13 +23,13 @@ void unpack_four(const char *w, size_t stride, Four &four) {
         return v;
     };
     __m512i heads[4], t[4];
-    turn_short([&](int n) {
+    transpose_16x4([&](int n) {
         const char *row = w + n * stride;
         return _mm_setr_epi32(head(row), head(row + BYTES), head(row + 2 * BYTES), head(row + 3 * BYTES));
     }, heads);
 #pragma GCC unroll 4
     for (int b = 0; b < 4; b++) {
-        const auto turned = [&](int at) { turn_short([&](int n) { return load128(w + n * stride + b * BYTES + at); }, t); };
+        const auto turned = [&](int at) { transpose_16x4([&](int n) { return load128(w + n * stride + b * BYTES + at); }, t); };
         four.scales[b] = halves(heads[b]);
         if (TYPE == Q4_1) four.minima[b] = halves(_mm512_srli_epi32(heads[b], 16));
         if (TYPE == Q4_0) four.minima[b] = _mm512_mul_ps(four.scales[b], _mm512_set1_ps(-8));
@@ -49,8 +48,8 @@ void unpack_four(const char *w, size_t stride, Four &four) {
 
 // sums[4][rows][16] += products of four blocks with R rows of activations
 template <int TYPE, int R>
-void add_four(const Four &w, const Part128 *x, float *sums, size_t next) {
-    constexpr int SIDE = R > 4 ? 1 : R > 2 ? 2 : 4;  // blocks at a time: enough sums that none is waited for
+void add_four(const Four &w, const Activations128 *x, float *sums, size_t next) {
+    constexpr int SIDE = R > 4 ? 1 : R > 2 ? 2 : 4;  // blocks at a time: enough independent accumulators to hide the latency
     for (int b = 0; b < 4; b += SIDE) {
         __m512i of[SIDE][R];
 #pragma GCC unroll 4
@@ -64,20 +63,20 @@ void add_four(const Four &w, const Part128 *x, float *sums, size_t next) {
                 const __m512i bytes = w.bytes[b + e][s];
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++)
-                    add_bytes(of[e][r], bytes, (s < 4 ? x[r].low : x[r].high)[b + e] + s % 4 * 4);
+                    add_dot_int8(of[e][r], bytes, (s < 4 ? x[r].low : x[r].high)[b + e] + s % 4 * 4);
             }
 #pragma GCC unroll 4
         for (int e = 0; e < SIDE; e++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                float *to = sums + (b + e) * next + r * WIDE;
+                float *to = sums + (b + e) * next + r * WIDE_COLUMNS;
                 const __m512 scale = _mm512_mul_ps(w.scales[b + e], _mm512_set1_ps(x[r].scales[b + e]));
                 const __m512 products = _mm512_cvtepi32_ps(of[e][r]), sum = _mm512_load_ps(to);
                 if (TYPE == Q8_0) {
                     _mm512_store_ps(to, _mm512_fmadd_ps(products, scale, sum));
                 } else {
-                    const __m512 least = _mm512_mul_ps(w.minima[b + e], _mm512_set1_ps(x[r].sums[b + e]));
-                    _mm512_store_ps(to, _mm512_add_ps(sum, _mm512_fmadd_ps(products, scale, least)));
+                    const __m512 minima_term = _mm512_mul_ps(w.minima[b + e], _mm512_set1_ps(x[r].sums[b + e]));
+                    _mm512_store_ps(to, _mm512_add_ps(sum, _mm512_fmadd_ps(products, scale, minima_term)));
                 }
             }
     }
@@ -85,45 +84,45 @@ void add_four(const Four &w, const Part128 *x, float *sums, size_t next) {
 
 // y: 16 results of each row
 template <int TYPE>
-void multiply_wide(const char *w, size_t stride, const Part128 *x, int rows, int blocks, float *y, size_t y_stride) {
+void multiply_wide(const char *w, size_t stride, const Activations128 *x, int rows, int blocks, float *y, size_t y_stride) {
     constexpr int BYTES = 4 * block_bytes(TYPE);
-    constexpr decltype(&add_four<TYPE, 1>) adds[TOGETHER] = {add_four<TYPE, 1>, add_four<TYPE, 2>, add_four<TYPE, 3>,
+    constexpr decltype(&add_four<TYPE, 1>) adds[MAX_ROWS_AT_ONCE] = {add_four<TYPE, 1>, add_four<TYPE, 2>, add_four<TYPE, 3>,
                                                              add_four<TYPE, 4>, add_four<TYPE, 5>, add_four<TYPE, 6>,
                                                              add_four<TYPE, 7>, add_four<TYPE, 8>};
-    alignas(64) float sums[4 * FEW * WIDE];
-    const size_t next = rows * WIDE;
+    alignas(64) float sums[4 * MAX_FEW * WIDE_COLUMNS];
+    const size_t next = rows * WIDE_COLUMNS;
     memset(sums, 0, 4 * next * sizeof *sums);
     Four four;
     const auto add = [&](const char *from, size_t step) {
         unpack_four<TYPE>(from, step, four);
-        in_some(rows, [&](int some, int r) { adds[some - 1](four, x + r, sums + r * WIDE, next); });
+        for_row_chunks(rows, [&](int some, int r) { adds[some - 1](four, x + r, sums + r * WIDE_COLUMNS, next); });
     };
-    const char *later = w + WIDE * stride;
+    const char *later = w + WIDE_COLUMNS * stride;
     int left = blocks;
-    for (; left >= 4; left -= 4, x += rows, w += BYTES, later += WIDE * BYTES) {
-        fetch(later, WIDE * BYTES);
+    for (; left >= 4; left -= 4, x += rows, w += BYTES, later += WIDE_COLUMNS * BYTES) {
+        prefetch(later, WIDE_COLUMNS * BYTES);
         add(w, stride);
     }
     if (left) {
-        alignas(64) char last[WIDE][BYTES] = {};
-        fetch(later, WIDE * BYTES * left / 4);
-        for (int n = 0; n < WIDE; n++) memcpy(last[n], w + n * stride, left * BYTES / 4);
+        alignas(64) char last[WIDE_COLUMNS][BYTES] = {};
+        prefetch(later, WIDE_COLUMNS * BYTES * left / 4);
+        for (int n = 0; n < WIDE_COLUMNS; n++) memcpy(last[n], w + n * stride, left * BYTES / 4);
         add(last[0], BYTES);
     }
-    for (int r = 0; r < rows; r++, y += y_stride) {  // as in Eight::sum()
-        const float *of = sums + r * WIDE;
+    for (int r = 0; r < rows; r++, y += y_stride) {  // as in Float8::sum()
+        const float *of = sums + r * WIDE_COLUMNS;
         const __m512 even = _mm512_add_ps(_mm512_load_ps(of), _mm512_load_ps(of + 2 * next));
         _mm512_storeu_ps(y, _mm512_add_ps(even, _mm512_add_ps(_mm512_load_ps(of + next), _mm512_load_ps(of + 3 * next))));
     }
 }
 
-// Whole sums of four blocks, the first and the second in the halves of a register, the others in another's.
+// Integer sums of four blocks: the first two in the halves of one register, the others in another's.
 template <int TYPE>
 inline __m128i wholes(__m256i p, __m256i q) {
     const __m256i one = _mm256_set1_epi16(1);
     if (TYPE == Q8_0) {
         p = _mm256_hadd_epi32(p, q), p = _mm256_hadd_epi32(p, p);
-    } else {  // the same in fewer steps; in 16 bits at most 15 * 127 * 16
+    } else {  // the same in fewer steps; at most 15 * 127 * 16, fits int16
         p = _mm256_madd_epi16(_mm256_packs_epi32(p, q), one);
         p = _mm256_madd_epi16(_mm256_packs_epi32(p, p), one);
     }
@@ -132,7 +131,7 @@ inline __m128i wholes(__m256i p, __m256i q) {
 
 // One row of weights with R rows of activations, for one or two rows and for the columns that are left; else as rows_of_32.
 template <int TYPE, int R>
-void multiply_row(const char *row, const Part128 *x, int step, int blocks, float *out) {
+void multiply_row(const char *row, const Activations128 *x, int step, int blocks, float *out) {
     constexpr int BYTES = block_bytes(TYPE);
     __m128 sums[R];
     for (int r = 0; r < R; r++) sums[r] = _mm_setzero_ps();
@@ -147,7 +146,7 @@ void multiply_row(const char *row, const Part128 *x, int step, int blocks, float
         heads<TYPE>(a, b, c, d, scales, minima);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const Part128 &part = x[r];
+            const Activations128 &part = x[r];
             __m128i dots = wholes<TYPE>(products(p, part.low[0], part.high[0]), products(q, part.low[2], part.high[2]));
             if (TYPE == Q8_0) dots = _mm_add_epi32(dots, load128(part.below));
             const __m128 of = _mm_cvtepi32_ps(dots), scale = _mm_mul_ps(scales, _mm_loadu_ps(part.scales));
@@ -156,11 +155,11 @@ void multiply_row(const char *row, const Part128 *x, int step, int blocks, float
         }
     };
     for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x += step) {
-        fetch<R>(row, 4 * BYTES);
+        prefetch<R>(row, 4 * BYTES);
         add(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }
     if (blocks) add(row, blocks > 1 ? row + BYTES : NO_BLOCK, blocks > 2 ? row + 2 * BYTES : NO_BLOCK, NO_BLOCK);
-    for (int r = 0; r < R; r++) out[r] = Eight{_mm256_zextps128_ps256(sums[r])}.sum();
+    for (int r = 0; r < R; r++) out[r] = Float8{_mm256_zextps128_ps256(sums[r])}.sum();
 }
 
 }  // namespace

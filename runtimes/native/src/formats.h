@@ -1,4 +1,4 @@
-// Blocks of a GGUF file, as every processor reads them. The formats are ggml's (ggml-common.h of llama.cpp):
+// Block formats of a GGUF file. They are ggml's (ggml-common.h of llama.cpp):
 //
 //   F16    values
 //   Q8_0   32 values: scale f16, 32 x int8                        value = d * q
@@ -8,8 +8,8 @@
 //   Q5_K   256 values: d f16, dmin f16, 12 bytes, 32 bytes (fifth bits), 128 bytes       the same
 //   Q6_K   256 values: 128 bytes (low 4 bits), 64 bytes (high 2 bits), 16 x int8 scales, d f16    d * scale * (q - 32)
 //
-// In the 32-value formats the low half-bytes are the first 16 values, the high ones the others. In Q4_K and Q5_K 32 bytes
-// have one group of 32 in their low half-bytes and the next one in their high ones.
+// In the 32-value formats the low nibbles are the first 16 values, the high ones the others. In Q4_K and Q5_K 32 bytes
+// have one group of 32 in their low nibbles and the next one in their high ones.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 namespace native {
 namespace {
 
-constexpr int BYTES_ACROSS = 100;  // int8, a row for each inner value and no scales: vision.onnx's; no ggml_type
+constexpr int INT8_TRANSPOSED = 100;  // int8 (inner, columns) without scales, as in vision.onnx; not a ggml_type
 enum Type { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };  // ggml_type
 
 constexpr int block_bytes(int type) {

@@ -1,8 +1,8 @@
-// The parts of ggml's interface to its backends that no installed header has.
+// The parts of ggml's backend interface that no installed header declares.
 //
 // Taken from ggml/src/ggml-backend-impl.h of llama.cpp (MIT licence, Copyright (c) 2023-2026 The ggml authors), interface
-// version 2, without the functions that this library leaves null. They must match the ggml that loads the library: exact
-// versions of it are accepted by name (runtimes/native/__init__.py), and ggml_backend_load refuses another interface version.
+// version 2, without the functions that this library leaves null. It must match the ggml that loads the library: only exact
+// versions are accepted (runtimes/native/__init__.py), and ggml_backend_load refuses another interface version.
 #pragma once
 
 #include "ggml-backend.h"

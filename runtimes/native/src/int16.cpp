@@ -8,22 +8,22 @@
 // A panel has, for each pair of inner values, the two int16 of each of its columns next to each other: one int32 lane for
 // each column, so that sums need no shuffling. A tile has, for each pair, the two int16 of each of its rows, to be
 // broadcast. AVX-VNNI: 6 rows x 16 columns are 12 sums; two registers of weights and one broadcast make 15. A panel has 8 or
-// 16 KB and stays in the first-level cache; the activations of one inner block (300 KB at 576 rows) and the sums of four panels
-// (150 KB) stay in the second-level cache.
+// 16 KB and stays in the L1 cache; the activations of one inner block (300 KB at 576 rows) and the sums of four panels
+// (150 KB) stay in the L2 cache.
 //
-// With AVX2 alone, and with AVX-512 on AMD's Zen 4, everything waits for the multiplier, which half of the pipes have, and
-// additions are cheap. So half of the multiplications are spared (S. Winograd, "A new algorithm for inner product", 1968):
-// with inner values taken in twos,
+// With AVX2 alone, and with AVX-512 on AMD's Zen 4, multiplications are the bottleneck, because half of the ports have a
+// multiplier, and additions are cheap. So half of the multiplications are saved (S. Winograd, "A new algorithm
+// for inner product", 1968): with inner values in pairs,
 //
 //   sum of x0 * w0 + x1 * w1 = sum of (x0 + w1) * (x1 + w0) - sum of x0 * x1 - sum of w0 * w1
 //
-// where the last two sums are a row's and a column's own, and where the result's sum starts. All are integers, and what
-// leaves 32 bits on the way comes back: the result is that of plain products, bit for bit. Pairs are here of two values'
+// where the last two sums depend on the row or the column alone and initialize the accumulators. All are integers, and
+// overflow on the way wraps around: the result is that of plain products, bit for bit. Pairs are here of two values'
 // firsts, then of their seconds; 4 rows x 16 columns are 8 sums, which four registers of weights, two broadcasts and two
 // factors make 16. AVX-512: 8 rows x 32 columns are 16 sums, and as many others leave room.
 //
-// With 512 bits there are two pipes, one of which multiplies: a plain product keeps that one busy for two cycles, one with half
-// of the multiplications both for one and a half. So three rows of eight, among the others, have plain products.
+// With 512 bits there are two ports, one of which multiplies: a plain product occupies that one for two cycles, one with half of
+// the multiplications both for one and a half. So three of eight rows use plain products.
 
 #include <algorithm>
 
@@ -97,9 +97,9 @@ void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
             transpose(reinterpret_cast<const int32_t *>(values[i]) + s, PAIRS, &tile.pairs[s][i], PLACES);
 }
 
-bool takes(int type) { return type == BYTES_ACROSS || type == F32 || unpacks(type); }
+bool supports(int type) { return type == INT8_TRANSPOSED || type == F32 || is_supported_type(type); }
 
-// 16 bytes of a row, of which `there` are its own
+// 16 bytes of a row, of which `there` are valid
 __m256i bytes16(const char *row, int there) {
     if (there >= 16) return _mm256_cvtepi8_epi16(load128(row));
     alignas(16) char padded[16] = {};
@@ -107,14 +107,14 @@ __m256i bytes16(const char *row, int there) {
     return _mm256_cvtepi8_epi16(load128(padded));
 }
 
-// Two rows, side by side
+// Two rows in one register
 void put_pairs(__m256i a, __m256i b, int32_t *pairs) {
     const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
     put256(_mm256_permute2x128_si256(low, high, 0x20), pairs);
     put256(_mm256_permute2x128_si256(low, high, 0x31), pairs + 8);
 }
 
-// Rows of bytes, one for each inner value. The ones after this block are fetched: they lie far apart.
+// Rows of bytes, one per inner value. The next block's are prefetched, because they are far apart.
 void unpack_across(const Product &product, int column, int columns, int k, int inner, Panel &panel) {
     constexpr int SECOND = TWOS ? 2 : 1;  // that makes a pair with the first of four
     const size_t stride = product.w_stride;
@@ -170,7 +170,7 @@ void add_up(Panel &panel, int inner) {
 
 void unpack(const Product &product, int column, int columns, int k, int inner, void *out) {
     Panel &panel = *static_cast<Panel *>(out);
-    if (product.type == BYTES_ACROSS) {
+    if (product.type == INT8_TRANSPOSED) {
         unpack_across(product, column, columns, k, inner, panel);
     } else {
         unpack_rows(product, column, columns, k, inner, panel);
@@ -184,14 +184,14 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
 
 inline __attribute__((always_inline)) void add_twos(Lanes &left, Lanes &right, const int32_t *x, const Lanes (&first)[2],
                                                     const Lanes (&second)[2]) {
-    const Lanes a = Lanes::same(x[0]), b = Lanes::same(x[ROWS]);
-    left.add_pairs(a.with_pairs(second[0]), b.with_pairs(first[0]));
-    right.add_pairs(a.with_pairs(second[1]), b.with_pairs(first[1]));
+    const Lanes a = Lanes::broadcast(x[0]), b = Lanes::broadcast(x[ROWS]);
+    left.add_dot_int16(a.plus_int16(second[0]), b.plus_int16(first[0]));
+    right.add_dot_int16(a.plus_int16(second[1]), b.plus_int16(first[1]));
 }
 
 #elif !defined(__AVXVNNI__)
 
-// By hand, or gcc moves registers around.
+// Assembly, because gcc adds register moves.
 inline __attribute__((always_inline)) void add_twos(Lanes &left, Lanes &right, const int32_t *x, const Lanes (&first)[2],
                                                     const Lanes (&second)[2]) {
     __m256i a, b, c, d;
@@ -216,9 +216,9 @@ void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left, 
         const Lanes a = Lanes::load(panel.pairs[p]), b = Lanes::load(panel.pairs[p] + Lanes::count);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) {
-            const Lanes x = Lanes::same(tile.pairs[p][i]);
-            left[i].add_pairs(a, x);
-            right[i].add_pairs(b, x);
+            const Lanes x = Lanes::broadcast(tile.pairs[p][i]);
+            left[i].add_dot_int16(a, x);
+            right[i].add_dot_int16(b, x);
         }
     }
 }
@@ -228,9 +228,9 @@ void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left, 
 // left, right += first of x * first of w + second of x * second of w
 inline __attribute__((always_inline)) void add_plain(Lanes &left, Lanes &right, const int32_t *x, const Lanes (&first)[2],
                                                      const Lanes (&second)[2]) {
-    const Lanes a = Lanes::same(x[0]), b = Lanes::same(x[ROWS]);
-    left.add_pairs(a, first[0]), right.add_pairs(a, first[1]);
-    left.add_pairs(b, second[0]), right.add_pairs(b, second[1]);
+    const Lanes a = Lanes::broadcast(x[0]), b = Lanes::broadcast(x[ROWS]);
+    left.add_dot_int16(a, first[0]), right.add_dot_int16(a, first[1]);
+    left.add_dot_int16(b, second[0]), right.add_dot_int16(b, second[1]);
 }
 
 inline __attribute__((always_inline)) void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left,
@@ -238,7 +238,7 @@ inline __attribute__((always_inline)) void add_products(const Tile &tile, const 
     const Lanes low = Lanes::load(panel.starts), high = Lanes::load(panel.starts + Lanes::count);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
-        const Lanes own = Lanes::same(tile.starts[i]);
+        const Lanes own = Lanes::broadcast(tile.starts[i]);
         if (plain(i)) left[i] = right[i] = Lanes::zero();
         else left[i] = low.with(own), right[i] = high.with(own);
     }
@@ -272,7 +272,7 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
 
 void store(const float *sums, float *y, size_t stride, int rows, int columns) {
     for (int i = 0; i < rows; i++, y += stride, sums += COLUMNS)
-        if (columns == COLUMNS) memcpy(y, sums, COLUMNS * sizeof(float));  // known to the compiler, which makes it two moves
+        if (columns == COLUMNS) memcpy(y, sums, COLUMNS * sizeof(float));  // constant size: two moves
         else memcpy(y, sums, columns * sizeof(float));
 }
 
@@ -281,7 +281,7 @@ void store(const float *sums, float *y, size_t stride, int rows, int columns) {
 extern const Kernel KERNEL(int16);
 const Kernel KERNEL(int16) = {
     INSTRUCTIONS,
-    works, takes, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
+    available, supports, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
     pack, unpack, multiply, store, nullptr, nullptr,
 };
 

@@ -1,15 +1,15 @@
-// Products in int8, as exact as llama.cpp's: weights stay the whole numbers that their format stores, and activations are
-// rounded to 7 bits and a sign with a scale for 32 of them (Q4_0, Q4_1, Q8_0) or for 256 (the others), as llama.cpp does.
+// Products in int8, as accurate as llama.cpp's: weights stay the integers of their format, and activations are
+// rounded to int8 (-127 to 127) with a scale for 32 of them (Q4_0, Q4_1, Q8_0) or for 256 (the others), as llama.cpp does.
 //
-// Weights are taken as unsigned bytes w. A group of them is added up in whole numbers, as many as lanes.h holds, and
+// Weights are taken as unsigned bytes w. A group of them is added up in integers, as many as lanes.h holds, and
 //
 //   Q4_0, Q8_0           y = sum over groups of d * x_scale * (sum of w * x - zero * sum of x), zero = 8 or 128
 //   Q4_1                 y = sum over groups of d * x_scale * (sum of w * x) + m * x_scale * (sum of x)
 //   Q4_K, Q5_K, Q6_K     y = x_scale * (d * sum over groups of scale * (sum of w * x) - dmin * sum over groups of min * (sum of x))
 //
-// of which the last has sums over 256 values in whole numbers, too; Q6_K has min = 32 * scale and dmin = d.
+// of which the last has sums over 256 values in integers, too; Q6_K has min = 32 * scale and dmin = d.
 //
-// A panel has, for each four inner values, the four bytes of each of its columns next to each other: one lane of 32 bits for
+// A panel has, for each four inner values, the four bytes of each of its columns next to each other: one 32-bit lane for
 // each column, so that sums need no shuffling. A tile has, for each four, the bytes of each of its rows, to be broadcast.
 // 6 rows x 16 columns are 12 sums; two registers of weights, one broadcast and one product make the 16 of AVX2. AVX-512 has 32,
 // and room for the 12 sums of scaled groups as well.
@@ -27,13 +27,13 @@ namespace {
 constexpr int INNER = 256, STEPS = INNER / 4, BLOCKS = INNER / 32;
 constexpr int COLUMNS = 2 * Lanes::count;
 constexpr int ROWS = 6;
-constexpr int PLACES = 8;  // of rows in a tile: so many are transposed at once
+constexpr int PLACES = 8;  // rows in a tile, which are transposed at once
 
-bool takes(int type) {
+bool supports(int type) {
     return type == Q4_0 || type == Q4_1 || type == Q4_K || type == Q5_K || type == Q6_K || (VNNI && type == Q8_0);
 }
-bool by_blocks(int type) { return block_values(type) == 32; }  // with a scale of activations for each 32
-int scale_values(int type) { return type == Q6_K ? 16 : 32; }  // weights with one scale
+bool by_blocks(int type) { return block_values(type) == 32; }  // activations have a scale per 32 values
+int scale_values(int type) { return type == Q6_K ? 16 : 32; }  // weights per scale
 int zero_point(int type) { return type == Q4_0 ? 8 : type == Q8_0 ? 128 : 0; }
 
 struct Tile {
@@ -47,7 +47,7 @@ struct Tile {
 struct Panel {
     float scales[BLOCKS][COLUMNS];         // by blocks: d; else: d and -dmin, once
     float minima[BLOCKS][COLUMNS];         // Q4_1: m
-    int32_t factors[2 * BLOCKS][COLUMNS];  // scale of each group, as Totals wants it
+    int32_t factors[2 * BLOCKS][COLUMNS];  // scale of each group, as Totals needs it
     int32_t pairs[BLOCKS][COLUMNS];        // min of two groups, int16
     int32_t bytes[STEPS][COLUMNS];
 };
@@ -171,8 +171,8 @@ inline __attribute__((always_inline)) void add_steps(const Tile &tile, const Pan
         const Lanes a = Lanes::load(panel.bytes[s + j]), b = Lanes::load(panel.bytes[s + j] + Lanes::count);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) {
-            const Lanes x = Lanes::same(tile.bytes[s + j][i]);
-            if (j || STARTS) low[i].add_bytes(a, x), high[i].add_bytes(b, x);
+            const Lanes x = Lanes::broadcast(tile.bytes[s + j][i]);
+            if (j || STARTS) low[i].add_dot_int8(a, x), high[i].add_dot_int8(b, x);
             else low[i] = Lanes::bytes(a, x), high[i] = Lanes::bytes(b, x);
         }
     }
@@ -201,7 +201,7 @@ void multiply_by_blocks(const Tile &tile, const Panel &panel, int blocks, bool f
     for (int g = 0; g < blocks; g++) {
         Lanes low[ROWS], high[ROWS];
 #pragma GCC unroll 6
-        for (int i = 0; i < ROWS && !MINIMA; i++) low[i] = high[i] = Lanes::same(tile.sums[g][i]);
+        for (int i = 0; i < ROWS && !MINIMA; i++) low[i] = high[i] = Lanes::broadcast(tile.sums[g][i]);
         add_steps<8, !MINIMA>(tile, panel, 8 * g, low, high);
         const Floats a = Floats::load(panel.scales[g]), b = Floats::load(panel.scales[g] + Lanes::count);
 #pragma GCC unroll 6
@@ -212,7 +212,7 @@ void multiply_by_blocks(const Tile &tile, const Panel &panel, int blocks, bool f
     }
 }
 
-// SCALED: values with one scale. GROUP: of these, as many as add up before they are multiplied by it
+// SCALED: values per scale. GROUP: how many of these accumulate before they are multiplied by it
 template <int SCALED, int GROUP>
 void multiply_by_256(const Tile &tile, const Panel &panel, bool first, float *sums) {
     Lanes low[ROWS], high[ROWS];
@@ -222,8 +222,8 @@ void multiply_by_256(const Tile &tile, const Panel &panel, bool first, float *su
         const Lanes a = Lanes::load(panel.pairs[g]), b = Lanes::load(panel.pairs[g] + Lanes::count);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) {
-            const Lanes x = Lanes::same(tile.sums[g][i]);
-            low[i].add_pairs(a, x), high[i].add_pairs(b, x);
+            const Lanes x = Lanes::broadcast(tile.sums[g][i]);
+            low[i].add_dot_int16(a, x), high[i].add_dot_int16(b, x);
         }
     }
     const Floats c = Floats::load(panel.scales[1]), d = Floats::load(panel.scales[1] + Lanes::count);
@@ -261,7 +261,7 @@ void multiply(int type, const void *tile_memory, const void *panel_memory, int i
 
 void store(const float *sums, float *y, size_t stride, int rows, int columns) {
     for (int i = 0; i < rows; i++, y += stride, sums += COLUMNS)
-        if (columns == COLUMNS) memcpy(y, sums, COLUMNS * sizeof(float));  // known to the compiler, which makes it two moves
+        if (columns == COLUMNS) memcpy(y, sums, COLUMNS * sizeof(float));  // constant size: two moves
         else memcpy(y, sums, columns * sizeof(float));
 }
 
@@ -270,7 +270,7 @@ void store(const float *sums, float *y, size_t stride, int rows, int columns) {
 extern const Kernel KERNEL(int8);
 const Kernel KERNEL(int8) = {
     INSTRUCTIONS "-int8",
-    works, takes, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
+    available, supports, ROWS, COLUMNS, INNER, 64 / COLUMNS, (sizeof(Tile) + 63) / 64 * 64, sizeof(Panel),
     pack, unpack, multiply, store, nullptr, nullptr,
 };
 

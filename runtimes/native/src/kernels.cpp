@@ -1,4 +1,4 @@
-// The kernels there are, the preferred ones first.
+// The registry of kernels, preferred ones first.
 #include "kernels.h"
 
 #include "few_wide.h"
@@ -36,14 +36,14 @@ const Kernel *const kernels[] = {
     nullptr,
 };
 
-extern const Wide wide_few;
-extern const ManyQueries attention_avx512vnni;
+extern const WideKernel wide_few;
+extern const AttentionKernel attention_avx512vnni;
 #ifdef NATIVE_HAS_AVX512VNNI
-const Wide *const wide = &wide_few;
-const ManyQueries *const wide_attention = &attention_avx512vnni;
+const WideKernel *const wide = &wide_few;
+const AttentionKernel *const wide_attention = &attention_avx512vnni;
 #else
-const Wide *const wide = nullptr;
-const ManyQueries *const wide_attention = nullptr;
+const WideKernel *const wide = nullptr;
+const AttentionKernel *const wide_attention = nullptr;
 #endif
 
 }  // namespace native

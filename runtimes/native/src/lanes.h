@@ -1,13 +1,13 @@
-// One register of lanes of 32 bits, for int8.cpp, int16.cpp and, in its widest form, attention.cpp: AVX2, AVX-VNNI or
+// One register of 32-bit lanes, for int8.cpp, int16.cpp and, in its widest form, attention.cpp: AVX2, AVX-VNNI or
 // AVX-512 VNNI, as the compiler's flags say; and plain C++ in place of the last where NATIVE_WIDE comes without it, so that
 // its order of work is tested on other machines.
 //
 // Products of bytes add up in int32 with VNNI, four in a lane. With AVX2 alone they add up in int16, two sums in a lane,
 // which hold 16 products of 4 bits and 7, 8 of 5 bits, 4 of 6: then they have to be taken together. Its product of pairs
-// does that and can multiply by a whole number on the way.
+// does that and can multiply by a integer on the way.
 #pragma once
 
-#include "eight.h"
+#include "float8.h"
 #include "unpack.h"
 
 #include <cstdint>
@@ -39,19 +39,19 @@ struct Lanes {
     __m512i v;
     static Lanes zero() { return {_mm512_setzero_si512()}; }
     static Lanes load(const int32_t *p) { return {_mm512_load_si512(p)}; }
-    static Lanes same(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    static Lanes broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
     Lanes with(Lanes b) const { return {_mm512_add_epi32(v, b.v)}; }
-    Lanes with_pairs(Lanes b) const {
+    Lanes plus_int16(Lanes b) const {
         Lanes y;
         __asm__("vpaddw %2, %1, %0" : "=v"(y.v) : "v"(v), "v"(b.v));
         return y;
     }
     // gcc puts the intrinsics in an order in which sums no longer fit its registers.
-    void add_pairs(Lanes a, Lanes b) { __asm__("vpdpwssd %2, %1, %0" : "+v"(v) : "v"(a.v), "v"(b.v)); }
-    void add_bytes(Lanes w, Lanes x) { __asm__("vpdpbusd %2, %1, %0" : "+v"(v) : "v"(w.v), "v"(x.v)); }
+    void add_dot_int16(Lanes a, Lanes b) { __asm__("vpdpwssd %2, %1, %0" : "+v"(v) : "v"(a.v), "v"(b.v)); }
+    void add_dot_int8(Lanes w, Lanes x) { __asm__("vpdpbusd %2, %1, %0" : "+v"(v) : "v"(w.v), "v"(x.v)); }
     static Lanes bytes(Lanes w, Lanes x) {
         Lanes y = zero();
-        y.add_bytes(w, x);
+        y.add_dot_int8(w, x);
         return y;
     }
     Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
@@ -88,7 +88,7 @@ struct Lanes {
         memcpy(x.v, p, sizeof x.v);
         return x;
     }
-    static Lanes same(int32_t x) {
+    static Lanes broadcast(int32_t x) {
         Lanes y;
         for (int i = 0; i < 16; i++) y.v[i] = x;
         return y;
@@ -98,7 +98,7 @@ struct Lanes {
         for (int i = 0; i < 16; i++) y.v[i] = int32_t(uint32_t(v[i]) + uint32_t(b.v[i]));
         return y;
     }
-    Lanes with_pairs(Lanes b) const {
+    Lanes plus_int16(Lanes b) const {
         Lanes y;
         for (int i = 0; i < 16; i++) {
             const uint32_t low = (uint32_t(v[i]) + uint32_t(b.v[i])) & 0xffff, high = (v[i] >> 16) + (b.v[i] >> 16);
@@ -106,17 +106,17 @@ struct Lanes {
         }
         return y;
     }
-    void add_pairs(Lanes a, Lanes b) {  // what leaves 32 bits is lost, as in the instruction
+    void add_dot_int16(Lanes a, Lanes b) {  // what leaves 32 bits is lost, as in the instruction
         for (int i = 0; i < 16; i++)
             v[i] = int32_t(uint32_t(v[i]) + int16_t(a.v[i]) * int16_t(b.v[i]) + (a.v[i] >> 16) * (b.v[i] >> 16));
     }
-    void add_bytes(Lanes w, Lanes x) {
+    void add_dot_int8(Lanes w, Lanes x) {
         for (int i = 0; i < 16; i++)
             for (int b = 0; b < 32; b += 8) v[i] += uint8_t(w.v[i] >> b) * int8_t(x.v[i] >> b);
     }
     static Lanes bytes(Lanes w, Lanes x) {
         Lanes y = zero();
-        y.add_bytes(w, x);
+        y.add_dot_int8(w, x);
         return y;
     }
     Floats floats() const {
@@ -128,31 +128,31 @@ struct Lanes {
 
 #else
 
-using Floats = Eight;
+using Floats = Float8;
 
 struct Lanes {
     static constexpr int count = 8;
     __m256i v;
     static Lanes zero() { return {_mm256_setzero_si256()}; }
     static Lanes load(const int32_t *p) { return {_mm256_load_si256(reinterpret_cast<const __m256i *>(p))}; }
-    static Lanes same(int32_t x) { return {_mm256_set1_epi32(x)}; }
+    static Lanes broadcast(int32_t x) { return {_mm256_set1_epi32(x)}; }
     Lanes with(Lanes b) const { return {_mm256_add_epi32(v, b.v)}; }
     Floats floats() const { return {_mm256_cvtepi32_ps(v)}; }
     // gcc reorders the intrinsics until twelve sums no longer fit its sixteen registers: a third of the speed.
 #if defined(__AVXVNNI__)
-    void add_pairs(Lanes a, Lanes b) { __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(v) : "x"(a.v), "x"(b.v)); }
-    void add_bytes(Lanes w, Lanes x) { __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(v) : "x"(w.v), "x"(x.v)); }
+    void add_dot_int16(Lanes a, Lanes b) { __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(v) : "x"(a.v), "x"(b.v)); }
+    void add_dot_int8(Lanes w, Lanes x) { __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(v) : "x"(w.v), "x"(x.v)); }
     static Lanes bytes(Lanes w, Lanes x) {
         Lanes y = zero();
-        y.add_bytes(w, x);
+        y.add_dot_int8(w, x);
         return y;
     }
 #else
-    void add_pairs(Lanes a, Lanes b) {
+    void add_dot_int16(Lanes a, Lanes b) {
         __m256i t;
         __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(v), "=&x"(t) : "x"(a.v), "x"(b.v));
     }
-    void add_bytes(Lanes w, Lanes x) {
+    void add_dot_int8(Lanes w, Lanes x) {
         __m256i t;
         __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(v), "=&x"(t) : "x"(w.v), "x"(x.v));
     }
@@ -174,7 +174,7 @@ inline void add_scaled(Floats v, Floats scales, float scale, bool first, float *
     s.store(sums);
 }
 
-// Sums of groups, each times a whole number (`factors`: as they are kept). With AVX2 that costs nothing, with VNNI float32 is as fast.
+// Sums of groups, each times a integer (`factors`: as they are kept). With AVX2 that costs nothing, with VNNI float32 is as fast.
 #if defined(NATIVE_WIDE) || defined(__AVXVNNI__)
 struct Totals {
     Floats v;
@@ -189,7 +189,7 @@ struct Totals {
     Lanes v;
     static __m256i factors(__m256i x) { return twice(x); }
     static Totals zero() { return {Lanes::zero()}; }
-    void add(Lanes group, const int32_t *factors) { v.add_pairs(group, Lanes::load(factors)); }
+    void add(Lanes group, const int32_t *factors) { v.add_dot_int16(group, Lanes::load(factors)); }
     Floats floats() const { return v.floats(); }
 };
 inline Floats whole(Lanes group) {

@@ -1,9 +1,7 @@
-// Linear layers of CLIP and of the projector: y = activation((x @ W) * scale + bias), in place of what ONNX Runtime or numpy
-// would compute.
+// Linear layers of CLIP and of the projector: y = activation((x @ W) * scale + bias), in place of ONNX Runtime's or numpy's.
 //
-// CLIP's W is (inner, columns) int8 as vision.onnx stores it, with a scale for each column; the projector's is (columns, inner)
-// float16 or float32 as projector.gguf stores it, without. The kernel is that of int16.cpp: activations keep 13 bits, which
-// CLIP needs.
+// CLIP's W is (inner, columns) int8 as in vision.onnx, with a scale per column; the projector's is (columns, inner)
+// float16 or float32 as in projector.gguf, without. Both use the kernel of int16.cpp: CLIP needs activations of 13 bits.
 
 #include <cstring>
 
@@ -52,9 +50,9 @@ Scratch &scratch() {
     return own;
 }
 
-const Kernel *pairs_kernel() {
+const Kernel *int16_kernel() {
     for (const Kernel *const *k = kernels; *k; k++)
-        if ((*k)->works() && (*k)->takes(BYTES_ACROSS)) return *k;
+        if ((*k)->available() && (*k)->supports(INT8_TRANSPOSED)) return *k;
     return nullptr;
 }
 
@@ -69,8 +67,8 @@ void Layer::block(float *y, size_t stride, int rows, int column, int columns) co
 }
 
 bool linear(Product p, const Layer &layer, Team &team) {
-    const Kernel *const kernel = pairs_kernel();
-    p.finish = &layer;
+    const Kernel *const kernel = int16_kernel();
+    p.epilogue = &layer;
     return kernel && multiply(*kernel, p, team, scratch());
 }
 
@@ -78,24 +76,24 @@ bool linear(Product p, const Layer &layer, Team &team) {
 
 extern "C" {
 
-// Of a layer of CLIP, for tests and for the check.
+// A layer of CLIP, for tests and the check.
 EXPORT int llava_edge_native_linear(const float *x, const char *w, const float *scale, const float *bias, int quick_gelu,
                                     float *y, int rows, int columns, int inner, int threads) {
     using namespace native;
-    if (inner % 16) return false;  // int16.cpp rounds so many at once
-    const Product p{BYTES_ACROSS, w, size_t(columns), x, size_t(inner), y, size_t(columns), rows, columns, inner};
-    Passing team(threads);
+    if (inner % 16) return false;  // what int16.cpp rounds at once
+    const Product p{INT8_TRANSPOSED, w, size_t(columns), x, size_t(inner), y, size_t(columns), rows, columns, inner};
+    TemporaryThreads team(threads);
     return linear(p, {scale, bias, quick_gelu ? QUICK_GELU : NONE}, team);
 }
 
-// Of a layer of the projector.
+// A layer of the projector.
 EXPORT int llava_edge_native_project(int halves, const float *x, const char *w, const float *bias, int gelu, float *y,
                                      int rows, int columns, int inner, int threads) {
     using namespace native;
-    if (inner % 32) return false;  // int16.cpp unpacks so many at once
+    if (inner % 32) return false;  // what int16.cpp unpacks at once
     const size_t stride = size_t(inner) * (halves ? 2 : 4);
     const Product p{halves ? F16 : F32, w, stride, x, size_t(inner), y, size_t(columns), rows, columns, inner};
-    Passing team(threads);
+    TemporaryThreads team(threads);
     return linear(p, {nullptr, bias, gelu ? GELU : NONE}, team);
 }
 }

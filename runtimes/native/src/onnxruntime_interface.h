@@ -1,5 +1,5 @@
-// The part of ONNX Runtime's C interface that operators.cpp uses (onnxruntime_c_api.h). Its table only grows, so places in it
-// stay; `Api::get` gives none if this ONNX Runtime knows no interface of that version.
+// The part of ONNX Runtime's C interface that operators.cpp uses (onnxruntime_c_api.h). Its table only grows, so indices
+// in it are stable; `OrtApiBase::get` returns null if this ONNX Runtime does not support that version.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ struct OrtApiBase {
     const char *(*version)();
 };
 
-// Places in the table.
+// Indices in the table.
 constexpr int CREATE_STATUS = 0, CREATE_DOMAIN = 26, ADD_OPERATOR = 27, ADD_DOMAIN = 28;
 constexpr int TENSOR_DATA = 51, RANK = 61, DIMENSIONS = 62, SHAPE = 65, ATTRIBUTE_INT = 86, INPUT = 90, OUTPUT = 91;
 constexpr int RELEASE_STATUS = 93, RELEASE_SHAPE = 99, PARALLEL_FOR = 274;
@@ -26,7 +26,7 @@ constexpr int RELEASE_STATUS = 93, RELEASE_SHAPE = 99, PARALLEL_FOR = 274;
 constexpr int FLOAT = 1, INT8 = 3;  // ONNXTensorElementDataType
 constexpr int FAIL = 1;             // OrtErrorCode
 
-// Calls a function of the table: they return a status, null if all is well, or nothing.
+// Calls a function of the table, which returns a status (null on success) or nothing.
 template <int PLACE, class... A>
 void *call(const OrtApi *api, A... arguments) {
     return reinterpret_cast<void *(*)(A...)>(api->functions[PLACE])(arguments...);

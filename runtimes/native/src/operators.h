@@ -1,4 +1,4 @@
-// What ONNX Runtime's operators (operators.cpp) are made of.
+// Building blocks of ONNX Runtime's operators (operators.cpp).
 #pragma once
 
 #include <thread>
@@ -10,16 +10,16 @@
 
 namespace native {
 
-// Threads that end with what they do. OpenMP would keep a second team for the calling thread, and libgomp lets all threads
-// sleep wherever they wait as soon as it has more of them than there are processors: each token took five times as long.
-struct Passing final : Team {
-    explicit Passing(int threads) : Team(threads) {}
+// Threads that end after the task. OpenMP would keep a second team for the calling thread, and libgomp makes all threads sleep
+// instead of spin once it has more of them than there are processors: each token took five times as long.
+struct TemporaryThreads final : Team {
+    explicit TemporaryThreads(int threads) : Team(threads) {}
     void run(void (*task)(void *, size_t), void *data) override {
         std::vector<std::thread> others;
         int next = 1;
         try {
             for (others.reserve(size); next < size; next++) others.emplace_back(task, data, size_t(next));
-        } catch (...) {  // the system gives no more: the rest is done here
+        } catch (...) {  // no more threads: the rest runs here
         }
         task(data, 0);
         for (; next < size; next++) task(data, size_t(next));
@@ -27,16 +27,16 @@ struct Passing final : Team {
     }
 };
 
-// Of the calling thread: for all layers of a session, which are computed one after another.
+// The calling thread's, for all layers of a session, which are computed one after another.
 Scratch &scratch();
 
-// The kernel of int16.cpp for this processor; null if there is none.
-const Kernel *pairs_kernel();
+// The kernel of int16.cpp for this processor, null without one.
+const Kernel *int16_kernel();
 
 enum Activation { NONE, QUICK_GELU, GELU };
 
 // y -> activation(y * scale + bias); scale: null if the weights need none.
-struct Layer final : Finish {
+struct Layer final : Epilogue {
     const float *scale, *bias;
     Activation activation;
 
@@ -44,18 +44,18 @@ struct Layer final : Finish {
     void block(float *y, size_t stride, int rows, int column, int columns) const override;
 };
 
-// False, with nothing computed, if there is no memory.
+// Returns false, with nothing computed, if out of memory.
 bool linear(Product, const Layer &, Team &);
 
-// Attention of all positions with all: (batch, positions, 3 * heads * width) -> (batch, positions, heads * width).
-// q, k and v stand next to each other, each of them head by head.
+// Attention of all positions to all: (batch, positions, 3 * heads * width) -> (batch, positions, heads * width).
+// q, k and v of a position are concatenated, each of them head by head.
 struct Bidirectional {
     const float *qkv;
     float *out;
     int batch, positions, heads, width;
 };
 
-bool attends_bidirectional(int64_t positions, int64_t width);
-bool attend_bidirectional(const Bidirectional &, Team &);  // false, with nothing computed, if there is no memory
+bool supports_bidirectional(int64_t positions, int64_t width);
+bool attend_bidirectional(const Bidirectional &, Team &);  // false, with nothing computed, if out of memory
 
 }  // namespace native

@@ -1,5 +1,5 @@
-// Whether this processor has the instructions that the compiler's flags allow a file.
-// And how its kernel is called: INSTRUCTIONS in its name, KERNEL(x) in C++.
+// Whether this processor has the instructions that a file is compiled for, and their name: INSTRUCTIONS in the name of the
+// kernel, KERNEL(x) in C++.
 #pragma once
 
 #ifndef __x86_64__
@@ -29,7 +29,7 @@
 namespace native {
 namespace {
 
-inline bool works() {
+inline bool available() {
 #ifdef __x86_64__
     __builtin_cpu_init();
 #endif
@@ -43,7 +43,7 @@ inline bool works() {
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #elif defined(NATIVE_WIDE) || (defined(__AVXVNNI__) && defined(NATIVE_REFUSED_COMPUTED))
-    return true;  // tests: in plain C++, or computed by something else where the processor refuses
+    return true;  // tests: in plain C++, or emulated
 #elif defined(__AVXVNNI__)
     return __builtin_cpu_supports("avxvnni");
 #else

@@ -1,8 +1,7 @@
-// Products of many rows: who computes what, for any kernel.
+// Driver of products of many rows, for any kernel.
 //
-// All of a team pack the activations; then each takes blocks of panels until there are none. Within a block the inner
-// dimension is the outer loop, so that the packed activations of one inner block are read from the second-level cache for
-// all panels but the first.
+// The team packs the activations, then each member computes blocks of panels until none are left. Within a block the K loop is
+// outermost, so that the packed activations of one inner block are read from the L2 cache for all panels but the first.
 
 #include <sys/mman.h>
 
@@ -15,15 +14,15 @@
 
 namespace native {
 
-char *Scratch::need(size_t bytes) {
+char *Scratch::reserve(size_t bytes) {
     if (bytes <= size) return data;
     constexpr size_t PAGE = 2 << 20;  // transparent huge pages
     const size_t rounded = (bytes + PAGE - 1) / PAGE * PAGE;
-    void *fresh = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (fresh == MAP_FAILED) return nullptr;
-    madvise(fresh, rounded, MADV_HUGEPAGE);
+    void *mapping = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) return nullptr;
+    madvise(mapping, rounded, MADV_HUGEPAGE);
     if (data) munmap(data, size);
-    data = static_cast<char *>(fresh);
+    data = static_cast<char *>(mapping);
     size = rounded;
     return data;
 }
@@ -34,10 +33,10 @@ Scratch::~Scratch() {
 
 namespace {
 
-constexpr int MOST_SUMS = 32 * 32;  // of any kernel
+constexpr int MAX_SUMS = 32 * 32;  // maximum of all kernels
 
-int up(int a, int b) { return (a + b - 1) / b; }
-size_t up64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+size_t round_up_64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Plan {
     const Kernel &kernel;
@@ -74,10 +73,10 @@ struct Plan {
     void store(const float *s, int t, int column, int width) const {
         const int row = t * kernel.tile_rows, rows = std::min(kernel.tile_rows, p.rows - row);
         float *y = p.y + row * p.y_stride + column;
-        if (!p.finish) return kernel.store(s, y, p.y_stride, rows, width);
-        alignas(64) float block[MOST_SUMS];  // what lies in `y` is not waited for
+        if (!p.epilogue) return kernel.store(s, y, p.y_stride, rows, width);
+        alignas(64) float block[MAX_SUMS];  // avoids reading back from `y`
         kernel.store(s, block, kernel.panel_columns, rows, width);
-        p.finish->block(block, kernel.panel_columns, rows, column, width);
+        p.epilogue->block(block, kernel.panel_columns, rows, column, width);
         for (int i = 0; i < rows; i++) memcpy(y + i * p.y_stride, block + i * kernel.panel_columns, width * sizeof *y);
     }
 };
@@ -90,37 +89,37 @@ void OpenMp::run(void (*task)(void *, size_t), void *data) {
 }
 
 bool multiply(const Kernel &kernel, const Product &p, Team &team, Scratch &scratch) {
-    const int tiles = up(p.rows, kernel.tile_rows), panels = up(p.columns, kernel.panel_columns);
-    const size_t packed = size_t(up(p.inner, kernel.inner_block)) * tiles * kernel.tile_bytes;
+    const int tiles = ceil_div(p.rows, kernel.tile_rows), panels = ceil_div(p.columns, kernel.panel_columns);
+    const size_t packed = size_t(ceil_div(p.inner, kernel.inner_block)) * tiles * kernel.tile_bytes;
     const size_t sums = size_t(std::min(panels, kernel.block_panels)) * kernel.panel_columns * tiles * kernel.tile_rows;
-    const size_t own = up64(kernel.panel_bytes) + up64(sums * sizeof(float));
-    char *memory = scratch.need(packed + team.size * own);
+    const size_t per_thread = round_up_64(kernel.panel_bytes) + round_up_64(sums * sizeof(float));
+    char *memory = scratch.reserve(packed + team.size * per_thread);
     if (!memory) return false;
     const Plan plan{kernel, p, tiles, memory};
     std::atomic<int> next_tile{0};
-    Runs blocks{panels, team.size, kernel.block_panels};
+    GuidedRange chunks{panels, team.size, kernel.block_panels};
     team.each([&](int) {
         for (int t; (t = next_tile.fetch_add(1)) < plan.tiles;) plan.pack(t);
     });
     team.each([&](int member) {
-        alignas(64) char kept[64];
-        if (kernel.enter) kernel.enter(kept);
-        char *panel = memory + packed + member * own;
-        for (int first, end; (first = blocks.take(end)) < panels;)
-            plan.block(first, end, panel, reinterpret_cast<float *>(panel + up64(kernel.panel_bytes)));
-        if (kernel.leave) kernel.leave(kept);
+        alignas(64) char saved[64];
+        if (kernel.begin_thread) kernel.begin_thread(saved);
+        char *panel = memory + packed + member * per_thread;
+        for (int first, end; (first = chunks.next_chunk(end)) < panels;)
+            plan.block(first, end, panel, reinterpret_cast<float *>(panel + round_up_64(kernel.panel_bytes)));
+        if (kernel.end_thread) kernel.end_thread(saved);
     });
     return true;
 }
 
 int block_values(int type) {
     switch (type) {
-        case F16: case Q4_0: case Q4_1: case Q8_0: return 32;  // 32 for F16, too: all loops here step by that
+        case F16: case Q4_0: case Q4_1: case Q8_0: return 32;  // 32 for F16, too: the step of all loops here
         case Q4_K: case Q5_K: case Q6_K: return 256;
     }
     return 0;
 }
 
-bool unpacks(int type) { return block_values(type) != 0; }
+bool is_supported_type(int type) { return block_values(type) != 0; }
 
 }  // namespace native

@@ -1,27 +1,29 @@
-// float32 -> integers with a scale, or bfloat16; and the transposition that puts values of several rows side by side.
+// Quantize float32 to integers with a scale, convert it to bfloat16, and transpose.
 #pragma once
 
-#include "eight.h"
+#include "float8.h"
 #include "unpack.h"
 
 namespace native {
 namespace {
 
-constexpr float LEAST = 1e-30f;  // below it the inverse scale would not be finite: taken for zero
+constexpr float MIN_MAGNITUDE = 1e-30f;  // below it the inverse scale would not be finite: taken for zero
 
-// out = round(v / scale), |out| <= limit; returns scale. NaN if a value is not finite, so that the result says it.
-// count: a multiple of 16; out on 32 bytes.
+// out = round(v / scale), |out| <= limit; returns scale, NaN if a value is not finite, so that the result is NaN, too.
+// count: a multiple of 16; out: aligned to 32 bytes.
 inline float quantize(const float *v, int count, float limit, int16_t *out) {
     const __m256i sign_off = _mm256_set1_epi32(0x7fffffff);
-    __m256i most = _mm256_setzero_si256();  // as integers, magnitudes of floats order like the floats, infinity and NaN last
+    // As integers, the bits of floats without sign compare like the floats, with infinity and NaN last.
+    __m256i largest_magnitude = _mm256_setzero_si256();
     for (int i = 0; i < count; i += 8)
-        most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(v + i)), sign_off));
-    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+        largest_magnitude = _mm256_max_epi32(
+            largest_magnitude, _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(v + i)), sign_off));
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(largest_magnitude), _mm256_extracti128_si256(largest_magnitude, 1));
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
     const int bits = _mm_cvtsi128_si32(m);
     const float magnitude = _mm_cvtss_f32(_mm_castsi128_ps(m));
-    if (bits >= 0x7f800000 || magnitude < LEAST) {
+    if (bits >= 0x7f800000 || magnitude < MIN_MAGNITUDE) {
         for (int i = 0; i < count; i++) out[i] = 0;
         return bits >= 0x7f800000 ? __builtin_nanf("") : 0;
     }
@@ -35,7 +37,7 @@ inline float quantize(const float *v, int count, float limit, int16_t *out) {
     return magnitude / limit;
 }
 
-// The same to 7 bits and a sign. count: a multiple of 32, up to 256.
+// The same to int8, -127 to 127. count: a multiple of 32, up to 256.
 inline float quantize8(const float *v, int count, int8_t *out) {
     alignas(32) int16_t wide[256];
     const float scale = quantize(v, count, 127, wide);
@@ -46,14 +48,14 @@ inline float quantize8(const float *v, int count, int8_t *out) {
     return scale;
 }
 
-// 8 rows of 8 int32, `from` apart -> 8 columns, `to` apart
+// Transpose 8x8 int32; rows of `in` are `from` apart, rows of `out` `to` apart.
 inline void transpose(const int32_t *in, size_t from, int32_t *out, size_t to) {
-    Eight rows[8];
-    for (int i = 0; i < 8; i++) rows[i] = Eight::load(reinterpret_cast<const float *>(in + i * from));  // bits, whatever they say
+    Float8 rows[8];
+    for (int i = 0; i < 8; i++) rows[i] = Float8::load(reinterpret_cast<const float *>(in + i * from));  // only moves bits
     transpose(rows, reinterpret_cast<float *>(out), to);
 }
 
-// 8 floats -> 8 bfloat16, to the nearest, ties to even; NaN stays NaN
+// 8 floats -> 8 bfloat16, rounded to nearest even; NaN stays NaN
 inline __m128i bfloat16(__m256 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

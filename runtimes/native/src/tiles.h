@@ -1,7 +1,7 @@
-// The matrix unit's instructions (AMX).
+// Instructions of the matrix unit (AMX).
 //
-// Eight registers of 16 rows of 64 bytes. 0 to 3 are sums, 4 and 5 hold weights, 6 and 7 activations. gcc's own intrinsics
-// do not say that they read and write memory; here everything does.
+// Eight tile registers of 16 rows of 64 bytes: 0 to 3 are accumulators, 4 and 5 hold weights, 6 and 7 activations. gcc's
+// intrinsics do not declare that they access memory; these do.
 #pragma once
 
 #include <cpuid.h>
@@ -34,8 +34,8 @@ template <int T>
 inline void tile_store(void *p, size_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
 }
-enum Numbers { BFLOAT16, INT8 };
-template <Numbers N, int C, int A, int B>
+enum ElementType { BFLOAT16, INT8 };
+template <ElementType N, int C, int A, int B>
 inline void tile_multiply() {
     if (N == BFLOAT16) __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     else __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
@@ -45,30 +45,30 @@ inline void tile_configure(const TileConfiguration *c) { __asm__ volatile("ldtil
 inline void tile_read_configuration(TileConfiguration *c) { __asm__ volatile("sttilecfg %0" : "=m"(*c)::"memory"); }
 inline void tile_release() { __asm__ volatile("tilerelease" ::: "memory"); }
 
-// Tiles 0 to 3 += two tiles of weights times two of activations, over one step or more. Where the other thread of a core or
-// a busy host keeps a thread from working ahead, loads and products add up instead of overlapping; so a tile is loaded for
-// the next step as soon as its last product of this one is on its way, and activations, which come from the second-level
-// cache, are fetched before that: 1.16 to 1.18 times as fast as loads before products (Xeon with AMX, 16 threads).
-template <Numbers N, class Step>
+// Tiles 0 to 3 += two tiles of weights times two of activations, over one or more steps. Under hyper-threading or on a busy
+// host out-of-order execution does not overlap loads and products enough, so loads are software-pipelined: a tile is loaded
+// for the next step right after its last product of this one, and activations are prefetched from the L2 cache before that:
+// 1.16 to 1.18 times as fast as loads before products (Xeon with AMX, 16 threads).
+template <ElementType N, class Step>
 inline void multiply_steps(const Step *w, const Step *x, int steps) {
     static_assert(sizeof(Step) == 2048);
-    const char *later = reinterpret_cast<const char *>(x) + 2 * sizeof(Step);  // in the end what lies behind the last step
-    const auto fetch = [&later] {
+    const char *later = reinterpret_cast<const char *>(x) + 2 * sizeof(Step);  // at the end, past the last step
+    const auto prefetch = [&later] {
         for (int i = 0; i < 512; i += 64) _mm_prefetch(later + i, _MM_HINT_T0);
         later += 512;
     };
     tile_load<4>(w->tile[0], 64), tile_load<6>(x->tile[0], 64), tile_load<7>(x->tile[1], 64), tile_load<5>(w->tile[1], 64);
     for (int s = 1; s < steps; s++) {
-        tile_multiply<N, 0, 4, 6>(), fetch();
-        tile_multiply<N, 1, 4, 7>(), tile_load<4>(w[s].tile[0], 64), fetch();
-        tile_multiply<N, 2, 5, 6>(), tile_load<6>(x[s].tile[0], 64), fetch();
-        tile_multiply<N, 3, 5, 7>(), tile_load<7>(x[s].tile[1], 64), tile_load<5>(w[s].tile[1], 64), fetch();
+        tile_multiply<N, 0, 4, 6>(), prefetch();
+        tile_multiply<N, 1, 4, 7>(), tile_load<4>(w[s].tile[0], 64), prefetch();
+        tile_multiply<N, 2, 5, 6>(), tile_load<6>(x[s].tile[0], 64), prefetch();
+        tile_multiply<N, 3, 5, 7>(), tile_load<7>(x[s].tile[1], 64), tile_load<5>(w[s].tile[1], 64), prefetch();
     }
     tile_multiply<N, 0, 4, 6>(), tile_multiply<N, 1, 4, 7>(), tile_multiply<N, 2, 5, 6>(), tile_multiply<N, 3, 5, 7>();
 }
 
-// What the compiler may have used besides the tiles: all processors with AMX have it, but a virtual machine may hide it.
-inline bool vectors_work() {
+// AVX-512 as the compiler may use it: all processors with AMX have it, but a virtual machine may hide it.
+inline bool has_avx512() {
 #ifdef __AVX512BF16__
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -78,13 +78,13 @@ inline bool vectors_work() {
 #endif
 }
 
-// leaf 7: 22 bf16, 24 tiles, 25 int8. The kernel grants the registers' 8 KB per thread when it is asked for them.
-inline bool tiles_work(int needed) {
+// leaf 7: 22 bf16, 24 tiles, 25 int8. Linux must be asked for permission to use the registers' 8 KB per thread.
+inline bool has_amx(int needed) {
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl
     unsigned a, b, c, d;
-    const bool there = vectors_work() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & 1 && d >> needed & 1;
+    const bool there = has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & 1 && d >> needed & 1;
     const bool granted = there && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#ifdef NATIVE_REFUSED_COMPUTED  // tests: what a processor refuses, something else computes
+#ifdef NATIVE_REFUSED_COMPUTED  // tests: emulated
     return true;
 #endif
     return granted;
@@ -92,17 +92,17 @@ inline bool tiles_work(int needed) {
 
 constexpr int BF16_BIT = 22, INT8_BIT = 25;
 
-// Around a thread's work: ggml's own kernels configure the unit once per thread and rely on finding it so.
-inline void enter_tiles(void *kept) {
-    tile_read_configuration(static_cast<TileConfiguration *>(kept));
+// Around a thread's work, because ggml's kernels configure the unit once per thread and rely on that.
+inline void configure_tiles(void *saved) {
+    tile_read_configuration(static_cast<TileConfiguration *>(saved));
     TileConfiguration all{};
     all.palette = 1;
     for (int t = 0; t < 8; t++) all.row_bytes[t] = 64, all.rows[t] = 16;
     tile_configure(&all);
 }
 
-inline void leave_tiles(void *kept) {
-    const TileConfiguration *before = static_cast<const TileConfiguration *>(kept);
+inline void restore_tiles(void *saved) {
+    const TileConfiguration *before = static_cast<const TileConfiguration *>(saved);
     if (before->palette) tile_configure(before);
     else tile_release();
 }

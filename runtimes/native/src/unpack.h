@@ -1,4 +1,4 @@
-// Blocks of a GGUF file (formats.h) -> float32, with AVX2.
+// Dequantize blocks of a GGUF file (formats.h) to float32 with AVX2.
 #pragma once
 
 #include <immintrin.h>
@@ -19,7 +19,7 @@ inline float half(const void *p) {
 
 inline __m128i load128(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
 inline __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
-inline void put256(__m256i v, void *to) { _mm256_store_si256(static_cast<__m256i *>(to), v); }  // on 32 bytes
+inline void put256(__m256i v, void *to) { _mm256_store_si256(static_cast<__m256i *>(to), v); }  // aligned to 32 bytes
 
 // out[0..16) = values * scale + offset, of 16 bytes; signed or not
 template <bool Signed>
@@ -49,13 +49,13 @@ inline void group_scale(const uint8_t *s, int j, int &scale, int &minimum) {
     }
 }
 
-// Bits to the left, or to the right if that is negative; what crosses bytes is to be masked.
+// Shift left, or right if negative; the caller masks bits that cross bytes.
 inline __m256i moved(__m256i x, int left) { return left < 0 ? _mm256_srli_epi16(x, -left) : _mm256_slli_epi16(x, left); }
 
 // int32 -> the same as int16, twice
 inline __m256i twice(__m256i x) { return _mm256_blend_epi16(x, _mm256_slli_epi32(x, 16), 0xaa); }
 
-// 16 bytes of half-bytes -> 32 bytes, low ones first
+// 16 bytes of nibbles -> 32 bytes, low ones first
 inline __m256i nibbles(const void *p) {
     const __m128i x = load128(p);
     return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(x, 4), x), _mm256_set1_epi8(15));

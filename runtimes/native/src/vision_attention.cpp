@@ -1,9 +1,9 @@
-// CLIP's attention: out = softmax(q . k / sqrt(width)) . v for each head, where every position sees all of them.
+// CLIP's attention: out = softmax(q . k / sqrt(width)) . v for each head, where every position attends to all.
 //
-// Both products are those of int16.cpp's kernel. A thread takes a head, packs its keys and values once, as if they were
-// weights, and then some queries at a time, one tile: their scores (9 KB for 4 queries and 577 keys, 18 for 8 with AVX-512)
-// stay in the first-level cache, the packed keys and values in the second. ONNX Runtime's steps write and read scores of all
-// heads: 21 MB a layer.
+// Both products use int16.cpp's kernel. A thread computes a head: it packs the keys and values once, as if they were
+// weights, and then processes one tile of queries at a time: their scores (9 KB for 4 queries and 577 keys, 18 for 8 with AVX-512)
+// stay in the L1 cache, the packed keys and values in the second. ONNX Runtime's nodes write and read the scores
+// of all heads: 21 MB per layer.
 
 #include <atomic>
 #include <cmath>
@@ -17,10 +17,10 @@ namespace native {
 namespace {
 
 constexpr int STEP = 32;   // keys are padded to a multiple of it
-constexpr int BLOCK = 64;  // keys whose weights and values share a scale each: of 13 bits, and 12
+constexpr int BLOCK = 64;  // keys whose weights (13 bits) and values (12 bits) share a scale each
 constexpr int MAX_POSITIONS = 1 << 14, MAX_WIDTH = 256;
 
-// 2^x for x <= 0, at least 2^-120; relative error below 3e-6, of which the 13 bits that are kept show nothing. NaN stays.
+// 2^x for x <= 0, at least 2^-120; relative error below 3e-6, which is lost in rounding to 13 bits. NaN stays NaN.
 __m256 power_of_two(__m256 x) {
     x = _mm256_max_ps(_mm256_set1_ps(-120), x);
     const __m256 n = _mm256_round_ps(x, 8), r = _mm256_sub_ps(x, n);
@@ -32,7 +32,7 @@ __m256 power_of_two(__m256 x) {
 size_t up(size_t a, size_t b) { return (a + b - 1) / b; }
 size_t up64(size_t bytes) { return up(bytes, 64) * 64; }
 
-// What one thread needs for one head.
+// Buffers of one thread for one head.
 struct Head {
     const Bidirectional &a;
     const Kernel &kernel;
@@ -63,7 +63,7 @@ struct Head {
             const int rows = std::min(kernel.tile_rows, a.positions - first);
             float inverse[MAX_ROWS];
             score(q + first * row, rows, keys, tiles, sums, scores);
-            for (int i = 0; i < rows; i++) inverse[i] = soften(scores + i * stride);
+            for (int i = 0; i < rows; i++) inverse[i] = softmax(scores + i * stride);
             weigh(rows, values, tiles, sums, scores, out + first * (row / 3), inverse);
         }
     }
@@ -87,7 +87,7 @@ private:
         }
     }
 
-    // Turned first: a value's numbers are the columns of that product.
+    // Transposed first: the elements of a value are the columns of that product.
     void pack_values(const float *v, float *turned, char *panels) const {
         int position = 0;
         for (; position + 8 <= a.positions; position += 8)
@@ -113,12 +113,13 @@ private:
         }
     }
 
-    // Scores -> e^((score - maximum) / sqrt(width)), in place; returns one over their sum. NaN stays.
-    float soften(float *scores) const {
+    // Scores -> e^((score - maximum) / sqrt(width)), in place; returns one over their sum. NaN stays NaN.
+    float softmax(float *scores) const {
         std::fill(scores + a.positions, scores + stride, -INFINITY);
         __m256 most = _mm256_loadu_ps(scores), sum = _mm256_setzero_ps();
         for (size_t j = 8; j < stride; j += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(scores + j));
-        const __m256 maximum = _mm256_set1_ps(Eight{most}.largest()), scale = _mm256_set1_ps(1.44269504f / std::sqrt(float(a.width)));
+        const __m256 maximum = _mm256_set1_ps(Float8{most}.reduce_max());
+        const __m256 scale = _mm256_set1_ps(1.44269504f / std::sqrt(float(a.width)));
         for (size_t j = 0; j < stride; j += 8) {
             const __m256 e = power_of_two(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(scores + j), maximum), scale));
             _mm256_storeu_ps(scores + j, e);
@@ -146,15 +147,15 @@ private:
 
 }  // namespace
 
-bool attends_bidirectional(int64_t positions, int64_t width) {
+bool supports_bidirectional(int64_t positions, int64_t width) {
     return positions > 0 && positions <= MAX_POSITIONS && width > 0 && width % 16 == 0 && width <= MAX_WIDTH;
 }
 
 bool attend_bidirectional(const Bidirectional &a, Team &team) {
-    const Kernel *const kernel = pairs_kernel();
+    const Kernel *const kernel = int16_kernel();
     if (!kernel) return false;
     const Head work{a, *kernel};
-    char *memory = scratch().need(team.size * work.size());
+    char *memory = scratch().reserve(team.size * work.size());
     if (!memory) return false;
     std::atomic<int> next{0};
     team.each([&](int member) {
@@ -166,11 +167,11 @@ bool attend_bidirectional(const Bidirectional &a, Team &team) {
 
 }  // namespace native
 
-// For tests and for the check.
+// For tests and the check.
 extern "C" EXPORT int llava_edge_native_attend(const float *qkv, float *out, int batch, int positions, int heads, int width,
                                                int threads) {
     using namespace native;
-    if (!attends_bidirectional(positions, width)) return false;
-    Passing team(threads);
+    if (!supports_bidirectional(positions, width)) return false;
+    TemporaryThreads team(threads);
     return attend_bidirectional({qkv, out, batch, positions, heads, width}, team);
 }

@@ -1,4 +1,4 @@
-// Weights of 16 columns, one in each lane of 32 bits (few_wide.cpp).
+// Transposes weights of 16 columns so that each has its own 32-bit lane (few_wide.cpp).
 #pragma once
 
 #include "few.h"
@@ -7,10 +7,10 @@
 namespace native {
 namespace {
 
-constexpr int TOGETHER = 8;  // rows: their sums and totals are 16 of 32 registers
+constexpr int MAX_ROWS_AT_ONCE = 8;  // their accumulators and totals take 16 of 32 registers
 
-// 16 rows, `stride` bytes apart, of 64 bytes -> 16 registers with four bytes of each
-inline __attribute__((always_inline)) void turn(const char *from, size_t stride, __m512i *out) {
+// 16 rows of 64 bytes, `stride` bytes apart -> 16 registers with four bytes of each row
+inline __attribute__((always_inline)) void transpose_16x16(const char *from, size_t stride, __m512i *out) {
     __m512i r[16], t[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * stride);
@@ -37,9 +37,9 @@ inline __attribute__((always_inline)) void turn(const char *from, size_t stride,
     }
 }
 
-// The same of 16 bytes: from(row) -> __m128i
+// The same for rows of 16 bytes; from(row) returns __m128i
 template <class F>
-inline __attribute__((always_inline)) void turn_short(F from, __m512i *out) {
+inline __attribute__((always_inline)) void transpose_16x4(F from, __m512i *out) {
     __m512i r[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
@@ -58,25 +58,25 @@ inline __m512i all(int byte) { return _mm512_set1_epi8(char(byte)); }
 inline __m512i and_(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
 inline __m512 halves(__m512i low) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(low)); }
 
-inline void add_bytes(__m512i &sum, __m512i w, const void *x) {
+inline void add_dot_int8(__m512i &sum, __m512i w, const void *x) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*static_cast<const int32_t *>(x)));
 }
-inline void add_pairs(__m512i &sum, __m512i w, const void *x) {
+inline void add_dot_int16(__m512i &sum, __m512i w, const void *x) {
     __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*static_cast<const int32_t *>(x)));
 }
 
-// add(count, first row) until all rows have been met, TOGETHER at most at a time.
+// Call add(count, first row) for all rows, at most MAX_ROWS_AT_ONCE at a time.
 template <class F>
-inline void in_some(int rows, F add) {
-    for (int times = (rows + TOGETHER - 1) / TOGETHER, r = 0; times > 0; times--) {
+inline void for_row_chunks(int rows, F add) {
+    for (int times = (rows + MAX_ROWS_AT_ONCE - 1) / MAX_ROWS_AT_ONCE, r = 0; times > 0; times--) {
         const int some = (rows - r + times - 1) / times;
         add(some, r);
         r += some;
     }
 }
 
-// Of the columns behind these, in the order of memory: 16 rows at a time are too many places at once for the processor.
-inline void fetch(const char *from, int bytes) {
+// Prefetch the next columns in memory order: the hardware prefetcher cannot follow 16 streams at once.
+inline void prefetch(const char *from, int bytes) {
     for (int i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
 }
 

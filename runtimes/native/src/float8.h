@@ -1,4 +1,4 @@
-// Eight floats, and the eights that stand side by side: one register of AVX2, or two of NEON.
+// A vector of eight floats: one register of AVX2, or two of NEON.
 #pragma once
 
 #include <cstdint>
@@ -15,23 +15,23 @@ namespace {
 
 #ifdef __x86_64__
 
-struct Eight {
+struct Float8 {
     __m256 v;
-    static Eight zero() { return {_mm256_setzero_ps()}; }
-    static Eight same(float x) { return {_mm256_set1_ps(x)}; }
-    static Eight load(const float *p) { return {_mm256_loadu_ps(p)}; }
-    static Eight load(const uint16_t *p) {  // float16
+    static Float8 zero() { return {_mm256_setzero_ps()}; }
+    static Float8 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+    static Float8 load(const float *p) { return {_mm256_loadu_ps(p)}; }
+    static Float8 load(const uint16_t *p) {  // float16
         return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))};
     }
     void store(float *p) const { _mm256_storeu_ps(p, v); }
-    void add(Eight a, float b) { v = _mm256_fmadd_ps(a.v, _mm256_set1_ps(b), v); }
-    void add(Eight a, Eight b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
+    void add(Float8 a, float b) { v = _mm256_fmadd_ps(a.v, _mm256_set1_ps(b), v); }
+    void add(Float8 a, Float8 b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
     void scale(float b) { v = _mm256_mul_ps(v, _mm256_set1_ps(b)); }
-    Eight rounded() const { return {_mm256_round_ps(v, 8)}; }  // ties to even
-    Eight power_of_two() const {  // of whole numbers from -126 to 127
+    Float8 rounded() const { return {_mm256_round_ps(v, 8)}; }  // ties to even
+    Float8 power_of_two() const {  // 2^v for integers from -126 to 127
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127)), 23))};
     }
-    float largest() const {
+    float reduce_max() const {
         __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
         return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
@@ -43,34 +43,34 @@ struct Eight {
     }
 };
 
-inline Eight operator+(Eight a, Eight b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline Eight operator-(Eight a, Eight b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Eight operator*(Eight a, Eight b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Eight larger(Eight a, Eight b) { return {_mm256_max_ps(a.v, b.v)}; }  // b, if one is NaN
+inline Float8 operator+(Float8 a, Float8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Float8 operator-(Float8 a, Float8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Float8 operator*(Float8 a, Float8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Float8 elementwise_max(Float8 a, Float8 b) { return {_mm256_max_ps(a.v, b.v)}; }  // b if one is NaN
 
-struct Where {  // in which of eight lanes
+struct Mask8 {  // a bit mask per lane
     __m256 v;
-    static Where first(int count) {
+    static Mask8 first(int count) {
         return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))};
     }
     bool any() const { return _mm256_movemask_ps(v); }
 };
 
-inline Where operator|(Where a, Where b) { return {_mm256_or_ps(a.v, b.v)}; }
-inline Where operator==(Eight a, Eight b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
-inline Where operator<(Eight a, Eight b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
-inline Where is_nan(Eight a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
-inline Eight choose(Where where, Eight a, Eight b) { return {_mm256_blendv_ps(b.v, a.v, where.v)}; }
+inline Mask8 operator|(Mask8 a, Mask8 b) { return {_mm256_or_ps(a.v, b.v)}; }
+inline Mask8 operator==(Float8 a, Float8 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+inline Mask8 operator<(Float8 a, Float8 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask8 is_nan(Float8 a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Float8 select(Mask8 where, Float8 a, Float8 b) { return {_mm256_blendv_ps(b.v, a.v, where.v)}; }
 
-// The sum of each of eight
-inline Eight sums(const Eight s[8]) {
+// Horizontal sums of eight vectors
+inline Float8 sums(const Float8 s[8]) {
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(s[0].v, s[1].v), _mm256_hadd_ps(s[2].v, s[3].v));
     const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(s[4].v, s[5].v), _mm256_hadd_ps(s[6].v, s[7].v));
     return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
 }
 
-// 8 rows -> 8 columns, `to` apart
-inline void transpose(const Eight rows[8], float *out, size_t to) {
+// Transpose 8x8; rows of `out` are `to` floats apart
+inline void transpose(const Float8 rows[8], float *out, size_t to) {
     __m256 r[8], t[8];
     for (int i = 0; i < 4; i++) {
         t[2 * i] = _mm256_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
@@ -88,10 +88,10 @@ inline void transpose(const Eight rows[8], float *out, size_t to) {
     }
 }
 
-// A sum of whole numbers below 2^32, exact
-struct Whole {
+// Exact sum of integers below 2^32
+struct ExactSum {
     __m256i v = _mm256_setzero_si256();
-    void add(Eight x) {  // rounded
+    void add(Float8 x) {  // rounded
         const __m256i whole = _mm256_cvtps_epi32(x.v);
         v = _mm256_add_epi64(v, _mm256_cvtepu32_epi64(_mm256_castsi256_si128(whole)));
         v = _mm256_add_epi64(v, _mm256_cvtepu32_epi64(_mm256_extracti128_si256(whole, 1)));
@@ -105,61 +105,61 @@ struct Whole {
 
 #else
 
-struct Eight {
+struct Float8 {
     float32x4_t low, high;
-    static Eight zero() { return same(0); }
-    static Eight same(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
-    static Eight load(const float *p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
-    static Eight load(const uint16_t *p) {  // float16
+    static Float8 zero() { return broadcast(0); }
+    static Float8 broadcast(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
+    static Float8 load(const float *p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+    static Float8 load(const uint16_t *p) {  // float16
         const float16x8_t v = vreinterpretq_f16_u16(vld1q_u16(p));
         return {vcvt_f32_f16(vget_low_f16(v)), vcvt_high_f32_f16(v)};
     }
     void store(float *p) const { vst1q_f32(p, low), vst1q_f32(p + 4, high); }
-    void add(Eight a, float b) { low = vfmaq_n_f32(low, a.low, b), high = vfmaq_n_f32(high, a.high, b); }
-    void add(Eight a, Eight b) { low = vfmaq_f32(low, a.low, b.low), high = vfmaq_f32(high, a.high, b.high); }
-    Eight rounded() const { return {vrndnq_f32(low), vrndnq_f32(high)}; }  // ties to even
-    Eight power_of_two() const {  // of whole numbers from -126 to 127
+    void add(Float8 a, float b) { low = vfmaq_n_f32(low, a.low, b), high = vfmaq_n_f32(high, a.high, b); }
+    void add(Float8 a, Float8 b) { low = vfmaq_f32(low, a.low, b.low), high = vfmaq_f32(high, a.high, b.high); }
+    Float8 rounded() const { return {vrndnq_f32(low), vrndnq_f32(high)}; }  // ties to even
+    Float8 power_of_two() const {  // 2^v for integers from -126 to 127
         const int32x4_t bias = vdupq_n_s32(127);
         return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(low), bias), 23)),
                 vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(high), bias), 23))};
     }
-    float largest() const { return vmaxnmvq_f32(vmaxnmq_f32(low, high)); }
+    float reduce_max() const { return vmaxnmvq_f32(vmaxnmq_f32(low, high)); }
     float sum() const { return vaddvq_f32(vaddq_f32(low, high)); }
 };
 
-inline Eight operator+(Eight a, Eight b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
-inline Eight operator-(Eight a, Eight b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
-inline Eight operator*(Eight a, Eight b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
-// The other, if one is NaN
-inline Eight larger(Eight a, Eight b) { return {vmaxnmq_f32(a.low, b.low), vmaxnmq_f32(a.high, b.high)}; }
+inline Float8 operator+(Float8 a, Float8 b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+inline Float8 operator-(Float8 a, Float8 b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+inline Float8 operator*(Float8 a, Float8 b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+// The other one if one is NaN
+inline Float8 elementwise_max(Float8 a, Float8 b) { return {vmaxnmq_f32(a.low, b.low), vmaxnmq_f32(a.high, b.high)}; }
 
-struct Where {  // in which of eight lanes
+struct Mask8 {  // a bit mask per lane
     uint32x4_t low, high;
-    static Where first(int count) {
+    static Mask8 first(int count) {
         const int32x4_t lane = {0, 1, 2, 3};
         return {vcltq_s32(lane, vdupq_n_s32(count)), vcltq_s32(lane, vdupq_n_s32(count - 4))};
     }
     bool any() const { return vmaxvq_u32(vorrq_u32(low, high)); }
 };
 
-inline Where operator|(Where a, Where b) { return {vorrq_u32(a.low, b.low), vorrq_u32(a.high, b.high)}; }
-inline Where operator==(Eight a, Eight b) { return {vceqq_f32(a.low, b.low), vceqq_f32(a.high, b.high)}; }
-inline Where operator<(Eight a, Eight b) { return {vcltq_f32(a.low, b.low), vcltq_f32(a.high, b.high)}; }
-inline Where is_nan(Eight a) { return {vmvnq_u32(vceqq_f32(a.low, a.low)), vmvnq_u32(vceqq_f32(a.high, a.high))}; }
-inline Eight choose(Where where, Eight a, Eight b) {
+inline Mask8 operator|(Mask8 a, Mask8 b) { return {vorrq_u32(a.low, b.low), vorrq_u32(a.high, b.high)}; }
+inline Mask8 operator==(Float8 a, Float8 b) { return {vceqq_f32(a.low, b.low), vceqq_f32(a.high, b.high)}; }
+inline Mask8 operator<(Float8 a, Float8 b) { return {vcltq_f32(a.low, b.low), vcltq_f32(a.high, b.high)}; }
+inline Mask8 is_nan(Float8 a) { return {vmvnq_u32(vceqq_f32(a.low, a.low)), vmvnq_u32(vceqq_f32(a.high, a.high))}; }
+inline Float8 select(Mask8 where, Float8 a, Float8 b) {
     return {vbslq_f32(where.low, a.low, b.low), vbslq_f32(where.high, a.high, b.high)};
 }
 
-// The sum of each of eight
-inline Eight sums(const Eight s[8]) {
+// Horizontal sums of eight vectors
+inline Float8 sums(const Float8 s[8]) {
     float32x4_t halves[8];
     for (int i = 0; i < 8; i++) halves[i] = vaddq_f32(s[i].low, s[i].high);
     return {vpaddq_f32(vpaddq_f32(halves[0], halves[1]), vpaddq_f32(halves[2], halves[3])),
             vpaddq_f32(vpaddq_f32(halves[4], halves[5]), vpaddq_f32(halves[6], halves[7]))};
 }
 
-// 8 rows -> 8 columns, `to` apart
-inline void transpose(const Eight rows[8], float *out, size_t to) {
+// Transpose 8x8; rows of `out` are `to` floats apart
+inline void transpose(const Float8 rows[8], float *out, size_t to) {
     for (int i = 0; i < 8; i += 4)
         for (int half = 0; half < 2; half++) {
             float32x4_t r[4];
@@ -172,10 +172,10 @@ inline void transpose(const Eight rows[8], float *out, size_t to) {
         }
 }
 
-// A sum of whole numbers below 2^32, exact
-struct Whole {
+// Exact sum of integers below 2^32
+struct ExactSum {
     uint64x2_t v = vdupq_n_u64(0);
-    void add(Eight x) {  // rounded
+    void add(Float8 x) {  // rounded
         for (const float32x4_t part : {x.low, x.high}) v = vpadalq_u32(v, vcvtnq_u32_f32(part));
     }
     int64_t sum() const { return int64_t(vaddvq_u64(v)); }

@@ -1,4 +1,4 @@
-// Sums of registers, for few_256.h and few_32.h.
+// Horizontal sums of registers, for few_256.h and few_32.h.
 #pragma once
 
 #include "few.h"
@@ -6,11 +6,11 @@
 namespace native {
 namespace {
 
-// Of R registers; of four at once, in the same order of sums.
+// Horizontal sums of R registers; of four at once, in the same order of additions.
 template <int R>
 inline void totals(const __m256 *v, float *out) {
     if (R < 4) {
-        for (int r = 0; r < R; r++) out[r] = Eight{v[r]}.sum();
+        for (int r = 0; r < R; r++) out[r] = Float8{v[r]}.sum();
         return;
     }
     __m128 m[4], pairs[2];
