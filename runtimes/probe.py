@@ -1,8 +1,8 @@
-"""Does the installed engine work on this processor? Asked in a child process, because a bad build kills its process.
+"""Tests in a child process, which a bad build would crash, whether an installed engine works on this processor.
 
 llama.cpp built by gcc 12 with -O3 dies of an illegal instruction in its AMX matrix kernels unless two optimisations
-are off. The child loads a small random model and runs 64 tokens through it, which is what reaches those kernels.
-Knows nothing about bundles.
+are off. The child loads a small random model and runs 64 tokens through it, enough to reach those kernels. Knows
+nothing about bundles.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOKENS = 64  # more rows than one AMX tile of 16
 
 @dataclass(frozen=True)
 class Report:
-    """What a child found out about one engine. `problem` is empty when it works; `fix` is the command to run."""
+    """The result of testing an engine. `problem` is empty if it works; otherwise `fix` is the command to run."""
 
     engine: str
     problem: str = ""
@@ -47,48 +47,48 @@ class Report:
 
 
 def check(engine: str) -> Report:
-    """Try "llama_cpp" or "onnxruntime" in a child process of its own.
+    """Test "llama_cpp" or "onnxruntime" in a child process.
 
-    Raises `StorageError` if there is no room to, `UnavailableError` in a frozen app.
+    Raises `StorageError` if there is no disk space for the test, `UnavailableError` in a frozen app.
     """
-    code = f"from llava_edge.runtimes import probe; probe.child({engine!r})"
+    code = f"from llava_edge.runtimes import probe; probe.run_child({engine!r})"
     try:
         facts = interpreter.run_json(f"The test of {engine}", "-c", code, seconds=TIMEOUT_SECONDS)
     except interpreter.ChildError as error:
         return Report(engine, f"{engine} does not work here: its test {error}.", INSTALL[engine])
-    if "untried" in facts:
+    if "storage_error" in facts:
         raise StorageError(
-            f"{engine} could not be tried in a temporary folder: {facts['untried']}. Make room for one, or set TMPDIR "
-            "to another folder."
+            f"{engine} could not be tested in a temporary folder: {facts['storage_error']}. Free some disk space, or "
+            "set TMPDIR to another folder."
         )
     return Report(engine, facts=facts)
 
 
 def require_working_build() -> None:
-    """On a processor with AMX, check llama.cpp once for each build of it, and remember a good result.
+    """On a processor with AMX, test each build of llama.cpp once, and remember a success.
 
-    Raises `UnavailableError` with the command that repairs the build, `StorageError` if it could not be tried. Other
-    processors are not affected, nor are frozen apps: the build was checked where they were frozen.
+    Raises `UnavailableError` with the command that repairs the build, `StorageError` if it could not be tested. Other
+    processors are not affected; the build in a frozen app was tested when it was frozen.
     """
     if "amx_int8" not in devices.processor()[1] or interpreter.is_frozen():
         return
     try:
-        note = _note()
-        if note is not None and note.exists():
+        marker = _success_marker()
+        if marker is not None and marker.exists():
             return
         report = check("llama_cpp")
     except (ImportError, OSError):
         return
     if report.problem:
         raise UnavailableError(f"{report.problem} Its build is broken; run: {report.fix}")
-    with suppress(OSError):  # a read-only home, or none, costs the check each time, nothing else
-        if note is not None:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.touch()
+    with suppress(OSError):  # with a read-only home, or none, the test is repeated each time
+        if marker is not None:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
 
 
-def child(engine: str) -> None:
-    """Body of the child process: exercise the engine, print facts as one line of JSON."""
+def run_child(engine: str) -> None:
+    """Run in the child process: exercise the engine, print facts as one line of JSON."""
     facts = _llama_facts() if engine == "llama_cpp" else _onnxruntime_facts()
     sys.stdout.write(json.dumps(facts) + "\n")
 
@@ -109,7 +109,7 @@ def _llama_facts() -> dict[str, Any]:
             for kind in ("Q4_0", "Q8_0"):
                 write_model(folder / kind, kind)
         except OSError as error:
-            return {"untried": error.strerror}
+            return {"storage_error": error.strerror}
         for path in folder.iterdir():
             with language.LanguageModel(path, context=TOKENS * 2, threads=1) as model:
                 model.evaluate_tokens([token % VOCABULARY for token in range(TOKENS)], threading.Event())
@@ -123,8 +123,8 @@ def _onnxruntime_facts() -> dict[str, Any]:
 
 
 def write_model(path: Path, kind: str, kv_heads: int = HEADS) -> None:
-    """A random LLaMA of one block in Q4_0 or Q8_0, as GGUF: no tokenizer, 256 wide, about half a megabyte."""
-    import numpy as np  # here: it starts threads, which a process that asks for a working build may not want yet
+    """Write a random LLaMA of one block in Q4_0 or Q8_0 as GGUF: no tokenizer, 256 wide, about half a megabyte."""
+    import numpy as np  # here, because it starts threads, which a process that only tests the build may not want
 
     numbers = np.random.default_rng(0)
     type_id, payload = {"Q4_0": (2, 16), "Q8_0": (8, 32)}[kind]
@@ -155,31 +155,34 @@ def write_model(path: Path, kind: str, kv_heads: int = HEADS) -> None:
 
 
 def _gguf(metadata: dict[str, str | int | float], tensors: list[tuple[str, tuple[int, ...], int, bytes]]) -> bytes:
-    """GGUF version 3: header, metadata, tensor infos, then the tensors, all of whose sizes are multiples of 32."""
+    """Encode GGUF version 3: header, metadata, tensor infos, then the tensors, whose sizes are multiples of 32."""
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
-        parts.append(_text(key))
+        parts.append(_string(key))
         if isinstance(value, str):
-            parts += [struct.pack("<I", 8), _text(value)]
+            parts += [struct.pack("<I", 8), _string(value)]
         elif isinstance(value, int):
             parts.append(struct.pack("<II", 4, value))
         else:
             parts.append(struct.pack("<If", 6, value))
     offset = 0
     for name, shape, type_id, data in tensors:
-        parts += [_text(name), struct.pack("<I", len(shape)), struct.pack(f"<{len(shape)}Q", *shape[::-1])]
+        parts += [_string(name), struct.pack("<I", len(shape)), struct.pack(f"<{len(shape)}Q", *shape[::-1])]
         parts.append(struct.pack("<IQ", type_id, offset))
         offset += len(data)
     header = b"".join(parts)
     return header + bytes(-len(header) % 32) + b"".join(data for *_, data in tensors)
 
 
-def _text(text: str) -> bytes:
+def _string(text: str) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode()
 
 
-def _note() -> Path | None:
-    """The file that says that this build works; None without a home for it. Raises `ImportError` or `OSError`."""
+def _success_marker() -> Path | None:
+    """Return the file whose presence says that this build works, or None without a home folder.
+
+    Raises `ImportError` or `OSError`.
+    """
     build = _build_id()
     with suppress(MissingError):
         return store.home() / "builds" / build
@@ -187,7 +190,7 @@ def _note() -> Path | None:
 
 
 def _build_id() -> str:
-    """Hash over llama.cpp's CPU kernels and the processor's name. Raises `ImportError` or `OSError`."""
+    """Hash llama.cpp's CPU kernels and the processor's name. Raises `ImportError` or `OSError`."""
     digest = hashlib.sha256(devices.processor()[0].encode())
     for path in sorted((bindings.package() / "lib").glob("*ggml-cpu*")):
         digest.update(path.read_bytes())

@@ -25,7 +25,7 @@ say() { printf '%s\n' "$@" >&2; }
 
 # A small model run in a process of its own; a bad build kills it, which bash would report on stderr.
 works() {
-    { "$PYTHON" -c 'from llava_edge.runtimes import probe; probe.child("llama_cpp")' >>"$LOG" 2>&1; } 2>/dev/null
+    { "$PYTHON" -c 'from llava_edge.runtimes import probe; probe.run_child("llama_cpp")' >>"$LOG" 2>&1; } 2>/dev/null
 }
 
 installed() {

@@ -47,7 +47,7 @@ from llava_edge.errors import DataError, LlavaEdgeError, MissingError
 from llava_edge.image import load_image, preprocess
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.micro import CONFIG
-from llava_edge.runtimes import limits
+from llava_edge.runtimes import roofline
 from llava_edge.runtimes.language import LanguageModel
 
 ROOT = Path(__file__).parent.parent
@@ -254,19 +254,19 @@ def test_a_damaged_graph_is_no_crash(micro_bundle: Path, tmp_path: Path) -> None
 
 
 def test_limits_are_measured_with_products_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SHAPE", (6, 32, 200))
-    monkeypatch.setattr(limits, "SECONDS", 0.001)
-    monkeypatch.setattr(limits, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "SHAPE", (6, 32, 200))
+    monkeypatch.setattr(roofline, "SECONDS", 0.001)
+    monkeypatch.setattr(roofline, "MAX_BYTES", 1 << 20)
     numbers = np.random.default_rng(0)
     weights = numbers.integers(-127, 128, (32, 200), np.int8)
-    rows = numbers.integers(0, limits.LARGEST + 1, (6, 32), np.uint8)
-    session = limits._session("MatMulInteger", limits._UINT8, limits._INT8, limits._INT32, weights, 1)
+    rows = numbers.integers(0, roofline.MAX_UINT8 + 1, (6, 32), np.uint8)
+    session = roofline._session("MatMulInteger", roofline._UINT8, roofline._INT8, roofline._INT32, weights, 1)
     assert np.array_equal(session.run(None, {"a": rows})[0], rows.astype(np.int32) @ weights.astype(np.int32))
-    assert limits._kernels_rate(1) == 0  # none is built in the tests' home
-    found = limits.measure(1)
+    assert roofline._native_int8_rate(1) == 0  # none is built in the tests' home
+    found = roofline.measure(1)
     assert min(asdict(found).values()) > 0
-    monkeypatch.setattr(limits, "_kernels_rate", lambda threads: 1e15)
-    assert limits.measure(1).int8_ops == 1e15
+    monkeypatch.setattr(roofline, "_native_int8_rate", lambda threads: 1e15)
+    assert roofline.measure(1).int8_ops == 1e15
 
 
 def test_a_share_is_work_by_time_and_limit() -> None:

@@ -161,7 +161,7 @@ from llava_edge.image import PILLOW_LOCK
 from llava_edge.runtimes import bindings, compute, stderr_capture
 from PIL import Image
 warnings.simplefilter("ignore")
-locks = [PILLOW_LOCK, bindings._executing, compute._lock, stderr_capture._lock]
+locks = [PILLOW_LOCK, bindings._lock, compute._lock, stderr_capture._lock]
 for lock in locks:
     lock.acquire()
     threading.Timer(0.2, lock.release).start()

@@ -419,7 +419,7 @@ def test_a_folder_that_takes_no_picture_encoder_is_noticed_first(
 @pytest.mark.parametrize(("size", "reason"), [(3_000, "File too large"), (0, "No usable temporary directory found")])
 def test_a_full_disk_is_not_taken_for_a_broken_build(size: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", None)  # looked for again, by writing a file
-    said = f"llama_cpp could not be tried in a temporary folder: {reason}"
+    said = f"llama_cpp could not be tested in a temporary folder: {reason}"
     with largest_file(size), pytest.raises(StorageError, match=said):
         probe.check("llama_cpp")
 

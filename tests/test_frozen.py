@@ -93,9 +93,9 @@ def test_an_app_made_without_an_engine_says_how_to_make_it(monkeypatch: pytest.M
     def missing() -> None:
         raise ModuleNotFoundError("No module named 'llama_cpp'")
 
-    monkeypatch.setattr(bindings, "_bindings", missing)
+    monkeypatch.setattr(bindings, "_load_bindings", missing)
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    with pytest.raises(UnavailableError, match="made without it: install llava-edge where PyInstaller is"):
+    with pytest.raises(UnavailableError, match="built without it: install llava-edge in PyInstaller"):
         bindings.functions()
 
 

@@ -559,7 +559,7 @@ def test_parts_that_do_not_fit_the_manifest(part: str, change: dict[str, Any], s
     "code",
     [
         "from llava_edge.runtimes import devices; devices.choose('auto')",
-        "from llava_edge.runtimes import probe; probe.child('llama_cpp')",
+        "from llava_edge.runtimes import probe; probe.run_child('llama_cpp')",
         "import sys; from llava_edge import Llava; Llava.load(sys.argv[1]).close()",
         "import sys; from llava_edge.cli import main; main(['verify', sys.argv[1], '--against', sys.argv[2]])",
     ],

@@ -17,7 +17,7 @@ from llava_edge.bundle import Bundle
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
-from llava_edge.runtimes import devices, limits, native
+from llava_edge.runtimes import devices, native, roofline
 from llava_edge.runtimes.pictures import apply_token_budget, prepare
 from llava_edge.runtimes.pipeline import Engine
 
@@ -72,7 +72,7 @@ def main() -> None:
     """Print the results, or {"error": sentence, "exit_code": that of `llava-edge run`}."""
     task = json.loads(sys.argv[1])
     try:
-        results = asdict(limits.measure(task["threads"])) if task["kind"] == "limits" else measure_answers(task)
+        results = asdict(roofline.measure(task["threads"])) if task["kind"] == "limits" else measure_answers(task)
     except LlavaEdgeError as error:
         results = {"error": str(error), "exit_code": error.exit_code}
     sys.stdout.write(json.dumps(results) + "\n")
