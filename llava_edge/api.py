@@ -369,7 +369,7 @@ async def _collect_result(stream: AsyncGenerator[Chunk, None]) -> Result:
 async def _stream_in_thread(
     start: Callable[[threading.Event], Stream], wait_for_end: bool = False
 ) -> AsyncGenerator[Chunk, None]:
-    """Read a stream in a thread of its own. wait_for_end: after an early exit, wait until the stream has ended.
+    """Read a stream in its own thread. wait_for_end: after an early exit, wait until the stream has ended.
 
     The last chunk is delivered after the stream has ended: a caller that stops there, whose generator Python closes
     later, then finds its turn kept.

@@ -142,7 +142,7 @@ def check_language(file: Gguf) -> None:
     llama.cpp does not check most of this: sizes of zero, too many blocks, tokenizer arrays of another type.
     """
     if file.architecture != "llama":
-        raise BundleError(f"{file.path} holds the architecture {file.architecture!r}; only 'llama' is supported.")
+        raise BundleError(f"{file.path} has the architecture {file.architecture!r}; only 'llama' is supported.")
     blocks = file.number("llama.block_count", 1, MAX_BLOCKS)
     width = file.number("llama.embedding_length", 1, 1 << 17)
     heads = file.number("llama.attention.head_count", 1, 1024)

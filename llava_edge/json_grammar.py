@@ -316,7 +316,7 @@ def _repetition(low: int, high: int | None) -> str:
 
 
 def _reject_keywords(keywords: set[str], path: str, other_keyword: str = "") -> None:
-    """Raise `UsageError` if there are any. beside: the keyword that they cannot be combined with."""
+    """Raise `UsageError` if there are any. other_keyword: the one that they cannot be combined with."""
     if not keywords:
         return
     if other_keyword:

@@ -61,7 +61,7 @@ def _build(kind: Any, raw: Any, place: str, name: str) -> Any:
     if isinstance(raw, dict) and origin is dict:
         for key in raw:
             if not _is_valid(args[0], key):
-                raise ValueError(f"{place} has {key!r:.60} in {name}; {_describe(args[0])} was expected")
+                raise ValueError(f"{place} has {key!r:.60} in {name}; expected {_describe(args[0])}")
         return {key: _build(args[1], value, place, f"{name}.{key}") for key, value in raw.items()}
     if isinstance(raw, list) and origin in (list, tuple) and (origin is list or ... in args or len(raw) == len(args)):
         return origin(_build(args[0], item, place, f"{name}[{i}]") for i, item in enumerate(raw))
@@ -69,7 +69,7 @@ def _build(kind: Any, raw: Any, place: str, name: str) -> Any:
         return _build(args[0], raw, place, name)
     if not _is_valid(kind, raw):
         subject = f"has {name} =" if name else "is"
-        raise ValueError(f"{place} {subject} {raw!r:.60}; {_describe(kind)} was expected")
+        raise ValueError(f"{place} {subject} {raw!r:.60}; expected {_describe(kind)}")
     return raw
 
 

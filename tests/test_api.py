@@ -461,14 +461,14 @@ ASKED: dict[str, Callable[[Llava, Any], Any]] = {
 }
 
 
-def text_of(asked: Any) -> str:
+def await_text(asked: Any) -> str:
     """What comes of a call that was made before."""
 
     async def awaited() -> Any:
         return [chunk async for chunk in asked] if inspect.isasyncgen(asked) else await asked
 
     found = asyncio.run(awaited()) if inspect.isasyncgen(asked) or inspect.iscoroutine(asked) else asked
-    return str(found.text) if isinstance(found, Chunk | Result) else "".join(map(text_of, found))
+    return str(found.text) if isinstance(found, Chunk | Result) else "".join(map(await_text, found))
 
 
 @pytest.mark.parametrize("kind", ["Pillow", "array", "bytearray"])
@@ -482,8 +482,8 @@ def test_a_picture_is_what_it_was_at_the_call(call: Any, kind: str, llava: Llava
     if kind != "Pillow":
         source[:] = np.array(image) if kind == "array" else bmp(image)
     red, blue = (llava.ask("What?", Image.new("RGB", (40, 30), colour), FEW).text for colour in ("red", "blue"))
-    assert text_of(asked) == red != blue
-    assert text_of(call(llava, source)) == blue
+    assert await_text(asked) == red != blue
+    assert await_text(call(llava, source)) == blue
 
 
 def test_embeddings_are_of_the_picture_at_the_call(llava: Llava) -> None:
@@ -498,7 +498,7 @@ def test_a_conversation_is_what_it_was_at_the_call(llava: Llava) -> None:
     messages = [Message("user", "What?")]
     asked = llava.answer(messages, options=FEW)
     messages += [Message("assistant", "red"), Message("user", "Why?")]
-    assert text_of(asked) == llava.ask("What?", options=FEW).text
+    assert await_text(asked) == llava.ask("What?", options=FEW).text
 
 
 def test_files_are_opened_when_the_answer_is_read(llava: Llava, tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ def test_files_are_opened_when_the_answer_is_read(llava: Llava, tmp_path: Path) 
     with pytest.raises(MissingError):
         list(llava.stream("What?", tmp_path / "later.png", FEW))
     RED.save(tmp_path / "later.png")
-    assert text_of(stream) == llava.ask("What?", RED, FEW).text
+    assert await_text(stream) == llava.ask("What?", RED, FEW).text
 
 
 def bmp(image: Image.Image) -> bytes:
@@ -518,7 +518,7 @@ def bmp(image: Image.Image) -> bytes:
 # Overlapping turns.
 
 
-def same_talk(llava: Llava, chat: Chat) -> None:
+def assert_same_state(llava: Llava, chat: Chat) -> None:
     """The model is shown the same next as of a conversation with the same turns that nothing happened to."""
     images = [RED] * sum(message.images for message in chat.messages)
     plain = llava.chat(options=chat._options)
@@ -558,7 +558,7 @@ def test_turns_of_several_tasks_are_answered_in_their_order(llava: Llava) -> Non
     asyncio.run(run())
     turns = [(message.text, message.images) for message in chat.messages[::2]]
     assert turns == [("Question 0?", 1), ("Question 1?", 0), ("Question 2?", 1)]
-    same_talk(llava, chat)
+    assert_same_state(llava, chat)
 
 
 def test_a_turn_while_another_is_open_is_refused(llava: Llava) -> None:
@@ -570,7 +570,7 @@ def test_a_turn_while_another_is_open_is_refused(llava: Llava) -> None:
             wrong()
     first.close()
     assert [message.images for message in chat.messages] == [1, 0]
-    same_talk(llava, chat)
+    assert_same_state(llava, chat)
 
 
 def test_threads_that_ask_at_once_leave_a_conversation_that_goes_on(llava: Llava) -> None:
@@ -590,7 +590,7 @@ def test_threads_that_ask_at_once_leave_a_conversation_that_goes_on(llava: Llava
         thread.join()
     assert len(chat.messages) == 2 * (4 - len(refused))
     assert chat.messages
-    same_talk(llava, chat)
+    assert_same_state(llava, chat)
 
 
 def test_an_open_answer_is_no_part_of_what_comes_after_a_reset(llava: Llava) -> None:
@@ -601,7 +601,7 @@ def test_an_open_answer_is_no_part_of_what_comes_after_a_reset(llava: Llava) -> 
     assert list(chat.say("Hello"))
     left.close()
     assert [message.text for message in chat.messages][:-1] == ["Be brief.", "Hello"]
-    same_talk(llava, chat)
+    assert_same_state(llava, chat)
 
 
 def test_a_full_conversation_names_the_way_out(micro_bundle: Path) -> None:

@@ -79,7 +79,7 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
     return {**process, "questions": dict.fromkeys(QUESTIONS, asked), "memory": memory}
 
 
-def made(*milliseconds: float, peaks: dict[str, dict[str, float]] | None = None, **other: Any) -> Report:
+def make_report(*milliseconds: float, peaks: dict[str, dict[str, float]] | None = None, **other: Any) -> Report:
     """A report of one configuration with these samples."""
     run = summarize_run(replace(SETTINGS, **other), NEEDED, [sample(value) for value in milliseconds], peaks or {})
     machine = {"processor": "P", "features": ["f"], "system": "s"}
@@ -270,7 +270,7 @@ def test_limits_are_measured_with_products_that_are_right(monkeypatch: pytest.Mo
 
 
 def test_a_share_is_work_by_time_and_limit() -> None:
-    asked = made(1000, 3000, 2000, peaks=PEAKS).runs[0].questions[WARM].stages
+    asked = make_report(1000, 3000, 2000, peaks=PEAKS).runs[0].questions[WARM].stages
     assert asked["encode"].median == 2000
     assert asked["encode"].share == pytest.approx(4e9 / 2 / 8e9)
     assert asked["project"].share == pytest.approx(2e7 * 40 / 2 / 4e9)
@@ -292,7 +292,7 @@ def test_guessed_tokens_take_no_pass_of_their_own() -> None:
 
 
 def test_float_parts_are_compared_with_the_float_limit() -> None:
-    asked = made(1000, peaks=PEAKS, vision="fp16", quantization="f16").runs[0].questions[WARM].stages
+    asked = make_report(1000, peaks=PEAKS, vision="fp16", quantization="f16").runs[0].questions[WARM].stages
     assert (asked["encode"].limit, asked["prefill"].limit) == ("fp32_ops", "fp32_ops")
     assert asked["encode"].share == pytest.approx(1.0)
 
@@ -328,8 +328,8 @@ def test_without_limits_or_on_another_device_there_are_no_shares() -> None:
 def test_ratios_are_of_medians_and_sure_only_beyond_the_spread(
     old: tuple[float, ...], new: tuple[float, ...], ratio: float, verdict: str
 ) -> None:
-    ratios = compare(made(*old), made(*new))
-    assert {(item.question, item.stage) for item in ratios} == {key for key, _ in stages(made(1).runs[0])}
+    ratios = compare(make_report(*old), make_report(*new))
+    assert {(item.question, item.stage) for item in ratios} == {key for key, _ in stages(make_report(1).runs[0])}
     for item in ratios:
         assert item.ratio == pytest.approx(ratio)
         assert item.verdict == verdict
@@ -338,11 +338,11 @@ def test_ratios_are_of_medians_and_sure_only_beyond_the_spread(
 
 
 def test_only_the_same_configuration_is_compared() -> None:
-    assert compare(made(1), made(1, identity="1" * 64))
+    assert compare(make_report(1), make_report(1, identity="1" * 64))
     other: dict[str, Any] = {"threads": 2, "context": 64, "image_tokens": 9, "model": "n"}
     other |= {"quantization": "q4_0", "vision": "fp32"}
     for name, value in other.items():
-        assert not compare(made(1), made(1, **{name: value})), name
+        assert not compare(make_report(1), make_report(1, **{name: value})), name
     assert "nothing to compare" in comparison([], "old.json")
 
 
@@ -365,8 +365,8 @@ def test_json_comes_back_as_it_was(report: Report, tmp_path: Path) -> None:
         *("", "hello", "[]", "{}", "null", "[" * 100_000),
         f'{{"schema": {SCHEMA}}}',
         f'{{"schema": {SCHEMA}, "runs": [1]}}',
-        json.dumps({**asdict(made(1)), "settings": ["hi"]}),
-        made(1).to_json().replace('"median": 1', '"median": "fast"'),
+        json.dumps({**asdict(make_report(1)), "settings": ["hi"]}),
+        make_report(1).to_json().replace('"median": 1', '"median": "fast"'),
     ],
     ids=lambda text: text[:20],
 )
@@ -377,7 +377,7 @@ def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_another_schema_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(json.dumps({**asdict(made(1)), "schema": 1}), "utf-8")
+    (tmp_path / "x.json").write_text(json.dumps({**asdict(make_report(1)), "schema": 1}), "utf-8")
     with pytest.raises(DataError, match="schema 1"):
         read_report(tmp_path / "x.json")
     with pytest.raises(MissingError):
@@ -409,7 +409,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_stands_alone_and_has_the_numbers() -> None:
-    new, old = made(11, 12, 13, peaks=PEAKS), made(24)
+    new, old = make_report(11, 12, 13, peaks=PEAKS), make_report(24)
     text = page({"this run": new, "<old>.json": old})
     tags = Tags()
     tags.feed(text)
@@ -428,13 +428,13 @@ def test_the_page_stands_alone_and_has_the_numbers() -> None:
 
 def test_bars_are_as_long_as_their_numbers() -> None:
     tags = Tags()
-    tags.feed(page({"new": made(10), "old": made(30)}))
+    tags.feed(page({"new": make_report(10), "old": make_report(30)}))
     wide = [float(attributes["width"] or 0) for tag, attributes in tags.found if tag == "rect"]
     assert wide[len(PARTS) + 1] == pytest.approx(3 * wide[0], abs=0.2)
 
 
 def test_a_page_of_failures_says_why() -> None:
-    failed = replace(made(1), runs=(Run(SETTINGS, "It <broke>."),))
+    failed = replace(make_report(1), runs=(Run(SETTINGS, "It <broke>."),))
     assert "It &lt;broke&gt;." in page({"this run": failed})
 
 
@@ -538,7 +538,7 @@ def test_a_comparison_says_what_else_changed(
     same.write_text(measured.to_json(), "utf-8")
     machine, versions = measured.machine | {"processor": "i486"}, measured.versions | {"onnxruntime": "0.1"}
     old.write_text(replace(measured, machine=machine, versions=versions).to_json(), "utf-8")
-    other.write_text(replace(made(1), settings={}).to_json(), "utf-8")
+    other.write_text(replace(make_report(1), settings={}).to_json(), "utf-8")
     command = ("--model", micro_bundle, *AS_MEASURED, "--compare")
     code, _, err = execute(capsys, *command, same)
     assert (code, " then, " in err, "nothing to compare" in err) == (0, False, False), err

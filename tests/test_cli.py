@@ -470,7 +470,7 @@ def test_a_recipe_with_a_bad_number_begins_nothing(root: Path, tmp_path: Path, r
     code, _, err = run("train", recipe, "--out", tmp_path / "run", "--data", tmp_path / "data")
     assert (code, err.count("\n")) == (65, 1)
     assert (
-        f"{recipe} is not a training recipe: stage 'align' has batch = 0; a whole number from 1 to 65536 was expected."
+        f"{recipe} is not a training recipe: stage 'align' has batch = 0; expected a whole number from 1 to 65536."
         in err
     )
     assert list(tmp_path.iterdir()) == [recipe]
@@ -665,12 +665,12 @@ def test_doctor_on_this_machine(run: Run) -> None:
 
 
 @pytest.fixture
-def small_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+def doctor_without_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engines are not looked at."""
     monkeypatch.setattr("llava_edge.cli.doctor._engines", list)
 
 
-@pytest.mark.usefixtures("small_doctor")
+@pytest.mark.usefixtures("doctor_without_engines")
 def test_doctor_says_what_is_wrong_with_a_model(run: Run) -> None:
     code, _, err = run("doctor", "--model", "nosuch")
     assert code == 69
@@ -678,7 +678,7 @@ def test_doctor_says_what_is_wrong_with_a_model(run: Run) -> None:
     assert "shown above" not in err
 
 
-@pytest.mark.usefixtures("small_doctor")
+@pytest.mark.usefixtures("doctor_without_engines")
 def test_doctor_looks_at_the_cache_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> dict[str, dict[str, str]]:
         return {finding["subject"]: finding for finding in json.loads(run("doctor", "--json")[1])["findings"]}

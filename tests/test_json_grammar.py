@@ -22,7 +22,7 @@ from llava_edge.runtimes import sampling
 from llava_edge.runtimes.sampling import Sampler
 
 
-def said(llava: Llava, grammar: str, seed: int, longest: int = 200) -> Any:
+def sample_json(llava: Llava, grammar: str, seed: int, longest: int = 200) -> Any:
     """What an answer at a high temperature is, or None if it was cut off."""
     answer = llava.ask("?", options=Options(grammar=grammar, temperature=3.0, seed=seed, max_tokens=longest))
     return json.loads(answer.text) if answer.finish_reason == "stop" else None
@@ -138,7 +138,9 @@ SCHEMAS: dict[str, Any] = {
 def test_every_answer_satisfies_its_schema(name: str, llava: Llava) -> None:
     schema = SCHEMAS[name]
     grammar = from_schema(schema)
-    values = [value for seed in range(12) if (value := said(llava, grammar, seed)) is not None or name == "words"]
+    values = [
+        value for seed in range(12) if (value := sample_json(llava, grammar, seed)) is not None or name == "words"
+    ]
     assert values
     assert [value for value in values if not satisfies(value, schema, schema)] == []
 
@@ -227,7 +229,7 @@ def test_fields_of_pydantic_are_followed(llava: Llava) -> None:
         boxes=(list[box], field(max_length=2)),  # type: ignore[valid-type]
     )
     grammar = from_schema(found.model_json_schema())
-    made = [said(llava, grammar, seed, 400) for seed in range(12)]
+    made = [sample_json(llava, grammar, seed, 400) for seed in range(12)]
     assert any(value and value["boxes"] for value in made)
     for value in filter(None, made):
         found.model_validate(value)
@@ -248,7 +250,7 @@ def test_every_choice_of_optional_properties_may_be_said(llava: Llava) -> None:
 def test_objects_and_recursion_are_json(llava: Llava) -> None:
     tree = {"type": "object", "properties": {"next": {"$ref": "#"}}}
     for grammar in (any_object(), from_schema(tree), from_schema({"type": "object", "additionalProperties": SHORT})):
-        values = [value for seed in range(12) if (value := said(llava, grammar, seed)) is not None]
+        values = [value for seed in range(12) if (value := sample_json(llava, grammar, seed)) is not None]
         assert all(isinstance(value, dict) for value in values)
     assert values
 
@@ -390,10 +392,10 @@ def test_a_grammar_that_no_token_continues_is_refused(grammar: str, llava: Llava
     """llama.cpp would end the process. The vocabulary here can say all; so its words are taken away."""
     real = Sampler._sample_with_grammar
 
-    def poorer(self: Sampler, logits: Any) -> int:
+    def no_token_left(self: Sampler, logits: Any) -> int:
         return real(self, np.full_like(logits, -np.inf))
 
-    monkeypatch.setattr(Sampler, "_sample_with_grammar", poorer)
+    monkeypatch.setattr(Sampler, "_sample_with_grammar", no_token_left)
     with pytest.raises(UsageError, match="no token that the grammar, or JSON schema, allows"):
         llava.ask("?", options=Options(grammar=grammar, max_tokens=4))
     monkeypatch.undo()

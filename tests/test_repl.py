@@ -21,11 +21,11 @@ from llava_edge.api import Chat
 from llava_edge.prompt import Message
 from llava_edge.repl import Repl
 
-Talk = Callable[[list[str]], tuple[Chat, str]]
+RunRepl = Callable[[list[str]], tuple[Chat, str]]
 
 
 @pytest.fixture
-def talk(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> Talk:
+def run_repl(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> RunRepl:
     """Feed lines to a new conversation; get it and what it showed."""
 
     def new(lines: list[str]) -> tuple[Chat, str]:
@@ -37,8 +37,8 @@ def talk(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> Talk:
     return new
 
 
-def test_answers_are_shown_and_remembered(talk: Talk) -> None:
-    chat, shown = talk(["hello", "", "and then?"])
+def test_answers_are_shown_and_remembered(run_repl: RunRepl) -> None:
+    chat, shown = run_repl(["hello", "", "and then?"])
     assert [(message.role, message.images) for message in chat.messages] == [("user", 0), ("assistant", 0)] * 2
     assert shown == chat.messages[1].text + chat.messages[3].text
 
@@ -58,43 +58,47 @@ def test_what_is_done_is_said_until_the_answer_begins(llava: Llava, monkeypatch:
     assert seen[-1] == "Reading"  # the context overflowed, so nothing was begun
 
 
-def test_an_image_goes_with_the_next_question(talk: Talk, tmp_path: Path) -> None:
+def test_an_image_goes_with_the_next_question(run_repl: RunRepl, tmp_path: Path) -> None:
     path = tmp_path / "a red one.png"
     Image.new("RGB", (9, 9), "red").save(path)
-    chat, _ = talk([f"/image {path}", f"/image '{path}'", "what?", "and?"])
+    chat, _ = run_repl([f"/image {path}", f"/image '{path}'", "what?", "and?"])
     assert [message.images for message in chat.messages] == [2, 0, 0, 0]
 
 
-def test_files_are_found_as_people_name_them(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_found_as_people_name_them(
+    run_repl: RunRepl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "a red é.png"
     Image.new("RGB", (9, 9), "red").save(path)
     names = ["~/a red é.png", str(path).replace(" ", "\\ "), path.as_uri(), f'"{path}"', "'~/a red é.png'"]
-    chat, _ = talk([*(f"/image {name}" for name in names), "what?"])
+    chat, _ = run_repl([*(f"/image {name}" for name in names), "what?"])
     assert chat.messages[0].images == len(names)
 
 
-def test_a_file_of_exactly_that_name_goes_first(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_exactly_that_name_goes_first(
+    run_repl: RunRepl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Quotes and backslashes may be in names of files, too."""
     monkeypatch.chdir(tmp_path)
     for name in ("'red'", "back\\slash.png"):
         Image.new("RGB", (9, 9), "red").save(tmp_path / name, "PNG")
-    chat, _ = talk(["/image 'red'", "/image back\\slash.png", "/image 'back\\slash.png'", "what?"])
+    chat, _ = run_repl(["/image 'red'", "/image back\\slash.png", "/image 'back\\slash.png'", "what?"])
     assert chat.messages[0].images == 3
 
 
-def test_only_conversations_are_replaced(talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_conversations_are_replaced(run_repl: RunRepl, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo, talked = tmp_path / "photo.jpg", tmp_path / "talk.json"
     Image.new("RGB", (9, 9), "red").save(photo)
     before = photo.read_bytes()
-    talk(["first", f"/save {talked}", "second", f"/save {talked}", f"/save {photo}"])
+    run_repl(["first", f"/save {talked}", "second", f"/save {talked}", f"/save {photo}"])
     assert photo.read_bytes() == before
     assert len(json.loads(talked.read_text("utf-8"))["messages"]) == 4
     assert "choose another name" in capsys.readouterr().err
 
 
 def test_what_is_no_conversation_is_not_even_read(
-    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_repl: RunRepl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A pipe would wait for ever, and a large file fill the memory."""
     os.mkfifo(tmp_path / "pipe")
@@ -102,28 +106,32 @@ def test_what_is_no_conversation_is_not_even_read(
         file.truncate(1 << 30)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     names = [tmp_path / "pipe", tmp_path / "film", tmp_path]
-    talk([f"/save {name}" for name in names])
+    run_repl([f"/save {name}" for name in names])
     said = capsys.readouterr().err
     assert all(f"{name} exists and is not a saved conversation" in said for name in names)
 
 
-def test_a_conversation_is_saved_where_people_mean(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversation_is_saved_where_people_mean(
+    run_repl: RunRepl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    talk(["/save ~/home.json", "/save 'a b.json'", "/save a\\ c.json"])
+    run_repl(["/save ~/home.json", "/save 'a b.json'", "/save a\\ c.json"])
     assert {path.name for path in tmp_path.iterdir()} == {"home.json", "a b.json", "a c.json"}
 
 
-def test_a_link_leads_to_what_is_saved(talk: Talk, tmp_path: Path) -> None:
+def test_a_link_leads_to_what_is_saved(run_repl: RunRepl, tmp_path: Path) -> None:
     """As in a folder that is kept in step with another machine's."""
     link, real = tmp_path / "talk.json", tmp_path / "real.json"
     link.symlink_to(real)
-    talk([f"/save {real}", "first", f"/save {link}"])
+    run_repl([f"/save {real}", "first", f"/save {link}"])
     assert link.readlink() == real
     assert len(json.loads(real.read_text("utf-8"))["messages"]) == 2
 
 
-def test_what_was_saved_outlives_a_loss_of_power(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_saved_outlives_a_loss_of_power(
+    run_repl: RunRepl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is flushed to the disk before it takes the place of the last save."""
     path, flushed, fsync = tmp_path / "talk.json", list[tuple[int, bool]](), os.fsync
 
@@ -132,16 +140,16 @@ def test_what_was_saved_outlives_a_loss_of_power(talk: Talk, tmp_path: Path, mon
         flushed.append((os.fstat(file).st_ino, path.exists()))
 
     monkeypatch.setattr(os, "fsync", watched)
-    talk([f"/save {path}"])
+    run_repl([f"/save {path}"])
     assert (path.stat().st_ino, False) in flushed
 
 
 def test_a_full_disk_leaves_the_last_save(
-    talk: Talk, llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_repl: RunRepl, llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A limit on the size of files ends a write half way, as a full disk does."""
     path = tmp_path / "talk.json"
-    talk([f"/save {path}"])
+    run_repl([f"/save {path}"])
     path.chmod(0o600)
     before, chat = path.read_bytes(), llava.chat()
     chat.messages = [Message("user", "long " * 1000)]
@@ -161,10 +169,10 @@ def test_a_full_disk_leaves_the_last_save(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_bad_input_is_one_sentence_and_the_chat_goes_on(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_sentence_and_the_chat_goes_on(run_repl: RunRepl, capsys: pytest.CaptureFixture[str]) -> None:
     lines = ["/image none.png", "/image", "/image ''", "/image https://x.org/y.png", "/save", "/save ''"]
     lines += ["/save a\0b", "/save /no/such/folder/x.json", "/nonsense", "word " * 2000, "hello"]
-    chat, _ = talk(lines)
+    chat, _ = run_repl(lines)
     out, said = capsys.readouterr()
     assert out == "\n"  # the end of the one answer
     assert [message.text for message in chat.messages][:1] == ["hello"]
@@ -174,16 +182,16 @@ def test_bad_input_is_one_sentence_and_the_chat_goes_on(talk: Talk, capsys: pyte
     assert "Traceback" not in said
 
 
-def test_an_image_is_not_lost_when_the_question_fails(talk: Talk, tmp_path: Path) -> None:
+def test_an_image_is_not_lost_when_the_question_fails(run_repl: RunRepl, tmp_path: Path) -> None:
     path = tmp_path / "red.png"
     Image.new("RGB", (9, 9), "red").save(path)
-    chat, _ = talk([f"/image {path}", "word " * 2000, "what?"])
+    chat, _ = run_repl([f"/image {path}", "word " * 2000, "what?"])
     assert [message.images for message in chat.messages] == [1, 0]
 
 
-def test_reset_and_save(talk: Talk, tmp_path: Path) -> None:
+def test_reset_and_save(run_repl: RunRepl, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
-    chat, _ = talk(["first", "/reset", "second é", f"/save {path}"])
+    chat, _ = run_repl(["first", "/reset", "second é", f"/save {path}"])
     saved = [(turn["role"], turn["text"]) for turn in json.loads(path.read_text("utf-8"))["messages"]]
     assert saved == [("user", "second é"), ("assistant", chat.messages[1].text)]
 
@@ -195,36 +203,36 @@ def photos(folder: Path, *colours: str) -> list[Path]:
 
 
 def test_a_loaded_conversation_goes_on_as_the_saved_one(
-    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_repl: RunRepl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From another folder, in place of what was said there."""
     path = tmp_path / "talk.json"
     photos(tmp_path, "red", "blue", "green")
     monkeypatch.chdir(tmp_path)
     begun = ["/image red.png", "what?", "and?", "/image blue.png", "now?", "/image green.png", f"/save {path}"]
-    first, shown = talk([*begun, "last?"])
+    first, shown = run_repl([*begun, "last?"])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    second, last = talk(["forget this", f"/load {path}", "last?"])
+    second, last = run_repl(["forget this", f"/load {path}", "last?"])
     assert second.messages == first.messages
     assert [message.images for message in second.messages] == [1, 0, 0, 0, 1, 0, 1, 0]
     assert [picture.key for picture in second._pictures] == [picture.key for picture in first._pictures]
-    assert shown.endswith(last.removeprefix(talk(["forget this"])[1]))
+    assert shown.endswith(last.removeprefix(run_repl(["forget this"])[1]))
     said = capsys.readouterr().err
     assert f"Loaded 6 messages from {path}.\nImages to be shown with your next question: 1.\n" in said
 
 
-def test_what_was_loaded_can_be_saved_and_forgotten(talk: Talk, tmp_path: Path) -> None:
+def test_what_was_loaded_can_be_saved_and_forgotten(run_repl: RunRepl, tmp_path: Path) -> None:
     path, copy = tmp_path / "talk.json", tmp_path / "copy.json"
     (red,) = photos(tmp_path, "red")
-    talk([f"/image {red}", "what?", f"/image {red}", f"/save {path}"])
-    chat, _ = talk([f"/load {path}", f"/save {copy}", "/reset", "hello"])
+    run_repl([f"/image {red}", "what?", f"/image {red}", f"/save {path}"])
+    chat, _ = run_repl([f"/load {path}", f"/save {copy}", "/reset", "hello"])
     assert copy.read_bytes() == path.read_bytes()
     assert [message.images for message in chat.messages] == [0, 0]
 
 
 def test_conversations_of_earlier_versions_can_be_loaded(
-    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_repl: RunRepl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They have the names of images as they were typed, and a system text like any other turn."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -236,7 +244,7 @@ def test_conversations_of_earlier_versions_can_be_loaded(
         "messages": [{"role": role, "text": text, "images": count} for role, text, count in turns],
     }
     (tmp_path / "talk.json").write_text(json.dumps(old), "utf-8")
-    chat, _ = talk(["/load ~/talk.json"])
+    chat, _ = run_repl(["/load ~/talk.json"])
     assert chat.messages == [Message(role, text, count) for role, text, count in turns]  # type: ignore[arg-type]
     assert len(chat._pictures) == 2
 
@@ -274,23 +282,27 @@ ANSWER = {"role": "assistant", "text": "red", "images": 0}
     ids=lambda content: str(content)[:60],
 )
 def test_what_is_no_conversation_is_not_loaded(
-    content: object, talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    content: object,
+    run_repl: RunRepl,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     photos(tmp_path, "red")
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "talk.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    chat, _ = talk(["hello", f"/load {path}", "and?"])
+    chat, _ = run_repl(["hello", f"/load {path}", "and?"])
     assert remarks(capsys) == [f"Not loaded: {path} is not a conversation written by /save."]
     assert [message.text for message in chat.messages[::2]] == ["hello", "and?"]
 
 
 def test_what_cannot_be_loaded_leaves_the_conversation(
-    talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_repl: RunRepl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     red, blue = photos(tmp_path, "red", "blue")
     asked = [f"/image {red}", "what?", f"/image {blue}", "and?"]
-    talk([*asked, f"/save {tmp_path / 'gone.json'}"])
+    run_repl([*asked, f"/save {tmp_path / 'gone.json'}"])
     red.unlink()
     long = [QUESTION | {"text": "word " * 2000}, ANSWER]
     (tmp_path / "long.json").write_text(json.dumps({"images": [], "messages": long}), "utf-8")
@@ -300,7 +312,7 @@ def test_what_cannot_be_loaded_leaves_the_conversation(
     names = ["", "gone.json", "long.json", "none.json", "pipe", "x" * 300, "a\0b", "bad.json"]
     capsys.readouterr()
     lines = [f"/load {tmp_path / name if name else ''}" for name in names]
-    chat, _ = talk([f"/image {blue}", "first", *lines, f"/image {blue}", *lines, "second"])
+    chat, _ = run_repl([f"/image {blue}", "first", *lines, f"/image {blue}", *lines, "second"])
     assert [(turn.text, turn.images) for turn in chat.messages[::2]] == [("first", 1), ("second", 1)]
     said = remarks(capsys)
     parts = [
@@ -318,11 +330,11 @@ def test_what_cannot_be_loaded_leaves_the_conversation(
 
 
 def test_ctrl_c_while_loading_keeps_the_conversation(
-    talk: Talk, llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_repl: RunRepl, llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "talk.json"
     (red,) = photos(tmp_path, "red")
-    talk([f"/image {red}", "what?", f"/save {path}"])
+    run_repl([f"/image {red}", "what?", f"/save {path}"])
     chat = llava.chat(options=Options(max_tokens=2))
 
     def interrupted(image: object) -> None:
@@ -347,9 +359,9 @@ def test_text_in_another_encoding_is_asked_and_saved(llava: Llava, tmp_path: Pat
         path.unlink()
 
 
-def test_quit_and_the_end_of_input(talk: Talk) -> None:
+def test_quit_and_the_end_of_input(run_repl: RunRepl) -> None:
     for leave in ("/quit", "/exit", "quit", "exit"):
-        chat, _ = talk([leave, "never asked"])
+        chat, _ = run_repl([leave, "never asked"])
         assert chat.messages == []
 
 
@@ -394,13 +406,13 @@ def test_ctrl_c_at_the_prompt_keeps_the_conversation(
     assert capsys.readouterr().err.count("to quit: /quit, Ctrl-D") == 2
 
 
-def test_a_full_context_names_the_way_out(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
-    talk(["word " * 2000])
+def test_a_full_context_names_the_way_out(run_repl: RunRepl, capsys: pytest.CaptureFixture[str]) -> None:
+    run_repl(["word " * 2000])
     assert "/reset" not in capsys.readouterr().err  # a new conversation is no shorter
-    talk(["hello", "word " * 2000])
+    run_repl(["hello", "word " * 2000])
     assert "Start a new conversation with /reset" in capsys.readouterr().err
 
 
-def test_a_path_as_a_question_is_a_question(talk: Talk) -> None:
-    chat, _ = talk(["/etc/passwd is what?"])
+def test_a_path_as_a_question_is_a_question(run_repl: RunRepl) -> None:
+    chat, _ = run_repl(["/etc/passwd is what?"])
     assert chat.messages[0].text == "/etc/passwd is what?"

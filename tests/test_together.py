@@ -33,7 +33,7 @@ def llava(micro_bundle: Path) -> Iterator[Llava]:
 
 
 @pytest.fixture
-def passes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def pass_sizes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many positions each pass over the weights evaluates."""
     language = llava._engine._speculation.language
     language.truncate(0)
@@ -48,15 +48,15 @@ def passes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def together(llava: Llava, questions: list[str], options: Options, images: Any = RED) -> list[Result]:
+def ask_together(llava: Llava, questions: list[str], options: Options, images: Any = RED) -> list[Result]:
     return [result_of(stream) for stream in llava.ask_many(questions, images, options)]
 
 
-def test_a_token_budget_is_shared(llava: Llava, passes: list[int]) -> None:
+def test_a_token_budget_is_shared(llava: Llava, pass_sizes: list[int]) -> None:
     options = replace(SHORT, image_tokens=3, max_tokens=2)
-    found = together(llava, QUESTIONS[:2], options)
+    found = ask_together(llava, QUESTIONS[:2], options)
     assert [result.image_tokens for result in found] == [3, 3]
-    assert passes.count(3) == 1  # the picture, once
+    assert pass_sizes.count(3) == 1  # the picture, once
     alone = [llava.ask(question, RED, options).text for question in QUESTIONS[:2]]
     assert [result.text for result in found] == alone
 
@@ -80,10 +80,10 @@ def test_answers_are_those_alone_as_far_as_rounding_goes(llava: Llava) -> None:
     assert compared > 100
 
 
-def test_pictures_are_read_once_and_weights_once_for_a_token_of_each(llava: Llava, passes: list[int]) -> None:
-    results = together(llava, QUESTIONS, SHORT)
-    assert passes[1] == llava.bundle.manifest.vision.image_tokens
-    steps = passes[2 + len(QUESTIONS) :]  # behind the system's text, the picture and the questions
+def test_pictures_are_read_once_and_weights_once_for_a_token_of_each(llava: Llava, pass_sizes: list[int]) -> None:
+    results = ask_together(llava, QUESTIONS, SHORT)
+    assert pass_sizes[1] == llava.bundle.manifest.vision.image_tokens
+    steps = pass_sizes[2 + len(QUESTIONS) :]  # behind the system's text, the picture and the questions
     assert len(steps) == max(result.completion_tokens for result in results) - 1
     assert steps[0] == len(QUESTIONS)
     assert [result.timings.encode_ms > 0 for result in results] == [True] + 5 * [False]
@@ -97,7 +97,7 @@ def test_memory_is_afterwards_as_before(llava: Llava) -> None:
     for question in QUESTIONS:
         text = llava.ask(question, RED, SHORT).text
         wanted.append((text, language.logits().copy()))
-    together(llava, QUESTIONS, SHORT)
+    ask_together(llava, QUESTIONS, SHORT)
     for question, (text, logits) in zip(QUESTIONS, wanted, strict=True):
         assert llava.ask(question, RED, SHORT).text == text
         assert np.array_equal(language.logits(), logits)
@@ -105,34 +105,34 @@ def test_memory_is_afterwards_as_before(llava: Llava) -> None:
 
 def test_each_answer_ends_by_itself(llava: Llava) -> None:
     stop = llava.ask(QUESTIONS[0], RED, SHORT).text[3:5]
-    results = together(llava, QUESTIONS, Options(max_tokens=24, stop=(stop,)))
+    results = ask_together(llava, QUESTIONS, Options(max_tokens=24, stop=(stop,)))
     assert results[0].finish_reason == "stop"
     assert not any(stop in result.text for result in results)
 
 
 def test_each_answer_is_drawn_by_its_own_seed(llava: Llava) -> None:
     drawn = Options(max_tokens=12, temperature=0.9, seed=3)
-    first, again = ([result.text for result in together(llava, QUESTIONS, drawn)] for _ in range(2))
+    first, again = ([result.text for result in ask_together(llava, QUESTIONS, drawn)] for _ in range(2))
     assert first == again
-    other = [result.text for result in together(llava, QUESTIONS, Options(max_tokens=12, temperature=0.9, seed=4))]
+    other = [result.text for result in ask_together(llava, QUESTIONS, Options(max_tokens=12, temperature=0.9, seed=4))]
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize(("questions", "tokens"), [(2 * MAX_BRANCHES + 1, 4), (5, 150)])
-def test_as_many_as_there_is_room_for(questions: int, tokens: int, llava: Llava, passes: list[int]) -> None:
+def test_as_many_as_there_is_room_for(questions: int, tokens: int, llava: Llava, pass_sizes: list[int]) -> None:
     """The context has 512 positions: three answers of 150 tokens."""
     asked = [f"{number}, a list:" for number in range(questions)]
-    results = together(llava, asked, Options(max_tokens=tokens, speculate="off"))
+    results = ask_together(llava, asked, Options(max_tokens=tokens, speculate="off"))
     assert len(results) == questions
     assert {result.finish_reason for result in results} <= {"length", "stop"}
-    assert max(count for count in passes if count < 9) <= MAX_BRANCHES
+    assert max(count for count in pass_sizes if count < 9) <= MAX_BRANCHES
     assert sum(len(result.text) > 0 for result in results) >= questions - 1
 
 
 def test_without_a_picture_there_is_nothing_in_common(llava: Llava) -> None:
-    results = together(llava, ["a list:", "the red"], SHORT, ())
+    results = ask_together(llava, ["a list:", "the red"], SHORT, ())
     assert [r.text for r in results] == [llava.ask(q, (), SHORT).text for q in ("a list:", "the red")]
-    assert together(llava, [], SHORT) == []
+    assert ask_together(llava, [], SHORT) == []
 
 
 def test_questions_with_nothing_in_common_end_one_by_one(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_questions_with_nothing_in_common_end_one_by_one(llava: Llava, monkeypat
 
 def test_other_work_between_two_questions_changes_nothing(llava: Llava) -> None:
     blue = Image.new("RGB", (48, 32), "blue")
-    wanted = [result.text for result in together(llava, ["a list:", "the red"], SHORT)]
+    wanted = [result.text for result in ask_together(llava, ["a list:", "the red"], SHORT)]
     found = []
     for stream in llava.ask_many(["a list:", "the red"], RED, SHORT):
         found.append("".join(chunk.text for chunk in stream))
@@ -182,12 +182,12 @@ def test_cancelling_ends_all_questions(images: Any, llava: Llava) -> None:
     assert len(reasons) <= 2
 
 
-def test_leaving_one_early_ends_all_questions(llava: Llava, passes: list[int]) -> None:
+def test_leaving_one_early_ends_all_questions(llava: Llava, pass_sizes: list[int]) -> None:
     streams = list(llava.ask_many(["one,", "two,"], RED, Options(max_tokens=200)))
     next(streams[1])
     streams[1].close()
     assert list(streams[0])[-1].finish_reason == "cancelled"
-    assert len(passes) < 200
+    assert len(pass_sizes) < 200
     assert llava.ask("one,", RED, SHORT).finish_reason == "length"
 
 

@@ -55,7 +55,7 @@ def draw(tokens: int, seed: int = 0) -> tuple[Array, Array]:
     return features.astype(np.float32), rng.random(tokens).astype(np.float32)
 
 
-def plainly(features: Array, attention: Array, count: int) -> Array:
+def reference_reduce(features: Array, attention: Array, count: int) -> Array:
     """What `token_budget` says about "cls", written down with lists and loops."""
     places = list(range(len(features)))
     means = min(count // 6, len(places) - count)
@@ -81,7 +81,7 @@ def test_the_choice_is_the_one_of_plain_loops(tokens: int, count: int, seed: int
     features, attention = draw(tokens, seed)
     found = token_budget.reduce_features(features, attention, count)
     assert found.shape == (count, 12)
-    np.testing.assert_allclose(found, plainly(features, attention, count), atol=1e-5)
+    np.testing.assert_allclose(found, reference_reduce(features, attention, count), atol=1e-5)
 
 
 def test_what_is_looked_at_most_stays_as_it_is_and_in_its_order() -> None:
@@ -245,7 +245,7 @@ def in_torch(checkpoint: Path, llava: Llava, count: int) -> Array:
     features, attention = streamed.image_features_with_attention(
         micro.CONFIG, tensors, [prepare(RED, llava.bundle.manifest).crops]
     )
-    return streamed.project(micro.CONFIG, tensors, [plainly(features[0][0], attention[0][0], count)])[0]
+    return streamed.project(micro.CONFIG, tensors, [reference_reduce(features[0][0], attention[0][0], count)])[0]
 
 
 @pytest.mark.parametrize("count", [1, 8, 15, 16])
@@ -280,7 +280,7 @@ def logits_after(llava: Llava, options: Options, *, reuse: bool) -> Array:
 OTHERS = [Options(), Options(image_tokens=15), Options(image_tokens=8, image_token_method="random")]
 
 
-def stale(llava: Llava, options: Options, before: Options) -> float:
+def stale_error(llava: Llava, options: Options, before: Options) -> float:
     """How far the logits behind what another budget left in memory are from those of a fresh start, relatively."""
     fresh = logits_after(llava, options, reuse=False)
     logits_after(llava, before, reuse=False)
@@ -289,8 +289,8 @@ def stale(llava: Llava, options: Options, before: Options) -> float:
 
 @pytest.mark.parametrize("before", OTHERS, ids=["all", "15", "random"])
 def test_nothing_that_another_budget_left_is_taken_for_this_one(before: Options, llava: Llava) -> None:
-    assert stale(llava, BUDGET_8, before) < 0.02
-    assert stale(llava, before, BUDGET_8) < 0.02
+    assert stale_error(llava, BUDGET_8, before) < 0.02
+    assert stale_error(llava, before, BUDGET_8) < 0.02
 
 
 def test_the_check_for_stale_memory_notices_a_key_without_the_budget(
@@ -302,7 +302,7 @@ def test_the_check_for_stale_memory_notices_a_key_without_the_budget(
         return replace(right(shown, options, manifest), key=shown.key)
 
     monkeypatch.setattr("llava_edge.runtimes.pipeline.apply_token_budget", wrong)
-    assert stale(llava, BUDGET_8, OTHERS[2]) > 0.05
+    assert stale_error(llava, BUDGET_8, OTHERS[2]) > 0.05
 
 
 def test_a_room_that_is_too_small_for_all_holds_a_budget(micro_bundle: Path) -> None:
