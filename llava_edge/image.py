@@ -72,7 +72,7 @@ def load_image(source: ImageInput, name: str = "") -> Image.Image:
             image = _open(source, name)
             _check_size(image.size, name)
             image.load()
-            rgb = _to_rgb(_apply_orientation(image), name)  # without needless copies, 40 ms for a phone's photo
+            rgb = _to_rgb(_apply_orientation(image), name)  # no copy of an RGB image: saves 40 ms for a phone photo
             if rgb is not source:
                 rgb.info = {}
             return rgb
@@ -118,7 +118,7 @@ def preprocess(image: Image.Image, spec: Preprocessing) -> np.ndarray[Any, np.dt
 def normalise(image: Image.Image, spec: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
     """RGB (H, W) -> float32 (3, H, W), C-contiguous, (x/255 - mean) / std."""
     pixels = np.asarray(image)
-    scaled = (pixels.astype(np.float64) * RESCALE).astype(np.float32)  # the processor rounds here, so do we
+    scaled = (pixels.astype(np.float64) * RESCALE).astype(np.float32)  # rounded here, as in CLIPImageProcessor
     normalised = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 

@@ -32,7 +32,7 @@ def home() -> Path:
     """The cache folder: $LLAVA_EDGE_HOME, or llava-edge in $XDG_CACHE_HOME or ~/.cache. It may not exist yet."""
     try:
         if configured := os.environ.get("LLAVA_EDGE_HOME"):
-            return Path(configured).expanduser()  # ~ is not expanded unless a shell set the variable
+            return Path(configured).expanduser()  # with ~, unless a shell has expanded it
         if base := os.environ.get("XDG_CACHE_HOME"):
             return Path(base) / "llava-edge"
         return Path.home() / ".cache" / "llava-edge"

@@ -53,7 +53,7 @@ def doctor(as_json: bool, model: str, tune: bool) -> None:
                 click.echo(f"{'':22} run: {finding.fix}")
     if broken:
         sentences = [f"Not everything works: {', '.join(finding.subject for finding in broken)}."]
-        sentences += [finding.text for finding in broken if not finding.fix]  # these texts say themselves what to do
+        sentences += [finding.text for finding in broken if not finding.fix]  # these texts include what to do
         sentences += ["Run the commands shown above."] if any(finding.fix for finding in broken) else []
         raise UnavailableError(" ".join(sentences))
 

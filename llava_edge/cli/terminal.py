@@ -50,7 +50,7 @@ def is_writable(stream: TextIO) -> bool:
 def interrupt_on_termination() -> Iterator[None]:
     """Handle SIGTERM and SIGHUP like Ctrl-C, so that temporary files are removed."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    signals = [number for number, handler in handlers.items() if handler is not signal.SIG_IGN]  # nohup ignores one
+    signals = [number for number, handler in handlers.items() if handler is not signal.SIG_IGN]  # nohup ignores SIGHUP
     for number in signals:
         signal.signal(number, signal.default_int_handler)
     try:
@@ -75,7 +75,7 @@ class Status:
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._enabled = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"  # which knows no escapes
+        self._enabled = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"  # no escape sequences there
         self._current_text = ""
         self._lock = threading.Lock()  # nothing is drawn after `clear`
 

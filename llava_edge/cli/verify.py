@@ -92,7 +92,7 @@ def _source(
     options = ExportOptions(
         against, opened.folder, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template
     )
-    with require_extra("export", "--against"):  # of a GGUF
+    with require_extra("export", "--against"):  # a GGUF checkpoint needs it
         checkpoint = open_source(options)
     parity.check_same_sizes(opened, checkpoint)
     return checkpoint
