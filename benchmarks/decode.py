@@ -2,9 +2,8 @@
 
     python benchmarks/decode.py BUNDLE [--threads N] [--positions N] [--tokens N] [--repeats N]
 
-Both read the same prompt of tokens, then generate greedily from the same file with the same threads and context. Theirs
-is llama_decode and llama.cpp's greedy sampler and nothing else; ours is what `llava-edge run` uses, text and stop
-tokens included.
+Both evaluate the same prompt, then decode greedily, from the same file with the same threads and context. Theirs is
+llama_decode and llama.cpp's greedy sampler alone; ours is what `llava-edge run` uses, including text and end tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from interleave import report, serve, steady
+from interleave import report, run_persistent, serve
 
 from llava_edge.bundle import LANGUAGE
 
@@ -25,7 +24,7 @@ CONTEXT = 2048
 
 
 def prompt(arguments: argparse.Namespace) -> list[int]:
-    """Token ids that every vocabulary has and that are no control tokens."""
+    """Return token ids that every vocabulary has and that are not control tokens."""
     return [300 + 7 * i % 400 for i in range(arguments.positions)]
 
 
@@ -63,16 +62,16 @@ def theirs(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
 
     api.llama_backend_init()
     clock = time.process_time if arguments.processor_time else time.monotonic
-    loading = api.llama_model_default_params()
-    loading.use_extra_bufts = not arguments.mapped
-    model = api.llama_model_load_from_file(str(arguments.bundle / LANGUAGE).encode(), loading)
+    model_settings = api.llama_model_default_params()
+    model_settings.use_extra_bufts = not arguments.mapped
+    model = api.llama_model_load_from_file(str(arguments.bundle / LANGUAGE).encode(), model_settings)
     settings = api.llama_context_default_params()
     settings.n_ctx, settings.n_threads, settings.n_threads_batch = CONTEXT, arguments.threads, arguments.threads
     context = api.llama_init_from_model(model, settings)
     sampler, vocabulary = api.llama_sampler_init_greedy(), api.llama_model_get_vocab(model)
 
     def evaluate(tokens: list[int]) -> int:
-        """Append tokens; the likeliest next one."""
+        """Append tokens; return the most likely next one."""
         array = (ctypes.c_int32 * len(tokens))(*tokens)
         if api.llama_decode(context, api.llama_batch_get_one(array, len(tokens))):
             raise RuntimeError("llama_decode failed")
@@ -101,7 +100,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=64, help="of the prompt")
     parser.add_argument("--tokens", type=int, default=48, help="of the answer")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--mapped", action="store_true", help="weights as they are, for both")
+    parser.add_argument("--mapped", action="store_true", help="do not repack weights, in either")
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread")
     parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -110,7 +109,7 @@ def main() -> None:
         return
     command = [sys.executable, *sys.argv, "--worker"]
     peers = {"llava-edge": [*command, "ours"], "llama.cpp": [*command, "theirs"]}
-    report(steady(peers, arguments.repeats), "llava-edge", "tokens_per_s", more_is_better=True)
+    report(run_persistent(peers, arguments.repeats), "llava-edge", "tokens_per_s", more_is_better=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A picture's pixels -> its embeddings (CLIP and projector): ours beside llama.cpp's mtmd, OpenVINO and PyTorch.
+"""Times pixels -> embeddings (CLIP and projector): ours beside llama.cpp's mtmd, OpenVINO and PyTorch.
 
     python benchmarks/encode.py BUNDLE --mmproj FILE [--fp32-bundle DIR] [--threads N] [--repeats N]
 
-Every peer gets pixels of the size the encoder wants, so that decoding and resizing count for none. mtmd reads the
+Every peer gets pixels of the encoder's size, so that decoding and resizing are not counted. mtmd reads the
 mmproj that `llava-edge export --emit-mmproj` wrote from the same checkpoint; OpenVINO reads the bundles' vision.onnx;
-PyTorch runs transformers' CLIP of the same sizes with random weights. Who is not installed is left out.
+PyTorch runs transformers' CLIP of the same sizes with random weights. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleave import report, serve, steady
+from interleave import report, run_persistent, serve
 
 from llava_edge.bench.work import initializers
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, Bundle
@@ -32,8 +32,8 @@ def ours(bundle: Bundle, arguments: argparse.Namespace) -> Work:
 
     vision = tune.open_encoder(bundle, tune.default_setting(bundle, arguments.threads))
     projector = Projector(bundle, native.projector_library(), arguments.threads)
-    shown = pixels(bundle)
-    return lambda: {"shape": projector.project(vision.encode(shown)).shape}
+    image = pixels(bundle)
+    return lambda: {"shape": projector.project(vision.encode(image)).shape}
 
 
 def mtmd(bundle: Bundle, arguments: argparse.Namespace) -> Work:
@@ -53,8 +53,8 @@ def mtmd(bundle: Bundle, arguments: argparse.Namespace) -> Work:
     bitmaps = (api.mtmd_bitmap_p_ctypes * 1)(bitmap)
     if api.mtmd_tokenize(context, chunks, ctypes.byref(text), bitmaps, 1):
         raise RuntimeError("mtmd_tokenize failed")
-    found = [api.mtmd_input_chunks_get(chunks, i) for i in range(api.mtmd_input_chunks_size(chunks))]
-    chunk = next(c for c in found if api.mtmd_input_chunk_get_type(c) == api.MTMD_INPUT_CHUNK_TYPE_IMAGE)
+    all_chunks = [api.mtmd_input_chunks_get(chunks, i) for i in range(api.mtmd_input_chunks_size(chunks))]
+    chunk = next(c for c in all_chunks if api.mtmd_input_chunk_get_type(c) == api.MTMD_INPUT_CHUNK_TYPE_IMAGE)
 
     def encode() -> dict[str, Any]:
         if api.mtmd_encode_chunk(context, chunk):
@@ -65,7 +65,7 @@ def mtmd(bundle: Bundle, arguments: argparse.Namespace) -> Work:
 
 
 def openvino(bundle: Bundle, arguments: argparse.Namespace, precision: str = "f32") -> Work:
-    """The bundle's graph in OpenVINO, the projector built of its operations."""
+    """The bundle's graph in OpenVINO, with the projector built from OpenVINO operations."""
     import openvino
     from openvino import opset13 as ops
 
@@ -77,14 +77,14 @@ def openvino(bundle: Bundle, arguments: argparse.Namespace, precision: str = "f3
     vision = core.compile_model(str(bundle.part(VISION)), "CPU", settings)
     file = gguf.read(bundle.part(PROJECTOR))
     part = bundle.manifest.vision
-    entry = value = ops.parameter([part.image_tokens, part.width], np.float32)
+    features = value = ops.parameter([part.image_tokens, part.width], np.float32)
     for index in sorted({int(name.split(".")[1]) for name in file.tensors if name.startswith("mm.")}):
-        value = ops.gelu(value, "erf") if value is not entry else value
+        value = ops.gelu(value, "erf") if value is not features else value
         weight, bias = (np.array(file.array(f"mm.{index}.{kind}"), np.float32) for kind in ("weight", "bias"))
         value = ops.add(ops.matmul(value, ops.constant(weight), False, True), ops.constant(bias))
-    projector = core.compile_model(openvino.Model([value], [entry], "projector"), "CPU", settings)
-    shown = pixels(bundle)[None]
-    return lambda: {"shape": projector(vision(shown)[0][0])[0].shape}
+    projector = core.compile_model(openvino.Model([value], [features], "projector"), "CPU", settings)
+    image = pixels(bundle)[None]
+    return lambda: {"shape": projector(vision(image)[0][0])[0].shape}
 
 
 def torch(bundle: Bundle, arguments: argparse.Namespace, kind: str = "float32") -> Work:
@@ -105,11 +105,11 @@ def torch(bundle: Bundle, arguments: argparse.Namespace, kind: str = "float32") 
     tower = CLIPVisionModel(config).to(dtype).eval()
     layers = [torch.nn.Linear(part.width, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, hidden)]
     projector = torch.nn.Sequential(*layers).to(dtype)
-    shown = torch.from_numpy(pixels(bundle))[None].to(dtype)
+    image = torch.from_numpy(pixels(bundle))[None].to(dtype)
 
     def encode() -> dict[str, Any]:
         with torch.inference_mode():
-            return {"shape": tuple(projector(tower(shown).last_hidden_state[:, 1:]).shape)}
+            return {"shape": tuple(projector(tower(image).last_hidden_state[:, 1:]).shape)}
 
     return encode
 
@@ -151,8 +151,8 @@ def main() -> None:
         return
     names = [name for name in arguments.only or WORKERS if name != "mtmd" or arguments.mmproj]
     command = [sys.executable, *sys.argv]
-    report(steady({name: [*command, "--worker", name] for name in dict.fromkeys(["ours", *names])}, arguments.repeats),
-           "ours")  # fmt: skip
+    peers = {name: [*command, "--worker", name] for name in dict.fromkeys(["ours", *names])}
+    report(run_persistent(peers, arguments.repeats), "ours")
 
 
 if __name__ == "__main__":

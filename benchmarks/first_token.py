@@ -1,10 +1,10 @@
-"""A new process -> the first token of an answer about a picture: `llava-edge run` beside llama-cpp-python.
+"""Times a new process to the first token of an answer about a picture: `llava-edge run` beside llama-cpp-python.
 
     python benchmarks/first_token.py BUNDLE MMPROJ --image FILE [--threads N] [--repeats N]
 
 Times count from the start of the process, imports and loading included. llama-cpp-python reads the same language.gguf
 with its Llava15ChatHandler and an mmproj of the same CLIP (`llava-edge export --emit-mmproj`); both answer with one
-token and use the same threads and context. `positions` says how long each one's prompt was.
+token and use the same threads and context. `positions` is the length of each one's prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from interleave import fresh, report
+from interleave import report, run_fresh
 
 from llava_edge.bundle import LANGUAGE
 
@@ -27,7 +27,7 @@ CONTEXT = 2048
 
 
 def ours(arguments: argparse.Namespace) -> None:
-    """The command line as people use it; it counts from its own start."""
+    """Run the command line as users do; its times count from its own start."""
     command = [sys.executable, "-m", "llava_edge", "run", "--model", str(arguments.bundle.resolve()), "--json"]
     command += ["--image", str(arguments.image), "--prompt", QUESTION, "--max-tokens", "1"]
     command += ["--threads", str(arguments.threads), "--context", str(CONTEXT), *arguments.ours]
@@ -35,14 +35,13 @@ def ours(arguments: argparse.Namespace) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
-    found = json.loads(done.stdout.splitlines()[-1])
-    whole = (time.monotonic() - start) * 1000
-    found = {"ms": found["timings"]["ttft_ms"], "positions": found["prompt_tokens"], **found["timings"], "whole": whole}
-    print(json.dumps(found))
+    result = json.loads(done.stdout.splitlines()[-1])
+    whole, timings = (time.monotonic() - start) * 1000, result["timings"]
+    print(json.dumps({"ms": timings["ttft_ms"], "positions": result["prompt_tokens"], **timings, "whole": whole}))
 
 
 def theirs(arguments: argparse.Namespace) -> None:
-    """llama-cpp-python as its documentation uses it. A short system text, as ours has one."""
+    """Use llama-cpp-python as documented, with a short system prompt, as ours has one."""
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import Llava15ChatHandler
 
@@ -77,7 +76,7 @@ def main() -> None:
         return
     command = [sys.executable, *sys.argv, "--worker"]
     peers = {"llava-edge": [*command, "ours"], "llama-cpp-python": [*command, "theirs"]}
-    report(fresh(peers, arguments.repeats, arguments.warmup), "llava-edge")
+    report(run_fresh(peers, arguments.repeats, arguments.warmup), "llava-edge")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Several programs measured in turns, each in a process of its own: whatever else the machine does falls on all.
+"""Measures several programs in interleaved rounds, each in its own process, so that background load affects all alike.
 
-A peer is a command. With `steady` it stays alive: it prints "ready" once it is set up, and for each line on stdin does
-its work and prints one JSON object with `ms`. With `fresh` it is started anew each time, and prints that object with
-`at`, the instant (time.monotonic, one clock for all processes) at which it was done; `ms` counts from its start.
+A peer is a command. With `run_persistent` it stays alive: it prints "ready" when it is set up, and for each line on
+stdin does its work and prints one JSON object with `ms`. With `run_fresh` it is started for each sample, and prints an
+object with `at`, the instant (time.monotonic, one clock for all processes) at which it finished; `ms` counts from its
+start.
 """
 
 from __future__ import annotations
@@ -21,39 +22,39 @@ Command = Sequence[str]
 Samples = dict[str, list[dict[str, Any]]]
 
 
-def steady(peers: Mapping[str, Command], repeats: int) -> Samples:
-    """Samples of each peer, in rounds behind one that warms up. Peers that fail are named on stderr and left out."""
+def run_persistent(peers: Mapping[str, Command], repeats: int) -> Samples:
+    """Return samples of each peer after one warm-up round. Peers that fail are named on stderr and left out."""
     with ExitStack() as stack:
         running = {}
         for name, command in peers.items():
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-            stack.callback(_end, process)
+            stack.callback(_kill, process)
             if _read(process, log, name) == "ready":
                 running[name] = (process, log)
-        return _rounds({name: _asker(name, *item) for name, item in running.items()}, repeats, warmup=1)
+        return _run_rounds({name: _request_function(name, *item) for name, item in running.items()}, repeats, warmup=1)
 
 
-def fresh(peers: Mapping[str, Command], repeats: int, warmup: int) -> Samples:
-    """The same with a new process for each sample, and so many rounds before."""
-    return _rounds({name: _starter(name, command) for name, command in peers.items()}, repeats, warmup)
+def run_fresh(peers: Mapping[str, Command], repeats: int, warmup: int) -> Samples:
+    """Do the same with a new process for each sample and `warmup` warm-up rounds."""
+    return _run_rounds({name: _start_function(name, command) for name, command in peers.items()}, repeats, warmup)
 
 
 def report(samples: Samples, ours: str, key: str = "ms", *, more_is_better: bool = False) -> dict[str, Any]:
-    """Print a table on stderr and one JSON line on stdout; return what is in it.
+    """Print a table on stderr and one JSON line on stdout; return the rows by peer.
 
-    times: how many times better `ours` is, of the medians; low and high of the extremes, against each other.
+    times: ratio of the medians, how many times better `ours` is; times_low and times_high compare opposite extremes.
     """
     if ours not in samples:
         sys.exit(f"{ours} failed, so there is nothing to compare.")
     rows: dict[str, Any] = {}
-    mine = [sample[key] for sample in samples[ours]]
-    for name, found in samples.items():
-        values = [sample[key] for sample in found]
-        pairs = [(median(values), median(mine)), (min(values), max(mine)), (max(values), min(mine))]
+    our_values = [sample[key] for sample in samples[ours]]
+    for name, peer_samples in samples.items():
+        values = [sample[key] for sample in peer_samples]
+        pairs = [(median(values), median(our_values)), (min(values), max(our_values)), (max(values), min(our_values))]
         times, low, high = (1.0,) * 3 if name == ours else ratios(pairs, more_is_better)
         rows[name] = {"median": median(values), "low": min(values), "high": max(values), "times": times,
-                      "times_low": low, "times_high": high, "samples": values, "last": found[-1]}  # fmt: skip
+                      "times_low": low, "times_high": high, "samples": values, "last": peer_samples[-1]}  # fmt: skip
         sys.stderr.write(
             f"{name:24} {median(values):10.1f} ({min(values):.1f} to {max(values):.1f}) {key}   "
             f"{ours} is {times:.2f} times better ({low:.2f} to {high:.2f})\n"
@@ -63,63 +64,63 @@ def report(samples: Samples, ours: str, key: str = "ms", *, more_is_better: bool
 
 
 def ratios(pairs: Sequence[tuple[float, float]], more_is_better: bool) -> tuple[float, float, float]:
-    """(theirs, ours) of medians and of the two extremes -> how many times better ours is: median, low, high."""
+    """(theirs, ours) of the medians and of opposite extremes -> how many times better ours is: median, low, high."""
     times = [(ours / theirs if more_is_better else theirs / ours) for theirs, ours in pairs]
     return times[0], min(times[1:]), max(times[1:])
 
 
 def serve(work: Callable[[], dict[str, Any]], clock: Callable[[], float] = time.perf_counter) -> None:
-    """The other side of `steady`: work on each line, timed here unless `work` gives its own `ms`."""
+    """Be the peer of `run_persistent`: run `work` for each line, timed here unless it returns its own `ms`."""
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for _ in sys.stdin:
         start = clock()
-        found = work()
-        found.setdefault("ms", (clock() - start) * 1000)
-        sys.stdout.write(json.dumps(found) + "\n")
+        sample = work()
+        sample.setdefault("ms", (clock() - start) * 1000)
+        sys.stdout.write(json.dumps(sample) + "\n")
         sys.stdout.flush()
 
 
-def _rounds(askers: dict[str, Callable[[], dict[str, Any] | None]], repeats: int, warmup: int) -> Samples:
-    samples: Samples = {name: [] for name in askers}
+def _run_rounds(peers: dict[str, Callable[[], dict[str, Any] | None]], repeats: int, warmup: int) -> Samples:
+    samples: Samples = {name: [] for name in peers}
     for number in range(-warmup, repeats):
-        for name, ask in list(askers.items()):
-            found = ask()
-            if found is None:
-                del askers[name], samples[name]
+        for name, take_sample in list(peers.items()):
+            sample = take_sample()
+            if sample is None:
+                del peers[name], samples[name]
             elif number >= 0:
-                samples[name].append(found)
+                samples[name].append(sample)
     return samples
 
 
-def _asker(name: str, process: subprocess.Popen[str], log: IO[str]) -> Callable[[], dict[str, Any] | None]:
-    def ask() -> dict[str, Any] | None:
+def _request_function(name: str, process: subprocess.Popen[str], log: IO[str]) -> Callable[[], dict[str, Any] | None]:
+    def request() -> dict[str, Any] | None:
         assert process.stdin
         process.stdin.write("go\n")
         process.stdin.flush()
         answer = _read(process, log, name)
         return json.loads(answer) if answer else None
 
-    return ask
+    return request
 
 
-def _starter(name: str, command: Command) -> Callable[[], dict[str, Any] | None]:
-    def ask() -> dict[str, Any] | None:
+def _start_function(name: str, command: Command) -> Callable[[], dict[str, Any] | None]:
+    def run() -> dict[str, Any] | None:
         start = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         try:
-            found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+            sample: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         except (IndexError, ValueError):
             sys.stderr.write(f"{name} failed: {_last_line(done.stderr)}\n")
             return None
-        found.setdefault("ms", (found.get("at", 0.0) - start) * 1000)
-        return found
+        sample.setdefault("ms", (sample.get("at", 0.0) - start) * 1000)
+        return sample
 
-    return ask
+    return run
 
 
 def _read(process: subprocess.Popen[str], log: IO[str], name: str) -> str:
-    """The next line that is an answer; empty, with the reason on stderr, if the process ended instead."""
+    """Return the next line that is an answer; empty, with the reason on stderr, if the process ended instead."""
     assert process.stdout
     while line := process.stdout.readline():
         if line == "ready\n" or line.startswith("{"):
@@ -133,6 +134,6 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no reason given"])[-1]
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()  # closes the pipes

@@ -1,11 +1,11 @@
-"""What each choice costs the language model: weights mapped or re-ordered, whose kernels, keys and values, batches,
-flash attention.
+"""Compares settings of the language model: mapped or repacked weights, kernels, KV cache type, batch size, flash
+attention.
 
     python benchmarks/language.py BUNDLE [BUNDLE ...] [--threads N] [--repeats N] [--positions N] [--only CHOICE]
 
-Each choice opens language.gguf in a process of its own, in turns with the others: time to load, to read a prompt of
-embeddings as a picture gives them, and for each token after it; private and file-backed memory at the end. Build the
-native kernels before (`python -m llava_edge.runtimes.native`).
+Each choice opens language.gguf in its own process, in interleaved rounds. Prints the time to load, to prefill image
+embeddings, and per token after that; private and file-backed memory at the end. Build the native kernels first
+(`python -m llava_edge.runtimes.native`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from interleave import fresh
+from interleave import run_fresh
 
 from llava_edge.bundle import LANGUAGE
 from llava_edge.runtimes import devices, language, mapping
@@ -30,23 +30,23 @@ from llava_edge.runtimes.language import LanguageModel
 CONTEXT = 2048
 CHOICES: dict[str, dict[str, Any]] = {
     "mapped": {"repack": False},
-    "re-ordered": {"repack": True},
-    "re-ordered, held twice": {"repack": True, "twice": True},
+    "repacked": {"repack": True},
+    "repacked, held twice": {"repack": True, "twice": True},
     "mapped, q8_0": {"repack": False, "kv": "q8_0"},
     "mapped, batches of 576": {"repack": False, "batch": 576},
-    "re-ordered, batches of 576": {"repack": True, "batch": 576},
+    "repacked, batches of 576": {"repack": True, "batch": 576},
     "mapped, no flash attention": {"repack": False, "flash": 0},
     "mapped, llama.cpp's kernels": {"repack": False, "native": "off"},
-    "re-ordered, llama.cpp's kernels": {"repack": True, "native": "off"},
+    "repacked, llama.cpp's kernels": {"repack": True, "native": "off"},
 }
-SHOWN = ("load_ms", "prefill_ms", "token_ms", "private_mb", "file_mb")
+COLUMNS = ("load_ms", "prefill_ms", "token_ms", "private_mb", "file_mb")
 
 
-def work(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     choice = dict(CHOICES[arguments.worker])
     if kernels := choice.pop("native", ""):
         os.environ["LLAVA_EDGE_NATIVE"] = kernels
-    _change(choice.pop("twice", False), choice.pop("flash", None))
+    _override(choice.pop("twice", False), choice.pop("flash", None))
     clock = time.process_time if arguments.processor_time else time.perf_counter
     never, start = threading.Event(), clock()
     model = LanguageModel(bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads, **choice)
@@ -54,32 +54,32 @@ def work(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     rows = np.random.default_rng(0).standard_normal((arguments.positions, model.hidden_size), np.float32) * 0.02
     keys: list[language.Key] = [("picture", row) for row in range(len(rows))]
     model.evaluate_embeddings(rows, keys, never)
-    read = clock()
+    prefilled = clock()
     for number in range(arguments.tokens):
         model.evaluate_tokens([300 + 7 * number], never)
     done, memory = clock(), devices.memory_use()
     return {
         "load_ms": (loaded - start) * 1000,
-        "prefill_ms": (read - loaded) * 1000,
-        "token_ms": (done - read) * 1000 / arguments.tokens,
+        "prefill_ms": (prefilled - loaded) * 1000,
+        "token_ms": (done - prefilled) * 1000 / arguments.tokens,
         "private_mb": (memory.private_bytes or 0) / 1e6,
         "file_mb": (memory.file_bytes or 0) / 1e6,
     }
 
 
-def _change(twice: bool, flash: int | None) -> None:
-    """What the product leaves no choice in."""
+def _override(twice: bool, flash: int | None) -> None:
+    """Change settings that the product does not expose."""
     if twice:
         mapping.release_pages = lambda path: None
     api = language.library()
-    usual = api.llama_init_from_model
+    init_from_model = api.llama_init_from_model
 
-    def opened(model: Any, settings: Any) -> Any:
+    def init_with_override(model: Any, settings: Any) -> Any:
         if flash is not None:
             settings.flash_attn_type = flash
-        return usual(model, settings)
+        return init_from_model(model, settings)
 
-    api.llama_init_from_model = opened
+    api.llama_init_from_model = init_with_override
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=CHOICES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(work(arguments.bundles[0], arguments)))
+        print(json.dumps(measure(arguments.bundles[0], arguments)))
         return
     settings = [f"--{name}={getattr(arguments, name)}" for name in ("threads", "positions", "tokens")]
     settings += ["--processor-time"] if arguments.processor_time else []
@@ -104,12 +104,12 @@ def main() -> None:
         for bundle in arguments.bundles
         for name in arguments.only or CHOICES
     }
-    found = fresh(commands, arguments.repeats, arguments.warmup)
-    medians = {name: {key: median(item[key] for item in rows) for key in SHOWN} for name, rows in found.items()}
-    print("| choice | " + " | ".join(key.replace("_", " ") for key in SHOWN) + " |", file=sys.stderr)
+    samples = run_fresh(commands, arguments.repeats, arguments.warmup)
+    medians = {name: {key: median(item[key] for item in rows) for key in COLUMNS} for name, rows in samples.items()}
+    print("| choice | " + " | ".join(key.replace("_", " ") for key in COLUMNS) + " |", file=sys.stderr)
     for name, row in medians.items():
-        print(f"| {name} | " + " | ".join(f"{row[key]:.0f}" for key in SHOWN) + " |", file=sys.stderr)
-    print(json.dumps({"medians": medians, "samples": found}))
+        print(f"| {name} | " + " | ".join(f"{row[key]:.0f}" for key in COLUMNS) + " |", file=sys.stderr)
+    print(json.dumps({"medians": medians, "samples": samples}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What guessing tokens is worth: `python benchmarks/speculation.py [--model NAME|DIR] [IMAGE...]`.
+"""Measures speculative decoding: `python benchmarks/speculation.py [--model NAME|DIR] [IMAGE...]`.
 
-Asks for answers that quote or list, or `--prompt` about each image, with and without guesses in turn, and prints
-the median time of the tokens after the first. Answers have to be the same. `--draft` names a model that guesses, too.
-`--cost` prints instead what a batch costs in single tokens, behind each number of positions, and whether it gives their
-bits.
+Asks for answers that quote or list, or `--prompt` about each image, with and without speculation in turn, and prints
+the median time of the tokens after the first. Answers must be the same. `--draft` adds a draft model. `--cost` instead
+prints what a batch costs in single tokens after each number of positions, and whether its bits equal theirs.
 """
 
 from __future__ import annotations
@@ -74,21 +73,21 @@ def main(
 
 def _answers(llava: Llava, repeats: int, questions: Sequence[tuple[str, list[Path]]]) -> None:
     ratios, totals = [], np.zeros(2)
-    print("tokens  guessed  right  plain ms  guessed ms  ratio  question")
+    print("tokens  drafted  accepted  plain ms  speculative ms  ratio  question")
     for text, images in questions:
-        pairs = [[_ask(llava, text, images, how) for how in ("off", "auto")] for _ in range(repeats)]
-        plain, guessed = pairs[-1]
-        if any(one.text != other.text for one, other in pairs):
-            raise SystemExit(f"Guessing changed the answer to {text!r}.")
+        pairs = [[_ask(llava, text, images, mode) for mode in ("off", "auto")] for _ in range(repeats)]
+        plain, speculative = pairs[-1]
+        if any(first.text != second.text for first, second in pairs):
+            raise SystemExit(f"Speculation changed the answer to {text!r}.")
         times = [[max(result.timings.decode_ms, 1e-3) for result in pair] for pair in pairs]
-        ratios.append(statistics.median(one / other for one, other in times))
+        ratios.append(statistics.median(first / second for first, second in times))
         medians = np.median(times, axis=0)
         totals += medians
         print(
-            f"{plain.completion_tokens:6} {guessed.drafted_tokens:8} {guessed.accepted_tokens:6} "
-            f"{medians[0]:9.0f} {medians[1]:11.0f} {ratios[-1]:6.2f}  {images[0].name if images else text[:60]}"
+            f"{plain.completion_tokens:6} {speculative.drafted_tokens:8} {speculative.accepted_tokens:9} "
+            f"{medians[0]:9.0f} {medians[1]:15.0f} {ratios[-1]:6.2f}  {images[0].name if images else text[:60]}"
         )
-    print(f"all {totals[0]:27.0f} {totals[1]:11.0f} {statistics.median(ratios):6.2f}  (median ratio)")
+    print(f"all {totals[0]:30.0f} {totals[1]:15.0f} {statistics.median(ratios):6.2f}  (median ratio)")
 
 
 def _ask(llava: Llava, question: str, images: Sequence[Path], speculate: Speculate) -> Result:
@@ -114,10 +113,12 @@ def _cost(model: str, threads: int, repeats: int, positions: Sequence[int]) -> N
                 rows = language.evaluate_all_logits(tokens[:width], never)
                 times[width].append(time.perf_counter() - begin)
                 same[width] = sum(np.array_equal(*pair) for pair in zip(rows, single, strict=False))
-        one = statistics.median(times[1])
+        single_time = statistics.median(times[1])
         for width in WIDTHS:
             median = statistics.median(times[width])
-            print(f"{start:9} {width:6} {median * 1000:7.1f} {median / one:8.2f}  {same[width]} of {width} rows")
+            print(
+                f"{start:9} {width:6} {median * 1000:7.1f} {median / single_time:8.2f}  {same[width]} of {width} rows"
+            )
     language.close()
 
 

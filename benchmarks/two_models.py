@@ -1,7 +1,7 @@
-"""What it is worth that models compute in one thread: `python benchmarks/two_models.py [--model NAME|DIR]`.
+"""Measures the shared compute thread of two models: `python benchmarks/two_models.py [--model NAME|DIR]`.
 
-Prints the median tokens per second of a model alone, of one that takes turns with another, and of one that does so if
-each computes in a thread of its own (`runtimes/compute.py` says why they do not).
+Prints the median tokens per second of a model alone, of one that takes turns with another, and of one that does so with
+a compute thread per model (`runtimes/compute.py` says why they share one).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ QUESTION = "Write the alphabet three times, the letters separated by commas."
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--tokens", default=60, show_default=True, help="Of an answer, at most.")
 def main(model: str, threads: int, repeats: int, tokens: int) -> None:
-    """Print a line for each way; the models are loaded anew for each repetition, in turns."""
+    """Print a line for each variant; the models are reloaded for each repetition, in interleaved rounds."""
     engine, options = EngineOptions(device="cpu", threads=threads, cache=False), Options(tokens, speculate="off")
-    ways: dict[str, tuple[int, Callable[[], Worker]]] = {
+    variants: dict[str, tuple[int, Callable[[], Worker]]] = {
         "alone": (1, compute.shared_worker),
         "two, one thread": (2, compute.shared_worker),
         "two, a thread each": (2, lambda: Worker("llama.cpp")),
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
-        for name, (count, compute.shared_worker) in ways.items():
+        for name, (count, compute.shared_worker) in variants.items():
             with ExitStack() as stack:
                 models = [stack.enter_context(Llava.load(model, engine)) for _ in range(count)]
-                answers = [[one.ask(QUESTION, options=options) for one in models] for _ in range(3)]
-            rates[name] += [found.timings.decode_tokens_per_s for found, *_ in answers[1:]]
-    for name, found in rates.items():
-        print(f"{name:20} {median(found):6.1f} tokens/s ({min(found):.1f} to {max(found):.1f})")
+                answers = [[llava.ask(QUESTION, options=options) for llava in models] for _ in range(3)]
+            rates[name] += [first.timings.decode_tokens_per_s for first, *_ in answers[1:]]
+    for name, values in rates.items():
+        print(f"{name:20} {median(values):6.1f} tokens/s ({min(values):.1f} to {max(values):.1f})")
 
 
 if __name__ == "__main__":

@@ -630,7 +630,7 @@ def test_peers_take_turns_and_the_broken_ones_are_left_out(interleave: Any, capf
     alive = "import sys\nprint('a log line'); print('ready', flush=True)\n"
     alive += "for _ in sys.stdin: print('{\"ms\": %d}', flush=True)"
     peers = {"ours": alive % 5, "slow": alive % 10, "broken": "raise SystemExit('no such engine')"}
-    samples = interleave.steady({name: [sys.executable, "-c", code] for name, code in peers.items()}, repeats=3)
+    samples = interleave.run_persistent({name: [sys.executable, "-c", code] for name, code in peers.items()}, repeats=3)
     assert samples == {"ours": [{"ms": 5}] * 3, "slow": [{"ms": 10}] * 3}
     rows = interleave.report(samples, "ours")
     assert rows["slow"]["times"] == 2.0
@@ -646,7 +646,7 @@ def test_without_ours_there_is_no_comparison(interleave: Any) -> None:
 
 def test_new_processes_are_timed_from_their_start(interleave: Any) -> None:
     code = "import json, time; time.sleep(0.05); print(json.dumps({'at': time.monotonic()}))"
-    found = interleave.fresh({"it": [sys.executable, "-c", code], "bad": ["false"]}, repeats=2, warmup=0)
+    found = interleave.run_fresh({"it": [sys.executable, "-c", code], "bad": ["false"]}, repeats=2, warmup=0)
     assert list(found) == ["it"]
     assert all(50 < item["ms"] < 60_000 for item in found["it"])
 

@@ -1,7 +1,8 @@
-"""What answering several questions in the same passes is worth: `python benchmarks/together.py [--model NAME|DIR]`.
+"""Times several questions about one picture, batched and one after another:
+`python benchmarks/ask_many.py [--model NAME|DIR]`.
 
-The same questions about one picture, together and one after another, in turns, in one process that knows the picture:
-prints the median time of all answers. Answers have `--tokens` tokens, if the model does not end them before.
+Both are measured in turn, in one process in which the picture is cached. Prints the median time of all answers. Answers
+have up to `--tokens` tokens.
 """
 
 from __future__ import annotations
@@ -41,20 +42,22 @@ def main(model: str, threads: int, repeats: int, tokens: int, questions: Sequenc
     image = pictures()[0]
     with Llava.load(model, EngineOptions(device="cpu", threads=threads, cache="memory")) as llava:
         llava.ask(QUESTIONS[0], image, options)
-        print("questions  tokens  together s  apart s  ratio  equal answers")
+        print("questions  tokens  batched s  single s  ratio  equal answers")
         for count in questions:
-            asked = QUESTIONS[:count]
+            prompts = QUESTIONS[:count]
             seconds: list[tuple[float, float]] = []
             for _ in range(repeats):
                 start = time.perf_counter()
-                together = [result_of(stream) for stream in llava.ask_many(asked, image, options)]
+                batched = [result_of(stream) for stream in llava.ask_many(prompts, image, options)]
                 middle = time.perf_counter()
-                apart = [llava.ask(question, image, options) for question in asked]
+                single = [llava.ask(question, image, options) for question in prompts]
                 seconds.append((middle - start, time.perf_counter() - middle))
-            one, other = (statistics.median(column) for column in zip(*seconds, strict=True))
-            equal = sum(a.text == b.text for a, b in zip(together, apart, strict=True))
-            total = sum(result.completion_tokens for result in apart)
-            print(f"{count:9} {total:7} {one:11.2f} {other:8.2f} {other / one:6.2f}  {equal} of {count}")
+            batched_s, single_s = (statistics.median(column) for column in zip(*seconds, strict=True))
+            equal = sum(a.text == b.text for a, b in zip(batched, single, strict=True))
+            total = sum(result.completion_tokens for result in single)
+            print(
+                f"{count:9} {total:7} {batched_s:10.2f} {single_s:9.2f} {single_s / batched_s:6.2f}  {equal} of {count}"
+            )
 
 
 if __name__ == "__main__":

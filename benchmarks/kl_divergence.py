@@ -1,12 +1,12 @@
 """How far the native kernels move a model's answers from those of llama.cpp's own kernels.
 
-    python benchmarks/faithful.py CONVERSATIONS.json [--model NAME|DIR] [--limit N]
+    python benchmarks/kl_divergence.py CONVERSATIONS.json [--model NAME|DIR] [--limit N]
 
-CONVERSATIONS.json: as LLaVA is trained on, with pictures relative to its folder. Every answer token is predicted from
-what stands before it, once with the native kernels and once without, behind the same image embeddings; printed are the
-perplexity of the given answers, by both, the mean KL divergence between both, and for how many tokens the likeliest is
-the same. A third process shows how far llama.cpp's own kernels move if each number of the embeddings changes by a
-millionth: rounding activations to 8 bits turns any difference into one of that size. Needs the extra `train`.
+CONVERSATIONS.json: in LLaVA's training format, with pictures relative to its folder. Every answer token is predicted
+from what precedes it, with and without the native kernels, from the same image embeddings. Prints the perplexity of the
+given answers with both, the mean KL divergence between them, and how often the most likely token is the same. A third
+process shows how far llama.cpp's own kernels diverge if each number of the embeddings changes by a millionth: rounding
+activations to 8 bits turns any difference into one of that size. Needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -35,56 +35,56 @@ from llava_edge.store import DEFAULT_MODEL, resolve
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--limit", default=200, show_default=True, help="Conversations at most.")
 @click.option("--logits", type=click.Path(path_type=Path), hidden=True)
-@click.option("--moved", is_flag=True, hidden=True)
-def main(data: Path, model: str, limit: int, logits: Path | None, moved: bool) -> None:
-    """Compare processes that are told to use the native kernels or not to."""
+@click.option("--perturb", is_flag=True, hidden=True)
+def main(data: Path, model: str, limit: int, logits: Path | None, perturb: bool) -> None:
+    """Compare processes with and without the native kernels."""
     bundle = Bundle.open(resolve(model))
     if logits is not None:
-        _predict(bundle, data, limit, logits, moved)
+        _predict(bundle, data, limit, logits, perturb)
         return
     with tempfile.TemporaryDirectory() as folder:
-        found = []
-        for native, more in (("off", []), ("", []), ("off", ["--moved"])):
+        predictions = []
+        for native, more in (("off", []), ("", []), ("off", ["--perturb"])):
             path = Path(folder) / "logits.npz"
             options = ["--model", model, "--limit", str(limit), "--logits", str(path), *more]
             environment = {**os.environ, "LLAVA_EDGE_NATIVE": native}
             subprocess.run([sys.executable, __file__, str(data), *options], check=True, env=environment)
             with np.load(path) as arrays:
-                found.append(dict(arrays))
-    stock, ours, moved_stock = found
+                predictions.append(dict(arrays))
+    stock, ours, perturbed = predictions
     plain = exp(_scores(stock, stock)[1])
     click.echo(f"{len(stock['targets'])} answer tokens. {ours['kernels']}", err=True)
     click.echo(f"llama.cpp's own kernels: perplexity {plain:.5f}", err=True)
-    shown = {}
-    for name, other in (("native", ours), ("llama.cpp, embeddings moved", moved_stock)):
+    summary = {}
+    for name, other in (("native", ours), ("llama.cpp, perturbed embeddings", perturbed)):
         kl, loss, same = _scores(stock, other)
-        click.echo(f"{name}: {exp(loss):.5f}, KL divergence {kl:.6f} nats, same likeliest token {same:.2%}", err=True)
-        shown[name] = {"perplexity_changed": exp(loss) / plain - 1, "kl": kl, "same": same}
-    click.echo(json.dumps({"tokens": len(stock["targets"]), "perplexity": plain, **shown}))
+        click.echo(f"{name}: {exp(loss):.5f}, KL divergence {kl:.6f} nats, same most likely token {same:.2%}", err=True)
+        summary[name] = {"perplexity_changed": exp(loss) / plain - 1, "kl": kl, "same": same}
+    click.echo(json.dumps({"tokens": len(stock["targets"]), "perplexity": plain, **summary}))
 
 
 def _scores(stock: dict[str, Any], other: dict[str, Any]) -> list[float]:
-    """Means of `compare` over all answer tokens, one at a time: distributions in float64 are large."""
+    """Return the means of `compare` over all answer tokens, one at a time: distributions in float64 are large."""
     if not np.array_equal(stock["targets"], other["targets"]):
-        raise click.ClickException("Two processes predicted different tokens: the file has changed meanwhile.")
+        raise click.ClickException("Two processes predicted different tokens: the file was changed meanwhile.")
     rows = zip(stock["logits"], other["logits"], stock["targets"], strict=True)
     return [float(mean) for mean in np.mean([compare(a[None], b[None], [token])[0] for a, b, token in rows], 0)]
 
 
-class _Moved(held_out.Pictures):
+class _Perturbed(held_out.Pictures):
     """Pictures' embeddings, each number changed by about a millionth of itself."""
 
     def __init__(self, pictures: held_out.Pictures) -> None:
-        self._still = pictures
+        self._pictures = pictures
 
     def __getitem__(self, name: str) -> Array:
-        rows = self._still[name]
-        moved: Array = rows * (1 + 1e-6 * np.random.default_rng(0).standard_normal(rows.shape))
-        return moved.astype(np.float32)
+        rows = self._pictures[name]
+        perturbed: Array = rows * (1 + 1e-6 * np.random.default_rng(0).standard_normal(rows.shape))
+        return perturbed.astype(np.float32)
 
 
-def _predict(bundle: Bundle, data: Path, limit: int, to: Path, moved: bool) -> None:
-    """Write logits of all answer tokens, the tokens, and what computed them."""
+def _predict(bundle: Bundle, data: Path, limit: int, path_out: Path, perturb: bool) -> None:
+    """Write the logits of all answer tokens, the tokens, and which kernels computed them."""
     path = bundle.part(LANGUAGE)
     rows, targets = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -93,11 +93,11 @@ def _predict(bundle: Bundle, data: Path, limit: int, to: Path, moved: bool) -> N
         samples = samples[::step][:limit]
         context = max(len(sample.keys) for sample in samples)
         with LanguageModel(path, adapter=bundle.adapter, context=context) as engine:
-            shown = _Moved(pictures) if moved else pictures
+            embeddings = _Perturbed(pictures) if perturb else pictures
             for sample in samples:
-                rows += [row.astype(np.float32) for row in held_out.predictions(engine, sample, shown)]
+                rows += [row.astype(np.float32) for row in held_out.predictions(engine, sample, embeddings)]
                 targets += sample.targets
-            np.savez(to, logits=np.stack(rows), targets=np.array(targets), kernels=engine.native.reason)
+            np.savez(path_out, logits=np.stack(rows), targets=np.array(targets), kernels=engine.native.reason)
 
 
 if __name__ == "__main__":
