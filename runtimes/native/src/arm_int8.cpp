@@ -34,7 +34,7 @@ bool by_blocks(int type) { return block_values(type) == 32; }  // activations ha
 
 struct alignas(64) Tile {
     float scales[BLOCKS][ROWS][2];  // of activations, twice, as arm.h needs it; the first ones alone if there is one for 256
-    float shares[BLOCKS][ROWS][2];  // Q4_1: scale * sum
+    float scaled_sums[BLOCKS][ROWS][2];  // Q4_1: scale * sum
     int8_t high[ROWS][BLOCKS], low[ROWS][BLOCKS];  // sum of each 32 = 64 * high + low
     int8_t bytes[STEPS][ROWS][8];
 };
@@ -59,7 +59,7 @@ void pack(int type, const float *x, size_t stride, int rows, int inner, void *ou
         if (i >= rows) memset(row, 0, sizeof row);
         for (int b = 0; b < inner / 32; b++) {
             const int sum = vaddlvq_s8(vld1q_s8(row + 32 * b)) + vaddlvq_s8(vld1q_s8(row + 32 * b + 16));
-            if (by_blocks(type)) tile.shares[b][i][0] = tile.shares[b][i][1] = tile.scales[b][i][0] * sum;
+            if (by_blocks(type)) tile.scaled_sums[b][i][0] = tile.scaled_sums[b][i][1] = tile.scales[b][i][0] * sum;
             else tile.high[i][b] = int8_t(sum >> 6), tile.low[i][b] = int8_t(sum & 63);
         }
         for (int s = 0; s < inner / 8; s++) memcpy(tile.bytes[s][i], row + 8 * s, 8);
@@ -133,7 +133,7 @@ void multiply_by_blocks(const Tile &tile, const Panel &panel, int q, int blocks,
         add_scaled(part, tile.scales[g], panel.scales[g] + 4 * q, sums);
 #pragma GCC unroll 8
         for (int i = 0; i < SUMS && MINIMA; i++)
-            sums[i] = vfmaq_f32(sums[i], rows_of(i, tile.shares[g]), columns_of(i, panel.minima[g] + 4 * q));
+            sums[i] = vfmaq_f32(sums[i], rows_of(i, tile.scaled_sums[g]), columns_of(i, panel.minima[g] + 4 * q));
     }
 }
 

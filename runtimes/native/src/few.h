@@ -16,7 +16,7 @@ struct Activations128 {  // 128 activations, for formats of 32 values
     static constexpr int VALUES = 128;
     int8_t low[4][16], high[4][16];  // first and last 16 of each 32
     float scales[4], sums[4];        // sums: scale * sum of each 32
-    int below[4];                    // -128 * integer sum, for unsigned weights
+    int offsets[4];                    // -128 * integer sum, for unsigned weights
 };
 
 struct alignas(64) Activations256 {  // 256 activations, for formats of 256 values
@@ -48,7 +48,7 @@ inline void quantize_part(const float *x, int there, Activations128 &part) {  //
         int sum = 0;
         for (int8_t value : values) sum += value;
         part.sums[b] = part.scales[b] * sum;
-        part.below[b] = -128 * sum;
+        part.offsets[b] = -128 * sum;
     }
 }
 

@@ -126,12 +126,12 @@ void rows_q45_k(const char *row, const Activations256 *x, int step, int blocks, 
                 add<R>(whole[r], b, values + 32, b_scale);
             }
         }
-        __m128i below[R];
+        __m128i offsets[R];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) below[r] = _mm_madd_epi16(lowest, load128(x[r].sums));
+        for (int r = 0; r < R; r++) offsets[r] = _mm_madd_epi16(lowest, load128(x[r].sums));
         int head;
         memcpy(&head, row, 4);
-        all.add(whole, below, _mm_cvtph_ps(_mm_cvtsi32_si128(head)), x);
+        all.add(whole, offsets, _mm_cvtph_ps(_mm_cvtsi32_si128(head)), x);
     }
     all.store(out);
 }

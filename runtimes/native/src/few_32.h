@@ -11,14 +11,14 @@
 namespace native {
 namespace {
 
-constexpr char NO_BLOCK[34] = {};
+constexpr char ZERO_BLOCK[34] = {};
 
-struct Two {  // two blocks
+struct BlockPair {  // two blocks
     __m256i low, high;
 };
 
 template <int TYPE>
-inline Two two(const char *a, const char *b) {
+inline BlockPair load_pair(const char *a, const char *b) {
     const auto at = [&](int i) {
         return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(a + i)), load128(b + i), 1);
     };
@@ -28,7 +28,7 @@ inline Two two(const char *a, const char *b) {
 }
 
 template <int TYPE>
-inline __m256i products(const Two &w, const int8_t (*low)[16], const int8_t (*high)[16]) {
+inline __m256i products(const BlockPair &w, const int8_t (*low)[16], const int8_t (*high)[16]) {
     const __m256i one = _mm256_set1_epi16(1);
     if (TYPE == Q8_0) {
         const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.low), _mm256_sign_epi8(load256(low), w.low));
@@ -65,7 +65,7 @@ void rows_of_32(const char *row, const Activations128 *x, int step, int blocks, 
     const auto add = [&](auto all, const char *a, const char *b, const char *c, const char *d) {
         __m128 weights, minima;
         heads<TYPE>(a, b, c, d, weights, minima);
-        const Two p = two<TYPE>(a, b), q = all() == 4 ? two<TYPE>(c, d) : Two();
+        const BlockPair p = load_pair<TYPE>(a, b), q = all() == 4 ? load_pair<TYPE>(c, d) : BlockPair();
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const Activations128 &part = x[r];
@@ -85,8 +85,8 @@ void rows_of_32(const char *row, const Activations128 *x, int step, int blocks, 
         prefetch<R>(row, 4 * BYTES);
         add(four, row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }
-    if (blocks == 3) add(four, row, row + BYTES, row + 2 * BYTES, NO_BLOCK);
-    else if (blocks) add(one_or_two, row, blocks > 1 ? row + BYTES : NO_BLOCK, NO_BLOCK, NO_BLOCK);
+    if (blocks == 3) add(four, row, row + BYTES, row + 2 * BYTES, ZERO_BLOCK);
+    else if (blocks) add(one_or_two, row, blocks > 1 ? row + BYTES : ZERO_BLOCK, ZERO_BLOCK, ZERO_BLOCK);
     for (int r = 0; r < R; r++) sum[r] = _mm256_add_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), minima_sum[r]));
     totals<R>(sum, out);
 }

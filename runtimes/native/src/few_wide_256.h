@@ -91,7 +91,7 @@ inline void scale_up(__m512i total, __m512 d, float scale, float *sums) {
 template <bool SIX, int R>
 void add_block(const Block &w, const Activations256 *x, float *sums, float *minima) {
     constexpr int GROUPS = SIX ? 16 : 8, LENGTH = STEPS / GROUPS;
-    constexpr int SIDE = R > 4 ? 1 : R > 2 ? 2 : 4;  // groups at a time: enough independent accumulators to hide the latency
+    constexpr int PARALLEL = R > 4 ? 1 : R > 2 ? 2 : 4;  // groups at a time: enough independent accumulators to hide the latency
     __m512i totals[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -101,23 +101,23 @@ void add_block(const Block &w, const Activations256 *x, float *sums, float *mini
         for (int p = 0; p < 8; p++) add_dot_int16(totals[r], w.pairs[p], x[r].halves + 2 * p);
         totals[r] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(totals[r], 5));
     }
-    for (int g = 0; g < GROUPS; g += SIDE) {
-        __m512i of[SIDE][R];
+    for (int g = 0; g < GROUPS; g += PARALLEL) {
+        __m512i of[PARALLEL][R];
 #pragma GCC unroll 4
-        for (int e = 0; e < SIDE; e++)
+        for (int e = 0; e < PARALLEL; e++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) of[e][r] = _mm512_setzero_si512();
 #pragma GCC unroll 8
         for (int s = 0; s < LENGTH; s++)
 #pragma GCC unroll 4
-            for (int e = 0; e < SIDE; e++) {
+            for (int e = 0; e < PARALLEL; e++) {
                 const int at = (g + e) * LENGTH + s;
                 const __m512i four = w.bytes[at];
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) add_dot_int8(of[e][r], four, x[r].values + 4 * at);
             }
 #pragma GCC unroll 4
-        for (int e = 0; e < SIDE; e++)
+        for (int e = 0; e < PARALLEL; e++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
                 totals[r] = _mm512_add_epi32(totals[r], _mm512_mullo_epi32(of[e][r], w.factors[g + e]));

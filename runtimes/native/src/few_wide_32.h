@@ -9,13 +9,13 @@
 namespace native {
 namespace {
 
-struct Four {  // blocks of 16 columns
+struct FourBlocks {  // blocks of 16 columns
     __m512i bytes[4][8];
     __m512 scales[4], minima[4];
 };
 
 template <int TYPE>
-void unpack_four(const char *w, size_t stride, Four &four) {
+void unpack_four(const char *w, size_t stride, FourBlocks &four) {
     constexpr int BYTES = block_bytes(TYPE), HEAD = TYPE == Q4_1 ? 4 : 2;
     const auto head = [&](const char *block) {
         int v = 0;
@@ -48,25 +48,25 @@ void unpack_four(const char *w, size_t stride, Four &four) {
 
 // sums[4][rows][16] += products of four blocks with R rows of activations
 template <int TYPE, int R>
-void add_four(const Four &w, const Activations128 *x, float *sums, size_t next) {
-    constexpr int SIDE = R > 4 ? 1 : R > 2 ? 2 : 4;  // blocks at a time: enough independent accumulators to hide the latency
-    for (int b = 0; b < 4; b += SIDE) {
-        __m512i of[SIDE][R];
+void add_four(const FourBlocks &w, const Activations128 *x, float *sums, size_t next) {
+    constexpr int PARALLEL = R > 4 ? 1 : R > 2 ? 2 : 4;  // blocks at a time: enough independent accumulators to hide the latency
+    for (int b = 0; b < 4; b += PARALLEL) {
+        __m512i of[PARALLEL][R];
 #pragma GCC unroll 4
-        for (int e = 0; e < SIDE; e++)
+        for (int e = 0; e < PARALLEL; e++)
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) of[e][r] = _mm512_set1_epi32(TYPE == Q8_0 ? x[r].below[b + e] : 0);
+            for (int r = 0; r < R; r++) of[e][r] = _mm512_set1_epi32(TYPE == Q8_0 ? x[r].offsets[b + e] : 0);
 #pragma GCC unroll 8
         for (int s = 0; s < 8; s++)
 #pragma GCC unroll 4
-            for (int e = 0; e < SIDE; e++) {
+            for (int e = 0; e < PARALLEL; e++) {
                 const __m512i bytes = w.bytes[b + e][s];
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++)
                     add_dot_int8(of[e][r], bytes, (s < 4 ? x[r].low : x[r].high)[b + e] + s % 4 * 4);
             }
 #pragma GCC unroll 4
-        for (int e = 0; e < SIDE; e++)
+        for (int e = 0; e < PARALLEL; e++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 float *to = sums + (b + e) * next + r * WIDE_COLUMNS;
@@ -92,7 +92,7 @@ void multiply_wide(const char *w, size_t stride, const Activations128 *x, int ro
     alignas(64) float sums[4 * MAX_FEW * WIDE_COLUMNS];
     const size_t next = rows * WIDE_COLUMNS;
     memset(sums, 0, 4 * next * sizeof *sums);
-    Four four;
+    FourBlocks four;
     const auto add = [&](const char *from, size_t step) {
         unpack_four<TYPE>(from, step, four);
         for_row_chunks(rows, [&](int some, int r) { adds[some - 1](four, x + r, sums + r * WIDE_COLUMNS, next); });
@@ -148,7 +148,7 @@ void multiply_row(const char *row, const Activations128 *x, int step, int blocks
         for (int r = 0; r < R; r++) {
             const Activations128 &part = x[r];
             __m128i dots = wholes<TYPE>(products(p, part.low[0], part.high[0]), products(q, part.low[2], part.high[2]));
-            if (TYPE == Q8_0) dots = _mm_add_epi32(dots, load128(part.below));
+            if (TYPE == Q8_0) dots = _mm_add_epi32(dots, load128(part.offsets));
             const __m128 of = _mm_cvtepi32_ps(dots), scale = _mm_mul_ps(scales, _mm_loadu_ps(part.scales));
             if (TYPE == Q8_0) sums[r] = _mm_fmadd_ps(of, scale, sums[r]);
             else sums[r] = _mm_add_ps(sums[r], _mm_fmadd_ps(of, scale, _mm_mul_ps(minima, _mm_loadu_ps(part.sums))));
@@ -158,7 +158,7 @@ void multiply_row(const char *row, const Activations128 *x, int step, int blocks
         prefetch<R>(row, 4 * BYTES);
         add(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }
-    if (blocks) add(row, blocks > 1 ? row + BYTES : NO_BLOCK, blocks > 2 ? row + 2 * BYTES : NO_BLOCK, NO_BLOCK);
+    if (blocks) add(row, blocks > 1 ? row + BYTES : ZERO_BLOCK, blocks > 2 ? row + 2 * BYTES : ZERO_BLOCK, ZERO_BLOCK);
     for (int r = 0; r < R; r++) out[r] = Float8{_mm256_zextps128_ps256(sums[r])}.sum();
 }
 

@@ -40,7 +40,7 @@ constexpr bool TWOS = !VNNI || Lanes::count == 16;
 constexpr int INNER = 256, PAIRS = INNER / 2;
 constexpr int COLUMNS = 2 * Lanes::count;
 constexpr int ROWS = TWOS ? Lanes::count / 2 : 6;
-constexpr int PLACES = Lanes::count;  // in a tile, of pairs of its rows; with TWOS of firsts, then of seconds
+constexpr int PADDED_ROWS = Lanes::count;  // in a tile, of pairs of its rows; with TWOS of firsts, then of seconds
 constexpr int STEPS = TWOS ? PAIRS / 2 : PAIRS;
 constexpr int SCALES = 16;  // room for ROWS numbers that keeps 64 bytes' alignment
 constexpr int ACTIVATION_LIMIT = 8191;
@@ -52,13 +52,13 @@ float weight_limit(int inner) { return float(std::min(4095, INT32_MAX / ACTIVATI
 
 struct Tile {
     float scales[SCALES];
-    int32_t starts[SCALES];  // TWOS: -(sum of x0 * x1)
-    int32_t pairs[STEPS][PLACES];
+    int32_t initial_sums[SCALES];  // TWOS: -(sum of x0 * x1)
+    int32_t pairs[STEPS][PADDED_ROWS];
 };
 
 struct Panel {
     float scales[COLUMNS];
-    int32_t starts[COLUMNS];        // TWOS: -(sum of w0 * w1)
+    int32_t initial_sums[COLUMNS];        // TWOS: -(sum of w0 * w1)
     int32_t pairs[PAIRS][COLUMNS];  // TWOS: a row of firsts, a row of seconds
 };
 
@@ -83,18 +83,18 @@ int32_t part(int16_t *row, int inner, int away) {
 
 void pack(int, const float *x, size_t stride, int rows, int inner, void *out) {
     Tile &tile = *static_cast<Tile *>(out);
-    alignas(64) int16_t values[PLACES][INNER];
-    if (!TWOS) memset(values[ROWS], 0, (PLACES - ROWS) * sizeof values[0]);
+    alignas(64) int16_t values[PADDED_ROWS][INNER];
+    if (!TWOS) memset(values[ROWS], 0, (PADDED_ROWS - ROWS) * sizeof values[0]);
     for (int i = 0; i < ROWS; i++) {
         for (int k = 0; k < inner; k += 16) _mm_prefetch(x + i * stride + INNER + k, _MM_HINT_T0);  // the block after this one
         tile.scales[i] = i < rows ? quantize(x + i * stride, inner, ACTIVATION_LIMIT, values[i]) : 0;
         if (i >= rows) memset(values[i], 0, sizeof values[i]);
-        if (TWOS) tile.starts[i] = part(values[i], inner, ROWS * INNER);
+        if (TWOS) tile.initial_sums[i] = part(values[i], inner, ROWS * INNER);
     }
     const int steps = TWOS ? inner / 4 : inner / 2;
-    for (int i = 0; i < PLACES; i += 8)
+    for (int i = 0; i < PADDED_ROWS; i += 8)
         for (int s = 0; s < steps; s += 8)
-            transpose(reinterpret_cast<const int32_t *>(values[i]) + s, PAIRS, &tile.pairs[s][i], PLACES);
+            transpose(reinterpret_cast<const int32_t *>(values[i]) + s, PAIRS, &tile.pairs[s][i], PADDED_ROWS);
 }
 
 bool supports(int type) { return type == INT8_TRANSPOSED || type == F32 || is_supported_type(type); }
@@ -164,7 +164,7 @@ void add_up(Panel &panel, int inner) {
         __m256i start = _mm256_setzero_si256();
         for (int p = 0; p < inner / 2; p += 2)
             start = _mm256_sub_epi32(start, _mm256_madd_epi16(load256(&panel.pairs[p][n]), load256(&panel.pairs[p + 1][n])));
-        put256(start, &panel.starts[n]);
+        put256(start, &panel.initial_sums[n]);
     }
 }
 
@@ -235,10 +235,10 @@ inline __attribute__((always_inline)) void add_plain(Lanes &left, Lanes &right, 
 
 inline __attribute__((always_inline)) void add_products(const Tile &tile, const Panel &panel, int inner, Lanes *left,
                                                         Lanes *right) {
-    const Lanes low = Lanes::load(panel.starts), high = Lanes::load(panel.starts + Lanes::count);
+    const Lanes low = Lanes::load(panel.initial_sums), high = Lanes::load(panel.initial_sums + Lanes::count);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
-        const Lanes own = Lanes::broadcast(tile.starts[i]);
+        const Lanes own = Lanes::broadcast(tile.initial_sums[i]);
         if (plain(i)) left[i] = right[i] = Lanes::zero();
         else left[i] = low.with(own), right[i] = high.with(own);
     }

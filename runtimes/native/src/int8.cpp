@@ -27,7 +27,7 @@ namespace {
 constexpr int INNER = 256, STEPS = INNER / 4, BLOCKS = INNER / 32;
 constexpr int COLUMNS = 2 * Lanes::count;
 constexpr int ROWS = 6;
-constexpr int PLACES = 8;  // rows in a tile, which are transposed at once
+constexpr int PADDED_ROWS = 8;  // rows in a tile, which are transposed at once
 
 bool supports(int type) {
     return type == Q4_0 || type == Q4_1 || type == Q4_K || type == Q5_K || type == Q6_K || (VNNI && type == Q8_0);
@@ -38,10 +38,10 @@ int zero_point(int type) { return type == Q4_0 ? 8 : type == Q8_0 ? 128 : 0; }
 
 struct Tile {
     float scales[BLOCKS][ROWS];  // of activations; the first ones alone if there is one for 256
-    float shares[BLOCKS][ROWS];  // Q4_1: scale * sum
+    float scaled_sums[BLOCKS][ROWS];  // Q4_1: scale * sum
     // By blocks: where the sum of products starts, -zero * sum. Else: sums of the values with two scales, a pair of int16.
     int32_t sums[BLOCKS][ROWS];
-    alignas(64) int32_t bytes[STEPS][PLACES];
+    alignas(64) int32_t bytes[STEPS][PADDED_ROWS];
 };
 
 struct Panel {
@@ -70,25 +70,25 @@ void pack_block(int type, const int8_t *row, int b, int i, Tile &tile) {
         const int16_t sum = sum_of(both);
         memcpy(reinterpret_cast<char *>(&tile.sums[b / 2][i]) + b % 2 * sizeof sum, &sum, sizeof sum);
     } else {
-        tile.shares[b][i] = tile.scales[b][i] * sum_of(both);
-        const __m128i starts = _mm_mullo_epi16(both, _mm_set1_epi16(-zero_point(type)));
-        tile.sums[b][i] = VNNI ? -zero_point(type) * sum_of(both) : _mm_cvtsi128_si32(starts);
+        tile.scaled_sums[b][i] = tile.scales[b][i] * sum_of(both);
+        const __m128i initial_sums = _mm_mullo_epi16(both, _mm_set1_epi16(-zero_point(type)));
+        tile.sums[b][i] = VNNI ? -zero_point(type) * sum_of(both) : _mm_cvtsi128_si32(initial_sums);
     }
 }
 
 void pack(int type, const float *x, size_t stride, int rows, int inner, void *out) {
     Tile &tile = *static_cast<Tile *>(out);
     const int scaled = by_blocks(type) ? 32 : inner;
-    alignas(64) int8_t values[PLACES][INNER];
+    alignas(64) int8_t values[PADDED_ROWS][INNER];
     memset(values, 0, sizeof values);
     for (int i = 0; i < ROWS; i++) {
         for (int k = 0; k < inner; k += scaled)
             tile.scales[k / 32][i] = i < rows ? quantize8(x + i * stride + k, scaled, values[i] + k) : 0;
         for (int b = 0; b < inner / 32; b++) pack_block(type, values[i], b, i, tile);
     }
-    for (int i = 0; i < PLACES; i += 8)
+    for (int i = 0; i < PADDED_ROWS; i += 8)
         for (int s = 0; s < inner / 4; s += 8)
-            transpose(reinterpret_cast<const int32_t *>(values[i]) + s, STEPS, &tile.bytes[s][i], PLACES);
+            transpose(reinterpret_cast<const int32_t *>(values[i]) + s, STEPS, &tile.bytes[s][i], PADDED_ROWS);
 }
 
 // Columns as they are unpacked, to be transposed.
@@ -178,7 +178,7 @@ inline __attribute__((always_inline)) void add_steps(const Tile &tile, const Pan
     }
 }
 
-// sums = (first ? 0 : sums) + minima * shares
+// sums = (first ? 0 : sums) + minima * scaled_sums
 void start_with_minima(const Tile &tile, const Panel &panel, int blocks, bool first, float *sums) {
     for (int n = 0; n < COLUMNS; n += Lanes::count) {
         Floats s[ROWS];
@@ -187,7 +187,7 @@ void start_with_minima(const Tile &tile, const Panel &panel, int blocks, bool fi
         for (int g = 0; g < blocks; g++) {
             const Floats a = Floats::load(panel.minima[g] + n);
 #pragma GCC unroll 6
-            for (int i = 0; i < ROWS; i++) s[i].add(a, tile.shares[g][i]);
+            for (int i = 0; i < ROWS; i++) s[i].add(a, tile.scaled_sums[g][i]);
         }
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) s[i].store(sums + i * COLUMNS + n);

@@ -53,12 +53,12 @@ struct Head {
     void compute(int batch, int head, char *memory) const {
         char *const keys = memory, *const values = keys + keys_size, *const tiles = values + values_size;
         float *const sums = reinterpret_cast<float *>(tiles + tiles_size);
-        float *const scores = sums + sums_size / sizeof(float), *const turned = scores + scores_size / sizeof(float);
+        float *const scores = sums + sums_size / sizeof(float), *const transposed = scores + scores_size / sizeof(float);
         const float *const q = a.qkv + size_t(batch) * a.positions * row + size_t(head) * a.width;
         const float *const k = q + size_t(a.heads) * a.width, *const v = k + size_t(a.heads) * a.width;
         float *const out = a.out + size_t(batch) * a.positions * (row / 3) + size_t(head) * a.width;
         pack_keys(k, keys);
-        pack_values(v, turned, values);
+        pack_values(v, transposed, values);
         for (int first = 0; first < a.positions; first += kernel.tile_rows) {
             const int rows = std::min(kernel.tile_rows, a.positions - first);
             float inverse[MAX_ROWS];
@@ -88,15 +88,15 @@ private:
     }
 
     // Transposed first: the elements of a value are the columns of that product.
-    void pack_values(const float *v, float *turned, char *panels) const {
+    void pack_values(const float *v, float *transposed, char *panels) const {
         int position = 0;
         for (; position + 8 <= a.positions; position += 8)
             for (int d = 0; d < a.width; d += 8)
                 transpose(reinterpret_cast<const int32_t *>(v + position * row + d), row,
-                          reinterpret_cast<int32_t *>(turned + d * stride + position), stride);
+                          reinterpret_cast<int32_t *>(transposed + d * stride + position), stride);
         for (int d = 0; d < a.width; d++)
-            for (int t = position; t < int(stride); t++) turned[d * stride + t] = t < a.positions ? v[t * row + d] : 0;
-        const Product p = weights(turned, stride, a.width, int(stride));
+            for (int t = position; t < int(stride); t++) transposed[d * stride + t] = t < a.positions ? v[t * row + d] : 0;
+        const Product p = weights(transposed, stride, a.width, int(stride));
         for (size_t n = 0; n < value_panels; n++)
             for (size_t b = 0; b < blocks; b++, panels += kernel.panel_bytes) {
                 const int column = int(n) * kernel.panel_columns;
@@ -116,9 +116,9 @@ private:
     // Scores -> e^((score - maximum) / sqrt(width)), in place; returns one over their sum. NaN stays NaN.
     float softmax(float *scores) const {
         std::fill(scores + a.positions, scores + stride, -INFINITY);
-        __m256 most = _mm256_loadu_ps(scores), sum = _mm256_setzero_ps();
-        for (size_t j = 8; j < stride; j += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(scores + j));
-        const __m256 maximum = _mm256_set1_ps(Float8{most}.reduce_max());
+        __m256 maxima = _mm256_loadu_ps(scores), sum = _mm256_setzero_ps();
+        for (size_t j = 8; j < stride; j += 8) maxima = _mm256_max_ps(maxima, _mm256_loadu_ps(scores + j));
+        const __m256 maximum = _mm256_set1_ps(Float8{maxima}.reduce_max());
         const __m256 scale = _mm256_set1_ps(1.44269504f / std::sqrt(float(a.width)));
         for (size_t j = 0; j < stride; j += 8) {
             const __m256 e = power_of_two(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(scores + j), maximum), scale));
