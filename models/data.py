@@ -67,7 +67,7 @@ class Batch:
 def read_records(path: Path) -> list[Record]:
     """Read a LLaVA JSON array. Raises `MissingError` or `DataError`."""
     if not path.is_file():
-        raise MissingError(f"{path} does not exist; a JSON array of LLaVA conversations was expected.")
+        raise MissingError(f"{path} does not exist; expected a JSON array of LLaVA conversations.")
     try:
         records = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

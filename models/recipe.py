@@ -102,7 +102,7 @@ def _parse(raw: dict[str, Any]) -> Recipe:
 def _check_stage(stage: Stage, recipe: Recipe, label: str) -> None:
     """Raise `ValueError` for settings that have the right type but are invalid or contradict each other."""
     if stage.template not in TEMPLATES:
-        raise ValueError(f"{label} has template = {stage.template!r}; one of {', '.join(TEMPLATES)} was expected")
+        raise ValueError(f"{label} has template = {stage.template!r}; expected one of {', '.join(TEMPLATES)}")
     if stage.trains == "lora" and not stage.lora_rank:
         raise ValueError(f"{label}: trains = 'lora' needs a lora_rank of 1 or more, not 0")
     if stage.trains == "lora" and not stage.lora_alpha:

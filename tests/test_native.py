@@ -534,7 +534,7 @@ def test_a_failed_self_test_is_not_used() -> None:
     assert every.reason.startswith("Not used: avx2 is off.")
     misspelt = choice.choose(found_out(), "avx3")
     assert not misspelt.used
-    assert misspelt.reason.startswith("Not used: LLAVA_EDGE_NATIVE is 'avx3'; one of off, amx-bf16, ")
+    assert misspelt.reason.startswith("Not used: LLAVA_EDGE_NATIVE is 'avx3'; expected one of off, amx-bf16, ")
     killed = choice.choose({"failed": "their check was killed by signal 4"})
     assert killed.reason == "Not used: their check was killed by signal 4."
 

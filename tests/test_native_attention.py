@@ -162,5 +162,5 @@ def test_a_width_of_heads_that_is_no_number_is_refused_in_a_sentence() -> None:
         for own in ({}, {"llama.attention.key_length": 72})
     ]
     assert found == [True, False]
-    with pytest.raises(BundleError, match=r"key_length = '64'; a whole number"):
+    with pytest.raises(BundleError, match=r"key_length = '64'; expected an integer"):
         native.supports_attention(Gguf(Path(), {**sizes, "llama.attention.key_length": "64"}, {}))

@@ -361,7 +361,7 @@ BAD_SETTINGS: list[tuple[str, str, str]] = [  # a line's beginning in smol.toml,
     ),
     ("[data.rounds]", "[data.round]", "[data] has unknown fields ['round']"),
     ('name = "instruct"', 'name = "align"', "two stages are called 'align'"),
-    ('template = "chatml"', 'template = "chatlm"', STAGE_2 + "template = 'chatlm'; one of vicuna_v1, "),
+    ('template = "chatml"', 'template = "chatlm"', STAGE_2 + "template = 'chatlm'; expected one of vicuna_v1, "),
     ("[[stage]]", "[[stages]]", "it has no [[stage]] tables"),
 ]
 

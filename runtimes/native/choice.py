@@ -65,7 +65,7 @@ def choose(state: dict[str, Any], kernel: str = "") -> Status:
     correct = [name for name in state["kernels"] if name not in problems and (name not in OPT_IN or name == kernel)]
     if kernel and kernel not in state["kernels"]:
         known = ", ".join(["off", *state["kernels"]])
-        return Status(f"Not used: LLAVA_EDGE_NATIVE is {kernel!r}; one of {known} was expected.")
+        return Status(f"Not used: LLAVA_EDGE_NATIVE is {kernel!r}; expected one of {known}.")
     if kernel in correct:
         correct = [kernel]
     if not correct:
