@@ -195,7 +195,7 @@ class LanguageModel:
             api.llama_memory_seq_rm(self._memory, copy, -1, -1)
 
     def restore_state(self, state: bytes | memoryview, keys: Sequence[Key]) -> bool:
-        """Load what `save_state` returned when the KV cache held `keys`; return whether that worked.
+        """Load what `save_state` returned when the KV cache held `keys`; return whether that succeeded.
 
         llama.cpp trusts these bytes: only what this program wrote may be passed. A failure leaves an empty KV cache, in
         a new context, because llama.cpp leaves parts of the state behind.

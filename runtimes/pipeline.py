@@ -52,7 +52,7 @@ MAX_BATCH = 1024  # positions; working memory grows with it: 13 MB for 64 positi
 
 
 class Engine:
-    """Open it with `Engine.open`. Thread-safe: requests are served in turn.
+    """An open bundle; use `Engine.open`. Thread-safe: requests are served in turn.
 
     Closed by `close`, at Python's exit, and when it is garbage-collected: its thread refers only to its parts.
     """
@@ -175,7 +175,7 @@ class Engine:
     def check_context(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
     ) -> None:
-        """Raise `ContextOverflowError` for the first conversation that does not fit, with its number if there are more.
+        """Raise `ContextOverflowError` for the first conversation that does not fit, numbered if several are given.
 
         Raises `UsageError` for invalid conversations, or a number of pictures that they do not have.
         """
