@@ -100,7 +100,7 @@ class Costs:
             costs.append(lowest)
 
     def batch(self, width: int) -> float:
-        """Cost of a batch in single tokens; extrapolated from another width (at first from 2.0 for 4) if not measured."""
+        """Cost of a batch in single tokens; if not measured, extrapolated from another width (at first 2.0 for 4)."""
         measured = {w: median(self._relative[w]) for w in WIDTHS if self._relative[w]}
         other, cost = next(iter(measured.items()), (4, 2.0))
         return measured.get(width, 1 + (cost - 1) * (width - 1) / (other - 1))

@@ -520,7 +520,7 @@ def test_llama_cpps_form_of_a_schema(server: Server) -> None:
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "must be an object with a schema"),
         ({"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}, "itself"),
         ({"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "a"}}}, "pattern"),
-        ({"type": "json_schema", "json_schema": {"schema": {"type": "object", "required": [{}]}}}, "no name"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "object", "required": [{}]}}}, "not a name"),
     ],
     ids=str,
 )
