@@ -136,8 +136,8 @@ void multiply_row(const char *row, const Activations128 *x, int step, int blocks
     __m128 sums[R];
     for (int r = 0; r < R; r++) sums[r] = _mm_setzero_ps();
     const auto add = [&](const char *a, const char *b, const char *c, const char *d) {
-        const Two p = two<TYPE>(a, b), q = two<TYPE>(c, d);
-        const auto products = [&](const Two &w, const int8_t *low, const int8_t *high) {
+        const BlockPair p = load_pair<TYPE>(a, b), q = load_pair<TYPE>(c, d);
+        const auto products = [&](const BlockPair &w, const int8_t *low, const int8_t *high) {
             const __m256i signs = _mm256_set1_epi8(TYPE == Q8_0 ? -128 : 0);
             const __m256i first = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_xor_si256(w.low, signs), load256(low));
             return _mm256_dpbusd_epi32(first, _mm256_xor_si256(w.high, signs), load256(high));
