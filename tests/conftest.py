@@ -132,7 +132,8 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def compile_all(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=UNITS, flags=("-O1", "-Werror"))
+        flags = ("-O1", "-Werror")
+        assert not build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=UNITS, flags=flags)
 
     if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
         return Path(ready).parent

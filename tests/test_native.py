@@ -729,7 +729,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     path, tool = tmp_path / "kernels.so", build.compiler()
     assert tool
     flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    build.build(path, tmp_path / native.OPERATOR, units=UNITS, flags=flags)
+    assert not build.build(path, tmp_path / native.OPERATOR, units=UNITS, flags=flags)
     libraries = [
         subprocess.run([tool, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")

@@ -277,7 +277,10 @@ check.main(sys.argv[1])
 def test_operators_that_are_not_there_are_neither_tried_nor_used(
     native_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated_home: Path
 ) -> None:
-    build.build(tmp_path / "products.so", tmp_path / native.OPERATOR, units=[build.Unit("product.cpp")])
+    units = [build.Unit("product.cpp"), build.Unit("no_such_file.cpp", kernel="AMX")]
+    left_out = build.build(tmp_path / "products.so", tmp_path / native.OPERATOR, units=units)
+    assert left_out.keys() == {"AMX"}
+    assert "no_such_file.cpp does not compile" in left_out["AMX"]
     assert not (tmp_path / native.OPERATOR).exists()
     relink(native_build, tmp_path / native.LIBRARY, ("operators", "linear", "vision_attention"), ggml_base())
     facts = json.loads(in_child(CHECK, tmp_path / native.LIBRARY).stdout.splitlines()[-1])
@@ -285,9 +288,16 @@ def test_operators_that_are_not_there_are_neither_tried_nor_used(
     assert "projector" not in facts
     for races in facts["types"].values():
         races["many"]["plain"] = 1e9
-    monkeypatch.setattr(build, "build", lambda target, operator: shutil.copy(tmp_path / native.LIBRARY, target))
+
+    def copy_library(target: Path, operator: Path) -> dict[str, str]:
+        shutil.copy(tmp_path / native.LIBRARY, target)
+        return left_out
+
+    monkeypatch.setattr(build, "build", copy_library)
     monkeypatch.setattr(native, "_run_check", lambda library: facts)
-    found = native.prepare()
+    messages: list[str] = []
+    found = native.prepare(messages.append)
+    assert messages[1].startswith("AMX kernels are left out: no_such_file.cpp does not compile: ")
     assert {kind for kind, _, _ in found.many_rows} == set(TYPES)
     assert native.operator_library() is None
     assert native.projector_library() is None

@@ -63,6 +63,7 @@ class _Process:
 
 _process = _Process()
 _lock = threading.Lock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def status() -> Status:
@@ -155,7 +156,8 @@ def prepare(log: Callable[[str], None] = lambda line: None) -> Status:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
             work = Path(name)
-            build.build(work / LIBRARY, work / OPERATOR)
+            for kernel, error in build.build(work / LIBRARY, work / OPERATOR).items():
+                log(f"{kernel} kernels are left out: {error}")
             log("Testing them and comparing their speed with llama.cpp's own; this takes about 25 s.")
             hashes = {"sha256": _sha256(work / LIBRARY)}
             if (work / OPERATOR).exists():  # not on aarch64

@@ -1,4 +1,4 @@
-"""Compile the C++ sources into shared libraries. Kernels whose flags the machine's compiler lacks are left out."""
+"""Compile the C++ sources into shared libraries. Kernels that this machine's compiler cannot compile are left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLAGS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-fopenmp", "-fvisibility=hidden",
 
 @dataclass(frozen=True)
 class Unit:
-    """A source file and its flags. `kernel`: left out, with all its units, where the compiler lacks the flags."""
+    """A source file and its flags. `kernel`: left out, with all its units, where the compiler cannot compile one."""
 
     source: str
     flags: tuple[str, ...] = AVX2
@@ -98,11 +98,11 @@ def find_toolchain() -> tuple[str, Path]:
 
 def build(
     target: Path, operator: Path | None = None, *, units: Sequence[Unit] = UNITS, flags: Sequence[str] = ()
-) -> None:
+) -> dict[str, str]:
     """Compile `units`, link them into `target` and, if they include ONNX Runtime's operators, into `operator`.
 
-    Objects are written to the folder of `target`. flags: in addition to `FLAGS`. Raises `UnavailableError` with the
-    compiler's first error.
+    Objects are written to the folder of `target`. flags: in addition to `FLAGS`. Returns the first error of each kernel
+    that was left out. Raises `UnavailableError` with the compiler's first error.
     """
     (compiler_path, headers), folder = find_toolchain(), package() / "lib"
     (base,) = sorted(folder.glob("libggml-base.so.0")) or [folder / "libggml-base.so"]
@@ -115,16 +115,13 @@ def build(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(compile_unit, enumerate(units)))
-    unsupported = {unit.kernel for unit, _, error in results if error}
-    for unit, _, error in results:
-        if error and not unit.kernel:
-            raise UnavailableError(f"{unit.source} does not compile: {error}")
-    defines = [f"-DNATIVE_HAS_{name}" for name in {unit.kernel for unit in units} - unsupported if name]
+    left_out = {unit.kernel: f"{unit.source} does not compile: {error}" for unit, _, error in results if error}
+    if "" in left_out:
+        raise UnavailableError(left_out[""])
+    defines = [f"-DNATIVE_HAS_{name}" for name in {unit.kernel for unit in units} - left_out.keys() if name]
 
     def link(path: Path, without: Sequence[str], *libraries: str) -> None:
-        objects = [
-            str(out) for unit, out, _ in results if unit.kernel not in unsupported and unit.source not in without
-        ]
+        objects = [str(out) for unit, out, _ in results if unit.kernel not in left_out and unit.source not in without]
         registry = str(SOURCES / "kernels.cpp")
         error = _run([*command, *defines, "-shared", *objects, registry, *libraries, "-o", str(path)])
         if error:
@@ -134,6 +131,7 @@ def build(
     link(target, _OPERATORS, str(base))
     if operator is not None and any(unit.source in _OPERATORS for unit in units):
         link(operator, ["backend.cpp", "memory.cpp", "api.cpp"])
+    return left_out
 
 
 def _is_clang(tool: str) -> bool:
