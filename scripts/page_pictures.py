@@ -1,4 +1,4 @@
-"""Take the README's pictures of the chat page anew, into docs/pictures.
+"""Take new pictures of the chat page for the README, into docs/pictures.
 
     llava-edge serve
     python scripts/page_pictures.py http://127.0.0.1:8080
@@ -66,7 +66,7 @@ def _talk(browser: Any) -> None:
         [...document.querySelectorAll("details.times")].at(-1).open = true;
         document.getElementById("toast").classList.add("hidden");
         document.activeElement.blur();
-        toEnd();
+        scrollToEnd();
     """)
 
 
