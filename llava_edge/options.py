@@ -47,7 +47,7 @@ class Options:
     seed: random seed; the same seed gives the same answer on the same machine. None: a new one each time, reported in
         `Result.seed`.
     stop: stop sequences; the answer is cut before the earliest match.
-    speculate: speculative decoding: guess tokens from earlier text and verify several in one pass. It is used for
+    speculate: speculative decoding: propose tokens from earlier text and verify several in one pass. It is used for
         greedy answers only and does not change them (docs/gpu.md). "auto" stops where it does not pay, and on a GPU
         does not start without a draft model; "ngram" never stops.
     grammar: GBNF grammar (llama.cpp's) that the answer must follow; `llava_edge.from_schema` writes one. Empty: none.
@@ -90,7 +90,7 @@ class Options:
         if self.top_logprobs is not None:
             _check_integer("top_logprobs", self.top_logprobs, 0, 20)
         if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR_CHARACTERS:
-            raise UsageError(f"grammar must be a text of at most {MAX_GRAMMAR_CHARACTERS} characters.")
+            raise UsageError(f"grammar must be a string of at most {MAX_GRAMMAR_CHARACTERS} characters.")
         _check_integer("image_tokens", self.image_tokens, 0, 1 << 20)
         if self.image_token_method not in TOKEN_METHODS:
             raise UsageError(
@@ -192,7 +192,7 @@ class Result:
     """A finished answer. `prompt_tokens` counts every position of the prompt, `image_tokens` those of images.
 
     cache: "kv" if the prompt up to its last image was in the KV cache, "embedding" if only image embeddings were known.
-    drafted_tokens, accepted_tokens: tokens guessed by speculative decoding, and those accepted.
+    drafted_tokens, accepted_tokens: draft tokens of speculative decoding, and those accepted.
     seed: repeats the answer when passed as `Options.seed`; None if it is greedy.
     """
 

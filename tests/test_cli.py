@@ -135,7 +135,7 @@ def test_answers_of_a_form(micro_bundle: Path, tmp_path: Path, run: Run) -> None
         ("--grammar", b" \n", 65, "which is empty"),
         ("--grammar", b'root ::= "x', 2, "llama.cpp cannot parse the grammar (unexpected end of input); GBNF"),
         ("--grammar", b'foo ::= "x"', 2, "llama.cpp cannot parse the grammar; GBNF"),
-        ("--grammar", b"x" * (1 << 20), 2, "grammar must be a text of at most"),
+        ("--grammar", b"x" * (1 << 20), 2, "grammar must be a string of at most"),
     ],
 )
 def test_a_form_that_is_none(

@@ -82,7 +82,7 @@ def generation_options(command: Command) -> Command:
             type=click.Choice(SPECULATE),
             default="auto",
             show_default=True,
-            help="Guess tokens from earlier text and check them: same answer, often sooner.",
+            help="Propose tokens from earlier text and verify them: same answer, often sooner.",
         ),
     ]
     defaults = Options()
