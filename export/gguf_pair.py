@@ -170,7 +170,7 @@ def _text_config(file: Gguf) -> TextConfig:
 def _positive_float(file: Gguf, key: str, default: float | None = None) -> float:
     value = file.metadata.get(key, default)
     if not isinstance(value, float) or not isfinite(value) or value <= 0:
-        raise CheckpointError(f"{file.path} has {key} = {value!r}; a positive number was expected.")
+        raise CheckpointError(f"{file.path} has {key} = {value!r}; expected a positive number.")
     return _decimal(value)
 
 

@@ -104,7 +104,7 @@ def pictures(folder: Path | None) -> Iterable[Image.Image]:
 def _files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
-        raise MissingError(f"{folder} holds no pictures to calibrate with; a folder of photos was expected.")
+        raise MissingError(f"{folder} holds no pictures to calibrate with; expected a folder of photos.")
     return random.Random(0).sample(files, min(PICTURES, len(files)))
 
 

@@ -50,11 +50,11 @@ class Source:
 def detect_layout(folder: Path) -> Layout:
     """The layout, from the files in `folder`, its config.json and, for deltas, one small tensor."""
     if not folder.is_dir():
-        raise MissingError(f"{folder} is not a folder; a LLaVA checkpoint folder was expected.")
+        raise MissingError(f"{folder} is not a folder; expected a LLaVA checkpoint folder.")
     if (folder / merge.ADAPTER_CONFIG).is_file():
         return "lora"
     if not (folder / "config.json").is_file():
-        raise MissingError(f"{folder} has no config.json; a LLaVA checkpoint folder was expected.")
+        raise MissingError(f"{folder} has no config.json; expected a LLaVA checkpoint folder.")
     if not has_weights(folder) and (folder / PROJECTOR_FILE).is_file():
         return "projector"
     raw = read_json(folder / "config.json")

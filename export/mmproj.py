@@ -70,7 +70,7 @@ def check_mmproj(config: LlavaConfig, path: Path, force: bool) -> None:
                 "Leave out --emit-mmproj."
             )
     if os.path.lexists(path) and not _is_picture_encoder(path):
-        raise CannotCreateError(f"{path} exists and is no picture encoder for llama.cpp; choose another name.")
+        raise CannotCreateError(f"{path} exists and is not a picture encoder for llama.cpp; choose another name.")
     if os.path.lexists(path) and not force:
         raise CannotCreateError(f"{path} exists already; use --force to replace it, or choose another name.")
     if reason := write_problem(path.parent):  # it is written there under a temporary name

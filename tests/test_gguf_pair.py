@@ -143,8 +143,8 @@ def test_nothing_but_a_picture_encoder_is_written_over(source: Path, pair: tuple
     """--force or not: neither a file of the checkpoint, nor another model, nor a folder."""
     (tmp_path / "folder").mkdir()
     for target, why in (
-        (source / "config.json", "is no picture encoder for llama.cpp"),
-        (pair[0], "is no picture encoder for llama.cpp"),
+        (source / "config.json", "is not a picture encoder for llama.cpp"),
+        (pair[0], "is not a picture encoder for llama.cpp"),
         (tmp_path / "folder", "it is a folder"),
     ):
         before = target.read_bytes() if target.is_file() else None
