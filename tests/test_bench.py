@@ -284,10 +284,10 @@ def test_a_share_is_work_by_time_and_limit() -> None:
     assert small.share == pytest.approx((NEEDED.token_bytes(0) + keys * 34 / 64) / 2 / 1e9)
 
 
-def test_guessed_tokens_take_no_pass_of_their_own() -> None:
-    guessed = sample(2000)
-    guessed["questions"] = {name: {**asked, "accepted_tokens": 2} for name, asked in guessed["questions"].items()}
-    stage = summarize_run(SETTINGS, NEEDED, [guessed], PEAKS).questions[WARM].stages["decode"]
+def test_accepted_tokens_take_no_pass_of_their_own() -> None:
+    drafted = sample(2000)
+    drafted["questions"] = {name: {**asked, "accepted_tokens": 2} for name, asked in drafted["questions"].items()}
+    stage = summarize_run(SETTINGS, NEEDED, [drafted], PEAKS).questions[WARM].stages["decode"]
     assert stage.share == pytest.approx(NEEDED.token_bytes(22) / 3 / 2 / 1e9)
 
 
