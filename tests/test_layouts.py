@@ -337,11 +337,12 @@ def test_each_layout_becomes_a_bundle_that_computes_the_same(layout: str, tmp_pa
 @pytest.mark.parametrize("layout", write.CONFIGS)
 def test_twenty_models_of_each_layout_answer_as_pytorch(layout: str, tmp_path: Path) -> None:
     """64 greedy tokens behind a picture. A random model is often undecided: what `measured` lets pass happens once in
-    about 300 tokens. 14 to 18 of 20 answers were equal to the last token, fewest with long prompts of LLaVA-1.6, and
-    95 to 96 % of the tokens with q8_0. By transformers in float16, 35 of 40 such answers were those of float32."""
+    about 300 tokens. 13 to 19 of 20 answers were equal to the last token, and 99.4 to 99.9 % of the tokens (95 to 97 %
+    with q8_0), depending on layout and processor: which way a tie falls differs between AVX2 and AVX-512. By
+    transformers in float16, 35 of 40 such answers were those of float32."""
     tables = [measured(layout, tmp_path / str(seed), seed) for seed in range(20)]
-    assert sum(rows["greedy f16"].value == 1 for rows in tables) >= 14
-    assert np.mean([rows["greedy f16"].value for rows in tables]) >= (0.994 if layout == "v1.6" else 0.995)
+    assert sum(rows["greedy f16"].value == 1 for rows in tables) >= 12
+    assert np.mean([rows["greedy f16"].value for rows in tables]) >= 0.992
     if layout != "gguf pair":  # its language file stays as it is
         assert np.mean([rows["greedy q8_0"].value for rows in tables]) >= (0.94 if layout == "v1.6" else 0.95)
 
