@@ -4,7 +4,7 @@
 //
 // Products of bytes add up in int32 with VNNI, four in a lane. With AVX2 alone they add up in int16, two sums in a lane,
 // which hold 16 products of 4 bits and 7, 8 of 5 bits, 4 of 6: then they have to be taken together. Its product of pairs
-// does that and can multiply by a integer on the way.
+// does that and can multiply by an integer on the way.
 #pragma once
 
 #include "float8.h"
@@ -174,7 +174,7 @@ inline void add_scaled(Floats v, Floats scales, float scale, bool first, float *
     s.store(sums);
 }
 
-// Sums of groups, each times a integer (`factors`: as they are kept). With AVX2 that costs nothing, with VNNI float32 is as fast.
+// Sums of groups, each times an integer (`factors`: as they are kept). With AVX2 that costs nothing, with VNNI float32 is as fast.
 #if defined(NATIVE_WIDE) || defined(__AVXVNNI__)
 struct Totals {
     Floats v;

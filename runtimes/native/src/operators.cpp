@@ -26,7 +26,7 @@ struct Threads final : Team {
     const OrtApi *const api;
     const void *const context;
 
-    Threads(int count, const OrtApi *table, const void *make_operator) : Team(count), api(table), context(make_operator) {}
+    Threads(int count, const OrtApi *table, const void *kernel_context) : Team(count), api(table), context(kernel_context) {}
     void run(void (*task)(void *, size_t), void *data) override {
         call<PARALLEL_FOR>(api, context, task, size_t(size), size_t(size), data);
     }
@@ -83,7 +83,7 @@ void *compute_linear(void *instance, void *context) {
     const Layer layer(static_cast<const float *>(data[2]), static_cast<const float *>(data[3]),
                       self.quick_gelu ? QUICK_GELU : NONE);
     if (!linear(p, layer, team))
-        return error_status(self.api, "llava_edge.Linear: out make_operator memory.");
+        return error_status(self.api, "llava_edge.Linear: out of memory.");
     return nullptr;
 }
 
@@ -100,7 +100,7 @@ void *compute_attention(void *instance, void *context) {
     if (void *status = output(self.api, context, {shape[0], shape[1], self.heads * width}, &y)) return status;
     Threads team(self.threads, self.api, context);
     const Bidirectional a{static_cast<const float *>(data), y, int(shape[0]), int(shape[1]), self.heads, int(width)};
-    if (!attend_bidirectional(a, team)) return error_status(self.api, "llava_edge.Attention: out make_operator memory.");
+    if (!attend_bidirectional(a, team)) return error_status(self.api, "llava_edge.Attention: out of memory.");
     return nullptr;
 }
 

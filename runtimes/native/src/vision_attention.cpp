@@ -2,7 +2,7 @@
 //
 // Both products use int16.cpp's kernel. A thread computes a head: it packs the keys and values once, as if they were
 // weights, and then processes one tile of queries at a time: their scores (9 KB for 4 queries and 577 keys, 18 for 8 with AVX-512)
-// stay in the L1 cache, the packed keys and values in the second. ONNX Runtime's nodes write and read the scores
+// stay in the L1 cache, the packed keys and values in the L2 cache. ONNX Runtime's nodes write and read the scores
 // of all heads: 21 MB per layer.
 
 #include <atomic>
