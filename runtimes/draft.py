@@ -23,7 +23,7 @@ def check_draft(path: Path, target: gguf.Gguf) -> None:
     have additional tokens at the end.
     """
     if not is_file(str(path)):
-        raise MissingError(f"There is no draft model {path}; a GGUF file was expected.")
+        raise MissingError(f"There is no draft model {path}; expected a GGUF file.")
     header = gguf.read(path)
     gguf.check_language(header)
     draft_tokens, target_tokens = (file.items("tokenizer.ggml.tokens") for file in (header, target))

@@ -181,7 +181,7 @@ def check_budget(options: Options, manifest: Manifest) -> None:
     if manifest.preprocessing.square != "anyres" and options.image_tokens > vision.image_tokens:
         raise UsageError(
             f"image_tokens is {options.image_tokens}, but in {manifest.name} a picture takes {vision.image_tokens}; "
-            f"1 to {vision.image_tokens}, or 0 for all, was expected."
+            f"expected 1 to {vision.image_tokens}, or 0 for all."
         )
     if not vision.attention:
         raise UsageError(

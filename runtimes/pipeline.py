@@ -89,7 +89,7 @@ class Engine:
         Raises `BundleError`, `UnavailableError`, `MemoryLimitError`, `UsageError`, and what `pictures` raises.
         """
         if options is not None and not isinstance(options, EngineOptions):
-            raise UsageError(f"EngineOptions were expected, not {options!r:.60}.")
+            raise UsageError(f"Expected EngineOptions, not {options!r:.60}.")
         engine = Engine(bundle, options or EngineOptions())
         prepared: list[Future[Picture]] = [Future() for _ in pictures]
         try:
@@ -457,19 +457,19 @@ def check_request(
     """
     for value, kind in ((options, Options), (cancel, threading.Event)):
         if value is not None and not isinstance(value, kind):
-            raise UsageError(f"An object of {kind.__name__} was expected, not {value!r:.60}.")
+            raise UsageError(f"Expected an object of {kind.__name__}, not {value!r:.60}.")
     for messages in conversations:
         if isinstance(messages, str) or not isinstance(messages, Sequence):
-            raise UsageError(f"A list of Message was expected, not {messages!r:.60}.")
+            raise UsageError(f"Expected a list of Message, not {messages!r:.60}.")
         for message in messages:
             if not isinstance(message, prompt.Message):
-                raise UsageError(f"A Message was expected, not {message!r:.60}.")
+                raise UsageError(f"Expected a Message, not {message!r:.60}.")
             if not isinstance(message.text, str):
-                raise UsageError(f"A text was expected for a message, not {message.text!r:.60}.")
+                raise UsageError(f"Expected a text for a message, not {message.text!r:.60}.")
             if not isinstance(message.images, int) or message.images < 0:
-                raise UsageError(f"A number of images was expected for a message, not {message.images!r:.60}.")
+                raise UsageError(f"Expected a number of images for a message, not {message.images!r:.60}.")
         if messages and messages[-1].role == "user" and not (messages[-1].text.strip() or messages[-1].images):
-            raise UsageError("The question is empty; a text, a picture or both were expected.")
+            raise UsageError("The question is empty; expected a text, a picture or both.")
 
 
 def _count_parallel(requests: Sequence[tuple[list[Segment], Answer]]) -> int:

@@ -36,13 +36,13 @@ class Projector:
         path = bundle.part(PROJECTOR)
         file = gguf.read(path)
         if file.architecture != ARCHITECTURE:
-            raise BundleError(f"{path} holds {file.architecture!r}; {ARCHITECTURE!r} was expected.")
+            raise BundleError(f"{path} holds {file.architecture!r}; expected {ARCHITECTURE!r}.")
         numbers = [index for index in range(0, 2 * MAX_LAYERS, 2) if f"mm.{index}.weight" in file.tensors]
         names = {f"mm.{index}.{kind}" for index in numbers for kind in ("weight", "bias")}
         names |= {NEWLINE} if bundle.manifest.preprocessing.merge == "spatial_unpad" else set()
         if not numbers or numbers != list(range(0, 2 * len(numbers), 2)) or names != set(file.tensors):
             expected = "mm.0, mm.2, ..." + (f" and {NEWLINE}" if NEWLINE in names else "")
-            raise BundleError(f"{path} has the tensors {sorted(file.tensors)[:6]}; {expected} were expected.")
+            raise BundleError(f"{path} has the tensors {sorted(file.tensors)[:6]}; expected {expected}.")
         self._layers = [(file.array(f"mm.{index}.weight"), file.array(f"mm.{index}.bias")) for index in numbers]
         width = bundle.manifest.vision.width
         for weight, bias in self._layers:
@@ -56,7 +56,7 @@ class Projector:
             raise BundleError(f"{path} has output width {width}, but the language model has width {hidden_size}.")
         self.newline = file.array(NEWLINE).astype(np.float32) if NEWLINE in names else None
         if self.newline is not None and self.newline.shape != (width,):
-            raise BundleError(f"{path} has an {NEWLINE} of shape {self.newline.shape}; ({width},) was expected.")
+            raise BundleError(f"{path} has an {NEWLINE} of shape {self.newline.shape}; expected ({width},).")
         self._path, self._library, self._threads = path, library, threads
 
     def project(self, features: Array) -> Array:

@@ -100,7 +100,7 @@ class Sampler:
             reason = log.partition("grammar: ")[2].partition("\n")[0].strip().removesuffix(" at")
             raise UsageError(
                 f"llama.cpp cannot parse the grammar{f' ({reason:.80})' if reason else ''}; "
-                "GBNF with a rule 'root' was expected."
+                "expected GBNF with a rule 'root'."
             )
         return sampler
 

@@ -165,12 +165,10 @@ class VisionEncoder:
         if self._part.attention:
             expected["attention"] = (self._part.image_tokens,)
         if list(inputs) != ["pixels"] or not _admits(inputs["pixels"][1:], pixels):
-            raise BundleError(f"{self._path} has the inputs {inputs}; pixels (batch, {_shape(pixels)}) was expected.")
+            raise BundleError(f"{self._path} has the inputs {inputs}; expected pixels (batch, {_shape(pixels)}).")
         for name, shape in expected.items():
             if name not in outputs or not _admits(outputs[name][1:], shape):
-                raise BundleError(
-                    f"{self._path} has the outputs {outputs}; {name} (batch, {_shape(shape)}) was expected."
-                )
+                raise BundleError(f"{self._path} has the outputs {outputs}; expected {name} (batch, {_shape(shape)}).")
 
 
 def _utf8(path: Path) -> str:

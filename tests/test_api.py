@@ -254,8 +254,8 @@ def test_a_conversation_kept_elsewhere_is_gone_on_with_or_refused(llava: Llava) 
         (kept[1:], [], "must alternate"),
         (kept, b"no picture", "not a picture"),
         (long, [], "positions"),
-        ("abc", (), "A list of Message"),
-        ([{"role": "user"}], (), "A Message"),
+        ("abc", (), "Expected a list of Message"),
+        ([{"role": "user"}], (), "Expected a Message"),
     ]
     for messages, images, said in refused:
         with pytest.raises((UsageError, ImageError, ContextOverflowError), match=said):

@@ -133,8 +133,8 @@ def test_answers_of_a_form(micro_bundle: Path, tmp_path: Path, run: Run) -> None
         ("--json-schema", b'{"properties": {"a": {"pattern": "x"}}}', 65, "at '#/properties/a' uses 'pattern'"),
         ("--grammar", None, 66, "which does not exist"),
         ("--grammar", b" \n", 65, "which is empty"),
-        ("--grammar", b'root ::= "x', 2, "llama.cpp cannot parse the grammar (unexpected end of input); GBNF"),
-        ("--grammar", b'foo ::= "x"', 2, "llama.cpp cannot parse the grammar; GBNF"),
+        ("--grammar", b'root ::= "x', 2, "llama.cpp cannot parse the grammar (unexpected end of input); expected GBNF"),
+        ("--grammar", b'foo ::= "x"', 2, "llama.cpp cannot parse the grammar; expected GBNF"),
         ("--grammar", b"x" * (1 << 20), 2, "grammar must be a string of at most"),
     ],
 )

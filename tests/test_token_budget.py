@@ -281,7 +281,7 @@ OTHERS = [Options(), Options(image_tokens=15), Options(image_tokens=8, image_tok
 
 
 def stale_error(llava: Llava, options: Options, before: Options) -> float:
-    """How far the logits behind what another budget left in memory are from those of a fresh start, relatively."""
+    """How far the logits after what another budget left in the KV cache are from those of a fresh start, relatively."""
     fresh = logits_after(llava, options, reuse=False)
     logits_after(llava, before, reuse=False)
     return relative(logits_after(llava, options, reuse=True), fresh)
@@ -293,7 +293,7 @@ def test_nothing_that_another_budget_left_is_taken_for_this_one(before: Options,
     assert stale_error(llava, before, BUDGET_8) < 0.02
 
 
-def test_the_check_for_stale_memory_notices_a_key_without_the_budget(
+def test_the_check_for_a_stale_kv_cache_notices_a_key_without_the_budget(
     llava: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = pictures.apply_token_budget
@@ -364,7 +364,7 @@ def test_a_graph_without_the_attention_that_its_manifest_promises(bundle_copy: P
     size = (bundle_copy / VISION).stat().st_size
     files = manifest.files | {VISION: replace(manifest.files[VISION], size=size)}
     write_manifest(bundle_copy, replace(manifest, files=files))
-    with pytest.raises(BundleError, match=r"attention \(batch, 16\) was expected"):
+    with pytest.raises(BundleError, match=r"expected attention \(batch, 16\)"):
         Llava.load(bundle_copy, CPU)
 
 
