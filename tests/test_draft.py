@@ -1,4 +1,4 @@
-"""A draft model: it may guess what it likes, answers are those of plain decoding."""
+"""A draft model: it may propose what it likes, answers are those of plain decoding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NEVER = threading.Event()
 COUNT = WIDTHS[0] - 1
 RED = Image.new("RGB", (48, 32), "red")
 QUESTIONS = ["a list:", "the red", "one, two,", "é€😀"]
-PLAIN, GUESSED = Options(max_tokens=40, speculate="off"), Options(max_tokens=40, speculate="ngram")
+PLAIN, SPECULATIVE = Options(max_tokens=40, speculate="off"), Options(max_tokens=40, speculate="ngram")
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def prove(llava: Llava) -> Speculation:
 
 
 def fix_costs(shared: Speculation, draft: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass of four costs two single tokens, and a guess `draft` of them."""
+    """A pass of four costs two single tokens, and a proposal `draft` of them."""
     shared.costs = Costs()
     for what, cost in ((1, 1.0), (WIDTHS[0], 2.0), ("draft", draft)):
         Costs.record(shared.costs, what, cost)
     monkeypatch.setattr(shared.costs, "record", lambda what, seconds: None)
 
 
-def test_it_guesses_what_it_would_say_itself(micro_bundle: Path, language: LanguageModel) -> None:
+def test_it_proposes_what_it_would_say_itself(micro_bundle: Path, language: LanguageModel) -> None:
     """Pictures left out, and again after other words."""
     draft = DraftModel(micro_bundle / LANGUAGE, language, threads=1)
     for text in ([5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 10, 11]):
@@ -78,7 +78,7 @@ def test_it_guesses_what_it_would_say_itself(micro_bundle: Path, language: Langu
     draft.close()
 
 
-def test_tokens_that_only_the_draft_has_are_no_guess(tmp_path: Path, language: LanguageModel) -> None:
+def test_tokens_that_only_the_draft_has_are_not_proposed(tmp_path: Path, language: LanguageModel) -> None:
     """Its table of embeddings may be longer. Here one of the two rows behind the others' is always the likeliest."""
     config = replace(micro.CONFIG, text=replace(micro.CONFIG.text, vocab_size=micro.VOCABULARY + 2))
     tensors = micro.random_tensors(config)
@@ -100,10 +100,10 @@ def test_answers_are_those_of_plain_decoding(micro_bundle: Path, other: Path) ->
             prove(llava)
             for question in QUESTIONS:
                 for images in ((), RED):
-                    plain, guessed = llava.ask(question, images, PLAIN), llava.ask(question, images, GUESSED)
-                    assert (guessed.text, guessed.completion_tokens) == (plain.text, plain.completion_tokens)
-                    assert guessed.drafted_tokens > 20
-                    accepted[right] += 0 if images else guessed.accepted_tokens
+                    plain, speculative = llava.ask(question, images, PLAIN), llava.ask(question, images, SPECULATIVE)
+                    assert (speculative.text, speculative.completion_tokens) == (plain.text, plain.completion_tokens)
+                    assert speculative.drafted_tokens > 20
+                    accepted[right] += 0 if images else speculative.accepted_tokens
     assert accepted[True] > 1.4 * accepted[False]
 
 
@@ -168,9 +168,9 @@ def test_the_command_takes_one(micro_bundle: Path, tmp_path: Path, monkeypatch: 
     run = ["run", "--model", str(micro_bundle), "--image", str(tmp_path / "red.png"), "--prompt", "a list:", "--json"]
     plain = json.loads(CliRunner().invoke(cli, [*run, "--speculate", "off"]).stdout)
     draft = ["--draft", str(Bundle.open(micro_bundle).part(LANGUAGE)), "--speculate", "ngram"]
-    guessed = json.loads(CliRunner().invoke(cli, [*run, *draft]).stdout)
-    assert guessed["text"] == plain["text"]
-    assert guessed["drafted_tokens"] > 0 == plain["drafted_tokens"]
+    speculative = json.loads(CliRunner().invoke(cli, [*run, *draft]).stdout)
+    assert speculative["text"] == plain["text"]
+    assert speculative["drafted_tokens"] > 0 == plain["drafted_tokens"]
     monkeypatch.setenv("HOME", str(Bundle.open(micro_bundle).folder))
     at_home = CliRunner().invoke(
         cli, [*run, f"--draft=~/{LANGUAGE}", "--speculate", "ngram"]

@@ -204,7 +204,7 @@ def test_products_of_few_rows(kernels: Kernels, kind: str, chunk: int, inner: in
         w = matrix(kind, blocks)
         found = kernels.multiply("few", kind, blocks, x, threads=2)
         assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, chunk, of_x, 0.0)).all()
-        # Guessing tokens relies on the same bits for a row alone and among others.
+        # Speculative decoding relies on the same bits for a row alone and among others.
         for row in range(rows):
             assert (kernels.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
     x[3, 5] = np.nan
@@ -398,11 +398,11 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ours["again"]
         assert ours["held"] == 70
         assert ours["refused"]
-        assert ours["same"]  # guesses need that
+        assert ours["same"]  # speculative decoding needs that
         assert ours["together"] == [True] * 3  # an answer among others
         assert ours["numbers"] == [True] * 8  # threads come and go with other programs
         assert ours["texts"]
-        assert ours["recovered"]  # no NaN that was left in memory counts
+        assert ours["recovered"]  # no NaN that was left in the KV cache counts
         assert ("Q4_0", kernel, 16) in choice.choose(found_out(), kernel).many_rows
     # Kept pictures are not another kernel's.
     assert choice.choose(found_out(), "avx2").identity != choice.choose(found_out(), "amx-bf16").identity
@@ -609,17 +609,17 @@ def test_what_is_not_faster_is_not_used() -> None:
     more = slow_attention | {"eight": {"plain": 2.0, "ours": 1.0}}
     assert choice.choose(found_out(attention=more)).few_attention
     assert names(choice.choose(found_out(), "amx-int8")) == dict.fromkeys(TYPES, "amx-int8")
-    # Decoding Q4_0 would suffer without llama.cpp's own order; other types need no copy.
+    # Decoding Q4_0 would suffer without llama.cpp's repacking; other types need no copy.
     assert choice.should_repack(found, {"F32", "Q4_0"})
     assert not choice.should_repack(found, {"F32", "Q4_K", "Q6_K"})
     assert choice.should_repack(found, {"F32", "Q4_K", "IQ4_NL"})
     types["Q4_0"]["one"]["few"] = 1.0
     assert not choice.should_repack(choice.choose(found_out(types=types)), {"F32", "Q4_0"})
     # What a picture's prompt wins outweighs what an answer loses, or not.
-    for won, reorders in (2.0, True), (40.0, False):
+    for won, repacks in (2.0, True), (40.0, False):
         types["Q4_0"] = types["Q4_0"] | {"many": {"plain": won, "avx2": won / 2, "repacked": won}}
         types["Q4_0"]["one"] = {"plain": 2.0, "few": 1.2, "repacked": 1.0}
-        assert choice.should_repack(choice.choose(found_out(types=types)), {"Q4_0"}) == reorders
+        assert choice.should_repack(choice.choose(found_out(types=types)), {"Q4_0"}) == repacks
     types["Q6_K"] |= {"one": {"plain": 1.0, "few": 1.0}, "eight": {"plain": 9.0, "few": 3.0}}
     types["Q5_K"] |= {"one": {"plain": 1.0, "few": 1.2}, "eight": {"plain": 9.0, "few": 3.0}}  # decoding would suffer
     assert choice.choose(found_out(types=types)).few_rows == ("Q4_0", "Q6_K")

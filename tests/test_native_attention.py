@@ -85,7 +85,7 @@ def test_both_widths_of_registers_give_the_same_bits(kernels: Kernels) -> None:
 def test_a_query_gets_the_same_bits_alone_and_among_others(
     attend: Attend, heads: int, shared: int, keys: int, width: int
 ) -> None:
-    """Whatever lies behind what it sees, too: room that llama.cpp adds, and tokens that were guessed wrongly."""
+    """Whatever lies behind what it sees, too: room that llama.cpp adds, and draft tokens that were wrong."""
     q, k, v, mask = check.attention_inputs(heads, shared, 8, keys, width)
     together = attend(q, k, v, mask)
     for query in (0, 3, 7):  # of which each sees another number of keys

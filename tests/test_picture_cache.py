@@ -140,7 +140,7 @@ def test_the_longest_known_beginning_is_taken(
 
 
 def test_a_conversations_rounding_does_not_leak(micro_bundle: Path, plain: Llava) -> None:
-    """Turns are evaluated behind their answers, so that what they leave in memory is no exact beginning."""
+    """Turns are evaluated behind their answers, so that what they leave in the KV cache is no exact prefix."""
     with opened(micro_bundle) as llava:
         chat = llava.chat(options=SHORT)
         for text, images in (("What?", [picture("red")]), ("And this?", [picture("blue")]), ("Why?", [])):

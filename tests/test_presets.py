@@ -44,7 +44,7 @@ def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def four_bits(folder: Path) -> Path:
-    """A language model of a quarter of a megabyte whose weights llama.cpp re-orders."""
+    """A language model of a quarter of a megabyte whose weights llama.cpp repacks."""
     path = folder / "q4_0.gguf"
     probe.write_model(path, "Q4_0")
     return path
@@ -243,7 +243,7 @@ def test_keys_and_values_of_8_bits_are_used_and_answers_stay_close(micro_bundle:
 
 
 def test_answers_are_the_same_with_both_presets(micro_bundle: Path) -> None:
-    """The micro model has nothing to re-order; with the same context both presets compute the same."""
+    """The micro model has nothing to repack; with the same context both presets compute the same."""
     texts = set()
     for preset in ("latency", "memory"):
         with Llava.load(micro_bundle, replace(CPU, preset=preset, kv="f16")) as llava:

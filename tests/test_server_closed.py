@@ -481,7 +481,7 @@ def test_bodies(server: Server) -> None:
         (good.decode().encode("utf-16"), 400, "not UTF-8"),
         (b"\xef\xbb\xbf" + good, 400, "not valid JSON"),
         (b'{"model": "micro", "model": "micro"}', 400, "same name twice"),
-        (b'{"temperature": NaN}', 400, "not valid JSON"),
+        (b'{"temperature": NaN}', 400, "NaN is not valid JSON"),
         (b'{"a": ' + b"[" * 33 + b"]" * 33 + b"}", 400, "deeper than 32"),
         (b"[" * 100_000, 400, "deeper than 32"),
         (b'{"a": [' + b"1," * (limits.structure // 2) + b"1]}", 413, "JSON outside of strings"),

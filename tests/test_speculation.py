@@ -1,4 +1,4 @@
-"""Guessed tokens: answers are those of plain decoding, whatever the guesses, and whatever a batch computes."""
+"""Speculative decoding: answers are those of plain decoding, whatever is drafted, and whatever a batch computes."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ def prompts(count: int) -> list[str]:
 def test_100_answers_are_those_of_plain_decoding(unproven: Llava) -> None:
     drafted = accepted = 0
     for prompt in prompts(100):
-        plain, guessed = ask(unproven, prompt, "off", 24), ask(unproven, prompt, "ngram", 24)
-        assert (guessed.text, guessed.completion_tokens, guessed.finish_reason) == (
+        plain, speculative = ask(unproven, prompt, "off", 24), ask(unproven, prompt, "ngram", 24)
+        assert (speculative.text, speculative.completion_tokens, speculative.finish_reason) == (
             plain.text, plain.completion_tokens, plain.finish_reason)  # fmt: skip
         assert plain.drafted_tokens == 0
-        drafted, accepted = drafted + guessed.drafted_tokens, accepted + guessed.accepted_tokens
+        drafted, accepted = drafted + speculative.drafted_tokens, accepted + speculative.accepted_tokens
     assert accepted > 50  # else nothing was tested
     assert drafted - accepted > 50
 
 
 PROMPT = "say the list: one, two,"
-ONCE = sum(width - 1 for width in WIDTHS)  # guesses, if each width is tried once
+ONCE = sum(width - 1 for width in WIDTHS)  # draft tokens, if each width is tried once
 
 
-def guess_from(monkeypatch: pytest.MonkeyPatch, answer: list[int], wrong: tuple[int, ...] = ()) -> None:
-    """Guesses are the plain answer, but for those at `wrong` places of each."""
+def draft_from(monkeypatch: pytest.MonkeyPatch, answer: list[int], wrong: tuple[int, ...] = ()) -> None:
+    """Draft tokens are the plain answer, but for those at `wrong` places of each."""
 
     def propose(lookup: NgramLookup, count: int) -> list[int]:
         said = len(lookup.keys) - lookup.prompt  # type: ignore[attr-defined]
@@ -82,10 +82,10 @@ def guess_from(monkeypatch: pytest.MonkeyPatch, answer: list[int], wrong: tuple[
 
 
 def tokens_of(llava: Llava, prompt: str, tokens: int) -> list[int]:
-    """Tokens of a plain answer, all but the last; they are what memory holds behind the prompt."""
+    """Tokens of a plain answer, all but the last; they are what the KV cache holds after the prompt."""
     result = ask(llava, prompt, "off", tokens)
-    held = llava._engine._speculation.language.cached_keys[result.prompt_tokens :]
-    return [key for key in held if isinstance(key, int)]
+    keys = llava._engine._speculation.language.cached_keys[result.prompt_tokens :]
+    return [key for key in keys if isinstance(key, int)]
 
 
 def prove(llava: Llava) -> None:
@@ -96,23 +96,23 @@ def prove(llava: Llava) -> None:
 
 
 @pytest.mark.parametrize(("wrong", "most", "least"), [((), 80, 50), ((0,), 0, 0), ((3,), 60, 30), ((6,), 75, 45)])
-def test_any_guesses_give_the_plain_answer(
+def test_any_draft_tokens_give_the_plain_answer(
     wrong: tuple[int, ...], most: int, least: int, unproven: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Always right, always wrong at once, right for a while."""
     plain = ask(unproven, PROMPT, "off", 80)
-    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80), wrong)
+    draft_from(monkeypatch, tokens_of(unproven, PROMPT, 80), wrong)
     for _ in range(3):
-        guessed = ask(unproven, PROMPT, "ngram", 80)
-        assert guessed.text == plain.text
-    assert least <= guessed.accepted_tokens <= most
+        speculative = ask(unproven, PROMPT, "ngram", 80)
+        assert speculative.text == plain.text
+    assert least <= speculative.accepted_tokens <= most
 
 
-def test_memory_holds_what_was_said(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kv_cache_holds_what_was_said(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     said = tokens_of(unproven, PROMPT, 60)
     language = unproven._engine._speculation.language
     plain = list(language.cached_keys)
-    guess_from(monkeypatch, said, (2,))
+    draft_from(monkeypatch, said, (2,))
     prove(unproven)
     assert ask(unproven, PROMPT, "ngram", 60).accepted_tokens > 10
     assert language.cached_keys[: len(plain)] == plain
@@ -121,9 +121,9 @@ def test_memory_holds_what_was_said(unproven: Llava, monkeypatch: pytest.MonkeyP
 
 
 def test_a_rollback_that_keeps_too_much_would_be_noticed(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control of the tests above: they see one wrong token that stays in memory."""
+    """Control of the tests above: they see one wrong token that stays in the KV cache."""
     plain = ask(unproven, PROMPT, "off", 80)
-    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80), (2,))
+    draft_from(monkeypatch, tokens_of(unproven, PROMPT, 80), (2,))
     prove(unproven)
     real = LanguageModel.truncate
     monkeypatch.setattr(LanguageModel, "truncate", lambda self, length: real(self, length + 1))
@@ -143,27 +143,27 @@ def noisy(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
 
 def test_batches_that_round_differently_are_not_used(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ask(unproven, PROMPT, "off", 80)
-    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
+    draft_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
     noisy(monkeypatch, 1e-6)
-    guessed = ask(unproven, PROMPT, "ngram", 80)
-    assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, ONCE)
+    speculative = ask(unproven, PROMPT, "ngram", 80)
+    assert (speculative.text, speculative.accepted_tokens, speculative.drafted_tokens) == (plain.text, 0, ONCE)
     assert not any(unproven._engine._speculation.bits.may_be_equal(0, width) for width in WIDTHS)
 
 
 def test_equal_logits_of_other_states_are_no_proof(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding in the last product can hide that other kernels computed a batch."""
     plain = ask(unproven, PROMPT, "off", 80)
-    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
+    draft_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
     real = LanguageModel.hidden_state
     monkeypatch.setattr(LanguageModel, "hidden_state", lambda self, row=-1: real(self, row) * (1 + 1e-6 * (row >= 0)))
-    guessed = ask(unproven, PROMPT, "ngram", 80)
-    assert (guessed.text, guessed.accepted_tokens, guessed.drafted_tokens) == (plain.text, 0, ONCE)
+    speculative = ask(unproven, PROMPT, "ngram", 80)
+    assert (speculative.text, speculative.accepted_tokens, speculative.drafted_tokens) == (plain.text, 0, ONCE)
 
 
 def test_without_the_proof_such_batches_change_answers(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: larger differences of this kind turn near ties, which is why batches have to be proven."""
     plain = ask(unproven, PROMPT, "off", 80)
-    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
+    draft_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
     noisy(monkeypatch, 0.5)
     assert ask(unproven, PROMPT, "ngram", 80).text == plain.text
     unproven._engine._speculation.bits = BitChecks()
@@ -171,8 +171,8 @@ def test_without_the_proof_such_batches_change_answers(unproven: Llava, monkeypa
     assert ask(unproven, PROMPT, "ngram", 80).text != plain.text
 
 
-def test_guessing_ends_where_it_does_not_pay(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 150), (0,))
+def test_speculation_ends_where_it_does_not_pay(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft_from(monkeypatch, tokens_of(unproven, PROMPT, 150), (0,))
     monkeypatch.setattr(Costs, "record", lambda self, what, seconds: None)
     auto, always = ask(unproven, PROMPT, "auto", 150), ask(unproven, PROMPT, "ngram", 150)
     assert auto.text == always.text
@@ -182,22 +182,22 @@ def test_guessing_ends_where_it_does_not_pay(unproven: Llava, monkeypatch: pytes
     assert always.drafted_tokens > 20 * auto.drafted_tokens
 
 
-def test_on_a_gpu_guesses_have_to_be_asked_for(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_speculation_has_to_be_asked_for(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     language = llava._engine._speculation.language
     monkeypatch.setattr(language, "on_gpu", True)
     monkeypatch.setattr(llava._engine, "_speculation", speculation.Speculation(language))
-    guesses = {how: ask(llava, "again again again", how, 24).drafted_tokens for how in ("auto", "ngram")}
-    assert guesses["auto"] == 0 < guesses["ngram"]
+    drafted = {how: ask(llava, "again again again", how, 24).drafted_tokens for how in ("auto", "ngram")}
+    assert drafted["auto"] == 0 < drafted["ngram"]
 
 
-def test_limits_and_stop_texts_in_the_middle_of_a_batch(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_and_stop_sequences_in_the_middle_of_a_batch(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ask(unproven, PROMPT, "off", 40)
-    guess_from(monkeypatch, tokens_of(unproven, PROMPT, 40))
+    draft_from(monkeypatch, tokens_of(unproven, PROMPT, 40))
     prove(unproven)
     for limit in range(1, 20):
         short = ask(unproven, PROMPT, "ngram", limit)
         assert (short.completion_tokens, short.finish_reason) == (limit, "length")
-        assert short.accepted_tokens < limit  # the first one is no guess
+        assert short.accepted_tokens < limit  # the first one is not drafted
         assert plain.text.startswith(short.text.rstrip("\ufffd"))
     stop = plain.text[len(plain.text) // 2 :][:2]
     cut = ask(unproven, PROMPT, "ngram", 40, stop=(stop,))
@@ -207,13 +207,13 @@ def test_limits_and_stop_texts_in_the_middle_of_a_batch(unproven: Llava, monkeyp
 def test_the_end_of_the_context(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=64)) as small:
         plain = ask(small, "hello", "off", 500)
-        guess_from(monkeypatch, tokens_of(small, "hello", 500))
-        guessed = ask(small, "hello", "ngram", 500)
-    assert guessed.text == plain.text
-    assert guessed.prompt_tokens + guessed.completion_tokens == 64
+        draft_from(monkeypatch, tokens_of(small, "hello", 500))
+        speculative = ask(small, "hello", "ngram", 500)
+    assert speculative.text == plain.text
+    assert speculative.prompt_tokens + speculative.completion_tokens == 64
 
 
-def test_drawn_answers_are_not_guessed(llava: Llava) -> None:
+def test_random_answers_are_not_speculated(llava: Llava) -> None:
     on, off = (ask(llava, PROMPT, speculate, temperature=1.0, seed=3) for speculate in ("ngram", "off"))
     assert on.text == off.text
     assert on.drafted_tokens == 0
@@ -233,7 +233,7 @@ def test_numbers_that_are_not_finite_are_refused_in_a_batch(language: LanguageMo
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 9))
-def test_a_guess_is_what_followed_last_time(keys: list[int], count: int) -> None:
+def test_what_followed_last_time_is_proposed(keys: list[int], count: int) -> None:
     n = speculation.NGRAM
     lookup = NgramLookup(list(keys))
     ends = [at for at in range(n, len(keys)) if keys[at - n : at] == keys[-n:]]
@@ -244,7 +244,7 @@ def test_a_guess_is_what_followed_last_time(keys: list[int], count: int) -> None
     assert lookup.propose(count) == wanted[len(keys) :]
 
 
-def test_images_are_no_guesses() -> None:
+def test_images_are_not_proposed() -> None:
     image: list[Any] = [("image", row) for row in range(6)]
     assert NgramLookup([1, 2, 3, 4, *image, 1, 2, 3, 4]).propose(3) == []
     assert NgramLookup([*image, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4]).propose(3) == [5, 6, 7]
@@ -288,7 +288,7 @@ def test_the_width_that_promises_most(
     assert shared.best_width(shared.language.context_size - 3, 99) == 0
 
 
-def test_a_disturbance_does_not_stop_guessing_for_good() -> None:
+def test_a_disturbance_does_not_stop_speculation_for_good() -> None:
     costs = Costs()
     costs.record(1, 0.01)
     for seconds in (0.017, 0.09, 0.08, 0.07):  # others used the processor

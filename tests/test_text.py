@@ -12,7 +12,7 @@ from llava_edge.runtimes.text import TextStream
 
 
 def naive(data: bytes, stops: list[str]) -> str:
-    """The oracle: decode all at once, then cut at the earliest stop text."""
+    """The oracle: decode all at once, then cut at the earliest stop sequence."""
     text = data.decode("utf-8", errors="replace").lstrip()
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
@@ -32,7 +32,7 @@ def streamed(pieces: list[bytes], stops: list[str]) -> list[str]:
     return [*shown, stream.end()]
 
 
-# A small alphabet makes stop texts occur, overlap and begin inside one another.
+# A small alphabet makes stop sequences occur, overlap and begin inside one another.
 SMALL = st.text(alphabet="ab\n é€😀", max_size=40)
 STOPS = st.lists(st.text(alphabet="ab\n é€😀", min_size=1, max_size=5), max_size=4)
 CUTS = st.lists(st.integers(0, 200), max_size=20)

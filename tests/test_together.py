@@ -90,7 +90,7 @@ def test_pictures_are_read_once_and_weights_once_for_a_token_of_each(llava: Llav
     assert [result.cache for result in results] == ["miss"] + 5 * ["kv"]
 
 
-def test_memory_is_afterwards_as_before(llava: Llava) -> None:
+def test_the_kv_cache_is_afterwards_as_before(llava: Llava) -> None:
     """The next answer has the bits it would have had."""
     language = llava._engine._speculation.language
     wanted = []
