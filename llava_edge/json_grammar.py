@@ -282,7 +282,7 @@ def _choices(value: object, path: str) -> list[Any]:
 def _length_range(schema: dict[str, Any], least: str, most: str, path: str) -> tuple[int, int | None]:
     for value in (schema[keyword] for keyword in (least, most) if keyword in schema):
         if type(value) is not int or not 0 <= value <= MAX_REPETITIONS:
-            raise _schema_error(path, f"has a {least} or {most} that is not a whole number up to {MAX_REPETITIONS}")
+            raise _schema_error(path, f"has a {least} or {most} that is not an integer up to {MAX_REPETITIONS}")
     low, high = schema.get(least, 0), schema.get(most)
     if high is not None and high < low:
         raise _schema_error(path, f"has a {most} below its {least}")

@@ -252,7 +252,7 @@ def _convert_numpy_numbers(options: object) -> None:
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name} is {_abbreviate(value)}; expected a whole number from {low} to {high}.")
+        raise UsageError(f"{name} is {_abbreviate(value)}; expected an integer from {low} to {high}.")
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

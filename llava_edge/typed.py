@@ -103,5 +103,5 @@ def _describe(kind: Any) -> str:
         return f"one of {', '.join(map(repr, args))}"
     if origin in (list, tuple):
         return f"a list of {len(args)} values" if origin is tuple and ... not in args else "a list"
-    words = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
+    words = {int: "an integer", float: "a number", str: "a string in quotes", bool: "true or false"}
     return words.get(kind, "a table of named values")

@@ -20,7 +20,7 @@ def _parse_integers(_: click.Context, __: click.Parameter, text: str) -> tuple[i
     try:
         return tuple(dict.fromkeys(int(word) for word in text.split(",")))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 1,2.") from None
+        raise click.BadParameter(f"{text!r} is not a list of integers such as 1,2.") from None
 
 
 @click.command()
