@@ -36,7 +36,8 @@ def main(model: str, threads: int, repeats: int, tokens: int) -> None:
     }
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
-        for name, (count, compute.shared_worker) in variants.items():
+        for name, (count, worker) in variants.items():
+            compute.shared_worker = worker  # also within the models that are loaded next
             with ExitStack() as stack:
                 models = [stack.enter_context(Llava.load(model, engine)) for _ in range(count)]
                 answers = [[llava.ask(QUESTION, options=options) for llava in models] for _ in range(3)]

@@ -24,6 +24,7 @@ from PIL import Image, ImageFile, WebPImagePlugin  # noqa: F401 - without WebP, 
 from llava_edge.bundle import Preprocessing, Square
 from llava_edge.errors import ImageError, LlavaEdgeError, MissingError
 from llava_edge.image_format import ACCEPTED, BASE64, describe_bytes, detect_format, is_complete
+from llava_edge.locks import fork_safe_lock
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray[Any, Any]
 
@@ -35,8 +36,7 @@ BAND_PIXELS = 1 << 20  # that each thread of `_pad` pads at a time
 BAND_THREADS = 2
 RESCALE = 0.00392156862745098  # 1/255 as CLIP's preprocessor_config.json has it
 
-PILLOW_LOCK = threading.Lock()  # Pillow images load pixels and EXIF lazily, which is not thread-safe
-os.register_at_fork(before=PILLOW_LOCK.acquire, after_in_parent=PILLOW_LOCK.release, after_in_child=PILLOW_LOCK.release)
+PILLOW_LOCK = fork_safe_lock()  # Pillow images load pixels and EXIF lazily, which is not thread-safe
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -8,10 +8,8 @@ before or afterwards, gets the whole package as usual; the shared library is the
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import sys
-import threading
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -21,13 +19,13 @@ from typing import Any
 
 from llava_edge import interpreter
 from llava_edge.errors import UnavailableError
+from llava_edge.locks import fork_safe_lock
 
 _CTYPES_EXTENSIONS = "llama_cpp._ctypes_extensions"  # the only module of the package that the bindings import
 _CUDA = ("cudart", "cublasLt", "cublas", "nvrtc", "curand", "cufft", "cudnn")  # in order of dependency
 
 
-_lock = threading.Lock()  # two copies of the bindings would have incompatible ctypes types
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+_lock = fork_safe_lock()  # two copies of the bindings would have incompatible ctypes types
 
 
 def functions() -> Any:

@@ -8,15 +8,12 @@ thread (PyTorch in bfloat16 does) changes or releases the configuration, and lla
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 
+from llava_edge.locks import fork_safe_lock
 from llava_edge.runtimes.jobs import Worker
 
-_lock = threading.Lock()
-# A forked process could never release it, so forks wait for it, and for the other locks that models share.
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+_lock = fork_safe_lock()
 _current: weakref.ref[Worker] | None = None
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import TypeVar
 
+from llava_edge.locks import fork_safe_lock
+
 MAX_CAPTURED = 1 << 16  # bytes
 
-_lock = threading.Lock()  # the stream belongs to the whole process
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+_lock = fork_safe_lock()  # the stream belongs to the whole process
 T = TypeVar("T")
 
 

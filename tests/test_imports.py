@@ -30,7 +30,7 @@ SHARED = {
         "json_grammar",
         "json_numbers",
     ),
-    *("interpreter", "options", "outputs", "paths", "prompt", "protobuf", "store", "templates", "transcript"),
+    *("interpreter", "locks", "options", "outputs", "paths", "prompt", "protobuf", "store", "templates", "transcript"),
     *("token_budget", "typed"),
 }
 ALLOWED = {

@@ -65,12 +65,12 @@ def pull_model(name: str, force: bool) -> None:
 @models.command("rm")
 @click.argument("name")
 def remove_model(name: str) -> None:
-    """Remove the bundle of NAME.
+    """Remove the pulled model NAME.
 
-    Bundles that 'llava-edge export' made are folders of yours, and stay.
+    Bundles made by 'llava-edge export' are not touched.
     """
     size, parts = store.remove(name), store.home() / "parts"
-    kept = f" What it was made from stays in {parts} for the next pull." if parts.exists() else ""
+    kept = f" Its downloaded parts stay in {parts} for the next pull." if parts.exists() else ""
     click.echo(f"{name} is removed: {size / 1e6:.0f} MB freed.{kept}", err=True)
 
 

@@ -22,7 +22,6 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,6 +33,7 @@ from typing import Any
 from llava_edge import interpreter, store
 from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.gguf import Gguf
+from llava_edge.locks import fork_safe_lock
 from llava_edge.runtimes import bindings, devices
 from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.choice import COMMAND, Status, choose, is_faster
@@ -62,8 +62,7 @@ class _Process:
 
 
 _process = _Process()
-_lock = threading.Lock()
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+_lock = fork_safe_lock()
 
 
 def status() -> Status:
