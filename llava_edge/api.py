@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bundle import Bundle
-from llava_edge.errors import ContextOverflowError, UsageError
+from llava_edge.errors import ContextOverflowError, LlavaEdgeError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result, result_of
 from llava_edge.prompt import Message
@@ -129,13 +129,44 @@ class Llava:
             _check_question(text, pictures)
         conversations = [_question_messages(system, text, pictures) for text in prompts]
         self._engine.check_context(conversations, pictures, options)
-        streams = self._engine.generate_many(conversations, pictures, options, cancel, started=started)
+        streams = self._engine.generate_many(
+            conversations, [pictures] * len(conversations), options, cancel, started=started
+        )
         try:
             yield from streams
         except GeneratorExit:
             for stream in streams:
                 stream.close()
             raise
+
+    def ask_each(
+        self,
+        images: Sequence[AnyImage],
+        prompt: str = DEFAULT_PROMPT,
+        options: Options | None = None,
+        *,
+        system: str = "",
+        cancel: threading.Event | None = None,
+    ) -> list[Stream]:
+        """The same question about each of many images: one stream per image. Closing one early stops all.
+
+        Images are read and encoded one after another, when their turn comes, and the answers are decoded as a batch,
+        with the same tokens as `ask_many` says. The stream of an image that cannot be used raises `ImageError`,
+        `MissingError` or `ContextOverflowError`, and the others go on. KV cache states are not saved.
+        """
+        if isinstance(images, str | Path | bytes) or not isinstance(images, Sequence):
+            raise UsageError("ask_each expects a list of images; use ask for a single one.")
+        sources = [self._snapshot(image) for image in images]
+        _check_question(prompt, sources or [None])
+        conversations = [_question_messages(system, prompt, [source]) for source in sources]
+        return self._engine.generate_many(conversations, [[source] for source in sources], options, cancel, save=False)
+
+    def _snapshot(self, image: AnyImage) -> ImageInput | Picture:
+        """Prepare a picture in memory now, because the caller may change it; an unusable one raises its error later."""
+        source = _copy_buffer(image)
+        with suppress(LlavaEdgeError):
+            (source,) = snapshot_images([source], self.bundle.manifest)
+        return source
 
     def answer(
         self,

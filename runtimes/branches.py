@@ -1,7 +1,9 @@
-"""Parallel continuations of a shared prefix, evaluated in one batch, so that weights are read once for all.
+"""Parallel continuations of prompts in one KV cache, evaluated in one batch, so that weights are read once for all.
 
-With the native kernels each continuation is bit-identical to one evaluated alone. llama.cpp's own kernels may compute a
-row of a batch differently from a single row, in the last digits. Knows nothing about prompts or sampling.
+With the native kernels each continuation is bit-identical to one evaluated alone, for which the positions of a prompt
+have to be in order in the KV cache: so what was evaluated stays there until the end, also after its branch ended.
+llama.cpp's own kernels may compute a row of a batch differently from a single row, in the last digits. Knows nothing
+about prompts or sampling.
 """
 
 from __future__ import annotations
@@ -13,37 +15,41 @@ from llava_edge.runtimes.language import LanguageModel
 
 
 class Branches:
-    """Branches 1 to `count`, at most `max_branches`, of the model's KV cache, which is as before when this is closed.
+    """Up to `max_branches` of the model's at a time. Until this is closed, nothing else may empty its KV cache."""
 
-    Until then nothing else may change it. The prefix and all branches' own positions have to fit into the context.
-    """
-
-    def __init__(self, language: LanguageModel, count: int) -> None:
-        if not 1 <= count <= language.max_branches:
-            raise ValueError(f"{count} branches were asked for; 1 to {language.max_branches} are possible.")
+    def __init__(self, language: LanguageModel) -> None:
         self._language = language
-        self._lengths = [len(language.cached_keys)] * count
-        language.copy_to_branches(count)
+        self._lengths: dict[int, int] = {}  # number of a branch -> its positions
+        self._shared: dict[int, int] = {}  # of these, the first ones, which another branch will keep
 
-    def extend(self, branch: int, tokens: Sequence[int], cancel: threading.Event) -> None:
-        """Append tokens to one branch; compute the logits of the last one. Raises `CancelledError`."""
-        for start in range(0, len(tokens), self._language.batch):
-            chunk = tokens[start : start + self._language.batch]
-            self._append(chunk, [branch] * len(chunk), 1, cancel)
+    def start(self, shared: int) -> int:
+        """Begin a branch that continues what the KV cache holds now; return its number.
+
+        shared: how many of its first positions were there when the last branch began. Raises `ValueError` if
+        `max_branches` have not ended.
+        """
+        free = [number for number in range(1, 1 + self._language.max_branches) if number not in self._lengths]
+        if not free:
+            raise ValueError(f"No more than {self._language.max_branches} branches are possible.")
+        self._language.start_branch(free[0])
+        self._lengths[free[0]], self._shared[free[0]] = len(self._language.cached_keys), shared
+        return free[0]
 
     def step(self, tokens: Sequence[int], branches: Sequence[int], cancel: threading.Event) -> None:
-        """Append one token to each of `branches` in one batch; row i of the logits then belongs to `branches[i]`."""
-        self._append(tokens, branches, len(tokens), cancel)
+        """Append one token to each of `branches`; row i of the logits is then that of `branches[i]`.
 
-    def _append(self, tokens: Sequence[int], branches: Sequence[int], outputs: int, cancel: threading.Event) -> None:
-        positions = []
+        Raises `CancelledError`.
+        """
+        positions = [self._lengths[branch] for branch in branches]
         for branch in branches:
-            positions.append(self._lengths[branch - 1])
-            self._lengths[branch - 1] += 1
-        self._language.evaluate_branches(tokens, positions, branches, outputs, cancel)
+            self._lengths[branch] += 1
+        self._language.evaluate_branches(tokens, positions, branches, cancel)
 
-    def __enter__(self) -> Branches:
-        return self
+    def end(self, branch: int) -> None:
+        """End a branch, so that its number can be used again."""
+        self._language.end_branch(branch, self._shared[branch])
+        del self._lengths[branch]
 
-    def __exit__(self, *_: object) -> None:
-        self._language.copy_to_branches(0)
+    def close(self) -> None:
+        """Leave the KV cache to its own prompt."""
+        self._language.clear_branches()

@@ -1,19 +1,17 @@
-"""The decode loops: sample one answer, or several in parallel, token by token. Knows nothing about prompts."""
+"""The decode loops: sample an answer token by token, or several at a time with drafts. Knows nothing about prompts."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 from llava_edge.options import Chunk, FinishReason, Options
-from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.sampling import Sampler, has_penalties, token_chance
 from llava_edge.runtimes.speculation import Speculation, SpeculativeDecoder
-from llava_edge.runtimes.stats import RequestStats, elapsed_ms
+from llava_edge.runtimes.stats import RequestStats
 from llava_edge.runtimes.text import TextStream
 
 MAX_PENDING_CHANCES = 64  # tokens without text before a chunk: leading white space has none, however long it is
@@ -70,48 +68,6 @@ def _can_speculate(options: Options) -> bool:
     """Whether each token is the argmax of its logits, and no log-probabilities are requested."""
     argmax = options.greedy and not options.grammar and not has_penalties(options)
     return argmax and options.top_logprobs is None and options.speculate != "off"
-
-
-def decode_many(
-    answers: Sequence[Answer],
-    suffixes: Sequence[Sequence[int]],
-    options: Sequence[Options],
-    on_finish: Callable[[Answer, FinishReason], None],
-) -> None:
-    """Answer prompts that consist of what the KV cache holds and one of `suffixes` each, in batches of a token of each.
-
-    options: one for each answer. `on_finish` is called as soon as an answer is complete. Raises `CancelledError` when
-    the job of the first answer is cancelled.
-    """
-    language, cancel = answers[0].language, answers[0].job.cancel
-    samplers: list[Sampler] = []
-    last_tokens: dict[int, int] = {}  # index of an unfinished answer -> its last token
-
-    def sample(index: int, row: int) -> None:
-        token = samplers[index].sample(row)
-        reason = answers[index].add_token(token, row)
-        if reason:
-            last_tokens.pop(index, None)
-            on_finish(answers[index], reason)
-        else:
-            last_tokens[index] = token
-
-    try:
-        with Branches(language, len(answers)) as branches:
-            for index, (suffix, answer_options) in enumerate(zip(suffixes, options, strict=True)):
-                samplers.append(Sampler(language, answer_options))
-                start = time.perf_counter()
-                branches.extend(index + 1, suffix, cancel)
-                answers[index].stats.prefill_ms += elapsed_ms(start)
-                sample(index, -1)
-            while last_tokens:
-                indices = list(last_tokens)
-                branches.step([last_tokens[i] for i in indices], [i + 1 for i in indices], cancel)
-                for row, index in enumerate(indices):
-                    sample(index, row)
-    finally:
-        for sampler in samplers:
-            sampler.close()
 
 
 def _decode_speculatively(answer: Answer, speculation: Speculation, *, always: bool) -> FinishReason:

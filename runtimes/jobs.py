@@ -120,16 +120,15 @@ class _JobStream(Stream):
                 start, self._start = self._start, None
                 start()
             item = self._job.next()
+            self._complete = item is None or isinstance(item, BaseException) or item.final is not None
             if isinstance(item, BaseException):
                 raise item
         except BaseException:
             self.close()
             raise
         if item is None:
-            self._complete = True
             self.close()
             raise StopIteration
-        self._complete = item.final is not None
         return item
 
     def throw(self, *error: Any) -> Chunk:

@@ -77,8 +77,10 @@ class LanguageModel:
         self.context_size = context
         self.cached_keys: list[Key] = []  # of the positions in the KV cache
         self.batch = batch
-        # Sequence 0 and the one that `save_state` copies to come on top. llama.cpp aborts if they do not fit.
-        self.max_branches = max(0, min(MAX_BRANCHES, context - 2, batch - 2))
+        # Sequence 0, the one that `save_state` copies to and ended branches' come on top. llama.cpp aborts if they do
+        # not fit.
+        self.max_branches = max(0, min(MAX_BRANCHES, context - 3, batch - 3))
+        self._copy, self._ended = 1 + self.max_branches, 2 + self.max_branches
         self._threads = threads or devices.thread_count()[0]
         self._adaptive = AdaptiveThreads(self._threads)
         # Only where the bits stay the same: llama.cpp's own attention splits float16 keys by the number of threads.
@@ -182,7 +184,7 @@ class LanguageModel:
 
         Raises `MemoryError`.
         """
-        api, copy = self.library, 1 + self.max_branches
+        api, copy = self.library, self._copy
         api.llama_memory_seq_cp(self._memory, _SEQUENCE, copy, 0, count)
         try:
             size = api.llama_state_seq_get_size(self.context, copy)
@@ -234,25 +236,27 @@ class LanguageModel:
         self._append(self._tokens, list(tokens), cancel, outputs=len(tokens))
         return np.stack([self.logits(i) for i in range(len(tokens))])
 
-    def copy_to_branches(self, count: int) -> None:
-        """Copy the KV cache to sequences 1 to `count` and empty the other ones. For `Branches`."""
-        for sequence in range(1, 1 + self.max_branches):
+    def start_branch(self, branch: int) -> None:
+        """Let a sequence share all positions of the KV cache. For `Branches`, as are the next three."""
+        self.library.llama_memory_seq_cp(self._memory, _SEQUENCE, branch, -1, -1)
+
+    def end_branch(self, branch: int, shared: int) -> None:
+        """Empty a sequence. From `shared` on its positions stay in their places, unseen, until `clear_branches`."""
+        self.library.llama_memory_seq_cp(self._memory, branch, self._ended, shared, -1)
+        self.library.llama_memory_seq_rm(self._memory, branch, -1, -1)
+
+    def clear_branches(self) -> None:
+        """Remove all positions that only branches have."""
+        for sequence in range(1, 1 + self._ended):
             self.library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-            if sequence <= count:
-                self.library.llama_memory_seq_cp(self._memory, _SEQUENCE, sequence, -1, -1)
 
     def evaluate_branches(
-        self,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        sequences: Sequence[int],
-        outputs: int,
-        cancel: threading.Event,
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], cancel: threading.Event
     ) -> None:
-        """Append tokens to branches; compute logits of the last `outputs`. Raises `CancelledError`."""
+        """Append a token to each of several branches; compute the logits of all. Raises `CancelledError`."""
         self._tokens.values[: len(tokens)] = tokens
-        self._tokens.place(positions, outputs, sequences)
-        self._evaluate(self._tokens, cancel, few=len(tokens) == outputs)
+        self._tokens.place(positions, len(tokens), sequences)
+        self._evaluate(self._tokens, cancel, few=True)
 
     def output_hidden_states(self, enabled: bool) -> None:
         """Let the next evaluations, of single tokens or with all logits, keep the hidden states for `hidden_state`."""
@@ -342,7 +346,7 @@ class LanguageModel:
         settings.n_ctx = self.context_size
         settings.n_batch = settings.n_ubatch = self.batch
         settings.n_threads = settings.n_threads_batch = self._threads
-        settings.n_seq_max = min(2 + self.max_branches, self.context_size)
+        settings.n_seq_max = min(3 + self.max_branches, self.context_size)
         settings.kv_unified = True  # sequences share the positions of a common prefix
         if self._kv == "q8_0":
             settings.type_k = settings.type_v = api.GGML_TYPE_Q8_0

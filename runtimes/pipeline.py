@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,15 +22,16 @@ import numpy as np
 from llava_edge import gguf, prompt
 from llava_edge.bundle import LANGUAGE, VISION, VISION_DATA, Bundle
 from llava_edge.cache import user_cache
-from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UsageError
+from llava_edge.errors import BundleError, ContextOverflowError, LlavaEdgeError, MissingError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, FinishReason, Options
 from llava_edge.runtimes import CancelledError, devices, presets, probe, tune
-from llava_edge.runtimes.decoding import Answer, decode, decode_many
+from llava_edge.runtimes.decoding import Answer, decode
 from llava_edge.runtimes.draft import DraftModel, check_draft
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import CLOSED, EngineThread, Job, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
+from llava_edge.runtimes.parallel import ParallelDecoder, Request
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import (
     RECENT_BYTES,
@@ -40,7 +41,7 @@ from llava_edge.runtimes.pictures import (
     check_budget,
     snapshot_images,
 )
-from llava_edge.runtimes.prefill import Prefill, Segment, split_segments
+from llava_edge.runtimes.prefill import Prefill, split_segments
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.stats import RequestStats, elapsed_ms
@@ -135,42 +136,42 @@ class Engine:
         messages, sources = tuple(messages), snapshot_images(images, self.bundle.manifest)
 
         def answer(job: Job) -> None:
-            self._answer_one(*self._prepare_request(job, messages, sources, seeded, stats), seeded, reuse)
+            self._answer_one(self._prepare_request(job, messages, sources, seeded, stats), reuse)
 
         return self._thread.submit(answer, event, lambda: self._last_chunk("", "cancelled", stats))
 
     def generate_many(
         self,
         conversations: Sequence[Sequence[prompt.Message]],
-        pictures: Sequence[Picture],
+        images: Sequence[Sequence[ImageInput | Picture]],
         options: Options | None = None,
         cancel: threading.Event | None = None,
         *,
         started: float | None = None,
+        save: bool = True,
     ) -> list[Stream]:
-        """Answer several conversations about the same pictures, as `generate` does; return a stream for each.
+        """Answer several conversations, each about its own images, as `generate` does; return a stream for each.
 
-        Their common prefix is evaluated once, then each batch computes one token of each answer, for as many answers as
-        fit into the context; `branches` says when they are bit-identical to separate ones. Closing a stream early stops
-        all.
+        Each batch computes one token of each answer, for as many answers as fit into the context; `branches` says when
+        they are bit-identical to separate ones. What a prompt has in common with the last one is evaluated once. An
+        unusable image is an error of its own stream. Closing a stream early stops all.
+        started: for all; otherwise time to first token counts from where an answer's images are read.
+        save: use and save KV cache states: hundreds of megabytes for each picture of a 7B.
         """
         check_request(conversations, options, cancel)
         if not conversations:
             return []
-        start = time.monotonic() if started is None else started
         seeded = [_with_seed(options) for _ in conversations]
+        event, start = cancel or threading.Event(), time.monotonic() if started is None else started
 
         def answer(jobs: list[Job]) -> None:
-            requests = [
-                self._prepare_request(job, messages, pictures, own_options, RequestStats(start, own_options.seed))
-                for job, messages, own_options in zip(jobs, conversations, seeded, strict=True)
-            ]
-            self._answer_all(requests, seeded)
+            requests = self._prepare_requests(jobs, conversations, images, seeded, started)
+            self._answer_all(replace(request, save=save) for request in requests)
 
         def cancelled_chunk() -> Chunk:
             return self._last_chunk("", "cancelled", RequestStats(start, seeded[0].seed))
 
-        return self._thread.submit_many(answer, cancel or threading.Event(), len(conversations), cancelled_chunk)
+        return self._thread.submit_many(answer, event, len(conversations), cancelled_chunk)
 
     def check_context(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
@@ -330,7 +331,7 @@ class Engine:
         images: Sequence[ImageInput | Picture],
         options: Options,
         stats: RequestStats,
-    ) -> tuple[list[Segment], Answer]:
+    ) -> Request:
         """Prepare pictures and check everything that can be checked before any model runs."""
         check_slots(messages, images)
         ids = self.encode_prompt(messages)
@@ -352,47 +353,59 @@ class Engine:
         if options.grammar:
             Sampler(language, options).close()  # raises if llama.cpp cannot parse it
         answer = Answer(language, self._end_tokens, stream, max_tokens, stats, job, options.top_logprobs)
-        return split_segments(ids, pictures), answer
+        return Request(split_segments(ids, pictures), answer, options)
 
-    def _answer_one(self, segments: list[Segment], answer: Answer, options: Options, reuse: bool = False) -> None:
+    def _prepare_requests(
+        self,
+        jobs: Sequence[Job],
+        conversations: Sequence[Sequence[prompt.Message]],
+        images: Sequence[Sequence[ImageInput | Picture]],
+        options: Sequence[Options],
+        started: float | None,
+    ) -> Iterator[Request]:
+        """Prepare each request when it is asked for; end the streams of those that cannot be, or are cancelled."""
+        for job, messages, sources, own_options in zip(jobs, conversations, images, options, strict=True):
+            stats = RequestStats(time.monotonic() if started is None else started, own_options.seed)
+            if job.cancel.is_set():
+                job.output.put(self._last_chunk("", "cancelled", stats))
+                continue
+            try:
+                request = self._prepare_request(job, messages, sources, own_options, stats)
+            except LlavaEdgeError as error:
+                job.output.put(error)
+            else:
+                yield request
+
+    def _answer_one(self, request: Request, reuse: bool = False) -> None:
         assert self._prefill is not None
+        answer = request.answer
         try:
-            self._prefill.run(segments, answer.stats, answer.job, reuse=reuse)
-            reason = decode(answer, options, self._speculation)
+            self._prefill.run(request.segments, answer.stats, answer.job, reuse=reuse, save=request.save)
+            reason = decode(answer, request.options, self._speculation)
         except CancelledError:
             reason = "cancelled"
         self._finish(answer, reason)
 
-    def _answer_all(self, requests: Sequence[tuple[list[Segment], Answer]], options: Sequence[Options]) -> None:
-        """options: one for each request; only their seeds differ."""
-        while requests:
-            count = _count_parallel(requests)
-            if count == 1:
-                self._answer_one(*requests[0], options[0])
-            else:
-                self._answer_group(requests[:count], options[:count])
-            requests, options = requests[count:], options[count:]
-
-    def _answer_group(self, requests: Sequence[tuple[list[Segment], Answer]], options: Sequence[Options]) -> None:
-        """Answer prompts in parallel that differ only in their last segment, which is text."""
-        answers = [answer for _, answer in requests]
-        suffixes = [[key for key in segments[-1].keys if isinstance(key, int)] for segments, _ in requests]
-        segments, first = requests[0]
-        unfinished = list(answers)
-
-        def finish(answer: Answer, reason: FinishReason) -> None:
-            unfinished.remove(answer)
-            self._finish(answer, reason)
-
+    def _answer_all(self, requests: Iterator[Request]) -> None:
+        """Answer as many requests in parallel as fit into the context; one alone may get drafts."""
         assert self._prefill is not None
-        try:
-            self._prefill.run(segments, first.stats, first.job, count=len(segments) - 1)
-            for answer in answers[1:]:
-                answer.stats.kv_cache_hit = True
-            decode_many(answers, suffixes, options, finish)
-        except CancelledError:
-            for answer in list(unfinished):
-                finish(answer, "cancelled")
+        waiting = next(requests, None)
+        while waiting is not None:
+            request, waiting = waiting, next(requests, None)
+            with ParallelDecoder(self._require_open(), self._prefill, self._finish) as decoder:
+                if waiting is None or not decoder.has_room(request, waiting):
+                    self._answer_one(request)
+                    continue
+                try:
+                    decoder.add(request)
+                    while decoder.unfinished:
+                        while waiting is not None and decoder.has_room(waiting):
+                            request, waiting = waiting, next(requests, None)
+                            decoder.add(request)
+                        decoder.step(request.answer.job.cancel)
+                except CancelledError:
+                    for answer in decoder.unfinished:
+                        self._finish(answer, "cancelled")
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         """Output the last chunk and end the stream."""
@@ -470,18 +483,6 @@ def check_request(
                 raise UsageError(f"Expected a number of images for a message, not {message.images!r:.60}.")
         if messages and messages[-1].role == "user" and not (messages[-1].text.strip() or messages[-1].images):
             raise UsageError("The question is empty; expected a text, a picture or both.")
-
-
-def _count_parallel(requests: Sequence[tuple[list[Segment], Answer]]) -> int:
-    """Return how many requests, from the first on, can be answered in parallel: 1 or more."""
-    shared, language = requests[0][0][:-1], requests[0][1].language
-    used, count = sum(len(segment.keys) for segment in shared), 0
-    for segments, answer in requests[: language.max_branches]:
-        used += len(segments[-1].keys) + answer.max_tokens
-        if not shared or segments[-1].picture is not None or segments[:-1] != shared or used > language.context_size:
-            break
-        count += 1
-    return max(count, 1)
 
 
 def _with_seed(options: Options | None) -> Options:

@@ -70,13 +70,14 @@ class Prefill:
         job: Job,
         *,
         reuse: bool = False,
-        count: int | None = None,
-    ) -> None:
-        """Evaluate a prompt, or only its first `count` segments, except for a prefix that is cached.
+        save: bool = True,
+    ) -> int:
+        """Evaluate a prompt except for a prefix that is in the KV cache, or saved; return the length of that prefix.
 
         Without `reuse`, a cached prefix consists of whole segments that were evaluated one by one: the answer is
         bit-identical to one computed from scratch. With it, the prefix is all that this prompt has in common with the
         last one and its answer: longer, but computed by other kernels and so rounded differently.
+        save: whether a saved prefix may be restored, which empties the KV cache before, and new ones be saved.
         If this prompt would overwrite unsaved prefixes in the KV cache, they are saved first.
         Raises `CancelledError` or `BundleError`.
         """
@@ -88,20 +89,21 @@ class Prefill:
         last_picture = max(picture_ends, default=0)
         text = ends[0] if picture_ends and segments[0].picture is None and ends[0] >= MIN_TEXT_PREFIX else 0
         start = time.perf_counter()
-        cached = self._reuse_prefix(keys, ends, [text, *picture_ends], reuse=reuse)
+        cached = self._reuse_prefix(keys, ends, [text, *picture_ends] if save else [], reuse=reuse)
         stats.prefill_ms += elapsed_ms(start)
         stats.kv_cache_hit = cached >= last_picture > 0
         exact = cached in self._exact_ends and cached in (0, *ends)
         self._exact_ends = {end for end in self._exact_ends if end <= cached}
         self._unsaved = [prefix for prefix in self._unsaved if len(prefix) <= cached]
-        for segment, end in list(zip(segments, ends, strict=True))[:count]:
+        for segment, end in zip(segments, ends, strict=True):
             if end <= cached:
                 continue
             self._evaluate(segment, max(cached - end + len(segment.keys), 0), stats, job)
             if exact:
                 self._exact_ends.add(end)
-            if exact and end in (text, last_picture):
+            if save and exact and end in (text, last_picture):
                 self._unsaved.append(keys[:end])
+        return cached
 
     def save_states(self) -> None:
         """Save the prefixes that the last prompts computed. Called when the engine is idle, or will overwrite them: the

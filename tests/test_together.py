@@ -129,13 +129,13 @@ def test_as_many_as_there_is_room_for(questions: int, tokens: int, llava: Llava,
     assert sum(len(result.text) > 0 for result in results) >= questions - 1
 
 
-def test_without_a_picture_there_is_nothing_in_common(llava: Llava) -> None:
+def test_questions_without_a_picture(llava: Llava) -> None:
     results = ask_together(llava, ["a list:", "the red"], SHORT, ())
     assert [r.text for r in results] == [llava.ask(q, (), SHORT).text for q in ("a list:", "the red")]
     assert ask_together(llava, [], SHORT) == []
 
 
-def test_questions_with_nothing_in_common_end_one_by_one(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_for_two_questions_end_one_by_one(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first stream is at its end before the second begins, and no later error is its own."""
     read, calls, real = threading.Event(), list[bool](), decoding.decode
 
@@ -146,7 +146,7 @@ def test_questions_with_nothing_in_common_end_one_by_one(llava: Llava, monkeypat
         return real(*arguments)
 
     monkeypatch.setattr("llava_edge.runtimes.pipeline.decode", late)
-    streams = llava.ask_many(["one", "two", "three"], (), SHORT)
+    streams = llava.ask_many(["one", "two", "three"], (), replace(SHORT, max_tokens=300))
     assert list(next(streams))[-1].final
     read.set()
     assert list(next(streams))[-1].final
@@ -214,16 +214,21 @@ def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) 
         alone.append(language.logits().copy())
     language.truncate(0)
     language.evaluate_tokens(start, NEVER)
-    with Branches(language, 3) as branches:
-        for number, end in enumerate(ends, 1):
-            branches.extend(number, end, NEVER)
-        branches.step([50, 50, 50], [1, 2, 3], NEVER)
-        for row, logits in enumerate(alone):
-            np.testing.assert_allclose(language.logits(row), logits, atol=0.05)
-            assert np.abs(language.logits(row) - alone[row - 1]).max() > 0.5
-    assert language.cached_keys == start
-    with pytest.raises(ValueError, match="1 to 8 are possible"):
-        Branches(language, MAX_BRANCHES + 1)
+    branches = Branches(language)
+    for end in ends:
+        language.truncate(len(start))
+        language.evaluate_tokens(end, NEVER)
+        branches.start(len(start) if end is not ends[0] else 0)
+    branches.step([50, 50, 50], [1, 2, 3], NEVER)
+    for row, logits in enumerate(alone):
+        np.testing.assert_allclose(language.logits(row), logits, atol=0.05)
+        assert np.abs(language.logits(row) - alone[row - 1]).max() > 0.5
+    branches.end(2)
+    assert [branches.start(0) for _ in range(MAX_BRANCHES - 2)] == [2, 4, 5, 6, 7, 8]
+    with pytest.raises(ValueError, match="No more than 8 branches"):
+        branches.start(0)
+    branches.close()
+    assert language.cached_keys == [*start, *ends[-1]]
     language.close()
 
 
@@ -231,7 +236,7 @@ def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) 
 def test_a_small_context_has_fewer_branches(context: int, micro_bundle: Path) -> None:
     """llama.cpp aborts the process when it is asked for more sequences than positions."""
     language = LanguageModel(micro_bundle / LANGUAGE, context=context, threads=1)
-    assert language.max_branches == max(0, min(context - 2, MAX_BRANCHES))
+    assert language.max_branches == max(0, min(context - 3, MAX_BRANCHES))
     language.evaluate_tokens([5], NEVER)
     language.close()
 

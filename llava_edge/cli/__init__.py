@@ -27,6 +27,7 @@ from llava_edge.runtimes import limit_spinning
 # Name -> one line of help. Static, so that --help imports no subcommand.
 COMMANDS = {
     "run": "Answer questions about images.",
+    "batch": "Ask one question about each of many images.",
     "chat": "Chat about images in the terminal.",
     "serve": "Serve a model: OpenAI-compatible API and chat page.",
     "models": "List, pull or remove models.",
@@ -47,6 +48,7 @@ SUGGESTIONS = {
     **dict.fromkeys(("rm", "remove", "delete", "uninstall"), "models rm"),
     **dict.fromkeys(("ask", "describe", "generate"), "run"),
     **dict.fromkeys(("convert", "create", "quantize"), "export"),
+    **dict.fromkeys(("caption", "tag", "each"), "batch"),
     "show": "info",
     "benchmark": "bench",
     "evaluate": "eval",

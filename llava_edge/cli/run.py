@@ -60,7 +60,7 @@ def run(
     curl -s URL | llava-edge run --image - --prompt "What is this?" --json
     """
     options, engine = options_from(shared)
-    options = replace(options, grammar=_grammar_text(json_schema, grammar))
+    options = replace(options, grammar=grammar_text(json_schema, grammar))
     prompts = _prompt_texts(prompts, images)
     from llava_edge.bundle import Bundle
     from llava_edge.runtimes.devices import process_start
@@ -103,7 +103,7 @@ def _print_answer(stream: Stream, activity: str, quiet: bool) -> Result:
     return final
 
 
-def _grammar_text(json_schema: str | None, grammar: str | None) -> str:
+def grammar_text(json_schema: str | None, grammar: str | None) -> str:
     """The grammar that answers must follow; empty if there is none."""
     if json_schema is not None and grammar is not None:
         raise UsageError("--json-schema and --grammar cannot be combined; give one of them.")
