@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ def ours(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     from llava_edge.runtimes.decoding import Answer, decode
     from llava_edge.runtimes.jobs import Job
     from llava_edge.runtimes.language import LanguageModel
+    from llava_edge.runtimes.sampling import Sampler
     from llava_edge.runtimes.speculation import Speculation
     from llava_edge.runtimes.stats import RequestStats
     from llava_edge.runtimes.text import TextStream
 
     repack = not arguments.mapped
     model = LanguageModel(arguments.bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads, repack=repack)
-    speculation, never = Speculation(model), threading.Event()
+    speculation, never, options = Speculation(model), threading.Event(), Options(speculate="off")
     clock = time.process_time if arguments.processor_time else time.monotonic
 
     def work() -> dict[str, Any]:
@@ -49,7 +51,8 @@ def ours(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
         job = Job(lambda job: None, never, lambda: True)
         answer = Answer(model, set(), TextStream(()), arguments.tokens, stats, job)
         start = clock()
-        decode(answer, Options(speculate="off"), speculation)
+        with closing(Sampler(model, options)) as sampler:
+            decode(answer, options, sampler, speculation, lambda: False)
         return _rate(stats.tokens - 1, clock() - start)
 
     return work

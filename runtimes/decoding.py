@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava_edge.options import Chunk, FinishReason, Options
@@ -50,18 +50,21 @@ class Answer:
         return "length" if stats.tokens >= self.max_tokens else None
 
 
-def decode(answer: Answer, options: Options, speculation: Speculation) -> FinishReason:
-    """Sample until an end token, a stop sequence or the token limit. Raises `CancelledError`."""
+def decode(
+    answer: Answer, options: Options, sampler: Sampler, speculation: Speculation, pause: Callable[[], bool]
+) -> FinishReason | int:
+    """Sample until an end token, a stop sequence or the token limit. Raises `CancelledError`.
+
+    When `pause` returns True, returns the last token, which is not evaluated yet: `sampler` can go on from there.
+    """
     if _can_speculate(options) and (speculation.auto or options.speculate == "ngram"):
-        return _decode_speculatively(answer, speculation, always=options.speculate == "ngram")
-    language = answer.language
-    with closing(Sampler(language, options)) as sampler:
-        while True:
-            token = sampler.sample()
-            reason = answer.add_token(token)
-            if reason:
-                return reason
-            language.evaluate_tokens([token], answer.job.cancel)
+        return _decode_speculatively(answer, speculation, pause, always=options.speculate == "ngram")
+    while True:
+        token = sampler.sample()
+        reason = answer.add_token(token)
+        if reason or pause():
+            return reason or token
+        answer.language.evaluate_tokens([token], answer.job.cancel)
 
 
 def _can_speculate(options: Options) -> bool:
@@ -70,7 +73,9 @@ def _can_speculate(options: Options) -> bool:
     return argmax and options.top_logprobs is None and options.speculate != "off"
 
 
-def _decode_speculatively(answer: Answer, speculation: Speculation, *, always: bool) -> FinishReason:
+def _decode_speculatively(
+    answer: Answer, speculation: Speculation, pause: Callable[[], bool], *, always: bool
+) -> FinishReason | int:
     decoder, stats = SpeculativeDecoder(speculation, always=always), answer.stats
     tokens, accepted_before = [answer.language.greedy_token()], 0
     while True:
@@ -81,5 +86,8 @@ def _decode_speculatively(answer: Answer, speculation: Speculation, *, always: b
                 stats.drafted = decoder.drafted
                 stats.accepted = accepted_before + min(newly_accepted, stats.tokens - tokens_before)
                 return reason
+        if pause():
+            stats.drafted, stats.accepted = decoder.drafted, decoder.accepted
+            return tokens[-1]
         accepted_before = decoder.accepted
         tokens = decoder.next_tokens(tokens[-1], answer.job.cancel)

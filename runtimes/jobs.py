@@ -69,6 +69,7 @@ class Job:
     """One request: the function that the engine thread runs, and the queue of its output. None ends the stream.
 
     thread_alive: whether the engine thread lives, which it does not in a forked process.
+    join: what the function of another job needs to do this one's work too, see `EngineThread.take`; None: nobody may.
     cancelled_chunk: makes the only chunk of a job that is cancelled while queued; None: such a job still waits.
     followers: jobs whose streams this one fills too; what ends it ends them.
     """
@@ -77,10 +78,18 @@ class Job:
     cancel: threading.Event
     thread_alive: Callable[[], bool]
     cancelled_chunk: MakeChunk | None = None
+    join: Callable[[Job], Any] | None = None
     claim: _Claim = field(default_factory=_Claim)
     output: queue.SimpleQueue[Chunk | BaseException | None] = field(default_factory=queue.SimpleQueue)
     followers: list[Job] = field(default_factory=list)
     vision_run: Any = None  # of VisionEncoder.new_run_options, while pictures are encoded
+    ended: bool = False
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the stream, with an error if there is one. Harmless when repeated."""
+        if not self.ended:
+            self.ended = True
+            self.output.put(error)
 
     def stop(self) -> None:
         """Ask the engine thread, from any thread, to abort this job."""
@@ -161,18 +170,23 @@ class EngineThread:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.RLock()  # re-entrant: a garbage collection in any place of this thread may call `close`
         self._closed = False
-        self._current: Job | None = None
+        self._running: list[Job] = []
+        self._taken: Job | None = None  # from the queue, but not running yet
         self._thread = threading.Thread(target=self._run_jobs, name="llava-edge engine", daemon=True)
         self._thread.start()
 
     def submit(
-        self, run: Callable[[Job], None], cancel: threading.Event, cancelled_chunk: MakeChunk | None = None
+        self,
+        run: Callable[[Job], None],
+        cancel: threading.Event,
+        cancelled_chunk: MakeChunk | None = None,
+        join: Callable[[Job], Any] | None = None,
     ) -> Stream:
         """Return the stream of a job, which is queued when its first chunk is requested. Raises what the job raises.
 
         Closing the stream early, by Ctrl-C too, cancels the job.
         """
-        job = Job(run, _Cancel(cancel), self._thread.is_alive, cancelled_chunk)
+        job = Job(run, _Cancel(cancel), self._thread.is_alive, cancelled_chunk, join)
         return _JobStream(job, lambda: self._enqueue(job))
 
     def start(self, run: Callable[[Job], None]) -> Stream:
@@ -193,7 +207,7 @@ class EngineThread:
         shared_cancel, claim = _Cancel(cancel), _Claim()
         alive = self._thread.is_alive
         jobs = [
-            Job(lambda job: run([job, *job.followers]), shared_cancel, alive, cancelled_chunk, claim)
+            Job(lambda job: run([job, *job.followers]), shared_cancel, alive, cancelled_chunk, claim=claim)
             for _ in range(count)
         ]
         jobs[0].followers += jobs[1:]
@@ -208,10 +222,33 @@ class EngineThread:
             if not self._closed:
                 self._closed = True
                 self._jobs.put(None)
-            if self._current is not None:
-                self._current.stop()
+            for job in self._running:
+                job.stop()
         if wait and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def can_take(self) -> bool:
+        """Whether `take` would return a job. Only for functions of jobs."""
+        while self._taken is None and not self._jobs.empty():
+            job = self._jobs.get()
+            if job is None:  # for `_next`; nothing comes after it
+                self._jobs.put(None)
+                break
+            if job.claim.start():
+                self._taken = job
+        return self._taken is not None and self._taken.join is not None
+
+    def take(self) -> Job | None:
+        """Let the next job, if it may be joined, run as part of the one whose function calls this."""
+        if not self.can_take():
+            return None
+        job, self._taken = self._taken, None
+        assert job is not None
+        with self._lock:
+            self._running = [running for running in self._running if not running.ended] + [job]
+            if self._closed:
+                job.stop()
+        return job
 
     def close_at_exit(self) -> None:
         """Let Python wait for the thread at exit: the process would abort if it ended while engines are being freed."""
@@ -227,6 +264,9 @@ class EngineThread:
 
     def _next(self) -> Job | None:
         """Wait for the next job, None at the end; call `on_idle` once if that takes long."""
+        if self._taken is not None:
+            job, self._taken = self._taken, None
+            return job
         try:
             return self._jobs.get(timeout=IDLE_SECONDS)
         except queue.Empty:
@@ -246,18 +286,18 @@ class EngineThread:
             return job is not None
         error: BaseException | None = None
         with self._lock:
-            self._current = job
+            self._running = [job, *job.followers]
             if self._closed:
                 error = UsageError(CLOSED)
         try:
             if error is None:
                 job.run(job)
-        except BaseException as raised:  # noqa: BLE001 - the caller gets it
+        except BaseException as raised:  # noqa: BLE001 - the callers get it
             error = raised
         with self._lock:
-            self._current = None
-        for finished in (job, *job.followers):
-            finished.output.put(error)
+            finished, self._running = self._running, []
+        for job in finished:
+            job.end(error)
         return True
 
 

@@ -81,11 +81,16 @@ class LanguageModel:
         # not fit.
         self.max_branches = max(0, min(MAX_BRANCHES, context - 3, batch - 3))
         self._copy, self._ended = 1 + self.max_branches, 2 + self.max_branches
+        self._has_branches = False
         self._threads = threads or devices.thread_count()[0]
         self._adaptive = AdaptiveThreads(self._threads)
         # Only where the bits stay the same: llama.cpp's own attention splits float16 keys by the number of threads.
         same_bits = kv == "q8_0" or native.supports_attention(header)
         self._threads_vary = not gpu_layers and self.native.few_attention and same_bits
+        # Whether a row has the same bits alone and in a batch, wherever its prompt lies in the KV cache.
+        self.batch_invariant = (
+            not gpu_layers and not repack and kv == "f16" and native.computes_all(self.native, header)
+        )
         self._kv = kv
         self.on_gpu = gpu_layers != 0
         self._settings = [gpu_layers, repack, kv, *self.native.identity]
@@ -200,10 +205,9 @@ class LanguageModel:
         """Load what `save_state` returned when the KV cache held `keys`; return whether that succeeded.
 
         llama.cpp trusts these bytes: only what this program wrote may be passed. A failure leaves an empty KV cache, in
-        a new context, because llama.cpp leaves parts of the state behind.
+        a new context, because llama.cpp leaves parts of the state behind: `BundleError` if that ends branches.
         """
-        self.library.llama_memory_clear(self._memory, False)
-        self.cached_keys.clear()
+        self.truncate(0)
         source = _byte_pointer(np.frombuffer(state, np.uint8))
         read = self.library.llama_state_seq_set_data(self.context, source, len(state), _SEQUENCE)
         first = self.library.llama_memory_seq_pos_min(self._memory, _SEQUENCE)
@@ -213,6 +217,8 @@ class LanguageModel:
             return True
         self.library.llama_free(self.context)
         self._open_context()
+        if self._has_branches:
+            raise BundleError(f"llama.cpp refused a saved state of {self._path}; run 'llava-edge cache clear'.")
         return False
 
     def evaluate_tokens(self, tokens: Sequence[int], cancel: threading.Event) -> None:
@@ -238,6 +244,7 @@ class LanguageModel:
 
     def start_branch(self, branch: int) -> None:
         """Let a sequence share all positions of the KV cache. For `Branches`, as are the next three."""
+        self._has_branches = True
         self.library.llama_memory_seq_cp(self._memory, _SEQUENCE, branch, -1, -1)
 
     def end_branch(self, branch: int, shared: int) -> None:
@@ -247,6 +254,7 @@ class LanguageModel:
 
     def clear_branches(self) -> None:
         """Remove all positions that only branches have."""
+        self._has_branches = False
         for sequence in range(1, 1 + self._ended):
             self.library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 

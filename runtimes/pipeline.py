@@ -135,10 +135,15 @@ class Engine:
         event = cancel or threading.Event()
         messages, sources = tuple(messages), snapshot_images(images, self.bundle.manifest)
 
-        def answer(job: Job) -> None:
-            self._answer_one(self._prepare_request(job, messages, sources, seeded, stats), reuse)
+        def prepare(job: Job) -> Request:
+            return replace(self._prepare_request(job, messages, sources, seeded, stats), reuse=reuse)
 
-        return self._thread.submit(answer, event, lambda: self._last_chunk("", "cancelled", stats))
+        def answer(job: Job) -> None:
+            own = iter([prepare(job)])
+            self._answer_all(lambda: next(own, None) or self._take_request(), self._thread.can_take)
+
+        join = prepare if self._language is not None and self._language.batch_invariant else None
+        return self._thread.submit(answer, event, lambda: self._last_chunk("", "cancelled", stats), join)
 
     def generate_many(
         self,
@@ -165,8 +170,8 @@ class Engine:
         event, start = cancel or threading.Event(), time.monotonic() if started is None else started
 
         def answer(jobs: list[Job]) -> None:
-            requests = self._prepare_requests(jobs, conversations, images, seeded, started)
-            self._answer_all(replace(request, save=save) for request in requests)
+            requests = self._prepare_requests(jobs, conversations, images, seeded, started, save)
+            self._answer_all(lambda: next(requests, None))
 
         def cancelled_chunk() -> Chunk:
             return self._last_chunk("", "cancelled", RequestStats(start, seeded[0].seed))
@@ -362,50 +367,73 @@ class Engine:
         images: Sequence[Sequence[ImageInput | Picture]],
         options: Sequence[Options],
         started: float | None,
+        save: bool,
     ) -> Iterator[Request]:
         """Prepare each request when it is asked for; end the streams of those that cannot be, or are cancelled."""
         for job, messages, sources, own_options in zip(jobs, conversations, images, options, strict=True):
             stats = RequestStats(time.monotonic() if started is None else started, own_options.seed)
             if job.cancel.is_set():
                 job.output.put(self._last_chunk("", "cancelled", stats))
+                job.end()
                 continue
             try:
                 request = self._prepare_request(job, messages, sources, own_options, stats)
             except LlavaEdgeError as error:
-                job.output.put(error)
+                job.end(error)
             else:
-                yield request
+                yield replace(request, save=save)
 
-    def _answer_one(self, request: Request, reuse: bool = False) -> None:
+    def _take_request(self) -> Request | None:
+        """Take the next request from the queue, if it may be answered together with another one."""
+        while (job := self._thread.take()) is not None:
+            try:
+                assert job.join is not None
+                request: Request = job.join(job)
+            except Exception as error:  # noqa: BLE001 - of this job alone
+                job.end(error)
+            else:
+                return request
+        return None
+
+    def _answer_all(self, take: Callable[[], Request | None], pause: Callable[[], bool] = lambda: False) -> None:
+        """Answer the requests that `take` returns until it has none: in parallel, as many as fit into the context.
+
+        An answer alone may get drafts, until `pause` returns True: then another request can be taken.
+        """
         assert self._prefill is not None
-        answer = request.answer
+        waiting = take()
+        while waiting is not None:
+            request, waiting = waiting, take()
+            with ParallelDecoder(self._require_open(), self._prefill, self._finish) as decoder:
+                if waiting is not None and decoder.has_room(request, waiting):
+                    decoder.add(request)
+                else:
+                    self._answer_alone(request, decoder, (lambda: False) if waiting else pause)
+                while decoder.busy:
+                    waiting = waiting or take()
+                    while waiting is not None and decoder.has_room(waiting):
+                        decoder.add(waiting)
+                        waiting = take()
+                    decoder.step()
+
+    def _answer_alone(self, request: Request, decoder: ParallelDecoder, pause: Callable[[], bool]) -> None:
+        """Answer a request; if `pause` interrupts that, let `decoder` go on with it."""
+        assert self._prefill is not None
+        answer, language = request.answer, self._require_open()
+        sampler: Sampler | None = None
         try:
-            self._prefill.run(request.segments, answer.stats, answer.job, reuse=reuse, save=request.save)
-            reason = decode(answer, request.options, self._speculation)
+            self._prefill.run(request.segments, answer.stats, answer.job, reuse=request.reuse, save=request.save)
+            sampler = Sampler(language, request.options)
+            reason = decode(answer, request.options, sampler, self._speculation, pause)
         except CancelledError:
             reason = "cancelled"
+        if isinstance(reason, int):
+            assert sampler is not None
+            decoder.adopt(request, sampler, reason)
+            return
+        if sampler is not None:
+            sampler.close()
         self._finish(answer, reason)
-
-    def _answer_all(self, requests: Iterator[Request]) -> None:
-        """Answer as many requests in parallel as fit into the context; one alone may get drafts."""
-        assert self._prefill is not None
-        waiting = next(requests, None)
-        while waiting is not None:
-            request, waiting = waiting, next(requests, None)
-            with ParallelDecoder(self._require_open(), self._prefill, self._finish) as decoder:
-                if waiting is None or not decoder.has_room(request, waiting):
-                    self._answer_one(request)
-                    continue
-                try:
-                    decoder.add(request)
-                    while decoder.unfinished:
-                        while waiting is not None and decoder.has_room(waiting):
-                            request, waiting = waiting, next(requests, None)
-                            decoder.add(request)
-                        decoder.step(request.answer.job.cancel)
-                except CancelledError:
-                    for answer in decoder.unfinished:
-                        self._finish(answer, "cancelled")
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         """Output the last chunk and end the stream."""
@@ -415,7 +443,7 @@ class Engine:
             reason = "stop"
         stats.text += tail
         answer.job.output.put(self._last_chunk(tail, reason, stats))
-        answer.job.output.put(None)
+        answer.job.end()
 
     def _last_chunk(self, text: str, reason: FinishReason, stats: RequestStats) -> Chunk:
         result = stats.result(reason, self.bundle.manifest.name, self.device.name, self.load_ms)

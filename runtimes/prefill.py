@@ -72,12 +72,14 @@ class Prefill:
         reuse: bool = False,
         save: bool = True,
     ) -> int:
-        """Evaluate a prompt except for a prefix that is in the KV cache, or saved; return the length of that prefix.
+        """Evaluate a prompt except for a prefix that is in the KV cache, or saved.
+
+        Returns the length of the prefix that stayed in its place in the KV cache; 0 if a saved one was restored.
 
         Without `reuse`, a cached prefix consists of whole segments that were evaluated one by one: the answer is
         bit-identical to one computed from scratch. With it, the prefix is all that this prompt has in common with the
         last one and its answer: longer, but computed by other kernels and so rounded differently.
-        save: whether a saved prefix may be restored, which empties the KV cache before, and new ones be saved.
+        save: whether a saved prefix may be restored, and new ones be saved.
         If this prompt would overwrite unsaved prefixes in the KV cache, they are saved first.
         Raises `CancelledError` or `BundleError`.
         """
@@ -89,7 +91,7 @@ class Prefill:
         last_picture = max(picture_ends, default=0)
         text = ends[0] if picture_ends and segments[0].picture is None and ends[0] >= MIN_TEXT_PREFIX else 0
         start = time.perf_counter()
-        cached = self._reuse_prefix(keys, ends, [text, *picture_ends] if save else [], reuse=reuse)
+        kept, cached = self._reuse_prefix(keys, ends, [text, *picture_ends] if save else [], reuse=reuse)
         stats.prefill_ms += elapsed_ms(start)
         stats.kv_cache_hit = cached >= last_picture > 0
         exact = cached in self._exact_ends and cached in (0, *ends)
@@ -103,7 +105,7 @@ class Prefill:
                 self._exact_ends.add(end)
             if save and exact and end in (text, last_picture):
                 self._unsaved.append(keys[:end])
-        return cached
+        return kept
 
     def save_states(self) -> None:
         """Save the prefixes that the last prompts computed. Called when the engine is idle, or will overwrite them: the
@@ -119,10 +121,11 @@ class Prefill:
                     self._cache.put(self._cache_key(keys), about, state)
         self._unsaved.clear()
 
-    def _reuse_prefix(self, keys: list[Key], ends: list[int], saved_ends: list[int], *, reuse: bool) -> int:
-        """Reduce the KV cache to a prefix of `keys`, restored from a file if that is longer; return its length.
+    def _reuse_prefix(self, keys: list[Key], ends: list[int], saved_ends: list[int], *, reuse: bool) -> tuple[int, int]:
+        """Reduce the KV cache to a prefix of `keys`, restored from a file if that is longer.
 
-        saved_ends: where the prefixes end that may have been saved. The length is always below `len(keys)`.
+        Returns how much of it was kept, all or nothing, and its length, which is always below `len(keys)`.
+        saved_ends: where the prefixes end that may have been saved.
         """
         language = self._language
         cached = language.common_prefix(keys)
@@ -134,10 +137,10 @@ class Prefill:
                 continue
             if language.restore_state(state, keys[:end]):
                 self._exact_ends = {0, end}
-                return end
+                return 0, end
             cached = 0  # a failed attempt leaves the KV cache empty
         language.truncate(cached)
-        return cached
+        return cached, cached
 
     def _evaluate(self, segment: Segment, skip: int, stats: RequestStats, job: Job) -> None:
         """Evaluate a segment except for its first `skip` positions."""

@@ -295,3 +295,86 @@ def test_a_worker_ends_when_it_is_shut_down_or_forgotten() -> None:
         one.submit(int)
     del other
     assert not any(thread.is_alive() for thread in threads)
+
+
+def joined(
+    engine: EngineThread, taken: list[Job], begun: threading.Event, go: threading.Event
+) -> Callable[[Job], None]:
+    """What a job does that takes those that are queued when `go` is set."""
+
+    def run(job: Job) -> None:
+        begun.set()
+        assert go.wait(SOON)
+        while (other := engine.take()) is not None:
+            taken.append(other)
+            finish(other)
+            other.end()
+        finish(job)
+
+    return run
+
+
+def test_a_job_takes_those_after_it_that_may_be_joined(engine: EngineThread) -> None:
+    """Neither one that may not, nor what comes after that; nor one that nobody waits for any more."""
+    taken: list[Job] = []
+    begun, go, stop, never = (threading.Event() for _ in range(4))
+    with ThreadPoolExecutor(6) as pool:
+        first = pool.submit(list, engine.submit(joined(engine, taken, begun, go), never))
+        assert begun.wait(SOON)
+        cancelled = pool.submit(list, engine.submit(finish, stop, lambda: CANCELLED, id))
+        wait_until(lambda: engine._jobs.qsize() == 1)
+        stop.set()
+        assert cancelled.result(SOON) == [CANCELLED]
+        others = []
+        for count, join in enumerate((id, id, None, id), 2):
+            others.append(pool.submit(list, engine.submit(finish, never, join=join)))
+            wait_until(lambda count=count: engine._jobs.qsize() == count)  # type: ignore[misc]
+        go.set()
+        assert first.result(SOON) == [LAST]
+        assert [other.result(SOON) for other in others] == [[LAST]] * 4
+    assert len(taken) == 2
+
+
+def test_a_failing_job_fails_those_it_has_taken(engine: EngineThread) -> None:
+    begun, go, never = threading.Event(), threading.Event(), threading.Event()
+
+    def fail(job: Job) -> None:
+        begun.set()
+        assert go.wait(SOON)
+        assert engine.take()
+        raise UsageError("It fails.")
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(list, engine.submit(fail, never))]
+        assert begun.wait(SOON)
+        asked.append(pool.submit(list, engine.submit(finish, never, join=id)))
+        wait_until(lambda: not engine._jobs.empty())
+        go.set()
+        for one in asked:
+            with pytest.raises(UsageError, match="It fails"):
+                one.result(SOON)
+
+
+def test_an_engine_closed_meanwhile_ends_although_a_job_looks_for_others(engine: EngineThread) -> None:
+    """Looking finds the end of the queue, which stays there."""
+    begun, found = threading.Event(), list[object]()
+
+    def look(job: Job) -> None:
+        begun.set()
+        assert wait_for(job.cancel)
+        found.extend((engine.can_take(), engine.take()))
+        job.output.put(CANCELLED)
+
+    stream = engine.start(look)
+    assert begun.wait(SOON)
+    engine.close()
+    assert list(stream) == [CANCELLED]
+    assert found == [False, None]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(int(SOON / 0.01)):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen")

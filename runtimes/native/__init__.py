@@ -125,6 +125,14 @@ def supports_attention(language: Gguf) -> bool:
     return width % 16 == 0 and width <= 256
 
 
+def computes_all(status: Status, language: Gguf) -> bool:
+    """Whether our kernels compute all products and all attention of a model. Raises `BundleError`."""
+    # Products of few rows of float16 are ours if the matrix is small, as in adapters.
+    few = {*status.few_rows} - {"F16"}
+    matrices = {tensor.kind for tensor in language.tensors.values() if len(tensor.shape) > 1}
+    return status.attention and status.few_attention and matrices <= few and supports_attention(language)
+
+
 def operator_library() -> Path | None:
     """The operators for ONNX Runtime, if they passed their tests here. Opens no library."""
     return _verified_operator(lambda state: True)

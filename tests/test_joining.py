@@ -1,0 +1,271 @@
+"""Requests that arrive while another one is answered, from other threads: answered together with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from images import encode, picture
+
+from llava_edge import Llava
+from llava_edge.errors import BundleError, ImageError
+from llava_edge.options import Chunk, EngineOptions, Options, Result
+from llava_edge.runtimes.pipeline import Engine
+
+LONG = Options(max_tokens=150, speculate="off")
+SHORT = replace(LONG, max_tokens=20)
+IMAGES = [encode(picture(seed=number), "PNG") for number in range(4)]
+
+
+@pytest.fixture
+def llava(micro_bundle: Path) -> Iterator[Llava]:
+    """Tests have no native kernels, with which alone answers are joined, because their bits stay the same."""
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, cache="memory")) as loaded:
+        assert loaded._engine._language
+        loaded._engine._language.batch_invariant = True
+        yield loaded
+
+
+@pytest.fixture
+def batches(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many answers each pass over the weights continues."""
+    language = llava._engine._language
+    assert language
+    seen: list[int] = []
+    right = language.evaluate_branches
+
+    def evaluate(tokens: Any, positions: Any, sequences: Any, cancel: threading.Event) -> None:
+        seen.append(len(tokens))
+        right(tokens, positions, sequences, cancel)
+
+    monkeypatch.setattr(language, "evaluate_branches", evaluate)
+    return seen
+
+
+def begin(llava: Llava, question: str, images: Any = (), options: Options = LONG) -> tuple[Iterator[Chunk], str]:
+    """A stream after its first chunk, so that it is being answered, and that chunk's text."""
+    stream = llava.stream(question, images, options)
+    return stream, next(stream).text
+
+
+def rest(stream: Iterator[Chunk]) -> tuple[str, Result]:
+    chunks = list(stream)
+    assert chunks[-1].final
+    return "".join(chunk.text for chunk in chunks), chunks[-1].final
+
+
+class Hold:
+    """Until `go` is set, an answer that is decoded alone gets no second token; `begun` is set when one begins."""
+
+    def __init__(self, llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self._right = llava._engine._thread.can_take
+        monkeypatch.setattr(llava._engine._thread, "can_take", self._can_take)
+
+    def _can_take(self) -> bool:
+        if not self.begun.is_set():
+            self.begun.set()
+            return False
+        assert self.go.wait(20)
+        return self._right()
+
+
+def together(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, requests: list[tuple[str, Any, Options]]
+) -> list[Result | Exception]:
+    """The results of requests of which the others are queued when the first one has its first token."""
+    hold, queued = Hold(llava, monkeypatch), threading.Semaphore(0)
+    enqueue = llava._engine._thread._enqueue
+
+    def counted(job: Any) -> None:
+        enqueue(job)
+        queued.release()
+
+    monkeypatch.setattr(llava._engine._thread, "_enqueue", counted)
+
+    def ask(question: str, images: Any, options: Options) -> Result | Exception:
+        try:
+            return llava.ask(question, images, options)
+        except Exception as error:  # noqa: BLE001 - compared by the tests
+            return error
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        futures = []
+        for request in requests:
+            futures.append(pool.submit(ask, *request))
+            assert queued.acquire(timeout=20)
+            assert hold.begun.wait(20)
+        hold.go.set()
+        return [future.result(60) for future in futures]
+
+
+def test_answers_are_decoded_together_and_are_those_alone(
+    llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[tuple[str, Any, Options]] = [
+        ("the red", image, replace(LONG, max_tokens=20 + 10 * number)) for number, image in enumerate(IMAGES)
+    ]
+    alone = [llava.ask(question, image, options) for question, image, options in requests]
+    found = together(llava, monkeypatch, requests)
+    assert max(batches) == len(requests)
+    different = 0
+    for one, other in zip(found, alone, strict=True):
+        assert isinstance(one, Result)
+        assert (one.finish_reason, one.completion_tokens) == (other.finish_reason, other.completion_tokens)
+        different += one.text != other.text
+    assert different <= 1  # without the native kernels a batch rounds differently from a single token
+    assert len({result.text for result in alone}) == len(alone)
+
+
+@pytest.mark.parametrize("speculate", ["auto", "ngram"])
+def test_an_answer_with_drafts_goes_on_without(
+    speculate: Any, llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(max_tokens=60, speculate=speculate)
+    requests: list[tuple[str, Any, Options]] = [
+        ("a list: one, two, one, two, one,", (), options),
+        ("the red", IMAGES[0], options),
+    ]
+    alone = [llava.ask(question, image, each).text for question, image, each in requests]
+    found = together(llava, monkeypatch, requests)
+    assert max(batches) == 2
+    assert [result.text for result in found if isinstance(result, Result)] == alone
+
+
+def test_a_sampled_answer_goes_on_with_its_own_numbers(
+    llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(max_tokens=40, temperature=0.8, seed=7, repeat_penalty=1.3)
+    requests: list[tuple[str, Any, Options]] = [
+        ("the red", IMAGES[0], options),
+        ("a list:", (), replace(options, seed=8)),
+    ]
+    alone = [llava.ask(question, image, each).text for question, image, each in requests]
+    found = together(llava, monkeypatch, requests)
+    assert max(batches) == 2
+    assert [result.text for result in found if isinstance(result, Result)] == alone
+
+
+def test_without_the_same_bits_requests_are_answered_in_turn(
+    llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert llava._engine._language
+    llava._engine._language.batch_invariant = False
+    found = together(llava, monkeypatch, [("the red", IMAGES[0], LONG), ("a list:", (), LONG)])
+    assert not batches
+    assert all(isinstance(result, Result) for result in found)
+
+
+def test_without_room_a_request_waits(llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The context has 512 positions. The third would fit beside the first, but is not preferred to the second."""
+    long = replace(LONG, max_tokens=350)
+    requests: list[tuple[str, Any, Options]] = [("one,", (), long), ("a list:", (), long), ("12", (), SHORT)]
+    alone = [llava.ask(question, image, each).completion_tokens for question, image, each in requests]
+    found = together(llava, monkeypatch, requests)
+    assert [result.completion_tokens for result in found if isinstance(result, Result)] == alone
+    assert set(batches) == {1, 2}
+
+
+def test_an_unusable_picture_is_an_error_of_its_own_request(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = together(
+        llava, monkeypatch, [("the red", IMAGES[0], LONG), ("the red", b"no picture", LONG), ("a list:", (), LONG)]
+    )
+    assert isinstance(found[1], ImageError)
+    assert [isinstance(result, Result) for result in found] == [True, False, True]
+
+
+def test_a_broken_model_is_an_error_of_all(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise BundleError("not finite")
+
+    assert llava._engine._language
+    with monkeypatch.context() as patch:
+        patch.setattr(llava._engine._language, "evaluate_branches", broken)
+        found = together(llava, patch, [("the red", IMAGES[0], LONG), ("a list:", (), LONG)])
+    assert all(isinstance(error, BundleError) for error in found)
+    assert llava.ask("the red", IMAGES[0], replace(LONG, max_tokens=5)).completion_tokens == 5
+
+
+def test_leaving_an_answer_leaves_the_others(llava: Llava, batches: list[int]) -> None:
+    endless = Options(max_tokens=400, speculate="off")
+    first, _ = begin(llava, "the red", (), replace(LONG, max_tokens=100))
+    second, _ = begin(llava, "a list:", (), replace(endless, max_tokens=200))
+    third, _ = begin(llava, "12", (), replace(LONG, max_tokens=50))
+    second.close()  # type: ignore[attr-defined]
+    assert rest(first)[1].completion_tokens == 100
+    assert rest(third)[1].completion_tokens == 50
+
+
+def test_a_cancelled_answer_ends_alone(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold, cancel = Hold(llava, monkeypatch), threading.Event()
+    first = llava.stream("the red", (), replace(LONG, max_tokens=60))
+    next(first)
+    second = llava.stream("a list:", (), LONG, cancel=cancel)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(list, second)
+        while llava._engine._thread._jobs.empty():
+            pass
+        cancel.set()
+        hold.go.set()
+        assert reading.result(20)[-1].finish_reason == "cancelled"
+    assert rest(first)[1].completion_tokens == 60
+
+
+def test_closing_the_model_ends_all(micro_bundle: Path) -> None:
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1)) as loaded:
+        assert loaded._engine._language
+        loaded._engine._language.batch_invariant = True
+        streams = [begin(loaded, question, (), Options(max_tokens=140))[0] for question in ("one", "two", "12")]
+    assert [rest(stream)[1].finish_reason for stream in streams] == ["cancelled"] * 3
+
+
+def test_a_known_picture_is_restored_beside_others(
+    llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its saved state comes to another place of the KV cache."""
+    expected = [llava.ask("the red", image, SHORT).text for image in IMAGES[:2]]
+    llava.ask("12", (), SHORT)  # saves the state of the last picture
+    found = together(llava, monkeypatch, [("the red", image, SHORT) for image in IMAGES[:2]])
+    assert max(batches) == 2
+    assert [result.cache for result in found if isinstance(result, Result)] == ["kv", "kv"]
+    assert [result.text for result in found if isinstance(result, Result)] == expected
+
+
+def test_a_state_that_cannot_be_restored_beside_others_is_an_error(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never an answer from positions that are gone."""
+    for image in IMAGES[:2]:
+        llava.ask("the red", image, SHORT)
+    llava.ask("12", (), SHORT)
+    language = llava._engine._language
+    assert language
+    restore, restored = language.library.llama_state_seq_set_data, []
+
+    def fail_second(*arguments: Any) -> int:
+        restored.append(1)
+        return int(restore(*arguments)) if len(restored) == 1 else 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(language.library, "llama_state_seq_set_data", fail_second)
+        found = together(llava, patch, [("the red", image, SHORT) for image in IMAGES[:2]])
+    assert len(restored) == 2
+    assert all(isinstance(error, BundleError) for error in found)
+    assert llava.ask("the red", IMAGES[0], SHORT).completion_tokens == 20
+
+
+def test_a_conversation_joins_and_goes_on(llava: Llava) -> None:
+    chat = llava.chat()
+    stream, _ = begin(llava, "a list:", (), LONG)
+    first = list(chat.say("the red", IMAGES[0]))[-1].final
+    assert first
+    rest(stream)
+    second = list(chat.say("and the blue"))[-1].final
+    assert second
+    assert second.prompt_tokens > first.prompt_tokens
+    assert isinstance(llava._engine, Engine)
