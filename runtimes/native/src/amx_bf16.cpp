@@ -184,7 +184,7 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
     } else {
         tile_load<0>(sums, 64), tile_load<1>(sums + 256, 64), tile_load<2>(sums + 512, 64), tile_load<3>(sums + 768, 64);
     }
-    multiply_steps<BFLOAT16>(w, x, inner / STEP);
+    multiply_steps<BFLOAT16>(w, x, inner / STEP, x);
     tile_store<0>(sums, 64), tile_store<1>(sums + 256, 64), tile_store<2>(sums + 512, 64), tile_store<3>(sums + 768, 64);
 }
 

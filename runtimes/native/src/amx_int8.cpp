@@ -81,7 +81,7 @@ void multiply(int, const void *tile_memory, const void *panel_memory, int inner,
     alignas(64) int32_t whole[4][16][16];
     for (int c = 0; c * SCALED < inner; c++, first = false) {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-        multiply_steps<INT8>(w.steps[c], x.steps[c], steps_of(values_of(inner, c)));
+        multiply_steps<INT8>(w.steps[c], x.steps[c], steps_of(values_of(inner, c)), x.steps[c]);
         tile_store<0>(whole[0], 64), tile_store<1>(whole[1], 64), tile_store<2>(whole[2], 64), tile_store<3>(whole[3], 64);
         for (int q = 0; q < 4; q++)
             for (int n = 0; n < 16; n++) {

@@ -1,6 +1,6 @@
 // Instructions of the matrix unit (AMX).
 //
-// Eight tile registers of 16 rows of 64 bytes: 0 to 3 are accumulators, 4 and 5 hold weights, 6 and 7 activations. gcc's
+// Eight tile registers of 16 rows of 64 bytes: 0 to 3 are accumulators, 4 and 5 hold first operands, 6 and 7 second ones. gcc's
 // intrinsics do not declare that they access memory; these do.
 #pragma once
 
@@ -45,24 +45,24 @@ inline void tile_configure(const TileConfiguration *c) { __asm__ volatile("ldtil
 inline void tile_read_configuration(TileConfiguration *c) { __asm__ volatile("sttilecfg %0" : "=m"(*c)::"memory"); }
 inline void tile_release() { __asm__ volatile("tilerelease" ::: "memory"); }
 
-// Tiles 0 to 3 += two tiles of weights times two of activations, over one or more steps. Under hyper-threading or on a busy
-// host out-of-order execution does not overlap loads and products enough, so loads are software-pipelined: a tile is loaded
-// for the next step right after its last product of this one, and activations are prefetched from the L2 cache before that:
-// 1.16 to 1.18 times as fast as loads before products (Xeon with AMX, 16 threads).
+// Tiles 0 to 3 += two tiles of `a` times two of `b`, over one or more steps. Under hyper-threading or on a busy host
+// out-of-order execution does not overlap loads and products enough, so loads are software-pipelined: a tile is loaded
+// for the next step right after its last product of this one, and activations (`streamed`: a or b) are prefetched from the L2
+// cache before that: 1.16 to 1.18 times as fast as loads before products (Xeon with AMX, 16 threads).
 template <ElementType N, class Step>
-inline void multiply_steps(const Step *w, const Step *x, int steps) {
+inline void multiply_steps(const Step *a, const Step *b, int steps, const Step *streamed) {
     static_assert(sizeof(Step) == 2048);
-    const char *later = reinterpret_cast<const char *>(x) + 2 * sizeof(Step);  // at the end, past the last step
+    const char *later = reinterpret_cast<const char *>(streamed + 2);  // at the end, past the last step
     const auto prefetch = [&later] {
         for (int i = 0; i < 512; i += 64) _mm_prefetch(later + i, _MM_HINT_T0);
         later += 512;
     };
-    tile_load<4>(w->tile[0], 64), tile_load<6>(x->tile[0], 64), tile_load<7>(x->tile[1], 64), tile_load<5>(w->tile[1], 64);
+    tile_load<4>(a->tile[0], 64), tile_load<6>(b->tile[0], 64), tile_load<7>(b->tile[1], 64), tile_load<5>(a->tile[1], 64);
     for (int s = 1; s < steps; s++) {
         tile_multiply<N, 0, 4, 6>(), prefetch();
-        tile_multiply<N, 1, 4, 7>(), tile_load<4>(w[s].tile[0], 64), prefetch();
-        tile_multiply<N, 2, 5, 6>(), tile_load<6>(x[s].tile[0], 64), prefetch();
-        tile_multiply<N, 3, 5, 7>(), tile_load<7>(x[s].tile[1], 64), tile_load<5>(w[s].tile[1], 64), prefetch();
+        tile_multiply<N, 1, 4, 7>(), tile_load<4>(a[s].tile[0], 64), prefetch();
+        tile_multiply<N, 2, 5, 6>(), tile_load<6>(b[s].tile[0], 64), prefetch();
+        tile_multiply<N, 3, 5, 7>(), tile_load<7>(b[s].tile[1], 64), tile_load<5>(a[s].tile[1], 64), prefetch();
     }
     tile_multiply<N, 0, 4, 6>(), tile_multiply<N, 1, 4, 7>(), tile_multiply<N, 2, 5, 6>(), tile_multiply<N, 3, 5, 7>();
 }
