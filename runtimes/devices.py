@@ -162,7 +162,7 @@ def int8_saturates() -> bool:
 
 
 def int8_is_fast() -> bool:
-    """Whether ONNX Runtime's int8 products are as fast as ours: with AMX, and perhaps with AVX-VNNI alone."""
+    """Whether ONNX Runtime's int8 products may be as fast as ours: with AMX, and with AVX-VNNI alone."""
     flags = processor()[1]
     return not int8_saturates() and ("amx_int8" in flags or "avx512_vnni" not in flags)
 

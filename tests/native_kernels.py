@@ -58,11 +58,12 @@ def ggml_base() -> Path:
     return next((build.package() / "lib").glob("libggml-base.so*"))
 
 
-def relink(native_build: Path, path: Path, without: Sequence[str], *libraries: Path) -> Path:
-    """The objects that tests build, but for some sources, linked as if the compiler knew no more than AVX2."""
+def relink(native_build: Path, path: Path, without: Sequence[str], *libraries: Path, known: Sequence[str] = ()) -> Path:
+    """The objects that tests build, but for some sources, linked as if the compiler knew only AVX2 and `known`."""
     objects = [item for item in native_build.glob("*.o") if item.stem.partition("-")[2] not in without]
     listed = build.SOURCES / "kernels.cpp"
-    command = [build.compiler(), *build.FLAGS, "-shared", *objects, listed, *libraries, "-o", path]
+    defines = [f"-DNATIVE_HAS_{name}" for name in known]
+    command = [build.compiler(), *build.FLAGS, *defines, "-shared", *objects, listed, *libraries, "-o", path]
     subprocess.run([str(part) for part in command], check=True)
     return path
 

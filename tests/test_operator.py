@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from native_kernels import here, relink
+from native_kernels import here, relink, worst_error
 from processes import in_child
 from towers import relative
 
@@ -27,14 +28,17 @@ from llava_edge.runtimes.vision import VisionEncoder
 pytestmark = here
 
 CPU = "CPUExecutionProvider"
+AMX_LIMIT = 127 * 128 + 63  # the largest whole number that an activation is rounded to (src/amx_int16.cpp)
 
 
-@pytest.fixture(scope="module", params=["wide", "avx2"])
+@pytest.fixture(scope="module", params=["amx", "wide", "avx2"])
 def library(request: pytest.FixtureRequest, native_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The operators as they are built for tests, with the kernel for AVX-512, and linked again without."""
-    if request.param == "wide":
+    """The operators as they are built for tests, with the kernels for AMX and AVX-512; without AMX; without both."""
+    if request.param == "amx":
         return native_build / native.OPERATOR
-    return relink(native_build, tmp_path_factory.mktemp("operators") / native.OPERATOR, ("backend", "memory", "api"))
+    path = tmp_path_factory.mktemp("operators") / native.OPERATOR
+    known = {"wide": ["AVX512VNNI"], "avx2": []}[request.param]
+    return relink(native_build, path, ("backend", "memory", "api"), known=known)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,54 @@ def test_products_of_every_shape(library: Path, rows: int, inner: int, columns: 
         found = operator.linear(library, x, weight, scale, bias, quick_gelu=activated)
         assert np.isnan(found[0]).all()
         assert np.isfinite(found[1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(1, 16, 1), (33, 48, 300), (7, 768, 17), (577, 1040, 70), (33, 3072, 33)]
+)
+def test_products_of_the_matrix_unit(native_build: Path, rows: int, inner: int, columns: int) -> None:
+    """Tails of tiles, panels and blocks, more panels than a thread takes at once, outliers: only rounding is off."""
+    numbers = np.random.default_rng(1)
+    x = numbers.standard_normal((rows, inner), np.float32)
+    x[:, numbers.integers(0, inner, 3)] *= 30
+    weight = numbers.integers(-128, 128, (inner, columns), np.int8)
+    found = products(native_build, x, weight)
+    expected = x.astype(np.float64) @ weight
+    assert (np.abs(found - expected) <= worst_error(x, weight.T.astype(np.float64), 512, 0.5 / AMX_LIMIT, 0.0)).all()
+    assert (products(native_build, x, weight, threads=3) == found).all()
+    for bad in (np.nan, np.inf, -np.inf):
+        spoiled = x.copy()
+        spoiled[rows // 2, inner - 1] = bad
+        result = products(native_build, spoiled, weight)
+        assert np.isnan(result[rows // 2]).all()
+        assert (np.delete(result, rows // 2, 0) == np.delete(found, rows // 2, 0)).all()
+
+
+def test_products_of_whole_numbers_by_the_matrix_unit(native_build: Path) -> None:
+    """Each that an activation is rounded to, in two terms, comes out as it is; so do the largest sums."""
+    x = np.zeros((2 * AMX_LIMIT + 1, 16), np.float32)
+    x[:, 0], x[:, 1] = AMX_LIMIT, np.arange(-AMX_LIMIT, AMX_LIMIT + 1)
+    weight = np.zeros((16, 2), np.int8)
+    weight[1] = 1, -128
+    assert (products(native_build, x, weight) == x[:, 1:2] * weight[1]).all()
+    x, weight = np.ones((2, 3072), np.float32), np.full((3072, 2), -128, np.int8)
+    x[1], weight[:, 1] = -1, 127
+    assert np.allclose(products(native_build, x, weight), x @ weight.astype(np.float32), 1e-6, 0)
+
+
+def products(native_build: Path, x: np.ndarray, weight: np.ndarray, threads: int = 1) -> np.ndarray:
+    ones = np.ones(weight.shape[1], np.float32)
+    return operator.linear(native_build / native.OPERATOR, x, weight, ones, 0 * ones, threads)
+
+
+def test_what_others_told_the_matrix_unit_stays(native_build: Path) -> None:
+    """As in test_native.py: ONNX Runtime has kernels of its own for it."""
+    others = ctypes.CDLL(str(native_build / native.OPERATOR))
+    for palette in (1, 0):
+        others.test_configure_tiles(palette)
+        products(native_build, np.ones((40, 64), np.float32), np.ones((64, 70), np.int8))
+        assert others.test_tiles_are_configured(palette)
+        assert not others.test_tiles_are_configured(1 - palette)
 
 
 def test_activations_at_both_ends(library: Path) -> None:

@@ -47,6 +47,7 @@ X86_64 = (
     ),
     Unit("amx_bf16.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
     Unit("amx_int8.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
+    Unit("amx_int16.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
     Unit("attention.cpp"),
     Unit("attention.cpp", _VNNI512, "AVX512VNNI"),
     Unit("few.cpp"),

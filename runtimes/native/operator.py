@@ -19,7 +19,7 @@ from llava_edge.runtimes.native.onnx_bytes import Graph, Node
 from llava_edge.runtimes.native.patterns import CONTROL_FLOW_OPS, Patterns
 
 DOMAIN = "llava_edge"
-INT8_MULTIPLE, FLOAT_MULTIPLE = 16, 32  # src/int16.cpp needs such inner dimensions, for int8 and for float weights
+INT8_MULTIPLE, FLOAT_MULTIPLE = 16, 32  # src/linear.cpp needs such inner dimensions, for int8 and for float weights
 MAX_WIDTH = 256  # of a head (src/vision_attention.cpp)
 
 Array = np.ndarray[Any, np.dtype[np.float32]]

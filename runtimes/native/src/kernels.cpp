@@ -5,7 +5,7 @@
 
 namespace native {
 
-extern const Kernel amx_bf16, amx_int8;
+extern const Kernel amx_bf16, amx_int8, amx_int16;
 extern const Kernel int8_avx2, int8_avxvnni, int8_avx512vnni;
 extern const Kernel int16_avx2, int16_avxvnni, int16_avx512vnni;
 extern const Kernel int8_i8mm, int8_dotprod;
@@ -35,6 +35,12 @@ const Kernel *const kernels[] = {
 #endif
     nullptr,
 };
+
+#ifdef NATIVE_HAS_AMX
+const Kernel *const transposed_int8 = &amx_int16;
+#else
+const Kernel *const transposed_int8 = nullptr;
+#endif
 
 extern const WideKernel wide_few;
 extern const AttentionKernel attention_avx512vnni;

@@ -55,8 +55,11 @@ struct Kernel {
     void (*begin_thread)(void *), (*end_thread)(void *);  // get 64 bytes to save state in; may be null
 };
 
-// Null-terminated.
+// Those for GGUF's types; null-terminated.
 extern const Kernel *const kernels[];
+
+// For INT8_TRANSPOSED, preferred to int16.cpp's; null if the compiler lacks the instructions.
+extern const Kernel *const transposed_int8;
 
 // Grouped-query attention of a batch of queries over the KV cache.
 // out[q][head][:] = softmax(scale * query . key + mask) . value, in float32 except for keys, values and mask.

@@ -9,6 +9,9 @@ namespace {
 
 constexpr float MIN_MAGNITUDE = 1e-30f;  // below it the inverse scale would not be finite: taken for zero
 
+// 32 int16 that fit -> int8, in order
+inline __m256i to_int8(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8); }
+
 // out = round(v / scale), |out| <= limit; returns scale, NaN if a value is not finite, so that the result is NaN, too.
 // count: a multiple of 16; out: aligned to 32 bytes.
 inline float quantize(const float *v, int count, float limit, int16_t *out) {
@@ -41,10 +44,8 @@ inline float quantize(const float *v, int count, float limit, int16_t *out) {
 inline float quantize8(const float *v, int count, int8_t *out) {
     alignas(32) int16_t wide[256];
     const float scale = quantize(v, count, 127, wide);
-    for (int i = 0; i < count; i += 32) {
-        const __m256i packed = _mm256_packs_epi16(load256(wide + i), load256(wide + i + 16));
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + i), _mm256_permute4x64_epi64(packed, 0xd8));
-    }
+    for (int i = 0; i < count; i += 32)
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + i), to_int8(load256(wide + i), load256(wide + i + 16)));
     return scale;
 }
 
