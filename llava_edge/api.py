@@ -31,7 +31,10 @@ _RESET_HINT = "Start a new conversation with /reset, or Chat.reset() in Python."
 
 
 class Llava:
-    """A loaded model. Use it in a `with` block, or call `close`. Calls from several threads are served in order."""
+    """A loaded model. Use it in a `with` block, or call `close`.
+
+    Calls from several threads are served in order, up to `parallel` at a time.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -231,6 +234,14 @@ class Llava:
     def context(self) -> int:
         """Context length: positions that prompt and answer share."""
         return self._engine.context_size
+
+    @property
+    def parallel(self) -> int:
+        """How many requests of different threads are answered at a time.
+
+        1 where that could change an answer: on GPUs, and without our native kernels for all parts of the model.
+        """
+        return self._engine.parallel
 
     @property
     def load_ms(self) -> float:

@@ -53,7 +53,7 @@ MAX_BATCH = 1024  # positions; working memory grows with it: 13 MB for 64 positi
 
 
 class Engine:
-    """An open bundle; use `Engine.open`. Thread-safe: requests are served in turn.
+    """An open bundle; use `Engine.open`. Thread-safe: requests are served in order, `parallel` at a time.
 
     Closed by `close`, at Python's exit, and when it is garbage-collected: its thread refers only to its parts.
     """
@@ -142,7 +142,7 @@ class Engine:
             own = iter([prepare(job)])
             self._answer_all(lambda: next(own, None) or self._take_request(), self._thread.can_take)
 
-        join = prepare if self._language is not None and self._language.batch_invariant else None
+        join = prepare if self.parallel > 1 else None
         return self._thread.submit(answer, event, lambda: self._last_chunk("", "cancelled", stats), join)
 
     def generate_many(
@@ -198,6 +198,11 @@ class Engine:
                     raise ContextOverflowError(f"{prefix}{error}") from error
 
         self._thread.run(check)
+
+    @property
+    def parallel(self) -> int:
+        """How many requests are answered at a time if they fit into the context: 1 if that could change an answer."""
+        return self._language.max_branches if self._language and self._language.batch_invariant else 1
 
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image, unless it is a recent one. Raises `ImageError` or `MissingError`."""

@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,22 @@ def colours(trained_micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         export(ExportOptions(checkpoint=trained_micro, out=folder, quant="q4_0", vision="int8", name="colours"))
 
     return made_once(tmp_path_factory, "colours", make)
+
+
+@pytest.fixture(scope="session")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `micro_bundle`, but with room for answers that take longer than anything a test does meanwhile: a minute."""
+    from serving import ROOM
+
+    from llava_edge.export.exporter import ExportOptions, export
+    from llava_edge.models import micro
+
+    def make(folder: Path) -> None:
+        config = replace(micro.CONFIG, text=replace(micro.CONFIG.text, max_position_embeddings=ROOM))
+        checkpoint = micro.write_checkpoint(folder / "checkpoint", config=config)
+        export(ExportOptions(checkpoint, folder / "bundle", quant="q8_0", vision="fp32", name="micro"))
+
+    return made_once(tmp_path_factory, "talkative", make) / "bundle"
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+ROOM = 1 << 14  # positions of the fixture `talkative`
 Answer = tuple[int, dict[str, str], bytes]
 
 

@@ -22,7 +22,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native_kernels import EXTREME, UNITS, Kernels, extreme_blocks, here, matrix, random_blocks, worst_error
+from native_kernels import (
+    EXTREME,
+    ROUNDED,
+    TAKEN,
+    UNITS,
+    Kernels,
+    extreme_blocks,
+    found_out,
+    here,
+    install,
+    matrix,
+    random_blocks,
+    takes,
+    worst_error,
+)
 from processes import in_child
 
 from llava_edge import cli, gguf
@@ -34,25 +48,8 @@ from llava_edge.runtimes.native.ggml import TYPES
 
 pytestmark = here
 
-# What is rounded how: inner values with one scale, and the largest error relative to the largest of them.
-INT16 = (256, 0.5 / 8191, 0.5 / 1023)
-ROUNDED = {
-    "amx-bf16": (1 << 20, 2**-8, 2**-8),
-    "amx-int8": (256, 0.5 / 127, 0.5 / 127),
-    "avx512vnni-int8": (256, 0.5 / 127, 0.0),
-    "avx512vnni": INT16,
-    "avxvnni-int8": (256, 0.5 / 127, 0.0),
-    "avxvnni": INT16,
-    "avx2-int8": (256, 0.5 / 127, 0.0),
-    "avx2": INT16,
-}
 # Relative, root of mean square.
 RANDOM_ERROR = {"int8": 2e-2, "bf16": 5e-3, "avx2": 2e-3, "avxvnni": 2e-3, "avx512vnni": 2e-3}
-TAKEN = {
-    "avx2-int8": set(TYPES) - {"F16", "Q8_0"},
-    "avxvnni-int8": set(TYPES) - {"F16"},
-    "avx512vnni-int8": set(TYPES) - {"F16"},
-}  # others: all types
 BYTES = [(kernel, kind) for kernel, kinds in TAKEN.items() for kind in sorted(kinds)]
 
 
@@ -64,10 +61,6 @@ def built(native_build: Path) -> Path:
 @pytest.fixture(scope="module")
 def kernels(built: Path) -> Kernels:
     return Kernels(built)
-
-
-def takes(kernel: str, kind: str) -> bool:
-    return kind in TAKEN.get(kernel, TYPES)
 
 
 def fewer(kernel: str, count: int, most: int) -> int:
@@ -346,34 +339,6 @@ def whole(model: Path, setting: str = "") -> dict[str, Any]:
     done = in_child(WHOLE, model, environment={**os.environ, "LLAVA_EDGE_NATIVE": setting})
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-def found_out(**changes: Any) -> dict[str, Any]:
-    """As if `check` had found that every kernel is right and pays."""
-    many = {"plain": 3.0, "avx2": 1.0, "avx512vnni": 2.0, "amx-bf16": 2.0, "amx-int8": 0.5}
-    bytes_too = many | {"avx2-int8": 1.5}
-    state = {
-        "sha256": "0",
-        "kernels": list(ROUNDED),
-        "problems": {},
-        "types": {
-            kind: {**dict.fromkeys(("many", "some", "sixteen"), race), "eight": {"plain": 9.0}, "one": {"plain": 3.0}}
-            for kind in TYPES
-            for race in [bytes_too if takes("avx2-int8", kind) else many]
-        },
-        "attention": {race: {"plain": 3.0, "ours": 1.0} for race in ("many", "eight", "one")},
-        "crowded": False,
-    }
-    return state | changes
-
-
-def install(built: Path, **changes: Any) -> Path:
-    """What `native.prepare` leaves behind, for the home that is set."""
-    folder = native.kernel_folder()
-    folder.mkdir(parents=True)
-    shutil.copy(built, folder / "kernels.so")
-    (folder / "state.json").write_text(json.dumps(found_out(sha256=native._sha256(built)) | changes), "utf-8")
-    return folder
 
 
 def names(found: choice.Status) -> dict[str, str]:

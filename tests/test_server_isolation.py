@@ -26,30 +26,16 @@ from typing import Any
 
 import pytest
 from processes import in_child
-from serving import ROOT, Server, paused, png, question, read_all, running, wait_for_text
+from serving import ROOM, ROOT, Server, paused, png, question, read_all, running, wait_for_text
 
 from llava_edge.bundle import Bundle
 from llava_edge.options import EngineOptions
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
-ROOM = 1 << 14
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
 LONG = question("Hello", stream=True, max_tokens=-1)  # an answer by `talkative`
-
-
-@pytest.fixture(scope="module")
-def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Like `micro_bundle`, but with room for answers that take longer than anything a test does meanwhile: a minute."""
-    from llava_edge.export.exporter import ExportOptions, export
-    from llava_edge.models import micro
-
-    folder = tmp_path_factory.mktemp("talkative")
-    config = replace(micro.CONFIG, text=replace(micro.CONFIG.text, max_position_embeddings=ROOM))
-    checkpoint = micro.write_checkpoint(folder / "checkpoint", config=config)
-    export(ExportOptions(checkpoint, folder / "bundle", quant="q8_0", vision="fp32", name="micro"))
-    return folder / "bundle"
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +126,14 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
             tries.append(1)
             return Mortal()
 
-        async def wait_ready(self) -> dict[str, Any]:
-            return {"device": "cpu"}
+        def __init__(self) -> None:
+            self.jobs: dict[int, Any] = {}
 
-        async def wait_for(self, wakeup: asyncio.Event) -> None:
-            await wakeup.wait()
+        async def wait_ready(self) -> dict[str, Any]:
+            return {"device": "cpu", "parallel": 1}
+
+        async def read_events(self) -> None:
+            await asyncio.Event().wait()
 
         async def run(self, *_: object) -> None:
             raise supervisor._ChildDiedError
@@ -186,7 +175,7 @@ def test_what_the_child_says_is_not_trusted() -> None:
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         process = supervisor._Child(multiprocessing.get_context("spawn").Process(), reader, writer)
-        job = supervisor._Job(1, parse_chat(question(), "micro", Limits()))
+        job = process.jobs[1] = supervisor._Job(1, parse_chat(question(), "micro", Limits()))
 
         def talk() -> None:
             with theirs, contextlib.suppress(BrokenPipeError):
@@ -194,8 +183,10 @@ def test_what_the_child_says_is_not_trusted() -> None:
                 theirs.sendall(lie)
 
         threading.Thread(target=talk).start()
+        running = asyncio.create_task(process.run(job, 1.0))
         with pytest.raises((supervisor._ChildDiedError, TypeError, KeyError)):
-            await process.run(job, 1.0)
+            await process.read_events()
+        running.cancel()
         writer.transport.abort()
 
     for lie in lies:

@@ -37,6 +37,13 @@ from llava_edge.errors import UsageError
     help="Origin whose pages may use the API, such as http://localhost:3000; repeatable.",
 )
 @click.option(
+    "--parallel",
+    type=click.IntRange(1, 8),
+    default=8,
+    show_default=True,
+    help="Maximum number of requests answered at a time; with native kernels only, else it is 1.",
+)
+@click.option(
     "--queue", type=click.IntRange(1, 4096), default=16, show_default=True, help="Maximum number of waiting requests."
 )
 @click.option(
@@ -50,6 +57,7 @@ def serve(
     api_key_file: Path | None,
     allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...],
+    parallel: int,
     queue: int,
     timeout: float,
     insecure_no_key: bool,
@@ -73,7 +81,7 @@ def serve(
 
     # Removed from the environment, so that the model's process does not inherit it.
     key = read_key(api_key_file, os.environ.pop("LLAVA_EDGE_API_KEY", ""))
-    limits = Limits(queue=queue, requests=max(64, 2 * queue), answer_seconds=timeout)
+    limits = Limits(parallel=parallel, queue=queue, requests=max(64, 2 * queue), answer_seconds=timeout)
     host = "127.0.0.1" if host == "localhost" else host
     settings = Settings(host, port, key, insecure_no_key, allow_host, allow_origin, limits)
     bundle = Bundle.open(resolve(model))

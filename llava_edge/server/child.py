@@ -1,10 +1,10 @@
-"""The process with the model: reads requests from a socket and answers them one by one.
+"""The process with the model: reads requests from a socket and answers them, each in a thread of its own.
 
 Lines of JSON both ways; images follow their request as raw bytes. Nothing is pickled, so that a child compromised by an
 image can send its parent nothing but text.
 
 parent -> child  {"id", "messages", "options", "images": [sizes]} + bytes;  {"cancel": id}
-child -> parent  {"ready": {"device", "context", "load_ms"}};  {"failed": {"kind", "message"}}
+child -> parent  {"ready": {"device", "context", "load_ms", "parallel"}};  {"failed": {"kind", "message"}}
                  {"id", "text", "chances"};  the last one has "result", or is {"id", "error": {"kind", "message"}}
 """
 
@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import os
-import queue
 import signal
 import socket
 import threading
@@ -49,7 +48,8 @@ def main(link: socket.socket, bundle: str, options: EngineOptions, max_pixels: i
         options = replace(options, cache="memory" if options.cache else False)
         with Llava.load(Path(bundle), options) as llava:
             sandbox.limit_memory()
-            writer.send({"ready": {"device": llava.device, "context": llava.context, "load_ms": llava.load_ms}})
+            facts = {"device": llava.device, "context": llava.context, "load_ms": llava.load_ms}
+            writer.send({"ready": {**facts, "parallel": llava.parallel}})
             _Worker(llava, lines, writer, max_pixels).run()
     except LlavaEdgeError as error:
         writer.send({"failed": {"kind": type(error).__name__, "message": str(error)}})
@@ -62,45 +62,34 @@ class _EventWriter:
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
+        self._lock = threading.Lock()
 
     def send(self, value: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):
-            self._link.sendall(json.dumps(value).encode("ascii") + b"\n")
+        line = json.dumps(value).encode("ascii") + b"\n"
+        with self._lock, contextlib.suppress(OSError):
+            self._link.sendall(line)
 
 
 class _Worker:
-    """Answers requests in this thread while another one reads the link, so that cancelling takes effect at once."""
+    """Reads the link in this thread, so that cancelling takes effect at once, and answers each request in another."""
 
     def __init__(self, llava: Llava, lines: io.BufferedReader, writer: _EventWriter, max_pixels: int) -> None:
         self._llava = llava
         self._lines = lines
         self._writer = writer
         self._max_pixels = max_pixels
-        self._jobs: queue.SimpleQueue[tuple[dict[str, Any], list[bytes]] | None] = queue.SimpleQueue()
         self._cancels: dict[int, threading.Event] = {}
+        self._threads: list[threading.Thread] = []
 
     def run(self) -> None:
-        threading.Thread(target=self._read, daemon=True).start()
-        while (job := self._jobs.get()) is not None:
-            request, images = job
-            cancel = self._cancels[request["id"]]
-            try:
-                self._answer(request, images, cancel)
-            except LlavaEdgeError as error:
-                self._send_error(request, type(error).__name__, str(error))
-            except MemoryError:
-                self._send_error(request, MemoryLimitError.__name__, "")
-            except Exception as error:  # noqa: BLE001 - the client gets no details, and the child keeps running
-                self._send_error(request, type(error).__name__, "")
-            del self._cancels[request["id"]]
-
-    def _read(self) -> None:
+        """Run until the parent closes the link, and all answers have ended."""
         with contextlib.suppress(OSError, ValueError):  # the parent was killed, ValueError: in mid-line
             while line := self._lines.readline():
                 self._receive(json.loads(line))
         for cancel in list(self._cancels.values()):
             cancel.set()
-        self._jobs.put(None)
+        for thread in filter(threading.Thread.is_alive, self._threads):
+            thread.join()
 
     def _receive(self, request: dict[str, Any]) -> None:
         if "cancel" in request:
@@ -109,7 +98,23 @@ class _Worker:
             return
         images = [self._lines.read(size) for size in request["images"]]
         self._cancels[request["id"]] = threading.Event()
-        self._jobs.put((request, images))
+        thread = threading.Thread(target=self._answer_or_fail, args=(request, images), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads
+            self._send_error(request, MemoryLimitError.__name__, "")
+        self._threads = [other for other in self._threads if other.is_alive()] + [thread]
+
+    def _answer_or_fail(self, request: dict[str, Any], images: list[bytes]) -> None:
+        try:
+            self._answer(request, images, self._cancels[request["id"]])
+        except LlavaEdgeError as error:
+            self._send_error(request, type(error).__name__, str(error))
+        except MemoryError:
+            self._send_error(request, MemoryLimitError.__name__, "")
+        except Exception as error:  # noqa: BLE001 - the client gets no details, and the child keeps running
+            self._send_error(request, type(error).__name__, "")
+        del self._cancels[request["id"]]
 
     def _answer(self, request: dict[str, Any], images: list[bytes], cancel: threading.Event) -> None:
         from llava_edge.image import pixel_count

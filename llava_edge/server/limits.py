@@ -16,7 +16,8 @@ class Limits:
     depth: int = 32  # nesting of JSON
     structure: int = 256 << 10  # of JSON without its strings: bounds the number of values
     prompt: int = 1 << 20  # all texts of a request together
-    queue: int = 16  # requests waiting for the model
+    parallel: int = 8  # requests answered at a time, if the model can
+    queue: int = 16  # more of them, waiting for the model
     requests: int = 64  # concurrent requests of any kind
     connections: int = 512  # more are closed without a response
     head: int = 16 << 10  # request line and headers

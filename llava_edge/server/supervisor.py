@@ -1,6 +1,6 @@
-"""Keeps the child process running and queues requests for it: one at a time, first come, first served.
+"""Keeps the child process running and queues requests for it: first come, first served, several at a time.
 
-Runs entirely in the event loop. If the child dies, the request it was working on ends with an error; queued requests
+Runs entirely in the event loop. If the child dies, the requests it was working on end with an error; queued requests
 are served by the next child.
 """
 
@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from llava_edge import errors
 from llava_edge.bundle import Bundle
@@ -35,13 +35,17 @@ _CLIENT_ERRORS = {"UsageError", "ImageError", "ContextOverflowError"}  # whose m
 
 @dataclass(eq=False)
 class _Job:
-    """A queued or running request. `events` receives the child's events, or a `Problem`."""
+    """A queued or running request.
+
+    `events` receives the child's events, or a `Problem`; `ended` the child's last event.
+    """
 
     number: int
     request: ModelRequest
     events: asyncio.Queue[dict[str, Any] | Problem] = field(default_factory=asyncio.Queue)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)  # the client disconnected
     finished: bool = False
+    ended: asyncio.Future[dict[str, Any]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def send(self, event: dict[str, Any] | Problem) -> None:
         """Pass an event on to the client; a `Problem` or an event with a result is the last."""
@@ -67,7 +71,7 @@ class Supervisor:
         self._limits = limits
         self._on_result = on_result
         self._queue: deque[_Job] = deque()
-        self._jobs: set[_Job] = set()  # the queued ones and the running one
+        self._jobs: set[_Job] = set()  # queued and running ones
         self._wakeup = asyncio.Event()
         self._last_id = 0
         self._task: asyncio.Task[None] | None = None
@@ -159,12 +163,20 @@ class Supervisor:
                 await self._handle_crash(error)
 
     async def _dispatch(self, process: _Child) -> None:
-        """Give jobs to the child until it dies (`_ChildDiedError`)."""
-        while True:
-            while not self._queue:
-                self._wakeup.clear()
-                await process.wait_for(self._wakeup)
-            await self._run_job(process, self._queue.popleft())
+        """Give jobs to the child until it dies: then raises a group of exceptions."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(process.read_events())
+            while True:
+                while not self._queue or len(process.jobs) >= self._parallel:
+                    self._wakeup.clear()
+                    await self._wakeup.wait()
+                job = self._queue.popleft()
+                process.jobs[job.number] = job
+                group.create_task(self._run_job(process, job))
+
+    @property
+    def _parallel(self) -> int:
+        return min(self._limits.parallel, int(self.ready["parallel"]))
 
     async def _run_job(self, process: _Child, job: _Job) -> None:
         try:
@@ -178,6 +190,9 @@ class Supervisor:
             if not job.finished:
                 job.send(model_crashed())
             raise
+        finally:
+            process.jobs.pop(job.number, None)
+            self._wakeup.set()
         if "result" in event:
             self._on_result(event["result"])
 
@@ -230,7 +245,7 @@ class _Child:
         self._process = process
         self._reader = reader
         self._writer = writer
-        self._event_task: asyncio.Task[dict[str, Any]] | None = None
+        self.jobs: dict[int, _Job] = {}  # running ones, by number
 
     @staticmethod
     async def spawn(bundle: Bundle, options: EngineOptions, limits: Limits) -> _Child:
@@ -253,18 +268,19 @@ class _Child:
         ready: dict[str, Any] = event["ready"]
         return ready
 
-    async def wait_for(self, wakeup: asyncio.Event) -> None:
-        """Wait for `wakeup`. Raises `_ChildDiedError` if the child dies first."""
-        wakeup_task = asyncio.create_task(wakeup.wait())
-        try:
-            await asyncio.wait({wakeup_task, self._next_event_task()}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            wakeup_task.cancel()
-        if self._next_event_task().done():
-            await self._next_event()
+    async def read_events(self) -> NoReturn:
+        """Pass events on to the running jobs. Raises `_ChildDiedError`, or another error for a malformed event."""
+        while True:
+            event = await self._read_event()
+            job = self.jobs.get(event["id"])
+            if job is None:
+                continue
+            self._forward(job, event)
+            if ("result" in event or "error" in event) and not job.ended.done():
+                job.ended.set_result(event)
 
     async def run(self, job: _Job, timeout: float) -> dict[str, Any]:
-        """Send a job and pass its events on; cancel it if its client disconnects. Returns the last event.
+        """Send a job and wait until it has ended; cancel it if its client disconnects. Returns the last event.
 
         Raises `_ChildDiedError`.
         """
@@ -274,30 +290,29 @@ class _Child:
             await self._writer.drain()
         except OSError as error:
             raise _ChildDiedError from error
-        event: dict[str, Any] = {}
         cancelled = asyncio.create_task(job.cancelled.wait())
+        waited_for: list[asyncio.Future[Any]] = [cancelled, job.ended]
         try:
-            while not job.finished:
-                await asyncio.wait({cancelled, self._next_event_task()}, return_when=asyncio.FIRST_COMPLETED)
-                if cancelled.done() and not self._next_event_task().done():
-                    return await self.cancel(job, timeout)
-                event = await self._next_event()
-                self._forward(job, event)
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
         finally:
             cancelled.cancel()
-        return event
+        return job.ended.result() if job.ended.done() else await self.cancel(job, timeout)
 
     async def cancel(self, job: _Job, timeout: float) -> dict[str, Any]:
-        """Cancel a job. Returns its last event. Raises `_ChildDiedError` after `timeout` seconds without one."""
+        """Cancel a job. Returns its last event.
+
+        Raises `_ChildDiedError` if there is none for `timeout` seconds, unless the child works for others meanwhile: it
+        cannot end an answer while it reads another one's picture.
+        """
+        job.cancelled.set()
         try:
             self._writer.write(json.dumps({"cancel": job.number}).encode("ascii") + b"\n")
-            async with asyncio.timeout(timeout):
-                while True:
-                    event = await self._next_event()
-                    if event.get("id") == job.number and ("result" in event or "error" in event):
-                        return event
-        except (OSError, TimeoutError) as error:
+        except OSError as error:
             raise _ChildDiedError from error
+        while not (await asyncio.wait({job.ended}, timeout=timeout))[0]:
+            if all(other.cancelled.is_set() for other in self.jobs.values()):
+                raise _ChildDiedError
+        return job.ended.result()
 
     async def terminate(self, timeout: float = 0.0) -> int | None:
         """Kill the process, which has no state to save, after up to `timeout` seconds. Returns its exit code."""
@@ -305,14 +320,12 @@ class _Child:
             await asyncio.to_thread(self._process.join, timeout)
         self._process.kill()
         await asyncio.to_thread(self._process.join)
-        if self._event_task:
-            self._event_task.cancel()
         self._writer.transport.abort()
         return self._process.exitcode
 
     @staticmethod
     def _forward(job: _Job, event: dict[str, Any]) -> None:
-        if event.get("id") != job.number:
+        if job.finished:  # its client is told already that it took too long
             return
         if "error" not in event:
             job.send(event)
@@ -322,18 +335,6 @@ class _Child:
             job.send(bad_request(event["error"]["message"], param, code))
         else:
             job.send(Problem(500, "The model failed on this request.", code="model_error"))
-
-    def _next_event_task(self) -> asyncio.Task[dict[str, Any]]:
-        """The task that reads the next event; it keeps running when nothing awaits it."""
-        if self._event_task is None:
-            self._event_task = asyncio.create_task(self._read_event())
-        return self._event_task
-
-    async def _next_event(self) -> dict[str, Any]:
-        task = self._next_event_task()
-        event = await asyncio.shield(task)
-        self._event_task = None
-        return event
 
     async def _read_event(self) -> dict[str, Any]:
         try:
