@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,38 @@ def test_tokens_of_other_answers_between_the_keys_change_no_bit(attend: Attend, 
     hidden = np.full((queries, places[-1] + 1), -np.inf, np.float16)
     hidden[:, places] = mask
     assert (attend(q, wide_k, wide_v, hidden) == attend(q, k, v, mask)).all()
+
+
+@ways([*FEW, *MANY])
+@pytest.mark.parametrize("start", [0, 37])
+def test_other_prompts_between_the_keys_are_not_looked_at(attend: Attend, way: tuple[str, str], start: int) -> None:
+    """`start` keys, a hole that begins and ends within a panel, and the rest."""
+    queries = 5 if way[1] == "few" else 140
+    q, k, v, mask = check.attention_inputs(4, 2, queries, 250, 64)
+    places = np.concatenate([np.arange(start), np.arange(start, 250) + 600])
+    wide_k, wide_v = (np.full((2, places[-1] + 1, 64), 50, np.float16) for _ in range(2))
+    wide_k[:, 64:576], wide_v[:, 64:576] = np.nan, np.nan
+    wide_k[:, places], wide_v[:, places] = k, v
+    hidden = np.full((queries, places[-1] + 1), -np.inf, np.float16)
+    hidden[:, places] = mask
+    assert (attend(q, wide_k, wide_v, hidden) == attend(q, k, v, mask)).all()
+
+
+@ways(FEW)
+def test_queries_of_different_prompts_get_the_same_bits_as_alone(attend: Attend) -> None:
+    """The first 40 keys are seen by all, as the text before pictures is."""
+    lengths = (40, 33, 100, 1, 260)
+    ends = np.cumsum(lengths)
+    q, k, v, _ = check.attention_inputs(6, 3, 4, int(ends[-1]), 64)
+    hidden = np.full((4, ends[-1]), -np.inf, np.float16)
+    hidden[:, :40] = 0
+    for query, (start, end) in enumerate(pairwise(ends)):
+        hidden[query, start:end] = 0
+    together = attend(q, k, v, hidden)
+    for query in range(4):
+        seen = np.flatnonzero(hidden[query] == 0)
+        alone = attend(q[:, [query]], k[:, seen], v[:, seen], hidden[[query]][:, seen])
+        assert (alone[0] == together[query]).all()
 
 
 @ways([*FEW, *MANY])

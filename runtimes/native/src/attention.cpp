@@ -4,8 +4,9 @@
 // A thread computes one head and a run of queries, few enough that with up to 8,192 keys all their scores fit the L2 cache, so
 // that no online softmax is needed. Both products use tiles of 6 queries x 16 keys or values, or of 12 x 32: 12 accumulators in
 // registers, or 24. Keys are transposed into panels [width][16 or 32] and values packed into panels [128 keys][16 or 32],
-// float32, 8 or 16 KB each for heads of width 128, and reused by all queries of the run. Keys after the last visible one of a
-// run are skipped: half of the work with a causal mask.
+// float32, 8 or 16 KB each for heads of width 128, and reused by all queries of the run. Panels of keys that no query of a run
+// may attend to are left out, which changes no bit: half of the work with a causal mask, and all of it on other prompts in the
+// KV cache (runtimes/branches.py).
 
 #include <omp.h>
 
@@ -61,7 +62,23 @@ struct Run {
     float *const scores;  // [queries][stride]
     float *const out;     // [queries][width]
     float *const panel;   // keys [width][COLUMNS], or values [width / COLUMNS][KEYS][COLUMNS]
+    int *const places;    // first key of each panel of keys that is not left out
+    uint16_t *const mask; // [stride], a query's for these panels
     const int stride;
+
+    // Find the panels for a run; returns their number.
+    int place(int first, int queries, int visible) const {
+        int count = 0;
+        for (int j = 0; j < visible; j += COLUMNS)
+            for (int i = 0; i < queries; i++)
+                if (any_visible(query_mask(a, first + i) + j, std::min(COLUMNS, visible - j))) {
+                    places[count++] = j;
+                    break;
+                }
+        return count;
+    }
+
+    int key(int j) const { return places[j / COLUMNS] + j % COLUMNS; }
 
     void load_queries(int head, int first, int queries, int padded) const {
         for (int i = 0; i < padded; i++) {
@@ -71,15 +88,16 @@ struct Run {
         }
     }
 
-    // keys: `visible` rounded up to a multiple of COLUMNS
+    // keys: of all panels
     void score(int kv_head, int keys, int visible, int padded) const {
         for (int j = 0; j < keys; j += COLUMNS) {
             Float8 rows[8];
             for (int c = 0; c < COLUMNS; c += 8)
                 for (int d = 0; d < a.width; d += 8) {
                     for (int i = 0; i < 8; i++) {
-                        const uint16_t *row = halves(a.k + kv_head * a.k_head + size_t(j + c + i) * a.k_row) + d;
-                        rows[i] = j + c + i < visible ? Float8::load(row) : Float8::zero();
+                        const int k = key(j) + c + i;
+                        const uint16_t *row = halves(a.k + kv_head * a.k_head + size_t(k) * a.k_row) + d;
+                        rows[i] = k < visible ? Float8::load(row) : Float8::zero();
                     }
                     transpose(rows, panel + d * COLUMNS + c, COLUMNS);
                 }
@@ -92,9 +110,10 @@ struct Run {
         for (int j = 0; j < keys; j += KEYS) {
             const int count = std::min(KEYS, keys - j);
             for (int i = 0; i < count; i++) {
-                const uint16_t *row = halves(a.v + kv_head * a.v_head + size_t(j + i) * a.v_row);
+                const int k = key(j + i);
+                const uint16_t *row = halves(a.v + kv_head * a.v_head + size_t(k) * a.v_row);
                 for (int d = 0; d < a.width; d += 8) {
-                    const Float8 part = j + i < visible ? Float8::load(row + d) : Float8::zero();
+                    const Float8 part = k < visible ? Float8::load(row + d) : Float8::zero();
                     part.store(panel + d / COLUMNS * KEYS * COLUMNS + i * COLUMNS + d % COLUMNS);
                 }
             }
@@ -108,14 +127,23 @@ struct Run {
         }
     }
 
-    void compute(int head, int first, int queries, int visible) const {
+    float weigh(int query, float *row, int keys, int visible) const {
+        for (int j = 0; j < keys; j += COLUMNS) {
+            const int count = std::min(COLUMNS, visible - key(j));
+            memcpy(mask + j, query_mask(a, query) + key(j), count * sizeof *mask);
+            std::fill(mask + j + count, mask + j + COLUMNS, 0xfc00);
+        }
+        return softmax(mask, row, keys, keys);
+    }
+
+    void compute(int head, int first, int queries, int visible, int panels) const {
         const int kv_head = head / (a.heads / a.kv_heads), padded = (queries + ROWS - 1) / ROWS * ROWS;
-        const int keys = (visible + COLUMNS - 1) / COLUMNS * COLUMNS;
+        const int keys = panels * COLUMNS;
         float inverse[MAX_QUERIES];
         load_queries(head, first, queries, padded);
         score(kv_head, keys, visible, padded);
         for (int i = 0; i < padded; i++)
-            inverse[i] = softmax(query_mask(a, first + std::min(i, queries - 1)), scores + size_t(i) * stride, keys, visible);
+            inverse[i] = weigh(first + std::min(i, queries - 1), scores + size_t(i) * stride, keys, visible);
         if (keys) weighted_sum(kv_head, keys, visible, padded);
         for (int i = 0; i < queries; i++) {
             float *row = reinterpret_cast<float *>(a.out + size_t(first + i) * a.out_row + head * a.out_head);
@@ -134,20 +162,27 @@ bool attend_many(const Attention &a, int threads, Scratch &scratch) {
     const int run = std::clamp(SCORES / stride / ROWS * ROWS, ROWS, MAX_QUERIES);
     const int runs = (a.queries + run - 1) / run;
     const size_t q = size_t(run) * a.width, scores = size_t(run) * stride, panel = size_t(KEYS) * a.width;
-    const size_t per_thread = ((2 * q + scores + panel) * sizeof(float) + 63) / 64 * 64;
+    const size_t lists = stride / COLUMNS * sizeof(int) + stride * sizeof(uint16_t);
+    const size_t per_thread = ((2 * q + scores + panel) * sizeof(float) + lists + 63) / 64 * 64;
     char *memory = scratch.reserve(threads * per_thread);
     if (!memory) return false;
     std::atomic<int> next{0};
 #pragma omp parallel num_threads(threads)
     {
         float *buffer = reinterpret_cast<float *>(memory + omp_get_thread_num() * per_thread);
-        const Run work{a, buffer + panel, buffer + panel + 2 * q, buffer + panel + q, buffer, stride};
+        float *const all_scores = buffer + panel + 2 * q;
+        int *const places = reinterpret_cast<int *>(all_scores + scores);
+        const Run work{a, buffer + panel, all_scores, buffer + panel + q, buffer, places,
+                       reinterpret_cast<uint16_t *>(places + stride / COLUMNS), stride};
         // The last queries have the most visible keys, so they come first.
-        int last = -1, visible = 0;  // the same for all heads of a run
+        int last = -1, visible = 0, panels = 0;  // the same for all heads of a run
         for (int i; (i = next.fetch_add(1)) < runs * a.heads;) {
             const int first = (runs - 1 - i / a.heads) * run, queries = std::min(run, a.queries - first);
-            if (first != last) visible = visible_keys(a, first, queries), last = first;
-            work.compute(i % a.heads, first, queries, visible);
+            if (first != last) {
+                visible = visible_keys(a, first, queries), last = first;
+                panels = work.place(first, queries, visible);
+            }
+            work.compute(i % a.heads, first, queries, visible, panels);
         }
     }
     return true;

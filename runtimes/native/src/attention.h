@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "float8.h"
 #include "kernels.h"
@@ -39,6 +40,20 @@ inline Float8 load_half8(const uint16_t *p, int there) {
 }
 
 inline const uint16_t *query_mask(const Attention &a, int query) { return halves(a.mask + query * a.mask_row); }
+
+// Whether a query may attend to any of `count` keys.
+inline bool any_visible(const uint16_t *mask, int count) {
+    constexpr uint64_t HIDDEN = 0xfc00fc00fc00fc00;  // four times -infinity
+    int j = 0;
+    for (; j + 4 <= count; j += 4) {
+        uint64_t four;
+        memcpy(&four, mask + j, sizeof four);
+        if (four != HIDDEN) return true;
+    }
+    for (; j < count; j++)
+        if (mask[j] != 0xfc00) return true;
+    return false;
+}
 
 // One past the last key that any of the queries from `first` on may attend to.
 inline int visible_keys(const Attention &a, int first, int queries) {

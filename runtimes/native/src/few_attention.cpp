@@ -3,7 +3,8 @@
 // Each query gets the same bits alone and among others, which speculative decoding relies on (runtimes/speculation.py): it is
 // accumulated separately, in the order of the keys, and a masked key, wherever it is, adds nothing (runtimes/branches.py). A
 // thread computes a head. Eight keys at a time are multiplied with a query, one accumulator each; then 16 to 64 columns of the
-// values, key by key. Several queries share keys and values that were converted to float32.
+// values, key by key. Several queries share keys and values that were converted to float32. Of 32 keys all of which are masked
+// for a query, which belong to other prompts, nothing is computed.
 
 #include <omp.h>
 
@@ -15,6 +16,8 @@ namespace native {
 namespace {
 
 constexpr int GROUP = 32;  // keys converted to float32 together
+
+size_t up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // out[8] = query . key of eight keys
 template <class T>
@@ -51,18 +54,21 @@ struct Head {
     float *const out;     // [queries][width]
     float *const panel;   // keys or values [GROUP][width]
     float *const scores;  // [queries][stride]
+    const uint32_t *const sees;  // for each GROUP of keys, a bit for each query
     const int head, first, queries, keys, stride;
 
-    // Calls `with` with rows of keys or values from j on: float16 for one query, float32 for more.
+    // Calls `with` with rows of keys or values from j on, if any query sees them: float16 for one query, float32 for more.
     template <class F>
     void rows(const char *base, size_t row_bytes, int j, int count, F with) const {
+        const uint32_t seen = sees[j / GROUP];
+        if (!seen) return;
         const uint16_t *rows[GROUP];
         for (int i = 0; i < count; i++) {
             rows[i] = halves(base + size_t(std::min(j + i, keys - 1)) * row_bytes);
             const char *later = base + size_t(std::min(j + count + i, keys - 1)) * row_bytes;
             for (int d = 0; d < 2 * a.width; d += 64) __builtin_prefetch(later + d, 0, 2);
         }
-        if (queries == 1) return with(rows);
+        if (!(seen & (seen - 1))) return with(rows);
         const float *widened[GROUP];
         for (int i = 0; i < count; i++) {
             widened[i] = panel + i * a.width;
@@ -81,7 +87,8 @@ struct Head {
     void score(int kv_head) const {
         for (int j = 0; j < keys; j += 8)
             rows(a.k + kv_head * a.k_head, a.k_row, j, 8, [&](const auto *key) {
-                for (int i = 0; i < queries; i++) score8(q + i * a.width, key, a.width, scores + size_t(i) * stride + j);
+                for (int i = 0; i < queries; i++)
+                    if (sees[j / GROUP] >> i & 1) score8(q + i * a.width, key, a.width, scores + size_t(i) * stride + j);
             });
     }
 
@@ -91,6 +98,7 @@ struct Head {
             const int count = std::min(GROUP, keys - j);
             rows(a.v + kv_head * a.v_head, a.v_row, j, count, [&](const auto *value) {
                 for (int i = 0; i < queries; i++) {
+                    if (!(sees[j / GROUP] >> i & 1)) continue;
                     const float *weights = scores + size_t(i) * stride + j;
                     float *row = out + i * a.width;
                     int d = 0;
@@ -123,16 +131,23 @@ bool attend_few(const Attention &a, int threads, Scratch &scratch) {
     const int run = std::min(std::max(SCORES / stride, 1), std::min(a.queries, MAX_FEW));
     const size_t q = size_t(run) * a.width, panel = size_t(GROUP) * a.width, scores = size_t(run) * stride;
     const size_t per_thread = ((2 * q + panel + scores) * sizeof(float) + 63) / 64 * 64;
-    char *memory = scratch.reserve(threads * per_thread);
+    char *memory = scratch.reserve(threads * per_thread + up(stride, GROUP) * sizeof(uint32_t));
     if (!memory) return false;
+    uint32_t *const sees = reinterpret_cast<uint32_t *>(memory + threads * per_thread);
     for (int first = 0; first < a.queries; first += run) {
         const int queries = std::min(run, a.queries - first), keys = visible_keys(a, first, queries);
+        for (int j = 0; j < keys; j += GROUP) {
+            uint32_t &seen = sees[j / GROUP] = 0;
+            for (int i = 0; i < queries; i++)
+                seen |= uint32_t(any_visible(query_mask(a, first + i) + j, std::min(GROUP, keys - j))) << i;
+        }
         std::atomic<int> next{0};
 #pragma omp parallel num_threads(threads)
         {
             float *buffer = reinterpret_cast<float *>(memory + omp_get_thread_num() * per_thread);
             for (int head; (head = next.fetch_add(1)) < a.heads;)
-                Head{a, buffer, buffer + q, buffer + 2 * q, buffer + 2 * q + panel, head, first, queries, keys, stride}.compute();
+                Head{a, buffer, buffer + q, buffer + 2 * q, buffer + 2 * q + panel, sees, head, first, queries, keys, stride}
+                    .compute();
         }
     }
     return true;
