@@ -30,14 +30,21 @@ IDLE_SECONDS = 1.0  # without a job until `on_idle`: longer than programs take f
 
 
 class _Cancel(threading.Event):
-    """Set when a stream is closed early, or as soon as the caller's own event is, which is only read."""
+    """Set when a stream is closed early, or as soon as the caller's own event is, which is only read.
+
+    Without a lock: while one stream of a job sets it, garbage collection may close another one in the same thread.
+    """
 
     def __init__(self, caller_event: threading.Event) -> None:
         super().__init__()
         self._caller_event = caller_event
+        self._stopped = False
+
+    def set(self) -> None:
+        self._stopped = True
 
     def is_set(self) -> bool:
-        return super().is_set() or self._caller_event.is_set()
+        return self._stopped or self._caller_event.is_set()
 
 
 class _Claim:
@@ -47,8 +54,13 @@ class _Claim:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant: a garbage collection may withdraw what is being withdrawn
         self._claimed_by = ""
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._claimed_by == "caller"
 
     def start(self) -> bool:
         """Claim it for the engine thread; False if it was withdrawn."""
@@ -171,7 +183,7 @@ class EngineThread:
         self._lock = threading.RLock()  # re-entrant: a garbage collection in any place of this thread may call `close`
         self._closed = False
         self._running: list[Job] = []
-        self._taken: Job | None = None  # from the queue, but not running yet
+        self._ahead: Job | None = None  # from the queue, where it was the first one
         self._thread = threading.Thread(target=self._run_jobs, name="llava-edge engine", daemon=True)
         self._thread.start()
 
@@ -227,23 +239,15 @@ class EngineThread:
         if wait and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def can_take(self) -> bool:
-        """Whether `take` would return a job. Only for functions of jobs."""
-        while self._taken is None and not self._jobs.empty():
-            job = self._jobs.get()
-            if job is None:  # for `_next`; nothing comes after it
-                self._jobs.put(None)
-                break
-            if job.claim.start():
-                self._taken = job
-        return self._taken is not None and self._taken.join is not None
-
     def take(self) -> Job | None:
-        """Let the next job, if it may be joined, run as part of the one whose function calls this."""
-        if not self.can_take():
+        """Return the next job if it may be joined, for the function of another one to do its work, too.
+
+        Until that has started its claim, the caller may still withdraw it.
+        """
+        job = self._look_ahead()
+        if job is None or job.join is None:
             return None
-        job, self._taken = self._taken, None
-        assert job is not None
+        self._ahead = None
         with self._lock:
             self._running = [running for running in self._running if not running.ended] + [job]
             if self._closed:
@@ -262,10 +266,22 @@ class EngineThread:
                 raise UsageError(CLOSED)
             self._jobs.put(job)
 
+    def _look_ahead(self) -> Job | None:
+        """Return the next job, which stays the next one; None if there is none now."""
+        while self._ahead is None or self._ahead.claim.withdrawn:
+            self._ahead = None
+            if self._jobs.empty():
+                return None
+            self._ahead = self._jobs.get()
+            if self._ahead is None:  # for `_next`; nothing comes after it
+                self._jobs.put(None)
+                return None
+        return self._ahead
+
     def _next(self) -> Job | None:
         """Wait for the next job, None at the end; call `on_idle` once if that takes long."""
-        if self._taken is not None:
-            job, self._taken = self._taken, None
+        if self._ahead is not None:
+            job, self._ahead = self._ahead, None
             return job
         try:
             return self._jobs.get(timeout=IDLE_SECONDS)

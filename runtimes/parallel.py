@@ -7,9 +7,10 @@ about templates or image files.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from llava_edge.errors import UsageError
 from llava_edge.options import FinishReason, Options
 from llava_edge.runtimes import CancelledError
 from llava_edge.runtimes.branches import Branches
@@ -17,6 +18,9 @@ from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.prefill import Prefill, Segment
 from llava_edge.runtimes.sampling import Sampler
+
+Outcome = FinishReason | UsageError  # of an answer; the error is one of this answer alone
+OnFinish = Callable[[Answer, Outcome], None]
 
 _NEVER = threading.Event()
 
@@ -30,6 +34,34 @@ class Request:
     options: Options
     reuse: bool = False
     save: bool = True
+
+    @property
+    def positions(self) -> int:
+        """Length of the prompt."""
+        return sum(len(segment.keys) for segment in self.segments)
+
+
+class Requests:
+    """The requests that `take` returns until it has none, of which the next one may wait for room, or be cancelled."""
+
+    def __init__(self, take: Callable[[], Request | None], on_finish: OnFinish) -> None:
+        self._take = take
+        self._on_finish = on_finish
+        self._next: Request | None = None
+
+    def peek(self) -> Request | None:
+        """Return the next request, which stays the next one; end those that were cancelled."""
+        while True:
+            self._next = self._next or self._take()
+            if self._next is None or not self._next.answer.job.cancel.is_set():
+                return self._next
+            if (cancelled := self.pop()) is not None:
+                self._on_finish(cancelled.answer, "cancelled")
+
+    def pop(self) -> Request | None:
+        """Remove and return what `peek` has returned; None if its caller was faster in withdrawing it."""
+        request, self._next = self._next, None
+        return request if request and request.answer.job.claim.start() else None
 
 
 @dataclass
@@ -47,56 +79,51 @@ class _Branch:
 
 
 class ParallelDecoder:
-    """Answers the requests that are added, until no more fit into the context. Closing it frees their positions.
+    """Answers requests that are added, until no more fit into the context. Closing it frees their positions.
 
-    on_finish: called as soon as an answer is complete or cancelled.
+    on_finish: called as soon as an answer is complete, cancelled or has failed.
     """
 
-    def __init__(
-        self, language: LanguageModel, prefill: Prefill, on_finish: Callable[[Answer, FinishReason], None]
-    ) -> None:
+    def __init__(self, language: LanguageModel, prefill: Prefill, on_finish: OnFinish) -> None:
         self._language = language
         self._prefill = prefill
         self._on_finish = on_finish
         self._branches = Branches(language)
         self._active: list[_Branch] = []
         self._used = 0  # positions of the KV cache, those of ended branches included
-        self._last_prompt: list[Segment] = []
+        self._in_place = language.context_size  # positions of the first prompt that are also those of the last one
 
     @property
     def busy(self) -> bool:
         """Whether there are unfinished answers."""
         return bool(self._active)
 
-    def has_room(self, *requests: Request) -> bool:
-        """Whether these requests can be added now."""
-        needed = self._used + sum(branch.answer.max_tokens - branch.answer.stats.tokens for branch in self._active)
-        previous = self._last_prompt
-        for request in requests:
-            needed += _positions(request.segments) - _shared_positions(previous, request.segments)
-            needed += request.answer.max_tokens
-            previous = request.segments
-        count = len(self._active) + len(requests)
-        return count <= self._language.max_branches and needed <= self._language.context_size
-
-    def add(self, request: Request) -> None:
-        """Evaluate a prompt, and sample the first token of its answer. Raises `BundleError`."""
-        answer, is_first = request.answer, not self._last_prompt
-        reuse = request.reuse and is_first
-        try:
-            kept = self._prefill.run(request.segments, answer.stats, answer.job, reuse=reuse, save=request.save)
-        except CancelledError:
-            self._on_finish(answer, "cancelled")
-            return
-        shared = 0 if is_first else kept
-        self._used += _positions(request.segments) - shared
-        branch = self._start(request, Sampler(self._language, request.options), shared)
-        self._sample(branch, -1)
+    def has_room(self, request: Request, alone: Answer | None = None) -> bool:
+        """Whether a request can be added now, or after an answer that is being decoded alone was adopted."""
+        answers = [branch.answer for branch in self._active] + ([alone] if alone else [])
+        used = len(self._language.cached_keys) if alone else self._used
+        needed = used + request.positions + request.answer.max_tokens
+        needed += sum(answer.max_tokens - answer.stats.tokens for answer in answers)
+        room = self._language.context_size
+        return len(answers) < self._language.max_branches and (
+            needed <= room or needed - self._prefill.kept(request.segments) <= room
+        )
 
     def adopt(self, request: Request, sampler: Sampler, last_token: int) -> None:
         """Continue an answer that was decoded alone, as the first one. The KV cache holds all but its last token."""
         self._used = len(self._language.cached_keys)
         self._start(request, sampler, 0).last_token = last_token
+
+    def add(self, request: Request) -> None:
+        """Evaluate the prompt of another answer, and sample its first token. Raises `BundleError`."""
+        try:
+            kept = self._evaluate(request)
+        except CancelledError:
+            self._on_finish(request.answer, "cancelled")
+            return
+        self._used += request.positions - kept
+        self._in_place = min(self._in_place, kept)
+        self._sample(self._start(request, Sampler(self._language, request.options), kept), -1)
 
     def step(self) -> None:
         """Compute one more token of each unfinished answer. Raises `BundleError`."""
@@ -117,38 +144,37 @@ class ParallelDecoder:
         for branch in self._active:
             branch.sampler.close()
         self._branches.close()
+        if self._in_place < len(self._language.cached_keys):
+            # Before the last prompt's positions are now free ones, which would be used for those after it.
+            self._prefill.save_states()
+            self._language.truncate(self._in_place)
+
+    def _evaluate(self, request: Request) -> int:
+        """Return how many positions were kept, all of which belong to other branches, too."""
+        answer = request.answer
+        try:
+            return self._prefill.run(request.segments, answer.stats, answer.job, save=request.save)
+        except BaseException:
+            self._language.truncate(0)  # `_used` does not count what was evaluated, so nothing may keep it
+            raise
 
     def _start(self, request: Request, sampler: Sampler, shared: int) -> _Branch:
         branch = _Branch(self._branches.start(shared), request, sampler)
         self._active.append(branch)
-        self._last_prompt = request.segments
         return branch
 
     def _sample(self, branch: _Branch, row: int) -> None:
-        branch.last_token = branch.sampler.sample(row)
+        try:
+            branch.last_token = branch.sampler.sample(row)
+        except UsageError as error:
+            self._end(branch, error)
+            return
         reason = branch.answer.add_token(branch.last_token, row)
         if reason:
             self._end(branch, reason)
 
-    def _end(self, branch: _Branch, reason: FinishReason) -> None:
+    def _end(self, branch: _Branch, outcome: Outcome) -> None:
         self._active.remove(branch)
         self._branches.end(branch.number)
         branch.sampler.close()
-        self._on_finish(branch.answer, reason)
-
-
-def _positions(segments: Sequence[Segment]) -> int:
-    return sum(len(segment.keys) for segment in segments)
-
-
-def _shared_positions(previous: Sequence[Segment], segments: Sequence[Segment]) -> int:
-    """Positions of leading segments that the last prompt has, too, and that `Prefill.run` will keep.
-
-    0 if there is a new picture after them: a saved prefix may then be restored to other places.
-    """
-    shared = 0
-    while shared < min(len(previous), len(segments) - 1) and previous[shared] == segments[shared]:
-        shared += 1
-    if any(segment.picture is not None for segment in segments[shared:]):
-        return 0
-    return _positions(segments[:shared])
+        self._on_finish(branch.answer, outcome)

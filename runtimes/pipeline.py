@@ -31,7 +31,7 @@ from llava_edge.runtimes.draft import DraftModel, check_draft
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import CLOSED, EngineThread, Job, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
-from llava_edge.runtimes.parallel import ParallelDecoder, Request
+from llava_edge.runtimes.parallel import Outcome, ParallelDecoder, Request, Requests
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import (
     RECENT_BYTES,
@@ -140,7 +140,7 @@ class Engine:
 
         def answer(job: Job) -> None:
             own = iter([prepare(job)])
-            self._answer_all(lambda: next(own, None) or self._take_request(), self._thread.can_take)
+            self._answer_all(lambda: next(own, None) or self._take_request())
 
         join = prepare if self.parallel > 1 else None
         return self._thread.submit(answer, event, lambda: self._last_chunk("", "cancelled", stats), join)
@@ -202,7 +202,8 @@ class Engine:
     @property
     def parallel(self) -> int:
         """How many requests are answered at a time if they fit into the context: 1 if that could change an answer."""
-        return self._language.max_branches if self._language and self._language.batch_invariant else 1
+        language = self._language
+        return max(1, language.max_branches) if language is not None and language.batch_invariant else 1
 
     def prepare(self, image: ImageInput | Picture) -> Picture:
         """Decode and preprocess an image, unless it is a recent one. Raises `ImageError` or `MissingError`."""
@@ -400,52 +401,55 @@ class Engine:
                 return request
         return None
 
-    def _answer_all(self, take: Callable[[], Request | None], pause: Callable[[], bool] = lambda: False) -> None:
-        """Answer the requests that `take` returns until it has none: in parallel, as many as fit into the context.
-
-        An answer alone may get drafts, until `pause` returns True: then another request can be taken.
-        """
+    def _answer_all(self, take: Callable[[], Request | None]) -> None:
+        """Answer the requests that `take` returns until it has none: in parallel, as many as fit into the context."""
         assert self._prefill is not None
-        waiting = take()
-        while waiting is not None:
-            request, waiting = waiting, take()
+        requests = Requests(take, self._finish)
+        while requests.peek() is not None:
+            first = requests.pop()
+            if first is None:
+                continue
             with ParallelDecoder(self._require_open(), self._prefill, self._finish) as decoder:
-                if waiting is not None and decoder.has_room(request, waiting):
-                    decoder.add(request)
-                else:
-                    self._answer_alone(request, decoder, (lambda: False) if waiting else pause)
+                self._answer_alone(first, decoder, requests)
                 while decoder.busy:
-                    waiting = waiting or take()
-                    while waiting is not None and decoder.has_room(waiting):
-                        decoder.add(waiting)
-                        waiting = take()
+                    while (waiting := requests.peek()) is not None and decoder.has_room(waiting):
+                        if requests.pop() is not None:
+                            decoder.add(waiting)
                     decoder.step()
 
-    def _answer_alone(self, request: Request, decoder: ParallelDecoder, pause: Callable[[], bool]) -> None:
-        """Answer a request; if `pause` interrupts that, let `decoder` go on with it."""
+    def _answer_alone(self, request: Request, decoder: ParallelDecoder, others: Requests) -> None:
+        """Answer a request, with drafts; as soon as there is room for another one, let `decoder` go on with it."""
         assert self._prefill is not None
-        answer, language = request.answer, self._require_open()
-        sampler: Sampler | None = None
-        try:
-            self._prefill.run(request.segments, answer.stats, answer.job, reuse=request.reuse, save=request.save)
-            sampler = Sampler(language, request.options)
-            reason = decode(answer, request.options, sampler, self._speculation, pause)
-        except CancelledError:
-            reason = "cancelled"
-        if isinstance(reason, int):
-            assert sampler is not None
-            decoder.adopt(request, sampler, reason)
-            return
-        if sampler is not None:
-            sampler.close()
-        self._finish(answer, reason)
+        answer, sampler = request.answer, Sampler(self._require_open(), request.options)
 
-    def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        """Output the last chunk and end the stream."""
+        def pause() -> bool:
+            waiting = others.peek()
+            return waiting is not None and decoder.has_room(waiting, answer)
+
+        with ExitStack() as stack:
+            stack.callback(sampler.close)
+            outcome: Outcome | int
+            try:
+                self._prefill.run(request.segments, answer.stats, answer.job, reuse=request.reuse, save=request.save)
+                outcome = decode(answer, request.options, sampler, self._speculation, pause)
+            except CancelledError:
+                outcome = "cancelled"
+            except UsageError as error:
+                outcome = error
+            if isinstance(outcome, int):
+                stack.pop_all()
+                decoder.adopt(request, sampler, outcome)
+            else:
+                self._finish(answer, outcome)
+
+    def _finish(self, answer: Answer, outcome: Outcome) -> None:
+        """Output the last chunk, unless there is an error, and end the stream."""
+        if isinstance(outcome, UsageError):
+            answer.job.end(outcome)
+            return
         stream, stats = answer.stream, answer.stats
-        tail = stream.end(interrupted=reason != "stop")
-        if stream.stopped and reason == "length":
-            reason = "stop"
+        tail = stream.end(interrupted=outcome != "stop")
+        reason: FinishReason = "stop" if stream.stopped and outcome == "length" else outcome
         stats.text += tail
         answer.job.output.put(self._last_chunk(tail, reason, stats))
         answer.job.end()

@@ -83,10 +83,9 @@ class Prefill:
         If this prompt would overwrite unsaved prefixes in the KV cache, they are saved first.
         Raises `CancelledError` or `BundleError`.
         """
-        keys = [key for segment in segments for key in segment.keys]
+        keys, ends = _keys_and_ends(segments)
         if any(keys[: len(prefix)] != prefix for prefix in self._unsaved):
             self.save_states()
-        ends = list(accumulate(len(segment.keys) for segment in segments))
         picture_ends = [end for item, end in zip(segments[:-1], ends, strict=False) if item.picture is not None]
         last_picture = max(picture_ends, default=0)
         text = ends[0] if picture_ends and segments[0].picture is None and ends[0] >= MIN_TEXT_PREFIX else 0
@@ -106,6 +105,16 @@ class Prefill:
             if save and exact and end in (text, last_picture):
                 self._unsaved.append(keys[:end])
         return kept
+
+    def kept(self, segments: Sequence[Segment]) -> int:
+        """Return how many positions of the KV cache `run` would keep for a prompt, without `reuse`.
+
+        0 if a picture comes after them: then a saved prefix may take their place.
+        """
+        keys, ends = _keys_and_ends(segments)
+        cached = self._exact_prefix(keys, ends)
+        pictures = [end for item, end in zip(segments, ends, strict=True) if item.picture is not None]
+        return cached if cached >= max(pictures, default=0) else 0
 
     def save_states(self) -> None:
         """Save the prefixes that the last prompts computed. Called when the engine is idle, or will overwrite them: the
@@ -128,9 +137,7 @@ class Prefill:
         saved_ends: where the prefixes end that may have been saved.
         """
         language = self._language
-        cached = language.common_prefix(keys)
-        if not reuse:
-            cached = max(end for end in (0, *ends) if end <= cached and end in self._exact_ends)
+        cached = language.common_prefix(keys) if reuse else self._exact_prefix(keys, ends)
         for end in reversed(saved_ends):
             state = self._cache.get(self._cache_key(keys[:end])) if end > cached else None
             if state is None:
@@ -141,6 +148,11 @@ class Prefill:
             cached = 0  # a failed attempt leaves the KV cache empty
         language.truncate(cached)
         return cached, cached
+
+    def _exact_prefix(self, keys: list[Key], ends: list[int]) -> int:
+        """Return the length of the longest cached prefix that consists of segments that were evaluated one by one."""
+        cached = self._language.common_prefix(keys)
+        return max(end for end in (0, *ends) if end <= cached and end in self._exact_ends)
 
     def _evaluate(self, segment: Segment, skip: int, stats: RequestStats, job: Job) -> None:
         """Evaluate a segment except for its first `skip` positions."""
@@ -158,3 +170,9 @@ class Prefill:
         """Hash everything that the KV cache of a prompt prefix depends on."""
         pictures = sorted({key[0] for key in keys if not isinstance(key, int)})
         return digest("state", self._identity, keys, [self._embedder.cache_key(name) for name in pictures])
+
+
+def _keys_and_ends(segments: Sequence[Segment]) -> tuple[list[Key], list[int]]:
+    """Return the keys of all positions, and where each segment ends."""
+    keys = [key for segment in segments for key in segment.keys]
+    return keys, list(accumulate(len(segment.keys) for segment in segments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import subprocess
@@ -306,6 +307,7 @@ def joined(
         begun.set()
         assert go.wait(SOON)
         while (other := engine.take()) is not None:
+            assert other.claim.start()
             taken.append(other)
             finish(other)
             other.end()
@@ -335,6 +337,59 @@ def test_a_job_takes_those_after_it_that_may_be_joined(engine: EngineThread) -> 
     assert len(taken) == 2
 
 
+def test_a_job_that_another_has_looked_at_can_still_be_cancelled(engine: EngineThread) -> None:
+    """And then hides no longer what comes after it."""
+    begun, go, looked, stop, never = (threading.Event() for _ in range(5))
+    taken: list[Job | None] = []
+
+    def look(job: Job) -> None:
+        begun.set()
+        assert go.wait(SOON)
+        taken.append(engine.take())
+        looked.set()
+        assert stop.wait(SOON)
+        while (other := engine.take()) is None:
+            time.sleep(0.01)
+        other.output.put(LAST)
+        other.end()
+        finish(job)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(list, engine.submit(look, never))
+        assert begun.wait(SOON)
+        second = pool.submit(list, engine.submit(finish, stop, lambda: CANCELLED))
+        wait_until(lambda: engine._jobs.qsize() == 1)
+        third = pool.submit(list, engine.submit(finish, never, join=id))
+        wait_until(lambda: engine._jobs.qsize() == 2)
+        go.set()
+        assert looked.wait(SOON)
+        stop.set()
+        assert [each.result(SOON) for each in (second, third, first)] == [[CANCELLED], [LAST], [LAST]]
+    assert taken == [None]
+
+
+def test_streams_of_one_job_may_be_collected_while_it_is_being_cancelled(
+    engine: EngineThread, busy: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A garbage collection happens anywhere, as in this lock of an event."""
+
+    class Cycle:
+        def __init__(self, stream: jobs.Stream) -> None:
+            self.stream, self.itself = stream, self
+
+    def close() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Condition, "notify_all", lambda _: gc.collect())
+            streams[0].close()
+        closed.put(True)
+
+    streams = engine.submit_many(lambda jobs: None, threading.Event(), 2, lambda: CANCELLED)
+    Cycle(streams.pop())
+    closed: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    threading.Thread(target=close, daemon=True).start()
+    assert closed.get(timeout=SOON)
+
+
 def test_a_failing_job_fails_those_it_has_taken(engine: EngineThread) -> None:
     begun, go, never = threading.Event(), threading.Event(), threading.Event()
 
@@ -362,14 +417,14 @@ def test_an_engine_closed_meanwhile_ends_although_a_job_looks_for_others(engine:
     def look(job: Job) -> None:
         begun.set()
         assert wait_for(job.cancel)
-        found.extend((engine.can_take(), engine.take()))
+        found.extend((engine.take(), engine.take()))
         job.output.put(CANCELLED)
 
     stream = engine.start(look)
     assert begun.wait(SOON)
     engine.close()
     assert list(stream) == [CANCELLED]
-    assert found == [False, None]
+    assert found == [None, None]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

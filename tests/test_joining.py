@@ -13,9 +13,11 @@ import pytest
 from images import encode, picture
 
 from llava_edge import Llava
-from llava_edge.errors import BundleError, ImageError
+from llava_edge.errors import BundleError, ImageError, UsageError
 from llava_edge.options import Chunk, EngineOptions, Options, Result
+from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.pipeline import Engine
+from llava_edge.runtimes.sampling import Sampler
 
 LONG = Options(max_tokens=150, speculate="off")
 SHORT = replace(LONG, max_tokens=20)
@@ -64,13 +66,13 @@ class Hold:
 
     def __init__(self, llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
-        self._right = llava._engine._thread.can_take
-        monkeypatch.setattr(llava._engine._thread, "can_take", self._can_take)
+        self._right = llava._engine._thread.take
+        monkeypatch.setattr(llava._engine._thread, "take", self._take)
 
-    def _can_take(self) -> bool:
+    def _take(self) -> Job | None:
         if not self.begun.is_set():
             self.begun.set()
-            return False
+            return None
         assert self.go.wait(20)
         return self._right()
 
@@ -214,6 +216,91 @@ def test_a_cancelled_answer_ends_alone(llava: Llava, monkeypatch: pytest.MonkeyP
         hold.go.set()
         assert reading.result(20)[-1].finish_reason == "cancelled"
     assert rest(first)[1].completion_tokens == 60
+
+
+def test_a_request_that_waits_for_room_can_be_cancelled_at_once(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even while the model computes for others; what comes after it then gets its room."""
+    language, requests = llava._engine._language, threading.Semaphore(0)
+    assert language
+    cancel, go = threading.Event(), threading.Event()
+    prepare, evaluate = llava._engine._prepare_request, language.evaluate_tokens
+
+    def prepared(*arguments: Any) -> Any:
+        requests.release()
+        return prepare(*arguments)
+
+    def wait(tokens: Any, event: threading.Event) -> None:
+        if requests.acquire(blocking=False):  # the second request is prepared
+            assert go.wait(20)
+        evaluate(tokens, event)
+
+    hold = Hold(llava, monkeypatch)
+    long = replace(LONG, max_tokens=300)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(llava.ask, "the red", (), long)
+        assert hold.begun.wait(20)
+        monkeypatch.setattr(llava._engine, "_prepare_request", prepared)
+        monkeypatch.setattr(language, "evaluate_tokens", wait)
+        second = pool.submit(list, llava.stream("a list:", (), long, cancel=cancel))
+        while llava._engine._thread._jobs.empty():
+            pass
+        hold.go.set()
+        while llava._engine._thread._jobs.qsize():
+            pass
+        third = pool.submit(llava.ask, "12", (), SHORT)
+        cancel.set()
+        assert second.result(5)[-1].finish_reason == "cancelled"
+        assert not first.done()
+        go.set()
+        assert third.result(20).completion_tokens == SHORT.max_tokens
+        assert first.result(20).completion_tokens == long.max_tokens
+
+
+def test_positions_of_a_cancelled_prompt_are_free_again(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third request has the picture of the second, which is cancelled; the fourth has no room beside the others."""
+    language = llava._engine._language
+    assert language
+    evaluate, evaluated = language.evaluate_embeddings, list[str]()
+
+    def cancel_second(rows: Any, keys: Any, cancel: threading.Event) -> None:
+        evaluate(rows, keys, cancel)
+        evaluated.append(keys[0][0])
+        if len(evaluated) == 1:
+            cancel.set()
+
+    with_picture = llava.ask("the red", IMAGES[2], replace(LONG, max_tokens=1)).prompt_tokens
+    without = llava.ask("the red", (), replace(LONG, max_tokens=1)).prompt_tokens
+    room = llava.context - with_picture - 2 * without - 200 - 50
+    options = [replace(LONG, max_tokens=tokens) for tokens in (200, 50, 50, room + 10)]
+    images = [(), IMAGES[1], IMAGES[1], ()]
+    monkeypatch.setattr(language, "evaluate_embeddings", cancel_second)
+    questions = ["the red", "the red", "the red", "12"]
+    found = together(llava, monkeypatch, list(zip(questions, images, options, strict=True)))
+    reasons = [result.finish_reason for result in found if isinstance(result, Result)]
+    assert reasons == ["length", "cancelled", "length", "length"]
+    assert len(evaluated) == 2
+
+
+def test_a_grammar_without_a_next_token_is_an_error_of_its_own_request(
+    llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Sampler._sample_with_grammar
+    calls: list[Sampler] = []
+
+    def fail(sampler: Sampler, logits: Any) -> int:
+        calls.append(sampler)
+        if calls.count(sampler) == 2:
+            raise UsageError("no token")
+        return right(sampler, logits)
+
+    monkeypatch.setattr(Sampler, "_sample_with_grammar", fail)
+    strict = replace(LONG, grammar='root ::= "aaaaaaaa"')
+    requests: list[tuple[str, Any, Options]] = [("the red", (), LONG), ("a list:", (), strict), ("12", (), SHORT)]
+    found = together(llava, monkeypatch, requests)
+    assert [type(each) for each in found] == [Result, UsageError, Result]
+    assert max(batches) == 3
+    found = [llava.ask("the red", (), SHORT), *together(llava, monkeypatch, [requests[1], requests[2]])]
+    assert [type(each) for each in found] == [Result, UsageError, Result]
 
 
 def test_closing_the_model_ends_all(micro_bundle: Path) -> None:

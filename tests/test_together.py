@@ -103,6 +103,18 @@ def test_the_kv_cache_is_afterwards_as_before(llava: Llava) -> None:
         assert np.array_equal(language.logits(), logits)
 
 
+def test_the_next_answer_about_a_later_picture_has_its_bits(llava: Llava) -> None:
+    """In the KV cache, the last picture is not where it would be alone, with free places before it."""
+    language, blue = llava._engine._speculation.language, Image.new("RGB", (48, 32), "blue")
+    language.truncate(0)
+    text = llava.ask("the red", blue, SHORT).text
+    wanted = language.logits().copy()
+    for stream in llava.ask_each([RED, blue], "the red", SHORT):
+        result_of(stream)
+    assert llava.ask("the red", blue, SHORT).text == text
+    assert np.array_equal(language.logits(), wanted)
+
+
 def test_each_answer_ends_by_itself(llava: Llava) -> None:
     stop = llava.ask(QUESTIONS[0], RED, SHORT).text[3:5]
     results = ask_together(llava, QUESTIONS, Options(max_tokens=24, stop=(stop,)))
