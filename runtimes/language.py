@@ -67,8 +67,9 @@ class LanguageModel:
     ) -> None:
         header = gguf.read(path)
         gguf.check_language(header)
-        if adapter is not None:
-            gguf.check_adapter(gguf.read(adapter), header)
+        adapter_header = gguf.read(adapter) if adapter is not None else None
+        if adapter_header is not None:
+            gguf.check_adapter(adapter_header, header)
         self.library = library(verbose)
         self.native = native.activate()
         repack = repack and choice.should_repack(self.native, {tensor.kind for tensor in header.tensors.values()})
@@ -88,9 +89,8 @@ class LanguageModel:
         same_bits = kv == "q8_0" or native.supports_attention(header)
         self._threads_vary = not gpu_layers and self.native.few_attention and same_bits
         # Whether a row has the same bits alone and in a batch, wherever its prompt lies in the KV cache.
-        self.batch_invariant = (
-            not gpu_layers and not repack and kv == "f16" and native.computes_all(self.native, header)
-        )
+        ours = native.computes_all(self.native, header, adapter_header)
+        self.batch_invariant = not gpu_layers and not repack and kv == "f16" and ours
         self._kv = kv
         self.on_gpu = gpu_layers != 0
         self._settings = [gpu_layers, repack, kv, *self.native.identity]

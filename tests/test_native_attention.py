@@ -14,9 +14,10 @@ from emulator import Emulated, emulated
 from native_kernels import HAS_VNNI512, Array, Kernels, here
 
 from llava_edge.errors import BundleError
-from llava_edge.gguf import Gguf
+from llava_edge.gguf import Gguf, Tensor
 from llava_edge.runtimes import native
 from llava_edge.runtimes.native import check
+from llava_edge.runtimes.native.choice import Status
 
 Attend = Callable[..., Array]  # of queries, keys, values, mask
 
@@ -197,3 +198,26 @@ def test_a_width_of_heads_that_is_no_number_is_refused_in_a_sentence() -> None:
     assert found == [True, False]
     with pytest.raises(BundleError, match=r"key_length = '64'; expected an integer"):
         native.supports_attention(Gguf(Path(), {**sizes, "llama.attention.key_length": "64"}, {}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "expected"),
+    [
+        ((128, 4096), "F16", True),
+        ((128, 11008), "F16", False),  # left to llama.cpp, which may compute eight rows otherwise than one
+        ((16, 4100), "F16", False),
+        ((16, 64), "F32", False),
+    ],
+)
+def test_an_adapter_is_computed_like_its_model_if_it_is_small(
+    shape: tuple[int, int], kind: str, expected: bool
+) -> None:
+    status = Status("", few_rows=("F16", "Q4_0"), attention=True, few_attention=True)
+    sizes = {"llama.embedding_length": 4096, "llama.attention.head_count": 32}
+
+    def header(kind: str, shape: tuple[int, int]) -> Gguf:
+        return Gguf(Path(), sizes, {"a": Tensor("a", shape, kind, 0, 0)})
+
+    language = header("Q4_0", (4096, 4096))
+    assert native.computes_all(status, language, None)
+    assert native.computes_all(status, language, header(kind, shape)) == expected

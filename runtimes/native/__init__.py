@@ -27,12 +27,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from llava_edge import interpreter, store
 from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
-from llava_edge.gguf import Gguf
+from llava_edge.gguf import Gguf, Tensor
 from llava_edge.locks import fork_safe_lock
 from llava_edge.runtimes import bindings, devices
 from llava_edge.runtimes.native import build
@@ -51,6 +52,7 @@ _REQUIRED_FEATURES = {
 
 LIBRARY, OPERATOR, _STATE = "kernels.so", "vision.so", "state.json"  # in `kernel_folder()`
 DAY = 86400  # seconds
+MAX_F16_VALUES = 1 << 20  # of a matrix in products of few rows (src/few.cpp); those of most adapters are smaller
 MAX_UNUSED_DAYS = 60  # builds of other versions are removed after this time without use
 
 
@@ -125,12 +127,17 @@ def supports_attention(language: Gguf) -> bool:
     return width % 16 == 0 and width <= 256
 
 
-def computes_all(status: Status, language: Gguf) -> bool:
+def computes_all(status: Status, language: Gguf, adapter: Gguf | None) -> bool:
     """Whether our kernels compute all products and all attention of a model. Raises `BundleError`."""
-    # Products of few rows of float16 are ours if the matrix is small, as in adapters.
-    few = {*status.few_rows} - {"F16"}
-    matrices = {tensor.kind for tensor in language.tensors.values() if len(tensor.shape) > 1}
-    return status.attention and status.few_attention and matrices <= few and supports_attention(language)
+    files = [language] if adapter is None else [language, adapter]
+    matrices = [tensor for file in files for tensor in file.tensors.values() if len(tensor.shape) > 1]
+    products = all(tensor.kind in status.few_rows and _supports_few(tensor) for tensor in matrices)
+    return status.attention and status.few_attention and products and supports_attention(language)
+
+
+def _supports_few(matrix: Tensor) -> bool:
+    """Whether our kernels for few rows take a matrix of a supported type (src/few.cpp)."""
+    return matrix.kind != "F16" or (matrix.shape[1] % 8 == 0 and prod(matrix.shape) <= MAX_F16_VALUES)
 
 
 def operator_library() -> Path | None:
