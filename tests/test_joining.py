@@ -15,8 +15,10 @@ from images import encode, picture
 from llava_edge import Llava
 from llava_edge.errors import BundleError, ImageError, UsageError
 from llava_edge.options import Chunk, EngineOptions, Options, Result
+from llava_edge.prompt import Message
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.pipeline import Engine
+from llava_edge.runtimes.prefill import Segment
 from llava_edge.runtimes.sampling import Sampler
 
 LONG = Options(max_tokens=150, speculate="off")
@@ -356,3 +358,31 @@ def test_a_conversation_joins_and_goes_on(llava: Llava) -> None:
     assert second
     assert second.prompt_tokens > first.prompt_tokens
     assert isinstance(llava._engine, Engine)
+
+
+def test_positions_that_will_be_kept_are_known_before(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is counted by them: those of a turn that reused part of a text are not kept, although they are the same."""
+    prefill, kept = llava._engine._prefill, list[tuple[int, int]]()
+    assert prefill
+    right = prefill.run
+
+    def run(segments: list[Segment], *arguments: Any, reuse: bool = False, save: bool = True) -> int:
+        expected = prefill.kept(segments)
+        actual = right(segments, *arguments, reuse=reuse, save=save)
+        if not reuse:
+            kept.append((expected, actual))
+        return actual
+
+    monkeypatch.setattr(prefill, "run", run)
+    for image in IMAGES[:2]:
+        for question in ("the red", "a list:"):
+            llava.ask(question, image, SHORT)
+    chat = llava.chat(options=SHORT)
+    list(chat.say("one, two"))
+    messages = [*chat.messages, Message("user", "the red", 1)]
+    list(chat.say("the red", IMAGES[2]))
+    list(llava.answer(messages, IMAGES[2], SHORT))
+    list(llava.answer(messages, IMAGES[2], SHORT))
+    assert [expected > 0 for expected, _ in kept] == [False, True, False, True, False, True]
+    assert all(expected in (0, actual) for expected, actual in kept)
+    assert kept[4] == (0, 0)
