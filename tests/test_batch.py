@@ -119,11 +119,13 @@ def test_a_file_of_answers_is_continued(run: Run, photos: Path, tmp_path: Path) 
     assert [record["prompt"] for record in records(answers)][-1] == "the red"
 
 
-def test_a_line_that_was_cut_off_is_written_again(run: Run, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [-40, 5])
+def test_a_line_that_was_cut_off_is_written_again(kept: int, run: Run, photos: Path, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     run(photos, "--output", answers)
     complete = answers.read_bytes()
-    answers.write_bytes(complete[:-40])
+    last = complete.splitlines(keepends=True)[-1]
+    answers.write_bytes(complete.removesuffix(last) + last[:kept])
     assert run(photos, "--output", answers)[0] == 0
     assert [record["image"] for record in records(answers)] == [
         json.loads(line)["image"] for line in complete.splitlines()

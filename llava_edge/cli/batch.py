@@ -184,7 +184,7 @@ def _read_records(path: Path) -> Iterator[tuple[Record, int]]:
     """Yield the records of earlier runs and their sizes in bytes, but no incomplete last one. Raises `DataError`."""
     with storage_errors(path):
         *lines, rest = path.read_bytes().split(b"\n")
-    if rest.startswith(_START):  # cut off when the disk was full, or the power gone
+    if rest[: len(_START)] == _START[: len(rest)]:  # cut off when the disk was full, or the power gone
         rest = b""
     for number, line in enumerate([*lines, rest] if rest else lines, 1):
         record = _parse(line)
