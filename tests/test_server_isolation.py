@@ -128,6 +128,7 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
 
         def __init__(self) -> None:
             self.jobs: dict[int, Any] = {}
+            self.late = False
 
         async def wait_ready(self) -> dict[str, Any]:
             return {"device": "cpu", "parallel": 1}

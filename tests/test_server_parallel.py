@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import multiprocessing
 import os
 import signal
-import socket
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +42,7 @@ def server(micro_bundle: Path, home: Path) -> Iterator[Server]:
 def test_a_short_answer_comes_beside_a_long_one(talkative: Path, home: Path) -> None:
     with running(talkative, home.parent, "--context", str(ROOM)) as server:
         long = wait_for_text(server.start(question("Hello", stream=True, max_tokens=ROOM // 2)))
+        assert (server.health()["running"], server.metric("llava_edge_requests_running")) == (1, 1)
         assert server.text("Hi", (png(),), max_tokens=3)
         assert server.metric("llava_edge_requests_in_work") == 2  # the long one, and this question
         long.close()
@@ -115,30 +112,3 @@ def test_each_answer_has_its_own_time_limit(micro_bundle: Path, home: Path) -> N
         server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 1)
         assert server.text("Hi", max_tokens=2)
         assert server.health()["crashes"] == 0
-
-
-def test_a_child_that_works_for_others_may_cancel_late() -> None:
-    """While it reads another one's picture, which may take longer than the limit; but not if nobody else waits."""
-    from llava_edge.server import supervisor
-    from llava_edge.server.limits import Limits
-    from llava_edge.server.requests import parse_chat
-
-    async def run() -> None:
-        ours, theirs = socket.socketpair()
-        reader, writer = await asyncio.open_connection(sock=ours)
-        process = supervisor._Child(multiprocessing.get_context("spawn").Process(), reader, writer)
-        threading.Thread(target=lambda: [None for _ in iter(lambda: theirs.recv(1 << 16), b"")]).start()
-        ask = parse_chat(question(), "micro", Limits())
-        jobs = [supervisor._Job(number, ask) for number in (1, 2)]
-        process.jobs = {job.number: job for job in jobs}
-        running = [asyncio.create_task(process.run(job, 0.1)) for job in jobs]
-        jobs[0].cancelled.set()
-        await asyncio.sleep(0.5)
-        assert not running[0].done()
-        jobs[1].cancelled.set()
-        for one in running:
-            with pytest.raises(supervisor._ChildDiedError):
-                await one
-        writer.transport.abort()
-
-    asyncio.run(run())

@@ -121,6 +121,7 @@ class App:
             "model": self._model,
             "device": supervisor.ready.get("device"),
             "context": supervisor.ready.get("context"),
+            "running": supervisor.running,
             "queue": supervisor.queue_length,
             "crashes": supervisor.crashes,
         }
@@ -132,6 +133,7 @@ class App:
             up=int(supervisor.state == "ok"),
             crashes_total=supervisor.crashes,
             starts_total=supervisor.starts,
+            requests_running=supervisor.running,
             queue_length=supervisor.queue_length,
             requests_in_work=request.scope["active_requests"],
         )

@@ -53,8 +53,7 @@ def main(link: socket.socket, bundle: str, options: EngineOptions, max_pixels: i
             _Worker(llava, lines, writer, max_pixels).run()
     except LlavaEdgeError as error:
         writer.send({"failed": {"kind": type(error).__name__, "message": str(error)}})
-    # Not sys.exit: the thread that reads the link may still be blocked in it.
-    os._exit(0)
+    os._exit(0)  # the parent waits for it; there is nothing to clean up
 
 
 class _EventWriter:
@@ -103,6 +102,8 @@ class _Worker:
             thread.start()
         except RuntimeError:  # no more threads
             self._send_error(request, MemoryLimitError.__name__, "")
+            del self._cancels[request["id"]]
+            return
         self._threads = [other for other in self._threads if other.is_alive()] + [thread]
 
     def _answer_or_fail(self, request: dict[str, Any], images: list[bytes]) -> None:

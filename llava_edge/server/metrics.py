@@ -16,6 +16,7 @@ _METRICS = {
     "crashes_total": ("counter", "Crashes of the model's process."),
     "starts_total": ("counter", "Starts of the model's process."),
     "up": ("gauge", "Whether the model is loaded."),
+    "requests_running": ("gauge", "Requests that the model's process answers."),
     "queue_length": ("gauge", "Requests waiting for the model."),
     "requests_in_work": ("gauge", "Requests being handled, of any kind."),
 }

@@ -37,20 +37,30 @@ _CLIENT_ERRORS = {"UsageError", "ImageError", "ContextOverflowError"}  # whose m
 class _Job:
     """A queued or running request.
 
-    `events` receives the child's events, or a `Problem`; `ended` the child's last event.
+    `events` receives the child's events, or a `Problem`; `ended` the child's last event. `timer` calls
+    `Supervisor._expire`.
     """
 
     number: int
     request: ModelRequest
     events: asyncio.Queue[dict[str, Any] | Problem] = field(default_factory=asyncio.Queue)
-    cancelled: asyncio.Event = field(default_factory=asyncio.Event)  # the client disconnected
-    finished: bool = False
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)  # the client disconnected, or its time is over
+    begun: bool = False  # there was an event
+    finished: bool = False  # there was the last one
+    timer: asyncio.TimerHandle | None = None
     ended: asyncio.Future[dict[str, Any]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def send(self, event: dict[str, Any] | Problem) -> None:
-        """Pass an event on to the client; a `Problem` or an event with a result is the last."""
-        self.finished = self.finished or isinstance(event, Problem) or "result" in event
-        self.events.put_nowait(event)
+        """Pass an event on to the client. A `Problem` or an event with a result is the last; later ones are dropped."""
+        if not self.finished:
+            self.begun = True
+            self.finished = isinstance(event, Problem) or "result" in event
+            self.events.put_nowait(event)
+
+    def stop_timer(self) -> None:
+        """Let it never expire. Harmless when repeated."""
+        if self.timer:
+            self.timer.cancel()
 
 
 class Supervisor:
@@ -92,8 +102,13 @@ class Supervisor:
 
     @property
     def queue_length(self) -> int:
-        """Number of waiting requests."""
+        """Number of requests that wait until the child takes them."""
         return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Number of requests that the child has taken; those that do not fit into the context wait there."""
+        return len(self._child.jobs) if self._child else 0
 
     async def start(self) -> None:
         """Start the child and load the model. Raises the `LlavaEdgeError` that the child failed with."""
@@ -107,7 +122,8 @@ class Supervisor:
             job.send(server_stopped())
 
     async def close(self) -> None:
-        """End the child process."""
+        """End all requests and the child process."""
+        self.reject_requests()
         if self._task:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -133,7 +149,7 @@ class Supervisor:
         self._queue.append(job)
         self._jobs.add(job)
         self._wakeup.set()
-        timer = asyncio.get_running_loop().call_later(self._limits.queue_seconds, self._expire, job)
+        self._start_timer(job, self._limits.queue_seconds)
         try:
             while True:
                 event = await job.events.get()
@@ -143,16 +159,23 @@ class Supervisor:
                 if "result" in event:
                     return
         finally:
-            timer.cancel()
+            job.stop_timer()
             self._jobs.discard(job)
             job.cancelled.set()
             if job in self._queue:  # a ValueError from `remove` would format the whole job, images included
                 self._queue.remove(job)
 
+    def _start_timer(self, job: _Job, seconds: float) -> None:
+        job.stop_timer()
+        job.timer = asyncio.get_running_loop().call_later(seconds, self._expire, job)
+
     def _expire(self, job: _Job) -> None:
+        job.cancelled.set()
         if job in self._queue:
             self._queue.remove(job)
             job.send(server_busy("The request waited too long for the model. Try again later.", 10))
+        else:
+            job.send(Problem(500, "The answer took longer than this server allows.", code="timeout"))
 
     async def _run(self) -> None:
         while True:
@@ -160,39 +183,40 @@ class Supervisor:
                 self._child = self._child or await self._spawn_child()
                 await self._dispatch(self._child)
             except Exception as error:  # noqa: BLE001 - a child that sends nonsense is treated as dead
+                if self._stopped:  # a group that fails while it is cancelled forgets, before Python 3.13, that it is
+                    return
                 await self._handle_crash(error)
 
     async def _dispatch(self, process: _Child) -> None:
         """Give jobs to the child until it dies: then raises a group of exceptions."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(process.read_events())
-            while True:
-                while not self._queue or len(process.jobs) >= self._parallel:
-                    self._wakeup.clear()
-                    await self._wakeup.wait()
-                job = self._queue.popleft()
-                process.jobs[job.number] = job
-                group.create_task(self._run_job(process, job))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(process.read_events())
+                while True:
+                    while not self._queue or process.late or len(process.jobs) >= self._parallel:
+                        self._wakeup.clear()
+                        await self._wakeup.wait()
+                    job = self._queue.popleft()
+                    process.jobs[job.number] = job
+                    self._start_timer(job, self._limits.answer_seconds)
+                    group.create_task(self._run_job(process, job))
+        finally:  # not in `_run_job`: a task that is cancelled before it starts runs nothing
+            for job in process.jobs.values():
+                job.send(model_crashed())
 
     @property
     def _parallel(self) -> int:
         return min(self._limits.parallel, int(self.ready["parallel"]))
 
     async def _run_job(self, process: _Child, job: _Job) -> None:
-        try:
-            async with asyncio.timeout(self._limits.answer_seconds):
-                event = await process.run(job, self._limits.cancel_seconds)
-            self._consecutive_crashes = 0
-        except TimeoutError:
-            job.send(Problem(500, "The answer took longer than this server allows.", code="timeout"))
-            event = await process.cancel(job, self._limits.cancel_seconds)
-        except BaseException:
-            if not job.finished:
-                job.send(model_crashed())
-            raise
-        finally:
-            process.jobs.pop(job.number, None)
-            self._wakeup.set()
+        event = await process.run(job, self._limits.cancel_seconds)
+        self._consecutive_crashes = 0
+        del process.jobs[job.number]
+        for later in process.jobs.values():
+            # It may have waited in the child for the positions of the context that this one took.
+            if later.number > job.number and not later.begun and not later.cancelled.is_set():
+                self._start_timer(later, self._limits.answer_seconds)
+        self._wakeup.set()
         if "result" in event:
             self._on_result(event["result"])
 
@@ -246,6 +270,7 @@ class _Child:
         self._reader = reader
         self._writer = writer
         self.jobs: dict[int, _Job] = {}  # running ones, by number
+        self.late = False  # with ending a job; it gets no others meanwhile: if it hangs, they would keep it alive
 
     @staticmethod
     async def spawn(bundle: Bundle, options: EngineOptions, limits: Limits) -> _Child:
@@ -278,18 +303,15 @@ class _Child:
             self._forward(job, event)
             if ("result" in event or "error" in event) and not job.ended.done():
                 job.ended.set_result(event)
+                self.late = False
 
     async def run(self, job: _Job, timeout: float) -> dict[str, Any]:
-        """Send a job and wait until it has ended; cancel it if its client disconnects. Returns the last event.
+        """Send a job and wait until it has ended, also if it is cancelled. Returns the last event.
 
-        Raises `_ChildDiedError`.
+        timeout: see `cancel`. Raises `_ChildDiedError`.
         """
         header = json.dumps({"id": job.number, **job.request.header()}).encode("ascii") + b"\n"
-        try:
-            self._writer.writelines([header, *job.request.images])
-            await self._writer.drain()
-        except OSError as error:
-            raise _ChildDiedError from error
+        self._writer.writelines([header, *job.request.images])
         cancelled = asyncio.create_task(job.cancelled.wait())
         waited_for: list[asyncio.Future[Any]] = [cancelled, job.ended]
         try:
@@ -299,20 +321,22 @@ class _Child:
         return job.ended.result() if job.ended.done() else await self.cancel(job, timeout)
 
     async def cancel(self, job: _Job, timeout: float) -> dict[str, Any]:
-        """Cancel a job. Returns its last event.
+        """Tell the child that a job is cancelled. Returns its last event.
 
         Raises `_ChildDiedError` if there is none for `timeout` seconds, unless the child works for others meanwhile: it
         cannot end an answer while it reads another one's picture.
         """
-        job.cancelled.set()
-        try:
-            self._writer.write(json.dumps({"cancel": job.number}).encode("ascii") + b"\n")
-        except OSError as error:
-            raise _ChildDiedError from error
+        self._writer.write(json.dumps({"cancel": job.number}).encode("ascii") + b"\n")
+        works = self._works()
         while not (await asyncio.wait({job.ended}, timeout=timeout))[0]:
-            if all(other.cancelled.is_set() for other in self.jobs.values()):
+            worked, works = works, self._works()
+            if not (worked or works):
                 raise _ChildDiedError
+            self.late = True
         return job.ended.result()
+
+    def _works(self) -> bool:
+        return any(not job.cancelled.is_set() for job in self.jobs.values())
 
     async def terminate(self, timeout: float = 0.0) -> int | None:
         """Kill the process, which has no state to save, after up to `timeout` seconds. Returns its exit code."""
@@ -325,8 +349,6 @@ class _Child:
 
     @staticmethod
     def _forward(job: _Job, event: dict[str, Any]) -> None:
-        if job.finished:  # its client is told already that it took too long
-            return
         if "error" not in event:
             job.send(event)
         elif event["error"]["kind"] in _CLIENT_ERRORS:
