@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from llava_edge.bundle import MANIFEST, MAX_MANIFEST_BYTES, PARTS
 from llava_edge.errors import CannotCreateError
+from llava_edge.locks import lock_file
 
 _LOCK_FILE = ".llava-edge-export"  # lock file, locked by the export that uses the temporary folder
 _BUNDLE = "bundle"  # subfolder: becomes the target
@@ -92,17 +92,6 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(raw, dict) and "format_version" in raw
 
 
-def _lock(file: int, operation: int) -> bool:
-    """Whether the file is locked now. With LOCK_NB, raises `BlockingIOError` if another process has the lock."""
-    try:
-        fcntl.flock(file, operation)
-    except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-            return False
-        raise
-    return True
-
-
 def _create_locked_folder(out: Path) -> tuple[Path, int]:
     """A new temporary folder and the file descriptor that holds its lock."""
     while True:
@@ -110,7 +99,7 @@ def _create_locked_folder(out: Path) -> tuple[Path, int]:
         with suppress(FileNotFoundError):  # until it has a lock file, another export may remove it
             lock = os.open(folder / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
-                _lock(lock, fcntl.LOCK_EX)
+                lock_file(lock, wait=True)
                 (folder / _BUNDLE).mkdir()
             except OSError:
                 os.close(lock)
@@ -129,7 +118,7 @@ def _remove_abandoned(out: Path) -> None:
         with suppress(FileNotFoundError, PermissionError, BlockingIOError):  # not ours, or its export is running
             lock = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
             try:
-                if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if lock_file(lock, wait=False):
                     _remove(path, out)
             finally:
                 os.close(lock)

@@ -1,9 +1,12 @@
-"""Locks that survive a fork."""
+"""Locks of threads, which survive a fork, and of files."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
+from typing import IO, Any
 
 
 def fork_safe_lock() -> threading.Lock:
@@ -15,3 +18,17 @@ def fork_safe_lock() -> threading.Lock:
     lock = threading.Lock()
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
     return lock
+
+
+def lock_file(file: int | IO[Any], *, wait: bool) -> bool:
+    """Whether the file is locked now, until it is closed: not on file systems without locks.
+
+    Raises `BlockingIOError` if another process has the lock and `wait` is False.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            return False
+        raise
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from images import encode, picture
 
 from llava_edge import Llava, cli
 from llava_edge.cache import Cache
+from llava_edge.cli.batch import _AnswerFile
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UsageError
 from llava_edge.options import EngineOptions, Options, result_of
 
@@ -130,6 +132,79 @@ def test_a_line_that_was_cut_off_is_written_again(kept: int, run: Run, photos: P
     assert [record["image"] for record in records(answers)] == [
         json.loads(line)["image"] for line in complete.splitlines()
     ]
+
+
+@pytest.mark.parametrize("kept", [1, 9, 300])
+def test_however_little_was_written_of_a_line(kept: int, run: Run, photos: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    run(photos / "a.png", "--output", answers)
+    whole = answers.read_bytes()
+    answers.write_bytes(whole + whole[:kept])
+    assert run(photos, "--output", answers)[0] == 0
+    assert [Path(record["image"]).name for record in records(answers)] == ["a.png", "b.png", "c.PNG"]
+
+
+def test_a_disk_that_takes_a_part_of_a_line(tmp_path: Path, micro_bundle: Path) -> None:
+    """`write` then succeeds, and only the next one fails."""
+    with _AnswerFile(tmp_path / "answers", micro_bundle) as file:
+        whole, file._file = file._file, Nearly(tmp_path / "answers", "ab")
+        with whole, file._file:
+            file.add(b'{"image": "a"}\n')
+            file.add(b'{"image": "b"}\n')
+    assert (tmp_path / "answers").read_bytes() == b'{"image": "a"}\n{"image": "b"}\n'
+
+
+class Nearly(io.FileIO):
+    """A file that takes 7 bytes at a time."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data[:7])
+
+
+def test_two_runs_do_not_write_to_one_file(run: Run, photos: Path, tmp_path: Path, micro_bundle: Path) -> None:
+    """Both would answer the same, and the second would cut off what the first has written meanwhile."""
+    answers = tmp_path / "answers.jsonl"
+    with _AnswerFile(answers, micro_bundle):
+        code, _, err = run(photos, "--output", answers)
+    assert (code, err) == (73, f"llava-edge: Another llava-edge is adding answers to {answers}; let it end first.\n")
+    assert run(photos, "--output", answers)[0] == 0
+
+
+def test_the_same_name_in_another_folder_is_another_image(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    (photos / "sub" / "a.png").write_bytes(encode(picture(seed=9), "PNG"))
+    for folder in (photos, photos / "sub", photos):
+        monkeypatch.chdir(folder)
+        assert run("a.png", "--output", answers)[0] == 0
+    assert [record["image"] for record in records(answers)] == [str(photos / "a.png"), str(photos / "sub/a.png")]
+
+
+def test_a_folder_that_cannot_be_read_is_said(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images are missing from the answers. (Permissions would not stop tests that root runs.)"""
+    closed, list_folder = str(photos / "sub"), os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", closed)
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    code, out, err = run(photos)
+    assert (code, len(out.splitlines())) == (65, 2)
+    told = "1 of the folders could not be read."
+    assert err == f"{closed} cannot be read: Permission denied.\nllava-edge: {told}\n"
+    assert run(closed)[2].endswith(f"llava-edge: {told}\n")
+
+
+def test_links_that_lead_in_circles(run: Run, photos: Path) -> None:
+    (photos / "sub" / "circle").symlink_to(photos)
+    (photos / "c.jpg").symlink_to(photos / "c.jpg")
+    (photos / "d.jpg").symlink_to(photos / "b.png")
+    code, out, err = run(photos)
+    assert (code, len(out.splitlines())) == (65, 4)
+    assert err.startswith(f"{photos / 'c.jpg'} cannot be read: ")
 
 
 @pytest.mark.parametrize(

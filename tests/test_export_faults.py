@@ -365,7 +365,7 @@ def test_a_file_system_without_locks_is_enough(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     killed_export(tmp_path / "out")
-    monkeypatch.setattr("llava_edge.export.publish.fcntl.flock", unknown)
+    monkeypatch.setattr("llava_edge.locks.fcntl.flock", unknown)
     with publish.staging(tmp_path / "out") as temp:
         assert len(list(tmp_path.iterdir())) == 2
         (temp / "file").write_text("new")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,12 +23,13 @@ from llava_edge.errors import (
     MissingError,
     UsageError,
 )
-from llava_edge.options import DEFAULT_PROMPT, result_of
+from llava_edge.locks import lock_file
+from llava_edge.options import DEFAULT_PROMPT, Options, result_of
 from llava_edge.outputs import check_output, storage_errors
 from llava_edge.paths import exists, expand_path
 
 if TYPE_CHECKING:
-    from llava_edge.bundle import Bundle
+    from llava_edge.api import Llava
     from llava_edge.runtimes.jobs import Stream
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")  # of image_format.ACCEPTED, in a folder
@@ -64,7 +65,8 @@ def batch(
 ) -> None:
     """Ask one question about each of many images.
 
-    A PATH is an image, or a folder of which all images are taken, those in folders inside it too.
+    A PATH is an image, or a folder of which all images are taken, those in folders inside it too. Hidden files are left
+    out, and links to folders inside it are not followed.
 
     \b
     llava-edge batch photos
@@ -75,47 +77,63 @@ def batch(
     options = replace(options, grammar=grammar_text(json_schema, grammar))
     if not prompt.strip():
         raise UsageError("The prompt is empty; give a question with --prompt.")
-    images = [image for path in paths for image in _find_images(Path(expand_path(path)))]
+    unreadable: list[OSError] = []
+    images = [image for path in paths for image in _find_images(Path(expand_path(path)), unreadable)]
+    for error in unreadable:
+        click.echo(f"{printable(str(error.filename))} cannot be read: {error.strerror}.", err=True)
     from llava_edge.api import Llava
     from llava_edge.bundle import Bundle
     from llava_edge.store import resolve
 
     bundle = Bundle.open(resolve(model))
-    report = _Report(as_json, Path(expand_path(output)) if output else None, prompt, bundle)
-    waiting = [image for image in images if not report.has(image)]
-    if len(waiting) < len(images):
-        click.echo(f"({len(images) - len(waiting)} of {len(images)} images are answered in {output} already)", err=True)
-    if not waiting:
-        return
-    with status_line("Loading the model") as status:
-        llava = Llava.load(bundle.folder, engine, on_load=status)
-    with llava, report:
-        suggest_native_build(llava.device)
-        streams = llava.ask_each(waiting, prompt, options, system=system)
-        for number, (image, stream) in enumerate(zip(waiting, streams, strict=True)):
-            with status_line(f"Image {number + 1} of {len(waiting)}") as status:
-                status(number / len(waiting))
-                record = _read_answer(stream)
-            report.add(image, record)
-    if report.failed:
-        raise DataError(f"{report.failed} of {len(waiting)} images could not be used.")
+    asked = prompt, bundle.manifest.name
+    with _AnswerFile(Path(expand_path(output)), bundle.folder) if output else nullcontext() as file:
+        waiting = [image for image in images if not (file and file.has(image, *asked))]
+        if len(waiting) < len(images):
+            count = f"{len(images) - len(waiting)} of {len(images)}"
+            click.echo(f"({count} images are answered in {output} already)", err=True)
+        report = _Report(as_json, prompt, file)
+        if waiting:
+            with status_line("Loading the model") as status:
+                llava = Llava.load(bundle.folder, engine, on_load=status)
+            with llava:
+                suggest_native_build(llava.device)
+                _ask(llava, waiting, prompt, system, options, report)
+    problems = [f"{report.failed} of {len(waiting)} images could not be used"] if report.failed else []
+    problems += [f"{len(unreadable)} of the folders could not be read"] if unreadable else []
+    if problems:
+        raise DataError(f"{' and '.join(problems)}.")
 
 
-def _find_images(path: Path) -> Iterator[Path]:
-    """Yield the path itself, or the images in a folder in order of their names. Raises `MissingError` without any."""
+def _ask(llava: Llava, images: list[Path], prompt: str, system: str, options: Options, report: _Report) -> None:
+    streams = llava.ask_each(images, prompt, options, system=system)
+    for number, (image, stream) in enumerate(zip(images, streams, strict=True)):
+        with status_line(f"Image {number + 1} of {len(images)}") as status:
+            status(number / len(images))
+            record = _read_answer(stream)
+        report.add(image, record)
+
+
+def _find_images(path: Path, unreadable: list[OSError]) -> Iterator[Path]:
+    """Yield the path itself, or the images in a folder in order of their names. Raises `MissingError` without any.
+
+    unreadable: gets an error for each folder that cannot be read.
+    """
     if not exists(path):
         raise MissingError(f"{path} does not exist.")
     if not path.is_dir():
         yield path
         return
+    errors: list[OSError] = []
     found = False
-    for folder, subfolders, names in os.walk(path):
+    for folder, subfolders, names in os.walk(path, onerror=errors.append):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 found = True
                 yield Path(folder, name)
-    if not found:
+    unreadable += errors
+    if not (found or errors):
         suffixes = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise MissingError(f"There are no images in {path}: no file in it ends in {suffixes}.")
 
@@ -128,74 +146,94 @@ def _read_answer(stream: Stream) -> Record:
 
 
 class _Report:
-    """Where answers go: to stdout, or to a file of JSON lines, in which the answers of earlier runs are kept.
+    """Where answers go: to stdout, or to a file."""
 
-    Raises `CannotCreateError` or `DataError` if the file is unsuitable.
-    """
-
-    def __init__(self, as_json: bool, path: Path | None, prompt: str, bundle: Bundle) -> None:
+    def __init__(self, as_json: bool, prompt: str, file: _AnswerFile | None) -> None:
         self.failed = 0
         self._as_json = as_json
         self._prompt = prompt
-        self._answered: set[Path] = set()
-        self._path = path
-        self._file: BinaryIO | None = None
-        self._size = 0  # of what is kept of the file
-        if path is not None:
-            check_output(path, bundles=[bundle.folder])
-            if path.exists() and not path.is_file():
-                raise CannotCreateError(f"{path} is not a regular file, to which answers could be added.")
-            for record, size in _read_records(path) if path.exists() else ():
-                self._size += size
-                if (record.get("prompt"), record.get("model")) == (prompt, bundle.manifest.name) and "text" in record:
-                    self._answered.add(Path(record["image"]).absolute())
-
-    def has(self, image: Path) -> bool:
-        """Whether the file has an answer about an image, of the same model to the same prompt."""
-        return image.absolute() in self._answered
+        self._file = file
 
     def add(self, image: Path, record: Record) -> None:
         """Report the answer about an image, or its error."""
         if "error" in record:
             self.failed += 1
             click.echo(record["error"], err=True)
-        if self._as_json or self._file:
-            name = str(image)
-            is_utf8 = not any("\udc80" <= mark <= "\udcff" for mark in name)  # else escaped, as JSON allows
-            line = json.dumps({"image": name, "prompt": self._prompt, **record}, ensure_ascii=not is_utf8)
-            with storage_errors(self._path) if self._path else nullcontext():
-                click.echo(line.encode(), self._file)
+        if self._file:
+            self._file.add(_json_line({"image": str(image.absolute()), "prompt": self._prompt, **record}))
+        elif self._as_json:
+            click.echo(_json_line({"image": str(image), "prompt": self._prompt, **record}), nl=False)
         elif "text" in record:
             show(f"{printable(str(image))}\t{' '.join(record['text'].split())}\n")
 
-    def __enter__(self) -> _Report:
-        if self._path:
-            with storage_errors(self._path):
-                self._file = self._path.open("ab", buffering=0)
-                self._file.truncate(self._size)
+
+def _json_line(record: Record) -> bytes:
+    is_utf8 = not any("\udc80" <= mark <= "\udcff" for mark in record["image"])  # else escaped, as JSON allows
+    return json.dumps(record, ensure_ascii=not is_utf8).encode() + b"\n"
+
+
+class _AnswerFile:
+    """A file of JSON lines, to which one run at a time adds answers. Those of earlier runs are kept.
+
+    Raises `CannotCreateError` or `DataError` if the file is unsuitable, `StorageError` if it cannot be read or written.
+    """
+
+    def __init__(self, path: Path, bundle: Path) -> None:
+        check_output(path, bundles=[bundle])
+        if path.exists() and not path.is_file():
+            raise CannotCreateError(f"{path} is not a regular file, to which answers could be added.")
+        self._path = path
+        with storage_errors(path):
+            self._file = path.open("a+b", buffering=0)
+        try:
+            lock_file(self._file, wait=False)
+            with storage_errors(path):
+                self._file.seek(0)
+                *lines, rest = self._file.readall().split(b"\n")
+                self._answered = {_identity(record) for record in _parse(path, lines, rest) if "text" in record}
+                self._file.truncate(self._file.tell() - len(rest))
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise CannotCreateError(f"Another llava-edge is adding answers to {path}; let it end first.") from error
+            raise
+
+    def has(self, image: Path, prompt: str, model: str) -> bool:
+        """Whether it has an answer of this model to this prompt about an image."""
+        return _identity({"image": str(image), "prompt": prompt, "model": model}) in self._answered
+
+    def add(self, line: bytes) -> None:
+        """Write a line at the end."""
+        with storage_errors(self._path):
+            while line:  # a nearly full disk takes a part of it before it fails
+                line = line[self._file.write(line) :]
+
+    def __enter__(self) -> _AnswerFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
+        self._file.close()
 
 
-def _read_records(path: Path) -> Iterator[tuple[Record, int]]:
-    """Yield the records of earlier runs and their sizes in bytes, but no incomplete last one. Raises `DataError`."""
-    with storage_errors(path):
-        *lines, rest = path.read_bytes().split(b"\n")
-    if rest[: len(_START)] == _START[: len(rest)]:  # cut off when the disk was full, or the power gone
-        rest = b""
-    for number, line in enumerate([*lines, rest] if rest else lines, 1):
-        record = _parse(line)
-        if record is None or number > len(lines):
-            raise DataError(f"{path} is not a file that 'llava-edge batch' wrote: see line {number}.")
-        yield record, len(line) + 1
+def _identity(record: Record) -> tuple[Path, str, str]:
+    return Path(record["image"]).absolute(), str(record.get("prompt")), str(record.get("model"))
 
 
-def _parse(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("image"), str) else None
+def _parse(path: Path, lines: list[bytes], rest: bytes) -> Iterator[Record]:
+    """Yield the records of earlier runs. Raises `DataError`.
+
+    rest: a line that was cut off, when the disk was full, say; empty if none was.
+    """
+    for number, line in enumerate(lines, 1):
+        record = None
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        if not (isinstance(record, dict) and isinstance(record.get("image"), str)):
+            raise _not_ours(path, number)
+        yield record
+    if rest[: len(_START)] != _START[: len(rest)]:
+        raise _not_ours(path, len(lines) + 1)
+
+
+def _not_ours(path: Path, line: int) -> DataError:
+    return DataError(f"{path} is not a file that 'llava-edge batch' wrote: see line {line}.")
