@@ -164,14 +164,14 @@ def test_waiting_for_room_is_not_answering(play: Callable[..., None]) -> None:
         first, second = played.ask(), played.ask()
         await played.hear()
         await played.hear()
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(0.7)
         played.end(1)
         await first
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(0.7)
         played.end(2)
         await second
 
-    play(test, answer_seconds=0.5)
+    play(test, answer_seconds=1.0)
 
 
 def test_an_answer_that_has_begun_gets_no_more_time(play: Callable[..., None]) -> None:
@@ -180,14 +180,14 @@ def test_an_answer_that_has_begun_gets_no_more_time(play: Callable[..., None]) -
         await played.hear()
         await played.hear()
         played.say({"id": 2, "text": "It"})
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(0.7)
         played.end(1)
         await first
         assert (await played.hear()) == {"cancel": 2}
         played.end(2)
         assert await problem(second) == "timeout"
 
-    play(test, answer_seconds=0.5)
+    play(test, answer_seconds=1.0)
 
 
 def test_a_child_that_hangs_gets_no_more_requests(play: Callable[..., None]) -> None:
@@ -244,12 +244,12 @@ def test_a_child_has_time_to_end_an_answer_after_the_others(play: Callable[..., 
         await played.hear()
         leaving.cancel()
         await played.hear()
-        await asyncio.sleep(0.35)  # the second time that it is late is after 0.4 seconds
+        await asyncio.sleep(0.7)  # the second time that it is late is after 0.8 seconds
         played.end(2)
         await staying
-        await asyncio.sleep(0.15)
-        played.end(1)
         await asyncio.sleep(0.3)
+        played.end(1)
+        await asyncio.sleep(0.6)
         assert not played.killed.is_set()
 
-    play(test, cancel_seconds=0.2)
+    play(test, cancel_seconds=0.4)
