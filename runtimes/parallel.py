@@ -41,29 +41,6 @@ class Request:
         return sum(len(segment.keys) for segment in self.segments)
 
 
-class Requests:
-    """The requests that `take` returns until it has none, of which the next one may wait for room, or be cancelled."""
-
-    def __init__(self, take: Callable[[], Request | None], on_finish: OnFinish) -> None:
-        self._take = take
-        self._on_finish = on_finish
-        self._next: Request | None = None
-
-    def peek(self) -> Request | None:
-        """Return the next request, which stays the next one; end those that were cancelled."""
-        while True:
-            self._next = self._next or self._take()
-            if self._next is None or not self._next.answer.job.cancel.is_set():
-                return self._next
-            if (cancelled := self.pop()) is not None:
-                self._on_finish(cancelled.answer, "cancelled")
-
-    def pop(self) -> Request | None:
-        """Remove and return what `peek` has returned; None if its caller was faster in withdrawing it."""
-        request, self._next = self._next, None
-        return request if request and request.answer.job.claim.start() else None
-
-
 @dataclass
 class _Branch:
     """An unfinished answer. `last_token` is not evaluated yet."""

@@ -25,13 +25,13 @@ from llava_edge.cache import user_cache
 from llava_edge.errors import BundleError, ContextOverflowError, LlavaEdgeError, MissingError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, FinishReason, Options
-from llava_edge.runtimes import CancelledError, devices, presets, probe, tune
-from llava_edge.runtimes.decoding import Answer, decode
+from llava_edge.runtimes import devices, presets, probe, tune
+from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.draft import DraftModel, check_draft
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import CLOSED, EngineThread, Job, Stream
 from llava_edge.runtimes.language import BATCH, LanguageModel
-from llava_edge.runtimes.parallel import Outcome, ParallelDecoder, Request, Requests
+from llava_edge.runtimes.parallel import Outcome, Request
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.pictures import (
     RECENT_BYTES,
@@ -42,7 +42,9 @@ from llava_edge.runtimes.pictures import (
     snapshot_images,
 )
 from llava_edge.runtimes.prefill import Prefill, split_segments
+from llava_edge.runtimes.requests import check_request, check_slots
 from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.scheduler import Scheduler
 from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 from llava_edge.runtimes.text import TextStream
@@ -67,7 +69,6 @@ class Engine:
         self.context_size = 0
         self._embedder: Embedder | None = None
         self._language: LanguageModel | None = None
-        self._prefill: Prefill | None = None
         self._cache = _open_cache(options.cache)
         self._recent = RecentPictures(bundle.manifest, RECENT_BYTES if options.cache else 0)
         self._parts = ExitStack()
@@ -140,7 +141,7 @@ class Engine:
 
         def answer(job: Job) -> None:
             own = iter([prepare(job)])
-            self._answer_all(lambda: next(own, None) or self._take_request())
+            self._scheduler.answer_all(lambda: next(own, None) or self._take_request(), self._finish)
 
         join = prepare if self.parallel > 1 else None
         return self._thread.submit(answer, event, lambda: self._last_chunk("", "cancelled", stats), join)
@@ -171,7 +172,7 @@ class Engine:
 
         def answer(jobs: list[Job]) -> None:
             requests = self._prepare_requests(jobs, conversations, images, seeded, started, save)
-            self._answer_all(lambda: next(requests, None))
+            self._scheduler.answer_all(lambda: next(requests, None), self._finish)
 
         def cancelled_chunk() -> Chunk:
             return self._last_chunk("", "cancelled", RequestStats(start, seeded[0].seed))
@@ -267,10 +268,10 @@ class Engine:
             path, verbose = Path(self.options.draft), self.options.verbose
             draft = DraftModel(path, language, threads, repack=self.preset.repack, verbose=verbose)
             self._parts.callback(draft.close)
-        self._speculation = Speculation(language, draft)
-        self._prefill = Prefill(self.bundle, language, self._embedder, self._cache)
-        self._parts.callback(self._prefill.save_states)
-        self._thread.on_idle = self._prefill.save_states
+        prefill = Prefill(self.bundle, language, self._embedder, self._cache)
+        self._scheduler = Scheduler(language, prefill, Speculation(language, draft))
+        self._parts.callback(prefill.save_states)
+        self._thread.on_idle = prefill.save_states
         self._template = get_template(manifest.template)
         self._end_tokens = {language.control_id(name) for name in self._template.stop_tokens}
         self._encode = prompt_encoder(language, manifest, unclosed=True)
@@ -401,47 +402,6 @@ class Engine:
                 return request
         return None
 
-    def _answer_all(self, take: Callable[[], Request | None]) -> None:
-        """Answer the requests that `take` returns until it has none: in parallel, as many as fit into the context."""
-        assert self._prefill is not None
-        requests = Requests(take, self._finish)
-        while requests.peek() is not None:
-            first = requests.pop()
-            if first is None:
-                continue
-            with ParallelDecoder(self._require_open(), self._prefill, self._finish) as decoder:
-                self._answer_alone(first, decoder, requests)
-                while decoder.busy:
-                    while (waiting := requests.peek()) is not None and decoder.has_room(waiting):
-                        if requests.pop() is not None:
-                            decoder.add(waiting)
-                    decoder.step()
-
-    def _answer_alone(self, request: Request, decoder: ParallelDecoder, others: Requests) -> None:
-        """Answer a request, with drafts; as soon as there is room for another one, let `decoder` go on with it."""
-        assert self._prefill is not None
-        answer, sampler = request.answer, Sampler(self._require_open(), request.options)
-
-        def pause() -> bool:
-            waiting = others.peek()
-            return waiting is not None and decoder.has_room(waiting, answer)
-
-        with ExitStack() as stack:
-            stack.callback(sampler.close)
-            outcome: Outcome | int
-            try:
-                self._prefill.run(request.segments, answer.stats, answer.job, reuse=request.reuse, save=request.save)
-                outcome = decode(answer, request.options, sampler, self._speculation, pause)
-            except CancelledError:
-                outcome = "cancelled"
-            except UsageError as error:
-                outcome = error
-            if isinstance(outcome, int):
-                stack.pop_all()
-                decoder.adopt(request, sampler, outcome)
-            else:
-                self._finish(answer, outcome)
-
     def _finish(self, answer: Answer, outcome: Outcome) -> None:
         """Output the last chunk, unless there is an error, and end the stream."""
         if isinstance(outcome, UsageError):
@@ -496,45 +456,12 @@ class Engine:
         return self._language
 
 
-def check_request(
-    conversations: Sequence[Sequence[prompt.Message]],
-    options: Options | None = None,
-    cancel: threading.Event | None = None,
-) -> None:
-    """Raise `UsageError` for arguments of a wrong type, which would otherwise fail later and look like a bug of ours.
-
-    Also for a question without text and picture, for which a model would make something up.
-    """
-    for value, kind in ((options, Options), (cancel, threading.Event)):
-        if value is not None and not isinstance(value, kind):
-            raise UsageError(f"Expected an object of {kind.__name__}, not {value!r:.60}.")
-    for messages in conversations:
-        if isinstance(messages, str) or not isinstance(messages, Sequence):
-            raise UsageError(f"Expected a list of Message, not {messages!r:.60}.")
-        for message in messages:
-            if not isinstance(message, prompt.Message):
-                raise UsageError(f"Expected a Message, not {message!r:.60}.")
-            if not isinstance(message.text, str):
-                raise UsageError(f"Expected a text for a message, not {message.text!r:.60}.")
-            if not isinstance(message.images, int) or message.images < 0:
-                raise UsageError(f"Expected a number of images for a message, not {message.images!r:.60}.")
-        if messages and messages[-1].role == "user" and not (messages[-1].text.strip() or messages[-1].images):
-            raise UsageError("The question is empty; expected a text, a picture or both.")
-
-
 def _with_seed(options: Options | None) -> Options:
     """Return options with a seed if, and only if, sampling is random."""
     options = options or Options()
     if options.greedy:
         return replace(options, seed=None)
     return options if options.seed is not None else replace(options, seed=int.from_bytes(os.urandom(4)))
-
-
-def check_slots(messages: Sequence[prompt.Message], images: Sequence[object]) -> None:
-    """Raise `UsageError` unless there is an image for each slot of the messages."""
-    slots = sum(message.images for message in messages)
-    if slots != len(images):
-        raise UsageError(f"The messages have slots for {slots} images, but {len(images)} were given.")
 
 
 def _open_cache(setting: bool | Path | Literal["memory"]) -> PictureCache:

@@ -362,7 +362,7 @@ def test_a_conversation_joins_and_goes_on(llava: Llava) -> None:
 
 def test_positions_that_will_be_kept_are_known_before(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room is counted by them: those of a turn that reused part of a text are not kept, although they are the same."""
-    prefill, kept = llava._engine._prefill, list[tuple[int, int]]()
+    prefill, kept = llava._engine._scheduler._prefill, list[tuple[int, int]]()
     assert prefill
     right = prefill.run
 
