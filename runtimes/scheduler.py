@@ -67,6 +67,8 @@ class Scheduler:
                     while (waiting := requests.peek()) is not None and decoder.has_room(waiting):
                         if requests.pop() is not None:
                             decoder.add(waiting)
+                        if waiting.answer.stats.read_pictures:
+                            break  # the others have waited long enough for a token
                     decoder.step()
 
     def _answer_alone(self, request: Request, decoder: ParallelDecoder, others: _Requests) -> Outcome | None:

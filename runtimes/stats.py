@@ -32,6 +32,11 @@ class RequestStats:
     drafted: int = 0  # draft tokens
     accepted: int = 0  # of these, in the answer
 
+    @property
+    def read_pictures(self) -> bool:
+        """Whether pictures of the prompt had to be evaluated."""
+        return self.image_tokens > 0 and not self.kv_cache_hit
+
     def _cache_hit(self) -> CacheHit:
         if self.kv_cache_hit:
             return "kv"

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,28 @@ def test_a_broken_model_is_an_error_of_all(llava: Llava, monkeypatch: pytest.Mon
         found = together(llava, patch, [("the red", IMAGES[0], LONG), ("a list:", (), LONG)])
     assert all(isinstance(error, BundleError) for error in found)
     assert llava.ask("the red", IMAGES[0], replace(LONG, max_tokens=5)).completion_tokens == 5
+
+
+def test_others_get_a_token_between_two_pictures(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 7B reads each for many seconds."""
+    language, seen = llava._engine._language, list[str]()
+    assert language
+
+    def record(name: str) -> None:
+        right = getattr(language, name)
+
+        def recorded(*arguments: Any) -> None:
+            seen.append(name)
+            right(*arguments)
+
+        monkeypatch.setattr(language, name, recorded)
+
+    for name in ("evaluate_embeddings", "evaluate_branches"):
+        record(name)
+    together(llava, monkeypatch, [("a list:", (), LONG), *(("the red", image, SHORT) for image in IMAGES)])
+    pictures = [place for place, name in enumerate(seen) if name == "evaluate_embeddings"]
+    assert len(pictures) == len(IMAGES)
+    assert all(second - first > 1 for first, second in pairwise(pictures))
 
 
 def test_leaving_an_answer_leaves_the_others(llava: Llava, batches: list[int]) -> None:
