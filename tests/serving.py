@@ -163,6 +163,7 @@ def running(
     log = folder / "server.log"
     paths = os.pathsep.join([*first, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {**os.environ, "LLAVA_EDGE_HOME": str(folder / "home"), "PYTHONPATH": paths, **(environment or {})}
+    settings.pop("PYTEST_CURRENT_TEST", None)  # may contain a key, for which tests search the environment
     program = ["-c", _PATCHED.format(limits=limits)] if limits else ["-m", "llava_edge"]
     command = [sys.executable, *program, "serve", "--model", str(bundle), "--port", "0", "--device", "cpu"]
     with log.open("wb") as stderr:

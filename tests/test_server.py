@@ -208,6 +208,10 @@ def test_completions(client: Any, llava: Llava) -> None:
     with pytest.raises(openai.BadRequestError, match=r"logprobs is 99") as caught:
         client.completions.create(model="micro", prompt="Hello", logprobs=99)
     assert caught.value.param == "logprobs"
+    for prompt in ("word " * 5000, "x" * 2_000_000):  # more than the context holds, and than is accepted at all
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="micro", prompt=prompt)
+        assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
     parts = client.completions.create(model="micro", prompt="Hello", max_tokens=8, stream=True)
     assert "".join(part.choices[0].text for part in parts) == made.choices[0].text
 

@@ -92,13 +92,14 @@ _GRAMMAR_FIELDS = ("grammar", "structured_outputs", "guided_json", "guided_choic
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """A checked request. `images` are those of all messages, in order."""
+    """A checked request. `images` are those of all messages, in order; `text_field` is what the client called them."""
 
     messages: tuple[Message, ...]
     images: tuple[bytes, ...]
     options: Options
     stream: bool
     include_usage: bool
+    text_field: str = "messages"
 
     def header(self) -> dict[str, Any]:
         """Everything but the images, for the child as JSON."""
@@ -131,25 +132,34 @@ def parse_completion(body: Mapping[str, Any], model: str, limits: Limits) -> Mod
         raise bad_request("prompt must be one string.", "prompt")
     if _max_tokens(body) is None:
         body = {**body, "max_tokens": 16}
-    return _model_request(body, [Message("user", prompt)], [], body.get("logprobs"), limits)
+    return _model_request(body, [Message("user", prompt)], [], body.get("logprobs"), limits, "prompt")
 
 
 def _model_request(
-    body: Mapping[str, Any], messages: Sequence[Message], images: list[bytes], top_logprobs: Any, limits: Limits
+    body: Mapping[str, Any],
+    messages: Sequence[Message],
+    images: list[bytes],
+    top_logprobs: Any,
+    limits: Limits,
+    text_field: str = "messages",
 ) -> ModelRequest:
     _refuse_unsupported(body, _NO_EFFECT | (_NO_EFFECT_IF_CONTINUED if messages[-1].role == "assistant" else {}))
     if len(images) > limits.images:
         raise bad_request(f"There are {len(images)} images; at most {limits.images} are accepted.", "messages")
     if sum(len(message.text.encode("utf-8", "replace")) for message in messages) > limits.prompt:
-        raise bad_request(
-            f"The messages have more than {limits.prompt} bytes of text.", "messages", "context_length_exceeded"
-        )
+        problem = f"The {text_field} must have at most {limits.prompt} bytes of text."
+        raise bad_request(problem, text_field, "context_length_exceeded")
     stream_options = body.get("stream_options")
     if stream_options is not None and not isinstance(stream_options, dict):
         raise bad_request("stream_options must be an object.", "stream_options")
     include_usage = _flag(stream_options or {}, "include_usage")
     return ModelRequest(
-        tuple(messages), tuple(images), _options(body, top_logprobs), _flag(body, "stream"), include_usage
+        tuple(messages),
+        tuple(images),
+        _options(body, top_logprobs),
+        _flag(body, "stream"),
+        include_usage,
+        text_field,
     )
 
 

@@ -353,7 +353,8 @@ class _Child:
             job.send(event)
         elif event["error"]["kind"] in _CLIENT_ERRORS:
             code = "context_length_exceeded" if event["error"]["kind"] == "ContextOverflowError" else None
-            param = "image_tokens" if event["error"]["message"].startswith("image_tokens") else "messages"
+            is_budget = event["error"]["message"].startswith("image_tokens")
+            param = "image_tokens" if is_budget else job.request.text_field
             job.send(bad_request(event["error"]["message"], param, code))
         else:
             job.send(Problem(500, "The model failed on this request.", code="model_error"))
