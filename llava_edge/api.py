@@ -156,7 +156,7 @@ class Llava:
 
         Images are read and encoded one after another, when their turn comes, and the answers are decoded as a batch,
         with the same tokens as `ask_many` says. The stream of an image that cannot be used raises `ImageError`,
-        `MissingError` or `ContextOverflowError`, and the others go on. KV cache states are not saved.
+        `MissingError` or `ContextOverflowError`, and the others go on. KV cache states are neither saved nor used.
         """
         if isinstance(images, str | Path | bytes) or not isinstance(images, Sequence):
             raise UsageError("ask_each expects a list of images; use ask for a single one.")

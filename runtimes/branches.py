@@ -15,7 +15,7 @@ from llava_edge.runtimes.language import LanguageModel
 
 
 class Branches:
-    """Up to `max_branches` of the model's at a time. Until this is closed, nothing else may empty its KV cache."""
+    """Up to the model's `max_branches` at a time. Until this is closed, nothing else may empty its KV cache."""
 
     def __init__(self, language: LanguageModel) -> None:
         self._language = language
@@ -47,7 +47,7 @@ class Branches:
 
     def end(self, branch: int) -> None:
         """End a branch, so that its number can be used again."""
-        self._language.end_branch(branch, self._shared[branch])
+        self._language.end_branch(branch, self._shared.pop(branch))
         del self._lengths[branch]
 
     def close(self) -> None:

@@ -109,6 +109,14 @@ def together(
         return [future.result(60) for future in futures]
 
 
+def assert_same_together(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, requests: list[tuple[str, Any, Options]]
+) -> None:
+    alone = [llava.ask(question, image, options).text for question, image, options in requests]
+    found = together(llava, monkeypatch, requests)
+    assert [result.text for result in found if isinstance(result, Result)] == alone
+
+
 def test_answers_are_decoded_together_and_are_those_alone(
     llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,10 +144,8 @@ def test_an_answer_with_drafts_goes_on_without(
         ("a list: one, two, one, two, one,", (), options),
         ("the red", IMAGES[0], options),
     ]
-    alone = [llava.ask(question, image, each).text for question, image, each in requests]
-    found = together(llava, monkeypatch, requests)
+    assert_same_together(llava, monkeypatch, requests)
     assert max(batches) == 2
-    assert [result.text for result in found if isinstance(result, Result)] == alone
 
 
 def test_a_sampled_answer_goes_on_with_its_own_numbers(
@@ -150,10 +156,8 @@ def test_a_sampled_answer_goes_on_with_its_own_numbers(
         ("the red", IMAGES[0], options),
         ("a list:", (), replace(options, seed=8)),
     ]
-    alone = [llava.ask(question, image, each).text for question, image, each in requests]
-    found = together(llava, monkeypatch, requests)
+    assert_same_together(llava, monkeypatch, requests)
     assert max(batches) == 2
-    assert [result.text for result in found if isinstance(result, Result)] == alone
 
 
 def test_without_the_same_bits_requests_are_answered_in_turn(

@@ -67,6 +67,13 @@ class Played:
 
         return asyncio.create_task(read())
 
+    async def ask_two(self) -> tuple[asyncio.Task[list[Event]], asyncio.Task[list[Event]]]:
+        """Two requests that the child has got."""
+        both = self.ask(), self.ask()
+        for _ in both:
+            await self.hear()
+        return both
+
 
 class _Process:
     """What `_Child` uses of a process."""
@@ -161,9 +168,7 @@ def test_waiting_for_room_is_not_answering(play: Callable[..., None]) -> None:
     """An answer's time does not run while the context is full of earlier ones."""
 
     async def test(played: Played) -> None:
-        first, second = played.ask(), played.ask()
-        await played.hear()
-        await played.hear()
+        first, second = await played.ask_two()
         await asyncio.sleep(0.7)
         played.end(1)
         await first
@@ -176,9 +181,7 @@ def test_waiting_for_room_is_not_answering(play: Callable[..., None]) -> None:
 
 def test_an_answer_that_has_begun_gets_no_more_time(play: Callable[..., None]) -> None:
     async def test(played: Played) -> None:
-        first, second = played.ask(), played.ask()
-        await played.hear()
-        await played.hear()
+        first, second = await played.ask_two()
         played.say({"id": 2, "text": "It"})
         await asyncio.sleep(0.7)
         played.end(1)
@@ -194,9 +197,7 @@ def test_a_child_that_hangs_gets_no_more_requests(play: Callable[..., None]) -> 
     """With them there would always be somebody for whom it seems to work."""
 
     async def test(played: Played) -> None:
-        leaving, staying = played.ask(), played.ask()
-        await played.hear()
-        await played.hear()
+        leaving, staying = await played.ask_two()
         leaving.cancel()
         assert await played.hear() == {"cancel": 1}
         await asyncio.sleep(0.15)
@@ -218,9 +219,7 @@ def test_a_child_that_hangs_gets_no_more_requests(play: Callable[..., None]) -> 
 
 def test_it_gets_them_as_soon_as_it_ends_an_answer(play: Callable[..., None]) -> None:
     async def test(played: Played) -> None:
-        leaving, staying = played.ask(), played.ask()
-        await played.hear()
-        await played.hear()
+        leaving, staying = await played.ask_two()
         leaving.cancel()
         await played.hear()
         await asyncio.sleep(0.15)
@@ -239,9 +238,7 @@ def test_a_child_has_time_to_end_an_answer_after_the_others(play: Callable[..., 
     """It may still have to read the one that is cancelled."""
 
     async def test(played: Played) -> None:
-        leaving, staying = played.ask(), played.ask()
-        await played.hear()
-        await played.hear()
+        leaving, staying = await played.ask_two()
         leaving.cancel()
         await played.hear()
         await asyncio.sleep(0.7)  # the second time that it is late is after 0.8 seconds

@@ -94,6 +94,16 @@ def generation_options(command: Command) -> Command:
     return engine_options(_apply_options(command, options))
 
 
+def answer_options(command: Command) -> Command:
+    """Add the system prompt and what answers must follow; the command receives them as keyword arguments."""
+    options: list[Decorator] = [
+        click.option("--system", default="", metavar="TEXT", help="System prompt, instead of the model's own."),
+        click.option("--json-schema", metavar="FILE", help="JSON schema that answers must follow."),
+        click.option("--grammar", metavar="FILE", help="GBNF grammar (llama.cpp's) that answers must follow."),
+    ]
+    return _apply_options(command, options)
+
+
 def _apply_options(command: Command, options: list[Decorator]) -> Command:
     for option in reversed(options):
         command = option(command)

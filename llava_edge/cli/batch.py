@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import generation_options, options_from
+from llava_edge.cli.arguments import answer_options, generation_options, options_from
 from llava_edge.cli.run import grammar_text
 from llava_edge.cli.terminal import printable, show, status_line, suggest_native_build
 from llava_edge.errors import (
@@ -42,9 +42,7 @@ _START = b'{"image": '  # of each line of an output file
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="Question about each image.")
-@click.option("--system", default="", metavar="TEXT", help="System prompt, instead of the model's own.")
-@click.option("--json-schema", metavar="FILE", help="JSON schema that answers must follow.")
-@click.option("--grammar", metavar="FILE", help="GBNF grammar (llama.cpp's) that answers must follow.")
+@answer_options
 @generation_options
 @click.option("--json", "as_json", is_flag=True, help="Print each answer as a JSON object, with timings and memory.")
 @click.option(

@@ -13,6 +13,7 @@ import click
 
 from llava_edge.cli.arguments import (
     ImageCommand,
+    answer_options,
     generation_options,
     image_path,
     load_model_and_images,
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to ask about (-: stdin); repeatable.")
 @click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], show_default=True, metavar="TEXT",
               help="Question to ask (-: stdin); repeatable.")  # fmt: skip
-@click.option("--system", default="", metavar="TEXT", help="System prompt, instead of the model's own.")
-@click.option("--json-schema", metavar="FILE", help="JSON schema that answers must follow.")
-@click.option("--grammar", metavar="FILE", help="GBNF grammar (llama.cpp's) that answers must follow.")
+@answer_options
 @generation_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print each answer as a JSON object on one line, with timings and memory."
