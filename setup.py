@@ -42,7 +42,8 @@ SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 DEV = [
     *TRAIN,
     *SERVE,
-    "openai>=2",  # the client the server is tested with
+    "openai>=2",  # the clients the server is tested with
+    "ollama>=0.6",
     "transformers>=4.57.6,<5",  # the reference the tests compare with; 5.x changed the image processors
     "sentencepiece>=0.2.1",
     "hypothesis>=6.150",

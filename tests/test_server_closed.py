@@ -168,7 +168,9 @@ def test_an_allowed_page_asks_as_browsers_do(page: str, site: str, shared: Serve
     assert (status, cors(headers), headers["vary"]) == (200, {"allow-origin": page}, "Origin")
     status, headers, body = shared.chat(question(max_tokens=0), given | key)
     assert (status, cors(headers)) == (400, {"allow-origin": page})
-    assert shared.request("GET", "/v1/models?x=1", headers=given | key)[0] == 200
+    for path in ("/v1/models?x=1", "/api/tags"):
+        status, headers, _ = shared.request("GET", path, headers=given | key)
+        assert (status, cors(headers)) == (200, {"allow-origin": page})
 
 
 def test_an_allowed_page_needs_the_key_and_reads_why(shared: Server) -> None:
@@ -191,7 +193,9 @@ def test_pages_that_were_not_allowed(method: str, origin: str, shared: Server) -
     assert (status, cors(headers), headers["vary"]) == (403, {}, "Origin")
 
 
-@pytest.mark.parametrize("path", ["/", "/log", "/log/state", "/metrics", "/examples/x.jpg", "/v1", "/healthy", "//v1/"])
+@pytest.mark.parametrize(
+    "path", ["/", "/log", "/log/state", "/metrics", "/examples/x.jpg", "/v1", "/healthy", "//v1/", "/api"]
+)
 def test_an_allowed_page_gets_the_api_alone(path: str, shared: Server) -> None:
     given = {"Origin": PAGES[0], "Authorization": f"Bearer {KEY}", "Access-Control-Request-Method": "GET"}
     for method in ("GET", "OPTIONS", "DELETE"):
@@ -352,6 +356,7 @@ def test_a_schema_fetches_nothing(server: Server) -> None:
 
 def test_every_route_but_health_needs_the_key(locked: Server) -> None:
     routes = ["GET /", "GET /v1/models", "GET /metrics", "POST /v1/chat/completions", "GET /log", "DELETE /log"]
+    routes += ["GET /api/tags", "POST /api/chat", "POST /api/show"]
     for route in (*routes, "POST /v1/completions", "GET /examples/x.jpg", "GET /nowhere"):
         method, path = route.split()
         status, headers, _ = locked.request(method, path, question() if method == "POST" else None)

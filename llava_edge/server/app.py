@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from llava_edge.server import replies, requests
+from llava_edge.bundle import Manifest
+from llava_edge.server import ollama, replies, requests
+from llava_edge.server.connection import AnswerStream, DisconnectedError, collect, read_body, unless_disconnected
 from llava_edge.server.guard import Guard
 from llava_edge.server.json_body import parse
 from llava_edge.server.limits import Limits
@@ -23,19 +22,34 @@ from llava_edge.server.metrics import CONTENT_TYPE, Metrics
 from llava_edge.server.middleware import Middleware, problem_response
 from llava_edge.server.page import Page
 from llava_edge.server.problems import Problem, bad_request
+from llava_edge.server.replies import Event
 from llava_edge.server.requests import ModelRequest
 from llava_edge.server.supervisor import Supervisor
 from llava_edge.server.votes import VoteLog
 
-T = TypeVar("T")
 RequestParser = Callable[[dict[str, Any], str, Limits], ModelRequest]
+
+
+class Reply(Protocol):
+    """Formats an answer in one of the APIs: whole, or as a stream of `media_type`."""
+
+    media_type: str
+
+    def complete(self, events: Sequence[Event]) -> dict[str, Any]: ...
+    def start(self) -> bytes: ...
+    def chunk(self, event: Event) -> bytes: ...
+    def end(self, event: Event) -> bytes: ...
+    def error(self, problem: Problem) -> bytes: ...
 
 
 class App:
     """The route handlers and their shared state."""
 
-    def __init__(self, model: str, supervisor: Supervisor, vote_log: VoteLog, limits: Limits, metrics: Metrics) -> None:
-        self._model = model
+    def __init__(
+        self, manifest: Manifest, supervisor: Supervisor, vote_log: VoteLog, limits: Limits, metrics: Metrics
+    ) -> None:
+        self._manifest = manifest
+        self._model = manifest.name
         self._supervisor = supervisor
         self._vote_log = vote_log
         self._limits = limits
@@ -54,6 +68,12 @@ class App:
             Route("/v1/models/{name:path}", self._get_model),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
+            Route("/api/version", self._ollama_version),
+            Route("/api/tags", self._ollama_models),
+            Route("/api/ps", self._ollama_models),
+            Route("/api/show", self._ollama_model, methods=["POST"]),
+            Route("/api/chat", self._ollama_chat, methods=["POST"]),
+            Route("/api/generate", self._ollama_generate, methods=["POST"]),
             Route("/log", self._log_file, methods=["GET"]),
             Route("/log", self._log_add, methods=["POST"]),
             Route("/log", self._log_delete, methods=["DELETE"]),
@@ -63,7 +83,7 @@ class App:
             Problem: _problem_handler,
             HTTPException: _http_error_handler,
             Exception: _bug_handler,
-            _DisconnectedError: _disconnect_handler,
+            DisconnectedError: _disconnect_handler,
         }
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
@@ -71,27 +91,38 @@ class App:
         return Middleware(app, guard, self._limits, self._metrics, paths, log)
 
     async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, requests.parse_chat, chat=True)
+        return await self._openai_answer(request, requests.parse_chat, chat=True)
 
     async def _completion(self, request: Request) -> Response:
-        return await self._answer(request, requests.parse_completion, chat=False)
+        return await self._openai_answer(request, requests.parse_completion, chat=False)
 
-    async def _answer(self, request: Request, parse_request: RequestParser, chat: bool) -> Response:
+    async def _openai_answer(self, request: Request, parse_request: RequestParser, chat: bool) -> Response:
         model_request = parse_request(await self._parse_body(request), self._model, self._limits)
-        reply = replies.Reply(self._model, chat)
+        return await self._answer(request, model_request, replies.Reply(self._model, chat, model_request.include_usage))
+
+    async def _ollama_chat(self, request: Request) -> Response:
+        return await self._ollama_answer(request, ollama.parse_chat, chat=True)
+
+    async def _ollama_generate(self, request: Request) -> Response:
+        return await self._ollama_answer(request, ollama.parse_generate, chat=False)
+
+    async def _ollama_answer(self, request: Request, parse_request: RequestParser, chat: bool) -> Response:
+        body = await self._parse_body(request)
+        reply = ollama.Reply(ollama.parse_model(body, self._model), chat)
+        if ollama.only_loads(body):
+            return JSONResponse(reply.loaded())
+        return await self._answer(request, parse_request(body, self._model, self._limits), reply)
+
+    async def _answer(self, request: Request, model_request: ModelRequest, reply: Reply) -> Response:
         events = self._supervisor.answer(model_request)
         if not model_request.stream:
-            return JSONResponse(reply.complete(await _unless_disconnected(request, _collect(events))))
+            return JSONResponse(reply.complete(await unless_disconnected(request, collect(events))))
         # Wait for the first event before sending the status, so that an invalid request gets its own.
-        first_event = await _unless_disconnected(request, anext(events))
-        return _EventStream(self._sse(first_event, events, reply, model_request.include_usage), events)
+        first_event = await unless_disconnected(request, anext(events))
+        return AnswerStream(self._stream(first_event, events, reply), events, reply.media_type)
 
-    async def _sse(
-        self,
-        first_event: dict[str, Any],
-        events: AsyncGenerator[dict[str, Any], None],
-        reply: replies.Reply,
-        include_usage: bool,
+    async def _stream(
+        self, first_event: Event, events: AsyncGenerator[dict[str, Any], None], reply: Reply
     ) -> AsyncGenerator[bytes, None]:
         yield reply.start() + reply.chunk(first_event)
         event = first_event
@@ -99,12 +130,12 @@ class App:
             async for event in events:
                 yield reply.chunk(event)
         except Problem as problem:
-            yield replies.error_event(problem)
+            yield reply.error(problem)
             return
-        yield reply.end(event, include_usage)
+        yield reply.end(event)
 
     async def _parse_body(self, request: Request) -> dict[str, Any]:
-        return parse(await _read_body(request, self._limits), self._limits)
+        return parse(await read_body(request, self._limits), self._limits)
 
     async def _list_models(self, _: Request) -> Response:
         return JSONResponse(replies.model_list(self._model, self._created))
@@ -113,6 +144,16 @@ class App:
         if request.path_params["name"] != self._model:
             raise Problem(404, f"This server has the model {self._model!r} only.", code="model_not_found")
         return JSONResponse(replies.model(self._model, self._created))
+
+    async def _ollama_version(self, _: Request) -> Response:
+        return JSONResponse({"version": ollama.VERSION})
+
+    async def _ollama_models(self, _: Request) -> Response:
+        return JSONResponse(ollama.model_list(self._manifest, self._created))
+
+    async def _ollama_model(self, request: Request) -> Response:
+        ollama.parse_model(await self._parse_body(request), self._model)
+        return JSONResponse(ollama.model_details(self._manifest, self._supervisor.ready.get("context", 0)))
 
     async def _health(self, _: Request) -> Response:
         supervisor = self._supervisor
@@ -170,86 +211,23 @@ class App:
         return Response(status_code=204)
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events. Closes `events`, which they are made from, however the response ends."""
-
-    def __init__(self, lines: AsyncGenerator[bytes, None], events: AsyncGenerator[dict[str, Any], None]) -> None:
-        headers = {"X-Accel-Buffering": "no"}  # or an nginx proxy buffers the events
-        super().__init__(lines, headers=headers, media_type="text/event-stream")
-        self._lines = lines
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events), aclosing(self._lines):
-            await super().__call__(scope, receive, send)
-
-
-class _DisconnectedError(Exception):
-    """The client disconnected."""
-
-
-async def _read_body(request: Request, limits: Limits) -> bytes:
-    """The request's body. Keeps at most `limits.body` bytes in memory. Raises `Problem` (408, 413)."""
-    size, parts = 0, list[bytes]()
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for part in request.stream():
-                size += len(part)
-                if size > limits.body:  # keep reading: closing early would lose the response
-                    parts.clear()
-                else:
-                    parts.append(part)
-    except TimeoutError:
-        raise Problem(408, f"The body did not arrive within {limits.body_seconds:g} seconds.") from None
-    except ClientDisconnect:
-        raise _DisconnectedError from None
-    if size > limits.body:
-        raise Problem(413, f"The body has {size} bytes; at most {limits.body} are accepted.")
-    return b"".join(parts)
-
-
-async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled if the client disconnects. Raises `_DisconnectedError`."""
-    task = asyncio.ensure_future(work)
-    disconnect = asyncio.create_task(_wait_for_disconnect(request))
-    try:
-        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        disconnect.cancel()
-        if not task.done():
-            task.cancel()
-    try:
-        return await task
-    except asyncio.CancelledError:
-        raise _DisconnectedError from None
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _collect(events: AsyncGenerator[dict[str, Any], None]) -> list[dict[str, Any]]:
-    async with aclosing(events):
-        return [event async for event in events]
-
-
-async def _problem_handler(_: Request, problem: Exception) -> Response:
+async def _problem_handler(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, Problem)
-    return problem_response(problem)
+    return problem_response(problem, request.scope["path"])
 
 
-async def _http_error_handler(_: Request, error: Exception) -> Response:
+async def _http_error_handler(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    not_found = "There is no such path; the API is under /v1."
+    not_found = "There is no such path; OpenAI's API is under /v1, Ollama's under /api."
     message = "This path does not support the method." if status == 405 else not_found
-    response = problem_response(Problem(status, message))
+    response = problem_response(Problem(status, message), request.scope["path"])
     response.headers.update(getattr(error, "headers", None) or {})  # Allow: the methods of the path
     return response
 
 
-async def _bug_handler(_: Request, error: Exception) -> Response:
-    return problem_response(Problem(500, "This is a bug in llava-edge; the server's log has the details."))
+async def _bug_handler(request: Request, error: Exception) -> Response:
+    problem = Problem(500, "This is a bug in llava-edge; the server's log has the details.")
+    return problem_response(problem, request.scope["path"])
 
 
 async def _disconnect_handler(_: Request, error: Exception) -> Response:

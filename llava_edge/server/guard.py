@@ -69,7 +69,7 @@ class Guard:
     def _allowed_origin(self, target: bytes, headers: Headers) -> str:
         """The allowed origin of a request for the API; empty if there is none."""
         path, origins = target.partition(b"?")[0], _values(headers, b"origin")
-        is_api = path.startswith(b"/v1/") or path == b"/health"
+        is_api = path.startswith((b"/v1/", b"/api/")) or path == b"/health"
         return origins[0] if is_api and len(origins) == 1 and origins[0] in self.allowed_origins else ""
 
     def _check_host(self, target: bytes, headers: Headers) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava_edge.server import ollama
 from llava_edge.server.guard import Guard
 from llava_edge.server.limits import Limits
 from llava_edge.server.metrics import Metrics
@@ -27,12 +28,13 @@ _SHORT_DRAIN_STATUSES = (401, 403, 408)  # not authorized, or already out of tim
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 
 
-def problem_response(problem: Problem) -> Response:
-    """An error in OpenAI's format."""
+def problem_response(problem: Problem, path: str) -> Response:
+    """An error in OpenAI's format, or in Ollama's where the path is."""
     headers = problem.headers
     if problem.status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="llava-edge"'  # so that browsers prompt for the key as a password
-    return JSONResponse(problem.body(), problem.status, headers)
+    body = ollama.error(problem) if path.startswith("/api/") else problem.body()
+    return JSONResponse(body, problem.status, headers)
 
 
 class Middleware:
@@ -66,7 +68,7 @@ class Middleware:
             else:
                 await self._forward(scope, exchange)
         except Problem as problem:
-            await problem_response(problem)(scope, exchange.receive, exchange.send)
+            await problem_response(problem, scope["path"])(scope, exchange.receive, exchange.send)
         finally:
             route = scope["path"] if scope["path"] in self._paths else "(other)"
             method = scope["method"] if scope["method"] in _METHODS else "(other)"

@@ -19,16 +19,14 @@ def sse_event(value: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n\n"
 
 
-def error_event(problem: Problem) -> bytes:
-    """The event that ends a stream with an error; no `DONE` follows it."""
-    return sse_event(problem.body())
-
-
 class Reply:
     """Formats the answer to one request for /v1/chat/completions (`chat`) or /v1/completions."""
 
-    def __init__(self, model: str, chat: bool) -> None:
+    media_type = "text/event-stream"
+
+    def __init__(self, model: str, chat: bool, include_usage: bool) -> None:
         self._chat = chat
+        self._include_usage = include_usage
         self._envelope = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": ("chat.completion" if chat else "text_completion"),
@@ -56,12 +54,16 @@ class Reply:
             return b""
         return self._choice_event(body, _finish_reason(event), self._logprobs(event["chances"]))
 
-    def end(self, event: Event, include_usage: bool) -> bytes:
+    def end(self, event: Event) -> bytes:
         """The end of a stream: usage, if requested, and `DONE`."""
-        if not include_usage:
+        if not self._include_usage:
             return DONE
         envelope = self._stream_envelope()
         return sse_event({**envelope, "choices": [], "usage": usage(event), "llava_edge": details(event)}) + DONE
+
+    def error(self, problem: Problem) -> bytes:
+        """The event that ends a stream with an error; no `DONE` follows it."""
+        return sse_event(problem.body())
 
     def _choice_event(self, body: dict[str, Any], reason: str | None = None, logprobs: object = None) -> bytes:
         delta = {"delta": body} if self._chat else body
@@ -72,20 +74,23 @@ class Reply:
         return {**self._envelope, "object": "chat.completion.chunk"} if self._chat else self._envelope
 
     def _logprobs(self, chances: list[Any]) -> dict[str, Any] | None:
-        """`chances` are [token bytes, logprob, [[token bytes, logprob], ...]], bytes as lists of numbers."""
         if not chances:
             return None
         if self._chat:
-            content = [
-                _token_logprob(token, logprob) | {"top_logprobs": [_token_logprob(*pair) for pair in top]}
-                for token, logprob, top in chances
-            ]
-            return {"content": content, "refusal": None}
+            return {"content": token_logprobs(chances), "refusal": None}
         return {
             "tokens": [_decode(chance[0]) for chance in chances],
             "token_logprobs": [chance[1] for chance in chances],
             "top_logprobs": [{_decode(top): logprob for top, logprob in chance[2]} for chance in chances],
         }
+
+
+def token_logprobs(chances: Sequence[Any]) -> list[dict[str, Any]]:
+    """`chances` are [token bytes, logprob, [[token bytes, logprob], ...]], bytes as lists of numbers."""
+    return [
+        _token_logprob(token, logprob) | {"top_logprobs": [_token_logprob(*pair) for pair in top]}
+        for token, logprob, top in chances
+    ]
 
 
 def usage(event: Event) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class ModelRequest:
 
 def parse_chat(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
     """Check a request to /v1/chat/completions. Raises `Problem` (400, 404)."""
-    _check_model(body, model)
+    check_model(body, model)
     turns = body.get("messages")
     if not isinstance(turns, list) or not 1 <= len(turns) <= limits.messages:
         raise bad_request(f"messages must be a list of 1 to {limits.messages} messages.", "messages")
@@ -124,7 +124,7 @@ def parse_chat(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequ
 
 def parse_completion(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
     """Check a request to /v1/completions, whose prompt becomes a user message. Raises `Problem` (400, 404)."""
-    _check_model(body, model)
+    check_model(body, model)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
@@ -143,7 +143,7 @@ def _model_request(
     limits: Limits,
     text_field: str = "messages",
 ) -> ModelRequest:
-    _refuse_unsupported(body, _NO_EFFECT | (_NO_EFFECT_IF_CONTINUED if messages[-1].role == "assistant" else {}))
+    refuse_unsupported(body, _NO_EFFECT | (_NO_EFFECT_IF_CONTINUED if messages[-1].role == "assistant" else {}))
     if len(images) > limits.images:
         raise bad_request(f"There are {len(images)} images; at most {limits.images} are accepted.", "messages")
     if sum(len(message.text.encode("utf-8", "replace")) for message in messages) > limits.prompt:
@@ -163,7 +163,8 @@ def _model_request(
     )
 
 
-def _refuse_unsupported(body: Mapping[str, Any], no_effect: Mapping[str, tuple[object, ...]]) -> None:
+def refuse_unsupported(body: Mapping[str, Any], no_effect: Mapping[str, tuple[object, ...]]) -> None:
+    """Raise `Problem` (400) if a field has a value that is not among those of `no_effect`."""
     for name, values in no_effect.items():
         value = body.get(name)
         if value is None or (name in _TOOL_CHOICE and body.get(_TOOL_CHOICE[name]) == "none"):
@@ -174,7 +175,7 @@ def _refuse_unsupported(body: Mapping[str, Any], no_effect: Mapping[str, tuple[o
         raise bad_request(f"{name} is not supported by this server; {advice}.", name)
 
 
-_MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens", "n_predict")
+_MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens", "n_predict", "num_predict")
 _REPEAT_PENALTY_NAMES = ("repeat_penalty", "repetition_penalty")
 # Options and their names in requests; `logprobs` is a number in /v1/completions.
 _ALIASES = {
@@ -221,7 +222,7 @@ def _first_of(body: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((body[name] for name in names if body.get(name) is not None), None)
 
 
-def _check_model(body: Mapping[str, Any], model: str) -> None:
+def check_model(body: Mapping[str, Any], model: str) -> None:
     """The name may be missing. Another model's is refused: the answer would be taken for that model's."""
     name = body.get("model")
     if name is None or name == "":

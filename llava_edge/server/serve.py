@@ -88,7 +88,7 @@ async def _serve(
     vote_log = VoteLog(store.home() / "log" / "votes.jsonl", manifest.name, get_template(manifest.template))
     allowed_origins = guard.parse_origins(settings.allowed_origins)
     access_guard = guard.Guard(hosts, settings.key, settings.allowed_hosts, allowed_origins)
-    app = App(manifest.name, supervisor, vote_log, limits, metrics).asgi(access_guard, log)
+    app = App(manifest, supervisor, vote_log, limits, metrics).asgi(access_guard, log)
     config = uvicorn.Config(
         app,
         http=protocol_class(limits),
