@@ -192,6 +192,7 @@ class Result:
     """A finished answer. `prompt_tokens` counts every position of the prompt, `image_tokens` those of images.
 
     cache: "kv" if the prompt up to its last image was in the KV cache, "embedding" if only image embeddings were known.
+    cached_tokens: of the prompt, those that were in the KV cache or restored to it.
     drafted_tokens, accepted_tokens: draft tokens of speculative decoding, and those accepted.
     seed: repeats the answer when passed as `Options.seed`; None if it is greedy.
     """
@@ -206,6 +207,7 @@ class Result:
     cache: CacheHit
     timings: Timings
     memory: Memory
+    cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     seed: int | None = None

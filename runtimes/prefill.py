@@ -92,6 +92,7 @@ class Prefill:
         start = time.perf_counter()
         kept, cached = self._reuse_prefix(keys, ends, [text, *picture_ends] if save else [], reuse=reuse)
         stats.prefill_ms += elapsed_ms(start)
+        stats.cached_tokens = cached
         stats.kv_cache_hit = cached >= last_picture > 0
         exact = cached in self._exact_ends and cached in (0, *ends)
         self._exact_ends = {end for end in self._exact_ends if end <= cached}

@@ -21,6 +21,7 @@ class RequestStats:
     project_ms: float = 0.0  # of encode_ms
     encoded_pictures: int = 0  # by CLIP, for this request
     kv_cache_hit: bool = False  # whether the positions of all pictures were in the KV cache or restored to it
+    cached_tokens: int = 0  # of the prompt, in the KV cache or restored to it
     prefill_ms: float = 0.0
     first_token: float = 0.0  # instant; 0 until there is one
     prompt_tokens: int = 0
@@ -69,6 +70,7 @@ class RequestStats:
             cache=self._cache_hit(),
             timings=timings,
             memory=devices.memory_use(),
+            cached_tokens=self.cached_tokens,
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
             seed=self.seed,

@@ -96,8 +96,8 @@ def test_json_has_the_documented_fields(micro_bundle: Path, photo: Path, run: Ru
     assert code == 0
     assert list(found) == [item.name for item in fields(Result)]
     assert list(found) == ["text", "finish_reason", "model", "device", "image_tokens", "prompt_tokens",
-                           "completion_tokens", "cache", "timings", "memory", "drafted_tokens",
-                           "accepted_tokens", "seed"]  # fmt: skip
+                           "completion_tokens", "cache", "timings", "memory", "cached_tokens",
+                           "drafted_tokens", "accepted_tokens", "seed"]  # fmt: skip
     assert list(found["timings"]) == ["load_ms", "preprocess_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms",
                                       "decode_tokens_per_s", "total_ms", "image_ms", "project_ms"]  # fmt: skip
     assert list(found["memory"]) == ["peak_rss_bytes", "private_bytes", "file_bytes"]

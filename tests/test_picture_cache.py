@@ -104,6 +104,15 @@ def test_the_picture_that_was_asked_about_last_needs_no_disk(micro_bundle: Path,
     assert user_cache().entries() == []
 
 
+def test_the_number_of_known_positions_is_told(micro_bundle: Path) -> None:
+    with opened(micro_bundle) as llava:
+        new, kept = (llava.ask(text, [picture("red")], SHORT) for text in ("What?", "And why is it so?"))
+    with opened(micro_bundle) as llava:
+        restored = llava.ask("And why is it so?", [picture("red")], SHORT)
+    assert new.cached_tokens == 0
+    assert new.image_tokens < kept.cached_tokens == restored.cached_tokens < new.prompt_tokens < kept.prompt_tokens
+
+
 def test_embeddings_are_found_behind_another_beginning(micro_bundle: Path, plain: Llava) -> None:
     other = [Message("system", "Be brief."), *ASK]
     with opened(micro_bundle) as llava:

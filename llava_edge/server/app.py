@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from llava_edge.bundle import Manifest
-from llava_edge.server import ollama, replies, requests
+from llava_edge.server import ollama, replies, requests, responses
 from llava_edge.server.connection import AnswerStream, DisconnectedError, collect, read_body, unless_disconnected
 from llava_edge.server.guard import Guard
 from llava_edge.server.json_body import parse
@@ -27,7 +27,8 @@ from llava_edge.server.requests import ModelRequest
 from llava_edge.server.supervisor import Supervisor
 from llava_edge.server.votes import VoteLog
 
-RequestParser = Callable[[dict[str, Any], str, Limits], ModelRequest]
+OpenAIParser = Callable[[dict[str, Any], str, Limits], ModelRequest]
+OllamaParser = Callable[[dict[str, Any], Limits], ModelRequest]
 
 
 class Reply(Protocol):
@@ -68,6 +69,7 @@ class App:
             Route("/v1/models/{name:path}", self._get_model),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
+            Route("/v1/responses", self._respond, methods=["POST"]),
             Route("/api/version", self._ollama_version),
             Route("/api/tags", self._ollama_models),
             Route("/api/ps", self._ollama_models),
@@ -96,9 +98,14 @@ class App:
     async def _completion(self, request: Request) -> Response:
         return await self._openai_answer(request, requests.parse_completion, chat=False)
 
-    async def _openai_answer(self, request: Request, parse_request: RequestParser, chat: bool) -> Response:
+    async def _openai_answer(self, request: Request, parse_request: OpenAIParser, chat: bool) -> Response:
         model_request = parse_request(await self._parse_body(request), self._model, self._limits)
         return await self._answer(request, model_request, replies.Reply(self._model, chat, model_request.include_usage))
+
+    async def _respond(self, request: Request) -> Response:
+        body = await self._parse_body(request)
+        model_request = responses.parse(body, self._model, self._limits)
+        return await self._answer(request, model_request, responses.Reply(self._model, body, model_request))
 
     async def _ollama_chat(self, request: Request) -> Response:
         return await self._ollama_answer(request, ollama.parse_chat, chat=True)
@@ -106,12 +113,12 @@ class App:
     async def _ollama_generate(self, request: Request) -> Response:
         return await self._ollama_answer(request, ollama.parse_generate, chat=False)
 
-    async def _ollama_answer(self, request: Request, parse_request: RequestParser, chat: bool) -> Response:
+    async def _ollama_answer(self, request: Request, parse_request: OllamaParser, chat: bool) -> Response:
         body = await self._parse_body(request)
         reply = ollama.Reply(ollama.parse_model(body, self._model), chat)
         if ollama.only_loads(body):
             return JSONResponse(reply.loaded())
-        return await self._answer(request, parse_request(body, self._model, self._limits), reply)
+        return await self._answer(request, parse_request(body, self._limits), reply)
 
     async def _answer(self, request: Request, model_request: ModelRequest, reply: Reply) -> Response:
         events = self._supervisor.answer(model_request)

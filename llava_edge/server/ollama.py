@@ -29,23 +29,22 @@ _NO_EFFECT: dict[str, tuple[object, ...]] = {
 }
 
 
-def parse_chat(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
-    """Check a request to /api/chat. Raises `Problem` (400, 404)."""
+def parse_chat(body: Mapping[str, Any], limits: Limits) -> ModelRequest:
+    """Check a request to /api/chat, but for the model. Raises `Problem` (400)."""
     messages = body.get("messages")
     if isinstance(messages, list):
         messages = [_rewrite_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    return requests.parse_chat({**_rewrite_options(body), "messages": messages}, model, limits)
+    return requests.parse_messages(_rewrite_options(body), messages, limits, "messages")
 
 
-def parse_generate(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
-    """Check a request to /api/generate. Raises `Problem` (400, 404)."""
+def parse_generate(body: Mapping[str, Any], limits: Limits) -> ModelRequest:
+    """Check a request to /api/generate, but for the model. Raises `Problem` (400)."""
     for name in ("prompt", "system"):
         if not isinstance(body.get(name) or "", str):
             raise bad_request(f"{name} must be a string.", name)
-    system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
-    user = {"role": "user", "content": body.get("prompt"), "images": body.get("images")}
-    messages = [*system, _rewrite_message(user, "images")]
-    return requests.parse_chat({**_rewrite_options(body), "messages": messages}, model, limits)
+    message = {"role": "user", "content": body.get("prompt"), "images": body.get("images")}
+    messages = [_rewrite_message(message, "images")]
+    return requests.parse_messages(_rewrite_options(body), messages, limits, "prompt", system=body.get("system") or "")
 
 
 def parse_model(body: Mapping[str, Any], model: str) -> str:
@@ -72,7 +71,6 @@ def _rewrite_options(body: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **options,
         **{name: body[name] for name in names if name in body},
-        "model": _without_tag(body.get("model")),
         "response_format": _rewrite_format(body.get("format")),
         "stream": True if body.get("stream") is None else body["stream"],
     }

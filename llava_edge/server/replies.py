@@ -97,7 +97,8 @@ def usage(event: Event) -> dict[str, Any]:
     """Token counts; the prompt's includes image tokens."""
     result = event["result"]
     prompt, answer = result["prompt_tokens"], result["completion_tokens"]
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return counts | {"prompt_tokens_details": {"cached_tokens": result["cached_tokens"]}}
 
 
 def details(event: Event) -> dict[str, Any]:

@@ -110,16 +110,26 @@ class ModelRequest:
 def parse_chat(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
     """Check a request to /v1/chat/completions. Raises `Problem` (400, 404)."""
     check_model(body, model)
-    turns = body.get("messages")
+    return parse_messages(body, body.get("messages"), limits, "messages")
+
+
+def parse_messages(
+    body: Mapping[str, Any], turns: object, limits: Limits, field: str, *, system: str = ""
+) -> ModelRequest:
+    """Check messages, and everything else in `body` but the model. Raises `Problem` (400).
+
+    field: the client's name for the messages. system: text of a system message before them.
+    """
     if not isinstance(turns, list) or not 1 <= len(turns) <= limits.messages:
-        raise bad_request(f"messages must be a list of 1 to {limits.messages} messages.", "messages")
+        raise bad_request(f"{field} must be a list of 1 to {limits.messages} messages.", field)
     images: list[bytes] = []
-    messages = _merge_turns([_parse_message(turn, f"messages[{i}]", images) for i, turn in enumerate(turns)])
+    parsed = [_parse_message(turn, f"{field}[{i}]", images) for i, turn in enumerate(turns)]
+    messages = _merge_turns([*([Message("system", system)] if system else []), *parsed], field)
     count = body.get("top_logprobs")
     if count and not body.get("logprobs"):
         raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
     top_logprobs = (0 if count is None else count) if _flag(body, "logprobs") else None
-    return _model_request(body, messages, images, top_logprobs, limits)
+    return _model_request(body, messages, images, top_logprobs, limits, field)
 
 
 def parse_completion(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
@@ -141,11 +151,11 @@ def _model_request(
     images: list[bytes],
     top_logprobs: Any,
     limits: Limits,
-    text_field: str = "messages",
+    text_field: str,
 ) -> ModelRequest:
     refuse_unsupported(body, _NO_EFFECT | (_NO_EFFECT_IF_CONTINUED if messages[-1].role == "assistant" else {}))
     if len(images) > limits.images:
-        raise bad_request(f"There are {len(images)} images; at most {limits.images} are accepted.", "messages")
+        raise bad_request(f"There are {len(images)} images; at most {limits.images} are accepted.", text_field)
     if sum(len(message.text.encode("utf-8", "replace")) for message in messages) > limits.prompt:
         problem = f"The {text_field} must have at most {limits.prompt} bytes of text."
         raise bad_request(problem, text_field, "context_length_exceeded")
@@ -175,7 +185,7 @@ def refuse_unsupported(body: Mapping[str, Any], no_effect: Mapping[str, tuple[ob
         raise bad_request(f"{name} is not supported by this server; {advice}.", name)
 
 
-_MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens", "n_predict", "num_predict")
+_MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict", "num_predict")
 _REPEAT_PENALTY_NAMES = ("repeat_penalty", "repetition_penalty")
 # Options and their names in requests; `logprobs` is a number in /v1/completions.
 _ALIASES = {
@@ -272,7 +282,7 @@ def _parse_part(part: object, param: str, texts: list[str], images: list[bytes])
         raise bad_request("A part of a message must have the type text or image_url, and that field.", param)
 
 
-def _merge_turns(messages: Sequence[Message]) -> list[Message]:
+def _merge_turns(messages: Sequence[Message], field: str) -> list[Message]:
     """Merge system messages into one at the front, and consecutive messages of one role, as prompt layouts require.
 
     Raises `Problem` unless the first message after the system's is the user's: no layout starts with an answer.
@@ -281,7 +291,7 @@ def _merge_turns(messages: Sequence[Message]) -> list[Message]:
     others = [message for message in messages if message.role != "system"]
     merged = [_merge(list(turn)) for _, turn in groupby(others, lambda message: message.role)]
     if not merged or merged[0].role != "user":
-        raise bad_request("The first message after the system message must have the role user.", "messages")
+        raise bad_request("The first message after the system message must have the role user.", field)
     return [*([_merge(system)] if system else []), *merged]
 
 
