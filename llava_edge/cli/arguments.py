@@ -1,7 +1,8 @@
-"""Shared by `run`, `chat` and `serve`: click options, their conversion to option dataclasses, and loading."""
+"""Shared by several commands: click options, their conversion to option dataclasses, and loading."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -9,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llava_edge.cli.terminal import status_line
-from llava_edge.errors import DataError, UnavailableError, UsageError, install_hint
+from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError, install_hint
 from llava_edge.options import DEVICES, KV_TYPES, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import expand_path, is_file
 from llava_edge.runtimes.devices import allowed_cpus
@@ -127,6 +129,38 @@ def engine_options_from(values: dict[str, Any]) -> EngineOptions:
         slow = f"{engine.threads} threads on {processors} processors wait for each other"
         click.echo(f"({slow} and take many times as long; use fewer, or omit --threads)", err=True)
     return engine
+
+
+def grammar_text(json_schema: str | None, grammar: str | None) -> str:
+    """The grammar that answers must follow; empty if there is none."""
+    if json_schema is not None and grammar is not None:
+        raise UsageError("--json-schema and --grammar cannot be combined; give one of them.")
+    if grammar is not None:
+        return _read_text(grammar, "--grammar")
+    if json_schema is None:
+        return ""
+    from llava_edge.json_grammar import from_schema
+
+    try:
+        return from_schema(json.loads(_read_text(json_schema, "--json-schema")))
+    except UsageError as error:
+        raise DataError(f"{json_schema} cannot be used. {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{json_schema} is not JSON ({error}); expected a JSON schema.") from error
+
+
+def _read_text(name: str, flag: str) -> str:
+    path = Path(expand_path(name))
+    try:
+        text = path.read_text("utf-8-sig")
+    except FileNotFoundError as error:
+        raise MissingError(f"{flag} names {name!r}, which does not exist.") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"{flag} names {name!r}, which cannot be read: {reason}.") from error
+    if not text.strip():
+        raise DataError(f"{flag} names {name!r}, which is empty.")
+    return text
 
 
 def with_flag(sentence: str) -> str:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import answer_options, generation_options, options_from
-from llava_edge.cli.run import grammar_text
+from llava_edge.cli.arguments import answer_options, generation_options, grammar_text, options_from
 from llava_edge.cli.terminal import printable, show, status_line, suggest_native_build
 from llava_edge.errors import (
     CannotCreateError,

@@ -15,6 +15,7 @@ from llava_edge.cli.arguments import (
     ImageCommand,
     answer_options,
     generation_options,
+    grammar_text,
     image_path,
     load_model_and_images,
     options_from,
@@ -23,7 +24,6 @@ from llava_edge.cli.arguments import (
 from llava_edge.cli.terminal import show, status_line, suggest_native_build
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
-from llava_edge.paths import expand_path
 
 if TYPE_CHECKING:
     from llava_edge.options import Result
@@ -100,38 +100,6 @@ def _print_answer(stream: Stream, activity: str, quiet: bool) -> Result:
             click.echo()
     assert final is not None
     return final
-
-
-def grammar_text(json_schema: str | None, grammar: str | None) -> str:
-    """The grammar that answers must follow; empty if there is none."""
-    if json_schema is not None and grammar is not None:
-        raise UsageError("--json-schema and --grammar cannot be combined; give one of them.")
-    if grammar is not None:
-        return _read_text(grammar, "--grammar")
-    if json_schema is None:
-        return ""
-    from llava_edge.json_grammar import from_schema
-
-    try:
-        return from_schema(json.loads(_read_text(json_schema, "--json-schema")))
-    except UsageError as error:
-        raise DataError(f"{json_schema} cannot be used. {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{json_schema} is not JSON ({error}); expected a JSON schema.") from error
-
-
-def _read_text(name: str, flag: str) -> str:
-    path = Path(expand_path(name))
-    try:
-        text = path.read_text("utf-8-sig")
-    except FileNotFoundError as error:
-        raise MissingError(f"{flag} names {name!r}, which does not exist.") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"{flag} names {name!r}, which cannot be read: {reason}.") from error
-    if not text.strip():
-        raise DataError(f"{flag} names {name!r}, which is empty.")
-    return text
 
 
 def _prompt_texts(prompts: tuple[str, ...], images: tuple[str, ...]) -> tuple[str, ...]:
