@@ -32,6 +32,7 @@ settings.register_profile("llava-edge", deadline=None, derandomize=True, databas
 settings.load_profile("llava-edge")
 
 ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., tuple[int, str, str]]  # of the fixture `run`
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,6 +55,19 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 def root() -> Path:
     """The top folder of the repository."""
     return ROOT
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+    from llava_edge import cli
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        code = cli.execute([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -6,35 +6,28 @@ import errno
 import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Run
 from images import encode, picture
 
-from llava_edge import Llava, cli
+from llava_edge import Llava
 from llava_edge.cache import Cache
 from llava_edge.cli.batch import _AnswerFile
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UsageError
 from llava_edge.options import EngineOptions, Options, result_of
 
 SHORT = Options(max_tokens=12, speculate="off")
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], micro_bundle: Path) -> Run:
+def run(run: Run, micro_bundle: Path) -> Run:
     """Run the command on some paths with some options: (exit code, stdout, stderr)."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        options = ("--model", micro_bundle, "--device", "cpu", "--threads", "1", "--max-tokens", "6")
-        code = cli.execute([str(argument) for argument in ("batch", *arguments, *options)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    options = ("--model", micro_bundle, "--device", "cpu", "--threads", "1", "--max-tokens", "6")
+    return lambda *arguments: run("batch", *arguments, *options)
 
 
 @pytest.fixture
