@@ -8,7 +8,6 @@ about prompts or sampling.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 from llava_edge.runtimes.language import LanguageModel
@@ -35,15 +34,12 @@ class Branches:
         self._lengths[free[0]], self._shared[free[0]] = len(self._language.cached_keys), shared
         return free[0]
 
-    def step(self, tokens: Sequence[int], branches: Sequence[int], cancel: threading.Event) -> None:
-        """Append one token to each of `branches`; row i of the logits is then that of `branches[i]`.
-
-        Raises `CancelledError`.
-        """
+    def step(self, tokens: Sequence[int], branches: Sequence[int]) -> None:
+        """Append one token to each of `branches`; row i of the logits is then that of `branches[i]`."""
         positions = [self._lengths[branch] for branch in branches]
         for branch in branches:
             self._lengths[branch] += 1
-        self._language.evaluate_branches(tokens, positions, branches, cancel)
+        self._language.evaluate_branches(tokens, positions, branches)
 
     def end(self, branch: int) -> None:
         """End a branch, so that its number can be used again."""

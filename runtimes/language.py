@@ -39,6 +39,7 @@ MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a promp
 MAX_BRANCHES = 8  # as many rows as `speculation.WIDTHS` allows: more gain little, and answers wait for each other
 _SEQUENCE = 0
 _ABORTED = 2  # a status of llama_decode
+_NEVER = threading.Event()  # a token of each branch is evaluated to the end
 
 
 class LanguageModel:
@@ -258,13 +259,11 @@ class LanguageModel:
         for sequence in range(1, 1 + self._ended):
             self.library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
-    def evaluate_branches(
-        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], cancel: threading.Event
-    ) -> None:
-        """Append a token to each of several branches; compute the logits of all. Raises `CancelledError`."""
+    def evaluate_branches(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> None:
+        """Append a token to each of several branches; compute the logits of all."""
         self._tokens.values[: len(tokens)] = tokens
         self._tokens.place(positions, len(tokens), sequences)
-        self._evaluate(self._tokens, cancel, few=True)
+        self._evaluate(self._tokens, _NEVER, few=True)
 
     def output_hidden_states(self, enabled: bool) -> None:
         """Let the next evaluations, of single tokens or with all logits, keep the hidden states for `hidden_state`."""

@@ -6,7 +6,6 @@ about templates or image files.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,8 +20,6 @@ from llava_edge.runtimes.sampling import Sampler
 
 Outcome = FinishReason | UsageError  # of an answer; the error is one of this answer alone
 OnFinish = Callable[[Answer, Outcome], None]
-
-_NEVER = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ class ParallelDecoder:
         active = list(self._active)
         if not active:
             return
-        self._branches.step([branch.last_token for branch in active], [branch.number for branch in active], _NEVER)
+        self._branches.step([branch.last_token for branch in active], [branch.number for branch in active])
         self._used += len(active)
         for row, branch in enumerate(active):
             self._sample(branch, row)

@@ -44,9 +44,9 @@ def batches(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     right = language.evaluate_branches
 
-    def evaluate(tokens: Any, positions: Any, sequences: Any, cancel: threading.Event) -> None:
+    def evaluate(tokens: Any, positions: Any, sequences: Any) -> None:
         seen.append(len(tokens))
-        right(tokens, positions, sequences, cancel)
+        right(tokens, positions, sequences)
 
     monkeypatch.setattr(language, "evaluate_branches", evaluate)
     return seen

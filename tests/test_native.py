@@ -314,14 +314,14 @@ for tail in tails:
     model.truncate(40)
     model.evaluate_tokens(tail, never)
     branches.start(40 if tail is not tails[0] else 0)
-branches.step([7, 7, 7], [1, 2, 3], never)
+branches.step([7, 7, 7], [1, 2, 3])
 together = [bool((model.logits(row) == apart[row]).all()) for row in range(3)]
 branches.end(1)  # its positions stay, so that the next prompt's come in order
 model.truncate(0)
 other = tokens[30:] + tokens
 model.evaluate_tokens(other, never)
 branches.start(0)
-branches.step([7, 8], [1, 3], never)
+branches.step([7, 8], [1, 3])
 joined = model.logits(0).copy()
 branches.close()
 model.truncate(0)

@@ -231,7 +231,7 @@ def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) 
         language.truncate(len(start))
         language.evaluate_tokens(end, NEVER)
         branches.start(len(start) if end is not ends[0] else 0)
-    branches.step([50, 50, 50], [1, 2, 3], NEVER)
+    branches.step([50, 50, 50], [1, 2, 3])
     for row, logits in enumerate(alone):
         np.testing.assert_allclose(language.logits(row), logits, atol=0.05)
         assert np.abs(language.logits(row) - alone[row - 1]).max() > 0.5
