@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -16,7 +17,7 @@ from native_kernels import HAS_VNNI512, Array, Kernels, here
 from llava_edge.errors import BundleError
 from llava_edge.gguf import Gguf, Tensor
 from llava_edge.runtimes import native
-from llava_edge.runtimes.native import check
+from llava_edge.runtimes.native import build, check
 from llava_edge.runtimes.native.choice import Status
 
 Attend = Callable[..., Array]  # of queries, keys, values, mask
@@ -221,3 +222,10 @@ def test_an_adapter_is_computed_like_its_model_if_it_is_small(
     language = header("Q4_0", (4096, 4096))
     assert native.computes_all(status, language, None)
     assert native.computes_all(status, language, header(kind, shape)) == expected
+
+
+def test_an_adapter_is_small_where_the_kernel_says_so() -> None:
+    """Python and C++ both state the limit. With different ones a larger adapter would pass for computed by us."""
+    source = (build.SOURCES / "few.cpp").read_text("utf-8")
+    ((base, shift),) = re.findall(r"MAX_F16_VALUES = (\d+) << (\d+);", source)
+    assert int(base) << int(shift) == native.MAX_F16_VALUES
