@@ -156,7 +156,9 @@ class Llava:
 
         Images are read and encoded one after another, when their turn comes, and the answers are decoded as a batch,
         with the same tokens as `ask_many` says. The stream of an image that cannot be used raises `ImageError`,
-        `MissingError` or `ContextOverflowError`, and the others go on. KV cache states are neither saved nor used.
+        `MissingError` or `ContextOverflowError`, that of an answer whose grammar allows no next token `UsageError`, and
+        the others go on. With options that `check_options` refuses, all raise. KV cache states are neither saved nor
+        used.
         """
         if isinstance(images, str | Path | bytes) or not isinstance(images, Sequence):
             raise UsageError("ask_each expects a list of images; use ask for a single one.")
@@ -164,6 +166,12 @@ class Llava:
         _check_question(prompt, sources or [None])
         conversations = [_question_messages(system, prompt, [source]) for source in sources]
         return self._engine.generate_many(conversations, [[source] for source in sources], options, cancel, save=False)
+
+    def check_options(self, options: Options) -> None:
+        """Raise `UsageError` for options that suit no question to this model: a grammar that llama.cpp cannot parse,
+        say. Otherwise each question raises it.
+        """
+        self._engine.check_options(options)
 
     def _snapshot(self, image: AnyImage) -> ImageInput | Picture:
         """Prepare a picture in memory now, because the caller may change it; an unusable one raises its error later."""

@@ -179,6 +179,10 @@ class Engine:
 
         return self._thread.submit_many(answer, event, len(conversations), cancelled_chunk)
 
+    def check_options(self, options: Options) -> None:
+        """Raise `UsageError` for options that suit no question to this model."""
+        self._thread.run(lambda job: self._check_options(options))
+
     def check_context(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options | None
     ) -> None:
@@ -347,8 +351,8 @@ class Engine:
         """Prepare pictures and check everything that can be checked before any model runs."""
         check_slots(messages, images)
         ids = self.encode_prompt(messages)
+        self._check_options(options)
         manifest = self.bundle.manifest
-        check_budget(options, manifest)
         if manifest.preprocessing.square != "anyres":  # then the number of positions is known before a file is opened
             self._check_fits(stats, ids, [options.image_tokens or manifest.vision.image_tokens] * len(images), messages)
         prepared = self.prepare_all(images)
@@ -361,11 +365,13 @@ class Engine:
         continued = messages[-1].role == "assistant" and messages[-1].text[-1:].strip() != ""
         stream = TextStream((*options.stop, *self._template.stop_sequences), continued=continued)
         max_tokens = min(options.max_tokens, self.context_size - stats.prompt_tokens)
-        language = self._require_open()
-        if options.grammar:
-            Sampler(language, options).close()  # raises if llama.cpp cannot parse it
-        answer = Answer(language, self._end_tokens, stream, max_tokens, stats, job, options.top_logprobs)
+        answer = Answer(self._require_open(), self._end_tokens, stream, max_tokens, stats, job, options.top_logprobs)
         return Request(split_segments(ids, pictures), answer, options)
+
+    def _check_options(self, options: Options) -> None:
+        check_budget(options, self.bundle.manifest)
+        if options.grammar:
+            Sampler(self._require_open(), options).close()  # raises if llama.cpp cannot parse it
 
     def _prepare_requests(
         self,

@@ -19,6 +19,7 @@ from llava_edge.cache import Cache
 from llava_edge.cli.batch import _AnswerFile
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UsageError
 from llava_edge.options import EngineOptions, Options, result_of
+from llava_edge.runtimes.sampling import Sampler
 
 SHORT = Options(max_tokens=12, speculate="off")
 
@@ -74,7 +75,7 @@ def test_an_unusable_image_does_not_stop_the_others(run: Run, photos: Path) -> N
     assert code == 65
     assert len(out.splitlines()) == 3
     assert err.startswith(f"{photos / 'aa.jpg'} is not a picture")
-    assert err.endswith("llava-edge: 1 of 4 images could not be used.\n")
+    assert err.endswith("llava-edge: 1 of 4 images got no answer.\n")
 
 
 def test_json_lines_have_the_answer_or_the_error(run: Run, photos: Path) -> None:
@@ -92,6 +93,43 @@ def test_a_schema_constrains_every_answer(run: Run, photos: Path, tmp_path: Path
     (tmp_path / "schema.json").write_text('{"enum": ["ab", "cd"]}')
     _, out, _ = run(photos, "--json-schema", tmp_path / "schema.json")
     assert {line.partition("\t")[2] for line in out.splitlines()} <= {'"ab"', '"cd"'}
+
+
+def test_an_answer_that_its_grammar_ends_does_not_stop_the_others(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vocabulary here can say all; so its words are taken away from the second answer, after its first token."""
+    real, samplers = Sampler._sample_with_grammar, list[Sampler]()
+
+    def sample(self: Sampler, logits: Any) -> int:
+        samplers.append(self)
+        is_dry = list(dict.fromkeys(samplers)).index(self) == 1 and samplers.count(self) == 2
+        return real(self, np.full_like(logits, -np.inf) if is_dry else logits)
+
+    monkeypatch.setattr(Sampler, "_sample_with_grammar", sample)
+    (tmp_path / "form.gbnf").write_text('root ::= "abc"')
+    code, out, err = run(photos, "--grammar", tmp_path / "form.gbnf")
+    assert (code, out) == (65, f"{photos / 'a.png'}\tabc\n{photos / 'sub/c.PNG'}\tabc\n")
+    assert err.startswith(f"{photos / 'b.png'}: The model has no token that the grammar, or JSON schema, allows next.")
+    assert err.endswith("llava-edge: 1 of 3 images got no answer.\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [("--grammar", 'root ::= "x', "cannot parse the grammar"), ("--image-tokens", "17", "--image-tokens is 17")],
+)
+def test_options_that_suit_no_image_are_refused_once(
+    flag: str, value: str, says: str, run: Run, photos: Path, tmp_path: Path
+) -> None:
+    """Before any image is looked at: the first one here is none."""
+    (photos / "a.png").write_bytes(b"not a picture")
+    if flag == "--grammar":
+        (tmp_path / "form.gbnf").write_text(value)
+        value = str(tmp_path / "form.gbnf")
+    code, _, err = run(photos, flag, value, "--output", tmp_path / "answers")
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
+    assert (tmp_path / "answers").read_text() == ""
 
 
 def test_a_file_of_answers_is_continued(run: Run, photos: Path, tmp_path: Path) -> None:

@@ -94,9 +94,10 @@ def batch(
             with status_line("Loading the model") as status:
                 llava = Llava.load(bundle.folder, engine, on_load=status)
             with llava:
+                llava.check_options(options)
                 suggest_native_build(llava.device)
                 _ask(llava, waiting, prompt, system, options, report)
-    problems = [f"{report.failed} of {len(waiting)} images could not be used"] if report.failed else []
+    problems = [f"{report.failed} of {len(waiting)} images got no answer"] if report.failed else []
     problems += [f"{len(unreadable)} of the folders could not be read"] if unreadable else []
     if problems:
         raise DataError(f"{' and '.join(problems)}.")
@@ -107,7 +108,7 @@ def _ask(llava: Llava, images: list[Path], prompt: str, system: str, options: Op
     for number, (image, stream) in enumerate(zip(images, streams, strict=True)):
         with status_line(f"Image {number + 1} of {len(images)}") as status:
             status(number / len(images))
-            record = _read_answer(stream)
+            record = _read_answer(image, stream)
         report.add(image, record)
 
 
@@ -135,11 +136,13 @@ def _find_images(path: Path, unreadable: list[OSError]) -> Iterator[Path]:
         raise MissingError(f"There are no images in {path}: no file in it ends in {suffixes}.")
 
 
-def _read_answer(stream: Stream) -> Record:
+def _read_answer(image: Path, stream: Stream) -> Record:
     try:
         return asdict(result_of(stream))
-    except (ImageError, MissingError, ContextOverflowError) as error:
+    except (ImageError, MissingError) as error:  # which name the image
         return {"error": str(error)}
+    except (ContextOverflowError, UsageError) as error:  # too many tiles; a grammar that allows no next token
+        return {"error": f"{printable(str(image))}: {error}"}
 
 
 class _Report:
