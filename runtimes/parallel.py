@@ -15,10 +15,10 @@ from llava_edge.runtimes import CancelledError
 from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.prefill import Prefill, Segment
+from llava_edge.runtimes.prefill import PictureError, Prefill, Segment
 from llava_edge.runtimes.sampling import Sampler
 
-Outcome = FinishReason | UsageError  # of an answer; the error is one of this answer alone
+Outcome = FinishReason | Exception  # of an answer; the error is one of this answer alone
 OnFinish = Callable[[Answer, Outcome], None]
 
 
@@ -94,6 +94,9 @@ class ParallelDecoder:
             kept = self._evaluate(request)
         except CancelledError:
             self._on_finish(request.answer, "cancelled")
+            return
+        except PictureError as error:
+            self._on_finish(request.answer, error.reason)
             return
         self._used += request.positions - kept
         self._in_place = min(self._in_place, kept)

@@ -410,7 +410,7 @@ class Engine:
 
     def _finish(self, answer: Answer, outcome: Outcome) -> None:
         """Output the last chunk, unless there is an error, and end the stream."""
-        if isinstance(outcome, UsageError):
+        if isinstance(outcome, Exception):
             answer.job.end(outcome)
             return
         stream, stats = answer.stream, answer.stats

@@ -14,14 +14,23 @@ from itertools import accumulate
 
 from llava_edge.bundle import ADAPTER, LANGUAGE, Bundle
 from llava_edge.prompt import IMAGE_TOKEN_INDEX
+from llava_edge.runtimes import CancelledError
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job
-from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.language import Array, Key, LanguageModel
 from llava_edge.runtimes.picture_cache import PictureCache, digest, file_identity
 from llava_edge.runtimes.pictures import Picture
 from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 
 MIN_TEXT_PREFIX = 16  # positions of text before the first picture that are worth saving
+
+
+class PictureError(Exception):
+    """A picture cannot be embedded, for a reason that concerns no other prompt. Never leaves this package."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Prefill:
         last one and its answer: longer, but computed by other kernels and so rounded differently.
         save: whether a saved prefix may be restored, and new ones be saved.
         If this prompt would overwrite unsaved prefixes in the KV cache, they are saved first.
-        Raises `CancelledError` or `BundleError`.
+        Raises `CancelledError`, `PictureError`, or `BundleError` for an error of the language model.
         """
         keys, ends = _keys_and_ends(segments)
         if any(keys[: len(prefix)] != prefix for prefix in self._unsaved):
@@ -162,10 +171,18 @@ class Prefill:
             start = time.perf_counter()
             self._language.evaluate_tokens([key for key in keys if isinstance(key, int)], job.cancel)
         else:
-            rows = self._embedder.submit(segment.picture, stats, job).result()
+            rows = self._embed(segment.picture, stats, job)
             start = time.perf_counter()
             self._language.evaluate_embeddings(rows[skip:], keys, job.cancel)
         stats.prefill_ms += elapsed_ms(start)
+
+    def _embed(self, picture: Picture, stats: RequestStats, job: Job) -> Array:
+        try:
+            return self._embedder.submit(picture, stats, job).result()
+        except CancelledError:
+            raise
+        except Exception as error:
+            raise PictureError(error) from error
 
     def _cache_key(self, keys: list[Key]) -> str:
         """Hash everything that the KV cache of a prompt prefix depends on."""

@@ -13,7 +13,7 @@ from llava_edge.runtimes import CancelledError
 from llava_edge.runtimes.decoding import decode
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.parallel import OnFinish, Outcome, ParallelDecoder, Request
-from llava_edge.runtimes.prefill import Prefill
+from llava_edge.runtimes.prefill import PictureError, Prefill
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.speculation import Speculation
 
@@ -86,6 +86,8 @@ class Scheduler:
                 outcome = decode(answer, request.options, sampler, self._speculation, pause)
             except CancelledError:
                 return "cancelled"
+            except PictureError as error:
+                return error.reason
             except UsageError as error:
                 return error
             if not isinstance(outcome, int):

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from images import encode, picture
 
@@ -186,6 +187,22 @@ def test_an_unusable_picture_is_an_error_of_its_own_request(llava: Llava, monkey
     )
     assert isinstance(found[1], ImageError)
     assert [isinstance(result, Result) for result in found] == [True, False, True]
+
+
+def test_a_picture_that_clip_fails_on_is_an_error_of_its_own_request(
+    llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is joining or the first; its text is already in the KV cache then."""
+    prepared = llava._engine.prepare(IMAGES[1])
+    broken: Any = replace(prepared, crops=np.full_like(prepared.crops, np.nan), key="broken")
+    found = together(llava, monkeypatch, [("the red", IMAGES[0], LONG), ("12", broken, LONG), ("12", (), SHORT)])
+    assert [type(each) for each in found] == [Result, BundleError, Result]
+    assert "vision.onnx produced values that are not finite" in str(found[1])
+    assert max(batches) == 2
+    streams = llava.ask_each([broken, IMAGES[0]], "the red", LONG)
+    with pytest.raises(BundleError):
+        list(streams[0])
+    assert rest(streams[1])[0] == llava.ask("the red", IMAGES[0], LONG).text
 
 
 def test_a_broken_model_is_an_error_of_all(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
