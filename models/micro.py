@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llava_edge.errors import CannotCreateError
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
-from llava_edge.models.conversations import make_record
+from llava_edge.models.conversations import Record, make_record
 from llava_edge.models.shapes import save_tensors, tensor_shapes
 
 COLOURS = {
@@ -28,6 +29,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 QUESTION = "What colour is it?"
+CAPTIONS = "captions.json"
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("t h", "th e", "r e", "re d", "o u", "c o", "l ou")
 
@@ -104,12 +106,33 @@ def write_data(folder: Path, *, pictures: int, seed: int) -> None:
     """Pictures with captions.json (stage 1) and questions.json (stage 2) in LLaVA's record form."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    captions, questions = [], []
+    captions, questions = [_caption(i) for i in range(pictures)], []
+    (folder / CAPTIONS).write_text(json.dumps(captions), "utf-8")  # first, because `check_data_folder` looks for it
     for i in range(pictures):
-        colour = list(COLOURS)[i % len(COLOURS)]
-        image = f"{i:03d}.png"
+        colour, image = _colour(i), _image(i)
         draw(colour, rng).save(folder / image)
-        captions.append(make_record(i, image, [("Describe it.", f"It is {colour}.")]))
         questions += [make_record(i, image, [turn]) for turn in ((QUESTION, colour), (f"Is it {colour}?", "Yes"))]
-    (folder / "captions.json").write_text(json.dumps(captions), "utf-8")
     (folder / "questions.json").write_text(json.dumps(questions), "utf-8")
+
+
+def check_data_folder(folder: Path) -> None:
+    """Raise `CannotCreateError` for a folder with files that `write_data`, by its first caption, has not written."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    start, path = json.dumps([_caption(0)]).encode()[:-1], folder / CAPTIONS
+    if not path.is_file() or not path.read_bytes().startswith(start):
+        raise CannotCreateError(
+            f"{folder} is not empty and holds no data of this recipe; name a new or empty folder with --data."
+        )
+
+
+def _colour(number: int) -> str:
+    return list(COLOURS)[number % len(COLOURS)]
+
+
+def _image(number: int) -> str:
+    return f"{number:03d}.png"
+
+
+def _caption(number: int) -> Record:
+    return make_record(number, _image(number), [("Describe it.", f"It is {_colour(number)}.")])

@@ -78,6 +78,7 @@ def _check_prerequisites(recipe: Recipe, folders: Folders) -> None:
     if folders.run.is_dir() and any(folders.run.iterdir()) and not (folders.run / "base").is_dir():
         raise CannotCreateError(f"{folders.run} is not empty and holds no training run; choose another --out.")
     if recipe.parts == "micro":
+        micro.check_data_folder(folders.data)
         return
     if folders.photos is None:
         raise UsageError("This recipe trains on photos: pass their folder with --photos.")

@@ -236,6 +236,25 @@ def test_only_a_run_is_gone_on_with(bundle_copy: Path, tmp_path: Path) -> None:
     assert not out.data.exists()
 
 
+@pytest.mark.parametrize("name", ["000.png", "captions.json"])
+def test_only_a_folder_of_its_own_data_is_written_to(name: str, tmp_path: Path) -> None:
+    out = folders(tmp_path)
+    out.data.mkdir()
+    (out.data / name).write_text("mine")
+    with pytest.raises(CannotCreateError, match="holds no data of this recipe; name a new or empty folder with --data"):
+        train_recipe(brief(bf16=False), out)
+    assert [(path.name, path.read_text()) for path in out.data.iterdir()] == [(name, "mine")]
+    assert not out.run.exists()
+
+
+def test_data_that_was_not_written_to_the_end_is_written_again(tmp_path: Path) -> None:
+    out = folders(tmp_path)
+    with largest_file(2000), pytest.raises(OSError, match="File too large"):
+        micro.write_data(out.data, pictures=6, seed=0)
+    interrupted(brief(bf16=False), out, after=0)
+    assert (out.data / "questions.json").is_file()
+
+
 @pytest.mark.parametrize("size", [200_000, 8_000_000])
 def test_a_full_disk_is_one_sentence(size: int, tmp_path: Path) -> None:
     """When weights are written, or all that is trained and what AdamW knows of it."""
