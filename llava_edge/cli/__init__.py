@@ -117,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)
+    _discard_unwritten_output()
     sys.exit(code)
 
 
@@ -159,6 +160,14 @@ def _fail(sentence: str, code: int) -> int:
     with contextlib.suppress(OSError):
         click.echo(f"llava-edge: {' '.join(sentence.split())}", err=True)
     return code
+
+
+def _discard_unwritten_output() -> None:
+    """Drop what stdout refused: Python would try again at exit, print another error and change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare_streams() -> None:
