@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 limit_spinning()
 
+# Set in many containers. Users do not have it, and with it a full disk or a closed pipe is met at another moment.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 # The same examples every time, however slow the machine is today.
 settings.register_profile("llava-edge", deadline=None, derandomize=True, database=None)
 settings.load_profile("llava-edge")

@@ -160,7 +160,7 @@ if os.fork() == 0:
             refused += "forked" in str(error)
     engine.close()
     os._exit(refused)
-print(os.waitstatus_to_exitcode(os.wait()[1]))
+print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 os._exit(0)
 """
 
