@@ -20,6 +20,11 @@ from llava_edge.protobuf import encode
 from llava_edge.runtimes import bindings
 
 MAX_EXTERNAL_LOAD = 0.15  # share of the processors: measurements beside more say nothing about a quiet machine
+# Of a processor, those that matter to the kernels, by their names in /proc/cpuinfo.
+FEATURES = (
+    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"),
+    *("avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve"),
+)
 _IMPORTED = time.monotonic()
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "metal": "CoreMLExecutionProvider", "cpu": "CPUExecutionProvider"}
 _BACKENDS = {"cuda": "CUDA", "metal": "MTL"}  # names in llama_print_system_info; Metal calls itself MTL or Metal
@@ -140,9 +145,7 @@ def _cpu_quota() -> float | None:
 
 @functools.cache
 def processor() -> tuple[str, list[str]]:
-    """Return the name of the processor, and those of its features that matter to the kernels."""
-    relevant = ["avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni"]
-    relevant += ["amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve"]
+    """Return the name of the processor, and those of `FEATURES` that it has."""
     name, flags = "", set[str]()
     for line in _read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
@@ -152,7 +155,7 @@ def processor() -> tuple[str, list[str]]:
             flags = set(value.split())
     if not name:
         name = platform.processor() or platform.machine()
-    return name, [flag for flag in relevant if flag in flags]
+    return name, [flag for flag in FEATURES if flag in flags]
 
 
 def int8_saturates() -> bool:

@@ -1,8 +1,8 @@
 """The native kernels against float64, and all that keeps a wrong one from being used.
 
-One library is built for all tests: AVX-512 in plain C++; AVX-VNNI and the matrix unit computed by a signal handler
-where the processor refuses them (missing_instructions.cpp). What kernels compute is tested on every machine, not their
-speed.
+One library is built for all tests. Where the processor has no AVX-512, that is plain C++; where it refuses AVX-VNNI or
+the matrix unit, a signal handler computes them (missing_instructions.cpp). What kernels compute is tested on every
+machine, not their speed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -694,6 +695,14 @@ def test_kernels_that_were_tried_are_not_asked_for(built: Path) -> None:
     assert native.needs_build()
     install(built)
     assert not native.needs_build()
+
+
+def test_every_feature_that_kernels_ask_for_is_known() -> None:
+    """Or tests take the processor for one without it, and try the code for others alone."""
+    asked = set[str]()
+    for source in build.SOURCES.iterdir():
+        asked |= set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', source.read_text("utf-8")))
+    assert {"avx2", "avx512bw", "avx512vnni"} <= asked <= {name.replace("_", "") for name in devices.FEATURES}
 
 
 def test_without_avx2_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
