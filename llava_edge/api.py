@@ -107,12 +107,13 @@ class Llava:
         cancel: threading.Event | None = None,
         started: float | None = None,
     ) -> Iterator[Stream]:
-        """Several questions about the same images: yields one stream per question. Closing one early stops all.
+        """Several questions about the same images: yields one stream per question.
 
-        The images are encoded and prefilled once, and the answers are decoded as a batch: each pass over the weights
-        gives one token of every answer. With the native kernels these are the tokens that `ask` gives; without them a
-        batch rounds differently from a single token, so where two tokens are almost equally likely an answer may
-        differ. Raises `ContextOverflowError` with the number of the question before anything is computed.
+        Closing one early, or dropping it, stops all. The images are encoded and prefilled once, and the answers are
+        decoded as a batch: each pass over the weights gives one token of every answer. With the native kernels these
+        are the tokens that `ask` gives; without them a batch rounds differently from a single token, so where two
+        tokens are almost equally likely an answer may differ. Raises `ContextOverflowError` with the number of the
+        question before anything is computed.
         """
         if isinstance(prompts, str):
             raise UsageError("ask_many expects a list of questions; use ask for a single one.")
@@ -133,15 +134,8 @@ class Llava:
             _check_question(text, pictures)
         conversations = [_question_messages(system, text, pictures) for text in prompts]
         self._engine.check_context(conversations, pictures, options)
-        streams = self._engine.generate_many(
-            conversations, [pictures] * len(conversations), options, cancel, started=started
-        )
-        try:
-            yield from streams
-        except GeneratorExit:
-            for stream in streams:
-                stream.close()
-            raise
+        images = [pictures] * len(conversations)
+        yield from self._engine.generate_many(conversations, images, options, cancel, started=started)
 
     def ask_each(
         self,

@@ -203,6 +203,14 @@ def test_leaving_one_early_ends_all_questions(llava: Llava, pass_sizes: list[int
     assert llava.ask("one,", RED, SHORT).finish_reason == "length"
 
 
+def test_a_stream_outlives_the_iterator_it_is_from(llava: Llava) -> None:
+    """Never does it read as an empty answer: if the others were dropped, it says that it was cancelled."""
+    only = next(llava.ask_many(["one,"], RED, SHORT))
+    assert result_of(only).text == llava.ask("one,", RED, SHORT).text
+    first = next(llava.ask_many(["one,", "two,"], RED, Options(max_tokens=200)))
+    assert result_of(first).finish_reason == "cancelled"
+
+
 def test_an_error_reaches_every_stream(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise BundleError("not finite")
