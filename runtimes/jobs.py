@@ -247,11 +247,11 @@ class EngineThread:
         job = self._look_ahead()
         if job is None or job.join is None:
             return None
-        self._ahead = None
         with self._lock:
+            if self._closed:  # `_run_next` refuses it
+                return None
+            self._ahead = None
             self._running = [running for running in self._running if not running.ended] + [job]
-            if self._closed:
-                job.stop()
         return job
 
     def close_at_exit(self) -> None:

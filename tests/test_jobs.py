@@ -427,6 +427,27 @@ def test_an_engine_closed_meanwhile_ends_although_a_job_looks_for_others(engine:
     assert found == [None, None]
 
 
+def test_a_job_that_waits_for_another_to_take_it_is_told_of_closing(engine: EngineThread) -> None:
+    """It raises, rather than being an empty answer that was cancelled."""
+    begun, found = threading.Event(), list[object]()
+
+    def look(job: Job) -> None:
+        begun.set()
+        assert wait_for(job.cancel)
+        found.append(engine.take())
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(list, engine.submit(look, threading.Event()))]
+        assert begun.wait(SOON)
+        asked.append(pool.submit(list, engine.submit(finish, threading.Event(), join=id)))
+        wait_until(lambda: not engine._jobs.empty())
+        engine.close()
+        assert asked[0].result(SOON) == []
+        with pytest.raises(UsageError, match="closed"):
+            asked[1].result(SOON)
+    assert found == [None]
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     for _ in range(int(SOON / 0.01)):
         if condition():
