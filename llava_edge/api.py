@@ -28,6 +28,8 @@ from llava_edge.store import DEFAULT_MODEL, resolve
 AnyImage = ImageInput | bytearray | memoryview | Picture
 Images = AnyImage | Sequence[AnyImage] | None
 
+_SINGLE = (str, bytes, bytearray, memoryview)  # sequences, but one image each
+
 _RESET_HINT = "Start a new conversation with /reset, or Chat.reset() in Python."
 
 
@@ -154,7 +156,7 @@ class Llava:
         the others go on. With options that `check_options` refuses, all raise. KV cache states are neither saved nor
         used.
         """
-        if isinstance(images, str | Path | bytes) or not isinstance(images, Sequence):
+        if isinstance(images, _SINGLE) or not isinstance(images, Sequence):
             raise UsageError("ask_each expects a list of images; use ask for a single one.")
         sources = [self._snapshot(image) for image in images]
         _check_question(prompt, sources or [None])
@@ -396,7 +398,7 @@ def _check_question(text: str, images: Sequence[object]) -> None:
 def _as_list(images: Images) -> list[ImageInput | Picture]:
     if images is None:
         return []
-    if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
+    if isinstance(images, Sequence) and not isinstance(images, _SINGLE):
         return [_copy_buffer(image) for image in images]
     return [_copy_buffer(images)]
 

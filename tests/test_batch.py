@@ -344,6 +344,6 @@ def test_too_long_a_question_is_an_error_of_every_stream(llava: Llava) -> None:
 
 def test_no_image_and_a_single_image_are_not_lists_of_images(llava: Llava) -> None:
     assert llava.ask_each([]) == []
-    for single in ("photo.png", Path("photo.png"), b"bytes", picture(), io.BytesIO()):
+    for single in ("a.png", Path("a.png"), b"bytes", bytearray(b"ab"), memoryview(b"ab"), picture(), io.BytesIO()):
         with pytest.raises(UsageError, match="ask_each expects a list of images"):
             llava.ask_each(single)  # type: ignore[arg-type]
