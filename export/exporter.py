@@ -157,7 +157,7 @@ def export(
                 write_mmproj(checkpoint, options.emit_mmproj, manifest.name)
             progress("publishing", None)
             publish.check_target(out, options.force)
-            publish.publish(temp, out)
+            publish.publish(temp, out, force=options.force)
         except OSError as error:
             reason = error.strerror or f"{error}, as when the disk is full"  # numpy gives no errno, only byte counts
             raise StorageError(

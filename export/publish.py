@@ -68,12 +68,15 @@ def staging(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def publish(temp: Path, out: Path) -> None:
-    """Flush `temp` to disk and rename it to `out`; an older bundle is moved to `temp`."""
+def publish(temp: Path, out: Path, *, force: bool) -> None:
+    """Flush `temp` to disk and rename it to `out`; with `force`, an older bundle is moved to `temp`.
+
+    Raises `OSError` without `force` if another process has just created a bundle there.
+    """
     for path in temp.iterdir():
         _sync(path)
     _sync(temp)
-    if out.exists() and any(out.iterdir()):
+    if force and out.exists() and any(out.iterdir()):
         _exchange(temp, out)
     else:
         temp.rename(out)

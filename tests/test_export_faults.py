@@ -303,7 +303,7 @@ with publish.staging(Path(sys.argv[1])) as temp:
     (temp / "file").write_text("new")
     if sys.argv[2:]:
         Path.rename = cut
-        publish.publish(temp, Path(sys.argv[1]))
+        publish.publish(temp, Path(sys.argv[1]), force=True)
     os._exit(1)
 """
 
@@ -350,7 +350,7 @@ def test_an_interruption_between_two_renames_is_undone_at_once(
     def replaced() -> None:
         with publish.staging(bundle_copy) as temp:
             (temp / "file").write_text("new")
-            publish.publish(temp, bundle_copy)
+            publish.publish(temp, bundle_copy, force=True)
 
     with pytest.raises(KeyboardInterrupt):
         replaced()
@@ -369,7 +369,7 @@ def test_a_file_system_without_locks_is_enough(tmp_path: Path, monkeypatch: pyte
     with publish.staging(tmp_path / "out") as temp:
         assert len(list(tmp_path.iterdir())) == 2
         (temp / "file").write_text("new")
-        publish.publish(temp, tmp_path / "out")
+        publish.publish(temp, tmp_path / "out", force=False)
     assert (tmp_path / "out" / "file").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -390,10 +390,28 @@ def test_replacing_swaps_whole_folders(at_once: bool, tmp_path: Path, monkeypatc
     for folder in (out, temp):
         folder.mkdir()
         (folder / "who").write_text(folder.name, "utf-8")
-    publish.publish(temp, out)
+    publish.publish(temp, out, force=True)
     assert (out / "who").read_text("utf-8") == "temp"
     assert (temp / "who").read_text("utf-8") == "out"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_of_two_exports_to_one_name_the_slower_replaces_nothing(
+    micro_checkpoint: Path, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The faster one publishes after the slower one has looked for the last time."""
+    before, out, check = Bundle.open(bundle_copy).manifest.identity, tmp_path / "out", publish.check_target
+
+    def check_and_lose(target: Path, force: bool) -> None:
+        check(target, force)
+        if any(tmp_path.glob("out.tmp-*")):
+            bundle_copy.rename(out)
+
+    monkeypatch.setattr(publish, "check_target", check_and_lose)
+    with pytest.raises(StorageError, match="not empty"):
+        export(ExportOptions(micro_checkpoint, out, quant="f16", vision="fp32"))
+    assert Bundle.open(out).manifest.identity == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_takes_no_picture_encoder_is_noticed_first(
