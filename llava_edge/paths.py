@@ -15,7 +15,7 @@ def expand_path(name: str) -> str:
         return name
     if name.startswith("file://"):
         with suppress(ValueError):  # not a valid URL
-            return unquote(urlsplit(name).path)
+            return unquote(urlsplit(name).path, errors="surrogateescape")  # names need not be UTF-8
     plain = name.strip().strip("'\"")
     if os.sep == "/" and not exists(plain):
         plain = re.sub(r"\\(.)", r"\1", plain)

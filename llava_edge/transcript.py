@@ -39,7 +39,7 @@ def write(path: Path, conversation: Conversation) -> None:
     """Write a conversation atomically. Raises `OSError`; an existing file is then unchanged."""
     turns = [{"role": turn.role, "text": turn.text, "images": turn.images} for turn in conversation.messages]
     content = json.dumps({"images": conversation.images, "messages": turns}, indent=2, ensure_ascii=False) + "\n"
-    _write_atomically(path, content.encode("utf-8", "replace"))
+    _write_atomically(path, content.encode("utf-8", "backslashreplace"))  # JSON's escape, for names not in UTF-8
 
 
 def read(path: Path) -> Conversation:

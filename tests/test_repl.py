@@ -76,6 +76,16 @@ def test_files_are_found_as_people_name_them(
     assert chat.messages[0].images == len(names)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS refuses such names")
+def test_a_name_that_is_not_utf_8_is_found_saved_and_loaded(run_repl: RunRepl, tmp_path: Path) -> None:
+    path, saved = tmp_path / os.fsdecode(b"caf\xe9.png"), tmp_path / "talk.json"
+    Image.new("RGB", (9, 9), "red").save(path)
+    first, _ = run_repl([f"/image {path}", f"/image {path.as_uri()}", "what?", f"/save {saved}"])
+    assert first.messages[0].images == 2
+    loaded, _ = run_repl([f"/load {saved}"])
+    assert loaded.messages == first.messages
+
+
 def test_a_file_of_exactly_that_name_goes_first(
     run_repl: RunRepl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
