@@ -461,6 +461,16 @@ def test_a_recipe_with_a_bad_number_begins_nothing(root: Path, tmp_path: Path, r
     assert list(tmp_path.iterdir()) == [recipe]
 
 
+def test_a_limit_on_threads_is_no_bug_of_ours(micro_bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    code, out, err = run("run", "--model", micro_bundle, "--prompt", "?", *LIGHT)
+    assert (code, out, err.count("\n")) == (71, "", 1)
+    assert "ulimit -u" in err
+
+
 def test_a_failed_answer_leaves_stdout_empty(micro_bundle: Path, photo: Path, tmp_path: Path, run: Run) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(micro_bundle, broken)

@@ -151,7 +151,10 @@ def execute(arguments: Sequence[str]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", StorageError.exit_code)
-    except Exception:  # noqa: BLE001 - a bug, reported with its traceback
+    except Exception as error:  # noqa: BLE001 - a bug, reported with its traceback
+        if str(error) == "can't start new thread":  # a RuntimeError without a type of its own
+            remedy = "raise the limit on processes (ulimit -u, or a container's) or on address space (ulimit -v)"
+            return _fail(f"No more threads can be started; {remedy}.", MemoryLimitError.exit_code)
         traceback.print_exc()
         return _fail("This is a bug in llava-edge; please report it with the lines above.", LlavaEdgeError.exit_code)
 
