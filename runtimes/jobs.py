@@ -142,6 +142,8 @@ class _JobStream(Stream):
                 start()
             item = self._job.next()
             self._complete = item is None or isinstance(item, BaseException) or item.final is not None
+            if isinstance(item, StopIteration):  # it would be taken for the end of the stream
+                raise RuntimeError("A function raised StopIteration.") from item
             if isinstance(item, BaseException):
                 raise item
         except BaseException:

@@ -65,6 +65,13 @@ def test_what_is_raised_while_a_model_loads_stops_it(micro_bundle: Path, capfd: 
         assert loaded.ask("hi", options=Options(max_tokens=1)).completion_tokens == 1
 
 
+def test_stop_iteration_of_a_callback_is_an_error_as_in_a_generator(micro_bundle: Path) -> None:
+    """It must not end in a model that was not loaded."""
+    with pytest.raises(RuntimeError) as raised:
+        Llava.load(micro_bundle, device="cpu", on_load=lambda fraction: next(iter(())))
+    assert isinstance(raised.value.__cause__, StopIteration)
+
+
 def test_pictures_are_read_while_the_model_loads(micro_bundle: Path) -> None:
     begun, manifest = threading.Event(), Bundle.open(micro_bundle).manifest
 
