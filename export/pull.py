@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from llava_edge.errors import UsageError
 from llava_edge.export.adapter import LowRank
 from llava_edge.export.checkpoint import LanguageFile
 from llava_edge.export.exporter import ExportOptions, export, require_extra
-from llava_edge.export.publish import check_target
+from llava_edge.export.publish import check_target, staging
 from llava_edge.models import smol
 
 FINE_BLOCKS = 0  # the weights of smol's tower are int8 already, so there is no rounding error
@@ -29,9 +28,8 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
     require_extra()
     check_target(target, force=True)
     parts = store.home() / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=parts) as folder:
-        checkpoint = smol.write_checkpoint(Path(folder) / name, parts, log=lambda line: progress(line, None))
+    with staging(parts / "checkpoint") as folder:  # 0.9 GB, which the next pull removes after a kill
+        checkpoint = smol.write_checkpoint(folder / name, parts, log=lambda line: progress(line, None))
         provenance = (
             *(
                 Provenance(kind, f"{part.description}, from {part.package} {part.version}", part.licence, part.sha256)

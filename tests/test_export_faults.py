@@ -333,6 +333,22 @@ def test_left_folders_of_dead_exports_go_and_everything_else_stays(tmp_path: Pat
     assert all((folder / "thesis.txt").is_file() for folder in mine[:-1])
 
 
+def test_the_checkpoint_of_a_killed_pull_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from llava_edge.export.pull import pull
+from llava_edge.models import smol
+smol.write_checkpoint = lambda folder, *_, **__: (folder.mkdir(), os._exit(1) if sys.argv[2:] else sys.exit(2))
+pull("smol", Path(sys.argv[1]), print)
+"""
+    environment = {**os.environ, "LLAVA_EDGE_HOME": str(tmp_path)}
+    for killed, left in ((["killed"], 1), ([], 0)):
+        command = [sys.executable, "-c", code, str(tmp_path / "out"), *killed]
+        assert subprocess.run(command, check=False, env=environment).returncode == 2 - left
+        assert len(list((tmp_path / "parts").iterdir())) == left
+
+
 def test_an_interruption_between_two_renames_is_undone_at_once(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
