@@ -150,7 +150,7 @@ class Llava:
     ) -> list[Stream]:
         """The same question about each of many images: one stream per image. Closing one early stops all.
 
-        Images are read and encoded one after another, when their turn comes, and the answers are decoded as a batch,
+        Work begins at once: images are read and encoded one after another, and the answers are decoded as a batch,
         with the same tokens as `ask_many` says. The stream of an image that cannot be used raises `ImageError`,
         `MissingError` or `ContextOverflowError`, that of an answer whose grammar allows no next token `UsageError`, and
         the others go on. With options that `check_options` refuses, all raise. KV cache states are neither saved nor
