@@ -101,7 +101,7 @@ def _follow(llava: Llava, rows: Array, answers: Sequence[Sequence[int]]) -> Iter
 def _ask_questions(llava: Llava, rows: Array) -> Iterator[LanguageModel]:
     """Yield the language model after it has evaluated the picture and each of the questions."""
     engine, never = llava._engine, threading.Event()
-    language = engine._require_open()
+    language = engine.model.language
     keys: list[Key] = [("rows", i) for i in range(len(rows))]
     language.truncate(0)
     for question in QUESTIONS:

@@ -228,17 +228,17 @@ class Llava:
     @property
     def device(self) -> str:
         """Device in use and why, such as "cpu (asked for)"."""
-        return f"{self._engine.device.name} ({self._engine.device.reason})"
+        return f"{self._engine.model.device.name} ({self._engine.model.device.reason})"
 
     @property
     def preset(self) -> str:
         """Preset in use and why, such as "memory (asked for)"."""
-        return f"{self._engine.preset.name} ({self._engine.preset.reason})"
+        return f"{self._engine.model.preset.name} ({self._engine.model.preset.reason})"
 
     @property
     def context(self) -> int:
         """Context length: positions that prompt and answer share."""
-        return self._engine.context_size
+        return self._engine.model.context_size
 
     @property
     def parallel(self) -> int:
@@ -251,7 +251,7 @@ class Llava:
     @property
     def load_ms(self) -> float:
         """Loading time in milliseconds."""
-        return self._engine.load_ms
+        return self._engine.model.load_ms
 
     def close(self) -> None:
         """Free the engines. A running answer ends as cancelled, waiting calls raise. May be called again."""

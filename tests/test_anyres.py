@@ -318,8 +318,7 @@ def test_the_engine_answers_as_pytorch_does(
 
     monkeypatch.setattr(Answer, "add_token", watched)
     result = llava.ask("What is it?", image(size), Options(max_tokens=16))
-    language = llava._engine._language
-    assert language is not None
+    language = llava._engine.model.language
     pieces = render(TINY.template, [Message("user", "What is it?", 1)])
     ids = encode(pieces, language.tokenize, language.control_id)
     seen = shown(ours, size)

@@ -50,8 +50,8 @@ def prove(llava: Llava) -> Speculation:
     """Take batches for proven."""
     for block in range(2):
         for width in WIDTHS * MIN_EQUAL_ROWS:
-            llava._engine._scheduler._speculation.bits.record(block * speculation.BLOCK, width, True)
-    return llava._engine._scheduler._speculation
+            llava._engine.model.scheduler._speculation.bits.record(block * speculation.BLOCK, width, True)
+    return llava._engine.model.scheduler._speculation
 
 
 def fix_costs(shared: Speculation, draft: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,15 +32,14 @@ IMAGES = [encode(picture(seed=number), "PNG") for number in range(4)]
 def llava(micro_bundle: Path) -> Iterator[Llava]:
     """Tests have no native kernels, with which alone answers are joined, because their bits stay the same."""
     with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, cache="memory")) as loaded:
-        assert loaded._engine._language
-        loaded._engine._language.batch_invariant = True
+        loaded._engine.model.language.batch_invariant = True
         yield loaded
 
 
 @pytest.fixture
 def batches(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many answers each pass over the weights continues."""
-    language = llava._engine._language
+    language = llava._engine.model.language
     assert language
     seen: list[int] = []
     right = language.evaluate_branches
@@ -164,8 +163,7 @@ def test_a_sampled_answer_goes_on_with_its_own_numbers(
 def test_without_the_same_bits_requests_are_answered_in_turn(
     llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert llava._engine._language
-    llava._engine._language.batch_invariant = False
+    llava._engine.model.language.batch_invariant = False
     found = together(llava, monkeypatch, [("the red", IMAGES[0], LONG), ("a list:", (), LONG)])
     assert not batches
     assert all(isinstance(result, Result) for result in found)
@@ -209,9 +207,8 @@ def test_a_broken_model_is_an_error_of_all(llava: Llava, monkeypatch: pytest.Mon
     def broken(*_: Any) -> None:
         raise BundleError("not finite")
 
-    assert llava._engine._language
     with monkeypatch.context() as patch:
-        patch.setattr(llava._engine._language, "evaluate_branches", broken)
+        patch.setattr(llava._engine.model.language, "evaluate_branches", broken)
         found = together(llava, patch, [("the red", IMAGES[0], LONG), ("a list:", (), LONG)])
     assert all(isinstance(error, BundleError) for error in found)
     assert llava.ask("the red", IMAGES[0], replace(LONG, max_tokens=5)).completion_tokens == 5
@@ -219,7 +216,7 @@ def test_a_broken_model_is_an_error_of_all(llava: Llava, monkeypatch: pytest.Mon
 
 def test_others_get_a_token_between_two_pictures(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """A 7B reads each for many seconds."""
-    language, seen = llava._engine._language, list[str]()
+    language, seen = llava._engine.model.language, list[str]()
     assert language
 
     def record(name: str) -> None:
@@ -266,10 +263,10 @@ def test_a_cancelled_answer_ends_alone(llava: Llava, monkeypatch: pytest.MonkeyP
 
 def test_a_request_that_waits_for_room_can_be_cancelled_at_once(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even while the model computes for others; what comes after it then gets its room."""
-    language, requests = llava._engine._language, threading.Semaphore(0)
+    language, requests = llava._engine.model.language, threading.Semaphore(0)
     assert language
     cancel, go = threading.Event(), threading.Event()
-    prepare, evaluate = llava._engine._prepare_request, language.evaluate_tokens
+    prepare, evaluate = llava._engine._preparer.prepare, language.evaluate_tokens
 
     def prepared(*arguments: Any) -> Any:
         requests.release()
@@ -285,7 +282,7 @@ def test_a_request_that_waits_for_room_can_be_cancelled_at_once(llava: Llava, mo
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(llava.ask, "the red", (), long)
         assert hold.begun.wait(20)
-        monkeypatch.setattr(llava._engine, "_prepare_request", prepared)
+        monkeypatch.setattr(llava._engine._preparer, "prepare", prepared)
         monkeypatch.setattr(language, "evaluate_tokens", wait)
         second = pool.submit(list, llava.stream("a list:", (), long, cancel=cancel))
         while llava._engine._thread._jobs.empty():
@@ -304,7 +301,7 @@ def test_a_request_that_waits_for_room_can_be_cancelled_at_once(llava: Llava, mo
 
 def test_positions_of_a_cancelled_prompt_are_free_again(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third request has the picture of the second, which is cancelled; the fourth has no room beside the others."""
-    language = llava._engine._language
+    language = llava._engine.model.language
     assert language
     evaluate, evaluated = language.evaluate_embeddings, list[str]()
 
@@ -351,8 +348,7 @@ def test_a_grammar_without_a_next_token_is_an_error_of_its_own_request(
 
 def test_closing_the_model_ends_all(micro_bundle: Path) -> None:
     with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1)) as loaded:
-        assert loaded._engine._language
-        loaded._engine._language.batch_invariant = True
+        loaded._engine.model.language.batch_invariant = True
         streams = [begin(loaded, question, (), Options(max_tokens=140))[0] for question in ("one", "two", "12")]
     assert [rest(stream)[1].finish_reason for stream in streams] == ["cancelled"] * 3
 
@@ -376,7 +372,7 @@ def test_a_state_that_cannot_be_restored_beside_others_is_an_error(
     for image in IMAGES[:2]:
         llava.ask("the red", image, SHORT)
     llava.ask("12", (), SHORT)
-    language = llava._engine._language
+    language = llava._engine.model.language
     assert language
     restore, restored = language.library.llama_state_seq_set_data, []
 
@@ -406,7 +402,7 @@ def test_a_conversation_joins_and_goes_on(llava: Llava) -> None:
 
 def test_positions_that_will_be_kept_are_known_before(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room is counted by them: those of a turn that reused part of a text are not kept, although they are the same."""
-    prefill, kept = llava._engine._scheduler._prefill, list[tuple[int, int]]()
+    prefill, kept = llava._engine.model.scheduler._prefill, list[tuple[int, int]]()
     assert prefill
     right = prefill.run
 

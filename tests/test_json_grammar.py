@@ -147,7 +147,7 @@ def test_every_answer_satisfies_its_schema(name: str, llava: Llava) -> None:
 
 def allows(llava: Llava, grammar: str, text: str) -> bool:
     """Whether llama.cpp lets the tokens of `text`, and then the end, pass."""
-    language = llava._engine._scheduler._language
+    language = llava._engine.model.scheduler._language
     tokens = [*language.tokenize(text), language.library.llama_vocab_eos(language.vocabulary)]
     with closing(Sampler(language, Options(grammar=grammar))) as sampler:
         return all(passes(language.library, sampler._grammar, token) for token in tokens)
@@ -352,7 +352,7 @@ def test_a_schema_that_is_only_itself_is_refused(schema: Any) -> None:
 
 
 def test_an_unreadable_grammar_costs_no_picture(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llava._engine._scheduler, "_prefill", None)
+    monkeypatch.setattr(llava._engine.model.scheduler, "_prefill", None)
     with pytest.raises(UsageError, match=r"llama\.cpp cannot parse the grammar"):
         llava.ask("?", Image.new("RGB", (8, 8)), Options(grammar='root ::= "x', max_tokens=4))
 

@@ -40,9 +40,7 @@ def picture(colour: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
 
 
 def language_of(llava: Llava) -> LanguageModel:
-    found = llava._engine._language
-    assert found is not None
-    return found
+    return llava._engine.model.language
 
 
 def opened(bundle: Path, options: EngineOptions = CPU, shown: Sequence[Callable[[], Picture]] = ()) -> Llava:
@@ -275,7 +273,7 @@ def test_embedding_goes_on_when_the_model_is_loaded(micro_bundle: Path, monkeypa
     monkeypatch.setattr(embedder, "open_encoder", late)
     with opened(micro_bundle, shown=[lambda: shown]) as llava:
         loaded.set()
-        part = llava._engine._embedder
+        part = llava._engine.model.embedder
         assert part is not None
         part._thread.submit(bool).result(30)  # after what was begun while it was loaded
         assert list(part._precomputed) == [shown.key]

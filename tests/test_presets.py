@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,9 @@ from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
 from llava_edge.cli import cli
 from llava_edge.errors import MemoryLimitError, UnavailableError
 from llava_edge.options import EngineOptions
-from llava_edge.runtimes import devices, language, mapping, pipeline, presets, probe, tune
+from llava_edge.runtimes import devices, language, mapping, presets, probe, tune
+from llava_edge.runtimes.loading import Loader
+from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.vision import VisionEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -269,11 +272,9 @@ def test_what_was_measured_is_kept_used_and_shown(
     fastest = tune.Setting(3, True, 1.0, 1.0)
     path.write_text(json.dumps([vars(found[0]), vars(fastest)]), "utf-8")
     for preset, threads, prepack in (("latency", 3, True), ("memory", found[0].threads, False)):
-        engine = pipeline.Engine(bundle, replace(CPU, threads=0, preset=preset))  # type: ignore[arg-type]
-        engine.preset = presets.Preset(preset, "")  # type: ignore[arg-type]
-        setting = engine._vision_setting(found[0].threads)
+        options = replace(CPU, threads=0, preset=preset)  # type: ignore[arg-type]
+        setting = Loader(bundle, options, PictureCache(None), ExitStack()).vision_setting()
         assert (setting.threads, setting.prepack) == (threads, prepack)
-        engine.close()
     shown = CliRunner().invoke(cli, ["doctor", "--json", "--model", str(micro_bundle)])
     vision = [item["text"] for item in json.loads(shown.stdout)["findings"] if item["subject"] == "vision"]
     assert f"latency uses {fastest}" in vision
@@ -283,9 +284,7 @@ def test_what_was_measured_is_kept_used_and_shown(
 def test_threads_that_were_asked_for_stay(micro_bundle: Path, quiet: None) -> None:
     bundle = Bundle.open(micro_bundle)
     tune.measure(bundle)
-    engine = pipeline.Engine(bundle, replace(CPU, threads=5))
-    assert engine._vision_setting(5).threads == 5
-    engine.close()
+    assert Loader(bundle, replace(CPU, threads=5), PictureCache(None), ExitStack()).vision_setting().threads == 5
 
 
 def test_other_features_are_left_out(micro_bundle: Path, quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:

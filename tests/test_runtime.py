@@ -311,9 +311,7 @@ def test_the_stream_is_the_answer(llava: Llava) -> None:
 
 
 def model_of(llava: Llava) -> LanguageModel:
-    model = llava._engine._language
-    assert model is not None
-    return model
+    return llava._engine.model.language
 
 
 def logits_after(llava: Llava, images: list[Image.Image]) -> np.ndarray[Any, Any]:

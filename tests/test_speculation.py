@@ -34,7 +34,7 @@ def llava(micro_bundle: Path) -> Iterator[Llava]:
 def unproven(llava: Llava) -> Llava:
     """The model as if just loaded: nothing is known about its batches."""
     engine = llava._engine
-    engine._scheduler._speculation = speculation.Speculation(engine._scheduler._language)
+    engine.model.scheduler._speculation = speculation.Speculation(engine.model.scheduler._language)
     return llava
 
 
@@ -84,7 +84,7 @@ def draft_from(monkeypatch: pytest.MonkeyPatch, answer: list[int], wrong: tuple[
 def tokens_of(llava: Llava, prompt: str, tokens: int) -> list[int]:
     """Tokens of a plain answer, all but the last; they are what the KV cache holds after the prompt."""
     result = ask(llava, prompt, "off", tokens)
-    keys = llava._engine._scheduler._language.cached_keys[result.prompt_tokens :]
+    keys = llava._engine.model.scheduler._language.cached_keys[result.prompt_tokens :]
     return [key for key in keys if isinstance(key, int)]
 
 
@@ -92,7 +92,7 @@ def prove(llava: Llava) -> None:
     """Take batches for proven."""
     for block in range(2):
         for width in WIDTHS * MIN_EQUAL_ROWS:
-            llava._engine._scheduler._speculation.bits.record(block * BLOCK, width, True)
+            llava._engine.model.scheduler._speculation.bits.record(block * BLOCK, width, True)
 
 
 @pytest.mark.parametrize(("wrong", "most", "least"), [((), 80, 50), ((0,), 0, 0), ((3,), 60, 30), ((6,), 75, 45)])
@@ -110,7 +110,7 @@ def test_any_draft_tokens_give_the_plain_answer(
 
 def test_the_kv_cache_holds_what_was_said(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     said = tokens_of(unproven, PROMPT, 60)
-    language = unproven._engine._scheduler._language
+    language = unproven._engine.model.scheduler._language
     plain = list(language.cached_keys)
     draft_from(monkeypatch, said, (2,))
     prove(unproven)
@@ -147,7 +147,7 @@ def test_batches_that_round_differently_are_not_used(unproven: Llava, monkeypatc
     noisy(monkeypatch, 1e-6)
     speculative = ask(unproven, PROMPT, "ngram", 80)
     assert (speculative.text, speculative.accepted_tokens, speculative.drafted_tokens) == (plain.text, 0, ONCE)
-    assert not any(unproven._engine._scheduler._speculation.bits.may_be_equal(0, width) for width in WIDTHS)
+    assert not any(unproven._engine.model.scheduler._speculation.bits.may_be_equal(0, width) for width in WIDTHS)
 
 
 def test_equal_logits_of_other_states_are_no_proof(unproven: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_without_the_proof_such_batches_change_answers(unproven: Llava, monkeypa
     draft_from(monkeypatch, tokens_of(unproven, PROMPT, 80))
     noisy(monkeypatch, 0.5)
     assert ask(unproven, PROMPT, "ngram", 80).text == plain.text
-    unproven._engine._scheduler._speculation.bits = BitChecks()
+    unproven._engine.model.scheduler._speculation.bits = BitChecks()
     prove(unproven)
     assert ask(unproven, PROMPT, "ngram", 80).text != plain.text
 
@@ -183,9 +183,9 @@ def test_speculation_ends_where_it_does_not_pay(unproven: Llava, monkeypatch: py
 
 
 def test_on_a_gpu_speculation_has_to_be_asked_for(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    language = llava._engine._scheduler._language
+    language = llava._engine.model.scheduler._language
     monkeypatch.setattr(language, "on_gpu", True)
-    monkeypatch.setattr(llava._engine._scheduler, "_speculation", speculation.Speculation(language))
+    monkeypatch.setattr(llava._engine.model.scheduler, "_speculation", speculation.Speculation(language))
     drafted = {how: ask(llava, "again again again", how, 24).drafted_tokens for how in ("auto", "ngram")}
     assert drafted["auto"] == 0 < drafted["ngram"]
 
@@ -272,7 +272,7 @@ def test_one_verdict_for_each_width_and_block() -> None:
 def test_the_width_that_promises_most(
     four: float, eight: float, wanted: int, unproven: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = unproven._engine._scheduler._speculation
+    shared = unproven._engine.model.scheduler._speculation
     shared.costs.record(4, 1.0)  # before any single token: unknown
     assert shared.costs.batch(4) == 2.0
     for _ in range(5):

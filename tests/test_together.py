@@ -35,7 +35,7 @@ def llava(micro_bundle: Path) -> Iterator[Llava]:
 @pytest.fixture
 def pass_sizes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many positions each pass over the weights evaluates."""
-    language = llava._engine._scheduler._language
+    language = llava._engine.model.scheduler._language
     language.truncate(0)
     seen: list[int] = []
     right = language._evaluate
@@ -92,7 +92,7 @@ def test_pictures_are_read_once_and_weights_once_for_a_token_of_each(llava: Llav
 
 def test_the_kv_cache_is_afterwards_as_before(llava: Llava) -> None:
     """The next answer has the bits it would have had."""
-    language = llava._engine._scheduler._language
+    language = llava._engine.model.scheduler._language
     wanted = []
     for question in QUESTIONS:
         text = llava.ask(question, RED, SHORT).text
@@ -105,7 +105,7 @@ def test_the_kv_cache_is_afterwards_as_before(llava: Llava) -> None:
 
 def test_the_next_answer_about_a_later_picture_has_its_bits(llava: Llava) -> None:
     """In the KV cache, the last picture is not where it would be alone, with free places before it."""
-    language, blue = llava._engine._scheduler._language, Image.new("RGB", (48, 32), "blue")
+    language, blue = llava._engine.model.scheduler._language, Image.new("RGB", (48, 32), "blue")
     language.truncate(0)
     text = llava.ask("the red", blue, SHORT).text
     wanted = language.logits().copy()
@@ -215,7 +215,7 @@ def test_an_error_reaches_every_stream(llava: Llava, monkeypatch: pytest.MonkeyP
     def broken(*_: Any) -> None:
         raise BundleError("not finite")
 
-    monkeypatch.setattr(llava._engine._scheduler._language, "evaluate_branches", broken)
+    monkeypatch.setattr(llava._engine.model.scheduler._language, "evaluate_branches", broken)
     for stream in list(llava.ask_many(["one,", "two,"], RED, SHORT)):
         with pytest.raises(BundleError, match="not finite"):
             list(stream)

@@ -231,10 +231,9 @@ def tiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llava]:
 
 def embedded(llava: Llava, options: Options) -> Array:
     engine = llava._engine
-    assert engine._embedder is not None
     shown = apply_token_budget(prepare(RED, llava.bundle.manifest), options, llava.bundle.manifest)
     job = cast(Job, SimpleNamespace(vision_run=None, cancel=threading.Event()))
-    return np.asarray(engine._embedder.submit(shown, RequestStats(0), job).result())
+    return np.asarray(engine.model.embedder.submit(shown, RequestStats(0), job).result())
 
 
 def in_torch(checkpoint: Path, llava: Llava, count: int) -> Array:
@@ -269,12 +268,11 @@ def test_positions_are_counted_and_the_rest_is_no_different(llava: Llava) -> Non
 
 
 def logits_after(llava: Llava, options: Options, *, reuse: bool) -> Array:
-    assert llava._engine._language is not None
     if not reuse:
-        llava._engine._language.truncate(0)
+        llava._engine.model.language.truncate(0)
     for _ in llava._engine.generate([Message("user", "?", 1)], [RED], replace(options, max_tokens=1), reuse=reuse):
         pass
-    return llava._engine._language.logits().copy()
+    return llava._engine.model.language.logits().copy()
 
 
 OTHERS = [Options(), Options(image_tokens=15), Options(image_tokens=8, image_token_method="random")]
@@ -301,7 +299,7 @@ def test_the_check_for_a_stale_kv_cache_notices_a_key_without_the_budget(
     def wrong(shown: pictures.Picture, options: Options, manifest: Manifest) -> pictures.Picture:
         return replace(right(shown, options, manifest), key=shown.key)
 
-    monkeypatch.setattr("llava_edge.runtimes.pipeline.apply_token_budget", wrong)
+    monkeypatch.setattr("llava_edge.runtimes.requests.apply_token_budget", wrong)
     assert stale_error(llava, BUDGET_8, OTHERS[2]) > 0.05
 
 

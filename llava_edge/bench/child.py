@@ -51,15 +51,15 @@ def measure_answers(task: dict[str, Any]) -> dict[str, Any]:
         text_positions = engine.encode_prompt(messages).index(IMAGE_TOKEN_INDEX)
         return {
             "start_ms": (open_start - process_start) * 1000,
-            "load_ms": engine.load_ms,
+            "load_ms": engine.model.load_ms,
             "cold_ms": cold,
-            "device": engine.device.name,
+            "device": engine.model.device.name,
             "crops": len(picture.crops),
             "projected": len(picture.rows)
             if picture.budget
             else len(picture.crops) * bundle.manifest.vision.image_tokens,
             "integer_projector": native.projector_library() is not None,
-            "kv": engine.preset.kv,
+            "kv": engine.model.preset.kv,
             "questions": {
                 name: {**asdict(result), "text_known": text_positions if name != first_name else 0}
                 for name, result in results.items()
