@@ -24,7 +24,7 @@ import numpy as np
 from interleave import run_fresh
 
 from llava_edge.bundle import LANGUAGE
-from llava_edge.runtimes import devices, language, mapping
+from llava_edge.runtimes import bindings, devices, language, mapping
 from llava_edge.runtimes.language import LanguageModel
 
 CONTEXT = 2048
@@ -71,7 +71,7 @@ def _override(twice: bool, flash: int | None) -> None:
     """Change settings that the product does not expose."""
     if twice:
         mapping.release_pages = lambda path: None
-    api = language.library()
+    api = bindings.library()
     init_from_model = api.llama_init_from_model
 
     def init_with_override(model: Any, settings: Any) -> Any:

@@ -14,7 +14,7 @@ from statistics import median
 
 import numpy as np
 
-from llava_edge.runtimes import language, native
+from llava_edge.runtimes import bindings, native
 from llava_edge.runtimes.native import check
 from llava_edge.runtimes.native.ggml import TYPES, Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="avx2")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
-    language.library()
+    bindings.library()
     ggml, path = Ggml(), native.kernel_folder() / native.LIBRARY
     library = Library(path)
     supported = [(kind, arguments.kernel, 32) for kind in TYPES if library.select(arguments.kernel, kind)]

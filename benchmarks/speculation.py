@@ -98,7 +98,7 @@ def _cost(model: str, threads: int, repeats: int, positions: Sequence[int]) -> N
     path = Bundle.open(resolve(model)).part(LANGUAGE)
     language = LanguageModel(path, context=max(positions) + WIDTHS[-1], threads=threads or thread_count()[0])
     never = threading.Event()
-    tokens = [int(token) for token in np.random.default_rng(0).integers(300, language.vocab_size, WIDTHS[-1])]
+    tokens = [int(token) for token in np.random.default_rng(0).integers(300, language.vocabulary.size, WIDTHS[-1])]
     print("positions  batch      ms  singles  same bits")
     for start in positions:
         language.truncate(0)

@@ -81,7 +81,7 @@ def _answers(llava: Llava, rows: Array, tokens: int) -> Iterator[tuple[list[int]
     """Yield for each question the greedy answer's tokens and (tokens, vocab_size) logits."""
     for language in _ask_questions(llava, rows):
         answer, logits = [language.greedy_token()], [language.logits().copy()]
-        while len(answer) < tokens and not language.is_end_token(answer[-1]):
+        while len(answer) < tokens and not language.vocabulary.is_end_token(answer[-1]):
             language.evaluate_tokens(answer[-1:], threading.Event())
             answer.append(language.greedy_token())
             logits.append(language.logits().copy())

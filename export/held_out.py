@@ -119,10 +119,12 @@ def read_conversations(data: Path, bundle: Bundle, float16: Path, scratch: Path)
     selected: list[Sample] = []
     positions_left = MAX_POSITIONS
     with LanguageModel(float16, context=1) as engine:
-        encode_after_control = tokenization.after_control_encoder(engine, manifest.after_control)
+        encode_after_control = tokenization.after_control_encoder(engine.vocabulary, manifest.after_control)
         for record in _shuffled_records(data):
             pieces = prompt.render(manifest.template, to_messages(record), manifest.image_markers)
-            ids, labels = prompt.encode_with_labels(pieces, engine.tokenize, engine.control_id, encode_after_control)
+            ids, labels = prompt.encode_with_labels(
+                pieces, engine.vocabulary.tokenize, engine.vocabulary.control_id, encode_after_control
+            )
             sample = expand_image(ids, labels, record["image"], len(pictures[record["image"]]))
             if sample.answers and len(sample.keys) <= min(context, positions_left):
                 selected.append(sample)
@@ -142,7 +144,7 @@ def sample_conversations(bundle: Bundle, float16: Path, scratch: Path) -> tuple[
     records = []
     for name in images:
         with LanguageModel(float16, context=len(pictures[name]) + 512) as engine:
-            encode_prompt = tokenization.prompt_encoder(engine, manifest)
+            encode_prompt = tokenization.prompt_encoder(engine.vocabulary, manifest)
             for text in QUESTIONS:
                 ids = encode_prompt([Message("user", text, 1)])
                 question = expand_image(ids, [IGNORE_INDEX] * len(ids), name, len(pictures[name]))
@@ -165,7 +167,7 @@ def _greedy(engine: LanguageModel, question: Sample, pictures: Pictures) -> list
     """A greedy answer of at least one token; it includes the end-of-answer token, as in training."""
     _evaluate(engine, question.keys[engine.keep_common_prefix(question.keys) :], pictures)
     answer: list[int] = []
-    while len(answer) < MAX_OWN_TOKENS and not (answer and engine.is_end_token(answer[-1])):
+    while len(answer) < MAX_OWN_TOKENS and not (answer and engine.vocabulary.is_end_token(answer[-1])):
         answer.append(int(engine.logits().argmax()))
         _evaluate(engine, answer[-1:], pictures)
     return answer

@@ -139,7 +139,7 @@ def _prompts(checkpoint: Checkpoint, manifest: Manifest, float16: Path, images: 
 def _token_ids(manifest: Manifest, float16: Path, pictures: int) -> list[list[int]]:
     matrix = []
     with LanguageModel(float16, context=1) as engine:
-        encode_prompt = prompt_encoder(engine, manifest)
+        encode_prompt = prompt_encoder(engine.vocabulary, manifest)
         for n in range(max(PROMPTS, pictures)):
             question, answer = QUESTIONS[(n + n // pictures) % len(QUESTIONS)]
             matrix.append(encode_prompt([Message("user", question, 1), Message("assistant", answer)]))

@@ -195,7 +195,7 @@ def _language_rows(
         repack = path.stat().st_size < _REPACK_BYTES
         adapter = bundle.adapter if path == bundle.part(LANGUAGE) else None
         with LanguageModel(path, adapter=adapter, context=context, repack=repack) as engine:
-            ids = prompt_encoder(engine, manifest)([Message("user", _QUESTION, 1)])
+            ids = prompt_encoder(engine.vocabulary, manifest)([Message("user", _QUESTION, 1)])
             ours = _answer_logits(engine, ids, image, answer, partial(progress, f"the answer of {name}"))
         if reference is None:
             reference = _reference_logits(checkpoint, ids, image, answer, partial(progress, "the reference"))

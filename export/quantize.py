@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from llava_edge.errors import StorageError
-from llava_edge.runtimes import language
+from llava_edge.runtimes import bindings
 
 Quant = Literal["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
@@ -47,7 +47,7 @@ def quantize(
     if quant == "f16":
         shutil.copyfile(source, target)
         return
-    api = language.library()
+    api = bindings.library()
     params = api.llama_model_quantize_default_params()
     params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{quant.upper()}")
     params.nthread = threads
@@ -67,7 +67,7 @@ def quantize(
         progress(min(1.0, target.stat().st_size / expected) if target.exists() else 0.0)
     if result != [0]:
         free = shutil.disk_usage(target.parent).free >> 20
-        raise StorageError(f"llama.cpp could not write {target}: {language.last_error()} {free} MiB are free there.")
+        raise StorageError(f"llama.cpp could not write {target}: {bindings.last_error()} {free} MiB are free there.")
 
 
 def _matrix(api: Any, importance: Mapping[str, np.ndarray]) -> Any:

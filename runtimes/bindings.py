@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+from collections import deque
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -20,11 +21,15 @@ from typing import Any
 from llava_edge import interpreter
 from llava_edge.errors import UnavailableError
 from llava_edge.locks import fork_safe_lock
+from llava_edge.runtimes import limit_spinning
 
 _CTYPES_EXTENSIONS = "llama_cpp._ctypes_extensions"  # the only module of the package that the bindings import
 _CUDA = ("cudart", "cublasLt", "cublas", "nvrtc", "curand", "cufft", "cudnn")  # in order of dependency
+_ERROR = 4  # of ggml_log_level
 
-
+errors: deque[str] = deque(maxlen=4)  # that llama.cpp logged last, as sentences
+_callbacks: list[Any] = []  # that C holds pointers to
+_verbose = False
 _lock = fork_safe_lock()  # two copies of the bindings would have incompatible ctypes types
 
 
@@ -35,6 +40,27 @@ def functions() -> Any:
             return _load_bindings()
         except (ImportError, OSError, RuntimeError) as error:
             raise _unavailable("llama-cpp-python", error, f"scripts/install_llama_cpp.sh {sys.executable}") from error
+
+
+def library(verbose: bool = False) -> Any:
+    """Return llama.cpp's C functions (untyped, hence Any) and silence its log unless `verbose`.
+
+    Everyone loads llama.cpp through this function, so that `limit_spinning` always comes first.
+    """
+    global _verbose
+    _verbose = verbose
+    limit_spinning()
+    api = functions()
+    if not _callbacks:
+        _callbacks.append(api.llama_log_callback(_log))
+        api.llama_log_set(_callbacks[0], None)
+        api.llama_backend_init()
+    return api
+
+
+def last_error() -> str:
+    """Return llama.cpp's last error message as a sentence."""
+    return errors[-1] if errors else "it gave no reason."
 
 
 def onnxruntime() -> Any:
@@ -106,3 +132,11 @@ def _execute(name: str, path: Path) -> Any:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _log(level: int, text: bytes, _: Any) -> None:
+    message = text.decode("utf-8", "replace")
+    if level == _ERROR and message.strip():
+        errors.append(message.strip().splitlines()[0][:300].rstrip(".") + ".")
+    if _verbose:
+        sys.stderr.write(message)

@@ -33,13 +33,13 @@ class Answer:
         """Add a token sampled from a row of logits; return why it is complete, or None. Chunks go to `job.output`."""
         stats = self.stats
         stats.first_token = stats.first_token or time.monotonic()
-        if token in self.end_tokens or self.language.is_end_token(token):
+        if token in self.end_tokens or self.language.vocabulary.is_end_token(token):
             return "stop"
         stats.tokens += 1
         stats.pending_tokens += 1
         if self.top_logprobs is not None:
             stats.pending_chances.append(token_chance(self.language, token, self.top_logprobs, row))
-        text = self.stream.feed(self.language.piece(token))
+        text = self.stream.feed(self.language.vocabulary.piece(token))
         if text or len(stats.pending_chances) >= MAX_PENDING_CHANCES:
             stats.text += text
             self.job.output.put(Chunk(text, stats.pending_tokens, chances=tuple(stats.pending_chances)))

@@ -58,9 +58,7 @@ def choose(device: Device) -> DeviceChoice:
 
 def unavailable_reason(device: str) -> str:
     """Return a sentence saying why `device` ("cuda" or "metal") does not work; empty if it does."""
-    from llava_edge.runtimes.language import library  # the only function that may load llama.cpp
-
-    llama = library()
+    llama = bindings.library()
     system_info = llama.llama_print_system_info().decode("utf-8", "replace")
     names = (_BACKENDS[device], device.capitalize())
     if not any(f"{name} :" in system_info for name in names):

@@ -48,7 +48,7 @@ class DraftModel:
         trained = gguf.read(path).number("llama.context_length", 1, 1 << 24)
         context = min(target.context_size, trained)
         self._language = LanguageModel(path, context=context, threads=threads, repack=repack, verbose=verbose)
-        self._shared_tokens = min(target.vocab_size, self._language.vocab_size)
+        self._shared_tokens = min(target.vocabulary.size, self._language.vocabulary.size)
 
     def close(self) -> None:
         """Free the model. Harmless when repeated."""
@@ -61,7 +61,7 @@ class DraftModel:
         """
         language = self._language
         text = [key for key in keys if isinstance(key, int)]
-        if not text or max(text) >= language.vocab_size or len(text) + count > language.context_size:
+        if not text or max(text) >= language.vocabulary.size or len(text) + count > language.context_size:
             return []
         language.evaluate_tokens(text[language.keep_common_prefix(text) :], cancel)
         proposal = [language.greedy_token()]

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from functools import cached_property
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +18,13 @@ from typing import Any, Literal
 import numpy as np
 
 from llava_edge import gguf
-from llava_edge.errors import BundleError, ContextOverflowError, MemoryLimitError
-from llava_edge.runtimes import CancelledError, bindings, compute, devices, limit_spinning, mapping, native
+from llava_edge.errors import BundleError, MemoryLimitError
+from llava_edge.runtimes import CancelledError, bindings, compute, devices, mapping, native
 from llava_edge.runtimes.batch import Batch
 from llava_edge.runtimes.jobs import POLL_SECONDS, Worker, wait_result
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.threads import AdaptiveThreads
+from llava_edge.runtimes.vocabulary import Vocabulary
 
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)
@@ -35,7 +33,6 @@ BATCH = 512  # default batch size in positions; cancelling a prompt takes effect
 # Multiplications of a product with a square matrix, about 3 ms of one thread. In a larger product the free threads take
 # over work from one that shares its processor, so all threads pay off; in a smaller one all wait for it (threads.py).
 SMALL_PRODUCT = 1 << 28
-MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a prompt of this size fits no context anyway
 MAX_BRANCHES = 8  # as many rows as `speculation.WIDTHS` allows: more gain little, and answers wait for each other
 _SEQUENCE = 0
 _ABORTED = 2  # a status of llama_decode
@@ -71,7 +68,7 @@ class LanguageModel:
         adapter_header = gguf.read(adapter) if adapter is not None else None
         if adapter_header is not None:
             gguf.check_adapter(adapter_header, header)
-        self.library = library(verbose)
+        self.library = bindings.library(verbose)
         self.native = native.activate()
         repack = repack and choice.should_repack(self.native, {tensor.kind for tensor in header.tensors.values()})
         self._thread: Worker | None = Worker("llama.cpp") if gpu_layers else compute.shared_worker()
@@ -99,8 +96,7 @@ class LanguageModel:
         self.context: Any = None
         self._path = path
         self._load(gpu_layers, repack, on_load)
-        self.vocabulary = self.library.llama_model_get_vocab(self._model)
-        self.vocab_size = int(self.library.llama_vocab_n_tokens(self.vocabulary))
+        self.vocabulary = Vocabulary(self.library, self._model, path)
         self.hidden_size = int(self.library.llama_model_n_embd(self._model))
         self._lora = self._load_adapter(adapter) if adapter is not None else None
         self._open_context()
@@ -129,48 +125,6 @@ class LanguageModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def tokenize(self, text: str) -> list[int]:
-        """Tokenize plain text. Nothing in it becomes a control token, and none is added."""
-        return self._tokenize(text.encode("utf-8", "replace"), special=False)
-
-    def control_id(self, name: str) -> int:
-        """Return the id of a control token such as `</s>`. Raises `BundleError` if the vocabulary has no such token."""
-        ids = self._tokenize(name.encode(), special=True)
-        if len(ids) == 1 and self.library.llama_vocab_is_control(self.vocabulary, ids[0]):
-            return ids[0]
-        raise BundleError(f"{self._path} has no control token {name!r}, which the bundle's prompt template needs.")
-
-    def piece(self, token: int) -> bytes:
-        """Return the bytes of a token; control tokens have none."""
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            written = self.library.llama_token_to_piece(self.vocabulary, token, buffer, size, 0, False)
-            if written >= 0:
-                return buffer.raw[:written]
-            size = -written
-
-    @cached_property
-    def textless_tokens(self) -> Array:
-        """Ids of tokens that have no bytes and end no answer: control tokens and the unknown token."""
-        library = self.library
-        kinds = library.LLAMA_TOKEN_ATTR_CONTROL | library.LLAMA_TOKEN_ATTR_UNKNOWN
-        ids = [
-            token
-            for token in range(self.vocab_size)
-            if library.llama_vocab_get_attr(self.vocabulary, token) & kinds and not self.is_end_token(token)
-        ]
-        return np.array(ids, np.intp)
-
-    def token_texts(self) -> list[str]:
-        """Return every token as the vocabulary spells it, e.g. `▁US`."""
-        get = self.library.llama_vocab_get_text
-        return [get(self.vocabulary, i).decode("utf-8", "replace") for i in range(self.vocab_size)]
-
-    def is_end_token(self, token: int) -> bool:
-        """Whether the vocabulary marks a token as the end of an answer."""
-        return bool(self.library.llama_vocab_is_eog(self.vocabulary, token))
 
     def common_prefix(self, keys: Sequence[Key]) -> int:
         """Return the length of the common prefix of the KV cache and `keys`, always below `len(keys)`."""
@@ -289,7 +243,7 @@ class LanguageModel:
         next evaluation. Raises `BundleError` if a value is not finite, after emptying the KV cache.
         """
         pointer = self.library.llama_get_logits_ith(self.context, row)
-        values: Array = np.ctypeslib.as_array(pointer, (self.vocab_size,))
+        values: Array = np.ctypeslib.as_array(pointer, (self.vocabulary.size,))
         if not np.isfinite(values).all():
             # Its data too: a masked key has weight zero, and zero times NaN is NaN.
             self.library.llama_memory_clear(self._memory, True)
@@ -333,7 +287,7 @@ class LanguageModel:
         callback = api.llama_progress_callback(progress)
         settings.progress_callback = callback
         # In a thread that ends: repacking weights starts OpenMP threads for the thread that loads (compute.py).
-        _errors.clear()
+        bindings.errors.clear()
         loader = Worker("llama.cpp loading")
         try:
             self._model = loader.submit(api.llama_model_load_from_file, os.fsencode(self._path), settings).result()
@@ -343,9 +297,9 @@ class LanguageModel:
             self.close()
             raise errors[0]
         if not self._model:
-            if any("allocate" in error for error in _errors):
-                raise MemoryLimitError(f"There is not enough memory to load {self._path}: {_errors[0]}")
-            raise BundleError(f"llama.cpp cannot load {self._path}: {last_error()}")
+            if any("allocate" in error for error in bindings.errors):
+                raise MemoryLimitError(f"There is not enough memory to load {self._path}: {bindings.errors[0]}")
+            raise BundleError(f"llama.cpp cannot load {self._path}: {bindings.last_error()}")
 
     def _open_context(self) -> None:
         api = self.library
@@ -365,7 +319,7 @@ class LanguageModel:
             self.context = None
             self.close()
             raise MemoryLimitError(
-                f"llama.cpp cannot create a context of {self.context_size} positions: {last_error()} "
+                f"llama.cpp cannot create a context of {self.context_size} positions: {bindings.last_error()} "
                 "Use a smaller --context."
             )
         self._memory = api.llama_get_memory(self.context)
@@ -376,29 +330,15 @@ class LanguageModel:
             handles, scales = (api.llama_adapter_lora_p_ctypes * 1)(self._lora), (ctypes.c_float * 1)(1.0)
             if api.llama_set_adapters_lora(self.context, handles, 1, scales):
                 self.close()
-                raise BundleError(f"llama.cpp cannot apply the adapter of {self._path}: {last_error()}")
+                raise BundleError(f"llama.cpp cannot apply the adapter of {self._path}: {bindings.last_error()}")
 
     def _load_adapter(self, adapter: Path) -> Any:
         """Load the adapter, which llama.cpp frees together with the model."""
         loaded = self.library.llama_adapter_lora_init(self._model, os.fsencode(adapter))
         if not loaded:
             self.close()
-            raise BundleError(f"llama.cpp cannot load {adapter}: {last_error()}")
+            raise BundleError(f"llama.cpp cannot load {adapter}: {bindings.last_error()}")
         return loaded
-
-    def _tokenize(self, text: bytes, special: bool) -> list[int]:
-        if self.library.llama_vocab_type(self.vocabulary) == self.library.LLAMA_VOCAB_TYPE_NONE:
-            raise BundleError(f"{self._path} has no tokenizer.")
-        if len(text) > MAX_TEXT_BYTES:
-            raise ContextOverflowError(f"The prompt has {len(text)} bytes; at most {MAX_TEXT_BYTES} are accepted.")
-        capacity = len(text) + 2  # a token has at least one byte; one more for SentencePiece's dummy prefix
-        buffer = (self.library.llama_token * capacity)()
-        count = self.library.llama_tokenize(self.vocabulary, text, len(text), buffer, capacity, False, special)
-        if count < 0:
-            raise BundleError(
-                f"{self._path} needs {-count} tokens for a text of {len(text)} bytes: its vocabulary is broken."
-            )
-        return list(buffer[:count])
 
     def _append(self, batch: Batch, keys: Sequence[Key], cancel: threading.Event, outputs: int = 1) -> None:
         count, start = len(keys), len(self.cached_keys)
@@ -428,8 +368,9 @@ class LanguageModel:
         if status == _ABORTED:
             raise CancelledError
         if status:
+            positions = len(self.cached_keys)
             raise BundleError(
-                f"llama.cpp failed with status {status} after {len(self.cached_keys)} positions: {last_error()}"
+                f"llama.cpp failed with status {status} after {positions} positions: {bindings.last_error()}"
             )
 
     def _llama_decode(self, batch: Batch) -> int:
@@ -439,38 +380,3 @@ class LanguageModel:
 
 def _byte_pointer(array: Array) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-_errors: deque[str] = deque(maxlen=4)
-_callbacks: list[Any] = []  # that C holds pointers to
-_ERROR = 4  # of ggml_log_level
-_verbose = False
-
-
-def library(verbose: bool = False) -> Any:
-    """Return llama.cpp's C functions (untyped, hence Any) and silence its log unless `verbose`.
-
-    Everyone loads llama.cpp through this function, so that `limit_spinning` always comes first.
-    """
-    global _verbose
-    _verbose = verbose
-    limit_spinning()
-    api = bindings.functions()
-    if not _callbacks:
-        _callbacks.append(api.llama_log_callback(_log))
-        api.llama_log_set(_callbacks[0], None)
-        api.llama_backend_init()
-    return api
-
-
-def last_error() -> str:
-    """Return llama.cpp's last error message as a sentence."""
-    return _errors[-1] if _errors else "it gave no reason."
-
-
-def _log(level: int, text: bytes, _: Any) -> None:
-    message = text.decode("utf-8", "replace")
-    if level == _ERROR and message.strip():
-        _errors.append(message.strip().splitlines()[0][:300].rstrip(".") + ".")
-    if _verbose:
-        sys.stderr.write(message)

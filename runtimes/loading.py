@@ -82,7 +82,7 @@ class Loader:
         prefill = Prefill(self._bundle, language, embedder, self._cache)
         self._parts.callback(prefill.save_states)
         scheduler = Scheduler(language, prefill, Speculation(language, draft))
-        encode = prompt_encoder(language, self._bundle.manifest, unclosed=True)
+        encode = prompt_encoder(language.vocabulary, self._bundle.manifest, unclosed=True)
         if not pictures:
             embedding.result()
         load_ms = elapsed_ms(self._start)
@@ -138,7 +138,7 @@ class Loader:
             on_load=progress,
         )
         self._parts.callback(language.close)
-        actual, declared = (language.hidden_size, language.vocab_size), (expected.hidden_size, expected.vocab_size)
+        actual, declared = (language.hidden_size, language.vocabulary.size), (expected.hidden_size, expected.vocab_size)
         if actual != declared:
             raise BundleError(
                 f"{path} has hidden size and vocabulary size {actual}, but the manifest says {declared}: it is from "

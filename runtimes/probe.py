@@ -94,9 +94,9 @@ def run_child(engine: str) -> None:
 
 
 def _llama_facts() -> dict[str, Any]:
-    from llava_edge.runtimes import language
+    from llava_edge.runtimes.language import LanguageModel
 
-    api = language.library()
+    api = bindings.library()
     facts = {
         "version": bindings.version(),
         "build": api.llama_print_system_info().decode("utf-8", "replace").strip(),
@@ -111,7 +111,7 @@ def _llama_facts() -> dict[str, Any]:
         except OSError as error:
             return {"storage_error": error.strerror}
         for path in folder.iterdir():
-            with language.LanguageModel(path, context=TOKENS * 2, threads=1) as model:
+            with LanguageModel(path, context=TOKENS * 2, threads=1) as model:
                 model.evaluate_tokens([token % VOCABULARY for token in range(TOKENS)], threading.Event())
                 model.logits()
     return facts

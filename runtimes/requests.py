@@ -56,7 +56,7 @@ class Preparer:
         self._model = model
         self._recent = recent
         self._template = get_template(manifest.template)
-        self._end_tokens = {model.language.control_id(name) for name in self._template.stop_tokens}
+        self._end_tokens = {model.language.vocabulary.control_id(name) for name in self._template.stop_tokens}
 
     def prepare(
         self,

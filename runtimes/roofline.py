@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.protobuf import encode
-from llava_edge.runtimes import bindings, devices, language, native
+from llava_edge.runtimes import bindings, devices, native
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.native.ggml import Ggml, Weights
 from llava_edge.runtimes.native.library import DEVICE
@@ -61,7 +61,7 @@ def measure(threads: int) -> Roofline:
 
 def _native_int8_rate(threads: int) -> float:
     """Return the operations per second of our fastest int8 kernel; 0 if none is used here."""
-    language.library()
+    bindings.library()
     kinds = [kind for kind, kernel, _ in native.activate().many_rows if kernel.endswith("-int8")]
     if not kinds:
         return 0.0

@@ -63,7 +63,7 @@ class Sampler:
         tokens = np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])  # llama_token_data
         tokens["id"], tokens["logit"] = np.arange(len(logits)), logits
         # llama.cpp would match the names of these tokens, which do not appear in answers.
-        tokens["logit"][self._language.textless_tokens] = -np.inf
+        tokens["logit"][self._language.vocabulary.textless_tokens] = -np.inf
         if self._greedy:
             candidates = tokens.copy()
             self._apply(self._chain, candidates)  # the penalties
@@ -92,7 +92,7 @@ class Sampler:
             raise UsageError(f"The grammar has parentheses nested deeper than {MAX_GRAMMAR_DEPTH} levels.")
         source = text.encode("utf-8", "replace")
         sampler, log = capture_stderr(
-            lambda: self._library.llama_sampler_init_grammar(self._language.vocabulary, source, b"root")
+            lambda: self._library.llama_sampler_init_grammar(self._language.vocabulary.pointer, source, b"root")
         )
         if sampler:
             write_stderr(log)
@@ -109,7 +109,9 @@ class Sampler:
         samplers = []
         if has_penalties(options):
             penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
-            samplers.append(library.llama_sampler_init_penalties(self._language.vocab_size, PENALTY_WINDOW, *penalties))
+            samplers.append(
+                library.llama_sampler_init_penalties(self._language.vocabulary.size, PENALTY_WINDOW, *penalties)
+            )
         if options.greedy:
             return [*samplers, library.llama_sampler_init_greedy()]
         samplers.append(library.llama_sampler_init_temp(options.temperature))
@@ -141,7 +143,7 @@ def token_chance(language: LanguageModel, token: int, top: int, row: int) -> Tok
     logits = language.logits(row).astype(np.float64)
     highest = logits.max()
     logprobs = logits - highest - np.log(np.exp(logits - highest).sum())
-    piece = language.piece
+    piece = language.vocabulary.piece
     best = tuple((piece(int(i)), float(logprobs[i])) for i in _top_indices(logprobs, top))
     return TokenChance(piece(token), float(logprobs[token]), best)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from llava_edge.runtimes import devices, language, native
+from llava_edge.runtimes import bindings, devices, native
 from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -106,7 +106,7 @@ class Kernels:
     """A built library, without ggml between."""
 
     def __init__(self, path: Path) -> None:
-        language.library()  # the library finds the ggml that llama.cpp loaded
+        bindings.library()  # the library finds the ggml that llama.cpp loaded
         self._library = ctypes.CDLL(str(path))
         self._library.llava_edge_native_kernels.restype = ctypes.c_char_p
 

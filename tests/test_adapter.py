@@ -66,7 +66,7 @@ def logits(language: Path, adapter: Path | None = None) -> Array:
     import threading
 
     with closing(LanguageModel(language, adapter=adapter, context=64, threads=1)) as engine:
-        engine.evaluate_tokens(engine.tokenize("What is it?"), threading.Event())
+        engine.evaluate_tokens(engine.vocabulary.tokenize("What is it?"), threading.Event())
         return engine.logits().copy()
 
 

@@ -320,7 +320,7 @@ def test_the_engine_answers_as_pytorch_does(
     result = llava.ask("What is it?", image(size), Options(max_tokens=16))
     language = llava._engine.model.language
     pieces = render(TINY.template, [Message("user", "What is it?", 1)])
-    ids = encode(pieces, language.tokenize, language.control_id)
+    ids = encode(pieces, language.vocabulary.tokenize, language.vocabulary.control_id)
     seen = shown(ours, size)
     assert sampled == whole.greedy(TINY, ours, ids, seen, 16)
     assert result.image_tokens == len(seen[0]) == result.prompt_tokens - len(ids) + 1

@@ -74,7 +74,7 @@ def test_it_proposes_what_it_would_say_itself(micro_bundle: Path, language: Lang
             language.evaluate_tokens(wanted[-1:], NEVER)
         assert draft.propose([*text[:2], ("picture", 0), ("picture", 1), *text[2:]], COUNT, NEVER) == wanted
     assert draft.propose([5] * 510, COUNT, NEVER) == []  # no room
-    assert draft.propose([language.vocab_size], COUNT, NEVER) == []  # unknown to it
+    assert draft.propose([language.vocabulary.size], COUNT, NEVER) == []  # unknown to it
     draft.close()
 
 

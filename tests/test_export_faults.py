@@ -34,7 +34,7 @@ from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.export.mmproj import write_mmproj
 from llava_edge.export.quantize import quantize
-from llava_edge.runtimes import language, probe
+from llava_edge.runtimes import bindings, probe
 
 WEIGHTS = "model.safetensors"
 
@@ -479,7 +479,7 @@ def test_a_write_that_fails_keeps_the_old_bundle(
 def test_a_quantizer_that_cannot_write_says_why(
     float16: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    language.library().llama_log_set(language._callbacks[0], None)  # which llama_cpp takes, where a test imported it
+    bindings.library().llama_log_set(bindings._callbacks[0], None)  # which llama_cpp takes, where a test imported it
     with largest_file(100_000), pytest.raises(StorageError, match=r"^llama\.cpp could not write.*MiB are free"):
         quantize(float16, tmp_path / "quantized", "q4_0")
     assert capfd.readouterr().err == ""

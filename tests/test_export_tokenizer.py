@@ -121,8 +121,8 @@ def test_sentencepiece_comes_out_token_by_token(tmp_path: Path) -> None:
     vocabulary = read_tokenizer(tmp_path, config)
     original = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     with closing(engine(tmp_path, vocabulary)) as language:
-        wrong = [text for text in TEXTS if language.tokenize(text) != original.encode(text)]
-        pieces = [language.piece(i) for i in original.encode("Der Fuchs🙂")]
+        wrong = [text for text in TEXTS if language.vocabulary.tokenize(text) != original.encode(text)]
+        pieces = [language.vocabulary.piece(i) for i in original.encode("Der Fuchs🙂")]
     assert wrong == []
     assert b"".join(pieces).decode() == " Der Fuchs🙂"  # the dummy prefix is part of the first piece
 
@@ -156,8 +156,8 @@ def test_added_tokens_and_padding_rows(tmp_path: Path) -> None:
     assert len(vocabulary.tokens) == len(vocabulary.types) == len(vocabulary.scores) == 512
     assert not vocabulary.add_bos
     with closing(engine(tmp_path, vocabulary)) as language:
-        assert language.control_id("<image>") == 480
-        assert 480 not in language.tokenize("a <image> typed by a user")
+        assert language.vocabulary.control_id("<image>") == 480
+        assert 480 not in language.vocabulary.tokenize("a <image> typed by a user")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_tokenizer_json_of_llama_is_its_sentencepiece(legacy: bool, tmp_path: 
     assert replace(vocabulary, scores=wanted.scores) == wanted
     original = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     with closing(engine(tmp_path, vocabulary)) as language:
-        assert [text for text in TEXTS if language.tokenize(text) != original.encode(text)] == []
+        assert [text for text in TEXTS if language.vocabulary.tokenize(text) != original.encode(text)] == []
 
 
 @pytest.mark.parametrize(
@@ -329,9 +329,12 @@ def test_byte_level_bpe_comes_out_token_by_token(pre: str, tmp_path: Path) -> No
     raw["added_tokens"] = []  # in prompts, user text never becomes a control token
     original = Tokenizer.from_str(json.dumps(raw))
     with closing(engine(tmp_path, vocabulary)) as language:
-        wrong = [text for text in TEXTS if language.tokenize(text) != original.encode(text).ids]
-        assert [language.control_id(name) for name in micro.CONTROL_TOKENS] == [0, 1, 2]
-        assert b"".join(language.piece(i) for i in language.tokenize("Köln 🙂\n")).decode() == "Köln 🙂\n"
+        wrong = [text for text in TEXTS if language.vocabulary.tokenize(text) != original.encode(text).ids]
+        assert [language.vocabulary.control_id(name) for name in micro.CONTROL_TOKENS] == [0, 1, 2]
+        assert (
+            b"".join(language.vocabulary.piece(i) for i in language.vocabulary.tokenize("Köln 🙂\n")).decode()
+            == "Köln 🙂\n"
+        )
     assert wrong == []
 
 

@@ -22,7 +22,7 @@ from llava_edge.bundle import LANGUAGE, VISION, Bundle
 from llava_edge.errors import BundleError, MemoryLimitError
 from llava_edge.export.clip_onnx import write_clip
 from llava_edge.models.config import LlavaConfig
-from llava_edge.runtimes import devices, float_graph, language
+from llava_edge.runtimes import bindings, devices, float_graph
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.vision import VisionEncoder
 
@@ -97,7 +97,7 @@ def test_what_cuda_is_asked_for(
 def test_llama_cpp_is_shown_no_gpu_unless_layers_are_for_one(
     gpu_layers: int, micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api, shown = language.library(), list[Any]()
+    api, shown = bindings.library(), list[Any]()
     real = api.llama_model_load_from_file
 
     def load(path: bytes, settings: Any) -> Any:

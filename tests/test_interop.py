@@ -33,7 +33,7 @@ from llava_edge.image import preprocess
 from llava_edge.models import micro
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.llava import Llava, from_state
-from llava_edge.runtimes import language
+from llava_edge.runtimes import bindings
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
 
@@ -55,7 +55,7 @@ def mtmd() -> Any:
 @pytest.fixture
 def llama_cpp(mtmd: Any, micro_bundle: Path) -> Iterator[Encode]:
     """mmproj file -> (image tokens, hidden size): what mtmd makes of PICTURE beside the micro language model."""
-    api = language.library()
+    api = bindings.library()
     settings = api.llama_model_default_params()
     settings.n_gpu_layers = 0
     model = api.llama_model_load_from_file(str(micro_bundle / LANGUAGE).encode(), settings)
@@ -63,7 +63,7 @@ def llama_cpp(mtmd: Any, micro_bundle: Path) -> Iterator[Encode]:
     mtmd.mtmd_log_set(quiet, None)
     mtmd.mtmd_helper_log_set(quiet, None)
     yield lambda path: encode(mtmd, model, path)
-    mtmd.mtmd_log_set(language._callbacks[0], None)
+    mtmd.mtmd_log_set(bindings._callbacks[0], None)
     api.llama_model_free(model)
 
 

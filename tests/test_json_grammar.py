@@ -148,7 +148,7 @@ def test_every_answer_satisfies_its_schema(name: str, llava: Llava) -> None:
 def allows(llava: Llava, grammar: str, text: str) -> bool:
     """Whether llama.cpp lets the tokens of `text`, and then the end, pass."""
     language = llava._engine.model.scheduler._language
-    tokens = [*language.tokenize(text), language.library.llama_vocab_eos(language.vocabulary)]
+    tokens = [*language.vocabulary.tokenize(text), language.library.llama_vocab_eos(language.vocabulary.pointer)]
     with closing(Sampler(language, Options(grammar=grammar))) as sampler:
         return all(passes(language.library, sampler._grammar, token) for token in tokens)
 

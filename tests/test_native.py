@@ -43,7 +43,7 @@ from processes import in_child
 from llava_edge import cli, gguf
 from llava_edge.errors import UnavailableError
 from llava_edge.options import EngineOptions
-from llava_edge.runtimes import devices, language, native, presets
+from llava_edge.runtimes import bindings, devices, native, presets
 from llava_edge.runtimes.native import build, choice
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -391,9 +391,9 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
 CLEARED = """
 import ctypes, sys
 from pathlib import Path
-from llava_edge.runtimes import language
+from llava_edge.runtimes import bindings
 from llava_edge.runtimes.native.ggml import Ggml
-language.library()
+bindings.library()
 ggml = Ggml()
 assert ggml.load_backend(Path(sys.argv[1]))
 for size in (1000, 65536, 1000001, 5 << 20):
@@ -460,7 +460,7 @@ def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: P
 def test_what_was_loaded_first_is_used_to_the_end(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By two models that are loaded at the same time, and by later ones, since the backend is the process's."""
     install(built)
-    language.library()
+    bindings.library()
     monkeypatch.setattr(native, "_process", native._Process())
     times: list[float] = []
 
@@ -480,7 +480,7 @@ def test_what_was_loaded_first_is_used_to_the_end(built: Path, monkeypatch: pyte
 
 def test_what_is_refused_half_loaded_is_not_tried_again(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(built)
-    language.library()
+    bindings.library()
     monkeypatch.setattr(native, "_process", native._Process())
     tried: list[Path] = []
 
@@ -496,7 +496,7 @@ def test_what_is_refused_half_loaded_is_not_tried_again(built: Path, monkeypatch
 
 def test_another_version_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(built)
-    language.library()
+    bindings.library()
     monkeypatch.setattr(native, "_process", native._Process())  # another test may have loaded them
     monkeypatch.setattr(native, "ACCEPTED", {("0.3.36", "0.25.2")})
     found = native.activate()
@@ -523,11 +523,11 @@ SELF_TEST = """
 import sys
 from pathlib import Path
 import numpy as np
-from llava_edge.runtimes import language
+from llava_edge.runtimes import bindings
 from llava_edge.runtimes.native import check
 from llava_edge.runtimes.native.ggml import Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import Library
-language.library()
+bindings.library()
 ggml, library = Ggml(), Library(Path(sys.argv[1]))
 library.configure()
 assert ggml.load_backend(Path(sys.argv[1]))

@@ -409,15 +409,15 @@ def test_two_models_do_not_share(micro_bundle: Path, tmp_path: Path) -> None:
 def test_bytes_that_llama_cpp_refuses_leave_a_context_as_new(micro_bundle: Path) -> None:
     model = LanguageModel(micro_bundle / LANGUAGE, context=256, threads=1)
     rows = np.random.default_rng(0).standard_normal((20, model.hidden_size)).astype(np.float32)
-    keys: list[Key] = [*model.tokenize("look:"), *(("x", row) for row in range(20))]
+    keys: list[Key] = [*model.vocabulary.tokenize("look:"), *(("x", row) for row in range(20))]
 
     def fill() -> None:
         model.truncate(0)
-        model.evaluate_tokens(model.tokenize("look:"), NEVER)
+        model.evaluate_tokens(model.vocabulary.tokenize("look:"), NEVER)
         model.evaluate_embeddings(rows, keys[-20:], NEVER)
 
     def logits() -> Array:
-        model.evaluate_tokens(model.tokenize("what?"), NEVER)
+        model.evaluate_tokens(model.vocabulary.tokenize("what?"), NEVER)
         return model.logits().copy()
 
     fill()

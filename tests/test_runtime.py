@@ -61,25 +61,25 @@ def test_tokens_equal_the_checkpoints_tokenizer(language: LanguageModel, micro_c
 
     oracle = Tokenizer.from_file(str(micro_checkpoint / "tokenizer.json"))
     for text in ("the red colour", "  two  spaces\n\nand 1234 digits", "é€😀 \u200f עברית", "a\0b", "it's we'll", ""):
-        assert language.tokenize(text) == oracle.encode(text, add_special_tokens=False).ids
-        assert b"".join(map(language.piece, language.tokenize(text))) == text.encode()
+        assert language.vocabulary.tokenize(text) == oracle.encode(text, add_special_tokens=False).ids
+        assert b"".join(map(language.vocabulary.piece, language.vocabulary.tokenize(text))) == text.encode()
 
 
 def test_control_tokens_in_a_users_text_stay_text(language: LanguageModel) -> None:
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    controls = {language.control_id(name) for name in names}
+    controls = {language.vocabulary.control_id(name) for name in names}
     assert len(controls) == 3
     for name in (*names, "<image>", "<__media__>", "<s>"):
         for text in (name, f"a {name} b", f"a{name}"):
-            ids = language.tokenize(text)
+            ids = language.vocabulary.tokenize(text)
             assert not controls & set(ids)
-            assert b"".join(map(language.piece, ids)) == text.encode()
+            assert b"".join(map(language.vocabulary.piece, ids)) == text.encode()
 
 
 def test_a_control_token_that_is_not_there(language: LanguageModel) -> None:
     for name in ("</s>", "the", "<|im_start|><|im_end|>"):
         with pytest.raises(BundleError, match="no control token"):
-            language.control_id(name)
+            language.vocabulary.control_id(name)
 
 
 # The memory of the language model.
@@ -88,7 +88,7 @@ def test_a_control_token_that_is_not_there(language: LanguageModel) -> None:
 def test_a_kept_beginning_gives_the_logits_of_a_fresh_start(language: LanguageModel) -> None:
     rows = np.random.default_rng(0).standard_normal((20, language.hidden_size)).astype(np.float32)
     image: list[Key] = [("hash", row) for row in range(20)]
-    first, last = language.tokenize("what colour is"), language.tokenize("the other one?")
+    first, last = language.vocabulary.tokenize("what colour is"), language.vocabulary.tokenize("the other one?")
 
     def evaluate(done: int) -> np.ndarray[Any, Any]:
         language.evaluate_tokens(first[done:], NEVER)
@@ -108,7 +108,7 @@ def test_a_kept_beginning_gives_the_logits_of_a_fresh_start(language: LanguageMo
 
 def test_cancelled_evaluation_leaves_nothing_half_done(language: LanguageModel) -> None:
     """Setting the event in the middle of a long prompt stops it, and the next evaluation is not disturbed."""
-    tokens = language.tokenize("the red colour ") * 30
+    tokens = language.vocabulary.tokenize("the red colour ") * 30
     assert len(tokens) > 200
     language.keep_common_prefix([0])
     language.evaluate_tokens(tokens, NEVER)
@@ -148,7 +148,7 @@ def test_draws_follow_transformers_warpers(options: Options, language: LanguageM
     from transformers.generation import logits_process as hf
 
     language.keep_common_prefix([0])
-    language.evaluate_tokens(language.tokenize("the red colour"), NEVER)
+    language.evaluate_tokens(language.vocabulary.tokenize("the red colour"), NEVER)
     scores = torch.from_numpy(language.logits().copy())[None] * 1.0
     warpers: list[Any] = [hf.TemperatureLogitsWarper(options.temperature)]
     if options.top_k:
@@ -184,7 +184,7 @@ def sampled(language: LanguageModel, options: Options, count: int) -> list[int]:
 
 def start_over(language: LanguageModel) -> None:
     language.keep_common_prefix([0])
-    language.evaluate_tokens(language.tokenize("the red colour"), NEVER)
+    language.evaluate_tokens(language.vocabulary.tokenize("the red colour"), NEVER)
 
 
 @pytest.mark.parametrize("penalty", [1.5, 0.8])
@@ -207,7 +207,7 @@ def test_the_penalty_is_that_of_transformers(penalty: float, language: LanguageM
 
     got = sampled(language, Options(repeat_penalty=penalty), 120)
     assert got == answer(64, [])
-    assert penalty < 1 or got not in (answer(120, []), answer(64, language.tokenize("the red colour")))
+    assert penalty < 1 or got not in (answer(120, []), answer(64, language.vocabulary.tokenize("the red colour")))
 
 
 def test_penalties_for_each_time_and_for_once(language: LanguageModel) -> None:
@@ -215,7 +215,7 @@ def test_penalties_for_each_time_and_for_once(language: LanguageModel) -> None:
     start_over(language)
     found: list[int] = []
     for _ in range(60):
-        counts = np.bincount(found, minlength=language.vocab_size)
+        counts = np.bincount(found, minlength=language.vocabulary.size)
         found.append(int(np.argmax(language.logits() - 0.3 * counts - 0.7 * (counts > 0))))
         language.evaluate_tokens(found[-1:], NEVER)
     both = Options(frequency_penalty=0.3, presence_penalty=0.7)
@@ -284,7 +284,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     probe.write_model(tmp_path / "probe.gguf", "Q8_0")
     language = LanguageModel(tmp_path / "probe.gguf", context=64, threads=1)
     with pytest.raises(BundleError, match="no tokenizer"):
-        language.tokenize("hello")
+        language.vocabulary.tokenize("hello")
     language.close()
 
 
@@ -385,9 +385,9 @@ def test_a_larger_context_is_advised_only_where_there_is_one(micro_bundle: Path)
 def test_tokens_that_the_vocabulary_says_end_an_answer_end_it(language: LanguageModel) -> None:
     """Also where the prompt layout has another: llama.cpp knows `<|endoftext|>` by its name."""
     job = Job(lambda job: None, threading.Event(), lambda: True)
-    answer = Answer(language, {language.control_id("<|im_end|>")}, TextStream(), 5, RequestStats(0), job)
-    assert answer.add_token(language.tokenize("a")[0]) is None
-    assert answer.add_token(language.control_id("<|endoftext|>")) == "stop"
+    answer = Answer(language, {language.vocabulary.control_id("<|im_end|>")}, TextStream(), 5, RequestStats(0), job)
+    assert answer.add_token(language.vocabulary.tokenize("a")[0]) is None
+    assert answer.add_token(language.vocabulary.control_id("<|endoftext|>")) == "stop"
     assert (answer.stats.text, answer.stats.tokens) == ("a", 1)
 
 

@@ -183,7 +183,7 @@ def tokenizer_image_token(tokenizer: LlamaTokenizer, text: str, bos: bool) -> li
 @pytest.fixture(scope="module")
 def encoders(language: LanguageModel) -> dict[AfterControl, EncodeText]:
     ways: tuple[AfterControl, ...] = ("prefix", "bare", "cut")
-    return {way: tokenization.after_control_encoder(language, way) for way in ways}
+    return {way: tokenization.after_control_encoder(language.vocabulary, way) for way in ways}
 
 
 def oracle(oracles: dict[AfterControl, LlamaTokenizer], way: AfterControl) -> LlamaTokenizer:
@@ -205,7 +205,7 @@ def test_ids_equal_transformers(
         pytest.skip("transformers 5 sorts merges by id, so it joins two spaces first; SentencePiece joins them last")
     pieces = prompt.render(name, [Q1, A1, Q2])
     wanted = tokenizer_image_token(oracle(oracles, way), "".join(STRINGS[name]), TEMPLATES[name].bos is not None)
-    assert prompt.encode(pieces, language.tokenize, language.control_id, encoders[way]) == wanted
+    assert prompt.encode(pieces, language.vocabulary.tokenize, language.vocabulary.control_id, encoders[way]) == wanted
 
 
 @pytest.mark.parametrize("name", ["llava_v0", "multimodal", "llava_v1_1"])
@@ -216,7 +216,7 @@ def test_ids_with_markers_equal_transformers(
     text = "".join(STRINGS[name]).replace("<image>", "<im_start><image><im_end>")
     pieces = prompt.render(name, [Q1, A1, Q2], ("<im_start>", "<im_end>"))
     wanted = tokenizer_image_token(oracle(oracles, "prefix"), text, True)
-    assert prompt.encode(pieces, language.tokenize, language.control_id) == wanted
+    assert prompt.encode(pieces, language.vocabulary.tokenize, language.vocabulary.control_id) == wanted
 
 
 @pytest.mark.parametrize(("way", "user"), [("prefix", [3148, 1001]), ("bare", [11889]), ("cut", [3308, 1001])])
@@ -225,7 +225,9 @@ def test_golden_ids_of_the_second_turn(
 ) -> None:
     turns = [Q1, A1, Q2, Message("assistant", "Yes.")]
     pieces = prompt.render("vicuna_v1", turns)
-    ids, labels = prompt.encode_with_labels(pieces, language.tokenize, language.control_id, encoders[way])
+    ids, labels = prompt.encode_with_labels(
+        pieces, language.vocabulary.tokenize, language.vocabulary.control_id, encoders[way]
+    )
     assert ids[33:] == [
         *(29901, 29871, -200, 29871, 13, 5618, 338, 445, 29973, 319, 1799, 9047, 13566, 29901, 319, 6635, 29889, 2),
         *(*user, 29901, 18585, 29973, 319, 1799, 9047, 13566, 29901, 3869, 29889, 2),
@@ -253,8 +255,8 @@ def test_text_behind_a_control_token_equals_transformers(
 def test_only_answers_and_their_end_are_trained(name: str, language: LanguageModel) -> None:
     turns = [Q1, A1, Q2, Message("assistant", "Yes.")]
     pieces = prompt.render(name, turns)
-    ids, labels = prompt.encode_with_labels(pieces, language.tokenize, language.control_id)
-    texts = language.token_texts()
+    ids, labels = prompt.encode_with_labels(pieces, language.vocabulary.tokenize, language.vocabulary.control_id)
+    texts = language.vocabulary.token_texts()
     trained = "".join(texts[label] for label in labels if label >= 0)
     end = TEMPLATES[name].end
     assert trained.replace("▁", "") == f"Acat.{end}Yes.{end}"
@@ -303,12 +305,15 @@ def test_typed_text_never_becomes_control(
     `###` and `[INST]` are text in the layouts that use them: there they can be typed, as in the original.
     """
     markers = ("<im_start>", "<im_end>") if marked else ()
-    control = {language.control_id(n) for n in ("<s>", "</s>", *llama_vocabulary.ADDED)} | {prompt.IMAGE_TOKEN_INDEX, 0}
+    control = {language.vocabulary.control_id(n) for n in ("<s>", "</s>", *llama_vocabulary.ADDED)} | {
+        prompt.IMAGE_TOKEN_INDEX,
+        0,
+    }
 
     def controls(question: str, reply: str) -> list[int]:
         turns = [Message("user", question, 1), Message("assistant", reply), Message("user", question)]
         pieces = prompt.render(name, turns, markers)
-        ids = prompt.encode(pieces, language.tokenize, language.control_id, encoders[way])
+        ids = prompt.encode(pieces, language.vocabulary.tokenize, language.vocabulary.control_id, encoders[way])
         return [n for n in ids if n in control]
 
     found = controls(words, answer)

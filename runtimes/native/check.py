@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.runtimes import devices, language, projector
+from llava_edge.runtimes import bindings, devices, projector
 from llava_edge.runtimes.native import OPERATOR, operator
 from llava_edge.runtimes.native.choice import MANY_ROWS, ONE_ROW
 from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
@@ -39,7 +39,7 @@ ATTENTION_WIDTH = 128
 def main(path: str) -> None:
     """Body of the child process: test the library at `path` and print the results as one line of JSON."""
     load = devices.ExternalLoad()
-    language.library()
+    bindings.library()
     ggml, library = Ggml(), Library(Path(path))
     results: dict[str, Any] = {"kernels": library.kernels(), "problems": {}, "types": {}}
     library.configure()

@@ -1,0 +1,80 @@
+"""Text <-> token ids, by the tokenizer in language.gguf."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge.errors import BundleError, ContextOverflowError
+
+MAX_TEXT_BYTES = 1 << 20  # tokenizers have had overflows in long texts; a prompt of this size fits no context anyway
+
+
+class Vocabulary:
+    """The vocabulary of a model that is loaded from `path`, and must not be freed. pointer: llama.cpp's."""
+
+    def __init__(self, library: Any, model: Any, path: Path) -> None:
+        self._library = library
+        self._path = path
+        self.pointer = library.llama_model_get_vocab(model)
+        self.size = int(library.llama_vocab_n_tokens(self.pointer))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokenize plain text. Nothing in it becomes a control token, and none is added."""
+        return self._tokenize(text.encode("utf-8", "replace"), special=False)
+
+    def control_id(self, name: str) -> int:
+        """Return the id of a control token such as `</s>`. Raises `BundleError` if the vocabulary has no such token."""
+        ids = self._tokenize(name.encode(), special=True)
+        if len(ids) == 1 and self._library.llama_vocab_is_control(self.pointer, ids[0]):
+            return ids[0]
+        raise BundleError(f"{self._path} has no control token {name!r}, which the bundle's prompt template needs.")
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes of a token; control tokens have none."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            written = self._library.llama_token_to_piece(self.pointer, token, buffer, size, 0, False)
+            if written >= 0:
+                return buffer.raw[:written]
+            size = -written
+
+    @cached_property
+    def textless_tokens(self) -> np.ndarray[Any, Any]:
+        """Ids of tokens that have no bytes and end no answer: control tokens and the unknown token."""
+        library = self._library
+        kinds = library.LLAMA_TOKEN_ATTR_CONTROL | library.LLAMA_TOKEN_ATTR_UNKNOWN
+        ids = [
+            token
+            for token in range(self.size)
+            if library.llama_vocab_get_attr(self.pointer, token) & kinds and not self.is_end_token(token)
+        ]
+        return np.array(ids, np.intp)
+
+    def token_texts(self) -> list[str]:
+        """Return every token as the vocabulary spells it, e.g. `▁US`."""
+        get = self._library.llama_vocab_get_text
+        return [get(self.pointer, i).decode("utf-8", "replace") for i in range(self.size)]
+
+    def is_end_token(self, token: int) -> bool:
+        """Whether the vocabulary marks a token as the end of an answer."""
+        return bool(self._library.llama_vocab_is_eog(self.pointer, token))
+
+    def _tokenize(self, text: bytes, special: bool) -> list[int]:
+        if self._library.llama_vocab_type(self.pointer) == self._library.LLAMA_VOCAB_TYPE_NONE:
+            raise BundleError(f"{self._path} has no tokenizer.")
+        if len(text) > MAX_TEXT_BYTES:
+            raise ContextOverflowError(f"The prompt has {len(text)} bytes; at most {MAX_TEXT_BYTES} are accepted.")
+        capacity = len(text) + 2  # a token has at least one byte; one more for SentencePiece's dummy prefix
+        buffer = (self._library.llama_token * capacity)()
+        count = self._library.llama_tokenize(self.pointer, text, len(text), buffer, capacity, False, special)
+        if count < 0:
+            raise BundleError(
+                f"{self._path} needs {-count} tokens for a text of {len(text)} bytes: its vocabulary is broken."
+            )
+        return list(buffer[:count])
