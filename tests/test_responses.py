@@ -83,6 +83,12 @@ def test_the_stream_is_the_answer(create: Any) -> None:
     assert {events[0].response.id, events[1].response.id} == {last.id} != {whole.id}
 
 
+def test_half_a_surrogate_pair_is_repeated_as_a_question_mark(server: Server) -> None:
+    body = {"input": "Hello", "metadata": {"half": "\ud83d", "whole": "😀"}, "max_output_tokens": 2}
+    status, _, answer = server.request("POST", "/v1/responses", body)
+    assert (status, json.loads(answer).get("metadata")) == (200, {"half": "?", "whole": "😀"})
+
+
 def test_instructions_are_the_system_message(create: Any, llava: Llava) -> None:
     messages = [Message("system", "Be kind.\nBe brief."), Message("user", "Hello")]
     wanted = result_of(llava.answer(messages, (), Options(max_tokens=16)))

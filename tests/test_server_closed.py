@@ -487,6 +487,7 @@ def test_bodies(server: Server) -> None:
         (b"\xef\xbb\xbf" + good, 400, "not valid JSON"),
         (b'{"model": "micro", "model": "micro"}', 400, "same name twice"),
         (b'{"temperature": NaN}', 400, "NaN is not valid JSON"),
+        (b'{"metadata": {"a": -1e999}}', 400, "number that is too large"),
         (b'{"a": ' + b"[" * 33 + b"]" * 33 + b"}", 400, "deeper than 32"),
         (b"[" * 100_000, 400, "deeper than 32"),
         (b'{"a": [' + b"1," * (limits.structure // 2) + b"1]}", 413, "JSON outside of strings"),

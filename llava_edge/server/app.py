@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Protocol
@@ -41,6 +42,14 @@ class Reply(Protocol):
     def chunk(self, event: Event) -> bytes: ...
     def end(self, event: Event) -> bytes: ...
     def error(self, problem: Problem) -> bytes: ...
+
+
+class _AnswerResponse(JSONResponse):
+    """A whole answer. It may repeat half of a surrogate pair from the request, which UTF-8 cannot encode."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
 
 
 class App:
@@ -123,7 +132,7 @@ class App:
     async def _answer(self, request: Request, model_request: ModelRequest, reply: Reply) -> Response:
         events = self._supervisor.answer(model_request)
         if not model_request.stream:
-            return JSONResponse(reply.complete(await unless_disconnected(request, collect(events))))
+            return _AnswerResponse(reply.complete(await unless_disconnected(request, collect(events))))
         # Wait for the first event before sending the status, so that an invalid request gets its own.
         first_event = await unless_disconnected(request, anext(events))
         return AnswerStream(self._stream(first_event, events, reply), events, reply.media_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 from llava_edge.server.limits import Limits
@@ -64,6 +65,8 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_float(text: str) -> float:
     """20.0 as the integer 20, up to JavaScript's safe integers: some clients write integers like this."""
     number = float(text)
+    if math.isinf(number):
+        raise bad_request("The body has a number that is too large; expected at most 1.7e308.")
     return int(number) if number.is_integer() and abs(number) < 1 << 53 else number
 
 
