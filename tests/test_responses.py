@@ -109,6 +109,16 @@ def test_a_conversation(create: Any, llava: Llava) -> None:
         assert answer.output_text == "".join(chunk.text for chunk in chat.say(text, images))
 
 
+def test_an_empty_answer_goes_back_as_it_came(create: Any, llava: Llava) -> None:
+    whole = create(input="Hello", max_output_tokens=4)
+    empty = create(input="Hello", max_output_tokens=4, extra_body={"stop": whole.output_text[:1]})
+    assert empty.output_text == ""
+    messages = [Message("user", "Hello"), Message("assistant", ""), Message("user", "Well?")]
+    wanted = result_of(llava.answer(messages, (), Options(max_tokens=8)))
+    got = create(input=[user("Hello"), *empty.output, user("Well?")], max_output_tokens=8)
+    assert (got.output_text, got.usage.input_tokens) == (wanted.text, wanted.prompt_tokens)
+
+
 def test_options(create: Any, llava: Llava) -> None:
     got = create(input="Hello", temperature=1.5, top_p=0.9, max_output_tokens=16, extra_body={"seed": 7, "top_k": 50})
     wanted = llava.ask("Hello", [], Options(max_tokens=16, temperature=1.5, top_p=0.9, top_k=50, seed=7))
@@ -170,6 +180,8 @@ def test_cached_tokens(create: Any) -> None:
         ({"input": [{"role": "tool", "content": "4"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "input[0].content[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "input[0].content[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": ["a"]}]}]}, "input[0].content[0]"),
+        ({"input": [{"role": "user", "content": [{"type": ["input_text"], "text": "a"}]}]}, "input[0].content[0]"),
         ({"input": [{"role": "user", "content": ["a"]}]}, "input[0].content[0]"),
     ],
 )

@@ -78,12 +78,12 @@ def _rewrite_item(item: object, param: str) -> object:
 
 def _rewrite_part(part: object, param: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
-    if not (isinstance(part, dict) and isinstance(kind, str) and kind in _PARTS and part.get(_PARTS[kind][1])):
+    name, field = _PARTS.get(str(kind), ("", ""))
+    if not isinstance(part, dict) or not isinstance(part.get(field), str):
         raise bad_request(
             "A part of a message must be input_text or output_text with a text, or input_image with an image_url.",
             param,
         )
-    name, field = _PARTS[kind]
     return {"type": name, name: part[field]}
 
 
