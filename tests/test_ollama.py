@@ -101,6 +101,12 @@ def test_generate_with_a_system_message(generate: Any, llava: Llava) -> None:
     assert (got.response, got.prompt_eval_count) == (wanted.text, wanted.prompt_tokens)
 
 
+def test_an_empty_system_message_is_none(chat: Any) -> None:
+    """The client drops its content."""
+    wanted, got = chat([user("Hello")]), chat([{"role": "system", "content": ""}, user("Hello")])
+    assert (got.message.content, got.prompt_eval_count) == (wanted.message.content, wanted.prompt_eval_count)
+
+
 def test_a_conversation(chat: Any, llava: Llava) -> None:
     talk = llava.chat(system="Be kind.", options=Options(max_tokens=16))
     messages: list[Any] = [{"role": "system", "content": "Be kind."}]

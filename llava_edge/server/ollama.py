@@ -87,10 +87,12 @@ def _rewrite_format(format_: object) -> dict[str, Any] | None:
 
 
 def _rewrite_message(message: object, param: str) -> object:
-    """A message whose `images`, in base64, become parts of its content."""
-    if not isinstance(message, dict) or not message.get("images"):
+    """A message whose `images`, in base64, become parts of its content. Ollama's client leaves out what is empty."""
+    if not isinstance(message, dict):
         return message
-    images, text = message["images"], message.get("content") or ""
+    images, text = message.get("images"), message.get("content") or ""
+    if not images:
+        return {"role": message.get("role"), "content": text}
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise bad_request("images must be a list of strings in base64.", param)
     parts: list[dict[str, Any]] = [
