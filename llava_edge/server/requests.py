@@ -181,7 +181,7 @@ def refuse_unsupported(body: Mapping[str, Any], no_effect: Mapping[str, tuple[ob
             continue
         if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values):
             continue
-        advice = "use a JSON schema in response_format" if name in _GRAMMAR_FIELDS else "remove it"
+        advice = "use a JSON schema instead" if name in _GRAMMAR_FIELDS else "remove it"
         raise bad_request(f"{name} is not supported by this server; {advice}.", name)
 
 

@@ -47,6 +47,8 @@ def parse(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
     include = body.get("include") or []
     if not isinstance(include, list):
         raise bad_request("include must be a list.", "include")
+    if body.get("response_format") is not None:
+        raise bad_request("response_format is called text.format in this API.", "response_format")
     text = body.get("text") or {}
     if not isinstance(text, dict):
         raise bad_request("text must be an object.", "text")
@@ -61,8 +63,12 @@ def parse(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
 
 def _rewrite_format(format_: object) -> object:
     """The name and the schema are in an object of their own in the older API."""
-    is_schema = isinstance(format_, dict) and format_.get("type") == "json_schema"
-    return {"type": "json_schema", "json_schema": format_} if is_schema else format_
+    kind = format_.get("type") if isinstance(format_, dict) else None
+    if isinstance(format_, dict) and kind == "json_schema" and "schema" in format_:
+        return {"type": kind, "json_schema": format_}
+    if format_ is None or kind in ("text", "json_object"):
+        return format_
+    raise bad_request("text.format must have the type text, json_object, or json_schema and a schema.", "text.format")
 
 
 def _rewrite_item(item: object, param: str) -> object:
