@@ -167,8 +167,21 @@ def test_the_model_is_listed(client: Any, server: Server) -> None:
         assert model.details.quantization_level
     shown = client.show(client.list().models[0].model)
     assert shown.capabilities == ["completion", "vision"]
-    assert shown.modelinfo["llama.context_length"] == server.health()["context"]
+    context = server.health()["context"]
+    assert shown.modelinfo["llama.context_length"] == client.ps().models[0].context_length == context
+    assert shown.modelinfo["general.basename"] == "micro"
     assert json.loads(server.request("GET", "/api/version")[2])["version"].count(".") == 2
+
+
+def test_listings_have_every_field_that_ollama_sends(server: Server) -> None:
+    """Clients in Rust, Go and TypeScript require them. Ollama's source: `api/types.go`, those without `omitempty`."""
+    listed = {"name", "model", "modified_at", "size", "digest", "details"}
+    loaded = listed - {"modified_at"} | {"expires_at", "size_vram", "context_length"}
+    details = {"parent_model", "format", "family", "families", "parameter_size", "quantization_level"}
+    for path, names in (("/api/tags", listed), ("/api/ps", loaded)):
+        (model,) = json.loads(server.request("GET", path)[2])["models"]
+        assert names <= set(model)
+        assert set(model["details"]) == details
 
 
 def test_names_of_models(client: Any) -> None:

@@ -81,7 +81,7 @@ class App:
             Route("/v1/responses", self._respond, methods=["POST"]),
             Route("/api/version", self._ollama_version),
             Route("/api/tags", self._ollama_models),
-            Route("/api/ps", self._ollama_models),
+            Route("/api/ps", self._ollama_loaded_models),
             Route("/api/show", self._ollama_model, methods=["POST"]),
             Route("/api/chat", self._ollama_chat, methods=["POST"]),
             Route("/api/generate", self._ollama_generate, methods=["POST"]),
@@ -166,6 +166,9 @@ class App:
 
     async def _ollama_models(self, _: Request) -> Response:
         return JSONResponse(ollama.model_list(self._manifest, self._created))
+
+    async def _ollama_loaded_models(self, _: Request) -> Response:
+        return JSONResponse(ollama.loaded_models(self._manifest, self._created, self._supervisor.ready))
 
     async def _ollama_model(self, request: Request) -> Response:
         ollama.parse_model(await self._parse_body(request), self._model)

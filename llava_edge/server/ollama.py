@@ -20,6 +20,8 @@ from llava_edge.server.requests import ModelRequest
 
 VERSION = "0.12.11"  # the first Ollama with all fields known here; clients ask for it before they use newer ones
 
+_NEVER = "2999-12-31T23:59:59Z"
+
 _NO_EFFECT: dict[str, tuple[object, ...]] = {
     "think": (False,),
     "raw": (False,),
@@ -174,7 +176,7 @@ def error(problem: Problem) -> dict[str, Any]:
 
 
 def model_list(manifest: Manifest, started: float) -> dict[str, Any]:
-    """The response to /api/tags and /api/ps: the only model, which is always loaded. started: seconds since 1970."""
+    """The response to /api/tags, with the only model. started: seconds since 1970."""
     digest = hashlib.sha256("".join(sorted(entry.sha256 for entry in manifest.files.values())).encode())
     size = sum(entry.size for entry in manifest.files.values())
     name = f"{manifest.name}:latest"
@@ -189,18 +191,37 @@ def model_list(manifest: Manifest, started: float) -> dict[str, Any]:
     return {"models": [model]}
 
 
+def loaded_models(manifest: Manifest, started: float, ready: Mapping[str, Any]) -> dict[str, Any]:
+    """The response to /api/ps: the only model, which is loaded for ever. ready: the child's first event."""
+    (model,) = model_list(manifest, started)["models"]
+    on_gpu = not ready.get("device", "cpu").startswith("cpu")
+    size_vram, context = model["size"] if on_gpu else 0, ready.get("context", 0)
+    return {"models": [model | {"expires_at": _NEVER, "size_vram": size_vram, "context_length": context}]}
+
+
 def model_details(manifest: Manifest, context: int) -> dict[str, Any]:
     """The response to /api/show. context: length of the KV cache in positions."""
     return {
         "details": _details(manifest),
-        "model_info": {"general.architecture": "llama", "llama.context_length": context},
+        "model_info": {
+            "general.architecture": "llama",
+            "general.basename": manifest.name,
+            "llama.context_length": context,
+        },
         "capabilities": ["completion", "vision"],
     }
 
 
 def _details(manifest: Manifest) -> dict[str, Any]:
-    quantization = manifest.language.quantization.upper()
-    return {"format": "gguf", "family": "llama", "families": ["llama", "clip"], "quantization_level": quantization}
+    """All of Ollama's fields, which are required by many clients' types."""
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": "llama",
+        "families": ["llama", "clip"],
+        "parameter_size": "",  # not known
+        "quantization_level": manifest.language.quantization.upper(),
+    }
 
 
 def _timestamp(time: datetime) -> str:
