@@ -302,7 +302,9 @@ def test_time_limits_of_queue_and_answer(micro_bundle: Path, tmp_path: Path) -> 
             busy = server.start(question("Hello"))
             server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 2)
             assert server.chat(question())[0] == 503
-            assert b'"code":"timeout"' in read_all(busy)
+            late = read_all(busy)
+            assert b'"code":"timeout"' in late
+            assert b"x-should-retry: false\r\n" in late.lower()
         assert server.text("Hello")
         assert server.health()["crashes"] == 0
 

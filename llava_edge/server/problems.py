@@ -30,9 +30,10 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Its headers. OpenAI's clients retry a 500 by themselves, which must not crash the model's process again."""
+        """Its headers. OpenAI's clients retry a 500 by themselves, which would crash the model's process again, or take
+        as long again."""
         wait = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
-        return wait | ({"X-Should-Retry": "false"} if self.code == "crash" else {})
+        return wait | ({"X-Should-Retry": "false"} if self.code in ("crash", "timeout") else {})
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> Problem:
