@@ -29,7 +29,7 @@ COMMANDS = {
     "run": "Answer questions about images.",
     "batch": "Ask one question about each of many images.",
     "chat": "Chat about images in the terminal.",
-    "serve": "Serve a model: OpenAI-compatible API and chat page.",
+    "serve": "Serve a model: OpenAI's and Ollama's API, and a chat page.",
     "models": "List, pull or remove models.",
     "cache": "List or clear the image cache.",
     "info": "Show what a bundle, GGUF file or checkpoint contains.",

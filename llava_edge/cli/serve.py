@@ -1,4 +1,4 @@
-"""`llava-edge serve`: an OpenAI-compatible server for this machine, with a chat page."""
+"""`llava-edge serve`: a server for this machine that speaks OpenAI's API and Ollama's, with a chat page."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def serve(
     model: str,
     **shared: Any,
 ) -> None:
-    """Serve a model: OpenAI-compatible API under /v1, chat page at /.
+    """Serve a model: OpenAI's API under /v1, Ollama's under /api, chat page at /.
 
     \b
     llava-edge serve
