@@ -92,15 +92,11 @@ def _rewrite_message(message: object, param: str) -> object:
     """A message whose `images`, in base64, become parts of its content. Ollama's client leaves out what is empty."""
     if not isinstance(message, dict):
         return message
-    images, text = message.get("images"), message.get("content") or ""
-    if not images:
-        return {"role": message.get("role"), "content": text}
+    images, content = message.get("images") or [], message.get("content") or ""
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise bad_request("images must be a list of strings in base64.", param)
-    parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": f"data:;base64,{image}"}} for image in images
-    ]
-    return {"role": message.get("role"), "content": [*parts, *([{"type": "text", "text": text}] if text else [])]}
+    parts = [{"type": "image_url", "image_url": f"data:;base64,{image}"} for image in images]
+    return {"role": message.get("role"), "content": [*parts, {"type": "text", "text": content}] if parts else content}
 
 
 def _without_tag(name: object) -> object:
