@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, image_question, png, question, running
+from serving import Server, data_url, image_question, png, question, running
 
 from llava_edge import cli
 from llava_edge.errors import MissingError, UsageError
@@ -662,13 +662,15 @@ def test_the_log_has_no_prompts_and_cannot_be_forged(server: Server) -> None:
 # Mutated requests.
 
 
+ODD: list[Any] = [
+    *(None, True, False, 0, -1, 1, 5, 2**31, 2**63, 2**64, -(2**63), 1e308, -0.0, 0.5, "", "5", "x" * 300),
+    *([], {}, [[]], [None], {"a": 1}, "\0", "\ud800", "😀", "<image>", "<|im_end|>", [1] * 50, ["a"] * 20, "null"),
+]
+
+
 def mutations(count: int, seed: int) -> Iterator[bytes]:
     """A good request with one to three of its values, or bytes, replaced by something else."""
     chosen = random.Random(seed)
-    values: list[Any] = [
-        *(None, True, False, 0, -1, 1, 5, 2**31, 2**63, 2**64, -(2**63), 1e308, -0.0, 0.5, "", "5", "x" * 300),
-        *([], {}, [[]], [None], {"a": 1}, "\0", "\ud800", "😀", "<image>", "<|im_end|>", [1] * 50, ["a"] * 20, "null"),
-    ]
     names = ["max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "stream_options", "response_format"]
     names += ["logprobs", "top_logprobs", "model", "messages", "max_completion_tokens", "tools", "logit_bias", "user"]
     names += ["frequency_penalty", "modalities", "__class__", "grammar", "options", "id", "cancel"]
@@ -678,15 +680,15 @@ def mutations(count: int, seed: int) -> Iterator[bytes]:
         for _ in range(chosen.randint(1, 3)):
             way = chosen.randrange(4)
             if way == 0:
-                body[chosen.choice(names)] = chosen.choice(values)
+                body[chosen.choice(names)] = chosen.choice(ODD)
             elif way == 1:
-                body["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema(chosen, values, 3)}}
+                body["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema(chosen, ODD, 3)}}
             elif way == 2 and isinstance(body.get("messages"), list) and body["messages"]:
                 message = chosen.choice(body["messages"])
                 if isinstance(message, dict):
-                    message[chosen.choice(["role", "content", "name", "images"])] = chosen.choice(values)
+                    message[chosen.choice(["role", "content", "name", "images"])] = chosen.choice(ODD)
             elif isinstance(body.get("messages"), list):
-                kind, source = chosen.choice(["text", "image_url", 5]), chosen.choice(values)
+                kind, source = chosen.choice(["text", "image_url", 5]), chosen.choice(ODD)
                 part = {"type": kind, "image_url": source, "text": "x"}
                 body["messages"] = [*body["messages"], {"role": "user", "content": [part]}][-chosen.randint(1, 2) :]
         data = bytearray(json.dumps(body).encode())
@@ -732,6 +734,57 @@ def test_mutated_requests(server: Server) -> None:
 @pytest.mark.slow
 def test_two_thousand_mutated_requests(server: Server) -> None:
     send_all(server, 2000, seed=2)
+
+
+def replaced(value: Any, chosen: random.Random) -> Any:
+    """A copy of `value` in which something, at any depth, is something else."""
+    if not value or not isinstance(value, dict | list) or chosen.random() < 0.1:
+        return chosen.choice(ODD)
+    copy, key = value.copy(), chosen.choice([*value] if isinstance(value, dict) else range(len(value)))
+    copy[key] = replaced(value[key], chosen)
+    return copy
+
+
+NUMBER = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}
+PICTURE = base64.b64encode(png()).decode()
+CONVERSATION = [
+    {"role": "user", "content": [{"type": "input_image", "image_url": data_url(png())}]},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Red"}]},
+    {"role": "user", "content": [{"type": "input_text", "text": "Why?"}]},
+]
+MODEL: dict[str, Any] = {"model": "micro", "stream": False}
+OTHER_APIS: dict[str, dict[str, Any]] = {
+    "/v1/responses": MODEL
+    | {"input": CONVERSATION, "max_output_tokens": 2, "metadata": {"a": "b"}, "instructions": "Be kind.", "tools": []}
+    | {"include": ["message.output_text.logprobs"], "top_logprobs": 1, "temperature": 1, "truncation": "disabled"}
+    | {"text": {"format": {"type": "json_schema", "name": "a", "schema": NUMBER}, "verbosity": "medium"}},
+    "/api/chat": MODEL
+    | {"messages": [{"role": "user", "content": "Hi", "images": [PICTURE]}, {"role": "assistant", "content": "No"}]}
+    | {"options": {"num_predict": 2, "stop": ["x"], "seed": 1}, "think": False, "format": NUMBER, "tools": []}
+    | {"keep_alive": "5m", "logprobs": True, "top_logprobs": 1},
+    "/api/generate": MODEL
+    | {"prompt": "Hi", "system": "Be kind.", "images": [PICTURE], "format": "json", "context": [], "suffix": ""}
+    | {"options": {"num_predict": 2, "top_k": 3}, "template": "", "raw": False},
+    "/api/show": MODEL | {"verbose": True},
+}
+
+
+@pytest.mark.parametrize("path", OTHER_APIS)
+def test_mutated_requests_of_other_apis(path: str, server: Server) -> None:
+    chosen = random.Random(8)
+    found = set()
+    for _ in range(100):
+        body = replaced(OTHER_APIS[path], chosen)
+        if chosen.random() < 0.5:
+            body = replaced(body, chosen)
+        status, _, answer = server.request("POST", path, json.dumps(body).encode())
+        found.add(status)
+        assert status in (200, 400, 404), (status, answer, body)
+        if status != 200:
+            error = json.loads(answer)["error"]
+            assert isinstance(error, str if path.startswith("/api/") else dict)
+    assert {200, 400} <= found
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_bytes_that_are_no_http(server: Server) -> None:
