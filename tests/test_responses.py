@@ -192,6 +192,13 @@ def test_what_cannot_be_done_is_refused(server: Server, fields: dict[str, Any], 
     assert (status, error["param"]) == (400, param)
 
 
+def test_a_reference_to_what_was_answered_is_refused_with_advice(server: Server) -> None:
+    items = [{"role": "user", "content": "Hello"}, {"type": "item_reference", "id": "msg_1"}]
+    status, error = refusal(server, input=items)
+    assert (status, error["param"]) == (400, "input[1].type")
+    assert "store to false" in error["message"]
+
+
 def test_another_model_is_refused(server: Server) -> None:
     status, error = refusal(server, model="gpt-5")
     assert (status, error["code"]) == (404, "model_not_found")

@@ -74,6 +74,8 @@ def _rewrite_format(format_: object) -> object:
 def _rewrite_item(item: object, param: str) -> object:
     if not isinstance(item, dict):
         return item
+    if item.get("type") == "item_reference":  # in place of an answer: the AI SDK's default
+        raise bad_request("Nothing is stored here; set the client's option store to false.", f"{param}.type")
     if item.get("type") not in (None, "message"):
         raise bad_request("The input may consist of messages only.", f"{param}.type")
     content = item.get("content")
