@@ -168,6 +168,7 @@ def test_cached_tokens(create: Any) -> None:
         ({"include": "logprobs"}, "include"),
         ({"text": "json"}, "text"),
         ({"text": {"verbosity": "low"}}, "verbosity"),
+        ({"metadata": {"a": "b" * (1 << 20)}}, "metadata"),
         ({"text": {"format": {"type": "yaml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "json_schema": {"schema": {}}}}}, "text.format"),
         ({"response_format": {"type": "json_object"}}, "response_format"),

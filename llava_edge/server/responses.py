@@ -5,6 +5,7 @@ Nothing is stored, so a conversation is sent whole each time. The format: https:
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,8 @@ def parse(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
     text = body.get("text") or {}
     if not isinstance(text, dict):
         raise bad_request("text must be an object.", "text")
+    if len(json.dumps([body.get("metadata"), text])) > limits.prompt:  # a stream repeats them three times
+        raise bad_request(f"metadata and text must have at most {limits.prompt} bytes together.", "metadata")
     rewritten = {
         **body,
         "response_format": _rewrite_format(text.get("format")),
