@@ -123,6 +123,8 @@ def test_options(create: Any, llava: Llava) -> None:
     got = create(input="Hello", temperature=1.5, top_p=0.9, max_output_tokens=16, extra_body={"seed": 7, "top_k": 50})
     wanted = llava.ask("Hello", [], Options(max_tokens=16, temperature=1.5, top_p=0.9, top_k=50, seed=7))
     assert (got.output_text, got.temperature, got.top_p) == (wanted.text, 1.5, 0.9)
+    assert got.max_output_tokens == 16
+    assert create(input="Hello", extra_body={"max_tokens": 3}).max_output_tokens == 3
 
 
 def test_schemas(create: Any) -> None:

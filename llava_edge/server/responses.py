@@ -114,7 +114,7 @@ class Reply:
             "created_at": int(time.time()),
             "model": model,
             "instructions": body.get("instructions"),
-            "max_output_tokens": body.get("max_output_tokens"),
+            "max_output_tokens": request.options.max_tokens,
             "metadata": body.get("metadata") or {},
             "parallel_tool_calls": True,
             "previous_response_id": None,
