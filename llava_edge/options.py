@@ -161,9 +161,9 @@ class Timings:
     """Wall time in milliseconds of each stage of one answer.
 
     `ttft_ms` (time to first token) and `total_ms` count from the start of the process (command line) or of the call
-    (library). `decode_ms` and the rate are for all answer tokens after the first. `preprocess_ms` includes `image_ms`,
-    decoding image files; `encode_ms` includes `project_ms`, the projector. With several questions at once, each
-    reports the stages they shared.
+    (library). `decode_ms` and the rate are for all tokens after the first, including the one that ends the answer.
+    `preprocess_ms` includes `image_ms`, decoding image files; `encode_ms` includes `project_ms`, the projector. With
+    several questions at once, each reports the stages they shared.
     """
 
     load_ms: float

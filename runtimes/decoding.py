@@ -34,6 +34,7 @@ class Answer:
         stats = self.stats
         stats.first_token = stats.first_token or time.monotonic()
         if token in self.end_tokens or self.language.vocabulary.is_end_token(token):
+            stats.end_token = True
             return "stop"
         stats.tokens += 1
         stats.pending_tokens += 1

@@ -27,6 +27,7 @@ class RequestStats:
     prompt_tokens: int = 0
     image_tokens: int = 0
     tokens: int = 0  # of the answer, without its end token
+    end_token: bool = False  # whether one ended the answer, after a step of its own
     pending_tokens: int = 0  # of these, not yet in a chunk
     pending_chances: list[TokenChance] = field(default_factory=list)  # of the pending tokens, if requested
     text: str = ""
@@ -47,6 +48,7 @@ class RequestStats:
         """Return the result of the finished answer."""
         now = time.monotonic()
         decode = now - self.first_token if self.first_token else 0.0
+        decoded = self.tokens + self.end_token - 1  # prefill gives the first
         timings = Timings(
             load_ms=load_ms,
             preprocess_ms=self.preprocess_ms,
@@ -54,7 +56,7 @@ class RequestStats:
             prefill_ms=self.prefill_ms,
             ttft_ms=(self.first_token - self.started) * 1000 if self.first_token else 0.0,
             decode_ms=decode * 1000,
-            decode_tokens_per_s=(self.tokens - 1) / decode if decode > 0 and self.tokens > 1 else 0.0,
+            decode_tokens_per_s=decoded / decode if decode > 0 and decoded > 0 else 0.0,
             total_ms=(now - self.started) * 1000,
             image_ms=self.image_ms,
             project_ms=self.project_ms,

@@ -72,7 +72,7 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
     timings |= {"preprocess_ms": 2 * milliseconds, "encode_ms": 2 * milliseconds, "ttft_ms": 6 * milliseconds}
     timings |= {"total_ms": 9 * milliseconds, "decode_tokens_per_s": 1000 / milliseconds}
     asked = {"timings": timings, "cache": cache, "image_tokens": 10, "prompt_tokens": 20, "completion_tokens": 4}
-    asked |= {"text_known": 3, "accepted_tokens": 0}
+    asked |= {"text_known": 3, "accepted_tokens": 0, "finish_reason": "length"}
     memory = {"peak_rss_bytes": 300, "private_bytes": 200, "file_bytes": 100}
     process = {"start_ms": milliseconds, "load_ms": milliseconds, "cold_ms": 8 * milliseconds, "device": "cpu"}
     process |= {"crops": 1, "projected": 40, "integer_projector": False, "kv": "f16"}
@@ -289,6 +289,10 @@ def test_accepted_tokens_take_no_pass_of_their_own() -> None:
     drafted["questions"] = {name: {**asked, "accepted_tokens": 2} for name, asked in drafted["questions"].items()}
     stage = summarize_run(SETTINGS, NEEDED, [drafted], PEAKS).questions[WARM].stages["decode"]
     assert stage.share == pytest.approx(NEEDED.token_bytes(22) / 3 / 2 / 1e9)
+    for asked in drafted["questions"].values():
+        asked["finish_reason"] = "stop"  # by a fourth token after the first
+    stage = summarize_run(SETTINGS, NEEDED, [drafted], PEAKS).questions[WARM].stages["decode"]
+    assert stage.share == pytest.approx(NEEDED.token_bytes(22) / 2 / 2 / 1e9)
 
 
 def test_float_parts_are_compared_with_the_float_limit() -> None:

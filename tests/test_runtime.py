@@ -342,6 +342,10 @@ def test_times_of_an_answer_add_up(llava: Llava) -> None:
     times = result.timings
     assert times.ttft_ms + times.decode_ms == pytest.approx(times.total_ms)
     assert times.decode_tokens_per_s * times.decode_ms / 1000 == pytest.approx(result.completion_tokens - 1)
+    ended = llava.ask("Hello", options=Options(grammar='root ::= "a" "b" "c"'))
+    times = ended.timings
+    assert ended.finish_reason == "stop"
+    assert times.decode_tokens_per_s * times.decode_ms / 1000 == pytest.approx(ended.completion_tokens)
 
 
 def test_the_end_of_the_context_ends_the_answer(micro_bundle: Path) -> None:

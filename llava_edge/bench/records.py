@@ -16,12 +16,13 @@ from llava_edge.errors import DataError, MissingError
 from llava_edge.options import Preset
 from llava_edge.typed import build
 
-SCHEMA = 2
+SCHEMA = 3
 
 # Stages of a process: Python and imports; opening the bundle; process start to the first token of the first answer
 # (whose picture is encoded while the language model loads).
 START, LOAD, COLD = "start", "load", "cold_first_token"
-# Stages of a question, in order. `first_token` is from question to first token, `decode` is per token after that.
+# Stages of a question, in order. `first_token` is from question to first token, `decode` is per token after that,
+# including the one that ends the answer.
 IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL = "image", "preprocess", "encode", "project", "prefill"
 FIRST_TOKEN, DECODE, TOTAL = "first_token", "decode", "total"
 PARTS = (IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL)  # consecutive within `first_token`

@@ -214,7 +214,8 @@ def _question(
         ),
     }
     stage_work = stage_work if set(cache) == {"miss"} else {}
-    decoded = sum(result["completion_tokens"] - 1 for result in results)  # prefill gives the first token
+    # Prefill gives the first token, and the one that ends an answer does not count as one of it.
+    decoded = sum(result["completion_tokens"] - (result["finish_reason"] == "length") for result in results)
     passes = 1 - sum(result["accepted_tokens"] for result in results) / max(decoded, 1)  # per decoded token
     stage_work[records.DECODE] = (work.token_bytes(prompt + answer / 2, sample["kv"]) * passes, "read_bytes")
     values = {
