@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -513,6 +514,17 @@ def test_a_file_that_cannot_be_written_costs_no_measurement(
     assert out == measured.to_json() + "\n"
     assert "/dev/full cannot be written: No space left" in err
     assert page_file.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_a_page_can_name_files_that_are_not_utf_8(measured: Report, micro_bundle: Path, tmp_path: Path) -> None:
+    page_file, old = tmp_path / "page.html", tmp_path / os.fsdecode(b"caf\xe9.json")
+    try:
+        old.write_text(measured.to_json(), "utf-8")
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    command = ("--model", micro_bundle, *AS_MEASURED, "--compare", old, "--html", page_file)
+    assert cli.execute(["bench", *map(str, command)]) == 0
+    assert "caf?.json" in page_file.read_text("utf-8")
 
 
 @pytest.mark.usefixtures("nothing_runs")

@@ -131,7 +131,7 @@ def _write(*files: tuple[Path | None, Callable[[], str]]) -> None:
     for path, text in files:
         if path is not None:
             try:
-                path.write_text(text(), "utf-8")
+                path.write_text(text(), "utf-8", "replace")  # file names may have bytes that are not UTF-8
             except OSError as error:
                 problems.append(f"{path} cannot be written: {error.strerror}.")
     if problems:
