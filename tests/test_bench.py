@@ -372,6 +372,9 @@ def test_json_comes_back_as_it_was(report: Report, tmp_path: Path) -> None:
         f'{{"schema": {SCHEMA}, "runs": [1]}}',
         json.dumps({**asdict(make_report(1)), "settings": ["hi"]}),
         make_report(1).to_json().replace('"median": 1', '"median": "fast"'),
+        make_report(1).to_json().replace('"warm"', '"hot"'),
+        make_report(1).to_json().replace('"first_token"', '"last_token"'),
+        make_report(1, peaks=PEAKS).to_json().replace('"limit": "int8_ops"', '"limit": "int4_ops"'),
     ],
     ids=lambda text: text[:20],
 )

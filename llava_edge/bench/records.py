@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from llava_edge.errors import DataError, MissingError
 from llava_edge.options import Preset
@@ -31,13 +31,15 @@ PARTS = (IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL)  # consecutive within `fir
 FIRST, WARM, AGAIN, KNOWN = "first", "warm", "again", "known"
 QUESTIONS = (FIRST, WARM, AGAIN, KNOWN)
 
+Limit = Literal["", "int8_ops", "fp32_ops", "read_bytes"]
+
 
 @dataclass(frozen=True)
 class Stage:
     """Milliseconds of one stage, one sample per repeat.
 
-    share: fraction reached of the machine's limit named `limit` ("int8_ops", "fp32_ops" or "read_bytes"): the stage's
-    minimum work, divided by its median and by the limit. None where no limit is known, or nothing was computed.
+    share: fraction reached of the machine's limit named `limit`: the stage's minimum work, divided by its median and by
+    the limit. None where no limit is known, or nothing was computed.
     """
 
     samples: tuple[float, ...]
@@ -45,7 +47,7 @@ class Stage:
     low: float
     high: float
     share: float | None = None
-    limit: str = ""
+    limit: Limit = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Report:
         return json.dumps(asdict(self), allow_nan=False)
 
 
-def summarize(samples: list[float], share: float | None = None, limit: str = "") -> Stage:
+def summarize(samples: list[float], share: float | None = None, limit: Limit = "") -> Stage:
     """Summarize at least one sample as median and extremes."""
     kept = tuple(round(sample, 3) for sample in samples)
     return Stage(kept, round(median(kept), 3), min(kept), max(kept), share, limit)
@@ -130,7 +132,10 @@ def read_report(path: Path) -> Report:
         raw = json.loads(path.read_text("utf-8").strip().splitlines()[-1])
         if raw["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {raw['schema']!r}; this program reads {SCHEMA}. Measure it again.")
-        return build(Report, raw)
+        report = build(Report, raw)
+        if not all(_is_complete(run) for run in report.runs):
+            raise ValueError("a run without an error lacks questions or stages")
+        return report
     except FileNotFoundError as error:
         raise MissingError(f"{path} does not exist; expected the JSON line of 'llava-edge bench'.") from error
     except OSError as error:
@@ -141,3 +146,10 @@ def read_report(path: Path) -> Report:
         raise DataError(
             f"{path} does not end with the JSON line of 'llava-edge bench'; 'llava-edge bench > FILE' writes one."
         ) from error
+
+
+def _is_complete(run: Run) -> bool:
+    """Whether a run has an error, or every question with all stages but `decode`, which a short answer lacks."""
+    required = {*PARTS, FIRST_TOKEN, TOTAL}
+    asked = {name for name, question in run.questions.items() if required <= question.stages.keys()}
+    return bool(run.error) or asked == {*QUESTIONS}

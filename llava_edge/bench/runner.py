@@ -26,6 +26,7 @@ from llava_edge.bench.records import (
     QUESTIONS,
     WARM,
     Configuration,
+    Limit,
     Question,
     Report,
     Run,
@@ -205,7 +206,7 @@ def _question(
         results[0][name] for name in ("prompt_tokens", "text_known", "completion_tokens")
     )
     # The work of each stage and the limit that bounds it, only where the stage was computed in full.
-    stage_work = {
+    stage_work: dict[str, tuple[float, Limit]] = {
         records.ENCODE: (work.encode_ops * sample["crops"], _product_limit(configuration.vision == "int8")),
         records.PROJECT: (work.project_ops * sample["projected"], _product_limit(sample["integer_projector"])),
         records.PREFILL: (
@@ -232,12 +233,12 @@ def _question(
     return Question(cache, tokens, prompt, answer, stages)
 
 
-def _product_limit(integers: bool) -> str:
+def _product_limit(integers: bool) -> Limit:
     """The limit that bounds products."""
     return "int8_ops" if integers else "fp32_ops"
 
 
-def _stage(times: list[float], required_work: float, limit: str, limits: dict[str, float]) -> Stage:
+def _stage(times: list[float], required_work: float, limit: Limit, limits: dict[str, float]) -> Stage:
     if limit not in limits or median(times) <= 0:
         return summarize(times)
     return summarize(times, required_work / (median(times) / 1000) / limits[limit], limit)
