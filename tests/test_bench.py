@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,14 @@ def test_presets_and_fewer_positions_reach_the_process_that_measures(micro_bundl
     assert "4 image tokens, preset memory" in memory.configuration.label
     assert "preset is 'none'" in none.error
     assert {row["preset"] for row in csv.DictReader(to_csv(found).splitlines())} == {"memory"}
+
+
+def test_bundles_of_one_name_are_told_apart(micro_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(micro_bundle, tmp_path / "copy")
+    alone = runner.configurations(Plan([copy, copy], presets=("auto", "auto")))
+    assert [configuration.model for configuration, _ in alone] == ["micro"]
+    both = runner.configurations(Plan([micro_bundle, copy]))
+    assert [configuration.model for configuration, _ in both] == [str(micro_bundle), str(copy)]
 
 
 def test_a_broken_configuration_is_reported_and_the_others_go_on(report: Report) -> None:

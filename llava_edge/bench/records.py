@@ -63,7 +63,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is measured. identity: hash over the bundle's parts. context: positions, 0 is the model's default.
+    """What is measured. model: name in the manifest, or as given where it does not tell the bundles of a sweep apart.
+    identity: hash over the bundle's parts. context: positions, 0 is the model's default.
 
     image_tokens: positions per picture, 0 is all. preset: as in `EngineOptions`.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -78,18 +79,22 @@ class Plan:
 def configurations(plan: Plan) -> list[tuple[Configuration, Bundle]]:
     """All configurations of a plan. Raises `MissingError` or `BundleError`."""
     pairs = []
-    for bundle in [Bundle.open(resolve(model)) for model in plan.models]:
-        manifest = bundle.manifest
-        common = (
-            manifest.name,
-            manifest.identity,
-            manifest.language.quantization,
-            manifest.vision.precision,
-            plan.device,
-        )
-        for swept in product(_threads(plan), plan.contexts, plan.budgets, plan.presets):
+    bundles = {model: Bundle.open(resolve(model)) for model in plan.models}
+    alike = Counter(_description(bundle) for bundle in bundles.values())
+    for model, bundle in bundles.items():
+        name, quantization, vision = description = _description(bundle)
+        if alike[description] > 1:  # two exports of a checkpoint
+            name = str(model)
+        common = (name, bundle.manifest.identity, quantization, vision, plan.device)
+        for swept in product(_threads(plan), plan.contexts, plan.budgets, dict.fromkeys(plan.presets)):
             pairs.append((Configuration(*common, *swept), bundle))
     return pairs
+
+
+def _description(bundle: Bundle) -> tuple[str, str, str]:
+    """Name, quantization and precision of the vision tower."""
+    manifest = bundle.manifest
+    return manifest.name, manifest.language.quantization, manifest.vision.precision
 
 
 def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fraction: None) -> Report:
