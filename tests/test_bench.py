@@ -121,7 +121,7 @@ def test_presets_and_fewer_positions_reach_the_process_that_measures(micro_bundl
     assert {asked.image_tokens for asked in memory.questions.values()} == {4} != {CONFIG.image_tokens}
     assert "4 image tokens, preset memory" in memory.configuration.label
     assert "preset is 'none'" in none.error
-    assert {row["preset"] for row in csv.DictReader(to_csv(found).splitlines())} == {"memory"}
+    assert {(row["budget"], row["preset"]) for row in csv.DictReader(to_csv(found).splitlines())} == {("4", "memory")}
 
 
 def test_bundles_of_one_name_are_told_apart(micro_bundle: Path, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from llava_edge.bench.compare import Ratio, stages
 from llava_edge.bench.records import QUESTIONS, WARM, Report, Run, Stage
 
 COLUMNS = (
-    "model", "quantization", "vision", "device", "threads", "context", "preset", "question", "cache", "image_tokens",
-    "prompt_tokens", "completion_tokens", "stage", "median_ms", "low_ms", "high_ms", "samples", "share", "limit",
+    "model", "quantization", "vision", "device", "threads", "context", "budget", "preset", "question", "cache",
+    "image_tokens", "prompt_tokens", "completion_tokens", "stage", "median_ms", "low_ms", "high_ms", "samples", "share",
+    "limit",
 )  # fmt: skip
 
 LIMIT_NAMES = {"int8_ops": "8-bit products", "fp32_ops": "float32 products", "read_bytes": "memory reads"}
@@ -51,7 +52,10 @@ def comparison(ratios: Sequence[Ratio], name: str, other: Sequence[str] = ()) ->
 
 
 def to_csv(report: Report) -> str:
-    """A report as CSV, one row per stage and question; stages of the process have no question."""
+    """A report as CSV, one row per stage and question; stages of the process have no question.
+
+    budget: `--image-tokens`; image_tokens: how many the question had. Failed configurations have no rows.
+    """
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -62,7 +66,7 @@ def to_csv(report: Report) -> str:
             counts = (result.image_tokens, result.prompt_tokens, result.completion_tokens) if result else ("",) * 3
             cache = "|".join(dict.fromkeys(result.cache)) if result else ""
             share = "" if stage.share is None else stage.share
-            settings = (c.model, c.quantization, c.vision, c.device, c.threads, c.context, c.preset)
+            settings = (c.model, c.quantization, c.vision, c.device, c.threads, c.context, c.image_tokens, c.preset)
             row = [*settings, question, cache, *counts, name]
             writer.writerow([*row, stage.median, stage.low, stage.high, len(stage.samples), share, stage.limit])
     return text.getvalue()
