@@ -450,6 +450,14 @@ def test_bars_are_as_long_as_their_numbers() -> None:
     assert wide[len(PARTS) + 1] == pytest.approx(3 * wide[0], abs=0.2)
 
 
+def test_long_labels_are_not_cut_off() -> None:
+    tags = Tags()
+    tags.feed(page({"long " * 15: make_report(10)}))
+    texts = [attributes for tag, attributes in tags.found if tag == "text"]
+    assert all("text-anchor" not in attributes and float(attributes["x"] or -1) >= 0 for attributes in texts)
+    assert [attributes["x"] for attributes in texts[::2]] == ["0"] * 3  # room for 150 characters
+
+
 def test_a_page_of_failures_says_why() -> None:
     failed = replace(make_report(1), runs=(Run(SETTINGS, "It <broke>."),))
     assert "It &lt;broke&gt;." in page({"this run": failed})

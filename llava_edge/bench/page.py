@@ -9,7 +9,7 @@ from llava_edge.bench.compare import compare, stages
 from llava_edge.bench.records import DECODE, FIRST_TOKEN, PARTS, QUESTIONS, WARM, Report, Run
 from llava_edge.bench.table import LIMIT_NAMES
 
-WIDTH, LABEL_WIDTH, BAR_HEIGHT, BAR_GAP = 960, 340, 18, 10  # pixels
+WIDTH, LABEL_HEIGHT, BAR_HEIGHT, BAR_GAP = 960, 18, 18, 10  # pixels
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --page: #ffffff; --line: #d5d9de; --dim: #5b6470;
@@ -89,14 +89,15 @@ def _memory_bars(runs: Sequence[tuple[str, Run]]) -> list[Bar]:
 
 
 def _chart(title: str, legend: Sequence[str], bars: Sequence[Bar]) -> list[str]:
-    """Horizontal stacked bars on one scale, labelled with their sums."""
+    """Horizontal stacked bars on one scale, below their labels, which may be long, and followed by their sums."""
     if not bars:
         return []
-    scale = (WIDTH - LABEL_WIDTH - 90) / max(max(sum(values) for _, values in bars), 1e-9)
+    scale = (WIDTH - 90) / max(max(sum(values) for _, values in bars), 1e-9)
     shapes = []
     for row, (label, values) in enumerate(bars):
-        y, x = row * (BAR_HEIGHT + BAR_GAP), float(LABEL_WIDTH)
-        shapes.append(f"<text x={LABEL_WIDTH - 8} y={y + 13} text-anchor=end>{escape(label)}</text>")
+        y, x = row * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP), 0.0
+        shapes.append(f"<text x=0 y={y + 13}>{escape(label)}</text>")
+        y += LABEL_HEIGHT
         for number, (value, part) in enumerate(zip(values, legend, strict=True)):
             hint = f"<title>{escape(part)}: {value:,.1f}</title>"
             shapes.append(
@@ -105,7 +106,7 @@ def _chart(title: str, legend: Sequence[str], bars: Sequence[Bar]) -> list[str]:
             x += value * scale
         shapes.append(f"<text x={x + 6:.1f} y={y + 13}>{sum(values):,.1f}</text>")
     keys = " ".join(f"<span class=c{number}>&emsp;</span> {escape(part)}&ensp;" for number, part in enumerate(legend))
-    height = len(bars) * (BAR_HEIGHT + BAR_GAP)
+    height = len(bars) * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP)
     drawing = f'<svg viewBox="0 0 {WIDTH} {height}" width={WIDTH} height={height} role=img>{"".join(shapes)}</svg>'
     return [f"<h2>{escape(title)}</h2>", f"<p>{keys}</p>" if len(legend) > 1 else "", drawing]
 
