@@ -24,7 +24,7 @@ from PIL import Image
 
 from llava_edge import cli
 from llava_edge.bench import child, records, runner
-from llava_edge.bench.compare import compare, stages
+from llava_edge.bench.compare import compare, condition_differences, stages
 from llava_edge.bench.page import page
 from llava_edge.bench.picture import marked_copy
 from llava_edge.bench.records import (
@@ -35,6 +35,7 @@ from llava_edge.bench.records import (
     PROJECT,
     QUESTIONS,
     SCHEMA,
+    TOTAL,
     WARM,
     Configuration,
     Report,
@@ -349,6 +350,18 @@ def test_ratios_are_of_medians_and_sure_only_beyond_the_spread(
         assert item.verdict == verdict
         assert [item.low, item.high] == pytest.approx([old[0] / new[-1], old[-1] / new[0]])
     assert f"{ratio:6.2f} x" in comparison(ratios, "old.json")
+
+
+def test_answers_that_differ_in_length_are_no_faster_in_total() -> None:
+    old, new = make_report(10, 11, 12, 13), make_report(5, 6, 7, 8)
+    longer = {name: replace(question, completion_tokens=9) for name, question in old.runs[0].questions.items()}
+    old = replace(old, runs=(replace(old.runs[0], questions=old.runs[0].questions | {WARM: longer[WARM]}),))
+    compared = {(item.question, item.stage) for item in compare(old, new)}
+    assert (WARM, TOTAL) not in compared
+    assert {(FIRST, TOTAL), (WARM, "decode")} <= compared
+    note = "tokens answered, m q4_k_m + int8, 1 thread, warm: 9 then, 4 now"
+    assert condition_differences(old, new) == [note]
+    assert note in page({"this run": new, "old.json": old})
 
 
 def test_only_the_same_configuration_is_compared() -> None:

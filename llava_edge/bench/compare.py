@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llava_edge.bench.records import Configuration, Report, Run, Stage
+from llava_edge.bench.records import TOTAL, Configuration, Report, Run, Stage
 
 MIN_SAMPLES = (
     4  # samples on both sides: with three, one in ten pairs of equal series does not overlap; with four, one in 35
@@ -42,16 +42,17 @@ class Ratio:
 
 
 def compare(old: Report, new: Report) -> list[Ratio]:
-    """Ratios of all stages that both reports have, for configurations that differ at most in the bundle's content."""
-    old_runs = {_key(run.configuration): run for run in old.runs if not run.error}
+    """Ratios of all stages that both reports have, for configurations that differ at most in the bundle's content.
+
+    The total of a question is left out if its answers differ in length.
+    """
     ratios = []
-    for run in new.runs:
-        old_run = old_runs.get(_key(run.configuration))
-        if old_run is None or run.error:
-            continue
-        old_stages = dict(stages(old_run))
+    for old_run, run in _pairs(old, new):
+        old_stages, lengths = dict(stages(old_run)), _length_differences(old_run, run)
         for (question, name), stage in stages(run):
             old_stage = old_stages.get((question, name))
+            if name == TOTAL and question in lengths:
+                continue
             if old_stage is not None and min(old_stage.low, stage.low) > 0:
                 ratios.append(_stage_ratio(run.configuration.label, question, name, old_stage, stage))
     return ratios
@@ -78,9 +79,12 @@ def has_common_configuration(old: Report, new: Sequence[Configuration]) -> bool:
 
 
 def condition_differences(old: Report, new: Report) -> list[str]:
-    """Conditions that may explain different times: processor, kernels, versions."""
+    """Conditions that may explain different times: processor, kernels, versions, lengths of answers."""
     pairs = [(name, old.machine.get(name), new.machine.get(name)) for name in ("processor", "native")]
     pairs += [(name, old.versions.get(name), version) for name, version in new.versions.items()]
+    for old_run, run in _pairs(old, new):
+        for question, (before, now) in _length_differences(old_run, run).items():
+            pairs.append((f"tokens answered, {run.configuration.label}, {question}", before, now))
     return [f"{name}: {before} then, {now} now" for name, before, now in pairs if before is not None and before != now]
 
 
@@ -91,6 +95,24 @@ def stages(run: Run) -> Iterator[tuple[tuple[str, str], Stage]]:
     for question, result in run.questions.items():
         for name, stage in result.stages.items():
             yield (question, name), stage
+
+
+def _pairs(old: Report, new: Report) -> Iterator[tuple[Run, Run]]:
+    """Old and new run of each configuration that both measured."""
+    old_runs = {_key(run.configuration): run for run in old.runs if not run.error}
+    for run in new.runs:
+        old_run = old_runs.get(_key(run.configuration))
+        if old_run is not None and not run.error:
+            yield old_run, run
+
+
+def _length_differences(old: Run, new: Run) -> dict[str, tuple[int, int]]:
+    """Question -> tokens answered then and now, where these differ."""
+    lengths = {
+        name: (old.questions[name].completion_tokens, question.completion_tokens)
+        for name, question in new.questions.items()
+    }
+    return {name: (before, now) for name, (before, now) in lengths.items() if before != now}
 
 
 def _key(configuration: Configuration) -> tuple[object, ...]:

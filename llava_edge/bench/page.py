@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from llava_edge.bench.compare import compare, stages
+from llava_edge.bench.compare import compare, condition_differences, stages
 from llava_edge.bench.records import DECODE, FIRST_TOKEN, PARTS, QUESTIONS, WARM, Report, Run
 from llava_edge.bench.table import LIMIT_NAMES
 
@@ -118,7 +118,8 @@ def _comparison_table(name: str, old: Report, new: Report) -> list[str]:
         for item in compare(old, new)
     ]  # fmt: skip
     headings = ["configuration", "stage", "old ms", "new ms", "times faster", "range", ""]
-    return [f"<h2>Compared with {escape(name)}</h2>", _table(headings, rows)]
+    notes = [f"<p class=dim>{escape(condition)}</p>" for condition in condition_differences(old, new)]
+    return [f"<h2>Compared with {escape(name)}</h2>", *notes, _table(headings, rows)]
 
 
 def _stage_table(name: str, run: Run) -> list[str]:
