@@ -25,7 +25,7 @@ START, LOAD, COLD = "start", "load", "cold_first_token"
 # including the one that ends the answer.
 IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL = "image", "preprocess", "encode", "project", "prefill"
 FIRST_TOKEN, DECODE, TOTAL = "first_token", "decode", "total"
-PARTS = (IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL)  # consecutive within `first_token`
+PARTS = (IMAGE, PREPROCESS, ENCODE, PROJECT, PREFILL)  # consecutive within `first_token`, except during LOAD
 # `first`: the first of its process; `warm`: a new picture, only the text before it cached; `again`: the same picture;
 # `known`: the first of a process, about a picture that an earlier process cached.
 FIRST, WARM, AGAIN, KNOWN = "first", "warm", "again", "known"
