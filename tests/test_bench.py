@@ -50,8 +50,9 @@ from llava_edge.errors import DataError, LlavaEdgeError, MissingError
 from llava_edge.image import load_image, preprocess
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.micro import CONFIG
-from llava_edge.runtimes import roofline
+from llava_edge.runtimes import native, roofline
 from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.native.choice import Status
 
 ROOT = Path(__file__).parent.parent
 TOO_LONG = 100_000  # positions; the micro model was trained for 512
@@ -78,7 +79,7 @@ def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
     asked |= {"text_known": 3, "accepted_tokens": 0, "finish_reason": "length"}
     memory = {"peak_rss_bytes": 300, "private_bytes": 200, "file_bytes": 100}
     process = {"start_ms": milliseconds, "load_ms": milliseconds, "cold_ms": 8 * milliseconds, "device": "cpu"}
-    process |= {"crops": 1, "projected": 40, "integer_projector": False, "kv": "f16"}
+    process |= {"crops": 1, "projected": 40, "integer_projector": False, "integer_prefill": True, "kv": "f16"}
     return {**process, "questions": dict.fromkeys(QUESTIONS, asked), "memory": memory}
 
 
@@ -307,9 +308,24 @@ def test_accepted_tokens_take_no_pass_of_their_own() -> None:
 
 
 def test_float_parts_are_compared_with_the_float_limit() -> None:
-    asked = make_report(1000, peaks=PEAKS, vision="fp16", quantization="f16").runs[0].questions[WARM].stages
+    found = {**sample(1000), "integer_prefill": False}
+    configuration = replace(SETTINGS, vision="fp16", quantization="f16")
+    asked = summarize_run(configuration, NEEDED, [found], PEAKS).questions[WARM].stages
     assert (asked["encode"].limit, asked["prefill"].limit) == ("fp32_ops", "fp32_ops")
     assert asked["encode"].share == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("kind", "integers"), [("F16", True), ("Q4_K", False)])
+def test_float16_weights_that_our_kernels_multiply_have_the_limit_of_integers(
+    kind: str, integers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "activate", lambda: Status("", "", ((kind, "avx2", 32),)))
+    assert child._has_f16_kernel() is integers
+    found = {**sample(1000), "integer_prefill": child._has_f16_kernel()}
+    stage = (
+        summarize_run(replace(SETTINGS, quantization="f16"), NEEDED, [found], PEAKS).questions[WARM].stages["prefill"]
+    )
+    assert stage.limit == ("int8_ops" if integers else "fp32_ops")
 
 
 def test_what_a_cache_spared_has_no_share() -> None:

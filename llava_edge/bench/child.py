@@ -59,6 +59,7 @@ def measure_answers(task: dict[str, Any]) -> dict[str, Any]:
             if picture.budget
             else len(picture.crops) * bundle.manifest.vision.image_tokens,
             "integer_projector": native.projector_library() is not None,
+            "integer_prefill": bundle.manifest.language.quantization != "f16" or _has_f16_kernel(),
             "kv": engine.model.preset.kv,
             "questions": {
                 name: {**asdict(result), "text_known": text_positions if name != first_name else 0}
@@ -66,6 +67,11 @@ def measure_answers(task: dict[str, Any]) -> dict[str, Any]:
             },
             "memory": asdict(devices.memory_use()),
         }
+
+
+def _has_f16_kernel() -> bool:
+    """Whether our kernels multiply F16 weights, as integers or in bfloat16: faster than any float32 product."""
+    return "F16" in {kind for kind, *_ in native.activate().many_rows}
 
 
 def main() -> None:

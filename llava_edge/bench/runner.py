@@ -214,10 +214,7 @@ def _question(
     stage_work: dict[str, tuple[float, Limit]] = {
         records.ENCODE: (work.encode_ops * sample["crops"], _product_limit(configuration.vision == "int8")),
         records.PROJECT: (work.project_ops * sample["projected"], _product_limit(sample["integer_projector"])),
-        records.PREFILL: (
-            work.prefill_ops(prompt, known_positions),
-            _product_limit(configuration.quantization != "f16"),
-        ),
+        records.PREFILL: (work.prefill_ops(prompt, known_positions), _product_limit(sample["integer_prefill"])),
     }
     stage_work = stage_work if set(cache) == {"miss"} else {}
     # Prefill gives the first token, and the one that ends an answer does not count as one of it.
