@@ -25,6 +25,7 @@ from llava_edge import cli, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, Bundle
 from llava_edge.models.micro import CONFIG, write_checkpoint
 from llava_edge.options import Result
+from llava_edge.runtimes import devices
 
 ROOT = Path(__file__).parent.parent
 LIGHT = ("--device", "cpu", "--threads", "1")
@@ -689,6 +690,18 @@ def test_doctor_looks_at_the_cache_folder(run: Run, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "file"))
     assert found()["cache folder"]["level"] == "note"
     assert "Not a directory" in found()["cache folder"]["text"]
+
+
+@pytest.mark.usefixtures("doctor_without_engines")
+def test_doctor_says_that_what_it_measured_cannot_be_stored(
+    run: Run, micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setattr(devices, "MAX_EXTERNAL_LOAD", 99)
+    code, out, _ = run("doctor", "--tune", "--model", micro_bundle)
+    assert code == 0
+    assert f"note    vision         measured, but the results cannot be stored in {tmp_path}/file/home" in out
 
 
 def test_doctor_survives_a_build_that_dies(tmp_path: Path) -> None:

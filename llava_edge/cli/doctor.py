@@ -133,6 +133,9 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
             level = "note" if isinstance(error, UnavailableError) else "broken"
             return [Finding("vision", level, str(error), command)]
     settings = tune.load(bundle)
+    if measure and not settings:
+        text = f"measured, but the results cannot be stored in {store.home()}; default settings are used."
+        return [Finding("vision", "note", text, "export LLAVA_EDGE_HOME=FOLDER")]
     if not settings:
         text = "not tuned on this machine; default settings are used."
         return [Finding("vision", "note", text, command)]
