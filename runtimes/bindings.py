@@ -1,4 +1,4 @@
-"""llama-cpp-python's ctypes bindings without the rest of that package, and other engine libraries.
+"""llama-cpp-python's ctypes bindings without the rest of that package, llama.cpp's log, and other engine libraries.
 
 Importing `llama_cpp` also imports its classes, and with them jinja2, diskcache and sqlite3: 0.1 s of each start for
 unused code. So the module of its bindings is executed alone, under a name of ours. A program that imports `llama_cpp`,
@@ -34,7 +34,10 @@ _lock = fork_safe_lock()  # two copies of the bindings would have incompatible c
 
 
 def functions() -> Any:
-    """Return the module with llama.cpp's C functions, loaded once per process. Raises `UnavailableError`."""
+    """Return the module with llama.cpp's C functions, loaded once per process, for `library`.
+
+    Raises `UnavailableError`.
+    """
     with _lock:
         try:
             return _load_bindings()

@@ -45,6 +45,7 @@ class Engine:
         self.bundle = bundle
         self._options = options
         self._model: LoadedModel | None = None
+        self._preparer: Preparer  # once the model is loaded
         self._cache = _open_cache(options.cache)
         self._recent = RecentPictures(bundle.manifest, RECENT_BYTES if options.cache else 0)
         self._parts = ExitStack()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from serving import Server, running
 
 from llava_edge.runtimes import limit_spinning
 
@@ -91,6 +92,13 @@ def micro_bundle(micro_checkpoint: Path) -> Path:
     out = micro_checkpoint.parent / "bundle"
     export(ExportOptions(checkpoint=micro_checkpoint, out=out, quant="q8_0", vision="fp32", name="micro"))
     return out
+
+
+@pytest.fixture(scope="module")
+def server(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`llava-edge serve` with `micro_bundle`, for all tests of a file that has no server of its own."""
+    with running(micro_bundle, tmp_path_factory.mktemp("server")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

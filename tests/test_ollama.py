@@ -7,11 +7,10 @@ import os
 import signal
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, data_url, png, running
+from serving import Server, data_url, png
 
 from llava_edge import Llava, Options
 from llava_edge.options import result_of
@@ -20,12 +19,6 @@ from llava_edge.prompt import Message
 ollama = pytest.importorskip("ollama", reason="the ollama client is not installed")
 
 SHORT = {"num_predict": 16}
-
-
-@pytest.fixture(scope="module")
-def server(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(micro_bundle, tmp_path_factory.mktemp("ollama")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,6 @@ from llava_edge.server.page import Page
 HTML = (Path(__file__).resolve().parent.parent / "llava_edge" / "server" / "page" / "index.html").read_text("utf-8")
 
 
-@pytest.fixture(scope="module")
-def server(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(micro_bundle, tmp_path_factory.mktemp("server")) as started:
-        yield started
-
-
 # The file.
 
 

@@ -7,23 +7,16 @@ import os
 import signal
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, data_url, png, running
+from serving import Server, data_url, png
 
 from llava_edge import Llava, Options
 from llava_edge.options import result_of
 from llava_edge.prompt import Message
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
-
-
-@pytest.fixture(scope="module")
-def server(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(micro_bundle, tmp_path_factory.mktemp("responses")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

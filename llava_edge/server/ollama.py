@@ -114,9 +114,7 @@ class Reply:
 
     def complete(self, events: Sequence[Event]) -> dict[str, Any]:
         """The response object of an answer that is not streamed."""
-        text = "".join(event["text"] for event in events)
-        chances = [chance for event in events for chance in event["chances"]]
-        return self._object(text, chances) | _statistics(events[-1]["result"])
+        return self._object(*replies.join(events)) | _statistics(events[-1]["result"])
 
     def loaded(self) -> dict[str, Any]:
         """The response object for a request without a question."""

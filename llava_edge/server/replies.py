@@ -37,8 +37,7 @@ class Reply:
     def complete(self, events: Sequence[Event]) -> dict[str, Any]:
         """The response object of an answer that is not streamed."""
         last = events[-1]
-        text = "".join(event["text"] for event in events)
-        chances = [chance for event in events for chance in event["chances"]]
+        text, chances = join(events)
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
         choice = {"index": 0, **body, "logprobs": self._logprobs(chances), "finish_reason": _finish_reason(last)}
         return {**self._envelope, "choices": [choice], "usage": usage(last), "llava_edge": details(last)}
@@ -83,6 +82,11 @@ class Reply:
             "token_logprobs": [chance[1] for chance in chances],
             "top_logprobs": [{_decode(top): logprob for top, logprob in chance[2]} for chance in chances],
         }
+
+
+def join(events: Sequence[Event]) -> tuple[str, list[Any]]:
+    """The text of all events, and the chances of its tokens (see `token_logprobs`)."""
+    return "".join(event["text"] for event in events), [chance for event in events for chance in event["chances"]]
 
 
 def token_logprobs(chances: Sequence[Any]) -> list[dict[str, Any]]:

@@ -130,7 +130,7 @@ class Reply:
     def complete(self, events: Sequence[Event]) -> dict[str, Any]:
         """The response object of an answer that is not streamed."""
         self._events = list(events)
-        return self._response(events[-1])
+        return self._response(events[-1], self._item(_status(events[-1])))
 
     def start(self) -> bytes:
         """The events before the first text."""
@@ -150,13 +150,15 @@ class Reply:
 
     def end(self, event: Event) -> bytes:
         """The events after the last text, which repeat it whole."""
-        part, status = self._part(), _status(event)
+        status = _status(event)
+        item = self._item(status)
+        (part,) = item["content"]
         done = {"text": part["text"], "logprobs": part["logprobs"]}
         return (
             self._event("response.output_text.done", **self._where, **done)
             + self._event("response.content_part.done", **self._where, part=part)
-            + self._event("response.output_item.done", output_index=0, item=self._item(status))
-            + self._event(f"response.{status}", response=self._response(event))
+            + self._event("response.output_item.done", output_index=0, item=item)
+            + self._event(f"response.{status}", response=self._response(event, item))
         )
 
     def error(self, problem: Problem) -> bytes:
@@ -164,18 +166,17 @@ class Reply:
         about = {"code": problem.code or problem.kind, "message": problem.message, "param": problem.param}
         return self._event("error", **about, **problem.body())
 
-    def _response(self, last: Event) -> dict[str, Any]:
-        status = _status(last)
+    def _response(self, last: Event, item: dict[str, Any]) -> dict[str, Any]:
         usage = replies.usage(last)
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         written = usage["prompt_tokens"] - cached
         return {
             **self._about,
-            "status": status,
+            "status": item["status"],
             "completed_at": int(time.time()),
             "error": None,
-            "incomplete_details": None if status == "completed" else {"reason": "max_output_tokens"},
-            "output": [self._item(status)],
+            "incomplete_details": None if item["status"] == "completed" else {"reason": "max_output_tokens"},
+            "output": [item],
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
@@ -193,9 +194,8 @@ class Reply:
 
     def _part(self) -> dict[str, Any]:
         """The only part of the message: what was answered so far."""
-        text = "".join(event["text"] for event in self._events)
-        logprobs = replies.token_logprobs([chance for event in self._events for chance in event["chances"]])
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+        text, chances = replies.join(self._events)
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": replies.token_logprobs(chances)}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         value = {"type": kind, "sequence_number": self._sequence, **fields}
