@@ -39,5 +39,7 @@ inline float half(const void *p) {
     return value;
 }
 
+inline int sum16(const int8_t *v) { return vaddlvq_s8(vld1q_s8(v)); }
+
 }  // namespace
 }  // namespace native

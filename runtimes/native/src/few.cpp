@@ -23,11 +23,21 @@ namespace {
 // Adapters' matrices are smaller. For larger ones, of float16 models, llama.cpp is faster.
 constexpr int64_t MAX_F16_VALUES = 1 << 20;
 
-int multiply_wide_columns(const Product &p, const Activations128 *x, int blocks, int from, int to) {
-    return wide->of_32(p, x, blocks, from, to);
+// The wide kernel for this processor, or null
+const WideKernel *wide_kernel() {
+    static const WideKernel *const found = [] {
+        const WideKernel *const *kernel = wide_kernels;
+        while (*kernel && !(*kernel)->available()) kernel++;
+        return *kernel;
+    }();
+    return found;
 }
-int multiply_wide_columns(const Product &p, const Activations256 *x, int blocks, int from, int to) {
-    return wide->of_256(p, x, blocks, from, to);
+
+int multiply_wide(const WideKernel &kernel, const Product &p, const Activations128 *x, int blocks, int from, int to) {
+    return kernel.of_32(p, x, blocks, from, to);
+}
+int multiply_wide(const WideKernel &kernel, const Product &p, const Activations256 *x, int blocks, int from, int to) {
+    return kernel.of_256(p, x, blocks, from, to);
 }
 
 // Call with(from, to) for all columns, in parallel. Products of adapters are too small for more than one thread.
@@ -51,8 +61,9 @@ bool multiply_quantized(const Product &p, int threads, Scratch &scratch) {
         for (int b = 0; b < parts; b++)
             quantize_part(p.x + m * p.x_stride + b * VALUES, std::min(VALUES, p.inner - b * VALUES), x[b * p.rows + m]);
     const int blocks = p.inner / block_values(p.type);
+    const WideKernel *const wide = wide_kernel();
     for_columns(p, threads, [&](int from, int to) {
-        if (wide_available()) from = multiply_wide_columns(p, x, blocks, from, to);
+        if (wide) from = multiply_wide(*wide, p, x, blocks, from, to);
         for (int n = from; n < to; n++) {
             const char *row = p.w + size_t(n) * p.w_stride;
             column(p, n, [&](auto count, int m, float *y) { rows<count()>(p.type, row, x + m, p.rows, blocks, y); });

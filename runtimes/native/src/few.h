@@ -45,8 +45,7 @@ inline void quantize_part(const float *x, int there, Activations128 &part) {  //
         part.scales[b] = quantize8(x + 32 * b, 32, values);
         memcpy(part.low[b], values, 16);
         memcpy(part.high[b], values + 16, 16);
-        int sum = 0;
-        for (int8_t value : values) sum += value;
+        const int sum = sum16(values) + sum16(values + 16);
         part.sums[b] = part.scales[b] * sum;
         part.offsets[b] = -128 * sum;
     }
@@ -54,12 +53,8 @@ inline void quantize_part(const float *x, int there, Activations128 &part) {  //
 
 inline void quantize_part(const float *x, int, Activations256 &part) {
     part.scale = quantize8(x, 256, part.values);
-    for (int j = 0; j < 8; j++) {
-        int sums[2] = {0, 0};
-        for (int i = 0; i < 32; i++) sums[i / 16] += part.values[32 * j + i];
-        for (int i = 0; i < 2; i++) part.halves[2 * j + i] = int16_t(sums[i]);
-        part.sums[j] = int16_t(sums[0] + sums[1]);
-    }
+    for (int i = 0; i < 16; i++) part.halves[i] = int16_t(sum16(part.values + 16 * i));
+    for (int j = 0; j < 8; j++) part.sums[j] = int16_t(part.halves[2 * j] + part.halves[2 * j + 1]);
 }
 
 // Compute column `n` of a product, four rows at a time: with(R, m, y) computes R of them from row m on. After the first four the

@@ -6,7 +6,7 @@
 // activations' sums. Bytes are signed, but the instruction needs one unsigned factor, so the activations get the signs.
 #pragma once
 
-#include "few_reduce.h"
+#include "few.h"
 
 namespace native {
 namespace {
@@ -27,8 +27,14 @@ inline BlockPair load_pair(const char *a, const char *b) {
     return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
 }
 
+// Products of two blocks with 32 activations each: four int32 sums of either.
 template <int TYPE>
 inline __m256i products(const BlockPair &w, const int8_t (*low)[16], const int8_t (*high)[16]) {
+#ifdef __AVX512VNNI__
+    const __m256i signs = _mm256_set1_epi8(TYPE == Q8_0 ? -128 : 0);  // multiply_row takes 128 times the activations off
+    const __m256i first = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_xor_si256(w.low, signs), load256(low));
+    return _mm256_dpbusd_epi32(first, _mm256_xor_si256(w.high, signs), load256(high));
+#else
     const __m256i one = _mm256_set1_epi16(1);
     if (TYPE == Q8_0) {
         const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.low), _mm256_sign_epi8(load256(low), w.low));
@@ -37,6 +43,20 @@ inline __m256i products(const BlockPair &w, const int8_t (*low)[16], const int8_
     }
     const __m256i a = _mm256_maddubs_epi16(w.low, load256(low)), b = _mm256_maddubs_epi16(w.high, load256(high));
     return _mm256_madd_epi16(_mm256_add_epi16(a, b), one);  // at most 15 * 127 * 4, fits int16
+#endif
+}
+
+// Sums of four blocks: the first two in the halves of one register, the others in another's.
+template <int TYPE>
+inline __m128i wholes(__m256i p, __m256i q) {
+    const __m256i one = _mm256_set1_epi16(1);
+    if (TYPE == Q8_0) {
+        p = _mm256_hadd_epi32(p, q), p = _mm256_hadd_epi32(p, p);
+    } else {  // the same in fewer steps; at most 15 * 127 * 16, fits int16
+        p = _mm256_madd_epi16(_mm256_packs_epi32(p, q), one);
+        p = _mm256_madd_epi16(_mm256_packs_epi32(p, p), one);
+    }
+    return _mm_unpacklo_epi32(_mm256_castsi256_si128(p), _mm256_extracti128_si256(p, 1));
 }
 
 // Load the scales and minima of four blocks.
@@ -56,46 +76,39 @@ inline void heads(const char *a, const char *b, const char *c, const char *d, __
 }
 
 template <int TYPE, int R>
-void rows_of_32(const char *row, const Activations128 *x, int step, int blocks, float *out) {
+void multiply_row(const char *row, const Activations128 *x, int step, int blocks, float *out) {
     constexpr int BYTES = block_bytes(TYPE);
-    const __m256i first = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), second = _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3);
-    __m256 sum[R];
-    __m128 minima_sum[R];
-    for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps(), minima_sum[r] = _mm_setzero_ps();
-    const auto add = [&](auto all, const char *a, const char *b, const char *c, const char *d) {
-        __m128 weights, minima;
-        heads<TYPE>(a, b, c, d, weights, minima);
-        const BlockPair p = load_pair<TYPE>(a, b), q = all() == 4 ? load_pair<TYPE>(c, d) : BlockPair();
+    __m128 sums[R];
+    for (int r = 0; r < R; r++) sums[r] = _mm_setzero_ps();
+    const auto add = [&](const char *a, const char *b, const char *c, const char *d) {
+        const BlockPair p = load_pair<TYPE>(a, b), q = load_pair<TYPE>(c, d);
+        __m128 scales, minima = _mm_setzero_ps();
+        heads<TYPE>(a, b, c, d, scales, minima);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const Activations128 &part = x[r];
-            const __m256 scales = _mm256_castps128_ps256(_mm_mul_ps(weights, _mm_loadu_ps(part.scales)));
-            const __m256 p_sums = _mm256_cvtepi32_ps(products<TYPE>(p, part.low, part.high));
-            sum[r] = _mm256_fmadd_ps(p_sums, _mm256_permutevar8x32_ps(scales, first), sum[r]);
-            if (all() == 4) {
-                const __m256 q_sums = _mm256_cvtepi32_ps(products<TYPE>(q, part.low + 2, part.high + 2));
-                sum[r] = _mm256_fmadd_ps(q_sums, _mm256_permutevar8x32_ps(scales, second), sum[r]);
-            }
-            if (TYPE != Q8_0) minima_sum[r] = _mm_fmadd_ps(minima, _mm_loadu_ps(part.sums), minima_sum[r]);
+            __m128i dots = wholes<TYPE>(products<TYPE>(p, part.low, part.high), products<TYPE>(q, part.low + 2, part.high + 2));
+#ifdef __AVX512VNNI__
+            if (TYPE == Q8_0) dots = _mm_add_epi32(dots, load128(part.offsets));
+#endif
+            const __m128 of = _mm_cvtepi32_ps(dots), scale = _mm_mul_ps(scales, _mm_loadu_ps(part.scales));
+            if (TYPE == Q8_0) sums[r] = _mm_fmadd_ps(of, scale, sums[r]);
+            else sums[r] = _mm_add_ps(sums[r], _mm_fmadd_ps(of, scale, _mm_mul_ps(minima, _mm_loadu_ps(part.sums))));
         }
     };
-    constexpr std::integral_constant<int, 4> four{};
-    constexpr std::integral_constant<int, 2> one_or_two{};
     for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x += step) {
         prefetch<R>(row, 4 * BYTES);
-        add(four, row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
+        add(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
     }
-    if (blocks == 3) add(four, row, row + BYTES, row + 2 * BYTES, ZERO_BLOCK);
-    else if (blocks) add(one_or_two, row, blocks > 1 ? row + BYTES : ZERO_BLOCK, ZERO_BLOCK, ZERO_BLOCK);
-    for (int r = 0; r < R; r++) sum[r] = _mm256_add_ps(sum[r], _mm256_set_m128(_mm_setzero_ps(), minima_sum[r]));
-    totals<R>(sum, out);
+    if (blocks) add(row, blocks > 1 ? row + BYTES : ZERO_BLOCK, blocks > 2 ? row + 2 * BYTES : ZERO_BLOCK, ZERO_BLOCK);
+    for (int r = 0; r < R; r++) out[r] = Float8{_mm256_zextps128_ps256(sums[r])}.sum();
 }
 
 template <int R>
 void rows(int type, const char *row, const Activations128 *x, int step, int blocks, float *out) {
-    if (type == Q4_0) rows_of_32<Q4_0, R>(row, x, step, blocks, out);
-    else if (type == Q4_1) rows_of_32<Q4_1, R>(row, x, step, blocks, out);
-    else rows_of_32<Q8_0, R>(row, x, step, blocks, out);
+    if (type == Q4_0) multiply_row<Q4_0, R>(row, x, step, blocks, out);
+    else if (type == Q4_1) multiply_row<Q4_1, R>(row, x, step, blocks, out);
+    else multiply_row<Q8_0, R>(row, x, step, blocks, out);
 }
 
 }  // namespace

@@ -1,4 +1,11 @@
-// Products of a few rows, 16 columns at a time (few_wide.cpp).
+// Products of a few rows, 16 columns at a time.
+//
+// few_256.h and few_32.h process one row of weights at a time and need several more instructions per group of 32 for every row
+// of activations. Here 16 columns are processed together, each in a 32-bit lane: the products of a group of a column add up
+// before they are scaled. That requires transposing 16 rows of blocks, once for all rows of activations.
+//
+// Each column has the same floating-point operations in the same order as there (the order of integer additions does not
+// matter), so the bits are the same.
 #pragma once
 
 namespace native {
@@ -7,7 +14,7 @@ struct Product;  // kernels.h
 struct Activations128;  // few.h
 struct Activations256;
 
-constexpr int WIDE_COLUMNS = 16;  // columns
+constexpr int WIDE_COLUMNS = 16;
 constexpr int MIN_WIDE_ROWS = 3;  // with fewer, memory is the bottleneck and the transposition is wasted
 
 struct WideKernel {
@@ -17,11 +24,19 @@ struct WideKernel {
     int (*of_256)(const Product &p, const Activations256 *x, int blocks, int from, int to);
 };
 
-extern const WideKernel *const wide;  // null if the compiler lacks the instructions
+extern const WideKernel *const wide_kernels[];  // preferred ones first, null-terminated; none for ARM
 
-inline bool wide_available() {
-    static const bool available = wide && wide->available();
-    return available;
+namespace {
+
+// Call add(count, first row) for all rows, at most MOST at a time and about as many each time.
+template <int MOST, class F>
+inline void for_row_chunks(int rows, F add) {
+    for (int times = (rows + MOST - 1) / MOST, r = 0; times > 0; times--) {
+        const int some = (rows - r + times - 1) / times;
+        add(some, r);
+        r += some;
+    }
 }
 
+}  // namespace
 }  // namespace native

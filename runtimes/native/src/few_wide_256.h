@@ -1,4 +1,4 @@
-// 16 columns of weights in Q4_K, Q5_K or Q6_K with a few rows of activations (few_wide.cpp).
+// 16 columns of weights in Q4_K, Q5_K or Q6_K with a few rows of activations (few_wide_avx512.cpp).
 //
 // Sums are integers up to the end of a block; after that each column has the operations of few_256.h.
 #pragma once
@@ -149,7 +149,7 @@ void multiply_wide(const char *w, size_t stride, const Activations256 *x, int ro
         prefetch(w + WIDE_COLUMNS * stride + b * WIDE_COLUMNS * BYTES, WIDE_COLUMNS * BYTES);
         if (SIX) unpack_q6_k(w + b * BYTES, stride, block);
         else unpack_q45_k<TYPE == Q5_K>(w + b * BYTES, stride, block);
-        for_row_chunks(rows, [&](int count, int r) {
+        for_row_chunks<MAX_ROWS_AT_ONCE>(rows, [&](int count, int r) {
             adds[count - 1](block, x + r, sums + r * WIDE_COLUMNS, minima + r * WIDE_COLUMNS);
         });
     }

@@ -1,4 +1,4 @@
-// 16 columns of weights in Q4_0, Q4_1 or Q8_0 with a few rows of activations (few_wide.cpp).
+// 16 columns of weights in Q4_0, Q4_1 or Q8_0 with a few rows of activations (few_wide_avx512.cpp).
 //
 // Four blocks at a time, each in its own accumulator: each column has the operations of multiply_row.
 #pragma once
@@ -95,7 +95,7 @@ void multiply_wide(const char *w, size_t stride, const Activations128 *x, int ro
     FourBlocks four;
     const auto add = [&](const char *from, size_t step) {
         unpack_four<TYPE>(from, step, four);
-        for_row_chunks(rows, [&](int some, int r) { adds[some - 1](four, x + r, sums + r * WIDE_COLUMNS, next); });
+        for_row_chunks<MAX_ROWS_AT_ONCE>(rows, [&](int some, int r) { adds[some - 1](four, x + r, sums + r * WIDE_COLUMNS, next); });
     };
     const char *later = w + WIDE_COLUMNS * stride;
     int left = blocks;
@@ -114,52 +114,6 @@ void multiply_wide(const char *w, size_t stride, const Activations128 *x, int ro
         const __m512 even = _mm512_add_ps(_mm512_load_ps(of), _mm512_load_ps(of + 2 * next));
         _mm512_storeu_ps(y, _mm512_add_ps(even, _mm512_add_ps(_mm512_load_ps(of + next), _mm512_load_ps(of + 3 * next))));
     }
-}
-
-// Integer sums of four blocks: the first two in the halves of one register, the others in another's.
-template <int TYPE>
-inline __m128i wholes(__m256i p, __m256i q) {
-    const __m256i one = _mm256_set1_epi16(1);
-    if (TYPE == Q8_0) {
-        p = _mm256_hadd_epi32(p, q), p = _mm256_hadd_epi32(p, p);
-    } else {  // the same in fewer steps; at most 15 * 127 * 16, fits int16
-        p = _mm256_madd_epi16(_mm256_packs_epi32(p, q), one);
-        p = _mm256_madd_epi16(_mm256_packs_epi32(p, p), one);
-    }
-    return _mm_unpacklo_epi32(_mm256_castsi256_si128(p), _mm256_extracti128_si256(p, 1));
-}
-
-// One row of weights with R rows of activations, for one or two rows and for the columns that are left; else as rows_of_32.
-template <int TYPE, int R>
-void multiply_row(const char *row, const Activations128 *x, int step, int blocks, float *out) {
-    constexpr int BYTES = block_bytes(TYPE);
-    __m128 sums[R];
-    for (int r = 0; r < R; r++) sums[r] = _mm_setzero_ps();
-    const auto add = [&](const char *a, const char *b, const char *c, const char *d) {
-        const BlockPair p = load_pair<TYPE>(a, b), q = load_pair<TYPE>(c, d);
-        const auto products = [&](const BlockPair &w, const int8_t *low, const int8_t *high) {
-            const __m256i signs = _mm256_set1_epi8(TYPE == Q8_0 ? -128 : 0);
-            const __m256i first = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_xor_si256(w.low, signs), load256(low));
-            return _mm256_dpbusd_epi32(first, _mm256_xor_si256(w.high, signs), load256(high));
-        };
-        __m128 scales, minima = _mm_setzero_ps();
-        heads<TYPE>(a, b, c, d, scales, minima);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const Activations128 &part = x[r];
-            __m128i dots = wholes<TYPE>(products(p, part.low[0], part.high[0]), products(q, part.low[2], part.high[2]));
-            if (TYPE == Q8_0) dots = _mm_add_epi32(dots, load128(part.offsets));
-            const __m128 of = _mm_cvtepi32_ps(dots), scale = _mm_mul_ps(scales, _mm_loadu_ps(part.scales));
-            if (TYPE == Q8_0) sums[r] = _mm_fmadd_ps(of, scale, sums[r]);
-            else sums[r] = _mm_add_ps(sums[r], _mm_fmadd_ps(of, scale, _mm_mul_ps(minima, _mm_loadu_ps(part.sums))));
-        }
-    };
-    for (; blocks >= 4; blocks -= 4, row += 4 * BYTES, x += step) {
-        prefetch<R>(row, 4 * BYTES);
-        add(row, row + BYTES, row + 2 * BYTES, row + 3 * BYTES);
-    }
-    if (blocks) add(row, blocks > 1 ? row + BYTES : ZERO_BLOCK, blocks > 2 ? row + 2 * BYTES : ZERO_BLOCK, ZERO_BLOCK);
-    for (int r = 0; r < R; r++) out[r] = Float8{_mm256_zextps128_ps256(sums[r])}.sum();
 }
 
 }  // namespace

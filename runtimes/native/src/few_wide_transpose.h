@@ -1,4 +1,4 @@
-// Transposes weights of 16 columns so that each has its own 32-bit lane (few_wide.cpp).
+// Transposes weights of 16 columns so that each has its own 32-bit lane (few_wide_avx512.cpp).
 #pragma once
 
 #include "few.h"
@@ -63,16 +63,6 @@ inline void add_dot_int8(__m512i &sum, __m512i w, const void *x) {
 }
 inline void add_dot_int16(__m512i &sum, __m512i w, const void *x) {
     __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*static_cast<const int32_t *>(x)));
-}
-
-// Call add(count, first row) for all rows, at most MAX_ROWS_AT_ONCE at a time.
-template <class F>
-inline void for_row_chunks(int rows, F add) {
-    for (int times = (rows + MAX_ROWS_AT_ONCE - 1) / MAX_ROWS_AT_ONCE, r = 0; times > 0; times--) {
-        const int some = (rows - r + times - 1) / times;
-        add(some, r);
-        r += some;
-    }
 }
 
 // Prefetch the next columns in memory order: the hardware prefetcher cannot follow 16 streams at once.

@@ -42,13 +42,22 @@ const Kernel *const transposed_int8 = &amx_int16;
 const Kernel *const transposed_int8 = nullptr;
 #endif
 
-extern const WideKernel wide_few;
+extern const WideKernel few_wide_avx512vnni, few_wide_avx2;
+
+const WideKernel *const wide_kernels[] = {
+#ifdef NATIVE_HAS_AVX512VNNI
+    &few_wide_avx512vnni,
+#endif
+#ifdef __x86_64__
+    &few_wide_avx2,
+#endif
+    nullptr,
+};
+
 extern const AttentionKernel attention_avx512vnni;
 #ifdef NATIVE_HAS_AVX512VNNI
-const WideKernel *const wide = &wide_few;
 const AttentionKernel *const wide_attention = &attention_avx512vnni;
 #else
-const WideKernel *const wide = nullptr;
 const AttentionKernel *const wide_attention = nullptr;
 #endif
 

@@ -49,6 +49,12 @@ inline float quantize8(const float *v, int count, int8_t *out) {
     return scale;
 }
 
+inline int sum16(const int8_t *v) {
+    const __m128i unsigned_bytes = _mm_xor_si128(load128(v), _mm_set1_epi8(-128));
+    const __m128i sums = _mm_sad_epu8(unsigned_bytes, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128;
+}
+
 // Transpose 8x8 int32; rows of `in` are `from` apart, rows of `out` `to` apart.
 inline void transpose(const int32_t *in, size_t from, int32_t *out, size_t to) {
     Float8 rows[8];

@@ -1,12 +1,5 @@
-// Products of a few rows with quantized weights, for processors with AVX-512 VNNI.
-//
-// few_256.h and few_32.h process one row of weights at a time and need several more instructions per group of 32 for every row
-// of activations. Here 16 columns are processed together, one in each 32-bit lane: eight dot products accumulate a group of a
-// column before it is scaled. That requires transposing 16 rows of blocks, once for all rows of activations; for one or two
-// rows it does not pay.
-//
-// Each column has the same floating-point operations in the same order as there (the order of integer additions does not
-// matter), so the bits are the same.
+// Products of a few rows with quantized weights (few_wide.h), for processors with AVX-512 VNNI: eight dot products accumulate a
+// group of 32 values of a column.
 
 #include "few_wide.h"
 #include "few.h"
@@ -52,8 +45,8 @@ int of_256(const Product &p, const Activations256 *x, int blocks, int from, int 
 
 }  // namespace
 
-extern const WideKernel wide_few;
-const WideKernel wide_few = {available, of_32, of_256};
+extern const WideKernel few_wide_avx512vnni;
+const WideKernel few_wide_avx512vnni = {available, of_32, of_256};
 
 }  // namespace native
 
@@ -61,8 +54,8 @@ const WideKernel wide_few = {available, of_32, of_256};
 
 namespace native {
 
-extern const WideKernel wide_few;
-const WideKernel wide_few = {[] { return false; }, nullptr, nullptr};
+extern const WideKernel few_wide_avx512vnni;
+const WideKernel few_wide_avx512vnni = {[] { return false; }, nullptr, nullptr};
 
 }  // namespace native
 
