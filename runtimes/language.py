@@ -33,6 +33,9 @@ BATCH = 512  # default batch size in positions; cancelling a prompt takes effect
 # Multiplications of a product with a square matrix, about 3 ms of one thread. In a larger product the free threads take
 # over work from one that shares its processor, so all threads pay off; in a smaller one all wait for it (threads.py).
 SMALL_PRODUCT = 1 << 28
+# Values of all positions up to which one thread computes what our kernels leave to llama.cpp, such as norms: starting
+# others, several times in each block, takes longer.
+SMALL_ROWS = 8192
 MAX_BRANCHES = 8  # as many rows as `speculation.WIDTHS` allows: more gain little, and answers wait for each other
 _SEQUENCE = 0
 _ABORTED = 2  # a status of llama_decode
@@ -83,6 +86,7 @@ class LanguageModel:
         self._has_branches = False
         self._threads = threads or devices.thread_count()[0]
         self._adaptive = AdaptiveThreads(self._threads)
+        self._native_threads = 0  # as many as llama.cpp's own operations
         # Only where the bits stay the same: llama.cpp's own attention splits float16 keys by the number of threads.
         same_bits = kv == "q8_0" or native.supports_attention(header)
         self._threads_vary = not gpu_layers and self.native.few_attention and same_bits
@@ -357,11 +361,7 @@ class LanguageModel:
         # The callback is Python and is called between graph nodes; a few tokens are fast enough to do without.
         self.library.llama_set_abort_callback(self.context, self._no_abort if few else self._abort, None)
         if self._threads_vary:
-            small = batch.handle.n_tokens * self.hidden_size**2 < SMALL_PRODUCT
-            if not small:
-                self._adaptive.reset()
-            threads = self._adaptive.next() if small else self._threads
-            self.library.llama_set_n_threads(self.context, threads, threads)
+            self._set_threads(batch.handle.n_tokens)
         assert self._thread is not None, "closed"
         self._last_call = self._thread.submit(self._llama_decode, batch)
         status = wait_result(self._last_call, cancel)
@@ -373,8 +373,18 @@ class LanguageModel:
                 f"llama.cpp failed with status {status} after {positions} positions: {bindings.last_error()}"
             )
 
+    def _set_threads(self, positions: int) -> None:
+        small = positions * self.hidden_size**2 < SMALL_PRODUCT
+        if not small:
+            self._adaptive.reset()
+        threads = self._native_threads = self._adaptive.next() if small else self._threads
+        if self.batch_invariant and positions * self.hidden_size <= SMALL_ROWS:
+            threads = 1
+        self.library.llama_set_n_threads(self.context, threads, threads)
+
     def _llama_decode(self, batch: Batch) -> int:
         """Run in the compute thread. As a bound method it keeps the model from being collected meanwhile."""
+        native.set_threads(self._native_threads)
         return int(self.library.llama_decode(self.context, batch.handle))
 
 

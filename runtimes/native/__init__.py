@@ -61,6 +61,7 @@ class _Process:
     """Result of loading: a backend stays loaded until the process ends, for all models."""
 
     status: Status | None = None
+    library: Library | None = None
 
 
 _process = _Process()
@@ -116,6 +117,12 @@ def activate() -> Status:
         except (OSError, UnavailableError, ValueError) as error:  # may be partly loaded, so it is not tried again
             _process.status = Status(f"Not used: {error}", COMMAND)
         return _process.status
+
+
+def set_threads(count: int) -> None:
+    """Set the threads of our kernels for all models of the process; 0: as many as llama.cpp's own operations use."""
+    if _process.library is not None:
+        _process.library.set_threads(count)
 
 
 def supports_attention(language: Gguf) -> bool:
@@ -211,6 +218,7 @@ def _load_backend(path: Path, ggml: Ggml, status: Status) -> None:
     if not ggml.load_backend(path) or not ggml.device(DEVICE):
         raise UnavailableError("ggml does not accept them.")
     library.configure(status.many_rows, status.few_rows, status.attention, status.few_attention)
+    _process.library = library
 
 
 def _run_check(library: Path) -> dict[str, Any]:

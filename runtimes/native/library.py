@@ -61,6 +61,10 @@ class Library:
             return False
         return True
 
+    def set_threads(self, count: int) -> None:
+        """Set the threads of the backend's operations, whatever llama.cpp's own use; 0: as many as they."""
+        self._functions.llava_edge_native_set_threads(count)
+
     def evict(self, address: int, size: int) -> None:
         """Evict memory from the processor's caches, where it has an instruction for that."""
         self._functions.llava_edge_native_evict(address, size)

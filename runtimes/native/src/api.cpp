@@ -56,6 +56,8 @@ EXPORT int llava_edge_native_configure(const int8_t *many, const uint8_t *min_ro
     return 1;
 }
 
+EXPORT void llava_edge_native_set_threads(int threads) { set_own_threads(threads); }
+
 // Evict memory from the caches: a model's weights are read from memory, so a benchmark must not find them in a cache.
 EXPORT void llava_edge_native_evict(const char *memory, size_t bytes) {
 #ifdef __x86_64__

@@ -33,7 +33,8 @@ inline int32x4_t products(const Bytes32 &w, const int8_t *low, const int8_t *hig
 }
 
 template <int TYPE, int R>
-void rows_of_32(const uint8_t *row, const Activations128 *x, int step, int blocks, float *out) {
+void multiply_row(const char *weights, const Activations128 *x, int step, int blocks, float *out) {
+    const uint8_t *row = reinterpret_cast<const uint8_t *>(weights);
     float32x4_t sums[R];
     float minima_sum[R] = {};
     for (int r = 0; r < R; r++) sums[r] = vdupq_n_f32(0);
@@ -74,7 +75,8 @@ inline Bytes32 group(const uint8_t *b, int j) {
 }
 
 template <int TYPE, int R>
-void rows_of_256(const uint8_t *row, const Activations256 *x, int step, int blocks, float *out) {
+void multiply_row(const char *weights, const Activations256 *x, int step, int blocks, float *out) {
+    const uint8_t *row = reinterpret_cast<const uint8_t *>(weights);
     float32x4_t sums[R];
     float minima_sum[R] = {};
     for (int r = 0; r < R; r++) sums[r] = vdupq_n_f32(0);
@@ -112,22 +114,6 @@ void rows_of_256(const uint8_t *row, const Activations256 *x, int step, int bloc
         }
     }
     for (int r = 0; r < R; r++) out[r] = vaddvq_f32(sums[r]) + minima_sum[r];
-}
-
-template <int R>
-void rows(int type, const char *row, const Activations128 *x, int step, int blocks, float *out) {
-    const uint8_t *b = reinterpret_cast<const uint8_t *>(row);
-    if (type == Q4_0) rows_of_32<Q4_0, R>(b, x, step, blocks, out);
-    else if (type == Q4_1) rows_of_32<Q4_1, R>(b, x, step, blocks, out);
-    else rows_of_32<Q8_0, R>(b, x, step, blocks, out);
-}
-
-template <int R>
-void rows(int type, const char *row, const Activations256 *x, int step, int blocks, float *out) {
-    const uint8_t *b = reinterpret_cast<const uint8_t *>(row);
-    if (type == Q4_K) rows_of_256<Q4_K, R>(b, x, step, blocks, out);
-    else if (type == Q5_K) rows_of_256<Q5_K, R>(b, x, step, blocks, out);
-    else rows_of_256<Q6_K, R>(b, x, step, blocks, out);
 }
 
 }  // namespace

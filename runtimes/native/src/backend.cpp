@@ -18,6 +18,7 @@ constexpr const char *NAME = "LLAVA_EDGE";
 constexpr int MAX_ROWS = 8192;  // bounds the scratch memory
 
 Configuration config{};
+int own_threads = 0;
 
 struct Context {
     int threads = 1;
@@ -112,7 +113,7 @@ ggml_status compute(ggml_backend_t backend, ggml_cgraph *graph) {
     return GGML_STATUS_SUCCESS;
 }
 
-void set_threads(ggml_backend_t backend, int threads) { context(backend)->threads = threads; }
+void set_threads(ggml_backend_t backend, int threads) { context(backend)->threads = own_threads ? own_threads : threads; }
 
 void set_abort(ggml_backend_t backend, ggml_abort_callback abort, void *data) {
     context(backend)->abort = abort;
@@ -198,6 +199,7 @@ void *registry_function(ggml_backend_reg_t, const char *name) {
 }  // namespace
 
 void configure(const Configuration &new_config) { config = new_config; }
+void set_own_threads(int threads) { own_threads = threads; }
 
 }  // namespace native
 

@@ -15,6 +15,7 @@ struct Configuration {
 };
 
 void configure(const Configuration &);
+void set_own_threads(int threads);  // from the next graph on, whatever llama.cpp's own operations use; 0: as many as they
 void install_lazy_clear();  // for buffers that ggml allocates from now on
 
 }  // namespace native

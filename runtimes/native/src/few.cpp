@@ -33,11 +33,18 @@ const WideKernel *wide_kernel() {
     return found;
 }
 
-int multiply_wide(const WideKernel &kernel, const Product &p, const Activations128 *x, int blocks, int from, int to) {
-    return kernel.of_32(p, x, blocks, from, to);
+void multiply_part(const Product &p, const Activations128 *x, int blocks, int from, int to) {
+    if (const WideKernel *wide = wide_kernel()) from = wide->of_32(p, x, blocks, from, to);
+    if (p.type == Q4_0) multiply_columns<Q4_0>(p, x, blocks, from, to);
+    else if (p.type == Q4_1) multiply_columns<Q4_1>(p, x, blocks, from, to);
+    else multiply_columns<Q8_0>(p, x, blocks, from, to);
 }
-int multiply_wide(const WideKernel &kernel, const Product &p, const Activations256 *x, int blocks, int from, int to) {
-    return kernel.of_256(p, x, blocks, from, to);
+
+void multiply_part(const Product &p, const Activations256 *x, int blocks, int from, int to) {
+    if (const WideKernel *wide = wide_kernel()) from = wide->of_256(p, x, blocks, from, to);
+    if (p.type == Q4_K) multiply_columns<Q4_K>(p, x, blocks, from, to);
+    else if (p.type == Q5_K) multiply_columns<Q5_K>(p, x, blocks, from, to);
+    else multiply_columns<Q6_K>(p, x, blocks, from, to);
 }
 
 // Call with(from, to) for all columns, in parallel. Products of adapters are too small for more than one thread.
@@ -61,14 +68,7 @@ bool multiply_quantized(const Product &p, int threads, Scratch &scratch) {
         for (int b = 0; b < parts; b++)
             quantize_part(p.x + m * p.x_stride + b * VALUES, std::min(VALUES, p.inner - b * VALUES), x[b * p.rows + m]);
     const int blocks = p.inner / block_values(p.type);
-    const WideKernel *const wide = wide_kernel();
-    for_columns(p, threads, [&](int from, int to) {
-        if (wide) from = multiply_wide(*wide, p, x, blocks, from, to);
-        for (int n = from; n < to; n++) {
-            const char *row = p.w + size_t(n) * p.w_stride;
-            column(p, n, [&](auto count, int m, float *y) { rows<count()>(p.type, row, x + m, p.rows, blocks, y); });
-        }
-    });
+    for_columns(p, threads, [&](int from, int to) { multiply_part(p, x, blocks, from, to); });
     return true;
 }
 

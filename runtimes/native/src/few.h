@@ -1,7 +1,7 @@
 // Activations for products of few rows, quantized to int8 with a scale per 32 or 256 of them, as in llama.cpp.
 #pragma once
 
-#include <type_traits>
+#include <algorithm>
 
 #include "kernels.h"
 #ifdef __x86_64__
@@ -57,19 +57,34 @@ inline void quantize_part(const float *x, int, Activations256 &part) {
     for (int j = 0; j < 8; j++) part.sums[j] = int16_t(part.halves[2 * j] + part.halves[2 * j + 1]);
 }
 
-// Compute column `n` of a product, four rows at a time: with(R, m, y) computes R of them from row m on. After the first four the
-// weights are in the L1 cache.
-template <class F>
-inline void column(const Product &p, int n, F with) {
-    for (int m = 0; m < p.rows; m += 4) {
-        const int count = p.rows - m < 4 ? p.rows - m : 4;
-        float y[4];
-        if (count == 4) with(std::integral_constant<int, 4>(), m, y);
-        else if (count == 3) with(std::integral_constant<int, 3>(), m, y);
-        else if (count == 2) with(std::integral_constant<int, 2>(), m, y);
-        else with(std::integral_constant<int, 1>(), m, y);
-        for (int i = 0; i < count; i++) p.y[(m + i) * p.y_stride + n] = y[i];
+// out[R] = a row of weights times R rows of activations, `step` apart from block to block. In few_32.h, few_256.h, arm_few.h.
+template <int TYPE, int R>
+void multiply_row(const char *row, const Activations128 *x, int step, int blocks, float *out);
+template <int TYPE, int R>
+void multiply_row(const char *row, const Activations256 *x, int step, int blocks, float *out);
+
+template <int TYPE, int R, class Part>
+void multiply_columns_of(const Product &p, const Part *x, int blocks, int from, int to, float *y) {
+    for (int n = from; n < to; n++) {
+        float out[R];
+        multiply_row<TYPE, R>(p.w + size_t(n) * p.w_stride, x, p.rows, blocks, out);
+        for (int r = 0; r < R; r++) y[r * p.y_stride + n] = out[r];
     }
+}
+
+// Compute columns `from` to `to`, four rows at a time. After the first four the weights of some columns are in a cache.
+template <int TYPE, class Part>
+void multiply_columns(const Product &p, const Part *x, int blocks, int from, int to) {
+    const int some = p.rows > 4 ? 16 : to - from;  // at once
+    for (; from < to; from += some)
+        for (int m = 0; m < p.rows; m += 4) {
+            const int end = std::min(from + some, to), rows = p.rows - m;
+            float *const y = p.y + m * p.y_stride;
+            if (rows == 1) multiply_columns_of<TYPE, 1>(p, x + m, blocks, from, end, y);
+            else if (rows == 2) multiply_columns_of<TYPE, 2>(p, x + m, blocks, from, end, y);
+            else if (rows == 3) multiply_columns_of<TYPE, 3>(p, x + m, blocks, from, end, y);
+            else multiply_columns_of<TYPE, 4>(p, x + m, blocks, from, end, y);
+        }
 }
 
 }  // namespace

@@ -23,81 +23,69 @@ inline void add(__m256i &sums, __m256i q, const int8_t *x, __m256i scales) {
     }
 }
 
-inline __m128i four_of(__m256i v) { return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); }
-
 // Accumulates blocks' sums: of products, multiplied by d, and of minima, by -dmin. Each block is reduced to one integer first,
-// whose float32 does not depend on the order of additions: that makes the bits equal to those of wide kernels (few_wide.h).
-template <int R>
+// whose float32 does not depend on the order of additions: that makes the bits equal to those of wide kernels (few_wide.h). It is
+// reduced after the next block's sums are computed, when its own have long been there; else their latency would fill the
+// processor's reorder buffer.
+template <int R, bool MINIMA>
 struct RowTotals {
-    __m128 sums = _mm_setzero_ps(), minima = _mm_setzero_ps();  // of a row in each lane
+    __m128 sums = _mm_setzero_ps(), minima_sums = _mm_setzero_ps();  // of a row each; R = 1: side by side in the former
+    __m256i products[R];
+    __m128i minima[R];
+    __m128 d_and_dmin = _mm_setzero_ps(), scales = _mm_setzero_ps();
 
-    static __m128i wholes(const __m128i *v) {
-        const __m128i pairs = _mm_hadd_epi32(v[0], v[1]);
-        return R < 3 ? _mm_hadd_epi32(pairs, pairs) : _mm_hadd_epi32(pairs, _mm_hadd_epi32(v[2], v[R > 3 ? 3 : 2]));
+    RowTotals() {
+        for (int r = 0; r < R; r++) products[r] = _mm256_setzero_si256(), minima[r] = _mm_setzero_si128();
     }
-    static __m128i wholes(const __m256i *v) {
-        __m128i four[R];
-        for (int r = 0; r < R; r++) four[r] = four_of(v[r]);
-        return wholes(four);
-    }
-    static __m128 scales(const Activations256 *x) {
-        return _mm_setr_ps(x[0].scale, x[1].scale, R > 2 ? x[2].scale : 0, R > 3 ? x[3].scale : 0);
-    }
-    static void add(__m128i whole, __m128 both, __m128 &to) { to = _mm_fmadd_ps(_mm_cvtepi32_ps(whole), both, to); }
-
-    void add(const __m256i *whole, __m128 d, const Activations256 *x) {
-        add(wholes(whole), _mm_mul_ps(_mm_permute_ps(d, 0), scales(x)), sums);
-    }
-    void add(const __m256i *whole, const __m128i *least, __m128 d_and_dmin, const Activations256 *x) {
-        add(whole, d_and_dmin, x);
-        add(wholes(least), _mm_mul_ps(_mm_permute_ps(d_and_dmin, 0x55), scales(x)), minima);
-    }
-    void store(float *out) {
-        alignas(16) float all[4];
-        _mm_store_ps(all, _mm_sub_ps(sums, minima));
-        for (int r = 0; r < R; r++) out[r] = all[r];
-    }
-};
-
-// For a single row, as in decoding: the sums of a block are reduced after those of the next, when they have long been there. Else
-// their latency would fill the processor's reorder buffer.
-template <>
-struct RowTotals<1> {
-    __m128 sums = _mm_setzero_ps();  // of products, then of minima
-    __m256i whole = _mm256_setzero_si256();
-    __m128i least = _mm_setzero_si128();
-    __m128 scales = _mm_setzero_ps();
-
-    void add(const __m256i *next, __m128 d, const Activations256 *x) {
-        const __m128i none = _mm_setzero_si128();
-        add(next, &none, d, x);
-    }
-    void add(const __m256i *next, const __m128i *next_least, __m128 d_and_dmin, const Activations256 *x) {
+    // The next block; its `minima` are ignored if there are none.
+    void add(const __m256i *next, const __m128i *next_minima, __m128 next_d_and_dmin, const Activations256 *x) {
         reduce();
-        whole = *next, least = *next_least;
-        scales = _mm_mul_ps(d_and_dmin, _mm_set1_ps(x->scale));
+        for (int r = 0; r < R; r++) {
+            products[r] = next[r];
+            if (MINIMA) minima[r] = next_minima[r];
+        }
+        d_and_dmin = next_d_and_dmin;
+        if (R == 1) scales = _mm_set1_ps(x[0].scale);
+        else scales = _mm_setr_ps(x[0].scale, x[1].scale, R > 2 ? x[2].scale : 0, R > 3 ? x[3].scale : 0);
     }
     void reduce() {
-        const __m128i pairs = _mm_hadd_epi32(four_of(whole), least);
-        sums = _mm_fmadd_ps(_mm_cvtepi32_ps(_mm_hadd_epi32(pairs, pairs)), scales, sums);
+        __m128i four[R];
+        for (int r = 0; r < R; r++)
+            four[r] = _mm_add_epi32(_mm256_castsi256_si128(products[r]), _mm256_extracti128_si256(products[r], 1));
+        if (R == 1) {
+            const __m128i pairs = _mm_hadd_epi32(four[0], minima[0]);
+            add_floats(_mm_hadd_epi32(pairs, pairs), _mm_mul_ps(d_and_dmin, scales), sums);
+            return;
+        }
+        add_floats(wholes(four), _mm_mul_ps(_mm_permute_ps(d_and_dmin, 0), scales), sums);
+        if (MINIMA) add_floats(wholes(minima), _mm_mul_ps(_mm_permute_ps(d_and_dmin, 0x55), scales), minima_sums);
     }
     void store(float *out) {
         reduce();
-        *out = _mm_cvtss_f32(_mm_sub_ss(sums, _mm_movehdup_ps(sums)));
+        alignas(16) float all[4];
+        _mm_store_ps(all, _mm_sub_ps(sums, R > 1 ? minima_sums : _mm_movehdup_ps(sums)));
+        for (int r = 0; r < R; r++) out[r] = all[r];
     }
+
+private:
+    static __m128i wholes(const __m128i *v) {
+        const __m128i pairs = _mm_hadd_epi32(v[0], v[R > 1 ? 1 : 0]);
+        return R < 3 ? _mm_hadd_epi32(pairs, pairs) : _mm_hadd_epi32(pairs, _mm_hadd_epi32(v[2], v[R > 3 ? 3 : 2]));
+    }
+    static void add_floats(__m128i whole, __m128 both, __m128 &to) { to = _mm_fmadd_ps(_mm_cvtepi32_ps(whole), both, to); }
 };
 
 template <int R, bool FIFTH>
 void rows_q45_k(const char *row, const Activations256 *x, int step, int blocks, float *out) {
     const __m256i low = _mm256_set1_epi8(15);
-    RowTotals<R> all;
+    RowTotals<R, true> all;
     for (; blocks > 0; blocks--, row += FIFTH ? 176 : 144, x += step) {
         prefetch<R>(row, FIFTH ? 176 : 144);
         uint64_t groups, least;
         group_scales(reinterpret_cast<const uint8_t *>(row) + 4, groups, least);
         alignas(32) int32_t scales[8];  // each twice, in int16
         _mm256_store_si256(reinterpret_cast<__m256i *>(scales), twice(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(groups))));
-        __asm__("" : "+m"(scales));  // broadcast from memory: gcc would shuffle registers instead, and shuffles are the bottleneck
+        __asm__("" : "+m"(scales));  // broadcast from memory: gcc would shuffle registers, which is slower
         const __m128i lowest = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(least));
         __m256i whole[R];
         for (int r = 0; r < R; r++) whole[r] = _mm256_setzero_si256();
@@ -131,7 +119,7 @@ void rows_q45_k(const char *row, const Activations256 *x, int step, int blocks, 
 template <int R>
 void rows_q6_k(const char *row, const Activations256 *x, int step, int blocks, float *out) {
     const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(0x30);
-    RowTotals<R> all;
+    RowTotals<R, false> all;
     for (; blocks > 0; blocks--, row += 210, x += step) {
         prefetch<R>(row, 210);
         const __m256i scales = _mm256_cvtepi8_epi16(load128(row + 192));  // of 16 groups of 16
@@ -157,16 +145,15 @@ void rows_q6_k(const char *row, const Activations256 *x, int step, int blocks, f
                 for (int r = 0; r < R; r++) add<R>(whole[r], q, x[r].values + 128 * h + 32 * g, scale);
             }
         }
-        all.add(whole, _mm_set_ss(half(row + 208)), x);
+        all.add(whole, nullptr, _mm_set_ss(half(row + 208)), x);
     }
     all.store(out);
 }
 
-template <int R>
-void rows(int type, const char *row, const Activations256 *x, int step, int blocks, float *out) {
-    if (type == Q4_K) rows_q45_k<R, false>(row, x, step, blocks, out);
-    else if (type == Q5_K) rows_q45_k<R, true>(row, x, step, blocks, out);
-    else rows_q6_k<R>(row, x, step, blocks, out);
+template <int TYPE, int R>
+void multiply_row(const char *row, const Activations256 *x, int step, int blocks, float *out) {
+    if (TYPE == Q6_K) rows_q6_k<R>(row, x, step, blocks, out);
+    else rows_q45_k<R, TYPE == Q5_K>(row, x, step, blocks, out);
 }
 
 }  // namespace

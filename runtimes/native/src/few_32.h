@@ -104,12 +104,5 @@ void multiply_row(const char *row, const Activations128 *x, int step, int blocks
     for (int r = 0; r < R; r++) out[r] = Float8{_mm256_zextps128_ps256(sums[r])}.sum();
 }
 
-template <int R>
-void rows(int type, const char *row, const Activations128 *x, int step, int blocks, float *out) {
-    if (type == Q4_0) multiply_row<Q4_0, R>(row, x, step, blocks, out);
-    else if (type == Q4_1) multiply_row<Q4_1, R>(row, x, step, blocks, out);
-    else multiply_row<Q8_0, R>(row, x, step, blocks, out);
-}
-
 }  // namespace
 }  // namespace native

@@ -366,7 +366,7 @@ void multiply_wide(const char *w, size_t stride, const Activations128 *x, int ro
 // 16 columns at a time, if there are enough rows; returns the first column not computed.
 template <int TYPE, class Part>
 int multiply_wide_blocks(const Product &p, const Part *x, int blocks, int from, int to) {
-    constexpr int MIN_ROWS = TYPE == Q8_0 ? 6 : TYPE == Q6_K ? 5 : MIN_WIDE_ROWS;
+    constexpr int MIN_ROWS = TYPE == Q4_K ? 2 : TYPE == Q6_K ? 5 : TYPE == Q8_0 ? 6 : MIN_WIDE_ROWS;  // measured
     if (p.rows < MIN_ROWS) return from;
     for (; from + WIDE_COLUMNS <= to; from += WIDE_COLUMNS)
         multiply_wide<TYPE>(p.w + size_t(from) * p.w_stride, p.w_stride, x, p.rows, blocks, p.y + from, p.y_stride);

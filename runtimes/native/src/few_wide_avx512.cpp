@@ -24,10 +24,7 @@ int multiply_wide_blocks(const Product &p, const Part *x, int blocks, int from, 
 
 template <int TYPE>
 int multiply_all_columns(const Product &p, const Activations128 *x, int blocks, int from, int to) {
-    for (from = multiply_wide_blocks<TYPE>(p, x, blocks, from, to); from < to; from++) {
-        const char *row = p.w + size_t(from) * p.w_stride;
-        column(p, from, [&](auto count, int m, float *y) { multiply_row<TYPE, count()>(row, x + m, p.rows, blocks, y); });
-    }
+    multiply_columns<TYPE>(p, x, blocks, multiply_wide_blocks<TYPE>(p, x, blocks, from, to), to);
     return to;
 }
 
