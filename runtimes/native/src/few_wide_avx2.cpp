@@ -291,17 +291,17 @@ inline __attribute__((always_inline)) void dots_of_nibbles(const Wide *values, c
 template <int R>
 inline __attribute__((always_inline)) void dots_of_bytes(const Wide *values, const Activations128 *x, int b,
                                                          Lanes (&of)[R][REGISTERS]) {
-    alignas(32) int32_t even[R][8], odd[R][8];
+    alignas(32) int32_t pairs[R][2][8];  // of even and of odd bytes
     for (int r = 0; r < R; r++) {
         const __m256i bytes = _mm256_set_m128i(load128(x[r].high[b]), load128(x[r].low[b]));
-        put256(even_bytes(bytes), even[r]), put256(odd_bytes(bytes), odd[r]);
+        put256(even_bytes(bytes), pairs[r][0]), put256(odd_bytes(bytes), pairs[r][1]);
         for (int c = 0; c < REGISTERS; c++) of[r][c] = Lanes::zero();
     }
 #pragma GCC unroll 8
     for (int s = 0; s < 16; s++)
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const Lanes two = Lanes::broadcast((s % 2 ? odd : even)[r][s / 2]);
+            const Lanes two = Lanes::broadcast(pairs[r][s % 2][s / 2]);
 #pragma GCC unroll 2
             for (int c = 0; c < REGISTERS; c++) of[r][c].add_dot_int16(lanes(values[s][c]), two);
         }
