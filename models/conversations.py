@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_edge.models.sources import Item, collect
+from llava_edge.models.sources import RECORDS, Item, collect
 
 Record = dict[str, Any]
 Turn = tuple[str, str]  # question, answer
@@ -206,5 +206,5 @@ def write_records(
     question_records = build_records(
         items, rounds=rounds, per_picture=per_picture, chats=chats, multi_turn=multi_turn, seed=seed
     )
-    for name, records in (("captions.json", caption_records(items, seed)), ("questions.json", question_records)):
+    for name, records in zip(RECORDS, (caption_records(items, seed), question_records), strict=True):
         (folder / name).write_text(json.dumps(records), "utf-8")

@@ -29,7 +29,7 @@ from pathlib import Path
 from PIL import Image, ImageEnhance
 
 from llava_edge import interpreter
-from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError
+from llava_edge.errors import CannotCreateError, DataError, MissingError, UnavailableError, UsageError
 from llava_edge.typed import build
 
 EASY_VQA = "easy-vqa==1.0"
@@ -43,7 +43,8 @@ PHOTO_SOURCES = {
     "clothing-dataset-small": "clothing",
     "imagenet-sample-images": "objects",
 }
-_LISTING = "items.jsonl"  # written last
+_LISTING = "items.jsonl"  # written last of what is collected
+RECORDS = ("captions.json", "questions.json")  # stage 1 and 2, written after it
 AUGMENTED_COPIES = {"grocery": 2}  # per training photo; some products have only 15 photos
 
 
@@ -96,7 +97,8 @@ def require_sources(photos: Path, folder: Path) -> None:
     """Check that `collect` has what it needs, before anything is fetched.
 
     Raises `MissingError` if `photos` has no labels.jsonl, `UsageError` if `folder` was made with other photos, and, if
-    it is not complete yet, `UnavailableError` or `ModuleNotFoundError` for a missing program or package.
+    it is not complete yet, `CannotCreateError` for a record file of others, `UnavailableError` or `ModuleNotFoundError`
+    for a missing program or package.
     """
     labels = photos / "labels.jsonl"
     if not labels.is_file():
@@ -108,6 +110,11 @@ def require_sources(photos: Path, folder: Path) -> None:
         raise UsageError(f"{folder} was made with the photos in {original}; {fix}, or pass another --data.")
     if (folder / _LISTING).is_file():
         return
+    written = next((folder / name for name in RECORDS if (folder / name).exists()), None)
+    if written:
+        raise CannotCreateError(
+            f"{written} is not of this recipe and would be overwritten; name a new folder with --data."
+        )
     import_module("resvg_py")
     for program in ("npm", "apt-get", "dpkg-deb"):
         if not shutil.which(program):

@@ -15,7 +15,7 @@ import pytest
 from images import encode, picture
 
 from llava_edge import interpreter
-from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError
+from llava_edge.errors import CannotCreateError, DataError, MissingError, UnavailableError, UsageError
 from llava_edge.models import sources
 from llava_edge.models.conversations import write_records
 from llava_edge.models.evaluate import question_sets
@@ -153,6 +153,14 @@ def test_what_fetches_and_draws_pictures_is_looked_for_first(
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(ModuleNotFoundError, match="resvg_py"):
         collect(tmp_path / "data", photos)
+
+
+@pytest.mark.parametrize("name", sources.RECORDS)
+def test_record_files_of_others_are_not_overwritten(photos: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(CannotCreateError, match=f"{name} is not of this recipe"):
+        collect(tmp_path, photos)
+    assert (tmp_path / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("line", ['{"image"', "[]", '{"image": "a.png"}', '{"image": "a", "source": "b", "split": 1}'])

@@ -117,7 +117,7 @@ def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fr
             break
         done = (number + plan.warmup) / len(rounds)
         for count in threads if plan.limits and number >= 0 else ():
-            on_step(f"Limits of the machine, {count} threads", done)
+            on_step(f"Limits of the machine, threads: {count}", done)
             _update_peaks(peaks, _run_child({"kind": "limits", "threads": count}))
         for i, case in enumerate(cases):
             progress = "warming up" if number < 0 else f"{number + 1} of {plan.repeats}"

@@ -26,7 +26,7 @@ def table(report: Report) -> str:
     lines.append(f"native kernels: {machine.get('native', 'unknown')}")  # missing in old reports
     for threads, limits in report.limits.items():
         lines.append(
-            f"limits with {threads} threads: products of 8 bits {limits['int8_ops'] / 1e12:.2f} and of float32 "
+            f"limits with threads={threads}: products of 8 bits {limits['int8_ops'] / 1e12:.2f} and of float32 "
             f"{limits['fp32_ops'] / 1e12:.2f} T operations/s, memory {limits['read_bytes'] / 1e9:.1f} GB/s"
         )
     for run in report.runs:
