@@ -34,7 +34,7 @@ inline __m256 halves(__m256i v) {
     return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 
-// 8 rows of 16 bytes, `stride` bytes apart -> 4 registers with four bytes of each row, every REGISTERS-th of `out`
+// 8 rows of 16 bytes, `stride` bytes apart -> register `c` of out[0..4), each with four bytes of every row
 inline __attribute__((always_inline)) void transpose_8x4(const char *from, size_t stride, Wide *out, int c) {
     __m256i r[4];
 #pragma GCC unroll 4
@@ -237,7 +237,7 @@ void multiply_wide(const char *w, size_t stride, const Activations256 *x, int ro
 
 // ---- Q4_0, Q4_1, Q8_0 ----
 
-struct FourBlocks {       // blocks of 16 columns
+struct FourBlocks {  // blocks of 16 columns
     Wide values[4][16];  // 8 times four bytes or, in Q8_0, 16 times two int16
     WideFloats scales[4], minima[4];
 };
@@ -344,7 +344,9 @@ void multiply_wide(const char *w, size_t stride, const Activations128 *x, int ro
     FourBlocks four;
     const auto add = [&](const char *from, size_t step, Prefetch ahead) {
         unpack_four<TYPE>(from, step, four, ahead);
-        for_row_chunks<MAX_ROWS_AT_ONCE>(rows, [&](int some, int r) { adds[some - 1](four, x + r, sums + r * WIDE_COLUMNS, next, ahead); });
+        for_row_chunks<MAX_ROWS_AT_ONCE>(rows, [&](int some, int r) {
+            adds[some - 1](four, x + r, sums + r * WIDE_COLUMNS, next, ahead);
+        });
     };
     const char *later = w + WIDE_COLUMNS * stride;
     int left = blocks;
