@@ -242,7 +242,7 @@ def test_messages_that_are_refused(server: Server, messages: Any) -> None:
 def test_refusals_elsewhere_have_the_same_format(server: Server) -> None:
     assert post(server, "/api/pull", model="micro") == (404, "This server does not have this part of the API.")
     for method, body, headers in (
-        ("POST", b"{}", {"Content-Type": "text/plain"}),
+        ("POST", b"{}", {"Content-Type": "text/plain", "User-Agent": "Mozilla/5.0"}),
         ("POST", b"{", {}),
         ("GET", None, {}),
         ("GET", None, {"Host": "evil.example"}),

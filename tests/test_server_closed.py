@@ -275,10 +275,27 @@ def test_odd_heads(name: str, server: Server) -> None:
     "kind",
     ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "application/jsonx"],
 )
-def test_only_json_is_taken(kind: str, server: Server) -> None:
+def test_browsers_must_send_json(kind: str, server: Server) -> None:
+    own = f"http://127.0.0.1:{server.port}"
+    agent = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:60.0) Gecko/20100101 Firefox/60.0"}
     for path, method in (("/v1/chat/completions", "POST"), ("/log", "POST"), ("/log/state", "PUT")):
         body = json.dumps({**question(), "on": True}).encode()
-        assert server.request(method, path, body, {"Content-Type": kind})[0] == 415
+        for mark in (agent, {"Origin": own}, {"Referer": own + "/"}, {"Sec-Fetch-Site": "none"}):
+            assert server.request(method, path, body, {"Content-Type": kind} | mark)[0] == 415
+
+
+def test_other_programs_need_not_say_what_they_send(server: Server) -> None:
+    expected = server.text("What colour?")
+    body = json.dumps(question("What colour?")).encode()
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):  # the first one is what curl -d says
+        status, _, answer = server.chat(body, {"Content-Type": kind, "User-Agent": "curl/7.88.1"})
+        assert (status, json.loads(answer)["choices"][0]["message"]["content"]) == (200, expected)
+    head = server.post.replace(b"Content-Type: application/json\r\n", b"Connection: close\r\n")
+    assert status_of(server.raw(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)) == 200
+    assert server.chat(b"messages=1", {"Content-Type": "application/x-www-form-urlencoded"})[0] == 400
+
+
+def test_a_compressed_body_is_refused(server: Server) -> None:
     assert server.chat(question(), {"Content-Encoding": "gzip"})[0] == 415
 
 

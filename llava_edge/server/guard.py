@@ -1,7 +1,8 @@
 """Access checks, made before anything else looks at a request.
 
 Web pages in a browser on this machine can send requests to the loopback address too, so the address alone is no
-protection: checking Host stops DNS rebinding, Origin and Sec-Fetch-Site stop other pages, the content type stops forms.
+protection: checking Host stops DNS rebinding, Origin and Sec-Fetch-Site stop other pages, the content type stops forms
+of browsers that send neither. Other programs may leave the content type out, as `curl -d` and some Ollama clients do.
 Only pages of origins that were allowed by name get CORS headers; they may use the API, but not the log or the chat
 page.
 """
@@ -142,10 +143,17 @@ def is_loopback(address: str) -> bool:
 
 def _check_content_type(headers: Headers) -> None:
     types = [value.partition(";")[0].strip().lower() for value in _values(headers, b"content-type")]
-    if types != ["application/json"]:
+    if types != ["application/json"] and _from_browser(headers):
         raise Problem(415, "The content type must be application/json.")
     if any(value.lower() != "identity" for value in _values(headers, b"content-encoding")):
         raise Problem(415, "The body must not be compressed.")
+
+
+def _from_browser(headers: Headers) -> bool:
+    """Whether a page may have sent it. All browsers call themselves Mozilla; no form, nor a script here, changes that."""
+    marks = (b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-mode")
+    agents = " ".join(_values(headers, b"user-agent"))
+    return "mozilla" in agents.lower() or any(_values(headers, mark) for mark in marks)
 
 
 def _values(headers: Headers, name: bytes) -> list[str]:
