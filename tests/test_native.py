@@ -31,10 +31,12 @@ from native_kernels import (
     Kernels,
     extreme_blocks,
     found_out,
+    ggml_base,
     here,
     install,
     matrix,
     random_blocks,
+    relink,
     takes,
     worst_error,
 )
@@ -62,6 +64,17 @@ def built(native_build: Path) -> Path:
 @pytest.fixture(scope="module")
 def kernels(built: Path) -> Kernels:
     return Kernels(built)
+
+
+@pytest.fixture(scope="module", params=["avx512", "avx2"])
+def few(
+    request: pytest.FixtureRequest, kernels: Kernels, native_build: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Kernels:
+    """With AVX-512's kernel for 16 columns, which is preferred, and with AVX2's."""
+    if request.param == "avx512":
+        return kernels
+    path = tmp_path_factory.mktemp("few") / native.LIBRARY
+    return Kernels(relink(native_build, path, ("operators", "linear", "vision_attention"), ggml_base()))
 
 
 def fewer(kernel: str, count: int, most: int) -> int:
@@ -189,41 +202,41 @@ def test_the_extreme_values_of_bytes(kernels: Kernels, kernel: str, kind: str) -
         *((kind, 256, 256) for kind in ("Q4_K", "Q5_K", "Q6_K")),
     ],
 )
-def test_products_of_few_rows(kernels: Kernels, kind: str, chunk: int, inner: int) -> None:
+def test_products_of_few_rows(few: Kernels, kind: str, chunk: int, inner: int) -> None:
     numbers, of_x = np.random.default_rng(4), 0.0 if kind == "F16" else 0.5 / 127
     shapes = ((1, 1, 1, EXTREME), (5, 7, 3, EXTREME), (11, 36, 2, EXTREME), (31, 70, 16, EXTREME[4:5]))
     for rows, columns, blocks_in_row, scales in shapes:
         blocks = random_blocks(kind, columns, inner * blocks_in_row, numbers, scales)
         x = numbers.standard_normal((rows, inner * blocks_in_row), np.float32)
         w = matrix(kind, blocks)
-        found = kernels.multiply("few", kind, blocks, x, threads=2)
+        found = few.multiply("few", kind, blocks, x, threads=2)
         assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, chunk, of_x, 0.0)).all()
         # Speculative decoding relies on the same bits for a row alone and among others.
         for row in range(rows):
-            assert (kernels.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
+            assert (few.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
     x[3, 5] = np.nan
-    found = kernels.multiply("few", kind, blocks, x)
+    found = few.multiply("few", kind, blocks, x)
     assert np.isnan(found[3]).all()
     assert np.isfinite(np.delete(found, 3, 0)).all()
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
-def test_the_extreme_values_of_few_rows(kernels: Kernels, kind: str) -> None:
+def test_the_extreme_values_of_few_rows(few: Kernels, kind: str) -> None:
     """All the largest in magnitude, signs mixed: sums of 16 bits must not overflow."""
     numbers = np.random.default_rng(5)
-    blocks = random_blocks(kind, 4, 256, numbers, np.array([1]))
+    blocks = random_blocks(kind, 20, 256, numbers, np.array([1]))
     head = 4 if kind == "Q4_1" else 2
-    parts = blocks.reshape(4, 8, -1)
-    parts[:, :, head:] = np.array([0xFF, 0x80, 0x7F, 0x01], np.uint8)[:, None, None]
+    parts = blocks.reshape(20, 8, -1)
+    parts[:, :, head:] = np.tile(np.array([0xFF, 0x80, 0x7F, 0x01], np.uint8), 5)[:, None, None]
     x = np.where(numbers.random((3, 256)) < 0.5, -1, 1).astype(np.float32)
     x[0] = 1
     expected = x.astype(np.float64) @ matrix(kind, blocks).T
-    np.testing.assert_allclose(kernels.multiply("few", kind, blocks, x), expected, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(few.multiply("few", kind, blocks, x), expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
 @pytest.mark.parametrize("scale", [0x7F, 0x80, 0xFF])
-def test_the_largest_whole_numbers_of_few_rows(kernels: Kernels, kind: str, scale: int) -> None:
+def test_the_largest_whole_numbers_of_few_rows(few: Kernels, kind: str, scale: int) -> None:
     """Every value and every scale at its end: what is added up before float32 has to have room."""
     numbers = np.random.default_rng(6)
     blocks = random_blocks(kind, 33, 512, numbers, np.array([1]))
@@ -234,10 +247,10 @@ def test_the_largest_whole_numbers_of_few_rows(kernels: Kernels, kind: str, scal
         x = np.where(numbers.random((rows, 512)) < 0.5, -1, 1).astype(np.float32)
         x[0] = 1
         expected = x.astype(np.float64) @ matrix(kind, blocks).T
-        found = kernels.multiply("few", kind, blocks, x)
+        found = few.multiply("few", kind, blocks, x)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(matrix(kind, blocks)).sum(1).max())
         for row in range(rows):
-            assert (kernels.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
+            assert (few.multiply("few", kind, blocks, x[row : row + 1]) == found[row]).all()
 
 
 WHOLE = """

@@ -150,7 +150,7 @@ def _check_content_type(headers: Headers) -> None:
 
 
 def _from_browser(headers: Headers) -> bool:
-    """Whether a page may have sent it. All browsers call themselves Mozilla; no form, nor a script here, changes that."""
+    """Whether a page may have sent it. All browsers call themselves Mozilla, and forms cannot change that."""
     marks = (b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-mode")
     agents = " ".join(_values(headers, b"user-agent"))
     return "mozilla" in agents.lower() or any(_values(headers, mark) for mark in marks)

@@ -3,12 +3,9 @@
 
 #include "few_wide.h"
 #include "few.h"
-#include "processor.h"
-
-#if defined(__AVX512VNNI__)
-
 #include "few_wide_256.h"
 #include "few_wide_32.h"
+#include "processor.h"
 
 namespace native {
 namespace {
@@ -46,14 +43,3 @@ extern const WideKernel few_wide_avx512vnni;
 const WideKernel few_wide_avx512vnni = {available, of_32, of_256};
 
 }  // namespace native
-
-#else  // tests, where there is no such processor
-
-namespace native {
-
-extern const WideKernel few_wide_avx512vnni;
-const WideKernel few_wide_avx512vnni = {[] { return false; }, nullptr, nullptr};
-
-}  // namespace native
-
-#endif

@@ -58,12 +58,26 @@ inline __m512i all(int byte) { return _mm512_set1_epi8(char(byte)); }
 inline __m512i and_(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
 inline __m512 halves(__m512i low) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(low)); }
 
+#ifdef NATIVE_REFUSED_COMPUTED  // tests: in plain C++
+
+inline __m512i broadcast(const void *x) {
+    int32_t v;
+    memcpy(&v, x, sizeof v);
+    return _mm512_set1_epi32(v);
+}
+inline void add_dot_int8(__m512i &sum, __m512i w, const void *x) { sum = _mm512_dpbusd_epi32(sum, w, broadcast(x)); }
+inline void add_dot_int16(__m512i &sum, __m512i w, const void *x) { sum = _mm512_dpwssd_epi32(sum, w, broadcast(x)); }
+
+#else
+
 inline void add_dot_int8(__m512i &sum, __m512i w, const void *x) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*static_cast<const int32_t *>(x)));
 }
 inline void add_dot_int16(__m512i &sum, __m512i w, const void *x) {
     __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*static_cast<const int32_t *>(x)));
 }
+
+#endif
 
 // Prefetch the next columns in memory order: the hardware prefetcher cannot follow 16 streams at once.
 inline void prefetch(const char *from, int bytes) {

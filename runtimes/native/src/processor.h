@@ -39,11 +39,11 @@ inline bool available() {
     return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
 #elif !defined(__x86_64__)
     return true;  // every aarch64 has NEON
-#elif defined(NATIVE_WIDE) && defined(__AVX512VNNI__)
+#elif defined(NATIVE_REFUSED_COMPUTED)
+    return true;  // tests: in plain C++, or emulated
+#elif defined(NATIVE_WIDE)
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#elif defined(NATIVE_WIDE) || (defined(__AVXVNNI__) && defined(NATIVE_REFUSED_COMPUTED))
-    return true;  // tests: in plain C++, or emulated
 #elif defined(__AVXVNNI__)
     return __builtin_cpu_supports("avxvnni");
 #else
