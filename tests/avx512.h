@@ -1,6 +1,6 @@
-// The AVX-512 intrinsics of few_wide_avx512.cpp in plain C++, so that its order of work is tested on processors without them.
+// The AVX-512 intrinsics of the native kernels in plain C++, so that their order of work is tested on processors without them.
 //
-// Included before it (native_kernels.py). Written from the operation sections of Intel's intrinsics guide. The compiler's own
+// Included before what is compiled for AVX-512 (native_kernels.py). Written from the operation sections of Intel's intrinsics guide. The compiler's own
 // functions of these names take other types, so these are overloads; those without such an argument are renamed.
 #pragma once
 
@@ -26,15 +26,19 @@ inline T each(F of) {  // of(lane)
     return y;
 }
 
-inline Integers copy_integers(const void *p) {
-    Integers y;
+template <class T>
+inline T load(const void *p) {
+    T y;
     memcpy(y.v, p, sizeof y.v);
     return y;
 }
-inline Floats16 copy_floats(const float *p) {
-    Floats16 y;
-    memcpy(y.v, p, sizeof y.v);
-    return y;
+inline void check_alignment(const void *p) {
+    if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_trap();
+}
+template <class T>
+inline T load_aligned(const void *p) {
+    check_alignment(p);
+    return load<T>(p);
 }
 inline Integers copies(uint32_t x) {
     return each<Integers>([&](int) { return x; });
@@ -43,8 +47,11 @@ inline Integers copies_of_byte(char x) { return copies(uint8_t(x) * 0x01010101u)
 inline Floats16 copies_of_float(float x) {
     return each<Floats16>([&](int) { return x; });
 }
-inline void _mm512_store_ps(float *p, const Floats16 &a) { memcpy(p, a.v, sizeof a.v); }
 inline void _mm512_storeu_ps(float *p, const Floats16 &a) { memcpy(p, a.v, sizeof a.v); }
+inline void _mm512_store_ps(float *p, const Floats16 &a) {
+    check_alignment(p);
+    _mm512_storeu_ps(p, a);
+}
 
 inline Integers _mm512_and_si512(const Integers &a, const Integers &b) {
     return each<Integers>([&](int i) { return a.v[i] & b.v[i]; });
@@ -57,6 +64,9 @@ inline Integers _mm512_xor_si512(const Integers &a, const Integers &b) {
 }
 inline Integers _mm512_add_epi32(const Integers &a, const Integers &b) {
     return each<Integers>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Integers _mm512_add_epi16(const Integers &a, const Integers &b) {
+    return each<Integers>([&](int i) { return ((a.v[i] + b.v[i]) & 0xffff) | ((a.v[i] >> 16) + (b.v[i] >> 16)) << 16; });
 }
 inline Integers _mm512_sub_epi32(const Integers &a, const Integers &b) {
     return each<Integers>([&](int i) { return a.v[i] - b.v[i]; });
@@ -157,8 +167,10 @@ inline Floats16 _mm512_fmadd_ps(const Floats16 &a, const Floats16 &b, const Floa
 #define __AVX512VNNI__ 1
 #define __m512i Integers
 #define __m512 Floats16
-#define _mm512_loadu_si512 copy_integers
-#define _mm512_load_ps copy_floats
+#define _mm512_loadu_si512 load<Integers>
+#define _mm512_load_si512 load_aligned<Integers>
+#define _mm512_load_ps load_aligned<Floats16>
+#define _mm512_setzero_ps() copies_of_float(0)
 #define _mm512_setzero_si512() copies(0)
 #define _mm512_set1_epi32 copies
 #define _mm512_set1_epi8 copies_of_byte

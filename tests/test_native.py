@@ -1,7 +1,7 @@
 """The native kernels against float64, and all that keeps a wrong one from being used.
 
-One library is built for all tests. Where the processor has no AVX-512, that is plain C++; where it refuses AVX-VNNI or
-the matrix unit, a signal handler computes them (missing_instructions.cpp). What kernels compute is tested on every
+One library is built for all tests. Where the processor has no AVX-512, plain C++ computes that (avx512.h); where it
+refuses AVX-VNNI or the matrix unit, a signal handler does (missing_instructions.cpp). What kernels compute is tested on every
 machine, not their speed.
 """
 

@@ -33,7 +33,7 @@ class Unit:
 
 _OPERATORS = ("operators.cpp", "linear.cpp", "vision_attention.cpp")  # only in ONNX Runtime's library
 _VECTORS = ("int8.cpp", "int16.cpp")  # compiled once per instruction set
-_VNNI512 = (*_AVX512, "-mavx512vnni", "-DNATIVE_WIDE")
+_VNNI512 = (*_AVX512, "-mavx512vnni")
 
 X86_64 = (
     *(

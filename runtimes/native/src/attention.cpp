@@ -15,14 +15,14 @@
 
 #include "attention.h"
 #include "processor.h"
-#ifdef NATIVE_WIDE
+#ifdef __AVX512VNNI__
 #include "lanes.h"
 #endif
 
 namespace native {
 namespace {
 
-#ifdef NATIVE_WIDE
+#ifdef __AVX512VNNI__
 constexpr int COLUMNS = 32, ROWS = 12;
 #else
 using Floats = Float8;
@@ -193,7 +193,7 @@ bool attend_many(const Attention &a, int threads, Scratch &scratch) {
 extern const AttentionKernel KERNEL(attention);
 const AttentionKernel KERNEL(attention) = {INSTRUCTIONS, available, supports, attend_many};
 
-#ifndef NATIVE_WIDE  // choice between the two
+#ifndef __AVX512VNNI__  // choice between the two
 
 template <class F>
 static const AttentionKernel *find_kernel(F matches) {

@@ -180,7 +180,7 @@ void unpack(const Product &product, int column, int columns, int k, int inner, v
 }
 
 // left, right += (first of x + second of w) * (second of x + first of w), for two registers of columns
-#if defined(NATIVE_WIDE)
+#if defined(__AVX512VNNI__)
 
 inline __attribute__((always_inline)) void add_twos(Lanes &left, Lanes &right, const int32_t *x, const Lanes (&first)[2],
                                                     const Lanes (&second)[2]) {

@@ -1,6 +1,5 @@
 // One register of 32-bit lanes, for int8.cpp, int16.cpp and, in its widest form, attention.cpp: AVX2, AVX-VNNI or
-// AVX-512 VNNI, as the compiler's flags say; and plain C++ in place of the last where NATIVE_WIDE comes without it, so that
-// its order of work is tested on other machines.
+// AVX-512 VNNI, as the compiler's flags say.
 //
 // Products of bytes add up in int32 with VNNI, four in a lane. With AVX2 alone they add up in int16, two sums in a lane,
 // which hold 16 products of 4 bits and 7, 8 of 5 bits, 4 of 6: then they have to be taken together. Its product of pairs
@@ -16,13 +15,13 @@
 namespace native {
 namespace {
 
-#if defined(NATIVE_WIDE) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr bool VNNI = true;
 #else
 constexpr bool VNNI = false;
 #endif
 
-#if defined(NATIVE_WIDE) && defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__)
 
 struct Floats {
     __m512 v;
@@ -41,6 +40,11 @@ struct Lanes {
     static Lanes load(const int32_t *p) { return {_mm512_load_si512(p)}; }
     static Lanes broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
     Lanes with(Lanes b) const { return {_mm512_add_epi32(v, b.v)}; }
+#ifdef NATIVE_REFUSED_COMPUTED  // tests: in plain C++
+    Lanes plus_int16(Lanes b) const { return {_mm512_add_epi16(v, b.v)}; }
+    void add_dot_int16(Lanes a, Lanes b) { v = _mm512_dpwssd_epi32(v, a.v, b.v); }
+    void add_dot_int8(Lanes w, Lanes x) { v = _mm512_dpbusd_epi32(v, w.v, x.v); }
+#else
     Lanes plus_int16(Lanes b) const {
         Lanes y;
         __asm__("vpaddw %2, %1, %0" : "=v"(y.v) : "v"(v), "v"(b.v));
@@ -49,81 +53,13 @@ struct Lanes {
     // gcc puts the intrinsics in an order in which sums no longer fit its registers.
     void add_dot_int16(Lanes a, Lanes b) { __asm__("vpdpwssd %2, %1, %0" : "+v"(v) : "v"(a.v), "v"(b.v)); }
     void add_dot_int8(Lanes w, Lanes x) { __asm__("vpdpbusd %2, %1, %0" : "+v"(v) : "v"(w.v), "v"(x.v)); }
+#endif
     static Lanes bytes(Lanes w, Lanes x) {
         Lanes y = zero();
         y.add_dot_int8(w, x);
         return y;
     }
     Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
-};
-
-#elif defined(NATIVE_WIDE)
-
-struct Floats {
-    float v[16];
-    static Floats zero() { return {{0}}; }
-    static Floats load(const float *p) {
-        Floats x;
-        memcpy(x.v, p, sizeof x.v);
-        return x;
-    }
-    void store(float *p) const { memcpy(p, v, sizeof v); }
-    void add(Floats a, float b) {
-        for (int i = 0; i < 16; i++) v[i] += a.v[i] * b;
-    }
-    void add(Floats a, Floats b) {
-        for (int i = 0; i < 16; i++) v[i] += a.v[i] * b.v[i];
-    }
-    void scale(float b) {
-        for (int i = 0; i < 16; i++) v[i] *= b;
-    }
-};
-
-struct Lanes {
-    static constexpr int count = 16;
-    int32_t v[16];
-    static Lanes zero() { return {{0}}; }
-    static Lanes load(const int32_t *p) {
-        Lanes x;
-        memcpy(x.v, p, sizeof x.v);
-        return x;
-    }
-    static Lanes broadcast(int32_t x) {
-        Lanes y;
-        for (int i = 0; i < 16; i++) y.v[i] = x;
-        return y;
-    }
-    Lanes with(Lanes b) const {
-        Lanes y;
-        for (int i = 0; i < 16; i++) y.v[i] = int32_t(uint32_t(v[i]) + uint32_t(b.v[i]));
-        return y;
-    }
-    Lanes plus_int16(Lanes b) const {
-        Lanes y;
-        for (int i = 0; i < 16; i++) {
-            const uint32_t low = (uint32_t(v[i]) + uint32_t(b.v[i])) & 0xffff, high = (v[i] >> 16) + (b.v[i] >> 16);
-            y.v[i] = int32_t(high << 16 | low);
-        }
-        return y;
-    }
-    void add_dot_int16(Lanes a, Lanes b) {  // what leaves 32 bits is lost, as in the instruction
-        for (int i = 0; i < 16; i++)
-            v[i] = int32_t(uint32_t(v[i]) + int16_t(a.v[i]) * int16_t(b.v[i]) + (a.v[i] >> 16) * (b.v[i] >> 16));
-    }
-    void add_dot_int8(Lanes w, Lanes x) {
-        for (int i = 0; i < 16; i++)
-            for (int b = 0; b < 32; b += 8) v[i] += uint8_t(w.v[i] >> b) * int8_t(x.v[i] >> b);
-    }
-    static Lanes bytes(Lanes w, Lanes x) {
-        Lanes y = zero();
-        y.add_dot_int8(w, x);
-        return y;
-    }
-    Floats floats() const {
-        Floats x;
-        for (int i = 0; i < 16; i++) x.v[i] = float(v[i]);
-        return x;
-    }
 };
 
 #else
@@ -175,7 +111,7 @@ inline void add_scaled(Floats v, Floats scales, float scale, bool first, float *
 }
 
 // Sums of groups, each times an integer (`factors`: as they are kept). With AVX2 that costs nothing, with VNNI float32 is as fast.
-#if defined(NATIVE_WIDE) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 struct Totals {
     Floats v;
     static __m256i factors(__m256i x) { return _mm256_castps_si256(_mm256_cvtepi32_ps(x)); }

@@ -6,7 +6,7 @@
 #include <sys/auxv.h>
 #endif
 
-#if defined(NATIVE_WIDE)
+#if defined(__AVX512VNNI__)
 #define INSTRUCTIONS "avx512vnni"
 #define KERNEL(kind) kind##_avx512vnni
 #elif defined(__AVXVNNI__)
@@ -41,7 +41,7 @@ inline bool available() {
     return true;  // every aarch64 has NEON
 #elif defined(NATIVE_REFUSED_COMPUTED)
     return true;  // tests: in plain C++, or emulated
-#elif defined(NATIVE_WIDE)
+#elif defined(__AVX512VNNI__)
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #elif defined(__AVXVNNI__)
