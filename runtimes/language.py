@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from math import inf
 from pathlib import Path
@@ -37,6 +37,9 @@ SMALL_PRODUCT = 1 << 28
 # others, several times in each block, takes longer.
 SMALL_ROWS = 8192
 MAX_BRANCHES = 8  # as many rows as `speculation.WIDTHS` allows: more gain little, and answers wait for each other
+# Positions, about, of a prompt that are evaluated while other answers wait for their next token. With fewer, not all
+# weight types would be multiplied by our kernels for many rows (native/choice.py), and rows would have other bits.
+SHARED_BATCH = 128
 _SEQUENCE = 0
 _ABORTED = 2  # a status of llama_decode
 _NEVER = threading.Event()  # a token of each branch is evaluated to the end
@@ -180,19 +183,26 @@ class LanguageModel:
             raise BundleError(f"llama.cpp refused a saved state of {self._path}; run 'llava-edge cache clear'.")
         return False
 
-    def evaluate_tokens(self, tokens: Sequence[int], cancel: threading.Event) -> None:
-        """Append tokens; `logits` then returns those of the last one. Raises `CancelledError`."""
-        for start in range(0, len(tokens), self.batch):
-            chunk = list(tokens[start : start + self.batch])
+    def evaluate_tokens(
+        self, tokens: Sequence[int], cancel: threading.Event, between: Callable[[], None] | None = None
+    ) -> None:
+        """Append tokens; `logits` then returns those of the last one. Raises `CancelledError`.
+
+        between: called after each part of `SHARED_BATCH` or more positions; it may evaluate other branches.
+        """
+        for part in self._batches(len(tokens), between):
+            chunk = list(tokens[part])
             self._tokens.values[: len(chunk)] = chunk
             self._append(self._tokens, chunk, cancel)
 
-    def evaluate_embeddings(self, rows: Array, keys: Sequence[Key], cancel: threading.Event) -> None:
-        """Append image embeddings (n, hidden size) float32, one key for each row. Raises `CancelledError`."""
+    def evaluate_embeddings(
+        self, rows: Array, keys: Sequence[Key], cancel: threading.Event, between: Callable[[], None] | None = None
+    ) -> None:
+        """Append image embeddings (n, hidden size) float32, one key for each row. Otherwise like `evaluate_tokens`."""
         self._adaptive.reset()  # until now our threads waited for processors that CLIP's threads used
-        for start in range(0, len(rows), self.batch):
-            chunk = list(keys[start : start + self.batch])
-            self._embeddings.values[: len(chunk)] = rows[start : start + self.batch]
+        for part in self._batches(len(rows), between):
+            chunk = list(keys[part])
+            self._embeddings.values[: len(chunk)] = rows[part]
             self._append(self._embeddings, chunk, cancel)
 
     def evaluate_all_logits(self, tokens: Sequence[int], cancel: threading.Event) -> Array:
@@ -343,6 +353,14 @@ class LanguageModel:
             self.close()
             raise BundleError(f"llama.cpp cannot load {adapter}: {bindings.last_error()}")
         return loaded
+
+    def _batches(self, count: int, between: Callable[[], None] | None) -> Iterator[slice]:
+        """Split positions evenly, because a small rest might be computed by other kernels, which round otherwise."""
+        parts = max(-(-count // self.batch), count // SHARED_BATCH if between else 0)
+        for i in range(parts):
+            if between and i:
+                between()
+            yield slice(count * i // parts, count * (i + 1) // parts)
 
     def _append(self, batch: Batch, keys: Sequence[Key], cancel: threading.Event, outputs: int = 1) -> None:
         count, start = len(keys), len(self.cached_keys)

@@ -1,7 +1,7 @@
 """Several answers in parallel: each pass over the weights computes one token of every unfinished answer.
 
-Prompts are evaluated one after the other, and an answer joins the others as soon as there is room for it. Knows nothing
-about templates or image files.
+Prompts are evaluated one after the other, a part between two tokens of the others, and an answer joins them as soon as
+there is room for it. Knows nothing about templates or image files.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ class ParallelDecoder:
         """Return how many positions were kept, all of which belong to other branches, too."""
         answer = request.answer
         try:
-            return self._prefill.run(request.segments, answer.stats, answer.job, save=request.save)
+            return self._prefill.run(
+                request.segments, answer.stats, answer.job, save=request.save, between=self.step if self.busy else None
+            )
         except BaseException:
             self._language.truncate(0)  # `_used` does not count what was evaluated, so nothing may keep it
             raise

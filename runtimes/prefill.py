@@ -7,7 +7,7 @@ its text or its last picture was saved, by another process too. Knows nothing ab
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -80,6 +80,7 @@ class Prefill:
         *,
         reuse: bool = False,
         save: bool = True,
+        between: Callable[[], None] | None = None,
     ) -> int:
         """Evaluate a prompt except for a prefix that is in the KV cache, or saved.
 
@@ -89,6 +90,7 @@ class Prefill:
         bit-identical to one computed from scratch. With it, the prefix is all that this prompt has in common with the
         last one and its answer: longer, but computed by other kernels and so rounded differently.
         save: whether a saved prefix may be restored, and new ones be saved.
+        between: see `LanguageModel.evaluate_tokens`.
         If this prompt would overwrite unsaved prefixes in the KV cache, they are saved first.
         Raises `CancelledError`, `PictureError`, or `BundleError` for an error of the language model.
         """
@@ -109,7 +111,7 @@ class Prefill:
         for segment, end in zip(segments, ends, strict=True):
             if end <= cached:
                 continue
-            self._evaluate(segment, max(cached - end + len(segment.keys), 0), stats, job)
+            self._evaluate(segment, max(cached - end + len(segment.keys), 0), stats, job, between)
             if exact:
                 self._exact_ends.add(end)
             if save and exact and end in (text, last_picture):
@@ -164,16 +166,18 @@ class Prefill:
         cached = self._language.common_prefix(keys)
         return max(end for end in (0, *ends) if end <= cached and end in self._exact_ends)
 
-    def _evaluate(self, segment: Segment, skip: int, stats: RequestStats, job: Job) -> None:
+    def _evaluate(
+        self, segment: Segment, skip: int, stats: RequestStats, job: Job, between: Callable[[], None] | None
+    ) -> None:
         """Evaluate a segment except for its first `skip` positions."""
         keys = segment.keys[skip:]
         if segment.picture is None:
             start = time.perf_counter()
-            self._language.evaluate_tokens([key for key in keys if isinstance(key, int)], job.cancel)
+            self._language.evaluate_tokens([key for key in keys if isinstance(key, int)], job.cancel, between)
         else:
             rows = self._embed(segment.picture, stats, job)
             start = time.perf_counter()
-            self._language.evaluate_embeddings(rows[skip:], keys, job.cancel)
+            self._language.evaluate_embeddings(rows[skip:], keys, job.cancel, between)
         stats.prefill_ms += elapsed_ms(start)
 
     def _embed(self, picture: Picture, stats: RequestStats, job: Job) -> Array:

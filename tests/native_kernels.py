@@ -39,8 +39,8 @@ here = pytest.mark.skipif(
 
 
 def _testable(unit: build.Unit) -> build.Unit:
-    """Every kernel on every machine: AVX-512 in plain C++, or AVX2 for AMX's other work, where the processor has none; AMX
-    and AVX-VNNI with instructions that something else computes where the processor refuses them."""
+    """Every kernel on every machine. Where the processor lacks AVX-512, plain C++ computes it, or AVX2 for AMX's
+    kernels; what it refuses of AMX and AVX-VNNI, something else computes."""
     if unit.kernel == "AVX512VNNI" and HAS_VNNI512:
         return replace(unit, flags=(*unit.flags, *_QUIET))
     flags = unit.flags

@@ -18,7 +18,9 @@ from llava_edge import Llava
 from llava_edge.errors import BundleError, ImageError, UsageError
 from llava_edge.options import Chunk, EngineOptions, Options, Result
 from llava_edge.prompt import Message
+from llava_edge.runtimes import language as language_module
 from llava_edge.runtimes.jobs import Job
+from llava_edge.runtimes.parallel import ParallelDecoder
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.prefill import Segment
 from llava_edge.runtimes.sampling import Sampler
@@ -222,9 +224,9 @@ def test_others_get_a_token_between_two_pictures(llava: Llava, monkeypatch: pyte
     def record(name: str) -> None:
         right = getattr(language, name)
 
-        def recorded(*arguments: Any) -> None:
+        def recorded(*arguments: Any, **more: Any) -> None:
             seen.append(name)
-            right(*arguments)
+            right(*arguments, **more)
 
         monkeypatch.setattr(language, name, recorded)
 
@@ -234,6 +236,61 @@ def test_others_get_a_token_between_two_pictures(llava: Llava, monkeypatch: pyte
     pictures = [place for place, name in enumerate(seen) if name == "evaluate_embeddings"]
     assert len(pictures) == len(IMAGES)
     assert all(second - first > 1 for first, second in pairwise(pictures))
+
+
+@pytest.fixture
+def passes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, threading.Event]]:
+    """Positions and cancel event of each pass over the weights, with small parts of prompts that others wait for."""
+    language, seen = llava._engine.model.language, list[tuple[int, threading.Event]]()
+    right = language._evaluate
+
+    def evaluate(batch: Any, cancel: threading.Event, *, few: bool) -> None:
+        seen.append((batch.handle.n_tokens, cancel))
+        right(batch, cancel, few=few)
+
+    monkeypatch.setattr(language_module, "SHARED_BATCH", 16)
+    monkeypatch.setattr(language, "_evaluate", evaluate)
+    return seen
+
+
+@pytest.mark.parametrize("tokens", [150, 5])
+def test_others_get_tokens_while_a_prompt_is_read(
+    tokens: int, llava: Llava, passes: list[tuple[int, threading.Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 7B reads a picture for many seconds. With few tokens the other one ends meanwhile."""
+    requests: list[tuple[str, Any, Options]] = [
+        ("a list:", (), replace(LONG, max_tokens=tokens)),
+        ("the red and the blue. " * 10, IMAGES[0], SHORT),
+    ]
+    alone = [llava.ask(*request) for request in requests]
+    passes.clear()
+    found = together(llava, monkeypatch, requests)
+    assert [result.text for result in found if isinstance(result, Result)] == [result.text for result in alone]
+    counts = [count for count, _ in passes]
+    parts = [place for place, count in enumerate(counts) if 16 <= count < 32]
+    assert len(parts) > 5
+    between = [counts[first + 1 : second] for first, second in pairwise(parts)]
+    assert [1] in between
+    assert (between.count([1]) >= 5) == (tokens > 5)
+
+
+def test_a_prompt_can_be_cancelled_between_its_parts(
+    llava: Llava, passes: list[tuple[int, threading.Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, fill, cancelled = ParallelDecoder._sample, "the red and the blue. " * 10, list[int]()
+
+    def cancel_reading(decoder: ParallelDecoder, branch: Any, row: int) -> None:
+        sample(decoder, branch, row)
+        (part, event), (tokens, _) = passes[-2:]
+        if part > 8 and tokens == 1 and not cancelled:
+            cancelled.append(part)
+            event.set()
+
+    monkeypatch.setattr(ParallelDecoder, "_sample", cancel_reading)
+    found = together(llava, monkeypatch, [("the red", (), LONG), (fill, (), SHORT), ("12", (), SHORT)])
+    reasons = [result.finish_reason for result in found if isinstance(result, Result)]
+    assert reasons == ["length", "cancelled", "length"]
+    assert cancelled
 
 
 def test_leaving_an_answer_leaves_the_others(llava: Llava, batches: list[int]) -> None:
@@ -272,10 +329,10 @@ def test_a_request_that_waits_for_room_can_be_cancelled_at_once(llava: Llava, mo
         requests.release()
         return prepare(*arguments)
 
-    def wait(tokens: Any, event: threading.Event) -> None:
+    def wait(tokens: Any, event: threading.Event, between: Any = None) -> None:
         if requests.acquire(blocking=False):  # the second request is prepared
             assert go.wait(20)
-        evaluate(tokens, event)
+        evaluate(tokens, event, between)
 
     hold = Hold(llava, monkeypatch)
     long = replace(LONG, max_tokens=300)
@@ -305,8 +362,8 @@ def test_positions_of_a_cancelled_prompt_are_free_again(llava: Llava, monkeypatc
     assert language
     evaluate, evaluated = language.evaluate_embeddings, list[str]()
 
-    def cancel_second(rows: Any, keys: Any, cancel: threading.Event) -> None:
-        evaluate(rows, keys, cancel)
+    def cancel_second(rows: Any, keys: Any, cancel: threading.Event, between: Any) -> None:
+        evaluate(rows, keys, cancel, between)
         evaluated.append(keys[0][0])
         if len(evaluated) == 1:
             cancel.set()
@@ -406,9 +463,9 @@ def test_positions_that_will_be_kept_are_known_before(llava: Llava, monkeypatch:
     assert prefill
     right = prefill.run
 
-    def run(segments: list[Segment], *arguments: Any, reuse: bool = False, save: bool = True) -> int:
+    def run(segments: list[Segment], *arguments: Any, reuse: bool = False, **more: Any) -> int:
         expected = prefill.kept(segments)
-        actual = right(segments, *arguments, reuse=reuse, save=save)
+        actual = right(segments, *arguments, reuse=reuse, **more)
         if not reuse:
             kept.append((expected, actual))
         return actual

@@ -1,8 +1,8 @@
 """The native kernels against float64, and all that keeps a wrong one from being used.
 
 One library is built for all tests. Where the processor has no AVX-512, plain C++ computes that (avx512.h); where it
-refuses AVX-VNNI or the matrix unit, a signal handler does (missing_instructions.cpp). What kernels compute is tested on every
-machine, not their speed.
+refuses AVX-VNNI or the matrix unit, a signal handler does (missing_instructions.cpp). What kernels compute is tested on
+every machine, not their speed.
 """
 
 from __future__ import annotations
@@ -337,11 +337,18 @@ model.evaluate_tokens(other, never)
 branches.start(0)
 branches.step([7, 8], [1, 3])
 joined = model.logits(0).copy()
+model.truncate(0)
+long, steps = (tokens * 4)[:270], []
+model.evaluate_tokens(long, never, lambda: steps.append(branches.step([9], [3])))
+in_parts = model.logits().copy()
 branches.close()
 model.truncate(0)
 model.evaluate_tokens(other, never)
 model.evaluate_tokens([7], never)
 together.append(bool((model.logits() == joined).all()))
+model.truncate(0)
+model.evaluate_tokens(long, never)
+together.append(len(steps) == 1 and bool((model.logits() == in_parts).all()))
 print(json.dumps({"reason": model.native.reason, "used": model.native.used, "stopped": stopped, "again": again,
                   "held": held, "refused": refused, "recovered": recovered, "same": bool(same), "together": together,
                   "numbers": numbers, "texts": texts[:5] == texts[5:], "logits": [first.tolist(), second.tolist()]}))
@@ -392,7 +399,7 @@ def test_a_model_computes_the_same_through_the_backend(built: Path, grouped: Pat
         assert ours["held"] == 70
         assert ours["refused"]
         assert ours["same"]  # speculative decoding needs that
-        assert ours["together"] == [True] * 4  # an answer among others
+        assert ours["together"] == [True] * 5  # an answer among others, and a prompt with a token of another between
         assert ours["numbers"] == [True] * 8  # threads come and go with other programs
         assert ours["texts"]
         assert ours["recovered"]  # no NaN that was left in the KV cache counts
