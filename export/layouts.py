@@ -163,6 +163,8 @@ def _default_vision_tower(path: Path, raw: Mapping[str, Any]) -> Path:
     tower_name = str(raw.get("mm_vision_tower", "CLIP"))
     if Path(tower_name).is_absolute() and Path(tower_name).is_dir():
         return Path(tower_name)
+    if "siglip" in tower_name.lower():  # before gigabytes are downloaded in vain
+        raise CheckpointError(f"{path} was trained with {tower_name}, which is not CLIP; only CLIP is supported.")
     raise UsageError(
         f"{path.parent} has no CLIP weights; it was trained with {tower_name}. Download that folder and pass it with "
         "--vision-tower FOLDER."

@@ -26,6 +26,7 @@ _TEXT_KEYS = (
     *("bos_token_id", "eos_token_id"),
 )
 _SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+_CLIP = "clip_vision_model"
 _HEAD_WIDTH = 64  # in every CLIP that OpenAI published
 
 # The language model of each of the repository's classes.
@@ -112,7 +113,12 @@ def vision_from_folder(folder: Path) -> dict[str, Any]:
     vision = raw.get("vision_config", raw)
     if not isinstance(vision, dict) or "patch_size" not in vision:
         raise CheckpointError(f"{folder / 'config.json'} does not describe a CLIP vision tower.")
-    return {**vision, "model_type": "clip_vision_model"}
+    kind = vision.get("model_type", _CLIP)
+    if kind != _CLIP:
+        raise CheckpointError(
+            f"{folder} holds a vision tower of the type {kind!r}; only CLIP, {_CLIP!r}, is supported."
+        )
+    return {**vision, "model_type": _CLIP}
 
 
 def vision_from_shapes(path: Path, raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
@@ -127,6 +133,11 @@ def vision_from_shapes(path: Path, raw: Mapping[str, Any], stored: Mapping[str, 
             "Pass a folder with its config.json as --vision-tower FOLDER."
         )
     shapes = {name.removeprefix(VISION_PREFIX): tensor.shape for name, tensor in stored.items()}
+    if "embeddings.class_embedding" not in shapes:
+        raise CheckpointError(
+            f"{path}: the vision tower inside the checkpoint{f' ({tower_name})' if tower_name else ''} has no class "
+            "token, so it is not CLIP, the only one that is supported."
+        )
     try:
         width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
         grid = round((shapes["embeddings.position_embedding.weight"][0] - 1) ** 0.5)
@@ -142,4 +153,4 @@ def vision_from_shapes(path: Path, raw: Mapping[str, Any], stored: Mapping[str, 
         num_hidden_layers=max(blocks) + 1,
         num_attention_heads=max(1, width // _HEAD_WIDTH),
     )
-    return {**asdict(sizes), "model_type": "clip_vision_model"}
+    return {**asdict(sizes), "model_type": _CLIP}

@@ -147,6 +147,22 @@ def test_a_delta_is_added_to_its_base_in_float16(extra: int, tmp_path: Path) -> 
     assert (checkpoint.config.projector_type, checkpoint.config.square) == ("linear", "crop")
 
 
+def test_towers_other_than_clip_are_named_as_such(tensors: Arrays, tmp_path: Path) -> None:
+    """SigLIP: in a folder, inside the checkpoint, and before it is downloaded."""
+    raw = write.original_config(mm_vision_tower="google/siglip-so400m-patch14-384")
+    folder = write.write(tmp_path / "model", raw, text_and_projector(tensors))
+    with pytest.raises(CheckpointError, match=r"trained with google/siglip-so400m-patch14-384, which is not CLIP"):
+        open_checkpoint(folder)
+    siglip = {name: value for name, value in tensors.items() if "class_embedding" not in name}
+    tower = write.write_clip(tmp_path / "siglip", siglip)
+    write.edit_config(tower, vision_config__model_type="siglip_vision_model")
+    with pytest.raises(CheckpointError, match=f"{tower} holds a vision tower of the type 'siglip_vision_model'"):
+        open_checkpoint(folder, vision_tower=tower)
+    named = {write.original_name(name): value for name, value in siglip.items()}
+    with pytest.raises(CheckpointError, match=r"\(google/siglip-.*\) has no class token, so it is not CLIP"):
+        open_checkpoint(write.write(tmp_path / "inside", raw, named))
+
+
 def test_the_wrong_ids_of_converted_llama_1_are_put_right(tensors: Arrays, tmp_path: Path) -> None:
     raw = write.original_config(bos_token_id=0, eos_token_id=1)
     folder = write.write(tmp_path / "model", raw, text_and_projector(tensors))
