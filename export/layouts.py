@@ -65,8 +65,19 @@ def _is_huggingface(raw: Mapping[str, Any]) -> bool:
     return "text_config" in raw or "vision_config" in raw
 
 
+# Ends of the names of what bitsandbytes, GPTQ, AWQ, float8 and compressed-tensors store beside their integers.
+_QUANTIZED = (".absmax", ".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", ".weight_packed")
+
+
 def _open_weights(folder: Path) -> Stored:
-    return merge.rename_tensors(folder, open_folder(folder))
+    stored = open_folder(folder)
+    quantized = next((name for name in stored if name.endswith(_QUANTIZED)), None)
+    if quantized:
+        raise CheckpointError(
+            f"{folder} holds quantized weights ({quantized}); expected float16, bfloat16 or float32. "
+            "Export the model that it was quantized from."
+        )
+    return merge.rename_tensors(folder, stored)
 
 
 def _detect_from_weights(folder: Path, raw: Mapping[str, Any]) -> Layout:

@@ -163,6 +163,22 @@ def test_towers_other_than_clip_are_named_as_such(tensors: Arrays, tmp_path: Pat
         open_checkpoint(write.write(tmp_path / "inside", raw, named))
 
 
+@pytest.mark.parametrize(
+    ("kept", "added"),
+    [(True, "weight.absmax"), (True, "SCB"), (False, "qweight"), (True, "weight_scale_inv"), (False, "weight_packed")],
+)
+def test_quantized_weights_are_named_as_such(kept: bool, added: str, tensors: Arrays, tmp_path: Path) -> None:
+    """Of a checkpoint, and of the base of an adapter, as QLoRA leaves it to be taken."""
+    stem = "language_model.model.layers.0.self_attn.q_proj"
+    stored = {name: value for name, value in tensors.items() if kept or name != f"{stem}.weight"}
+    stored[f"{stem}.{added}"] = np.zeros(4, np.float32)
+    folder = micro.write_checkpoint(tmp_path / "model", tensors=stored)
+    lora, _ = write.write_lora(tmp_path / "lora", tensors, write.original_config())
+    for arguments in ((folder, None), (lora, folder)):
+        with pytest.raises(CheckpointError, match=f"{folder} holds quantized weights .*{added}.*quantized from"):
+            open_checkpoint(arguments[0], base=arguments[1])
+
+
 def test_the_wrong_ids_of_converted_llama_1_are_put_right(tensors: Arrays, tmp_path: Path) -> None:
     raw = write.original_config(bos_token_id=0, eos_token_id=1)
     folder = write.write(tmp_path / "model", raw, text_and_projector(tensors))
