@@ -168,10 +168,14 @@ def _feature_layer(value: Any) -> int:
 
 
 def _check_rope(text: dict[str, Any], parameters: dict[str, Any]) -> None:
-    """Refuse scaled or partial rotary embeddings. `parameters`: transformers 5's `rope_parameters`; 4 uses `text`."""
+    """Refuse scaled or partial rotary embeddings. `parameters`: transformers 5's `rope_parameters`; 4 uses `text`.
+
+    A `rope_scaling` that only names the type "default" scales nothing.
+    """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if text.get("rope_scaling") or kind != "default":
-        name = "rope_scaling" if text.get("rope_scaling") else f"rope_type {kind!r}"
+    scaled = any(value != "default" for value in text.get("rope_scaling", {}).values())
+    if scaled or kind != "default":
+        name = "rope_scaling" if scaled else f"rope_type {kind!r}"
         raise CheckpointError(f"{name} is set in text_config; scaled rotary embeddings are not supported.")
     if parameters.get("partial_rotary_factor", text.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise CheckpointError("partial_rotary_factor is set in text_config; partial rotary embeddings are unsupported.")

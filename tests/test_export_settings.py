@@ -26,7 +26,12 @@ def checkpoint(micro_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "same"), [("vision_feature_layer", [-2], -2), ("text_config__eos_token_id", [2, 7], 2)]
+    ("name", "value", "same"),
+    [
+        ("vision_feature_layer", [-2], -2),
+        ("text_config__eos_token_id", [2, 7], 2),
+        *(("text_config__rope_scaling", {key: "default"}, None) for key in ("type", "rope_type")),
+    ],
 )
 def test_the_same_in_other_words(name: str, value: Any, same: Any, checkpoint: Path) -> None:
     layouts.edit_config(checkpoint, **{name: same})
