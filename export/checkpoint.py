@@ -97,6 +97,8 @@ def open_checkpoint(
     except (TypeError, ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
         message = f"config.json of {folder}, or of its base or vision tower, has a value of the wrong type: {error}."
         raise CheckpointError(message) from error
+    if HEAD not in source.stored and source.raw.get("tie_word_embeddings") is True:  # what transformers 5 goes by
+        config = replace(config, text=replace(config.text, tie_word_embeddings=True))
     tensors = _match_tensors(folder, config, dict(source.stored))
     notes = () if template else source.notes
     if source.guessed and not template:

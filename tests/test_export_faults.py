@@ -127,6 +127,15 @@ def test_a_head_that_is_said_to_be_tied_but_is_not(checkpoint: Path) -> None:
     assert "language_model.lm_head.weight" not in open_checkpoint(checkpoint).tensors
 
 
+def test_a_head_that_is_tied_by_the_whole_models_config(checkpoint: Path) -> None:
+    """transformers 5 goes by the outer of the two settings, and stores no head then."""
+    edit_tensors(checkpoint, lambda tensors: tensors.__delitem__("language_model.lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"set text_config.tie_word_embeddings to true"):
+        open_checkpoint(checkpoint)
+    edit_config(checkpoint, tie_word_embeddings=True)
+    assert open_checkpoint(checkpoint).config.text.tie_word_embeddings
+
+
 @pytest.mark.parametrize(("value", "said"), [(np.nan, "NaN"), (np.inf, "NaN or infinite"), (1e6, "float16 can hold")])
 def test_values_that_cannot_be_stored(value: float, said: str, checkpoint: Path, tmp_path: Path) -> None:
     name = "language_model.model.layers.1.mlp.up_proj.weight"
