@@ -112,6 +112,9 @@ def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
     rows = config.text.vocab_size
     if (folder / "tokenizer.model").is_file():
         vocabulary = _sentencepiece(folder / "tokenizer.model")
+        settings = _tokenizer_config(folder)
+        if settings.get("legacy") is False and settings.get("add_prefix_space") is False:
+            vocabulary = replace(vocabulary, add_space_prefix=False)
     elif (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
         raw = read_json(path)

@@ -181,6 +181,20 @@ def test_the_legacy_flag_decides_about_text_behind_control_tokens(
     assert read_after_control(tmp_path, config) == (asked or "prefix")
 
 
+def test_a_tokenizer_without_a_prefix_space_has_none(tmp_path: Path) -> None:
+    """`add_prefix_space` counts in both of transformers' tokenizers where `legacy` is false."""
+    config = spm_folder(tmp_path)
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    vocabulary = read_tokenizer(tmp_path, config)
+    texts = [text for text in TEXTS if "</s>" not in text]
+    with closing(engine(tmp_path, vocabulary)) as language:
+        ours = [language.vocabulary.tokenize(text) for text in texts]
+    for fast in (True, False):
+        theirs = AutoTokenizer.from_pretrained(tmp_path, use_fast=fast)
+        assert ours == [theirs.encode(text, add_special_tokens=False) for text in texts]
+
+
 def test_image_markers_must_be_special_tokens(tmp_path: Path) -> None:
     config = replace(spm_folder(tmp_path), image_markers=("<im_start>", "<im_end>"))
     (tmp_path / "added_tokens.json").write_text('{"<im_patch>": 480, "<im_start>": 481}', "utf-8")
