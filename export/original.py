@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_edge.errors import CheckpointError, UsageError
+from llava_edge.errors import CheckpointError, MissingError, UsageError
 from llava_edge.export.tensors import StoredTensor, read_json
 from llava_edge.models.config import VisionConfig
 from llava_edge.models.shapes import VISION_PREFIX
@@ -109,6 +109,8 @@ def guess_template(raw: Mapping[str, Any]) -> tuple[str, str]:
 
 def vision_from_folder(folder: Path) -> dict[str, Any]:
     """vision_config of a CLIP folder: nested in a full CLIP's config, flat in a vision model's."""
+    if not (folder / "config.json").is_file():
+        raise MissingError(f"{folder} has no config.json; expected a CLIP folder for --vision-tower.")
     raw = read_json(folder / "config.json")
     vision = raw.get("vision_config", raw)
     if not isinstance(vision, dict) or "patch_size" not in vision:

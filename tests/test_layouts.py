@@ -147,6 +147,12 @@ def test_a_delta_is_added_to_its_base_in_float16(extra: int, tmp_path: Path) -> 
     assert (checkpoint.config.projector_type, checkpoint.config.square) == ("linear", "crop")
 
 
+def test_a_folder_without_a_tower_is_named(tensors: Arrays, tmp_path: Path) -> None:
+    folder = write.write(tmp_path / "model", write.original_config(), text_and_projector(tensors))
+    with pytest.raises(MissingError, match=f"{tmp_path} has no config.json; expected a CLIP folder"):
+        open_checkpoint(folder, vision_tower=tmp_path)
+
+
 def test_towers_other_than_clip_are_named_as_such(tensors: Arrays, tmp_path: Path) -> None:
     """SigLIP: in a folder, inside the checkpoint, and before it is downloaded."""
     raw = write.original_config(mm_vision_tower="google/siglip-so400m-patch14-384")
