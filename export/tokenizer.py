@@ -27,6 +27,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 ADDED_SCORE, PAD_SCORE = -1000.0, -10000.0  # the values of llama.cpp's own converter
 
+# Names of padding tokens. Llama 2 was first published with one more token than embedding rows, and copies still are.
+_PADDING = ("<pad>", "[PAD]", "<PAD>")
+
 # The split pattern of LLaMA 3's tokenizer.json, which llama.cpp knows as "llama-bpe".
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -121,7 +124,7 @@ def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
         vocabulary = (_llama_json if llama_json.is_llama(raw) else _byte_level_bpe)(path, raw, rows)
     else:
         raise MissingError(f"{folder} has no tokenizer; expected tokenizer.model or tokenizer.json.")
-    added = _added_tokens(folder)
+    added = {i: entry for i, entry in _added_tokens(folder).items() if not _is_rowless_padding(i, entry[0], rows)}
     size = max([len(vocabulary.tokens), *(i + 1 for i in added)])
     _check_size(folder, size, rows)
     return _apply_special_ids(folder, config, _apply_added(folder, vocabulary, added, size))
@@ -130,6 +133,11 @@ def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
 def _check_size(folder: Path, size: int, rows: int) -> None:
     if size > rows:
         raise CheckpointError(f"The tokenizer in {folder} has {size} tokens, the embedding table only {rows} rows.")
+
+
+def _is_rowless_padding(token: int, text: Any, rows: int) -> bool:
+    """Whether a token only fills up batches, so that no prompt has it, and has no embedding."""
+    return token >= rows and text in _PADDING
 
 
 def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
@@ -255,7 +263,8 @@ def _bpe(path: Path, raw: dict[str, Any], rows: int) -> tuple[dict[str, Any], tu
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     _require(path, {"drops merges at random": not model.get("dropout"), "marks word ends or beginnings": not affixes})
     by_id = {int(i): text for text, i in model["vocab"].items()}
-    by_id |= {int(entry["id"]): entry["content"] for entry in raw.get("added_tokens", [])}
+    added = {int(entry["id"]): entry["content"] for entry in raw.get("added_tokens", [])}
+    by_id |= {i: text for i, text in added.items() if not _is_rowless_padding(i, text, rows)}
     size = max(by_id, default=-1) + 1
     _check_size(path.parent, size, rows)
     tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(size))

@@ -181,6 +181,27 @@ def test_the_legacy_flag_decides_about_text_behind_control_tokens(
     assert read_after_control(tmp_path, config) == (asked or "prefix")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_padding_without_an_embedding_is_left_out(name: str, tmp_path: Path) -> None:
+    """As in the first copies of Llama 2; a token that a prompt may have needs its row."""
+    size = len(sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()))
+    config = json_folder(tmp_path, True) if name == "tokenizer.json" else spm_folder(tmp_path)
+    config = replace(config, text=replace(config.text, vocab_size=size))
+    wanted = read_tokenizer(tmp_path, config)
+    path = tmp_path / ("added_tokens.json" if name == "tokenizer.model" else name)
+    for text in ("<pad>", "<object>"):
+        raw: dict[str, Any] = {text: size}
+        if name == "tokenizer.json":
+            raw = json.loads(path.read_text("utf-8"))
+            raw["added_tokens"] = [*raw["added_tokens"][:3], {"id": size, "content": text, "special": True}]
+        path.write_text(json.dumps(raw), "utf-8")
+        if text == "<pad>":
+            assert read_tokenizer(tmp_path, config) == wanted
+            continue
+        with pytest.raises(CheckpointError, match=f"{size + 1} tokens, the embedding table only {size} rows"):
+            read_tokenizer(tmp_path, config)
+
+
 def test_a_tokenizer_without_a_prefix_space_has_none(tmp_path: Path) -> None:
     """`add_prefix_space` counts in both of transformers' tokenizers where `legacy` is false."""
     config = spm_folder(tmp_path)
