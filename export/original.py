@@ -28,6 +28,7 @@ _TEXT_KEYS = (
 _SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _CLIP = "clip_vision_model"
 _HEAD_WIDTH = 64  # in every CLIP that OpenAI published
+_MAX_WIDTH = 1024  # of those; the heads of ViT-H, by others, are 80 wide
 
 # The language model of each of the repository's classes.
 _LANGUAGE_MODELS = {"LlavaLlamaForCausalLM": "llama", "LlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
@@ -129,11 +130,6 @@ def vision_from_shapes(path: Path, raw: Mapping[str, Any], stored: Mapping[str, 
     Raises `CheckpointError` if it is incomplete, `UsageError` if it is known not to be OpenAI's.
     """
     tower_name = str(raw.get("mm_vision_tower", ""))
-    if any(vendor in tower_name.lower() for vendor in ("laion", "openclip", "open_clip")):
-        raise UsageError(
-            f"{path} has the tower {tower_name} inside, whose heads and activation cannot be told from its tensors. "
-            "Pass a folder with its config.json as --vision-tower FOLDER."
-        )
     shapes = {name.removeprefix(VISION_PREFIX): tensor.shape for name, tensor in stored.items()}
     if "embeddings.class_embedding" not in shapes:
         raise CheckpointError(
@@ -146,6 +142,11 @@ def vision_from_shapes(path: Path, raw: Mapping[str, Any], stored: Mapping[str, 
         mlp_width = shapes["encoder.layers.0.mlp.fc1.weight"][0]
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: the CLIP tower inside the checkpoint is incomplete ({error}).") from error
+    if width > _MAX_WIDTH or any(vendor in tower_name.lower() for vendor in ("laion", "openclip", "open_clip")):
+        raise UsageError(
+            f"{path} has the tower {tower_name} inside, whose heads and activation cannot be told from its tensors. "
+            "Pass a folder with its config.json as --vision-tower FOLDER."
+        )
     blocks = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")}
     sizes = VisionConfig(
         image_size=grid * patch,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import layouts
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
 from llava_edge.errors import CannotCreateError, CheckpointError, UsageError
@@ -166,6 +168,17 @@ def test_a_tower_inside_is_described_by_the_folder_that_is_given(tmp_path: Path)
     (clip / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="hidden_act to 'gelu'"):
         open_checkpoint(folder, vision_tower=clip)
+
+
+def test_a_tower_inside_that_is_wider_than_openais_needs_its_config(tmp_path: Path) -> None:
+    """As of LLaVA on MetaCLIP or DFN: 1280 are 16 heads of 80, not 20 of 64, and no shape tells."""
+    folder, _ = original(tmp_path, inside=True, mm_vision_tower="facebook/metaclip-h14-fullcc2.5b")
+    open_checkpoint(folder)
+    path = folder / "model.safetensors"
+    tensors, name = load_file(path), "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight"
+    save_file({**tensors, name: np.zeros((1280, 3, 8, 8), np.float32)}, path)
+    with pytest.raises(UsageError, match=r"metaclip-h14.* heads .*--vision-tower FOLDER"):
+        open_checkpoint(folder)
 
 
 def test_what_tiles_need_is_not_read_without_tiles(tmp_path: Path) -> None:
