@@ -80,10 +80,14 @@ def _open_weights(folder: Path) -> Stored:
     return merge.rename_tensors(folder, stored)
 
 
+def _has_projector(stored: Stored) -> bool:
+    return any(name.startswith("multi_modal_projector.") for name in stored)
+
+
 def _detect_from_weights(folder: Path, raw: Mapping[str, Any]) -> Layout:
     stored = _open_weights(folder)
     norm = stored.get(FINAL_NORM)
-    has_projector = any(name.startswith("multi_modal_projector.") for name in stored)
+    has_projector = _has_projector(stored)
     if norm is not None and has_projector and float(np.abs(norm.read()).mean()) < _DELTA_NORM:
         return "delta"
     if has_projector or original.is_original(raw):
@@ -127,7 +131,13 @@ def _apply_to_base(folder: Path, layout: Layout, base: Path) -> Stored:
         raise UsageError(f"--base {base} is not a whole model itself (it has the {base_layout} layout).")
     stored = _open_weights(base)
     if layout == "lora":
-        return merge.merge_adapter(folder, stored)
+        merged = merge.merge_adapter(folder, stored)
+        if not _has_projector(merged):  # as in the checkpoint-N folders of LLaVA's trainer
+            raise MissingError(
+                f"Neither {folder} nor {base} holds a projector; expected {merge.NON_LORA}, which LLaVA's trainer "
+                f"writes beside {merge.ADAPTER_CONFIG} when it finishes."
+            )
+        return merged
     if layout == "projector":
         return stored | merge.rename_tensors(folder, open_file(folder / PROJECTOR_FILE))
     return merge.merge_delta(folder, _open_weights(folder), stored)

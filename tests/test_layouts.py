@@ -108,6 +108,14 @@ def test_a_lora_on_a_hugging_face_llava_needs_no_config_of_its_own(tensors: Arra
     assert "prompt template follows from the language model; --template" in note
 
 
+def test_a_lora_without_its_projector_asks_for_the_file(tensors: Arrays, tmp_path: Path) -> None:
+    base = write.write_language_model(tmp_path / "vicuna", tensors)
+    folder, _ = write.write_lora(tmp_path / "lora", tensors, write.original_config())
+    (folder / "non_lora_trainables.bin").unlink()
+    with pytest.raises(MissingError, match=f"Neither {folder} nor {base} holds a projector; expected non_lora_train"):
+        open_checkpoint(folder, base=base, vision_tower=write.write_clip(tmp_path / "clip", tensors))
+
+
 def test_rank_stabilised_adapters_scale_by_the_root_of_the_rank(tensors: Arrays, tmp_path: Path) -> None:
     base = micro.write_checkpoint(tmp_path / "base", tensors=tensors)
     folder, merged = write.write_lora(tmp_path / "lora", tensors, write.original_config(), alpha=8)
