@@ -45,7 +45,7 @@ def rename_tensors(folder: Path, stored: Mapping[str, StoredTensor]) -> Stored:
 
 def merge_adapter(folder: Path, base: Stored) -> Stored:
     """`base` with the adapter in `folder` merged. Raises `MissingError` or `CheckpointError`."""
-    scale = _scale(folder / ADAPTER_CONFIG)
+    scale, rank = _scale_and_rank(folder / ADAPTER_CONFIG)
     pairs: dict[str, dict[str, StoredTensor]] = {}
     merged = dict(base)
     for name, tensor in _open_adapter(folder).items():
@@ -58,7 +58,7 @@ def merge_adapter(folder: Path, base: Stored) -> Stored:
         full_tensors = {_strip_prefixes(name): tensor for name, tensor in open_file(folder / NON_LORA).items()}
         merged |= rename_tensors(folder, full_tensors)
     for name, pair in pairs.items():
-        merged[name] = _merged_tensor(folder, name, base.get(name), pair, scale)
+        merged[name] = _merged_tensor(folder, name, base.get(name), pair, scale, rank)
     return merged
 
 
@@ -69,8 +69,8 @@ def _open_adapter(folder: Path) -> Stored:
     raise MissingError(f"{folder} has {ADAPTER_CONFIG} but no weights; expected {' or '.join(ADAPTERS)}.")
 
 
-def _scale(path: Path) -> float:
-    """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters. Adapters of other formulas are refused."""
+def _scale_and_rank(path: Path) -> tuple[float, int]:
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters, and r. Adapters of other formulas are refused."""
     raw = read_json(path)
     kind = str(raw.get("peft_type", "LORA")).upper()
     unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if raw.get(key)]
@@ -88,7 +88,7 @@ def _scale(path: Path) -> float:
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{path} should give r and lora_alpha as numbers, has {rank!r} and {alpha!r}.")
-    return float(alpha) / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    return float(alpha) / (math.sqrt(rank) if raw.get("use_rslora") else rank), rank
 
 
 def _strip_prefixes(name: str) -> str:
@@ -98,7 +98,7 @@ def _strip_prefixes(name: str) -> str:
 
 
 def _merged_tensor(
-    folder: Path, name: str, base: StoredTensor | None, pair: Mapping[str, StoredTensor], scale: float
+    folder: Path, name: str, base: StoredTensor | None, pair: Mapping[str, StoredTensor], scale: float, rank: int
 ) -> StoredTensor:
     if base is None:
         raise CheckpointError(f"{folder} adapts {name}, which the base model does not have; is it the right base?")
@@ -108,6 +108,11 @@ def _merged_tensor(
     if (b.shape[0], a.shape[-1]) != base.shape or b.shape[-1] != a.shape[0]:
         raise CheckpointError(
             f"{folder} adapts {name} with {b.shape} times {a.shape}, the base has {base.shape}; is it the right base?"
+        )
+    if a.shape[0] != rank:  # its scale would be wrong
+        raise CheckpointError(
+            f"{folder} adapts {name} with rank {a.shape[0]}, but its {ADAPTER_CONFIG} says {rank}; "
+            "they are of two adapters."
         )
 
     def read() -> np.ndarray[Any, Any]:

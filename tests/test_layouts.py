@@ -108,6 +108,16 @@ def test_a_lora_on_a_hugging_face_llava_needs_no_config_of_its_own(tensors: Arra
     assert "prompt template follows from the language model; --template" in note
 
 
+def test_an_adapter_of_another_rank_than_its_config_is_refused(tensors: Arrays, tmp_path: Path) -> None:
+    """As peft does; it would be scaled by alpha / the wrong rank."""
+    base = micro.write_checkpoint(tmp_path / "base", tensors=tensors)
+    folder, _ = write.write_lora(tmp_path / "lora", tensors, write.original_config())
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "r": 8}))
+    with pytest.raises(CheckpointError, match=r"with rank 4, but its adapter_config.json says 8"):
+        open_checkpoint(folder, base=base)
+
+
 def test_a_lora_without_its_projector_asks_for_the_file(tensors: Arrays, tmp_path: Path) -> None:
     base = write.write_language_model(tmp_path / "vicuna", tensors)
     folder, _ = write.write_lora(tmp_path / "lora", tensors, write.original_config())
