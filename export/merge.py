@@ -27,6 +27,11 @@ NON_LORA = "non_lora_trainables.bin"  # llava/train/train.py
 
 _BASE_UNCHANGED = ("gaussian", "eva", "orthogonal")  # values of init_lora_weights besides true and false
 
+_UNSUPPORTED = (  # settings of peft under which W + scale * B A is not the adapted weight
+    *("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication"),
+    *("alora_invocation_tokens", "trainable_token_indices"),
+)
+
 _LORA = re.compile(r"^(.*)\.lora_(A|B)(?:\.default)?\.weight$")
 
 
@@ -73,7 +78,7 @@ def _scale_and_rank(path: Path) -> tuple[float, int]:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters, and r. Adapters of other formulas are refused."""
     raw = read_json(path)
     kind = str(raw.get("peft_type", "LORA")).upper()
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if raw.get(key)]
+    unsupported = [key for key in _UNSUPPORTED if raw.get(key)]
     if kind != "LORA" or unsupported:
         unsupported_kind = f"{kind} adapters" if kind != "LORA" else f"adapters with {unsupported[0]}"
         raise CheckpointError(

@@ -335,6 +335,8 @@ def test_a_base_of_another_size_is_refused(parts: Callable[[str], Path], tmp_pat
     ("setting", "value", "says"),
     [
         *((setting, {"x": 1}, setting) for setting in ("use_dora", "rank_pattern", "fan_in_fan_out")),
+        ("alora_invocation_tokens", [5, 6], "adapters with alora_invocation_tokens"),  # adapts only after these tokens
+        ("layer_replication", [[0, 2], [1, 2]], "adapters with layer_replication"),
         *(
             ("init_lora_weights", value, f"begin as '{value}'")
             for value in ("pissa", "pissa_niter_4", "olora", "loftq")
