@@ -22,7 +22,7 @@ from llava_edge.errors import CheckpointError, MissingError, UsageError
 from llava_edge.export import merge, original
 from llava_edge.export.merge import Stored
 from llava_edge.export.tensors import has_weights, open_file, open_folder, read_json
-from llava_edge.models.shapes import FINAL_NORM, NEWLINE, VISION_PREFIX
+from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, NEWLINE, VISION_PREFIX
 
 Layout = Literal["huggingface", "original", "lora", "projector", "delta", "language model", "gguf pair"]
 
@@ -121,7 +121,11 @@ def read_source(folder: Path, base: Path | None = None, vision_tower: Path | Non
     stored = _apply_to_base(folder, layout, base) if base else _open_weights(folder)
     path = next(candidate for candidate in folders if (candidate / "config.json").is_file()) / "config.json"
     tokenizer = next(filter(_has_tokenizer, folders), folders[-1])
-    source = Source(layout, path, read_json(path), stored, tokenizer, folders)
+    raw = read_json(path)
+    text = raw.get("text_config")
+    if layout == "lora" and isinstance(text, dict) and EMBEDDINGS in stored:
+        text["vocab_size"] = stored[EMBEDDINGS].shape[0]  # an adapter that was trained with added tokens has more
+    source = Source(layout, path, raw, stored, tokenizer, folders)
     return (_complete_huggingface if _is_huggingface(source.raw) else _complete_original)(source, vision_tower)
 
 

@@ -24,7 +24,7 @@ from llava_edge.export.exporter import export
 from llava_edge.export.layouts import detect_layout
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig
-from llava_edge.models.shapes import VISION_PREFIX
+from llava_edge.models.shapes import EMBEDDINGS, HEAD, VISION_PREFIX
 
 Arrays = write.Arrays
 
@@ -116,6 +116,21 @@ def test_an_adapter_of_another_rank_than_its_config_is_refused(tensors: Arrays, 
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "r": 8}))
     with pytest.raises(CheckpointError, match=r"with rank 4, but its adapter_config.json says 8"):
         open_checkpoint(folder, base=base)
+
+
+def test_an_adapter_that_brings_a_larger_vocabulary(tensors: Arrays, tmp_path: Path) -> None:
+    """As peft stores with modules_to_save=["embed_tokens", "lm_head"], beside the config.json of a smaller base."""
+    base = micro.write_checkpoint(tmp_path / "base", tensors=tensors)
+    folder, merged = write.write_lora(tmp_path / "lora", tensors, write.original_config())
+    (folder / "config.json").unlink()
+    adapter = torch.load(folder / "adapter_model.bin")
+    for name, stored in ((EMBEDDINGS, "model.language_model.embed_tokens.weight"), (HEAD, "lm_head.weight")):
+        merged[name] = np.concatenate([tensors[name], tensors[name][:2] + 1])
+        adapter[f"base_model.model.{stored}"] = torch.from_numpy(merged[name])
+    torch.save(adapter, folder / "adapter_model.bin")
+    checkpoint = open_checkpoint(folder, base=base)
+    opens_as(checkpoint, merged, 1e-6)
+    assert checkpoint.config.text.vocab_size == micro.VOCABULARY + 2
 
 
 def test_a_lora_without_its_projector_asks_for_the_file(tensors: Arrays, tmp_path: Path) -> None:
