@@ -6,11 +6,18 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C during its imports ends it without a traceback, too."""
+    """Run the command line; Ctrl-C during its imports ends it without a traceback, too, and so does one that fails."""
     try:
         from llava_edge import cli
 
         cli.main()
+    except ModuleNotFoundError as error:
+        from llava_edge.errors import lacking_dependency
+
+        if (problem := lacking_dependency(error)) is None:
+            raise
+        print(f"llava-edge: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -6,6 +6,8 @@ Anything else that is raised is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import sys
+
 
 def install_hint(extra: str) -> str:
     """How to install one of our extras: from the clone, because the package is not on PyPI."""
@@ -58,6 +60,19 @@ class UnavailableError(LlavaEdgeError):
     """A device, an extra package or a download is not available here."""
 
     exit_code = 69
+
+
+def lacking_dependency(error: ModuleNotFoundError) -> UnavailableError | None:
+    """The error to show if what is missing comes with llava-edge, as in a Python that it is not installed for.
+
+    The engines report themselves (runtimes/bindings.py), the extras where they are needed.
+    """
+    if (name := (error.name or "").partition(".")[0]) not in ("click", "numpy", "PIL"):
+        return None
+    return UnavailableError(
+        f"{name} is not installed for {sys.executable}. Use the Python that llava-edge was installed for, such as "
+        ".venv/bin/python in the clone, or install it as the README says."
+    )
 
 
 class MemoryLimitError(LlavaEdgeError):

@@ -416,6 +416,16 @@ def test_a_home_that_cannot_be_created(photo: Path, run: Run, monkeypatch: pytes
         assert "LLAVA_EDGE_HOME" in err
 
 
+@pytest.mark.parametrize("lacking", ["click", "numpy", "PIL"])
+def test_a_python_that_it_is_not_installed_for(lacking: str, photo: Path, micro_bundle: Path) -> None:
+    """As when a clone is the working directory and its virtual environment is not active."""
+    code = f"import sys; sys.modules[{lacking!r}] = None; from llava_edge.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "run", "--model", str(micro_bundle), "--image", str(photo)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (69, "", 1), done.stderr
+    assert done.stderr.startswith(f"llava-edge: {lacking} is not installed for {sys.executable}. ")
+
+
 @pytest.mark.parametrize("lacking", ["onnx", "gguf", "safetensors"])
 def test_without_the_extra_it_is_named_before_anything_is_done(
     lacking: str, micro_checkpoint: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch

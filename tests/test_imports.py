@@ -44,7 +44,7 @@ ALLOWED = {
     "pyinstaller": SHARED | {"runtimes"},
     "cli": SHARED | {"api", "bench", "repl", "server", *AREAS},
     "__init__": SHARED | {"api"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "errors"},
 }
 
 # Packages that are slow to import or not always installed, and the only parts that may name them.

@@ -20,7 +20,7 @@ from typing import NoReturn
 import click
 
 from llava_edge import __version__
-from llava_edge.errors import LlavaEdgeError, MemoryLimitError, StorageError, UsageError
+from llava_edge.errors import LlavaEdgeError, MemoryLimitError, StorageError, UsageError, lacking_dependency
 from llava_edge.paths import is_file
 from llava_edge.runtimes import limit_spinning
 
@@ -155,6 +155,8 @@ def execute(arguments: Sequence[str]) -> int:
         if str(error) == "can't start new thread":  # a RuntimeError without a type of its own
             remedy = "raise the limit on processes (ulimit -u, or a container's) or on address space (ulimit -v)"
             return _fail(f"No more threads can be started; {remedy}.", MemoryLimitError.exit_code)
+        if isinstance(error, ModuleNotFoundError) and (problem := lacking_dependency(error)):
+            return _fail(str(problem), problem.exit_code)
         traceback.print_exc()
         return _fail("This is a bug in llava-edge; please report it with the lines above.", LlavaEdgeError.exit_code)
 
