@@ -110,6 +110,11 @@ class ExportOptions:
             raise UsageError(f"{self.quant} ignores an importance matrix; choose a quantization of 4 or 5 bits for it.")
         if not self.name.isprintable():
             raise UsageError(f"{self.name!r} cannot be a model's name; expected printable characters.")
+        if self.mmproj and self.checkpoint.is_dir():
+            raise UsageError(
+                f"{self.checkpoint} is a folder, but --mmproj belongs to a language model that is a GGUF file; "
+                "omit it (--emit-mmproj of 'llava-edge export' writes such a file)."
+            )
         if self.mmproj and (self.base or self.vision_tower):
             raise UsageError("A pair of GGUF files is complete; leave out --base and --vision-tower.")
 

@@ -363,6 +363,7 @@ def test_mixed_up_files_are_one_sentence(pair: tuple[Path, Path], source: Path, 
         ((language, out, "--mmproj", mmproj), 65, "lacks the control tokens <s>, </s>"),
         ((language, out, "--mmproj", mmproj, "--template", "nonsense"), 2, "vicuna_v1"),
         ((language, out, "--mmproj", mmproj, "--quant", "q4_0"), 2, "omit --quant"),
+        ((source, out, "--mmproj", tmp_path / "new.gguf", "--quant", "q4_0"), 2, "--emit-mmproj"),
     ]
     for words, code, said in cases:
         result = command(*words)
