@@ -13,7 +13,9 @@ HEADROOM = 1.1  # free space required, relative to the estimate
 
 
 def check_output(path: Path, *, distinct_from: Iterable[Path] = (), bundles: Iterable[Path] = ()) -> None:
-    """Raise `CannotCreateError` if a file cannot be written, is one of `distinct_from`, or is inside a bundle."""
+    """Raise `CannotCreateError` for "-" or a file that cannot be written, is one of `distinct_from` or in a bundle."""
+    if str(path) == "-":
+        raise CannotCreateError("- does not stand for standard output here; give the name of a file.")
     target = _real_path(path)
     if target in map(_real_path, distinct_from):
         raise CannotCreateError(f"{path} is also given for something else; choose another name.")

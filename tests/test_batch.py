@@ -277,6 +277,7 @@ def test_what_cannot_work_is_said_before_the_model_is_loaded(
         ((photos, "--output", micro_bundle / "answers"), 73, "inside the bundle"),
         ((photos, "--output", tmp_path / "no" / "answers"), 73, "its folder does not exist"),
         ((photos, "--output", tmp_path / "pipe"), 73, "is not a regular file"),
+        ((photos, "--output", "-"), 2, "--json prints the objects on stdout"),
     ):
         found, out, err = run(*arguments)
         assert (found, out) == (code, "")

@@ -55,6 +55,13 @@ def test_what_would_be_lost_or_spoil_something_is_refused(tmp_path: Path) -> Non
             )
 
 
+def test_a_dash_would_be_a_file_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other programs, and --image, take it for a standard stream."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CannotCreateError, match="does not stand for standard output"):
+        check_output(Path("-"))
+
+
 def test_what_the_system_lets_nobody_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which it lets root, who runs tests."""
     (tmp_path / "old").touch()

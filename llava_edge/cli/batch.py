@@ -72,6 +72,8 @@ def batch(
     """
     options, engine = options_from(shared)
     options = replace(options, grammar=grammar_text(json_schema, grammar))
+    if output == "-":
+        raise UsageError("--output is '-', but it takes a file; --json prints the objects on stdout.")
     if not prompt.strip():
         raise UsageError("The prompt is empty; give a question with --prompt.")
     unreadable: list[OSError] = []
