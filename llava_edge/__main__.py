@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C during its imports ends it without a traceback, too, and so does one that fails."""
+    """Run the command line; neither Ctrl-C during its imports nor a missing dependency ends it with a traceback."""
     try:
         from llava_edge import cli
 
