@@ -41,14 +41,14 @@ def ours(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
 
     repack = not arguments.mapped
     model = LanguageModel(arguments.bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads, repack=repack)
-    speculation, never, options = Speculation(model), threading.Event(), Options(speculate="off")
+    speculation, options = Speculation(model), Options(speculate="off")
     clock = time.process_time if arguments.processor_time else time.monotonic
 
     def work() -> dict[str, Any]:
         model.keep_common_prefix([])
-        model.evaluate_tokens(prompt(arguments), never)
+        model.evaluate_tokens(prompt(arguments))
         stats = RequestStats(time.monotonic())
-        job = Job(lambda job: None, never, lambda: True)
+        job = Job(lambda job: None, threading.Event(), lambda: True)
         answer = Answer(model, set(), TextStream(()), arguments.tokens, stats, job)
         start = clock()
         with closing(Sampler(model, options)) as sampler:

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -48,15 +47,15 @@ def measure(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         os.environ["LLAVA_EDGE_NATIVE"] = kernels
     _override(choice.pop("twice", False), choice.pop("flash", None))
     clock = time.process_time if arguments.processor_time else time.perf_counter
-    never, start = threading.Event(), clock()
+    start = clock()
     model = LanguageModel(bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads, **choice)
     loaded = clock()
     rows = np.random.default_rng(0).standard_normal((arguments.positions, model.hidden_size), np.float32) * 0.02
     keys: list[language.Key] = [("picture", row) for row in range(len(rows))]
-    model.evaluate_embeddings(rows, keys, never)
+    model.evaluate_embeddings(rows, keys)
     prefilled = clock()
     for number in range(arguments.tokens):
-        model.evaluate_tokens([300 + 7 * number], never)
+        model.evaluate_tokens([300 + 7 * number])
     done, memory = clock(), devices.memory_use()
     return {
         "load_ms": (loaded - start) * 1000,

@@ -8,7 +8,6 @@ prints what a batch costs in single tokens after each number of positions, and w
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,20 +96,19 @@ def _ask(llava: Llava, question: str, images: Sequence[Path], speculate: Specula
 def _cost(model: str, threads: int, repeats: int, positions: Sequence[int]) -> None:
     path = Bundle.open(resolve(model)).part(LANGUAGE)
     language = LanguageModel(path, context=max(positions) + WIDTHS[-1], threads=threads or thread_count()[0])
-    never = threading.Event()
     tokens = [int(token) for token in np.random.default_rng(0).integers(300, language.vocabulary.size, WIDTHS[-1])]
     print("positions  batch      ms  singles  same bits")
     for start in positions:
         language.truncate(0)
-        language.evaluate_tokens([7] * start, never)
-        single = [language.evaluate_all_logits([token], never)[0] for token in tokens]
+        language.evaluate_tokens([7] * start)
+        single = [language.evaluate_all_logits([token])[0] for token in tokens]
         times: dict[int, list[float]] = {width: [] for width in WIDTHS}
         same = dict.fromkeys(WIDTHS, 0)
         for _ in range(repeats):
             for width in WIDTHS:
                 language.truncate(start)
                 begin = time.perf_counter()
-                rows = language.evaluate_all_logits(tokens[:width], never)
+                rows = language.evaluate_all_logits(tokens[:width])
                 times[width].append(time.perf_counter() - begin)
                 same[width] = sum(np.array_equal(*pair) for pair in zip(rows, single, strict=False))
         single_time = statistics.median(times[1])

@@ -9,7 +9,6 @@ Needs torch only to read conversation files.
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -174,11 +173,10 @@ def _greedy(engine: LanguageModel, question: Sample, pictures: Pictures) -> list
 
 
 def _evaluate(engine: LanguageModel, keys: Sequence[Key], pictures: Pictures) -> None:
-    never_cancelled = threading.Event()
     for image, group in groupby(keys, lambda key: None if isinstance(key, int) else key[0]):
         run = list(group)
         if image is None:
-            engine.evaluate_tokens([key for key in run if isinstance(key, int)], never_cancelled)
+            engine.evaluate_tokens([key for key in run if isinstance(key, int)])
         else:
             rows = [key[1] for key in run if isinstance(key, tuple)]
-            engine.evaluate_embeddings(pictures[image][rows], run, never_cancelled)
+            engine.evaluate_embeddings(pictures[image][rows], run)

@@ -21,7 +21,6 @@ The reference is `models/`, one block in memory at a time, so a 7B needs no more
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -209,17 +208,16 @@ def _answer_logits(
     engine: LanguageModel, ids: list[int], image: Array, answer: list[int], progress: Callable[[float], None]
 ) -> Array:
     """(STEPS + 1, vocab) logits after the prompt and each token of `answer`, which is filled if empty."""
-    never_cancelled = threading.Event()
     image_at = ids.index(IMAGE_TOKEN_INDEX)
     progress(0.0)
-    engine.evaluate_tokens(ids[:image_at], never_cancelled)
-    engine.evaluate_embeddings(image, [("reference", row) for row in range(len(image))], never_cancelled)
-    engine.evaluate_tokens(ids[image_at + 1 :], never_cancelled)
+    engine.evaluate_tokens(ids[:image_at])
+    engine.evaluate_embeddings(image, [("reference", row) for row in range(len(image))])
+    engine.evaluate_tokens(ids[image_at + 1 :])
     logits = [engine.logits().copy()]
     for step in range(STEPS):
         if step == len(answer):
             answer.append(int(logits[-1].argmax()))
-        engine.evaluate_tokens([answer[step]], never_cancelled)
+        engine.evaluate_tokens([answer[step]])
         logits.append(engine.logits().copy())
         progress((step + 1) / STEPS)
     return np.stack(logits)

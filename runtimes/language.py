@@ -42,7 +42,7 @@ MAX_BRANCHES = 8  # as many rows as `speculation.WIDTHS` allows: more gain littl
 SHARED_BATCH = 128
 _SEQUENCE = 0
 _ABORTED = 2  # a status of llama_decode
-_NEVER = threading.Event()  # a token of each branch is evaluated to the end
+_NEVER = threading.Event()
 
 
 class LanguageModel:
@@ -184,7 +184,7 @@ class LanguageModel:
         return False
 
     def evaluate_tokens(
-        self, tokens: Sequence[int], cancel: threading.Event, between: Callable[[], None] | None = None
+        self, tokens: Sequence[int], cancel: threading.Event = _NEVER, between: Callable[[], None] | None = None
     ) -> None:
         """Append tokens; `logits` then returns those of the last one. Raises `CancelledError`.
 
@@ -196,7 +196,11 @@ class LanguageModel:
             self._append(self._tokens, chunk, cancel)
 
     def evaluate_embeddings(
-        self, rows: Array, keys: Sequence[Key], cancel: threading.Event, between: Callable[[], None] | None = None
+        self,
+        rows: Array,
+        keys: Sequence[Key],
+        cancel: threading.Event = _NEVER,
+        between: Callable[[], None] | None = None,
     ) -> None:
         """Append image embeddings (n, hidden size) float32, one key for each row. Otherwise like `evaluate_tokens`."""
         self._adaptive.reset()  # until now our threads waited for processors that CLIP's threads used
@@ -205,7 +209,7 @@ class LanguageModel:
             self._embeddings.values[: len(chunk)] = rows[part]
             self._append(self._embeddings, chunk, cancel)
 
-    def evaluate_all_logits(self, tokens: Sequence[int], cancel: threading.Event) -> Array:
+    def evaluate_all_logits(self, tokens: Sequence[int], cancel: threading.Event = _NEVER) -> Array:
         """Append up to `batch` tokens; return the logits of each (n, vocab_size). Raises `CancelledError`."""
         self._tokens.values[: len(tokens)] = tokens
         self._append(self._tokens, list(tokens), cancel, outputs=len(tokens))

@@ -12,7 +12,6 @@ import json
 import struct
 import sys
 import tempfile
-import threading
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -112,7 +111,7 @@ def _llama_facts() -> dict[str, Any]:
             return {"storage_error": error.strerror}
         for path in folder.iterdir():
             with LanguageModel(path, context=TOKENS * 2, threads=1) as model:
-                model.evaluate_tokens([token % VOCABULARY for token in range(TOKENS)], threading.Event())
+                model.evaluate_tokens([token % VOCABULARY for token in range(TOKENS)])
                 model.logits()
     return facts
 
