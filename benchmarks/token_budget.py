@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 
 from llava_edge import Llava
 from llava_edge.bundle import Bundle
+from llava_edge.export.report import Array, compare
 from llava_edge.export.samples import pictures
 from llava_edge.image import ImageInput
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options
@@ -31,8 +30,6 @@ from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.pictures import Picture, apply_token_budget, check_budget, prepare
 from llava_edge.store import DEFAULT_MODEL, resolve
-
-Array = np.ndarray[Any, Any]
 
 QUESTIONS = ("Describe the picture.", "What is this?", "Which colours are there?")
 FULL = Options(speculate="off")
@@ -68,8 +65,9 @@ def main(model: str, images: Sequence[Path], tokens: int, budgets: Sequence[int]
             for name, options in variants.items():
                 fewer = llava.embed_image(apply_token_budget(picture, options, llava.bundle.manifest))
                 reduced_logits = _follow(llava, fewer, [answer for answer, _ in answers])
-                for (_, full), reduced in zip(answers, reduced_logits, strict=True):
-                    scores[name].append((_similarity(rows, fewer), *_agreement(full, reduced)))
+                for (answer, full), reduced in zip(answers, reduced_logits, strict=True):
+                    nats, _, same = compare(full, reduced, answer).mean(0)
+                    scores[name].append((_similarity(rows, fewer), same, nats))
     print(f"{len(sources)} pictures, {len(QUESTIONS)} questions, up to {tokens} tokens each")
     print("variant      features  tokens   nats")
     for name, values in scores.items():
@@ -82,7 +80,7 @@ def _answers(llava: Llava, rows: Array, tokens: int) -> Iterator[tuple[list[int]
     for language in _ask_questions(llava, rows):
         answer, logits = [language.greedy_token()], [language.logits().copy()]
         while len(answer) < tokens and not language.vocabulary.is_end_token(answer[-1]):
-            language.evaluate_tokens(answer[-1:], threading.Event())
+            language.evaluate_tokens(answer[-1:])
             answer.append(language.greedy_token())
             logits.append(language.logits().copy())
         yield answer, np.stack(logits)
@@ -93,14 +91,14 @@ def _follow(llava: Llava, rows: Array, answers: Sequence[Sequence[int]]) -> Iter
     for language, answer in zip(_ask_questions(llava, rows), answers, strict=True):
         logits = [language.logits().copy()]
         for token in answer[:-1]:
-            language.evaluate_tokens([token], threading.Event())
+            language.evaluate_tokens([token])
             logits.append(language.logits().copy())
         yield np.stack(logits)
 
 
 def _ask_questions(llava: Llava, rows: Array) -> Iterator[LanguageModel]:
     """Yield the language model after it has evaluated the picture and each of the questions."""
-    engine, never = llava._engine, threading.Event()
+    engine = llava._engine
     language = engine.model.language
     keys: list[Key] = [("rows", i) for i in range(len(rows))]
     language.truncate(0)
@@ -108,28 +106,16 @@ def _ask_questions(llava: Llava, rows: Array) -> Iterator[LanguageModel]:
         ids = engine.encode_prompt([Message("user", question, 1)])
         at = ids.index(IMAGE_TOKEN_INDEX)
         if not language.cached_keys:
-            language.evaluate_tokens(ids[:at], never)
-            language.evaluate_embeddings(rows, keys, never)
+            language.evaluate_tokens(ids[:at])
+            language.evaluate_embeddings(rows, keys)
         language.truncate(at + len(rows))
-        language.evaluate_tokens(ids[at + 1 :], never)
+        language.evaluate_tokens(ids[at + 1 :])
         yield language
 
 
 def _similarity(rows: Array, fewer: Array) -> float:
     full, reduced = (values / np.linalg.norm(values, axis=1, keepdims=True) for values in (rows, fewer))
     return float((full @ reduced.T).max(axis=1).mean())
-
-
-def _agreement(full: Array, reduced: Array) -> tuple[float, float]:
-    """Return the share of equal most likely tokens, and the KL divergence, of (tokens, vocab_size) logits."""
-    p, q = (_log_softmax(logits.astype(np.float64)) for logits in (full, reduced))
-    return float((p.argmax(-1) == q.argmax(-1)).mean()), float((np.exp(p) * (p - q)).sum(-1).mean())
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
 
 
 if __name__ == "__main__":
