@@ -160,6 +160,11 @@ class Manifest:
         joined = "\n".join(f"{name} {entry.sha256}" for name, entry in sorted(self.files.items()))
         return hashlib.sha256(joined.encode()).hexdigest()
 
+    @property
+    def size(self) -> int:
+        """Bytes of all parts."""
+        return sum(entry.size for entry in self.files.values())
+
 
 @dataclass(frozen=True)
 class Bundle:

@@ -112,7 +112,7 @@ class Loader:
             tiles=manifest.preprocessing.square == "anyres",
             gpu_layers=self._device.gpu_layers,
             vision_copy_bytes=self._prepacked_vision_bytes(),
-            mapped_bytes=sum(file.size for file in manifest.files.values()) + logits_bytes,
+            mapped_bytes=manifest.size + logits_bytes,
         )
 
     def _prepacked_vision_bytes(self) -> int:

@@ -115,9 +115,8 @@ def export(report_file: Path | None, as_json: bool, **values: Any) -> None:
         _write_report(report_file, reports[0])
     if as_json:
         click.echo(json.dumps(asdict(manifest) | ({"report": asdict(reports[0])} if reports else {})))
-    size = sum(entry.size for entry in manifest.files.values())
     run = f"llava-edge run --model {shlex.quote(str(options.out))} --image photo.jpg"
-    click.echo(f"{options.out} is ready ({size / 1e6:.1f} MB). Try: {run}", err=True)
+    click.echo(f"{options.out} is ready ({manifest.size / 1e6:.1f} MB). Try: {run}", err=True)
 
 
 def _check_report(path: Path, out: Path, emit_mmproj: Path | None) -> None:

@@ -47,7 +47,6 @@ def _print_bundle(path: Path, manifest: Manifest) -> None:
     if pixels.square == "anyres":
         sizes = ", ".join(f"{width} x {height}" for width, height in pixels.grids)
         squaring = f"whole, and in tiles at {sizes}; {pixels.merge}"
-    total = sum(entry.size for entry in manifest.files.values())
     rows = {
         "model": f"{manifest.name} ({manifest.family}), made by {manifest.created_by}",
         "folder": str(path),
@@ -60,7 +59,7 @@ def _print_bundle(path: Path, manifest: Manifest) -> None:
         + (f", calibrated on {language.calibration}" if language.calibration else ""),
         "context": f"{language.context_length} tokens",
         "template": manifest.template,
-        "size": f"{total:,} bytes",
+        "size": f"{manifest.size:,} bytes",
     }
     click.echo("\n".join(_lines(rows)))
     click.echo("\nfiles")

@@ -34,10 +34,10 @@ def list_models() -> None:
 
 def _state(folder: Path) -> str:
     try:
-        files = Bundle.open(folder).manifest.files
+        manifest = Bundle.open(folder).manifest
     except LlavaEdgeError as error:  # damaged, or of another version
         return printable(f"cannot be used: {error}")
-    return f"installed  {sum(entry.size for entry in files.values()) / 1e6:.0f} MB"
+    return f"installed  {manifest.size / 1e6:.0f} MB"
 
 
 @models.command("pull")

@@ -42,26 +42,26 @@ def verify(
         raise UsageError("--base, --vision-tower, --mmproj and --json go with --against CHECKPOINT.")
     opened = Bundle.open(resolve(bundle))
     checkpoint = None if against is None else _source(opened, against, base, vision_tower, mmproj)
-    total = _read_all(opened)
-    summary = f"{opened.folder}: {len(opened.manifest.files)} files, {total:,} bytes, all as in the manifest."
+    _read_all(opened)
+    manifest = opened.manifest
+    summary = f"{opened.folder}: {len(manifest.files)} files, {manifest.size:,} bytes, all as in the manifest."
     click.echo(summary, err=as_json)
     if checkpoint is None:
         return
     rows = _measure(opened, checkpoint)
     if as_json:
-        click.echo(json.dumps({"model": opened.manifest.name, "parity": [asdict(row) for row in rows]}))
+        click.echo(json.dumps({"model": manifest.name, "parity": [asdict(row) for row in rows]}))
     failed = [row.stage for row in rows if not row.passed]
     if failed:
         raise CheckpointError(f"{opened.folder} does not agree with {checkpoint.folder} in: {', '.join(failed)}.")
 
 
-def _read_all(opened: Bundle) -> int:
-    """Verify hashes and GGUF headers; returns the number of bytes."""
+def _read_all(opened: Bundle) -> None:
+    """Verify hashes and GGUF headers."""
     from llava_edge import gguf
     from llava_edge.bundle import LANGUAGE, PROJECTOR
 
-    total = sum(entry.size for entry in opened.manifest.files.values())
-    done = 0
+    total, done = opened.manifest.size, 0
     with status_line(f"Verifying {opened.folder}") as status:
 
         def progress(count: int) -> None:
@@ -75,7 +75,6 @@ def _read_all(opened: Bundle) -> int:
     gguf.check_language(language)
     if opened.adapter is not None:
         gguf.check_adapter(gguf.read(opened.adapter), language)
-    return total
 
 
 def _source(

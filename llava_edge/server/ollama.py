@@ -172,13 +172,12 @@ def error(problem: Problem) -> dict[str, Any]:
 def model_list(manifest: Manifest, started: float) -> dict[str, Any]:
     """The response to /api/tags, with the only model. started: seconds since 1970."""
     digest = hashlib.sha256("".join(sorted(entry.sha256 for entry in manifest.files.values())).encode())
-    size = sum(entry.size for entry in manifest.files.values())
     name = f"{manifest.name}:latest"
     model = {
         "name": name,
         "model": name,
         "modified_at": _timestamp(datetime.fromtimestamp(started, UTC)),
-        "size": size,
+        "size": manifest.size,
         "digest": digest.hexdigest(),
         "details": _details(manifest),
     }
