@@ -8,9 +8,8 @@ from typing import Any
 
 from llava_edge.bench.records import TOTAL, Configuration, Report, Run, Stage
 
-MIN_SAMPLES = (
-    4  # samples on both sides: with three, one in ten pairs of equal series does not overlap; with four, one in 35
-)
+# On both sides: with three, one in ten pairs of equal series does not overlap; with four, one in 35.
+MIN_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def has_common_configuration(old: Report, new: Sequence[Configuration]) -> bool:
     """Whether `old` has any of the configurations to be measured. Device "auto" matches any."""
     measured = [run.configuration for run in old.runs if not run.error]
     return any(
-        _key(replace(one, device=other.device) if one.device == "auto" else one) == _key(other)
+        (replace(one, device=other.device) if one.device == "auto" else one).settings == other.settings
         for one in new
         for other in measured
     )
@@ -99,9 +98,9 @@ def stages(run: Run) -> Iterator[tuple[tuple[str, str], Stage]]:
 
 def _pairs(old: Report, new: Report) -> Iterator[tuple[Run, Run]]:
     """Old and new run of each configuration that both measured."""
-    old_runs = {_key(run.configuration): run for run in old.runs if not run.error}
+    old_runs = {run.configuration.settings: run for run in old.runs if not run.error}
     for run in new.runs:
-        old_run = old_runs.get(_key(run.configuration))
+        old_run = old_runs.get(run.configuration.settings)
         if old_run is not None and not run.error:
             yield old_run, run
 
@@ -113,11 +112,6 @@ def _length_differences(old: Run, new: Run) -> dict[str, tuple[int, int]]:
         for name, question in new.questions.items()
     }
     return {name: (before, now) for name, (before, now) in lengths.items() if before != now}
-
-
-def _key(configuration: Configuration) -> tuple[object, ...]:
-    c = configuration
-    return (c.model, c.quantization, c.vision, c.device, c.threads, c.context, c.image_tokens, c.preset)
 
 
 def _stage_ratio(label: str, question: str, name: str, old: Stage, new: Stage) -> Ratio:

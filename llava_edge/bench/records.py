@@ -80,6 +80,12 @@ class Configuration:
     preset: Preset = "auto"
 
     @property
+    def settings(self) -> tuple[object, ...]:
+        """Everything but the bundle's content, in the order of a CSV's columns."""
+        bundle = (self.model, self.quantization, self.vision)
+        return (*bundle, self.device, self.threads, self.context, self.image_tokens, self.preset)
+
+    @property
     def label(self) -> str:
         """Human-readable name; differs between the configurations of one sweep."""
         context = f", context {self.context}" if self.context else ""

@@ -60,14 +60,12 @@ def to_csv(report: Report) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for run in report.runs:
-        c = run.configuration
         for (question, name), stage in stages(run):
             result = run.questions.get(question)
             counts = (result.image_tokens, result.prompt_tokens, result.completion_tokens) if result else ("",) * 3
             cache = "|".join(dict.fromkeys(result.cache)) if result else ""
             share = "" if stage.share is None else stage.share
-            settings = (c.model, c.quantization, c.vision, c.device, c.threads, c.context, c.image_tokens, c.preset)
-            row = [*settings, question, cache, *counts, name]
+            row = [*run.configuration.settings, question, cache, *counts, name]
             writer.writerow([*row, stage.median, stage.low, stage.high, len(stage.samples), share, stage.limit])
     return text.getvalue()
 
