@@ -78,8 +78,7 @@ class Options:
 
     def __post_init__(self) -> None:
         _convert_numpy_numbers(self)
-        if self.speculate not in SPECULATE:
-            raise UsageError(f"speculate is {_abbreviate(self.speculate)}; expected one of {', '.join(SPECULATE)}.")
+        _check_choice("speculate", self.speculate, SPECULATE)
         _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
@@ -92,11 +91,7 @@ class Options:
         if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR_CHARACTERS:
             raise UsageError(f"grammar must be a string of at most {MAX_GRAMMAR_CHARACTERS} characters.")
         _check_integer("image_tokens", self.image_tokens, 0, 1 << 20)
-        if self.image_token_method not in TOKEN_METHODS:
-            raise UsageError(
-                f"image_token_method is {_abbreviate(self.image_token_method)}; "
-                f"expected one of {', '.join(TOKEN_METHODS)}."
-            )
+        _check_choice("image_token_method", self.image_token_method, TOKEN_METHODS)
         _check_number("repeat_penalty", self.repeat_penalty, 0.1, 10.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -145,9 +140,8 @@ class EngineOptions:
         _convert_numpy_numbers(self)
         if self.device not in DEVICES:
             raise UsageError(f"Device {self.device!r} is not known; choose one of {', '.join(DEVICES)}.")
-        for name, value, allowed in (("preset", self.preset, PRESETS), ("kv", self.kv, KV_TYPES)):
-            if value not in allowed:
-                raise UsageError(f"{name} is {_abbreviate(value)}; expected one of {', '.join(allowed)}.")
+        _check_choice("preset", self.preset, PRESETS)
+        _check_choice("kv", self.kv, KV_TYPES)
         _check_integer("threads", self.threads, 0, 512)
         _check_integer("context", self.context, 0, 1 << 20)
         if not isinstance(self.cache, bool | Path) and self.cache != "memory":
@@ -260,6 +254,11 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:  # NaN is in no range
         raise UsageError(f"{name} is {_abbreviate(value)}; expected a number from {low:g} to {high:g}.")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is {_abbreviate(value)}; expected one of {', '.join(allowed)}.")
 
 
 def _abbreviate(value: object) -> str:
