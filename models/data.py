@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def to_messages(record: Record) -> list[Message]:
     """Convert a record's turns to messages. As in LLaVA (llava/train/train.py), `<image>` is moved to the front and a
     leading answer is dropped. Raises `DataError`."""
     name = f"Record {record.get('id')!r}"
-    roles = {"human": "user", "gpt": "assistant"}
+    roles: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
     try:
         turns = [(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
         "".join(text for _, text in turns).encode()  # refuses unpaired surrogates
@@ -103,7 +103,7 @@ def to_messages(record: Record) -> list[Message]:
             f"{name} has {questions} {IMAGE_PLACEHOLDER} in questions and {answers} in answers, but {images} image."
         )
     return [
-        Message(role, text.replace(IMAGE_PLACEHOLDER, "").strip(), text.count(IMAGE_PLACEHOLDER))  # type: ignore[arg-type]
+        Message(role, text.replace(IMAGE_PLACEHOLDER, "").strip(), text.count(IMAGE_PLACEHOLDER))
         for role, text in turns
     ]
 

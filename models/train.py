@@ -84,9 +84,8 @@ def prepare_stage(model: Llava, recipe: Recipe, stage: Stage) -> list[dict[str, 
             layer.compile(dynamic=True)  # per stage, because a stage replaces modules inside
     if recipe.bf16 and all(each.trains != "full" for each in recipe.stages):
         for module in model.language_model.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Linear | nn.Embedding | LoraLinear) and not weight.requires_grad:  # type: ignore[union-attr]
-                module.weight = nn.Parameter(weight.to(torch.bfloat16), False)  # type: ignore[union-attr]
+            if isinstance(module, nn.Linear | nn.Embedding | LoraLinear) and not module.weight.requires_grad:
+                module.weight = nn.Parameter(module.weight.to(torch.bfloat16), False)
     return groups
 
 

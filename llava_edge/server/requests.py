@@ -14,12 +14,12 @@ from typing import Any
 from llava_edge.errors import UsageError
 from llava_edge.json_grammar import any_object, from_schema
 from llava_edge.options import MAX_TOKENS, Options
-from llava_edge.prompt import Message
+from llava_edge.prompt import Message, Role
 from llava_edge.server import data_url
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem, bad_request
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 # Unsupported fields that would change the answer, with the values that do not: OpenAI's fields, then those added by
 # llama.cpp's server and vLLM. Fields that only matter in combination with one of these are not listed.
@@ -258,7 +258,7 @@ def _parse_message(turn: object, param: str, images: list[bytes]) -> Message:
     if role == "assistant" and not content:  # null if it called tools
         content = ""
     if isinstance(content, str):
-        return Message(_ROLES[role], content)  # type: ignore[arg-type]
+        return Message(_ROLES[role], content)
     if not isinstance(content, list) or not content:
         raise bad_request("The content of a message must be a string or a list of parts.", f"{param}.content")
     texts: list[str] = []
@@ -267,7 +267,7 @@ def _parse_message(turn: object, param: str, images: list[bytes]) -> Message:
         _parse_part(part, f"{param}.content[{i}]", texts, images)
     if len(images) > before and role != "user":
         raise bad_request("Only user messages can have images.", f"{param}.content")
-    return Message(_ROLES[role], "\n".join(texts), len(images) - before)  # type: ignore[arg-type]
+    return Message(_ROLES[role], "\n".join(texts), len(images) - before)
 
 
 def _parse_part(part: object, param: str, texts: list[str], images: list[bytes]) -> None:
