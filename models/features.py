@@ -8,7 +8,6 @@ encoded again, and towers never share features.
 from __future__ import annotations
 
 import copy
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ import torch
 from llava_edge.bundle import Preprocessing
 from llava_edge.errors import CheckpointError
 from llava_edge.image import load_image, preprocess
+from llava_edge.locks import lock_file
 from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 from llava_edge.models.llava import Llava
@@ -117,10 +117,10 @@ class FeatureCache:
 
     def _acquire(self, lock: TextIO) -> None:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock, wait=False)
         except BlockingIOError:
             self._log(f"another run is computing these features; waiting for it to finish with {self.folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock, wait=True)
 
     def _read_index(self) -> dict[str, int]:
         """Row number by key, of complete rows with a complete line."""
