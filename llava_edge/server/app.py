@@ -236,13 +236,13 @@ async def _problem_handler(request: Request, problem: Exception) -> Response:
 
 
 async def _http_error_handler(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
+    assert isinstance(error, HTTPException)
     not_found = "There is no such path; OpenAI's API is under /v1, Ollama's under /api."
     if request.scope["path"].startswith(("/v1/", "/api/")):
         not_found = "This server does not have this part of the API."
-    message = "This path does not support the method." if status == 405 else not_found
-    response = problem_response(Problem(status, message), request.scope["path"])
-    response.headers.update(getattr(error, "headers", None) or {})  # Allow: the methods of the path
+    message = "This path does not support the method." if error.status_code == 405 else not_found
+    response = problem_response(Problem(error.status_code, message), request.scope["path"])
+    response.headers.update(error.headers or {})  # Allow: the methods of the path
     return response
 
 
