@@ -90,9 +90,8 @@ def is_complete(data: bytes, kind: str) -> bool:
 def _is_complete_jpeg(data: bytes) -> bool:
     """Whether the scan has an end marker; without one, Pillow may fill the missing part with grey."""
     position = 2
-    while (
-        position + 4 <= len(data) and data[position + 1] != 0xDA
-    ):  # skip to start of scan: thumbnails have end markers
+    # Skip to the start of the scan: thumbnails have end markers.
+    while position + 4 <= len(data) and data[position + 1] != 0xDA:
         position += 1 if data[position + 1] == 0xFF else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return data.find(b"\xff\xd9", position) >= 0
 
@@ -101,10 +100,8 @@ def _is_complete_png(data: bytes) -> bool:
     """Whether the critical chunks up to IEND match their checksums; Pillow does not check those of the pixels."""
     position, view = 8, memoryview(data)
     while position + 12 <= len(data):
-        kind, end = (
-            data[position + 4 : position + 8],
-            position + 8 + int.from_bytes(data[position : position + 4], "big"),
-        )
+        kind = data[position + 4 : position + 8]
+        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
         if kind[:1].isupper() and zlib.crc32(view[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             return False
         if kind == b"IEND":
