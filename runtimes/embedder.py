@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,9 @@ class Embedder:
             return rows
         embedding = self._precomputed.pop(picture.key, None)
         if embedding is None:
-            job.vision_run = job.vision_run or self._load_models()[0].new_run_options()
-            embedding = self._compute(picture, job.vision_run, job.cancel)
+            run_options = self._load_models()[0].new_run_options()
+            job.abort = partial(setattr, run_options, "terminate", True)
+            embedding = self._compute(picture, run_options, job.cancel)
         stats.encoded_pictures += 1
         stats.encode_ms += embedding.encode_ms + embedding.project_ms
         stats.project_ms += embedding.project_ms
@@ -109,14 +111,14 @@ class Embedder:
             self._models = open_encoder(self._bundle, self._setting, self._provider), projector
         return self._models
 
-    def _compute(self, picture: Picture, vision_run: Any, cancel: threading.Event) -> Embedding:
+    def _compute(self, picture: Picture, run_options: Any, cancel: threading.Event) -> Embedding:
         """Encode and project a picture. Crops go one by one: five at once take five times the working memory."""
         vision, projector = self._load_models()
         start = time.perf_counter()
         if picture.budget is not None:
-            features = [_encode_reduced(vision, picture, picture.budget, vision_run, cancel)]
+            features = [_encode_reduced(vision, picture, picture.budget, run_options, cancel)]
         else:
-            features = [vision.encode(crop, vision_run) for crop in _crops(picture, cancel)]
+            features = [vision.encode(crop, run_options) for crop in _crops(picture, cancel)]
         encode_ms = elapsed_ms(start)
         start = time.perf_counter()
         embeddings = np.stack([projector.project(item) for item in features])
@@ -125,10 +127,10 @@ class Embedder:
 
 
 def _encode_reduced(
-    vision: VisionEncoder, picture: Picture, budget: Budget, vision_run: Any, cancel: threading.Event
+    vision: VisionEncoder, picture: Picture, budget: Budget, run_options: Any, cancel: threading.Event
 ) -> Array:
     """Encode a picture and reduce its features to the budget: (positions, vision width) float32."""
-    encoded = [vision.encode_with_attention(crop, vision_run) for crop in _crops(picture, cancel)]
+    encoded = [vision.encode_with_attention(crop, run_options) for crop in _crops(picture, cancel)]
     features, attention = (np.concatenate(outputs)[budget.rows] for outputs in zip(*encoded, strict=True))
     return token_budget.reduce_features(features, attention, len(picture.rows), budget.method, budget.seed)
 

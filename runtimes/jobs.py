@@ -94,7 +94,7 @@ class Job:
     claim: _Claim = field(default_factory=_Claim)
     output: queue.SimpleQueue[Chunk | BaseException | None] = field(default_factory=queue.SimpleQueue)
     followers: list[Job] = field(default_factory=list)
-    vision_run: Any = None  # of VisionEncoder.new_run_options, while pictures are encoded
+    abort: Callable[[], object] = lambda: None  # stops work that does not look at `cancel`
     ended: bool = False
 
     def end(self, error: BaseException | None = None) -> None:
@@ -106,8 +106,7 @@ class Job:
     def stop(self) -> None:
         """Ask the engine thread, from any thread, to abort this job."""
         self.cancel.set()
-        if self.vision_run is not None:
-            self.vision_run.terminate = True
+        self.abort()
 
     def next(self) -> Chunk | BaseException | None:
         """Wait for the next output."""

@@ -232,7 +232,7 @@ def tiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llava]:
 def embedded(llava: Llava, options: Options) -> Array:
     engine = llava._engine
     shown = apply_token_budget(prepare(RED, llava.bundle.manifest), options, llava.bundle.manifest)
-    job = cast(Job, SimpleNamespace(vision_run=None, cancel=threading.Event()))
+    job = cast(Job, SimpleNamespace(cancel=threading.Event()))
     return np.asarray(engine.model.embedder.submit(shown, RequestStats(0), job).result())
 
 
