@@ -15,7 +15,7 @@ import click
 from llava_edge import Llava
 from llava_edge.options import EngineOptions, Options
 from llava_edge.runtimes import compute
-from llava_edge.runtimes.jobs import Worker
+from llava_edge.runtimes.worker import Worker
 from llava_edge.store import DEFAULT_MODEL
 
 QUESTION = "Write the alphabet three times, the letters separated by commas."

@@ -19,10 +19,11 @@ from llava_edge.errors import ContextOverflowError, LlavaEdgeError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result, result_of
 from llava_edge.prompt import Message
-from llava_edge.runtimes.jobs import POLL_SECONDS, Stream
+from llava_edge.runtimes.jobs import Stream
 from llava_edge.runtimes.pictures import Picture, copy_image, snapshot_images
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.requests import check_request, check_slots
+from llava_edge.runtimes.worker import POLL_SECONDS
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 AnyImage = ImageInput | bytearray | memoryview | Picture

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 
 from llava_edge.locks import fork_safe_lock
-from llava_edge.runtimes.jobs import Worker
+from llava_edge.runtimes.worker import Worker
 
 _lock = fork_safe_lock()
 _current: weakref.ref[Worker] | None = None

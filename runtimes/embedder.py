@@ -21,13 +21,14 @@ import numpy as np
 from llava_edge import anyres, token_budget
 from llava_edge.bundle import PROJECTOR, VISION, VISION_DATA, Bundle
 from llava_edge.runtimes import CancelledError, devices, native
-from llava_edge.runtimes.jobs import Job, Worker
+from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.picture_cache import PictureCache, digest, file_identity
 from llava_edge.runtimes.pictures import Budget, Picture
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.stats import RequestStats, elapsed_ms
 from llava_edge.runtimes.tune import Setting, open_encoder
 from llava_edge.runtimes.vision import VisionEncoder
+from llava_edge.runtimes.worker import Worker
 
 Array = np.ndarray[Any, Any]
 
@@ -138,7 +139,7 @@ def _encode_reduced(
 def _crops(picture: Picture, cancel: threading.Event) -> Iterator[Array]:
     """Yield the crops until the job is cancelled. Raises `CancelledError`."""
     for crop in picture.crops:
-        if cancel.is_set():  # checked after `job.vision_run` is set, so that `Job.stop` is never missed
+        if cancel.is_set():  # checked after `job.abort` is set, so that `Job.stop` is never missed
             raise CancelledError
         yield crop
 

@@ -1,6 +1,6 @@
 """The engine thread and its job queue: each caller reads the stream of its own job, and can cancel that job alone.
 
-Also the worker threads that it uses. Knows nothing about what the jobs do.
+Knows nothing about what the jobs do.
 """
 
 from __future__ import annotations
@@ -8,24 +8,19 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-import weakref
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from llava_edge.errors import UsageError
 from llava_edge.options import Chunk
-from llava_edge.runtimes import CancelledError
+from llava_edge.runtimes.worker import POLL_SECONDS
 
 Stream = Generator[Chunk, None, None]
 MakeChunk = Callable[[], Chunk]
-Tasks = queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
-T = TypeVar("T")
 
 CLOSED = "The engine is closed; load another one."
 FORKED = "The engine was loaded before this process was forked and cannot be used in it; load one here."
-POLL_SECONDS = 0.05  # how often a waiting caller checks for cancellation
 IDLE_SECONDS = 1.0  # without a job until `on_idle`: longer than programs take from one question to the next
 
 
@@ -316,63 +311,3 @@ class EngineThread:
         for job in finished:
             job.end(error)
         return True
-
-
-def wait_result(future: Future[T], cancel: threading.Event) -> T:
-    """Wait for a future. Raises `CancelledError` if `cancel` is set before the worker thread has started on it."""
-    try:
-        while not wait([future], POLL_SECONDS).done:
-            if cancel.is_set() and future.cancel():
-                raise CancelledError
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
-
-
-class Worker:
-    """A thread that runs one task after the other until `shutdown`, or until it is garbage-collected or Python exits.
-
-    A ThreadPoolExecutor would refuse tasks once the main thread has ended, when others may still read answers.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._tasks: Tasks = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_run_tasks, args=(self._tasks,), name=name, daemon=True)
-        self._thread.start()
-        self._finish = weakref.finalize(self, _finish, self._tasks, self._thread)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it accepts tasks: not after `shutdown`, and not in a forked process."""
-        return self._finish.alive and self._thread.is_alive()
-
-    def submit(self, run: Callable[..., T], *args: Any) -> Future[T]:
-        """Queue a call. Raises RuntimeError after `shutdown`."""
-        if not self._finish.alive:
-            raise RuntimeError("the thread has ended")
-        future: Future[T] = Future()
-        self._tasks.put((future, run, args))
-        return future
-
-    def shutdown(self) -> None:
-        """End the thread after all queued tasks. Harmless when repeated."""
-        self._finish()
-
-
-def _run_tasks(tasks: Tasks) -> None:
-    """Keep no reference to the `Worker` or to finished tasks, so that they can be garbage-collected."""
-    while (task := tasks.get()) is not None:
-        future, run, args = task
-        try:
-            if future.set_running_or_notify_cancel():
-                future.set_result(run(*args))
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
-            future.set_exception(error)
-        del task, future, run, args
-
-
-def _finish(tasks: Tasks, thread: threading.Thread) -> None:
-    tasks.put(None)
-    if thread is not threading.current_thread():
-        thread.join()

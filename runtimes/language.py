@@ -21,10 +21,10 @@ from llava_edge import gguf
 from llava_edge.errors import BundleError, MemoryLimitError
 from llava_edge.runtimes import CancelledError, bindings, compute, devices, mapping, native
 from llava_edge.runtimes.batch import Batch
-from llava_edge.runtimes.jobs import POLL_SECONDS, Worker, wait_result
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.threads import AdaptiveThreads
 from llava_edge.runtimes.vocabulary import Vocabulary
+from llava_edge.runtimes.worker import POLL_SECONDS, Worker, wait_result
 
 Array = np.ndarray[Any, Any]
 Key = int | tuple[str, int]  # what a position holds: a token id, or (hash of an image, row of its embeddings)

@@ -16,7 +16,7 @@ import numpy as np
 from llava_edge import __version__
 from llava_edge.bundle import Bundle
 from llava_edge.cache import Cache
-from llava_edge.runtimes.jobs import Worker
+from llava_edge.runtimes.worker import Worker
 
 MEMORY_BYTES = 64 << 20  # kept in memory: seven pictures of LLaVA-1.5-7B, hundreds of the default model
 MAX_QUEUED_BYTES = 1 << 30  # waiting to be written; what exceeds this is not written

@@ -14,7 +14,7 @@ import pytest
 from processes import in_child
 
 from llava_edge.bundle import LANGUAGE
-from llava_edge.runtimes import CancelledError, compute, jobs
+from llava_edge.runtimes import CancelledError, compute, worker
 from llava_edge.runtimes.language import LanguageModel
 
 NEVER = threading.Event()
@@ -105,7 +105,7 @@ def test_a_model_is_not_freed_while_it_computes(micro_bundle: Path, monkeypatch:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(language.library, "llama_decode", slowly)
-    monkeypatch.setattr(jobs, "wait", interrupted)
+    monkeypatch.setattr(worker, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         language.evaluate_tokens([5], NEVER)
     closing = threading.Thread(target=language.close)

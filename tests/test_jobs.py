@@ -18,7 +18,8 @@ import pytest
 from llava_edge.errors import ImageError, UsageError
 from llava_edge.options import Chunk, Result
 from llava_edge.runtimes import CancelledError, jobs
-from llava_edge.runtimes.jobs import EngineThread, Job, Worker, wait_result
+from llava_edge.runtimes.jobs import EngineThread, Job
+from llava_edge.runtimes.worker import POLL_SECONDS, Worker, wait_result
 
 SOON = 5.0  # seconds in which everything here happens
 LAST = Chunk("", 0, "stop", cast(Result, object()), ())
@@ -275,10 +276,10 @@ def test_a_worker_leaves_out_what_nobody_waits_for_and_ends_what_it_began(monkey
         with pytest.raises(CancelledError):
             wait_result(worker.submit(ran.append, "cancelled"), cancel)
         with monkeypatch.context() as patch:
-            patch.setattr(jobs, "wait", interrupted)
+            patch.setattr("llava_edge.runtimes.worker.wait", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 wait_result(worker.submit(ran.append, "interrupted"), threading.Event())
-        time.sleep(3 * jobs.POLL_SECONDS)
+        time.sleep(3 * POLL_SECONDS)
         free.set()
         assert running.result(SOON)
     worker.shutdown()
