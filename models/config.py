@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llava_edge.bundle import Merge, Square
@@ -233,6 +235,13 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
             "after_control": config.after_control,
         },
     }
+
+
+def write_settings(folder: Path, config: LlavaConfig, tokenizer: dict[str, Any]) -> None:
+    """Write config.json, and `tokenizer` as tokenizer.json, into a folder, which is created if necessary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_hf(config), indent=2), "utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
 
 
 # transformers' defaults, which a config.json may omit: LlamaConfig, MistralConfig, LlavaNextConfig ((height, width))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_edge.errors import CannotCreateError
 from llava_edge.models import byte_level
-from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
+from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, write_settings
 from llava_edge.models.conversations import Record, make_record
 from llava_edge.models.shapes import save_tensors, tensor_shapes
 
@@ -89,9 +89,7 @@ def write_checkpoint(
     folder: Path, *, seed: int = 0, config: LlavaConfig = CONFIG, tensors: Mapping[str, np.ndarray] | None = None
 ) -> Path:
     """Write config.json, tokenizer.json and model.safetensors; random weights unless `tensors` are given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_hf(config), indent=2), "utf-8")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(), ensure_ascii=False), "utf-8")
+    write_settings(folder, config, tokenizer_json())
     save_tensors(folder / "model.safetensors", tensors or random_tensors(config, seed))
     return folder
 

@@ -15,7 +15,7 @@ import click
 import numpy as np
 
 from llava_edge.models import micro
-from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
+from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, write_settings
 from llava_edge.models.shapes import Shapes, tensor_shapes
 
 _7B = TextConfig(vocab_size=32064)
@@ -41,9 +41,7 @@ _ALIGNMENT = 8
 
 def write_random(folder: Path, config: LlavaConfig, seed: int = 0) -> Path:
     """Write config.json, tokenizer.json (byte-level, few merges) and float16 shards with their index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_hf(replace(config, template="chatml")), indent=2), "utf-8")
-    (folder / "tokenizer.json").write_text(json.dumps(micro.tokenizer_json(), ensure_ascii=False), "utf-8")
+    write_settings(folder, replace(config, template="chatml"), micro.tokenizer_json())
     shards = _split_shards(tensor_shapes(config))
     weight_map: dict[str, str] = {}
     rng = np.random.default_rng(seed)

@@ -8,7 +8,6 @@ Needs numpy, onnx, gguf and safetensors; no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import numpy as np
 from llava_edge import gguf, interpreter
 from llava_edge.errors import DataError
 from llava_edge.models import byte_level
-from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, to_hf
+from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, write_settings
 from llava_edge.models.llama_gguf import read_language_tensor, tensor_names
 from llava_edge.models.shapes import save_tensors
 
@@ -172,9 +171,7 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
 def base_checkpoint(folder: Path, parts: Path, log: Log = lambda line: None) -> Arrays:
     """Fetch the parts, write config.json and tokenizer.json into `folder`, return the untrained tensors."""
     clip, language = fetch(CLIP, parts, log), fetch(LANGUAGE, parts, log)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_hf(CONFIG), indent=2), "utf-8")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(language), ensure_ascii=False), "utf-8")
+    write_settings(folder, CONFIG, tokenizer_json(language))
     return {**clip_tensors(clip), **language_tensors(language)}
 
 
