@@ -42,10 +42,10 @@ _NEWLINE = re.compile(r"(model|v)\.image_newline")  # the first converter's name
 _IGNORED = re.compile(r"v\.post_ln\.(weight|bias)|v\.blk\.\d+\..*")  # after the layer that LLaVA reads
 
 
-def open_pair(language: Path, mmproj: Path, template: str = "") -> Checkpoint:
+def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
     """Read and check both headers, without reading weights yet.
 
-    template: name of the prompt layout; by default the one that sizes and chat template suggest.
+    template: name of the prompt layout; empty for the one that sizes and chat template suggest.
     Raises `MissingError`, `BundleError` for a damaged GGUF, or `CheckpointError` for one that is not a LLaVA.
     """
     text_file, vision_file = _read_headers(language, mmproj)

@@ -107,7 +107,7 @@ _PARTIAL = {
 }
 
 
-def read_source(folder: Path, base: Path | None = None, vision_tower: Path | None = None) -> Source:
+def read_source(folder: Path, base: Path | None, vision_tower: Path | None) -> Source:
     """Gather all parts, without reading large tensors. Raises `MissingError`, `UsageError` or `CheckpointError`."""
     layout = detect_layout(folder)
     if layout == "language model":

@@ -22,7 +22,7 @@ TYPE_LIMITS = {"F32": 0.0, "F16": 1e-3, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K": 0.13
 TYPE_LIMITS |= {"Q4_K": 0.25, "Q4_0": 0.25, "Q4_1": 0.25}
 
 
-def read_back_language(path: Path, checkpoint: Checkpoint, progress: Callable[[float], None] = lambda x: None) -> None:
+def read_back_language(path: Path, checkpoint: Checkpoint, progress: Callable[[float], None]) -> None:
     """Compare every tensor of a language file with its source. Raises `CheckpointError` naming one that differs."""
     names = llama_gguf.tensor_names(checkpoint.config.text)
     _read_back(path, names, lambda target: llm_gguf.gguf_tensor(checkpoint, target, names[target]), progress)

@@ -168,7 +168,7 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
     return byte_level.tokenizer_json(tokens, merges, [i for i, kind in enumerate(types) if kind == 3])
 
 
-def base_checkpoint(folder: Path, parts: Path, log: Log = lambda line: None) -> Arrays:
+def base_checkpoint(folder: Path, parts: Path, log: Log) -> Arrays:
     """Fetch the parts, write config.json and tokenizer.json into `folder`, return the untrained tensors."""
     clip, language = fetch(CLIP, parts, log), fetch(LANGUAGE, parts, log)
     write_settings(folder, CONFIG, tokenizer_json(language))
