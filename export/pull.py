@@ -7,7 +7,6 @@ from pathlib import Path
 
 from llava_edge import store
 from llava_edge.bundle import Manifest, Provenance, read_manifest
-from llava_edge.errors import UsageError
 from llava_edge.export.adapter import LowRank
 from llava_edge.export.checkpoint import LanguageFile
 from llava_edge.export.exporter import ExportOptions, export, require_extra
@@ -17,19 +16,17 @@ from llava_edge.models import smol
 FINE_BLOCKS = 0  # the weights of smol's tower are int8 already, so there is no rounding error
 
 
-def pull(name: str, target: Path, progress: Callable[[str, float | None], None]) -> Manifest:
-    """Create the bundle of the model `name` in the folder `target`, replacing an older bundle there.
+def pull(target: Path, progress: Callable[[str, float | None], None]) -> Manifest:
+    """Create the bundle of `smol` in the folder `target`, replacing an older bundle there.
 
     Downloads are cached, so that a second try continues the first.
     Raises what `models.smol` and `export` raise; the old bundle stays until the new one is complete.
     """
-    if name != "smol":
-        raise UsageError(f"There is no model {name!r} to pull; the only one is smol.")
     require_extra()
     check_target(target, force=True)
     parts = store.home() / "parts"
     with staging(parts / "checkpoint") as folder:  # 0.9 GB, which the next pull removes after a kill
-        checkpoint = smol.write_checkpoint(folder / name, parts, log=lambda line: progress(line, None))
+        checkpoint = smol.write_checkpoint(folder / "smol", parts, log=lambda line: progress(line, None))
         provenance = (
             *(
                 Provenance(kind, f"{part.description}, from {part.package} {part.version}", part.licence, part.sha256)
@@ -41,7 +38,7 @@ def pull(name: str, target: Path, progress: Callable[[str, float | None], None])
         options = ExportOptions(
             checkpoint,
             target,
-            name=name,
+            name="smol",
             provenance=provenance,
             force=True,
             fine_blocks=FINE_BLOCKS,

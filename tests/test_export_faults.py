@@ -349,7 +349,7 @@ from pathlib import Path
 from llava_edge.export.pull import pull
 from llava_edge.models import smol
 smol.write_checkpoint = lambda folder, *_, **__: (folder.mkdir(), os._exit(1) if sys.argv[2:] else sys.exit(2))
-pull("smol", Path(sys.argv[1]), print)
+pull(Path(sys.argv[1]), print)
 """
     environment = {**os.environ, "LLAVA_EDGE_HOME": str(tmp_path)}
     for killed, left in ((["killed"], 1), ([], 0)):

@@ -91,5 +91,5 @@ def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
         raise CannotCreateError(f"{home} cannot be written to ({problem}); set LLAVA_EDGE_HOME to a folder of yours.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with require_extra("export", "Pulling a model"):
-        pull(name, target, progress)
+        pull(target, progress)
     return target
