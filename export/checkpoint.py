@@ -202,13 +202,13 @@ def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> No
 
 # llama.cpp's limits (`gguf.check_language`); anything not listed is limited like a vocabulary, to 1 << 22.
 _MAX_VALUES = {
-    "num_hidden_layers": gguf.MAX_BLOCKS,
-    "num_attention_heads": 1024,
-    "num_key_value_heads": 1024,
-    "hidden_size": 1 << 17,
-    "intermediate_size": 1 << 20,
+    "num_hidden_layers": gguf.MAX_NUMBERS["block_count"],
+    "num_attention_heads": gguf.MAX_NUMBERS["head_count"],
+    "num_key_value_heads": gguf.MAX_NUMBERS["head_count"],
+    "hidden_size": gguf.MAX_NUMBERS["embedding_length"],
+    "intermediate_size": gguf.MAX_NUMBERS["feed_forward_length"],
     "image_size": 1 << 13,
-    "max_position_embeddings": 1 << 24,
+    "max_position_embeddings": gguf.MAX_NUMBERS["context_length"],
     "rope_theta": 1e12,
     "rms_norm_eps": 1.0,
     "layer_norm_eps": 1.0,

@@ -143,17 +143,17 @@ def _is_mmproj(file: Gguf) -> bool:
 
 def _text_config(file: Gguf) -> TextConfig:
     """Raises `CheckpointError` for scaled or partial rotary embeddings."""
-    heads = file.number("llama.attention.head_count", 1, 1024)
+    heads = file.number("llama.attention.head_count")
     config = TextConfig(
         vocab_size=file.tensors["token_embd.weight"].shape[0],
-        hidden_size=file.number("llama.embedding_length", 1, 1 << 17),
-        intermediate_size=file.number("llama.feed_forward_length", 1, 1 << 20),
-        num_hidden_layers=file.number("llama.block_count", 1, gguf.MAX_BLOCKS),
+        hidden_size=file.number("llama.embedding_length"),
+        intermediate_size=file.number("llama.feed_forward_length"),
+        num_hidden_layers=file.number("llama.block_count"),
         num_attention_heads=heads,
         num_key_value_heads=file.metadata.get("llama.attention.head_count_kv", heads),
         rms_norm_eps=_positive_float(file, "llama.attention.layer_norm_rms_epsilon"),
         rope_theta=_positive_float(file, "llama.rope.freq_base", 10000.0),
-        max_position_embeddings=file.number("llama.context_length", 1, 1 << 24),
+        max_position_embeddings=file.number("llama.context_length"),
         tie_word_embeddings="output.weight" not in file.tensors,
         bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id", 1),
         eos_token_id=file.metadata.get("tokenizer.ggml.eos_token_id", 2),
@@ -193,14 +193,14 @@ def _vision_config(file: Gguf) -> tuple[VisionConfig, int, list[str]]:
     for key, kind in (("use_gelu", "GELU"), ("use_silu", "SiLU")):
         if file.metadata.get(f"clip.{key}"):
             raise CheckpointError(f"{file.path} computes with {kind}, so its tower is not OpenAI's CLIP (quick-GELU).")
-    blocks = file.number("clip.vision.block_count", 1, gguf.MAX_BLOCKS)
+    blocks = file.number("clip.vision.block_count")
     config = VisionConfig(
-        image_size=file.number("clip.vision.image_size", 1, 4096),
-        patch_size=file.number("clip.vision.patch_size", 1, 4096),
-        hidden_size=file.number("clip.vision.embedding_length", 1, 1 << 17),
-        intermediate_size=file.number("clip.vision.feed_forward_length", 1, 1 << 20),
+        image_size=file.number("clip.vision.image_size"),
+        patch_size=file.number("clip.vision.patch_size"),
+        hidden_size=file.number("clip.vision.embedding_length"),
+        intermediate_size=file.number("clip.vision.feed_forward_length"),
         num_hidden_layers=blocks,
-        num_attention_heads=file.number("clip.vision.attention.head_count", 1, 1024),
+        num_attention_heads=file.number("clip.vision.attention.head_count"),
         layer_norm_eps=_positive_float(file, "clip.vision.attention.layer_norm_epsilon"),
     )
     if config.hidden_size % config.num_attention_heads or not config.grid:

@@ -28,7 +28,16 @@ MAX_NAME_BYTES = 64  # GGML_MAX_NAME
 MAX_STRING_BYTES = 1 << 20
 MAX_ITEMS = 1 << 21  # per array; the largest vocabularies have about 2^18 tokens
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
+# Largest value of a key that ends in one of these names.
+MAX_NUMBERS = {
+    "block_count": 512,  # LLAMA_MAX_LAYERS
+    "context_length": 1 << 24,
+    "embedding_length": 1 << 17,
+    "feed_forward_length": 1 << 20,
+    "head_count": 1024,
+    "image_size": 4096,
+    "patch_size": 4096,
+}
 
 # Metadata value types: id -> struct format. 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -113,9 +122,10 @@ class Gguf:
         with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Header(self.path, data).items(array)
 
-    def number(self, key: str, low: int, high: int) -> int:
-        """An integer from the metadata, within bounds. Raises `BundleError`."""
+    def number(self, key: str, low: int = 1, high: int | None = None) -> int:
+        """An integer from the metadata, up to `high` or that of `MAX_NUMBERS`. Raises `BundleError`."""
         value = self.metadata.get(key)
+        high = MAX_NUMBERS[key.rpartition(".")[2]] if high is None else high
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise BundleError(f"{self.path} has {key} = {value!r}; expected an integer from {low} to {high}.")
         return value
@@ -143,14 +153,14 @@ def check_language(file: Gguf) -> None:
     """
     if file.architecture != "llama":
         raise BundleError(f"{file.path} has the architecture {file.architecture!r}; only 'llama' is supported.")
-    blocks = file.number("llama.block_count", 1, MAX_BLOCKS)
-    width = file.number("llama.embedding_length", 1, 1 << 17)
-    heads = file.number("llama.attention.head_count", 1, 1024)
+    blocks = file.number("llama.block_count")
+    width = file.number("llama.embedding_length")
+    heads = file.number("llama.attention.head_count")
     kv_heads = heads
     if "llama.attention.head_count_kv" in file.metadata:
         kv_heads = file.number("llama.attention.head_count_kv", 1, heads)
-    file.number("llama.context_length", 1, 1 << 24)
-    file.number("llama.feed_forward_length", 1, 1 << 20)
+    file.number("llama.context_length")
+    file.number("llama.feed_forward_length")
     if width % heads or heads % kv_heads:
         raise BundleError(f"{file.path} has {heads} heads and {kv_heads} key/value heads in a width of {width}.")
     _check_metadata(file)

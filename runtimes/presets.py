@@ -71,7 +71,7 @@ def choose(
     repacked = 0 if gpu_layers else _repacked_bytes(header)
     if options.draft:
         draft = gguf.read(Path(options.draft))
-        needed += memory_bytes(draft, min(context, draft.number("llama.context_length", 1, 1 << 24)), "f16")
+        needed += memory_bytes(draft, min(context, draft.number("llama.context_length")), "f16")
         repacked += _repacked_bytes(draft) if repacked else 0
     available = "unknown memory" if free is None else f"{free >> 20} MiB"
     preset = Preset("memory" if small else "latency", "asked for", context, kv, repack=repacked > 0 and not small)
@@ -118,7 +118,7 @@ def memory_bytes(header: Gguf, context: int, kv: Literal["f16", "q8_0"]) -> int:
 
 def kv_width(header: Gguf) -> int:
     """Return the width of a position's keys, and of its values, in one block."""
-    heads = header.number("llama.attention.head_count", 1, 1024)
+    heads = header.number("llama.attention.head_count")
     kv_heads: int = header.metadata.get("llama.attention.head_count_kv", heads)
     width: int = header.metadata["llama.embedding_length"]
     return width // heads * kv_heads

@@ -184,7 +184,7 @@ def test_a_draft_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     memory = EngineOptions(preset="memory", kv="f16")
     with_draft = replace(memory, draft=header.path)
     one = presets.memory_bytes(header, 128, "f16")
-    trained = header.number("llama.context_length", 1, 1 << 24)
+    trained = header.number("llama.context_length")
     two = one + presets.memory_bytes(header, min(128, trained), "f16")
     monkeypatch.setattr(devices, "available_memory", lambda: two - 1)
     assert presets.choose(memory, header, 128).name == "memory"

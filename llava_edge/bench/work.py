@@ -68,8 +68,8 @@ def bundle_work(bundle: Bundle) -> Work:
         _matrices=sum(
             prod(item.shape) for name, item in read.items() if name.startswith("blk.") and len(item.shape) == 2
         ),
-        _blocks=language.number("llama.block_count", 1, gguf.MAX_BLOCKS),
-        _width=language.number("llama.embedding_length", 1, 1 << 17),
+        _blocks=language.number("llama.block_count"),
+        _width=language.number("llama.embedding_length"),
         _vocabulary=bundle.manifest.language.vocab_size,
         _token_bytes=sum(tensor.size for tensor in read.values()),
         _cache_width=kv_width(language),
