@@ -52,14 +52,14 @@ class Picture:
     rows: (positions,) indices into the crops' embeddings, in the order of the language model's positions, see
         `anyres.layout`; with a budget, into those that it leaves: 0, 1, 2, ...
     key: a hash of everything that the embeddings depend on.
-    milliseconds: time to prepare it; decode_milliseconds: of these, until the picture was RGB.
+    preprocess_ms: time to prepare it; image_ms: of these, until the picture was RGB.
     """
 
     crops: Array
     rows: Array
     key: str
-    milliseconds: float
-    decode_milliseconds: float = 0.0
+    preprocess_ms: float
+    image_ms: float = 0.0
     budget: Budget | None = None
 
 
@@ -102,8 +102,8 @@ class RecentPictures:
         read_ms = elapsed_ms(start)
         picture = recent or prepare(data, self._manifest, name)
         self._add(key, picture)
-        total_ms, decode_ms = (0.0, 0.0) if recent else (picture.milliseconds, picture.decode_milliseconds)
-        return replace(picture, milliseconds=read_ms + total_ms, decode_milliseconds=read_ms + decode_ms)
+        total_ms, image_ms = (0.0, 0.0) if recent else (picture.preprocess_ms, picture.image_ms)
+        return replace(picture, preprocess_ms=read_ms + total_ms, image_ms=read_ms + image_ms)
 
     def prepare_all(self, sources: Sequence[ImageInput | Picture]) -> list[Picture]:
         """Prepare several in parallel; their times are scaled to add up to the elapsed time. Raises the first error."""
@@ -119,7 +119,7 @@ class RecentPictures:
         except RuntimeError:  # no thread could be started
             pictures = list(map(self.prepare, sources, names))
         new = [picture for source, picture in zip(sources, pictures, strict=True) if picture is not source]
-        factor = min(1.0, elapsed_ms(start) / sum(picture.milliseconds for picture in new))
+        factor = min(1.0, elapsed_ms(start) / sum(picture.preprocess_ms for picture in new))
         return [_scale_times(picture, factor) if picture in new else picture for picture in pictures]
 
     def _add(self, key: bytes, picture: Picture) -> None:
@@ -130,8 +130,7 @@ class RecentPictures:
 
 
 def _scale_times(picture: Picture, factor: float) -> Picture:
-    total_ms, decode_ms = factor * picture.milliseconds, factor * picture.decode_milliseconds
-    return replace(picture, milliseconds=total_ms, decode_milliseconds=decode_ms)
+    return replace(picture, preprocess_ms=factor * picture.preprocess_ms, image_ms=factor * picture.image_ms)
 
 
 def _error_names(count: int) -> list[str]:

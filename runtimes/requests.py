@@ -81,8 +81,8 @@ class Preparer:
         self._check_fits(stats, ids, [len(picture.rows) for picture in pictures], messages)
         # A prepared picture that is given twice took its time once; a file that is named twice was read twice.
         distinct = {id(picture): picture for picture in prepared}.values()
-        stats.preprocess_ms = sum(picture.milliseconds for picture in distinct)
-        stats.image_ms = sum(picture.decode_milliseconds for picture in distinct)
+        stats.preprocess_ms = sum(picture.preprocess_ms for picture in distinct)
+        stats.image_ms = sum(picture.image_ms for picture in distinct)
         continued = messages[-1].role == "assistant" and messages[-1].text[-1:].strip() != ""
         stream = TextStream((*options.stop, *self._template.stop_sequences), continued=continued)
         max_tokens = min(options.max_tokens, self._model.context_size - stats.prompt_tokens)

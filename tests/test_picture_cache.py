@@ -249,13 +249,13 @@ def test_a_picture_shown_twice_is_encoded_and_counted_once(micro_bundle: Path, m
     with opened(micro_bundle, shown=[lambda: shown] * 3) as llava:
         result = result_of(llava.answer([Message("user", "What is it?", 3)], [shown] * 3))
     assert keys == [shown.key]
-    assert result.timings.preprocess_ms == shown.milliseconds
+    assert result.timings.preprocess_ms == shown.preprocess_ms
 
 
 def test_what_equal_files_took_is_counted_for_each(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one of them it may be next to nothing: whose pixels were kept."""
     first, second = (
-        replace(prepare(picture("red"), Bundle.open(micro_bundle).manifest), milliseconds=ms) for ms in (90, 1)
+        replace(prepare(picture("red"), Bundle.open(micro_bundle).manifest), preprocess_ms=ms) for ms in (90, 1)
     )
     monkeypatch.setattr(pictures.RecentPictures, "prepare_all", lambda *_: [first, second])
     with opened(micro_bundle) as llava:
@@ -355,7 +355,7 @@ def test_pictures_side_by_side_are_what_each_is_alone(
         monkeypatch.setattr(pictures, "ThreadPoolExecutor", _Full)
     manifest = Bundle.open(micro_bundle).manifest
     picture("red").save(tmp_path / "red.png")
-    ready = replace(prepare(picture("green"), manifest), milliseconds=77.0)
+    ready = replace(prepare(picture("green"), manifest), preprocess_ms=77.0)
     sources: list[Any] = [
         tmp_path / "red.png",
         picture("blue"),
@@ -369,8 +369,8 @@ def test_pictures_side_by_side_are_what_each_is_alone(
     taken = (time.perf_counter() - start) * 1000
     assert [each.key for each in made] == [prepare(each, manifest).key for each in sources]
     assert made[2] is ready
-    assert 0 < sum(each.milliseconds for each in made) - 77 <= taken
-    assert all(each.decode_milliseconds <= each.milliseconds for each in made)
+    assert 0 < sum(each.preprocess_ms for each in made) - 77 <= taken
+    assert all(each.image_ms <= each.preprocess_ms for each in made)
     with pytest.raises(MissingError, match="first"):
         recent.prepare_all([picture("red"), tmp_path / "first.png", b"second", picture("blue")])
 
