@@ -75,10 +75,12 @@ class Preparer:
         self.check_options(options)
         if self._manifest.preprocessing.square != "anyres":  # the number of positions is known before a file is opened
             rows = options.image_tokens or self._manifest.vision.image_tokens
-            self._check_fits(stats, ids, [rows] * len(images), messages)
+            self._check_fits(ids, [rows] * len(images), messages)
         prepared = self._recent.prepare_all(images)
         pictures = [apply_token_budget(picture, options, self._manifest) for picture in prepared]
-        self._check_fits(stats, ids, [len(picture.rows) for picture in pictures], messages)
+        rows_of_images = [len(picture.rows) for picture in pictures]
+        stats.image_tokens = sum(rows_of_images)
+        stats.prompt_tokens = self._check_fits(ids, rows_of_images, messages)
         # A prepared picture that is given twice took its time once; a file that is named twice was read twice.
         distinct = {id(picture): picture for picture in prepared}.values()
         stats.preprocess_ms = sum(picture.preprocess_ms for picture in distinct)
@@ -106,7 +108,7 @@ class Preparer:
         for number, messages in enumerate(conversations, 1):
             check_slots(messages, pictures)
             try:
-                self._check_fits(RequestStats(0), self.encode(messages), rows, messages)
+                self._check_fits(self.encode(messages), rows, messages)
             except ContextOverflowError as error:
                 prefix = f"Question {number}: " if len(conversations) > 1 else ""
                 raise ContextOverflowError(f"{prefix}{error}") from error
@@ -120,24 +122,20 @@ class Preparer:
             )
         return self._model.encode(messages)
 
-    def _check_fits(
-        self, stats: RequestStats, ids: list[int], rows: list[int], messages: Sequence[prompt.Message]
-    ) -> None:
-        """Count positions; `rows` is the number for each image. Raises `ContextOverflowError`."""
-        context = self._model.context_size
-        stats.image_tokens = sum(rows)
-        stats.prompt_tokens = len(ids) - len(rows) + stats.image_tokens
-        if stats.prompt_tokens < context:
-            return
+    def _check_fits(self, ids: list[int], rows: list[int], messages: Sequence[prompt.Message]) -> int:
+        """Return the positions of a prompt; `rows` is the number for each image. Raises `ContextOverflowError`."""
+        context, of_text, of_images = self._model.context_size, len(ids) - len(rows), sum(rows)
+        positions = of_text + of_images
+        if positions < context:
+            return positions
         text = "a shorter conversation" if any(turn.role == "assistant" for turn in messages) else "a shorter text"
-        remedies = ["fewer images"] if stats.image_tokens > stats.prompt_tokens // 2 else [text]
+        remedies = ["fewer images"] if of_images > positions // 2 else [text]
         if context < (max_context := self._manifest.language.context_length):
             remedies.append(f"a larger context (--context, EngineOptions.context; at most {max_context})")
         counted = "1 image" if len(rows) == 1 else f"{len(rows)} images"
         raise ContextOverflowError(
-            f"The prompt needs {stats.prompt_tokens} positions ({counted}: {stats.image_tokens}, text: "
-            f"{stats.prompt_tokens - stats.image_tokens}) and the answer at least 1, but the context has {context}. "
-            f"Use {' or '.join(remedies)}."
+            f"The prompt needs {positions} positions ({counted}: {of_images}, text: {of_text}) and the answer at least "
+            f"1, but the context has {context}. Use {' or '.join(remedies)}."
         )
 
 
