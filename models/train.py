@@ -173,13 +173,12 @@ class Trainer:
         saved = self._load_checkpoint()
         for number, data in enumerate(self.stages):
             groups = prepare_stage(self.model, self.recipe, data.stage)
-            if saved and number <= saved["stage"]:
-                self._restore_state(saved["trained"] if number == saved["stage"] else {})
             if saved and number < saved["stage"]:
                 continue
             optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
             first = 0
             if saved and number == saved["stage"]:
+                self.model.load_state_dict(saved["trained"], strict=False)
                 optimizer.load_state_dict(saved["optimizer"])
                 first = saved["step"]
             self._run_stage(number, data, optimizer, first, report)
@@ -230,11 +229,6 @@ class Trainer:
         full = any(data.stage.trains == "full" for data in self.stages)
         prefixes = ("multi_modal_projector.", "language_model.") if full else ("multi_modal_projector.",)
         return {name: tensor for name, tensor in state.items() if name.startswith(prefixes) or ".lora_" in name}
-
-    def _restore_state(self, trained: dict[str, Tensor]) -> None:
-        state = self.model.state_dict()
-        for name, tensor in trained.items():
-            state[name].copy_(tensor)
 
     def _save_checkpoint(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         path = self.run_folder / "checkpoint.pt"
