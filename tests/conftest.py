@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,10 @@ limit_spinning()
 
 # Set in many containers. Users do not have it, and with it a full disk or a closed pipe is met at another moment.
 os.environ.pop("PYTHONUNBUFFERED", None)
+
+# Set in many containers, too, and without bytecode every process that a test starts compiles the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # The same examples every time, however slow the machine is today.
 settings.register_profile("llava-edge", deadline=None, derandomize=True, database=None)
