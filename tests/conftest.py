@@ -7,8 +7,11 @@ is the test's own.
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import itertools
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -118,16 +121,43 @@ def float16(micro_checkpoint: Path) -> Path:
     return path
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that `make` fills, in the first of pytest's processes that wants it; the others wait for it."""
-    top = factory.getbasetemp()
-    folder = (top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / name
-    with folder.with_suffix(".lock").open("w") as lock:
+def made_once(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None], top: Path | None = None, of: str = ""
+) -> Path:
+    """A folder that `make` fills, in the first of pytest's processes that wants it; the others wait for it.
+
+    top: where it stays for later runs, until it would be made of something else.
+    """
+    if top is None:
+        top = factory.getbasetemp()
+        top = top.parent if "PYTEST_XDIST_WORKER" in os.environ else top
+    folder, made = top / name, top / f"{name}.made"
+    with (top / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.with_suffix(".made").exists():
+        if not made.exists() or made.read_text() != of:
+            made.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
             make(folder)
-            folder.with_suffix(".made").touch()
+            made.write_text(of)
     return folder
+
+
+def compiled_once(
+    request: pytest.FixtureRequest, name: str, make: Callable[[Path], None], compiler: str | None, *given: object
+) -> Path:
+    """What `make` compiles of the C++ sources, kept in pytest's cache folder. given: whatever else it depends on."""
+    from llava_edge.runtimes.native import build
+
+    factory = request.getfixturevalue("tmp_path_factory")
+    if compiler is None or not hasattr(request.config, "cache"):  # -p no:cacheprovider
+        return made_once(factory, name, make)
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(repr((compiler, version, build.FLAGS, given)).encode())
+    tests, headers = Path(__file__).parent, build.package().parent / "include"
+    sources = (build.SOURCES.iterdir(), [Path(build.__file__)], tests.glob("*.cpp"), headers.glob("*.h"))
+    for path in sorted(itertools.chain(*sources)):
+        digest.update(repr((path, path.read_bytes())).encode())
+    return made_once(factory, name, make, request.config.cache.mkdir("compiled"), digest.hexdigest())
 
 
 @pytest.fixture(scope="session")
@@ -170,29 +200,31 @@ def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native_build(request: pytest.FixtureRequest) -> Path:
     """The folder of the native libraries as tests build them; $LLAVA_EDGE_TEST_NATIVE names another one's kernels."""
     from native_kernels import UNITS
 
     from llava_edge.runtimes import native
     from llava_edge.runtimes.native import build
 
+    flags = ("-O1", "-Werror")
+
     def compile_all(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        flags = ("-O1", "-Werror")
         assert not build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=UNITS, flags=flags)
 
     if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
         return Path(ready).parent
-    return made_once(tmp_path_factory, "native", compile_all)
+    return compiled_once(request, "native", compile_all, build.compiler(), UNITS, flags)
 
 
 @pytest.fixture(scope="session")
-def arm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def arm_program(request: pytest.FixtureRequest) -> Path:
     """The native kernels compiled for ARM, to be run by `emulator.run`."""
-    from emulator import compiled
+    import emulator
 
-    return made_once(tmp_path_factory, "arm", compiled) / "program"
+    source = Path(emulator.__file__).read_bytes()
+    return compiled_once(request, "arm", emulator.compiled, emulator.COMPILER, source) / "program"
 
 
 @pytest.fixture(scope="module")
