@@ -154,7 +154,8 @@ def compiled_once(
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(repr((compiler, version, build.FLAGS, given)).encode())
     tests, headers = Path(__file__).parent, build.package().parent / "include"
-    sources = (build.SOURCES.iterdir(), [Path(build.__file__)], tests.glob("*.cpp"), headers.glob("*.h"))
+    compiled = (tests.glob("*.cpp"), tests.glob("*.h"), headers.glob("*.h"))
+    sources = (build.SOURCES.iterdir(), [Path(build.__file__)], *compiled)
     for path in sorted(itertools.chain(*sources)):
         digest.update(repr((path, path.read_bytes())).encode())
     return made_once(factory, name, make, request.config.cache.mkdir("compiled"), digest.hexdigest())
