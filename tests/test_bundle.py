@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
