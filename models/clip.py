@@ -26,7 +26,9 @@ class Embeddings(nn.Module):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(c.grid**2 + 1, c.hidden_size)
+        # Drawing random values on the device "meta" would import all of torch.compile, for seconds.
+        positions = torch.zeros(c.grid**2 + 1, c.hidden_size)
+        self.position_embedding: nn.Embedding = nn.Embedding.from_pretrained(positions, freeze=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, grid*grid, D), row-major
