@@ -163,9 +163,9 @@ def watched(patch: pytest.MonkeyPatch) -> list[int]:
     evaluated: list[int] = []
     right = LanguageModel.evaluate_tokens
 
-    def evaluate(self: LanguageModel, tokens: list[int], cancel: threading.Event) -> None:
+    def evaluate(self: LanguageModel, tokens: list[int], *arguments: Any) -> None:
         evaluated.append(len(tokens))
-        right(self, tokens, cancel)
+        right(self, tokens, *arguments)
 
     patch.setattr(LanguageModel, "evaluate_tokens", evaluate)
     return evaluated
