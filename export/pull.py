@@ -13,6 +13,7 @@ from llava_edge.export.exporter import ExportOptions, export, require_extra
 from llava_edge.export.publish import check_target, staging
 from llava_edge.models import smol
 
+DELTA_LICENCE = "Apache-2.0; data: research and non-commercial use"  # zoo/smol/MODEL_CARD.md
 FINE_BLOCKS = 0  # the weights of smol's tower are int8 already, so there is no rounding error
 
 
@@ -32,7 +33,7 @@ def pull(target: Path, progress: Callable[[str, float | None], None]) -> Manifes
                 Provenance(kind, f"{part.description}, from {part.package} {part.version}", part.licence, part.sha256)
                 for kind, part in (("vision", smol.CLIP), ("language", smol.LANGUAGE))
             ),
-            Provenance("projector and language delta", "trained by llava-edge, recipe smol", "Apache-2.0"),
+            Provenance("projector and language delta", "trained by llava-edge, recipe smol", DELTA_LICENCE),
         )
         _, updates = smol.read_delta(smol.delta_path())
         options = ExportOptions(

@@ -200,7 +200,7 @@ def user_cache(folder: Path | None = None) -> Cache:
     """
     text = os.environ.get("LLAVA_EDGE_CACHE_MIB", "")
     if text and not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise UsageError(f"LLAVA_EDGE_CACHE_MIB is {text[:40]!r}; expected an integer of mebibytes.")
+        raise UsageError(f"LLAVA_EDGE_CACHE_MIB is {text[:40]!r}; expected a whole number of mebibytes, 0 or more.")
     return Cache(folder or store.home() / "cache", int(text) << 20 if text else DEFAULT_LIMIT)
 
 

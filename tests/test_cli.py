@@ -514,6 +514,13 @@ def test_talk_that_cannot_be_written_costs_no_answer(micro_bundle: Path) -> None
     assert done.stdout
 
 
+def test_an_empty_question_on_stdin_is_not_no_question(micro_bundle: Path, photo: Path) -> None:
+    command = [sys.executable, "-m", "llava_edge", "run", "--model", str(micro_bundle), "--image", str(photo)]
+    done = subprocess.run([*command, "--prompt", "-"], cwd=ROOT, input=b" \n", capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"llava-edge: The prompt on standard input is empty.\n"
+
+
 def test_an_unwritable_stdout(micro_bundle: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")

@@ -115,9 +115,12 @@ def _prompt_text(prompt: str) -> str:
     if prompt != "-":
         return prompt
     try:
-        return read_stdin().decode("utf-8-sig")
+        text = read_stdin().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"The prompt on standard input is not UTF-8: {error.reason}.") from error
+    if not text.strip():
+        raise UsageError("The prompt on standard input is empty.")
+    return text
 
 
 def _image_source(name: str) -> str | bytes:
