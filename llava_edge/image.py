@@ -162,10 +162,14 @@ def _pad(image: Image.Image, size: int, mean: tuple[float, float, float]) -> Ima
 
     # Pillow resizes without the GIL. A concurrent.futures pool would refuse work once the main thread has ended.
     threads = [threading.Thread(target=resize_bands, daemon=True) for _ in range(BAND_THREADS)]
+    try:
+        for thread in threads:
+            thread.start()
+    except RuntimeError:  # no more threads
+        resize_bands()
     for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        if thread.ident is not None:  # it was started
+            thread.join()
     if errors:
         raise errors[0]
     return resized.resize((size, size), Image.Resampling.BICUBIC)

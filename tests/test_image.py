@@ -6,6 +6,7 @@ Oracles: formulas written here, Pillow used plainly, and transformers' image pro
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -346,6 +347,21 @@ def test_padding_band_by_band_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
         image = Image.fromarray(picture(width, height))
         expected = pad_plainly(image).resize((size, size), BICUBIC)
         assert same(square_and_resize(image, size, MEAN, "pad"), expected), (width, height, size)
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_padding_without_more_threads(allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, start = [None] * allowed, threading.Thread.start
+
+    def start_if_allowed(thread: threading.Thread) -> None:
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_if_allowed)
+    image = Image.fromarray(picture(50, 30))
+    assert same(square_and_resize(image, 24, MEAN, "pad"), pad_plainly(image).resize((24, 24), BICUBIC))
 
 
 def test_known_numbers_of_llava() -> None:
