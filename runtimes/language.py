@@ -41,7 +41,7 @@ MAX_BRANCHES = 8  # as many rows as `speculation.WIDTHS` allows: more gain littl
 # weight types would be multiplied by our kernels for many rows (native/choice.py), and rows would have other bits.
 SHARED_BATCH = 128
 _SEQUENCE = 0
-_ABORTED = 2  # a status of llama_decode
+_ABORTED, _NO_MEMORY = 2, -2  # statuses of llama_decode
 _NEVER = threading.Event()
 
 
@@ -371,7 +371,7 @@ class LanguageModel:
         batch.place(range(start, start + count), outputs, [_SEQUENCE] * count)
         try:
             self._evaluate(batch, cancel, few=count == outputs)
-        except (CancelledError, BundleError):
+        except (CancelledError, BundleError, MemoryLimitError):
             self.truncate(start)
             raise
         self.cached_keys += keys
@@ -389,6 +389,8 @@ class LanguageModel:
         status = wait_result(self._last_call, cancel)
         if status == _ABORTED:
             raise CancelledError
+        if status == _NO_MEMORY:
+            raise MemoryLimitError("There is not enough memory to compute an answer; use a smaller --context.")
         if status:
             positions = len(self.cached_keys)
             raise BundleError(

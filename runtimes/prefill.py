@@ -92,7 +92,7 @@ class Prefill:
         save: whether a saved prefix may be restored, and new ones be saved.
         between: see `LanguageModel.evaluate_tokens`.
         If this prompt would overwrite unsaved prefixes in the KV cache, they are saved first.
-        Raises `CancelledError`, `PictureError`, or `BundleError` for an error of the language model.
+        Raises `CancelledError`, `PictureError`, or the `BundleError` or `MemoryLimitError` of the language model.
         """
         keys, ends = _keys_and_ends(segments)
         if any(keys[: len(prefix)] != prefix for prefix in self._unsaved):

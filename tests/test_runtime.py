@@ -23,7 +23,14 @@ from processes import in_child
 from llava_edge import Llava
 from llava_edge.api import Chat
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, read_manifest, write_manifest
-from llava_edge.errors import BundleError, ContextOverflowError, MissingError, UnavailableError, UsageError
+from llava_edge.errors import (
+    BundleError,
+    ContextOverflowError,
+    MemoryLimitError,
+    MissingError,
+    UnavailableError,
+    UsageError,
+)
 from llava_edge.options import Chunk, EngineOptions, Options, result_of
 from llava_edge.prompt import Message, Piece
 from llava_edge.runtimes import CancelledError, bindings, devices, probe
@@ -844,3 +851,14 @@ def test_without_a_standard_error_nothing_is_captured() -> None:
     code += "os.close(2); write_stderr('x'); "
     done = in_child(code + "print(capture_stderr(lambda: 5))")
     assert done.stdout == "(5, '')\n"
+
+
+def test_too_little_memory_for_a_batch_is_said_and_the_next_answer_is_right(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = llava.ask("What?", options=Options(max_tokens=5)).text
+    with monkeypatch.context() as patch:
+        patch.setattr(llava._engine.model.language.library, "llama_decode", lambda *_: -2)  # as without memory
+        with pytest.raises(MemoryLimitError, match="not enough memory"):
+            llava.ask("What now?")
+    assert llava.ask("What?", options=Options(max_tokens=5)).text == expected
