@@ -188,7 +188,7 @@ class LanguageModel:
     ) -> None:
         """Append tokens; `logits` then returns those of the last one. Raises `CancelledError`.
 
-        between: called after each part of `SHARED_BATCH` or more positions; it may evaluate other branches.
+        between: called between parts of `SHARED_BATCH` or more positions; it may evaluate other branches.
         """
         for part in self._batches(len(tokens), between):
             chunk = list(tokens[part])

@@ -1,7 +1,8 @@
 // The AVX-512 intrinsics of the native kernels in plain C++, so that their order of work is tested on processors without them.
 //
-// Included before what is compiled for AVX-512 (native_kernels.py). Written from the operation sections of Intel's intrinsics guide. The compiler's own
-// functions of these names take other types, so these are overloads; those without such an argument are renamed.
+// Included before what is compiled for AVX-512 (native_kernels.py). Written from the operation sections of Intel's intrinsics
+// guide. The compiler's own functions of these names take other types, so these are overloads; those without such an argument
+// are renamed.
 #pragma once
 
 #include <immintrin.h>
