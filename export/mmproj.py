@@ -20,7 +20,7 @@ from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.llm_gguf import write_tensors
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.shapes import VISION_PREFIX, tensor_shapes
-from llava_edge.outputs import check_space, storage_errors, write_problem
+from llava_edge.outputs import check_space, replacing, storage_errors, write_problem
 
 ARCHITECTURE = "clip"
 
@@ -88,21 +88,17 @@ def _is_picture_encoder(path: Path) -> bool:
 
 
 def write_mmproj(checkpoint: Checkpoint, path: Path, name: str) -> None:
-    """Write the file under a temporary name, then rename it to `path`. Raises `StorageError` if the disk fails."""
+    """Write the whole file or nothing. Raises `StorageError` if the disk fails."""
     import gguf
 
-    temp = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
-        with storage_errors(path):
-            with closing(gguf.GGUFWriter(temp, ARCHITECTURE)) as writer:
-                _write_fields(writer, checkpoint, name)
-                names = tensor_names(checkpoint.config)
-                write_tensors(writer, checkpoint, names, lambda _, target, source: checkpoint.tensors[source])
-            with temp.open("rb") as file:
-                os.fsync(file.fileno())
-            temp.replace(path)
-    finally:
-        temp.unlink(missing_ok=True)
+    names = tensor_names(checkpoint.config)
+    with (
+        storage_errors(path),
+        replacing(path) as temporary,
+        closing(gguf.GGUFWriter(temporary, ARCHITECTURE)) as writer,
+    ):
+        _write_fields(writer, checkpoint, name)
+        write_tensors(writer, checkpoint, names, lambda _, target, source: checkpoint.tensors[source])
 
 
 def _write_fields(writer: Any, checkpoint: Checkpoint, name: str) -> None:

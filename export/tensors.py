@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.errors import CheckpointError, MissingError, StorageError, UnavailableError, install_hint
+from llava_edge.placeholder import PREFIX_BYTES, describe_placeholder
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -90,11 +91,9 @@ def _merge_shards(files: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredT
 def refuse_placeholder(path: Path) -> None:
     """Raise `CheckpointError` for a Git LFS pointer or a web page in place of the file."""
     with path.open("rb") as file:
-        start = file.read(200)
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' in the folder.")
-    if start.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path} is a web page, not the file itself; download it again.")
+        placeholder = describe_placeholder(file.read(PREFIX_BYTES))
+    if placeholder:
+        raise CheckpointError(f"{path} is {placeholder}.")
 
 
 def open_file(path: Path) -> dict[str, StoredTensor]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from llava_edge.errors import BundleError, MissingError
+from llava_edge.placeholder import PREFIX_BYTES, describe_placeholder
 from llava_edge.prompt import AfterControl
 from llava_edge.templates import TEMPLATES
 from llava_edge.typed import Printable, build
@@ -354,12 +355,8 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
 def _mixup_hint(path: Path) -> str:
     """What the file is instead, if it is one of the usual mix-ups."""
     with path.open("rb") as file:
-        start = file.read(64).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        return " It holds a Git LFS pointer, not the file itself."
-    if start.startswith((b"<!doctype html", b"<html")):
-        return " It holds a web page, perhaps the error page of a download."
-    return ""
+        placeholder = describe_placeholder(file.read(PREFIX_BYTES))
+    return f" It is {placeholder}." if placeholder else ""
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.errors import BundleError, MissingError
+from llava_edge.placeholder import PREFIX_BYTES, describe_placeholder
 
 MAGIC = b"GGUF"
 MAX_TENSORS = 65_536
@@ -137,7 +138,7 @@ def read(path: Path) -> Gguf:
         if path.is_fifo():  # opening one would block
             raise BundleError(f"{path} is a pipe; expected a GGUF file.")
         with path.open("rb") as file:
-            _check_magic(path, file.read(8))
+            _check_magic(path, file.read(PREFIX_BYTES))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Header(path, data).read()
     except FileNotFoundError as error:
@@ -220,10 +221,8 @@ def _check_vocabulary(file: Gguf, width: int) -> None:
 def _check_magic(path: Path, head: bytes) -> None:
     if head[:4] != MAGIC:
         hint = ""
-        if head.startswith(b"version "):
-            hint = " It looks like a Git LFS pointer: the file itself was not downloaded."
-        elif head.lstrip()[:1] == b"<":
-            hint = " It looks like a web page: the download failed."
+        if placeholder := describe_placeholder(head):
+            hint = f" It is {placeholder}."
         elif head[:4] == b"GGML"[::-1] or head[:4] in (b"tjgg", b"fmgg", b"lmgg"):
             hint = " It is in the older ggml format: convert it to GGUF first."
         raise BundleError(f"{path} is not a GGUF file: it starts with {head[:4]!r}, not {MAGIC!r}.{hint}")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import zlib
 
+from llava_edge.placeholder import describe_placeholder
+
 ACCEPTED = "JPEG, PNG, WebP, GIF and BMP"
 CONVERT_HEIC = "convert it, say by 'heif-convert photo.heic photo.jpg'"
 
@@ -16,7 +18,6 @@ BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # prefixes of base64-encode
 
 # (offset, magic bytes, description), only for error messages. The first match counts.
 _OTHER_FORMATS = (
-    (0, b"version https://git-lfs", "a Git LFS pointer, not the picture itself (run 'git lfs pull' to get it)"),
     (0, b"\x89PNG", "a PNG picture that a transfer in text mode has damaged"),
     (4, b"ftypavi", "an AVIF picture"),
     (4, b"ftyphe", f"a HEIC picture ({CONVERT_HEIC})"),
@@ -75,9 +76,8 @@ def describe_bytes(data: bytes) -> str:
     text = data[:4096].decode("utf-8-sig", "ignore").lstrip().lower()
     if text.startswith("<") and "<svg" in text:
         return "is an SVG drawing"
-    if text.startswith(("<!doctype html", "<html")):
-        return "is a web page, perhaps an error page that was saved instead of the picture"
-    return "is not a picture"
+    placeholder = describe_placeholder(data)
+    return f"is {placeholder}" if placeholder else "is not a picture"
 
 
 def is_complete(data: bytes, kind: str) -> bool:

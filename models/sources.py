@@ -30,6 +30,7 @@ from PIL import Image, ImageEnhance
 
 from llava_edge import interpreter
 from llava_edge.errors import CannotCreateError, DataError, MissingError, UnavailableError, UsageError
+from llava_edge.outputs import replacing
 from llava_edge.typed import build
 
 EASY_VQA = "easy-vqa==1.0"
@@ -76,9 +77,8 @@ def collect(folder: Path, photos: Path) -> list[Item]:
             *_collect_emoji(folder),
             *_collect_tuxpaint(folder),
         ]
-        partial = listing.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items), "utf-8")
-        partial.replace(listing)
+        with replacing(listing) as temporary:
+            temporary.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items), "utf-8")
     try:
         return [build(Item, json.loads(line)) for line in listing.read_text("utf-8").splitlines()]
     except ValueError as error:

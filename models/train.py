@@ -31,7 +31,7 @@ from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava
 from llava_edge.models.lora import LoraLinear, add_lora
 from llava_edge.models.recipe import Recipe, Stage
-from llava_edge.outputs import storage_errors
+from llava_edge.outputs import replacing, storage_errors
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -232,12 +232,10 @@ class Trainer:
 
     def _save_checkpoint(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         path = self.run_folder / "checkpoint.pt"
-        partial = path.with_suffix(".partial")
         saved = {"recipe": self._identity, "stage": stage, "step": step, "trained": self._trained_state(),
                  "optimizer": optimizer.state_dict()}  # fmt: skip
-        with storage_errors(path, RuntimeError):
-            torch.save(saved, partial)
-            partial.replace(path)
+        with storage_errors(path, RuntimeError), replacing(path) as temporary:
+            torch.save(saved, temporary)
 
     def _load_checkpoint(self) -> dict[str, Any] | None:
         path = self.run_folder / "checkpoint.pt"

@@ -22,6 +22,7 @@ import numpy as np
 from llava_edge import store
 from llava_edge.bundle import VISION, VISION_DATA, Bundle
 from llava_edge.errors import BundleError, LlavaEdgeError, UnavailableError
+from llava_edge.outputs import replacing
 from llava_edge.runtimes import bindings, devices, native
 from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.typed import Range, build
@@ -91,9 +92,8 @@ def measure(bundle: Bundle) -> list[Setting]:
 def _store(bundle: Bundle, results: Sequence[Setting]) -> None:
     path = _path(bundle)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps([asdict(setting) for setting in results]), "utf-8")
-    part.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps([asdict(setting) for setting in results]), "utf-8")
 
 
 def load(bundle: Bundle) -> list[Setting]:

@@ -30,8 +30,8 @@ SHARED = {
         "json_grammar",
         "json_numbers",
     ),
-    *("interpreter", "locks", "options", "outputs", "paths", "prompt", "protobuf", "store", "templates", "transcript"),
-    *("token_budget", "typed"),
+    *("interpreter", "locks", "options", "outputs", "paths", "placeholder", "prompt", "protobuf", "store", "templates"),
+    *("token_budget", "transcript", "typed"),
 }
 ALLOWED = {
     "models": SHARED,

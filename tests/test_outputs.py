@@ -9,7 +9,7 @@ import pytest
 
 from llava_edge import outputs
 from llava_edge.errors import CannotCreateError, StorageError
-from llava_edge.outputs import check_output, check_space, storage_errors, write_problem
+from llava_edge.outputs import check_output, check_space, replacing, storage_errors, write_problem
 
 
 def test_whether_a_folder_takes_files(tmp_path: Path) -> None:
@@ -89,3 +89,23 @@ def test_a_write_that_fails_is_one_sentence(tmp_path: Path) -> None:
         raise RuntimeError("unexpected pos")
     with pytest.raises(RuntimeError), storage_errors(path):
         raise RuntimeError("a bug")
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Behind links too, with the mode that the user gave them; an interrupt leaves nothing behind."""
+    old = tmp_path / "folder" / "old"
+    old.parent.mkdir()
+    old.write_text("old")
+    old.chmod(0o640)
+    (tmp_path / "link").symlink_to(old)
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error), replacing(old) as temporary:
+            temporary.write_text("half")
+            raise error
+        assert old.read_text() == "old"
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+        assert old.read_text() == "old"
+    assert (old.read_text(), old.stat().st_mode & 0o777) == ("new", 0o640)
+    assert (tmp_path / "link").is_symlink()
+    assert list(old.parent.iterdir()) == [old]
