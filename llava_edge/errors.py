@@ -26,6 +26,18 @@ class UsageError(LlavaEdgeError):
     exit_code = 2
 
 
+class OptionError(UsageError):
+    """An option has a value that is not possible. `field` is its name in `llava_edge.options`, with which the message
+    starts; `problem` is the rest. The command line and the server put their own names of it in its place."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.field, self.problem = field, problem
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.problem}"
+
+
 class DataError(LlavaEdgeError):
     """A file or text was found but its content cannot be used."""
 

@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, get_args
 
-from llava_edge.errors import UsageError
+from llava_edge.errors import OptionError
 
 Device = Literal["auto", "cpu", "metal", "cuda"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -57,7 +57,7 @@ class Options:
     repeat_penalty: make the last 64 tokens of the answer less likely: positive logits are divided by it, others
         multiplied. 1 is none; 1.1 is usual against loops. Prompt tokens do not count, as they may be the answer.
     frequency_penalty, presence_penalty: subtracted from the logits of those tokens, per occurrence and once.
-    Raises `UsageError` naming the field when a value is out of range.
+    Raises `OptionError` when a value is out of range.
     """
 
     max_tokens: int = 512
@@ -89,19 +89,21 @@ class Options:
         if self.top_logprobs is not None:
             _check_integer("top_logprobs", self.top_logprobs, 0, 20)
         if not isinstance(self.grammar, str) or len(self.grammar) > MAX_GRAMMAR_CHARACTERS:
-            raise UsageError(f"grammar must be a string of at most {MAX_GRAMMAR_CHARACTERS} characters.")
+            raise OptionError("grammar", f"must be a string of at most {MAX_GRAMMAR_CHARACTERS} characters.")
         _check_integer("image_tokens", self.image_tokens, 0, 1 << 20)
         _check_choice("image_token_method", self.image_token_method, TOKEN_METHODS)
         _check_number("repeat_penalty", self.repeat_penalty, 0.1, 10.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
-            raise UsageError("stop must be a tuple of strings.")
+            raise OptionError("stop", "must be a tuple of strings.")
         if len(self.stop) > MAX_STOP_SEQUENCES:
-            raise UsageError(f"There are {len(self.stop)} stop sequences; at most {MAX_STOP_SEQUENCES} are allowed.")
+            raise OptionError("stop", f"has {len(self.stop)} sequences; expected at most {MAX_STOP_SEQUENCES}.")
         for text in self.stop:
             if not 1 <= len(text.encode("utf-8", "replace")) <= MAX_STOP_BYTES:
-                raise UsageError(f"A stop sequence must have 1 to {MAX_STOP_BYTES} bytes; {text[:20]!r} does not.")
+                raise OptionError(
+                    "stop", f"has {_abbreviate(text)}; expected sequences of 1 to {MAX_STOP_BYTES} bytes."
+                )
 
     @property
     def greedy(self) -> bool:
@@ -138,16 +140,15 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         _convert_numpy_numbers(self)
-        if self.device not in DEVICES:
-            raise UsageError(f"Device {self.device!r} is not known; choose one of {', '.join(DEVICES)}.")
+        _check_choice("device", self.device, DEVICES)
         _check_choice("preset", self.preset, PRESETS)
         _check_choice("kv", self.kv, KV_TYPES)
         _check_integer("threads", self.threads, 0, 512)
         _check_integer("context", self.context, 0, 1 << 20)
         if not isinstance(self.cache, bool | Path) and self.cache != "memory":
-            raise UsageError(f'cache is {_abbreviate(self.cache)}; expected True, False, "memory" or a Path.')
+            raise OptionError("cache", f'is {_abbreviate(self.cache)}; expected True, False, "memory" or a Path.')
         if self.draft is not None and not (isinstance(self.draft, str | Path) and str(self.draft).strip()):
-            raise UsageError(f"draft is {_abbreviate(self.draft)}; expected the path of a GGUF file.")
+            raise OptionError("draft", f"is {_abbreviate(self.draft)}; expected the path of a GGUF file.")
 
 
 @dataclass(frozen=True)
@@ -248,17 +249,17 @@ def _convert_numpy_numbers(options: object) -> None:
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name} is {_abbreviate(value)}; expected an integer from {low} to {high}.")
+        raise OptionError(name, f"is {_abbreviate(value)}; expected an integer from {low} to {high}.")
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:  # NaN is in no range
-        raise UsageError(f"{name} is {_abbreviate(value)}; expected a number from {low:g} to {high:g}.")
+        raise OptionError(name, f"is {_abbreviate(value)}; expected a number from {low:g} to {high:g}.")
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UsageError(f"{name} is {_abbreviate(value)}; expected one of {', '.join(allowed)}.")
+        raise OptionError(name, f"is {_abbreviate(value)}; expected one of {', '.join(allowed)}.")
 
 
 def _abbreviate(value: object) -> str:

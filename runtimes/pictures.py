@@ -20,7 +20,7 @@ from PIL import Image
 
 from llava_edge import anyres
 from llava_edge.bundle import Manifest
-from llava_edge.errors import UsageError
+from llava_edge.errors import OptionError
 from llava_edge.image import MAX_PIXELS, PILLOW_LOCK, ImageInput, load_image, read_image
 from llava_edge.options import Options, TokenMethod
 from llava_edge.runtimes import devices
@@ -173,17 +173,19 @@ def apply_token_budget(picture: Picture, options: Options, manifest: Manifest) -
 
 
 def check_budget(options: Options, manifest: Manifest) -> None:
-    """Raise `UsageError` if pictures of this bundle cannot be reduced to `options.image_tokens` positions."""
+    """Raise `OptionError` if pictures of this bundle cannot be reduced to `options.image_tokens` positions."""
     vision = manifest.vision
     if not options.image_tokens:
         return
     if manifest.preprocessing.square != "anyres" and options.image_tokens > vision.image_tokens:
-        raise UsageError(
-            f"image_tokens is {options.image_tokens}, but in {manifest.name} a picture takes {vision.image_tokens}; "
-            f"expected 1 to {vision.image_tokens}, or 0 for all."
+        raise OptionError(
+            "image_tokens",
+            f"is {options.image_tokens}, but in {manifest.name} a picture takes {vision.image_tokens}; "
+            f"expected 1 to {vision.image_tokens}, or 0 for all.",
         )
     if not vision.attention:
-        raise UsageError(
-            f"image_tokens is {options.image_tokens}, but {manifest.name} was exported without the attention output "
-            "that this needs: omit the option, or export or pull the bundle again."
+        raise OptionError(
+            "image_tokens",
+            f"is {options.image_tokens}, but {manifest.name} was exported without the attention output "
+            "that this needs: omit the option, or export or pull the bundle again.",
         )

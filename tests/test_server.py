@@ -271,6 +271,8 @@ def test_a_large_counter_still_counts() -> None:
         ({"top_p": 2}, 400, "top_p"),
         ({"seed": 1.5}, 400, "seed"),
         ({"stop": 3}, 400, "stop"),
+        ({"stop": ["x"] * 17}, 400, "stop"),
+        ({"stop": ["x" * 257]}, 400, "stop"),
         ({"n": 2}, 400, "n"),
         ({"n": True}, 400, "n"),
         ({"stream": "yes"}, 400, "stream"),

@@ -20,7 +20,7 @@ from typing import NoReturn
 import click
 
 from llava_edge import __version__
-from llava_edge.errors import LlavaEdgeError, MemoryLimitError, StorageError, UsageError, lacking_dependency
+from llava_edge.errors import LlavaEdgeError, MemoryLimitError, OptionError, StorageError, lacking_dependency
 from llava_edge.paths import is_file
 from llava_edge.runtimes import limit_spinning
 
@@ -135,10 +135,8 @@ def execute(arguments: Sequence[str]) -> int:
         return error.exit_code
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
-    except UsageError as error:
-        from llava_edge.cli.arguments import with_flag
-
-        return _fail(with_flag(str(error)), error.exit_code)
+    except OptionError as error:
+        return _fail(f"--{error.field.replace('_', '-')} {error.problem}", error.exit_code)
     except LlavaEdgeError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -161,12 +160,6 @@ def _read_text(name: str, flag: str) -> str:
     if not text.strip():
         raise DataError(f"{flag} names {name!r}, which is empty.")
     return text
-
-
-def with_flag(sentence: str) -> str:
-    """Replace a field name at the start of a message by its flag: "max_tokens is 0" -> "--max-tokens is 0"."""
-    names = "|".join((*_SAMPLING_HELP, *_ENGINE_FIELDS, "stop", "speculate"))
-    return re.sub(rf"^({names})\b", lambda found: "--" + found[0].replace("_", "-"), sentence)
 
 
 class ImageCommand(click.Command):

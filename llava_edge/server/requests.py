@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from llava_edge.errors import UsageError
+from llava_edge.errors import OptionError, UsageError
 from llava_edge.json_grammar import any_object, from_schema
 from llava_edge.options import MAX_TOKENS, Options
 from llava_edge.prompt import Message, Role
@@ -214,11 +214,10 @@ def _options(body: Mapping[str, Any], top_logprobs: Any) -> Options:
     }
     try:
         return Options(**{name: value for name, value in given.items() if value is not None})
-    except UsageError as error:
-        param = next((name for name in given if name in str(error)), "")
-        names = _ALIASES.get(param, (param,))
-        field = next((name for name in names if body.get(name) is not None), param)
-        raise bad_request(str(error).replace(param, field), field or None) from error
+    except OptionError as error:
+        names = _ALIASES.get(error.field, (error.field,))
+        field = next((name for name in names if body.get(name) is not None), error.field)
+        raise bad_request(f"{field} {error.problem}", field) from error
 
 
 def _max_tokens(body: Mapping[str, Any]) -> Any:

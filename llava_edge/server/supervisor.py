@@ -30,7 +30,7 @@ from llava_edge.server.requests import ModelRequest
 MAX_CRASHES = 3  # without an answer in between; then requests are refused for a while
 BACKOFF_SECONDS = 60.0
 _LINE = 1 << 20  # bytes of the longest line accepted from the child
-_CLIENT_ERRORS = {"UsageError", "ImageError", "ContextOverflowError"}  # whose messages may be sent to the client
+_CLIENT_ERRORS = {"UsageError", "OptionError", "ImageError", "ContextOverflowError"}  # their messages may be sent
 
 
 @dataclass(eq=False)
@@ -351,11 +351,12 @@ class _Child:
     def _forward(job: _Job, event: dict[str, Any]) -> None:
         if "error" not in event:
             job.send(event)
-        elif event["error"]["kind"] in _CLIENT_ERRORS:
-            code = "context_length_exceeded" if event["error"]["kind"] == "ContextOverflowError" else None
-            is_budget = event["error"]["message"].startswith("image_tokens")
-            param = "image_tokens" if is_budget else job.request.text_field
-            job.send(bad_request(event["error"]["message"], param, code))
+            return
+        kind, message = event["error"]["kind"], event["error"]["message"]
+        if kind in _CLIENT_ERRORS:
+            code = "context_length_exceeded" if kind == "ContextOverflowError" else None
+            param = message.partition(" ")[0] if kind == "OptionError" else job.request.text_field
+            job.send(bad_request(message, param, code))
         else:
             job.send(Problem(500, "The model failed on this request.", code="model_error"))
 
