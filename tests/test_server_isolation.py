@@ -115,6 +115,7 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
     """Then requests are refused for a while, instead of a process being loaded for each of them only to die."""
     from llava_edge.server import supervisor
     from llava_edge.server.limits import Limits
+    from llava_edge.server.model_process import ProcessDiedError
     from llava_edge.server.problems import Problem
     from llava_edge.server.requests import parse_chat
 
@@ -137,7 +138,7 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
             await asyncio.Event().wait()
 
         async def run(self, *_: object) -> None:
-            raise supervisor._ChildDiedError
+            raise ProcessDiedError
 
         async def terminate(self, timeout: float = 0.0) -> int:
             return -11
@@ -159,15 +160,15 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
         assert under_test.state == "ok"  # and then it is tried again
         await under_test.close()
 
-    monkeypatch.setattr(supervisor, "_Child", Mortal)
+    monkeypatch.setattr(supervisor, "ModelProcess", Mortal)
     monkeypatch.setattr(supervisor, "BACKOFF_SECONDS", 0.5)
     asyncio.run(run())
 
 
 def test_what_the_child_says_is_not_trusted() -> None:
     """Lines that are no JSON, no object or without their fields end the child, not the server."""
-    from llava_edge.server import supervisor
     from llava_edge.server.limits import Limits
+    from llava_edge.server.model_process import Job, ModelProcess, ProcessDiedError
     from llava_edge.server.requests import parse_chat
 
     lies = [b"nonsense\n", b"[1]\n", b'{"id": 1, "error": 5}\n', b"x" * (1 << 21)]
@@ -175,8 +176,8 @@ def test_what_the_child_says_is_not_trusted() -> None:
     async def hear(lie: bytes) -> None:
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
-        process = supervisor._Child(multiprocessing.get_context("spawn").Process(), reader, writer)
-        job = process.jobs[1] = supervisor._Job(1, parse_chat(question(), "micro", Limits()))
+        process = ModelProcess(multiprocessing.get_context("spawn").Process(), reader, writer)
+        job = process.jobs[1] = Job(1, parse_chat(question(), "micro", Limits()))
 
         def talk() -> None:
             with theirs, contextlib.suppress(BrokenPipeError):
@@ -185,7 +186,7 @@ def test_what_the_child_says_is_not_trusted() -> None:
 
         threading.Thread(target=talk).start()
         running = asyncio.create_task(process.run(job, 1.0))
-        with pytest.raises((supervisor._ChildDiedError, TypeError, KeyError)):
+        with pytest.raises((ProcessDiedError, TypeError, KeyError)):
             await process.read_events()
         running.cancel()
         writer.transport.abort()

@@ -19,6 +19,7 @@ pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
 from llava_edge.server import supervisor
 from llava_edge.server.limits import Limits
+from llava_edge.server.model_process import ModelProcess, ProcessDiedError
 from llava_edge.server.problems import Problem
 from llava_edge.server.requests import parse_chat
 
@@ -34,12 +35,12 @@ class Played:
         self.starts = 0
         self.killed = asyncio.Event()
 
-    async def spawn(self, *_: object) -> supervisor._Child:
+    async def spawn(self, *_: object) -> ModelProcess:
         ours, theirs = socket.socketpair()
         self.reader, self.writer = await asyncio.open_connection(sock=theirs)
         self.say({"ready": {"device": "cpu", "parallel": 8}})
         self.starts += 1
-        return supervisor._Child(_Process(self), *await asyncio.open_connection(sock=ours))  # type: ignore[arg-type]
+        return ModelProcess(_Process(self), *await asyncio.open_connection(sock=ours))  # type: ignore[arg-type]
 
     def say(self, event: Event) -> None:
         self.writer.write(json.dumps({"text": "", "chances": [], **event}).encode() + b"\n")
@@ -76,7 +77,7 @@ class Played:
 
 
 class _Process:
-    """What `_Child` uses of a process."""
+    """What `ModelProcess` uses of a process."""
 
     exitcode = -9
 
@@ -102,7 +103,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     @asynccontextmanager
     async def started(limits: Limits) -> AsyncIterator[Played]:
         played = Played(limits)
-        monkeypatch.setattr(supervisor._Child, "spawn", played.spawn)
+        monkeypatch.setattr(ModelProcess, "spawn", played.spawn)
         await played.supervisor.start()
         yield played
         closing = asyncio.create_task(played.supervisor.close())
@@ -140,10 +141,10 @@ def test_a_request_that_comes_as_the_child_dies_is_told(play: Callable[..., None
 
     async def read_events(_: object) -> None:
         await died.wait()
-        raise supervisor._ChildDiedError
+        raise ProcessDiedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervisor._Child, "read_events", read_events)
+        patch.setattr(ModelProcess, "read_events", read_events)
         play(test)
 
 
@@ -152,7 +153,7 @@ def test_the_end_of_the_server_is_not_forgotten_if_the_child_dies_then(play: Cal
 
     async def read_events(_: object) -> None:
         await died.wait()
-        raise supervisor._ChildDiedError
+        raise ProcessDiedError
 
     async def test(played: Played) -> None:
         await asyncio.sleep(0.01)
@@ -160,7 +161,7 @@ def test_the_end_of_the_server_is_not_forgotten_if_the_child_dies_then(play: Cal
         await asyncio.sleep(0)  # the child's task has failed, and its group does not know yet
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervisor._Child, "read_events", read_events)
+        patch.setattr(ModelProcess, "read_events", read_events)
         play(test)
 
 
