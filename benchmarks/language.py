@@ -23,7 +23,7 @@ import numpy as np
 from interleave import run_fresh
 
 from llava_edge.bundle import LANGUAGE
-from llava_edge.runtimes import bindings, devices, language, mapping
+from llava_edge.runtimes import bindings, language, machine, mapping
 from llava_edge.runtimes.language import LanguageModel
 
 CONTEXT = 2048
@@ -56,7 +56,7 @@ def measure(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     prefilled = clock()
     for number in range(arguments.tokens):
         model.evaluate_tokens([300 + 7 * number])
-    done, memory = clock(), devices.memory_use()
+    done, memory = clock(), machine.memory_use()
     return {
         "load_ms": (loaded - start) * 1000,
         "prefill_ms": (prefilled - loaded) * 1000,

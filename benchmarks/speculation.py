@@ -18,8 +18,8 @@ import numpy as np
 from llava_edge import Llava
 from llava_edge.bundle import LANGUAGE, Bundle
 from llava_edge.options import DEFAULT_PROMPT, EngineOptions, Options, Result, Speculate
-from llava_edge.runtimes.devices import thread_count
 from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.machine import thread_count
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 PASSAGES = (

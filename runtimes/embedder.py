@@ -20,7 +20,7 @@ import numpy as np
 
 from llava_edge import anyres, token_budget
 from llava_edge.bundle import PROJECTOR, VISION, VISION_DATA, Bundle
-from llava_edge.runtimes import CancelledError, devices, native
+from llava_edge.runtimes import CancelledError, machine, native
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.picture_cache import PictureCache, digest, file_identity
 from llava_edge.runtimes.pictures import Budget, Picture
@@ -155,5 +155,5 @@ def _identity(bundle: Bundle, setting: Setting, provider: str, library: Path | N
     operator = str(native.operator_library()) if setting.native else ""  # in a folder named by all it depends on
     settings = [setting.threads, setting.prepack, operator, str(library), provider]
     if provider != "CPUExecutionProvider":
-        settings += ["float32", devices.nvidia_gpus()]
-    return [file_identity(bundle, *files), parts, engine, devices.processor(), *settings]
+        settings += ["float32", machine.nvidia_gpus()]
+    return [file_identity(bundle, *files), parts, engine, machine.processor(), *settings]

@@ -19,7 +19,7 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.errors import BundleError, MemoryLimitError
-from llava_edge.runtimes import CancelledError, bindings, compute, devices, mapping, native
+from llava_edge.runtimes import CancelledError, bindings, compute, machine, mapping, native
 from llava_edge.runtimes.batch import Batch
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.threads import AdaptiveThreads
@@ -87,7 +87,7 @@ class LanguageModel:
         self.max_branches = max(0, min(MAX_BRANCHES, context - 3, batch - 3))
         self._copy, self._ended = 1 + self.max_branches, 2 + self.max_branches
         self._has_branches = False
-        self._threads = threads or devices.thread_count()[0]
+        self._threads = threads or machine.thread_count()[0]
         self._adaptive = AdaptiveThreads(self._threads)
         self._native_threads = 0  # as many as llama.cpp's own operations
         # Only where the bits stay the same: llama.cpp's own attention splits float16 keys by the number of threads.
@@ -280,7 +280,7 @@ class LanguageModel:
         """What results depend on besides files and prompt: the build of llama.cpp, the processor and the settings."""
         folder = Path(self.library.__file__).parent / "lib"
         build = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
-        hardware = [devices.processor(), devices.nvidia_gpus()] if self.on_gpu else devices.processor()
+        hardware = [machine.processor(), machine.nvidia_gpus()] if self.on_gpu else machine.processor()
         return [build, hardware, self.context_size, self._threads, self._settings, self.batch]
 
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:

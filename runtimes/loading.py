@@ -13,7 +13,7 @@ from llava_edge import gguf, prompt
 from llava_edge.bundle import LANGUAGE, VISION, VISION_DATA, Bundle
 from llava_edge.errors import BundleError
 from llava_edge.options import EngineOptions
-from llava_edge.runtimes import devices, presets, probe, tune
+from llava_edge.runtimes import devices, machine, presets, probe, tune
 from llava_edge.runtimes.draft import DraftModel, check_draft
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job
@@ -64,7 +64,7 @@ class Loader:
         self._device = devices.choose(options.device)
         self._batch = min(max(BATCH, bundle.manifest.vision.image_tokens), MAX_BATCH)
         self._preset = self._choose_preset()
-        self._threads = options.threads or devices.thread_count()[0]
+        self._threads = options.threads or machine.thread_count()[0]
 
     def load(self, job: Job, pictures: Sequence[Future[Picture]], on_load: Callable[[float], None]) -> LoadedModel:
         """Load all parts, and embed pictures as they are prepared; see `Engine.open`. Cancelling the job stops it."""

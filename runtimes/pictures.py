@@ -23,7 +23,7 @@ from llava_edge.bundle import Manifest
 from llava_edge.errors import OptionError
 from llava_edge.image import MAX_PIXELS, PILLOW_LOCK, ImageInput, load_image, read_image
 from llava_edge.options import Options, TokenMethod
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import machine
 from llava_edge.runtimes.stats import elapsed_ms
 
 Array = np.ndarray[Any, Any]
@@ -109,7 +109,7 @@ class RecentPictures:
         """Prepare several in parallel; their times are scaled to add up to the elapsed time. Raises the first error."""
         names = _error_names(len(sources))
         count = sum(not isinstance(source, Picture) for source in sources)
-        count = min(count, len(devices.allowed_cpus()), MAX_PARALLEL)
+        count = min(count, len(machine.allowed_cpus()), MAX_PARALLEL)
         if count < 2:
             return list(map(self.prepare, sources, names))
         start = time.perf_counter()

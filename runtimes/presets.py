@@ -14,7 +14,7 @@ from llava_edge import gguf
 from llava_edge.errors import MemoryLimitError, UsageError
 from llava_edge.gguf import Gguf
 from llava_edge.options import EngineOptions
-from llava_edge.runtimes import devices, native
+from llava_edge.runtimes import machine, native
 from llava_edge.runtimes.native import choice
 
 CONTEXT = 4096  # LLaVA-1.5's; a longer one is opt-in because its memory grows with it
@@ -67,7 +67,7 @@ def choose(
     default = SMALL_CONTEXT if small and not tiles else CONTEXT
     context = options.context or min(trained_context, default)
     kv = ("q8_0" if small else "f16") if options.kv == "auto" else options.kv
-    needed, free = memory_bytes(header, context, kv), devices.available_memory()
+    needed, free = memory_bytes(header, context, kv), machine.available_memory()
     repacked = 0 if gpu_layers else _repacked_bytes(header)
     if options.draft:
         draft = gguf.read(Path(options.draft))
@@ -89,13 +89,13 @@ def choose(
             f"{header.path.parent} with a context of {context} needs about {needed >> 20} MiB of memory, "
             f"but {available} are available. Use {smaller} --context or model."
         )
-    threads = options.threads or devices.thread_count()[0]
+    threads = options.threads or machine.thread_count()[0]
     _require_address_space(header, needed + mapped_bytes + WORKING_BYTES + STACK_BYTES * threads)
     return preset
 
 
 def _require_address_space(header: Gguf, needed: int) -> None:
-    left = devices.address_space()
+    left = machine.address_space()
     if left is not None and needed > left:
         raise MemoryLimitError(
             f"{header.path.parent} needs about {needed >> 20} MiB of address space, but only {left >> 20} MiB are left "
@@ -134,7 +134,7 @@ def _repacked_bytes(header: Gguf) -> int:
     sizes = Counter[str]()
     for tensor in header.tensors.values():
         sizes[tensor.kind] += tensor.size
-    features = devices.processor()[1]
+    features = machine.processor()[1]
     if "avx2" in features and "avx512f" not in features and sizes["Q4_K"] > sizes["Q4_0"] + sizes["IQ4_NL"]:
         return 0
     if not choice.should_repack(native.status(), sizes):

@@ -20,7 +20,7 @@ from typing import Any
 
 from llava_edge import interpreter, store
 from llava_edge.errors import MissingError, StorageError, UnavailableError
-from llava_edge.runtimes import bindings, devices
+from llava_edge.runtimes import bindings, devices, machine
 
 REBUILD = (
     'CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir '
@@ -69,7 +69,7 @@ def require_working_build() -> None:
     Raises `UnavailableError` with the command that repairs the build, `StorageError` if it could not be tested. Other
     processors are not affected; the build in a frozen app was tested when it was frozen.
     """
-    if "amx_int8" not in devices.processor()[1] or interpreter.is_frozen():
+    if "amx_int8" not in machine.processor()[1] or interpreter.is_frozen():
         return
     try:
         marker = _success_marker()
@@ -190,7 +190,7 @@ def _success_marker() -> Path | None:
 
 def _build_id() -> str:
     """Hash llama.cpp's CPU kernels and the processor's name. Raises `ImportError` or `OSError`."""
-    digest = hashlib.sha256(devices.processor()[0].encode())
+    digest = hashlib.sha256(machine.processor()[0].encode())
     for path in sorted((bindings.package() / "lib").glob("*ggml-cpu*")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.protobuf import encode
-from llava_edge.runtimes import bindings, devices, native
+from llava_edge.runtimes import bindings, machine, native
 from llava_edge.runtimes.native import choice
 from llava_edge.runtimes.native.ggml import Ggml, Weights
 from llava_edge.runtimes.native.library import DEVICE
@@ -90,7 +90,7 @@ def _array_bytes() -> int:
     caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     sizes = [int(text[:-1]) << 10 for path in caches if (text := path.read_text().strip()).endswith("K")]
     size = min(max(2 * max(sizes, default=0), MIN_BYTES), MAX_BYTES)
-    free = devices.available_memory()
+    free = machine.available_memory()
     return size if free is None else min(size, free // 4)
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from llava_edge.options import CacheHit, FinishReason, Result, Timings, TokenChance
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import machine
 
 
 @dataclass
@@ -71,7 +71,7 @@ class RequestStats:
             completion_tokens=self.tokens,
             cache=self._cache_hit(),
             timings=timings,
-            memory=devices.memory_use(),
+            memory=machine.memory_use(),
             cached_tokens=self.cached_tokens,
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,

@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from llava_edge.runtimes.devices import ExternalLoad
+from llava_edge.runtimes.machine import ExternalLoad
 
 WINDOW = 0.1  # seconds between two samples of the counters
 CONTENDED = 0.15  # processors: one thread less if runnable threads waited for more

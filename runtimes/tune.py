@@ -23,7 +23,7 @@ from llava_edge import store
 from llava_edge.bundle import VISION, VISION_DATA, Bundle
 from llava_edge.errors import BundleError, LlavaEdgeError, UnavailableError
 from llava_edge.outputs import replacing
-from llava_edge.runtimes import bindings, devices, native
+from llava_edge.runtimes import bindings, machine, native
 from llava_edge.runtimes.vision import VisionEncoder
 from llava_edge.typed import Range, build
 
@@ -56,7 +56,7 @@ def default_setting(bundle: Bundle, threads: int) -> Setting:
     Our operators were 1.5 to 1.7 times as fast as ONNX Runtime on AVX2 without VNNI, 1.5 to 2 times with AVX-512 VNNI
     (AMD Zen 4), and no faster where ONNX Runtime uses AMX, as ours did not when that was measured.
     """
-    faster = bundle.manifest.vision.precision == "int8" and not devices.int8_is_fast()
+    faster = bundle.manifest.vision.precision == "int8" and not machine.int8_is_fast()
     return Setting(threads, False, native=faster and native.operator_library() is not None)
 
 
@@ -66,8 +66,8 @@ def measure(bundle: Bundle) -> list[Setting]:
     Candidates whose features are wrong are left out. Raises `BundleError`, and `UnavailableError` if other programs
     kept the processor busy meanwhile; results that cannot be written are only returned.
     """
-    count = devices.thread_count()[0]
-    load = devices.ExternalLoad()
+    count = machine.thread_count()[0]
+    load = machine.ExternalLoad()
     reference = VisionEncoder(bundle).encode(_pixels(bundle))
     default = default_setting(bundle, count)
     counts = dict.fromkeys((count, max(1, count // 2)))
@@ -80,7 +80,7 @@ def measure(bundle: Bundle) -> list[Setting]:
         variants.append(Setting(threads, False, native=not results[0].native))
     results += _measure(bundle, variants, reference)
     share = load.share()
-    if share > devices.MAX_EXTERNAL_LOAD:
+    if share > machine.MAX_EXTERNAL_LOAD:
         raise UnavailableError(
             f"Other programs used {share:.0%} of the processor while it was measured; the results were discarded."
         )
@@ -154,6 +154,6 @@ def _path(bundle: Bundle) -> Path:
     files = [bundle.manifest.files[name].sha256 for name in (VISION, VISION_DATA) if name in bundle.manifest.files]
     if not files:
         raise BundleError(f"{bundle.folder} has no vision.onnx in its manifest.")
-    about = [files, devices.processor(), devices.thread_count()[0], bindings.version("onnxruntime")]
+    about = [files, machine.processor(), machine.thread_count()[0], bindings.version("onnxruntime")]
     about += [str(native.operator_library())]  # its folder's name is a hash of all it depends on
     return store.home() / "tune" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"

@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError, UnavailableError
-from llava_edge.runtimes import CancelledError, bindings, devices, float_graph
+from llava_edge.runtimes import CancelledError, bindings, float_graph, machine
 from llava_edge.runtimes import native as native_kernels
 from llava_edge.runtimes.native import operator
 
@@ -43,7 +43,7 @@ class VisionEncoder:
         prepack: bool = False,
         native: bool = False,
     ) -> None:
-        threads = threads or devices.thread_count()[0]
+        threads = threads or machine.thread_count()[0]
         self._part = bundle.manifest.vision
         self._image_size = bundle.manifest.preprocessing.image_size
         self._path = bundle.part(VISION)
@@ -54,7 +54,7 @@ class VisionEncoder:
         settings.log_severity_level = 4  # fatal only: errors are raised as exceptions
         if not prepack:
             settings.add_session_config_entry("session.disable_prepacking", "1")
-        if self._part.precision == "int8" and self._part.activation_bits == 8 and devices.int8_saturates():
+        if self._part.precision == "int8" and self._part.activation_bits == 8 and machine.int8_saturates():
             settings.add_session_config_entry("session.x64quantprecision", "1")  # slower, but exact
         # The language model computes next: spinning threads would occupy its cores.
         settings.add_session_config_entry("session.force_spinning_stop", "1")

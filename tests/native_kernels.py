@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from llava_edge.runtimes import bindings, devices, native
+from llava_edge.runtimes import bindings, machine, native
 from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -28,7 +28,7 @@ Array = np.ndarray[Any, Any]
 _QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 
 
-_FOUND = set(devices.processor()[1])
+_FOUND = set(machine.processor()[1])
 _WIDE = {"avx512bw", "avx512dq", "avx512vl"} <= _FOUND
 HAS_VNNI512 = _WIDE and "avx512_vnni" in _FOUND
 

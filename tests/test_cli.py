@@ -25,7 +25,7 @@ from llava_edge import cli, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, Bundle
 from llava_edge.models.micro import CONFIG, write_checkpoint
 from llava_edge.options import Result
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import machine
 
 ROOT = Path(__file__).parent.parent
 LIGHT = ("--device", "cpu", "--threads", "1")
@@ -715,7 +715,7 @@ def test_doctor_says_that_what_it_measured_cannot_be_stored(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / "file" / "home"))
-    monkeypatch.setattr(devices, "MAX_EXTERNAL_LOAD", 99)
+    monkeypatch.setattr(machine, "MAX_EXTERNAL_LOAD", 99)
     code, out, _ = run("doctor", "--tune", "--model", micro_bundle)
     assert code == 0
     assert f"note    vision         measured, but the results cannot be stored in {tmp_path}/file/home" in out

@@ -36,7 +36,7 @@ from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import llama_gguf, micro
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.shapes import VISION_PREFIX, vision_shapes
-from llava_edge.runtimes import devices
+from llava_edge.runtimes import machine
 from llava_edge.runtimes import projector as runtime_projector
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.projector import Projector
@@ -175,7 +175,7 @@ def test_slower_products_are_asked_for_only_where_sums_would_saturate(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
     flags = ["avx2"] if saturates else ["avx2", "avx512_vnni"]
-    monkeypatch.setattr(devices, "processor", lambda: ("a processor", flags))
+    monkeypatch.setattr(machine, "processor", lambda: ("a processor", flags))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     bundle = Bundle.open(micro_bundle)
     vision = replace(bundle.manifest.vision, precision="int8", activation_bits=bits)

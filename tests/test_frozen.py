@@ -16,7 +16,7 @@ from llava_edge.bundle import Bundle
 from llava_edge.errors import UnavailableError
 from llava_edge.models import smol, sources
 from llava_edge.options import EngineOptions
-from llava_edge.runtimes import bindings, devices, native, probe
+from llava_edge.runtimes import bindings, machine, native, probe
 
 APP = """
 from llava_edge import Llava, Options
@@ -67,7 +67,7 @@ def test_nothing_else_starts_python(root: Path) -> None:
 
 @pytest.mark.usefixtures("frozen")
 def test_a_frozen_app_loads_on_amx(isolated_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "processor", lambda: ("a processor", ["amx_int8"]))
+    monkeypatch.setattr(machine, "processor", lambda: ("a processor", ["amx_int8"]))
     probe.require_working_build()
     assert not list(isolated_home.rglob("builds/*"))
 

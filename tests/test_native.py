@@ -45,7 +45,7 @@ from processes import in_child
 from llava_edge import cli, gguf
 from llava_edge.errors import UnavailableError
 from llava_edge.options import EngineOptions
-from llava_edge.runtimes import bindings, devices, native, presets
+from llava_edge.runtimes import bindings, machine, native, presets
 from llava_edge.runtimes.native import build, choice
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -722,11 +722,11 @@ def test_every_feature_that_kernels_ask_for_is_known() -> None:
     asked = set[str]()
     for source in build.SOURCES.iterdir():
         asked |= set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', source.read_text("utf-8")))
-    assert {"avx2", "avx512bw", "avx512vnni"} <= asked <= {name.replace("_", "") for name in devices.FEATURES}
+    assert {"avx2", "avx512bw", "avx512vnni"} <= asked <= {name.replace("_", "") for name in machine.FEATURES}
 
 
 def test_without_avx2_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "processor", lambda: ("old", ["avx"]))
+    monkeypatch.setattr(machine, "processor", lambda: ("old", ["avx"]))
     assert native.status().reason == "This processor lacks AVX2, FMA or F16C."
     assert not native.activate().used
 
@@ -779,7 +779,7 @@ def test_a_preset_counts_no_copies_that_are_not_made(
     """Where mapped weights are as fast, little memory is no reason for anything else."""
     header = gguf.read(grouped)
     weights = sum(tensor.size for tensor in header.tensors.values())
-    monkeypatch.setattr(devices, "available_memory", lambda: presets.memory_bytes(header, 64, "f16") * 2 + weights // 2)
+    monkeypatch.setattr(machine, "available_memory", lambda: presets.memory_bytes(header, 64, "f16") * 2 + weights // 2)
     assert presets.choose(EngineOptions(context=64), header, 4096).name == "memory"
     install(built)
     assert presets.choose(EngineOptions(context=64), header, 4096).name == "latency"

@@ -31,7 +31,7 @@ from native_kernels import (
 )
 from processes import in_child
 
-from llava_edge.runtimes import devices, native
+from llava_edge.runtimes import native
 from llava_edge.runtimes.native import build, check
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -259,7 +259,7 @@ def test_machines_that_have_kernels(
 ) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(devices, "processor", lambda: ("processor", features))
+    monkeypatch.setattr(machine, "processor", lambda: ("processor", features))
     assert native.status().reason == reason
 
 

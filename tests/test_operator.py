@@ -20,7 +20,7 @@ from towers import relative
 
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError
-from llava_edge.runtimes import devices, embedder, native, tune
+from llava_edge.runtimes import embedder, machine, native, tune
 from llava_edge.runtimes.native import check, operator
 from llava_edge.runtimes.projector import Projector, gelu
 from llava_edge.runtimes.vision import VisionEncoder
@@ -545,24 +545,24 @@ def test_the_self_test_finds_a_wrong_one(native_build: Path, monkeypatch: pytest
 
 
 def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
-    monkeypatch.setattr(devices, "int8_saturates", lambda: True)
+    monkeypatch.setattr(machine, "external_cpu_seconds", lambda: 0.0)
+    monkeypatch.setattr(machine, "int8_saturates", lambda: True)
     assert tune.default_setting(quantized, 1).native
     found = tune.measure(quantized)
     assert found[0].native
     assert {item.native for item in found} == {True, False}
     assert tune.load(quantized) == found
     assert "our operator" in str(found[0])
-    monkeypatch.setattr(devices, "int8_saturates", lambda: False)
+    monkeypatch.setattr(machine, "int8_saturates", lambda: False)
     monkeypatch.setattr(native, "operator_library", lambda: installed / native.OPERATOR)
     for flags, ours in (["avx_vnni"], False), (["avx512_vnni"], True), (["avx512_vnni", "amx_int8"], False):
-        monkeypatch.setattr(devices, "processor", lambda flags=flags: ("a processor", flags))
+        monkeypatch.setattr(machine, "processor", lambda flags=flags: ("a processor", flags))
         assert tune.default_setting(quantized, 1).native == ours
 
 
 def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
-    monkeypatch.setattr(devices, "int8_saturates", lambda: True)
+    monkeypatch.setattr(machine, "external_cpu_seconds", lambda: 0.0)
+    monkeypatch.setattr(machine, "int8_saturates", lambda: True)
     real = VisionEncoder.encode
 
     def encode(self: VisionEncoder, image: np.ndarray, run: object = None) -> np.ndarray:

@@ -24,7 +24,7 @@ from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
-from llava_edge.runtimes import devices, embedder, jobs, picture_cache, pictures, prefill, tune
+from llava_edge.runtimes import embedder, jobs, machine, picture_cache, pictures, prefill, tune
 from llava_edge.runtimes.language import Key, LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
@@ -350,7 +350,7 @@ class _Full:
 def test_pictures_side_by_side_are_what_each_is_alone(
     full: bool, micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "allowed_cpus", lambda: {0, 1, 2})
+    monkeypatch.setattr(machine, "allowed_cpus", lambda: {0, 1, 2})
     if full:
         monkeypatch.setattr(pictures, "ThreadPoolExecutor", _Full)
     manifest = Bundle.open(micro_bundle).manifest

@@ -23,7 +23,7 @@ from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
 from llava_edge.cli import cli
 from llava_edge.errors import MemoryLimitError, UnavailableError
 from llava_edge.options import EngineOptions
-from llava_edge.runtimes import devices, language, mapping, presets, probe, tune
+from llava_edge.runtimes import language, machine, mapping, presets, probe, tune
 from llava_edge.runtimes.loading import Loader
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.vision import VisionEncoder
@@ -35,14 +35,14 @@ CPU = EngineOptions(device="cpu", threads=1, cache=False)
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
+    monkeypatch.setattr(machine, "external_cpu_seconds", lambda: 0.0)
 
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What is read of /proc and /sys, by path; others are empty."""
     found: dict[str, str] = {}
-    monkeypatch.setattr(devices, "_read", lambda path: found.get(str(path), ""))
+    monkeypatch.setattr(machine, "_read", lambda path: found.get(str(path), ""))
     return found
 
 
@@ -66,7 +66,7 @@ def test_auto_is_fast_where_there_is_room_and_small_where_there_is_not(
     header = gguf.read(four_bits(tmp_path))
     needed = presets.memory_bytes(header, 512, "f16") + copied_bytes(header)
     for free, name in ((2 * needed, "latency"), (2 * needed - 2, "memory"), (None, "latency")):
-        monkeypatch.setattr(devices, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
         chosen = presets.choose(EngineOptions(), header, 512)
         assert (chosen.name, chosen.copies, chosen.repack) == (name, name == "latency", name == "latency")
         assert (chosen.context, chosen.kv) == (512, "f16")
@@ -81,9 +81,9 @@ def test_what_a_container_holds_of_files_is_free(files: dict[str, str]) -> None:
         "/sys/fs/cgroup/memory.current": "3990000000",
         "/sys/fs/cgroup/memory.stat": "anon 90000000\nactive_file 1000000000\ninactive_file 2500000000\nshmem 7\n",
     }
-    assert devices.available_memory() == 3_510_000_000
+    assert machine.available_memory() == 3_510_000_000
     files["/sys/fs/cgroup/memory.max"] = "max"
-    assert devices.available_memory() == 8_192_000_000
+    assert machine.available_memory() == 8_192_000_000
 
 
 def test_the_tightest_of_all_groups_counts(files: dict[str, str]) -> None:
@@ -96,7 +96,7 @@ def test_the_tightest_of_all_groups_counts(files: dict[str, str]) -> None:
         "/sys/fs/cgroup/user.slice/app.scope/memory.current": "100000000",
         "/sys/fs/cgroup/user.slice/app.scope/inner/memory.max": "max",
     }
-    assert devices.available_memory() == 400_000_000
+    assert machine.available_memory() == 400_000_000
     files.clear()
     files |= {
         "/proc/self/cgroup": "3:cpu,cpuacct:/\n7:memory:/docker/abc\n0::/",
@@ -105,7 +105,7 @@ def test_the_tightest_of_all_groups_counts(files: dict[str, str]) -> None:
         "/sys/fs/cgroup/memory/memory.stat": "active_file 5\ninactive_file 7\ntotal_active_file 50000000\n"
         "total_inactive_file 20000000\n",  # the first two without the groups within
     }
-    assert devices.available_memory() == 470_000_000
+    assert machine.available_memory() == 470_000_000
 
 
 def test_the_tightest_quota_of_all_groups_counts(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,22 +115,22 @@ def test_the_tightest_quota_of_all_groups_counts(files: dict[str, str], monkeypa
         "/sys/fs/cgroup/user.slice/app.scope/cpu.max": "150000 100000",
         "/sys/fs/cgroup/user.slice/app.scope/inner/cpu.max": "max 100000",
     }
-    monkeypatch.setattr(devices, "allowed_cpus", lambda: set(range(8)))
-    assert devices.thread_count() == (1, "the CPU quota of this process is 1.5 processors")
+    monkeypatch.setattr(machine, "allowed_cpus", lambda: set(range(8)))
+    assert machine.thread_count() == (1, "the CPU quota of this process is 1.5 processors")
     files.clear()
     files |= {
         "/proc/self/cgroup": "3:cpu,cpuacct:/docker/abc\n7:memory:/docker/abc",
         "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000",
         "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
     }
-    assert devices.thread_count()[0] == 3
+    assert machine.thread_count()[0] == 3
     files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1"  # none
-    assert devices.thread_count()[0] == 8
+    assert machine.thread_count()[0] == 8
 
 
 def test_clips_second_copy_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = gguf.read(four_bits(tmp_path))
-    monkeypatch.setattr(devices, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 30)
     assert presets.choose(EngineOptions(), header, 512).name == "latency"
     assert presets.choose(EngineOptions(), header, 512, vision_copy_bytes=1 << 29).name == "memory"
     assert presets.choose(EngineOptions(preset="memory"), header, 512, vision_copy_bytes=1 << 31).name == "memory"
@@ -163,7 +163,7 @@ def test_weights_are_copied_only_where_that_pays(tmp_path: Path, monkeypatch: py
         ("avx2 avx512f", "Q4_1", False),
         ("avx2 avx512f amx_int8", "Q4_1", True),
     ):
-        monkeypatch.setattr(devices, "processor", lambda features=features: ("a processor", features.split()))
+        monkeypatch.setattr(machine, "processor", lambda features=features: ("a processor", features.split()))
         file = replace(header, tensors={n: replace(t, kind=kind) for n, t in header.tensors.items()})
         assert presets.choose(EngineOptions(preset="latency"), file, 512).repack == repack
 
@@ -171,7 +171,7 @@ def test_weights_are_copied_only_where_that_pays(tmp_path: Path, monkeypatch: py
 def test_what_cannot_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = gguf.read(four_bits(tmp_path))
     context = presets.memory_bytes(header, 512, "f16")
-    monkeypatch.setattr(devices, "available_memory", lambda: context + 1)
+    monkeypatch.setattr(machine, "available_memory", lambda: context + 1)
     assert presets.choose(EngineOptions(preset="memory", kv="f16"), header, 512).name == "memory"
     with pytest.raises(MemoryLimitError, match="--preset memory"):
         presets.choose(EngineOptions(preset="latency"), header, 512)
@@ -186,15 +186,15 @@ def test_a_draft_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     one = presets.memory_bytes(header, 128, "f16")
     trained = header.number("llama.context_length")
     two = one + presets.memory_bytes(header, min(128, trained), "f16")
-    monkeypatch.setattr(devices, "available_memory", lambda: two - 1)
+    monkeypatch.setattr(machine, "available_memory", lambda: two - 1)
     assert presets.choose(memory, header, 128).name == "memory"
     with pytest.raises(MemoryLimitError, match="Use a smaller --context"):
         presets.choose(with_draft, header, 128)
-    monkeypatch.setattr(devices, "available_memory", lambda: two)
+    monkeypatch.setattr(machine, "available_memory", lambda: two)
     assert presets.choose(with_draft, header, 128).name == "memory"
     needed = two + 2 * copied_bytes(header)
     for free, name in ((2 * needed, "latency"), (2 * needed - 2, "memory")):
-        monkeypatch.setattr(devices, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
         assert presets.choose(replace(with_draft, preset="auto"), header, 128).name == name
 
 
@@ -265,7 +265,7 @@ def test_what_was_measured_is_kept_used_and_shown(
     assert tune.load(bundle) == []
     found = tune.measure(bundle)
     assert found == tune.load(bundle)
-    assert (found[0].threads, found[0].prepack) == (devices.thread_count()[0], False)
+    assert (found[0].threads, found[0].prepack) == (machine.thread_count()[0], False)
     assert any(item.prepack for item in found)
     assert all(item.load_ms > 0 and item.encode_ms > 0 for item in found)
     [path] = (isolated_home / "tune").iterdir()
@@ -310,11 +310,11 @@ def test_a_busy_machine_and_a_damaged_note_decide_nothing(
 ) -> None:
     bundle = Bundle.open(micro_bundle)
     clock = iter((0.0, 1e6))
-    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: next(clock))
+    monkeypatch.setattr(machine, "external_cpu_seconds", lambda: next(clock))
     with pytest.raises(UnavailableError, match="Other programs"):
         tune.measure(bundle)
     assert tune.load(bundle) == []
-    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: 0.0)
+    monkeypatch.setattr(machine, "external_cpu_seconds", lambda: 0.0)
     tune.measure(bundle)
     [path] = (isolated_home / "tune").iterdir()
     right = {"threads": 1, "prepack": False, "encode_ms": 1.0, "load_ms": 1.0}
@@ -335,10 +335,10 @@ def test_only_a_clear_gain_leaves_the_usual_setting() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_time_of_others_is_not_our_own() -> None:
-    before = devices.external_cpu_seconds()
+    before = machine.external_cpu_seconds()
     assert before > 0
     sum(i * i for i in range(2_000_000))
-    assert devices.external_cpu_seconds() - before >= -0.05
+    assert machine.external_cpu_seconds() - before >= -0.05
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not keep RLIMIT_AS")

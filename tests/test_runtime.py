@@ -35,7 +35,7 @@ from llava_edge.errors import (
 )
 from llava_edge.options import Chunk, EngineOptions, Options, result_of
 from llava_edge.prompt import Message, Piece
-from llava_edge.runtimes import CancelledError, bindings, devices, probe
+from llava_edge.runtimes import CancelledError, bindings, machine, probe
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import Key, LanguageModel
@@ -670,13 +670,13 @@ print(time.process_time() - begun)
 def test_threads_follow_the_affinity() -> None:
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
-        "from llava_edge.runtimes.devices import thread_count; print(thread_count()[0])"
+        "from llava_edge.runtimes.machine import thread_count; print(thread_count()[0])"
     )
     assert in_child(code).stdout == "1\n"
 
 
 def test_process_start_is_before_now_and_not_long_ago() -> None:
-    code = "import time; from llava_edge.runtimes import devices as d; print(time.monotonic() - d.process_start())"
+    code = "import time; from llava_edge.runtimes import machine as m; print(time.monotonic() - m.process_start())"
     start = time.monotonic()
     age = float(in_child(code).stdout)
     assert 0 < age <= time.monotonic() - start + 0.05
@@ -686,7 +686,7 @@ def test_on_amx_the_build_is_checked_once_before_it_is_used(
     isolated_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A child tries it; only a good result is remembered. The bad build is one that dies of an illegal instruction."""
-    monkeypatch.setattr(devices, "processor", lambda: ("a processor", ["amx_int8"]))
+    monkeypatch.setattr(machine, "processor", lambda: ("a processor", ["amx_int8"]))
     (tmp_path / "llama_cpp").mkdir()
     (tmp_path / "llama_cpp/__init__.py").touch()
     (tmp_path / "llama_cpp/_ctypes_extensions.py").write_text(
@@ -706,7 +706,7 @@ def test_on_amx_the_build_is_checked_once_before_it_is_used(
 
 def test_on_amx_a_user_without_a_home_gets_answers(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container that is run with a number that is nobody's."""
-    monkeypatch.setattr(devices, "processor", lambda: ("a processor", ["amx_int8"]))
+    monkeypatch.setattr(machine, "processor", lambda: ("a processor", ["amx_int8"]))
     monkeypatch.setattr(probe, "check", probe.Report)
     for name in ("LLAVA_EDGE_HOME", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)

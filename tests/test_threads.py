@@ -13,10 +13,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from llava_edge.runtimes import devices
 from llava_edge.runtimes import language as model
-from llava_edge.runtimes.devices import ExternalLoad
+from llava_edge.runtimes import machine
 from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.machine import ExternalLoad
 from llava_edge.runtimes.threads import MAX_BACKOFF, AdaptiveThreads
 
 QUIET, BUSY = (0.0, 1.5), (0.6, 0.0)  # processors' worth of waiting, and of idleness, during a window
@@ -50,7 +50,7 @@ def test_a_process_that_may_use_fewer_processors_than_before_gets_no_more_thread
 ) -> None:
     """Thousands of them ended it: what others had taken of the processors that are left is less."""
     taken = iter((5000.0, 2500.0))
-    monkeypatch.setattr(devices, "external_cpu_seconds", lambda: next(taken))
+    monkeypatch.setattr(machine, "external_cpu_seconds", lambda: next(taken))
     monkeypatch.setattr(ExternalLoad, "elapsed", lambda self: 0.3)
     assert AdaptiveThreads(4).next() == 4
 

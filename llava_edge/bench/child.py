@@ -17,7 +17,7 @@ from llava_edge.bundle import Bundle
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
-from llava_edge.runtimes import devices, native, roofline
+from llava_edge.runtimes import machine, native, roofline
 from llava_edge.runtimes.pictures import apply_token_budget, prepare
 from llava_edge.runtimes.pipeline import Engine
 
@@ -28,7 +28,7 @@ def measure_answers(task: dict[str, Any]) -> dict[str, Any]:
     task: bundle, cache (folder), threads, context, device, prompt, max_tokens, image_tokens, preset, and pictures: name
     of the question -> path.
     """
-    process_start = devices.process_start()
+    process_start = machine.process_start()
     bundle = Bundle.open(Path(task["bundle"]))
     device, threads, context, preset = (task[name] for name in ("device", "threads", "context", "preset"))
     engine_options = EngineOptions(device, threads, context, preset, cache=Path(task["cache"]))
@@ -65,7 +65,7 @@ def measure_answers(task: dict[str, Any]) -> dict[str, Any]:
                 name: {**asdict(result), "text_known": text_positions if name != first_name else 0}
                 for name, result in results.items()
             },
-            "memory": asdict(devices.memory_use()),
+            "memory": asdict(machine.memory_use()),
         }
 
 

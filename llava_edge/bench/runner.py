@@ -38,7 +38,7 @@ from llava_edge.bench.work import Work, bundle_work
 from llava_edge.bundle import Bundle
 from llava_edge.errors import LlavaEdgeError, UnavailableError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, Device, EngineOptions, Options, Preset
-from llava_edge.runtimes import devices, native
+from llava_edge.runtimes import machine, native
 from llava_edge.runtimes.pictures import check_budget
 from llava_edge.runtimes.presets import check_context
 from llava_edge.store import resolve
@@ -129,7 +129,7 @@ def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fr
 
 
 def _threads(plan: Plan) -> list[int]:
-    return list(dict.fromkeys(count or devices.thread_count()[0] for count in plan.threads))
+    return list(dict.fromkeys(count or machine.thread_count()[0] for count in plan.threads))
 
 
 def _configuration_error(configuration: Configuration, bundle: Bundle) -> LlavaEdgeError | None:
@@ -281,14 +281,14 @@ def _update_peaks(peaks: dict[str, dict[str, float]], limits: Sample) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    name, features = devices.processor()
-    count, reason = devices.thread_count()
+    name, features = machine.processor()
+    count, reason = machine.thread_count()
     return {
         "processor": name,
         "features": features,
         "cores": count,
         "cores_reason": reason,
-        "memory_available_bytes": devices.available_memory(),
+        "memory_available_bytes": machine.available_memory(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "native": native.status().reason,
     }

@@ -18,7 +18,7 @@ from llava_edge.cli.terminal import status_line
 from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError, install_hint
 from llava_edge.options import DEVICES, KV_TYPES, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import expand_path, is_file
-from llava_edge.runtimes.devices import allowed_cpus
+from llava_edge.runtimes.machine import allowed_cpus
 from llava_edge.store import DEFAULT_MODEL, refuse_download
 
 if TYPE_CHECKING:

@@ -59,11 +59,11 @@ def doctor(as_json: bool, model: str, tune: bool) -> None:
 
 
 def _machine() -> list[Finding]:
-    from llava_edge.runtimes import devices
+    from llava_edge.runtimes import machine
 
-    name, features = devices.processor()
-    threads, reason = devices.thread_count()
-    memory = devices.available_memory()
+    name, features = machine.processor()
+    threads, reason = machine.thread_count()
+    memory = machine.available_memory()
     free = "unknown" if memory is None else f"{memory / 2**30:.1f} GiB available"
     versions = ", ".join(f"{package} {_version(package)}" for package in ("numpy", "pillow", "click"))
     return [

@@ -62,7 +62,7 @@ def run(
     options = replace(options, grammar=grammar_text(json_schema, grammar))
     prompts = _prompt_texts(prompts, images)
     from llava_edge.bundle import Bundle
-    from llava_edge.runtimes.devices import process_start
+    from llava_edge.runtimes.machine import process_start
     from llava_edge.store import resolve
 
     started = process_start()

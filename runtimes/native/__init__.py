@@ -35,7 +35,7 @@ from llava_edge import interpreter, store
 from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.gguf import Gguf, Tensor
 from llava_edge.locks import fork_safe_lock
-from llava_edge.runtimes import bindings, devices
+from llava_edge.runtimes import bindings, machine
 from llava_edge.runtimes.native import build
 from llava_edge.runtimes.native.choice import COMMAND, Status, choose, is_faster
 from llava_edge.runtimes.native.ggml import Ggml, loaded_library
@@ -233,11 +233,11 @@ def _run_check(library: Path) -> dict[str, Any]:
 
 def kernel_folder() -> Path:
     """Folder of this machine's libraries and results. Raises `UnavailableError` where the kernels cannot run."""
-    machine = platform.machine() if sys.platform == "linux" else ""
-    if machine not in _REQUIRED_FEATURES:
+    architecture = platform.machine() if sys.platform == "linux" else ""
+    if architecture not in _REQUIRED_FEATURES:
         raise UnavailableError("Native kernels exist only for Linux on x86-64 and aarch64.")
-    name, features = devices.processor()
-    required, feature_names = _REQUIRED_FEATURES[machine]
+    name, features = machine.processor()
+    required, feature_names = _REQUIRED_FEATURES[architecture]
     if not required <= set(features):
         raise UnavailableError(f"This processor lacks {feature_names}.")
     base = next(iter(sorted((build.package() / "lib").glob("libggml-base.so*"))), None)

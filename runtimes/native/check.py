@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.runtimes import bindings, devices, projector
+from llava_edge.runtimes import bindings, machine, projector
 from llava_edge.runtimes.native import OPERATOR, operator
 from llava_edge.runtimes.native.choice import MANY_ROWS, ONE_ROW
 from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
@@ -38,7 +38,7 @@ ATTENTION_WIDTH = 128
 
 def main(path: str) -> None:
     """Body of the child process: test the library at `path` and print the results as one line of JSON."""
-    load = devices.ExternalLoad()
+    load = machine.ExternalLoad()
     bindings.library()
     ggml, library = Ggml(), Library(Path(path))
     results: dict[str, Any] = {"kernels": library.kernels(), "problems": {}, "types": {}}
@@ -52,7 +52,7 @@ def main(path: str) -> None:
     for name, queries in (("attention", 45), ("few attention", 9)):
         if problem := check_attention(ggml, library, queries):
             results["problems"][name] = problem
-    threads = devices.thread_count()[0]
+    threads = machine.thread_count()[0]
     operators = Path(path).with_name(OPERATOR)
     if operators.exists():
         if problem := check_operators(operators):
@@ -72,7 +72,7 @@ def main(path: str) -> None:
     results["attention"] = {
         name: _benchmark_attention(ggml, library, *shape, threads) for name, shape in ATTENTION.items()
     }
-    results["crowded"] = load.share() > devices.MAX_EXTERNAL_LOAD
+    results["crowded"] = load.share() > machine.MAX_EXTERNAL_LOAD
     sys.stdout.write(json.dumps(results) + "\n")
 
 
