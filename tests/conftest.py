@@ -16,8 +16,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from serving import Server, running
@@ -252,3 +253,18 @@ def language(micro_bundle: Path) -> Iterator[LanguageModel]:
 def bundle_copy(micro_bundle: Path, tmp_path: Path) -> Path:
     """A copy of `micro_bundle` to damage."""
     return Path(shutil.copytree(micro_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def second_answer_runs_dry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take all words away from the second answer with a grammar, after its first token: the vocabulary can say all."""
+    from llava_edge.runtimes.sampling import Sampler
+
+    real, samplers = Sampler._sample_with_grammar, list[Sampler]()
+
+    def sample(self: Sampler, logits: np.ndarray[Any, Any]) -> int:
+        samplers.append(self)
+        is_dry = list(dict.fromkeys(samplers)).index(self) == 1 and samplers.count(self) == 2
+        return real(self, np.full_like(logits, -np.inf) if is_dry else logits)
+
+    monkeypatch.setattr(Sampler, "_sample_with_grammar", sample)

@@ -19,7 +19,6 @@ from llava_edge.cache import Cache
 from llava_edge.cli.batch import _AnswerFile
 from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UsageError
 from llava_edge.options import EngineOptions, Options, result_of
-from llava_edge.runtimes.sampling import Sampler
 
 SHORT = Options(max_tokens=12, speculate="off")
 
@@ -95,18 +94,8 @@ def test_a_schema_constrains_every_answer(run: Run, photos: Path, tmp_path: Path
     assert {line.partition("\t")[2] for line in out.splitlines()} <= {'"ab"', '"cd"'}
 
 
-def test_an_answer_that_its_grammar_ends_does_not_stop_the_others(
-    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The vocabulary here can say all; so its words are taken away from the second answer, after its first token."""
-    real, samplers = Sampler._sample_with_grammar, list[Sampler]()
-
-    def sample(self: Sampler, logits: Any) -> int:
-        samplers.append(self)
-        is_dry = list(dict.fromkeys(samplers)).index(self) == 1 and samplers.count(self) == 2
-        return real(self, np.full_like(logits, -np.inf) if is_dry else logits)
-
-    monkeypatch.setattr(Sampler, "_sample_with_grammar", sample)
+@pytest.mark.usefixtures("second_answer_runs_dry")
+def test_an_answer_that_its_grammar_ends_does_not_stop_the_others(run: Run, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "form.gbnf").write_text('root ::= "abc"')
     code, out, err = run(photos, "--grammar", tmp_path / "form.gbnf")
     assert (code, out) == (65, f"{photos / 'a.png'}\tabc\n{photos / 'sub/c.PNG'}\tabc\n")

@@ -180,6 +180,32 @@ def test_several_questions_are_answered_in_their_order(micro_bundle: Path, photo
     assert "Question" not in err
 
 
+@pytest.mark.usefixtures("second_answer_runs_dry")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_question_that_its_grammar_ends_does_not_stop_the_others(
+    as_json: bool, micro_bundle: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "form.gbnf").write_text('root ::= "abc"')
+    questions = [part for text in "xyz" for part in ("--prompt", text)]
+    common = ("run", "--model", micro_bundle, *LIGHT, *questions, "--grammar", tmp_path / "form.gbnf")
+    code, out, err = run(*common, *["--json"] * as_json)
+    says = "Question 2: The model has no token that the grammar, or JSON schema, allows next."
+    assert (code, err) == (2, f"{says}\nllava-edge: 1 of 3 questions got no answer.\n")
+    if as_json:
+        first, second, third = map(json.loads, out.splitlines())
+        assert (first["text"], second, third["text"]) == ("abc", {"error": says}, "abc")
+    else:
+        assert re.fullmatch(r"abc\na?b?c?\nabc\n", out)
+
+
+def test_a_grammar_that_cannot_be_parsed_is_said_once(micro_bundle: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "form.gbnf").write_text('root ::= "x')
+    common = ("run", "--model", micro_bundle, *LIGHT, "--prompt", "a", "--prompt", "b")
+    code, out, err = run(*common, "--grammar", tmp_path / "form.gbnf")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("llava-edge: llama.cpp cannot parse the grammar")
+
+
 def test_a_picture_alone_is_a_question(micro_bundle: Path, photo: Path, run: Run) -> None:
     common = ("run", "--model", micro_bundle, "--image", photo, *LIGHT, "--max-tokens", "2", "--json")
     alone, more = (json.loads(run(*common, "--prompt", text)[1])["prompt_tokens"] for text in ("", "Why?"))

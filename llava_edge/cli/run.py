@@ -26,7 +26,7 @@ from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
-    from llava_edge.options import Result
+    from llava_edge.options import Options, Result
     from llava_edge.runtimes.jobs import Stream
 
 
@@ -73,14 +73,36 @@ def run(
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
         suggest_native_build(llava.device)
-        for stream in llava.ask_many(prompts, pictures, options, system=system, started=started):
-            result = _print_answer(stream, "Looking at the image" if images else "Reading", quiet=as_json)
-            if as_json:
-                click.echo(json.dumps(asdict(result), ensure_ascii=False))
-            elif result.finish_reason == "length":
-                context_full = result.completion_tokens < options.max_tokens
-                reason = "the context is full; see --context" if context_full else "--max-tokens reached"
-                click.echo(f"(cut off after {result.completion_tokens} tokens: {reason})", err=True)
+        llava.check_options(options)
+        activity, failed = "Looking at the image" if images else "Reading", 0
+        streams = llava.ask_many(prompts, pictures, options, system=system, started=started)
+        for number, stream in enumerate(streams, 1):
+            try:
+                result = _print_answer(stream, activity, quiet=as_json)
+            except UsageError as error:  # a grammar that allows no next token
+                if len(prompts) == 1:
+                    raise
+                failed += 1
+                _report_failure(f"Question {number}: {error}", as_json)
+            else:
+                _report_end(result, options, as_json)
+        if failed:
+            raise UsageError(f"{failed} of {len(prompts)} questions got no answer.")
+
+
+def _report_failure(sentence: str, as_json: bool) -> None:
+    click.echo(sentence, err=True)
+    if as_json:  # a line for each question
+        click.echo(json.dumps({"error": sentence}, ensure_ascii=False))
+
+
+def _report_end(result: Result, options: Options, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(result), ensure_ascii=False))
+    elif result.finish_reason == "length":
+        context_full = result.completion_tokens < options.max_tokens
+        reason = "the context is full; see --context" if context_full else "--max-tokens reached"
+        click.echo(f"(cut off after {result.completion_tokens} tokens: {reason})", err=True)
 
 
 def _print_answer(stream: Stream, activity: str, quiet: bool) -> Result:
