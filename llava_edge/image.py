@@ -195,6 +195,8 @@ def _display_name(path: str | Path) -> str:
 
 def _read(path: str | Path, name: str) -> bytes:
     """All bytes of a regular file. Never opens a pipe or device, which could block forever."""
+    if not str(path).strip():
+        raise MissingError(f"A picture is given as {str(path)!r}; expected the path of a picture.")
     try:
         info = Path(path).stat()
         if not stat.S_ISREG(info.st_mode):

@@ -212,6 +212,12 @@ def test_nothing_to_read(tmp_path: Path) -> None:
         assert caught.value.exit_code == 66, what
 
 
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_no_folder(path: str) -> None:
+    with pytest.raises(MissingError, match=f"^A picture is given as '{path}'; expected the path of a picture.$"):
+        load_image(path)
+
+
 @pytest.mark.parametrize("length", [1, 99])
 def test_a_data_url_is_no_file(length: int) -> None:
     with pytest.raises(MissingError, match=r"^data:image/jpeg;base... is a data: URL, not a file; pass the bytes it"):
