@@ -23,7 +23,7 @@ from llava_edge.runtimes.jobs import Stream
 from llava_edge.runtimes.pictures import Picture, copy_image, snapshot_images
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.requests import check_request, check_slots
-from llava_edge.runtimes.worker import POLL_SECONDS
+from llava_edge.runtimes.worker import POLL_SECONDS, start_thread
 from llava_edge.store import DEFAULT_MODEL, resolve
 
 AnyImage = ImageInput | bytearray | memoryview | Picture
@@ -446,7 +446,7 @@ async def _stream_in_thread(
             put(last)
         put(None)
 
-    threading.Thread(target=pump, name="llava-edge stream", daemon=True).start()
+    start_thread(threading.Thread(target=pump, name="llava-edge stream", daemon=True))
     ended = False
     try:
         while (item := await queue.get()) is not None:

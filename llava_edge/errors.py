@@ -93,6 +93,13 @@ class MemoryLimitError(LlavaEdgeError):
     exit_code = 71
 
 
+PYTHONS_NO_THREAD = "can't start new thread"  # of a RuntimeError, which has no type of its own
+NO_THREAD = (
+    "No more threads can be started; raise the limit on processes (ulimit -u, or a container's) or on address space "
+    "(ulimit -v)."
+)
+
+
 class CannotCreateError(LlavaEdgeError):
     """An output file or folder cannot be created."""
 

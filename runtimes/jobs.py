@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_edge.errors import UsageError
 from llava_edge.options import Chunk
-from llava_edge.runtimes.worker import POLL_SECONDS
+from llava_edge.runtimes.worker import POLL_SECONDS, start_thread
 
 Stream = Generator[Chunk, None, None]
 MakeChunk = Callable[[], Chunk]
@@ -181,7 +181,11 @@ class EngineThread:
         self._running: list[Job] = []
         self._ahead: Job | None = None  # from the queue, where it was the first one
         self._thread = threading.Thread(target=self._run_jobs, name="llava-edge engine", daemon=True)
-        self._thread.start()
+        try:
+            start_thread(self._thread)
+        except BaseException:
+            self._jobs.put(None)  # Ctrl-C may have come when the thread was started
+            raise
 
     def submit(
         self,

@@ -1,4 +1,4 @@
-"""A thread that runs tasks one after the other, and waiting for one of them."""
+"""Starting a thread; one that runs tasks one after the other, and waiting for one of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
+from llava_edge.errors import NO_THREAD, PYTHONS_NO_THREAD, MemoryLimitError
 from llava_edge.runtimes import CancelledError
 
 Tasks = queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
@@ -29,17 +30,32 @@ def wait_result(future: Future[T], cancel: threading.Event) -> T:
         raise
 
 
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread. Raises `MemoryLimitError` where no more threads can be started."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if str(error) == PYTHONS_NO_THREAD:
+            raise MemoryLimitError(NO_THREAD) from error
+        raise
+
+
 class Worker:
     """A thread that runs one task after the other until `shutdown`, or until it is garbage-collected or Python exits.
 
     A ThreadPoolExecutor would refuse tasks once the main thread has ended, when others may still read answers.
+    Raises `MemoryLimitError` where no more threads can be started.
     """
 
     def __init__(self, name: str) -> None:
         self._tasks: Tasks = queue.SimpleQueue()
         self._thread = threading.Thread(target=_run_tasks, args=(self._tasks,), name=name, daemon=True)
-        self._thread.start()
         self._finish = weakref.finalize(self, _finish, self._tasks, self._thread)
+        try:
+            start_thread(self._thread)
+        except BaseException:
+            self._finish()  # Ctrl-C may have come when the thread was started
+            raise
 
     @property
     def alive(self) -> bool:
@@ -73,5 +89,5 @@ def _run_tasks(tasks: Tasks) -> None:
 
 def _finish(tasks: Tasks, thread: threading.Thread) -> None:
     tasks.put(None)
-    if thread is not threading.current_thread():
+    if thread is not threading.current_thread() and thread.is_alive():
         thread.join()

@@ -26,7 +26,14 @@ from PIL import Image
 
 from llava_edge import Chat, Chunk, EngineOptions, Llava, Options, Result
 from llava_edge.bundle import Bundle
-from llava_edge.errors import ContextOverflowError, ImageError, MissingError, UnavailableError, UsageError
+from llava_edge.errors import (
+    ContextOverflowError,
+    ImageError,
+    MemoryLimitError,
+    MissingError,
+    UnavailableError,
+    UsageError,
+)
 from llava_edge.models.micro import CONFIG
 from llava_edge.options import DEFAULT_PROMPT, FinishReason, result_of
 from llava_edge.prompt import Message
@@ -91,9 +98,52 @@ def test_pictures_that_cannot_be_had_stop_loading(error: BaseException, micro_bu
     threads = set(threading.enumerate())
     with pytest.raises(type(error)):
         Llava.load(micro_bundle, device="cpu", pictures=[read, read])
-    for thread in set(threading.enumerate()) - threads:
-        thread.join(30)
-        assert not thread.is_alive()  # nobody waits for pictures any more
+    assert ended(set(threading.enumerate()) - threads)  # nobody waits for pictures any more
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_without_another_thread_loading_fails_in_a_sentence(
+    number: int, micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started, before = threading.Thread.start, list[threading.Thread](), set(threading.enumerate())
+
+    def start_some(thread: threading.Thread) -> None:
+        if len(started) == number:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    with pytest.raises(MemoryLimitError, match=r"No more threads can be started.*ulimit -u"):
+        Llava.load(micro_bundle, device="cpu")
+    assert ended(set(threading.enumerate()) - before)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_ctrl_c_while_a_thread_is_started_leaves_none_behind(
+    number: int, micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python waits until a started thread runs, and may be interrupted meanwhile."""
+    start, started, before = threading.Thread.start, list[threading.Thread](), set(threading.enumerate())
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        started.append(thread)
+        start(thread)
+        if len(started) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Llava.load(micro_bundle, device="cpu")
+    assert ended(set(threading.enumerate()) - before)
+
+
+def ended(threads: set[threading.Thread]) -> bool:
+    """Whether they end soon, if need be because a garbage collection finds them unused."""
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+    return not any(thread.is_alive() for thread in threads)
 
 
 def test_a_model_that_nothing_refers_to_is_freed(micro_bundle: Path) -> None:

@@ -20,7 +20,15 @@ from typing import NoReturn
 import click
 
 from llava_edge import __version__
-from llava_edge.errors import LlavaEdgeError, MemoryLimitError, OptionError, StorageError, lacking_dependency
+from llava_edge.errors import (
+    NO_THREAD,
+    PYTHONS_NO_THREAD,
+    LlavaEdgeError,
+    MemoryLimitError,
+    OptionError,
+    StorageError,
+    lacking_dependency,
+)
 from llava_edge.paths import is_file
 from llava_edge.runtimes import limit_spinning
 
@@ -150,9 +158,8 @@ def execute(arguments: Sequence[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", StorageError.exit_code)
     except Exception as error:  # noqa: BLE001 - a bug, reported with its traceback
-        if str(error) == "can't start new thread":  # a RuntimeError without a type of its own
-            remedy = "raise the limit on processes (ulimit -u, or a container's) or on address space (ulimit -v)"
-            return _fail(f"No more threads can be started; {remedy}.", MemoryLimitError.exit_code)
+        if str(error) == PYTHONS_NO_THREAD:
+            return _fail(NO_THREAD, MemoryLimitError.exit_code)
         if isinstance(error, ModuleNotFoundError) and (problem := lacking_dependency(error)):
             return _fail(str(problem), problem.exit_code)
         traceback.print_exc()
