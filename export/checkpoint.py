@@ -107,7 +107,9 @@ def open_checkpoint(
         if template_name != config.template:
             config = replace(config, template=template_name)
             notes = (f"Prompt template {template_name}: the chat template of {source.tokenizer} shows it.",)
-    pixels = normalisation.read_normalisation(source.processors)
+    pixels = normalisation.read_normalisation(
+        source.processors, config.vision.image_size, squared=_squared(source, config)
+    )
     return Checkpoint(folder, config, tensors, source.layout, source.tokenizer, pixels, notes)
 
 
@@ -118,6 +120,12 @@ def _config(source: Source, template: str | None) -> LlavaConfig:
     config = from_hf(raw)
     _check_supported(source.config_path, raw, config)
     return config
+
+
+def _squared(source: Source, config: LlavaConfig) -> bool:
+    """Whether pictures are known to be square when the image processor gets them."""
+    stated = "square" in (source.raw.get("llava_edge") or {})
+    return config.square == "anyres" or (stated and config.square == "pad")
 
 
 def _match_tensors(folder: Path, config: LlavaConfig, found: dict[str, StoredTensor]) -> Tensors:

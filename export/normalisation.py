@@ -1,4 +1,4 @@
-"""Mean and standard deviation of pixels, from a checkpoint's image processor.
+"""Mean and standard deviation of pixels, from a checkpoint's image processor, whose other settings must be LLaVA's.
 
 It is in preprocessor_config.json, or nested in processor_config.json by newer transformers. LLaVA takes CLIP's
 processor from CLIP's own folder, and an adapter uses its base's.
@@ -20,21 +20,48 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  #
 _BICUBIC = 3  # Pillow's number
 
 
-def read_normalisation(folders: Iterable[Path]) -> Normalisation:
-    """From the first of these folders with a processor; CLIP's if none has one. Raises `CheckpointError`."""
+def read_normalisation(folders: Iterable[Path], image_size: int, *, squared: bool) -> Normalisation:
+    """From the first of these folders with a processor; CLIP's if none has one.
+
+    image_size: side of the vision tower's pictures, in pixels. squared: whether pictures are square before the
+    processor resizes them, by LLaVA's padding or tiles; if not, one that resizes to a fixed size squeezes them.
+
+    Raises `CheckpointError` for a processor that makes other pixels than LLaVA's.
+    """
     for folder in folders:
         path = folder / "preprocessor_config.json"
-        if path.is_file():
-            return _parse(path, read_json(path))
-        path = folder / "processor_config.json"
-        nested = read_json(path).get("image_processor") if path.is_file() else None
-        if isinstance(nested, dict):
-            return _parse(path, nested)
+        raw = read_json(path) if path.is_file() else None
+        if raw is None:
+            path = folder / "processor_config.json"
+            raw = read_json(path).get("image_processor") if path.is_file() else None
+        if isinstance(raw, dict):
+            raw = {key: value for key, value in raw.items() if value is not None}
+            _check_size(path, raw, image_size, squared=squared or raw.get("do_pad") is True)
+            return _parse(path, raw)
     return CLIP_MEAN, CLIP_STD
 
 
+def _check_size(path: Path, raw: dict[str, Any], image_size: int, *, squared: bool) -> None:
+    """Both settings are a number or a dictionary: CLIPImageProcessor's `get_size_dict`."""
+    side = {"height": image_size, "width": image_size}
+    size, crop = raw.get("size", image_size), raw.get("crop_size", image_size)
+    sides = {key: value for key, value in size.items() if value is not None} if isinstance(size, dict) else size
+    if sides == side and not squared:
+        raise CheckpointError(
+            f"{path} squeezes pictures to {image_size} x {image_size} pixels, which is not supported. If the model was "
+            f'trained on padded or cropped pictures, as LLaVA, set size to {{"shortest_edge": {image_size}}}.'
+        )
+    if sides not in (image_size, {"shortest_edge": image_size}, side):
+        raise CheckpointError(
+            f"{path} sets size to {size!r}; only {image_size} pixels, the vision tower's size, are supported."
+        )
+    if raw.get("do_center_crop", True) and crop not in (image_size, side):
+        raise CheckpointError(
+            f"{path} sets crop_size to {crop!r}; only {image_size} pixels, the vision tower's size, are supported."
+        )
+
+
 def _parse(path: Path, raw: dict[str, Any]) -> Normalisation:
-    raw = {key: value for key, value in raw.items() if value is not None}
     fixed = (("do_rescale", True), ("do_normalize", True), ("do_resize", True), ("resample", _BICUBIC))
     for name, expected in fixed:
         if raw.get(name, expected) != expected:

@@ -7,16 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hugging_face
 import layouts
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
+from llava_edge.bundle import Preprocessing
 from llava_edge.errors import CannotCreateError, CheckpointError, UsageError
 from llava_edge.export import chat_template
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.image import preprocess
 from llava_edge.models import micro
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD, from_hf, to_hf
 
@@ -86,6 +90,78 @@ def test_mean_and_deviation_are_the_processors(file: str, content: dict[str, Any
 def test_other_pixels_than_llavas_are_refused(change: dict[str, Any], said: str, checkpoint: Path) -> None:
     (checkpoint / "preprocessor_config.json").write_text(json.dumps({**OTHER, **change}))
     with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(checkpoint)
+
+
+# --- the size of pixels ----------------------------------------------------------------------------------------
+
+S = micro.CONFIG.vision.image_size
+EDGE, FIXED = {"shortest_edge": S}, {"height": S, "width": S}
+
+
+def clip_processor(checkpoint: Path, **settings: Any) -> Any:
+    """transformers' processor, saved beside the checkpoint as it saves itself."""
+    processor = hugging_face.pillow("clip")(**{"size": EDGE, "crop_size": FIXED, **settings})
+    processor.save_pretrained(checkpoint)
+    for name, value in settings.items():  # in other words than it was given
+        path = checkpoint / "preprocessor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    return processor
+
+
+def without_square(checkpoint: Path) -> None:
+    """As a checkpoint that transformers wrote: only its processor may say how pictures become square."""
+    raw = json.loads((checkpoint / "config.json").read_text())
+    del raw["llava_edge"]["square"]
+    (checkpoint / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("settings", [{}, {"size": S, "crop_size": S}, {"do_center_crop": False}])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_padded_pictures_become_the_processors_pixels(settings: dict[str, Any], fixed: bool, checkpoint: Path) -> None:
+    """LLaVA pads before it calls the processor, so that a fixed size squeezes nothing."""
+    processor = clip_processor(checkpoint, **{**settings, **({"size": FIXED} if fixed else {})})
+    opened = open_checkpoint(checkpoint)
+    spec = Preprocessing(S, *opened.normalisation, opened.config.square, (), "flat")
+    picture = Image.effect_noise((70, 43), 60).convert("RGB")
+    padded = Image.new("RGB", (70, 70), tuple(int(255 * value) for value in spec.mean))
+    padded.paste(picture, (0, 13))
+    expected = processor(padded, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+    assert np.array_equal(preprocess(picture, spec), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_center_crop": False}])
+def test_a_processor_that_squeezes_pictures_is_refused(settings: dict[str, Any], checkpoint: Path) -> None:
+    without_square(checkpoint)
+    processor = clip_processor(checkpoint, size=FIXED, **settings)
+    wide = Image.linear_gradient("L").rotate(90).resize((200, 100)).convert("RGB")
+    squeezed, whole = (processor(image, return_tensors="np")["pixel_values"] for image in (wide, wide.resize((S, S))))
+    assert squeezed == pytest.approx(whole, abs=0.1)  # transformers does squeeze
+    with pytest.raises(CheckpointError, match=rf"squeezes pictures to {S} x {S} pixels.*\"shortest_edge\": {S}"):
+        open_checkpoint(checkpoint)
+    clip_processor(checkpoint)
+    assert open_checkpoint(checkpoint).config.square == "pad"
+
+
+def test_a_processor_that_pads_first_squeezes_nothing(checkpoint: Path) -> None:
+    without_square(checkpoint)
+    hugging_face.pillow("llava")(size=FIXED, crop_size=FIXED, do_pad=True).save_pretrained(checkpoint)
+    assert open_checkpoint(checkpoint).config.square == "pad"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"size": {"shortest_edge": 2 * S}}, "sets size to"),
+        ({"size": {"height": S, "width": 2 * S}}, "sets size to"),
+        ({"size": 2 * S, "crop_size": S}, "sets size to"),
+        ({"crop_size": {"height": S, "width": S // 2}}, "sets crop_size to"),
+    ],
+)
+def test_pixels_of_another_size_are_refused(settings: dict[str, Any], said: str, checkpoint: Path) -> None:
+    """Resized to more than is cropped, a padded picture loses its edges."""
+    clip_processor(checkpoint, **settings)
+    with pytest.raises(CheckpointError, match=f"{said}.* only {S} pixels"):
         open_checkpoint(checkpoint)
 
 
