@@ -115,9 +115,7 @@ def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
     rows = config.text.vocab_size
     if (folder / "tokenizer.model").is_file():
         vocabulary = _sentencepiece(folder / "tokenizer.model")
-        settings = _tokenizer_config(folder)
-        if settings.get("legacy") is False and settings.get("add_prefix_space") is False:
-            vocabulary = replace(vocabulary, add_space_prefix=False)
+        vocabulary = replace(vocabulary, add_space_prefix=vocabulary.add_space_prefix and _prefix_space(folder))
     elif (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
         raw = read_json(path)
@@ -128,6 +126,20 @@ def _read(folder: Path, config: LlavaConfig) -> Vocabulary:
     size = max([len(vocabulary.tokens), *(i + 1 for i in added)])
     _check_size(folder, size, rows)
     return _apply_special_ids(folder, config, _apply_added(folder, vocabulary, added, size))
+
+
+def _prefix_space(folder: Path) -> bool:
+    """Whether tokenizer_config.json leaves SentencePiece its dummy prefix. Raises `CheckpointError` if that is open."""
+    settings = _tokenizer_config(folder)
+    if settings.get("add_prefix_space") is not False:
+        return True
+    if settings.get("legacy") is not False:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'} sets add_prefix_space to false, which only some of transformers' "
+            "tokenizers follow where legacy is not false. If the model was trained without a space before texts, set "
+            "legacy to false; otherwise remove add_prefix_space."
+        )
+    return False
 
 
 def _check_size(folder: Path, size: int, rows: int) -> None:
