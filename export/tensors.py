@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from llava_edge.placeholder import PREFIX_BYTES, describe_placeholder
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+_REMEDY = "Use the checkpoint's safetensors files, if it has any, or save it with torch.save(model.state_dict(), FILE)."
 
 _Entry = tuple[str, tuple[int, ...], int, int]  # type, shape, first byte, last byte + 1
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
@@ -43,6 +48,10 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
             return open_file(folder / single)
         if (folder / index).is_file():
             return _merge_shards(open_file(path) for path in _shards(folder, folder / index))
+    for index in INDEX_FILES:
+        stem, suffix = index.removesuffix(".index.json").split(".")
+        if shard := min(folder.glob(f"{stem}-*-of-*.{suffix}"), default=None):
+            raise MissingError(f"{folder} holds {shard.name}, but not {index}, which lists the shards; download it.")
     raise MissingError(
         f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, whole or in shards with an index."
     )
@@ -59,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}. Correct it, or download it again.") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} should hold a JSON object.")
     return raw
@@ -67,14 +76,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _shards(folder: Path, index: Path) -> list[Path]:
     files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensor names to file names.")
+    if not files or not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names; download it again.")
     names = sorted(set(files.values()))
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index} points outside its folder; shard names must be plain file names.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise MissingError(f"{folder} lacks the shards {', '.join(missing)} that {index.name} names; download them.")
+    numbered = re.search(r"-of-(\d+)\.", names[0])
+    if numbered and len(names) < int(numbered[1]):
+        raise CheckpointError(f"{index} names {len(names)} of {int(numbered[1])} shards; download it again.")
     return [folder / name for name in names]
 
 
@@ -104,28 +116,27 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
 
 def _safetensors(path: Path) -> dict[str, StoredTensor]:
     """Layout: uint64 header length, JSON header, values. Offsets in the header are relative to its end."""
-    damaged = f"{path} is not a whole safetensors file"
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{damaged}: its header should have {length} bytes, the file has {size}.")
+            raise _damaged(path, f"it has {size} bytes, and {length} are too many for its header")
         try:
             header = json.loads(file.read(length))
             entries = {name: _parse_entry(entry) for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, TypeError, OverflowError, KeyError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{damaged}: its header cannot be read ({error!r}).") from error
+            raise _damaged(path, f"its header cannot be read, {error!r}") from error
     start = 8 + length
     for name, (dtype, shape, begin, end) in entries.items():
         if min(shape, default=0) < 0 or not 0 <= begin <= end <= size - start:
-            raise CheckpointError(
-                f"{damaged}: {name} lies at bytes {begin} to {end} of {size - start}. Download it again."
-            )
+            raise _damaged(path, f"{name} lies at bytes {begin} to {end} of {size - start}")
         if dtype in _DTYPES and end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
-            raise CheckpointError(
-                f"{damaged}: {name} has {end - begin} bytes, its shape {shape} in {dtype} needs others."
-            )
+            raise _damaged(path, f"{name} has {end - begin} bytes, its shape {shape} in {dtype} needs others")
     return {name: _mapped_tensor(path, name, start, entry) for name, entry in entries.items()}
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a whole safetensors file: {reason}. Download it again.")
 
 
 def _parse_entry(entry: dict[str, Any]) -> _Entry:
@@ -159,17 +170,39 @@ def _pickle(path: Path) -> dict[str, StoredTensor]:
             f"any. {install_hint('train')}"
         ) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how the file was pickled
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except MemoryError:
+        raise
     except Exception as error:  # torch raises many types for a bad file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read safely as a dictionary of tensors: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} should hold a dictionary of tensors and nothing else.")
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):  # as torch names what it will not import
+            raise CheckpointError(
+                f"{path} holds {refused[1]} besides tensors, which may run code, so it is not opened. {_REMEDY}"
+            ) from error
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or no file of torch.save ({reason}). Download it again.") from error
+    found = state.items() if isinstance(state, dict) else [("it", state)]
+    for name, value in found:
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{path} should hold a dictionary of tensors and nothing else, but {name} is a {type(value).__name__}. "
+                f"{_REMEDY}"
+            )
+    return {str(name): StoredTensor(tuple(x.shape), partial(_to_numpy, path, name, x)) for name, x in found}
 
-    def stored_tensor(tensor: torch.Tensor) -> StoredTensor:
-        return StoredTensor(tuple(tensor.shape), lambda: tensor.detach().to(torch.float32).contiguous().numpy())
 
-    return {str(name): stored_tensor(tensor) for name, tensor in state.items()}
+def _to_numpy(path: Path, name: str, tensor: Any) -> np.ndarray:
+    import torch
+
+    known = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)  # as of safetensors
+    if tensor.dtype not in known or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"{path} stores {name} as {tensor.dtype} ({tensor.layout}, {tensor.device}); "
+            f"expected dense values of one of {', '.join(map(str, known))}."
+        )
+    array: np.ndarray = tensor.detach().to(torch.float32).contiguous().numpy()
+    return array
 
 
 def _is_zip(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -163,7 +164,7 @@ def placed(end: int) -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         (b"<!DOCTYPE html><title>404</title>", "web page"),
         (b"", "not a whole safetensors"),
-        (headed(b"{}", 1 << 62), "header should have"),
+        (headed(b"{}", 1 << 62), "are too many for its header"),
         (headed(b"[1,2] "), "header cannot be read"),
         (headed(b'{"x": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'), "header cannot be read"),
         (placed(1 << 50), "lies at bytes"),
@@ -192,11 +193,11 @@ def test_what_was_not_downloaded_is_said_of_any_file(name: str, checkpoint: Path
 def test_weights_without_their_end_or_with_an_endless_header(checkpoint: Path) -> None:
     path = checkpoint / WEIGHTS
     os.truncate(path, path.stat().st_size - 1000)
-    with pytest.raises(CheckpointError, match="not a whole safetensors"):
+    with pytest.raises(CheckpointError, match=r"not a whole safetensors.* Download it again"):
         open_checkpoint(checkpoint)
     path.write_bytes(headed(b"", 1 << 30))
     os.truncate(path, 1 << 31)  # zeros that take no room on the disk
-    with pytest.raises(CheckpointError, match="header should have"):
+    with pytest.raises(CheckpointError, match=rf"has {1 << 31} bytes, and {1 << 30} .*header\. Download it again"):
         open_checkpoint(checkpoint)
 
 
@@ -213,16 +214,59 @@ class Bomb:
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / WEIGHTS).unlink()
     path, mark = checkpoint / "pytorch_model.bin", tmp_path / "it ran"
-    torch.save({"x": Bomb(mark)}, path)
-    with pytest.raises(CheckpointError, match="cannot be read safely"):
-        open_checkpoint(checkpoint)
-    path.write_bytes(pickle.dumps({"x": Bomb(mark)}))
-    with pytest.raises(CheckpointError, match="cannot be read safely"):
-        open_checkpoint(checkpoint)
+    for write in (torch.save, lambda state, path: path.write_bytes(pickle.dumps(state, 2))):
+        write({"x": Bomb(mark)}, path)
+        with pytest.raises(
+            CheckpointError, match=r"pytorch_model\.bin holds posix\.mkdir besides tensors.*safetensors"
+        ):
+            open_checkpoint(checkpoint)
     assert not mark.exists()
-    torch.save([1, 2], path)
-    with pytest.raises(CheckpointError, match="dictionary of tensors"):
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"args": argparse.Namespace()}, r"holds argparse\.Namespace besides tensors"),
+        ([1, 2], "but it is a list"),
+        ({"state_dict": {"x": torch.zeros(1)}}, r"but state_dict is a dict\. .*torch\.save\(model\.state_dict\(\)"),
+        ({"x": torch.zeros(1), "step": 3}, "but step is a int"),
+    ],
+)
+def test_a_pickle_of_more_than_tensors_says_what_to_save(state: Any, said: str, checkpoint: Path) -> None:
+    (checkpoint / WEIGHTS).unlink()
+    torch.save(state, checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin .*{said}"):
         open_checkpoint(checkpoint)
+
+
+def in_pickle(checkpoint: Path, **changes: torch.Tensor) -> Path:
+    """The weights as PyTorch's own file instead."""
+    state = {name: torch.from_numpy(value) for name, value in load_file(checkpoint / WEIGHTS).items()}
+    (checkpoint / WEIGHTS).unlink()
+    path = checkpoint / "pytorch_model.bin"
+    torch.save({**state, **changes}, path)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_pickle_without_its_end_is_to_be_downloaded_again(share: float, zipped: bool, checkpoint: Path) -> None:
+    path = in_pickle(checkpoint)
+    if not zipped:
+        torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged, or no file of torch\.save \(\w.* again"):
+        open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["complex64", "float8_e4m3fn", "int8", "meta", "sparse"])
+def test_values_of_a_pickle_that_are_no_plain_numbers_are_refused(kind: str, checkpoint: Path) -> None:
+    name = "multi_modal_projector.linear_1.bias"
+    bias = torch.from_numpy(load_file(checkpoint / WEIGHTS)[name])
+    odd = {"meta": bias.to("meta"), "sparse": bias.to_sparse()}
+    in_pickle(checkpoint, **{name: odd[kind] if kind in odd else bias.to(getattr(torch, kind))})
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin stores {name} as torch.*; expected dense values"):
+        _ = open_checkpoint(checkpoint).tensors[name]
 
 
 def test_shards_that_are_missing_or_outside(checkpoint: Path) -> None:
@@ -236,6 +280,19 @@ def test_shards_that_are_missing_or_outside(checkpoint: Path) -> None:
         open_checkpoint(checkpoint)
     index.write_text("[]", "utf-8")
     with pytest.raises(CheckpointError, match="JSON object"):
+        open_checkpoint(checkpoint)
+    for content, said in (
+        ('{"weight_map": {"a"', "is not valid JSON"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "names 1 of 2 shards"),
+    ):
+        index.write_text(content, "utf-8")
+        with pytest.raises(CheckpointError, match=rf"index\.json {said}.* download it again"):
+            open_checkpoint(checkpoint)
+    index.unlink()
+    with pytest.raises(
+        MissingError, match=r"holds model-00001-.* but not model\.safetensors\.index\.json.*; download it"
+    ):
         open_checkpoint(checkpoint)
 
 
