@@ -547,17 +547,20 @@ def test_an_empty_question_on_stdin_is_not_no_question(micro_bundle: Path, photo
     assert done.stderr == b"llava-edge: The prompt on standard input is empty.\n"
 
 
-def test_an_unwritable_stdout(micro_bundle: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
-    command = [sys.executable, "-m", "llava_edge", "models", "list"]
-    for unbuffered in ("", "1"):
-        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-        with Path("/dev/full").open("w") as full:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment
-            )
-        assert (done.returncode, done.stderr) == (74, "llava-edge: No space left on device.\n")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("models", "list"), ("info", "--json"), ("run",), ("run", "--json"), ("chat",)])
+def test_an_unwritable_stdout(arguments: tuple[str, ...], unbuffered: str, micro_bundle: Path) -> None:
+    asked = ("--model", micro_bundle, *LIGHT, "--max-tokens", "2")
+    more = {"info": (micro_bundle,), "run": ("--prompt", "hi", *asked), "chat": asked}.get(arguments[0], ())
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "llava_edge", *arguments, *map(str, more)],
+            cwd=ROOT, input="hi\n", stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    said = done.stderr.splitlines()[-1]
+    assert (done.returncode, said) == (74, "llava-edge: Standard output cannot be written: No space left on device.")
 
 
 # chat, verify, info, models

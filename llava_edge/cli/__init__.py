@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -188,7 +188,8 @@ def _prepare_streams() -> None:
     if sys.stdout is None:
         sys.stdout = _ClosedStdout()
     elif isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+        old = sys.stdout
+        sys.stdout = _NamedStdout(old.buffer, old.encoding, "replace", None, old.line_buffering, old.write_through)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open until the process exits
     elif isinstance(sys.stderr, io.TextIOWrapper):
@@ -201,6 +202,27 @@ class _ClosedStdout(io.TextIOBase):
 
     def write(self, text: str, /) -> int:
         raise OSError(errno.EBADF, "Standard output is closed")
+
+
+class _NamedStdout(io.TextIOWrapper):
+    """Standard output that failed writes are said of; a closed pipe stays a `BrokenPipeError`."""
+
+    def write(self, text: str, /) -> int:
+        with _naming_stdout():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _naming_stdout():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _naming_stdout() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = "Standard output cannot be written"
+        raise
 
 
 class _LossyStderr(io.TextIOWrapper):
