@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a run reads and writes. Only recipes that train `smol` need `photos`."""
+    """Where a run reads and writes. Recipes that train `smol` need `photos`, others take none."""
 
     run: Path
     data: Path
@@ -78,6 +78,8 @@ def _check_prerequisites(recipe: Recipe, folders: Folders) -> None:
     if folders.run.is_dir() and any(folders.run.iterdir()) and not (folders.run / "base").is_dir():
         raise CannotCreateError(f"{folders.run} is not empty and holds no training run; choose another --out.")
     if recipe.parts == "micro":
+        if folders.photos is not None:
+            raise UsageError(f"The recipe {recipe.name!r} draws its own pictures; omit --photos.")
         micro.check_data_folder(folders.data)
         return
     if folders.photos is None:

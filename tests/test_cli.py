@@ -346,6 +346,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["info", "/dev/null"], 65, "neither"),
     (["train", "no-such"], 66, "micro, smol"),
     (["train", "smol"], 2, "--photos"),
+    (["train", "micro", "--photos", "."], 2, "draws its own pictures; omit --photos"),
     (["train", "smol", "--photos", "no-such"], 66, "labels.jsonl"),
     (["train", "micro", "--out", "{}/manifest.json/run"], 73, "name another folder with --out."),
     (["train", "micro", "--out", "out", "--data", "/dev/null/data"], 73, "name another folder with --data."),
