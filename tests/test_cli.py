@@ -120,9 +120,10 @@ def test_answers_of_a_form(micro_bundle: Path, tmp_path: Path, run: Run) -> None
         ("--json-schema", b'{"properties": {"a": {"pattern": "x"}}}', 65, "at '#/properties/a' uses 'pattern'"),
         ("--grammar", None, 66, "which does not exist"),
         ("--grammar", b" \n", 65, "which is empty"),
-        ("--grammar", b'root ::= "x', 2, "llama.cpp cannot parse the grammar (unexpected end of input); expected GBNF"),
-        ("--grammar", b'foo ::= "x"', 2, "llama.cpp cannot parse the grammar; expected GBNF"),
-        ("--grammar", b"x" * (1 << 20), 2, "grammar must be a string of at most"),
+        ("--grammar", b'root ::= "x', 65, "form cannot be used. llama.cpp cannot parse the grammar (unexpected end of"),
+        ("--grammar", b'foo ::= "x"', 65, "form cannot be used. llama.cpp cannot parse the grammar; expected GBNF"),
+        ("--grammar", b"(" * 300, 65, "form cannot be used. The grammar has parentheses nested deeper"),
+        ("--grammar", b"x" * (1 << 20), 65, "form cannot be used. grammar must be a string of at most"),
     ],
 )
 def test_a_form_that_is_none(

@@ -130,22 +130,38 @@ def engine_options_from(values: dict[str, Any]) -> EngineOptions:
     return engine
 
 
-def grammar_text(json_schema: str | None, grammar: str | None) -> str:
-    """The grammar that answers must follow; empty if there is none."""
+def constrain(options: Options, json_schema: str | None, grammar: str | None) -> Options:
+    """Options with the grammar that answers must follow, if there is one. Raises `DataError` for an unusable file."""
     if json_schema is not None and grammar is not None:
         raise UsageError("--json-schema and --grammar cannot be combined; give one of them.")
     if grammar is not None:
-        return _read_text(grammar, "--grammar")
+        with _blame(grammar):
+            return replace(options, grammar=_read_text(grammar, "--grammar"))
     if json_schema is None:
-        return ""
+        return options
     from llava_edge.json_grammar import from_schema
 
     try:
-        return from_schema(json.loads(_read_text(json_schema, "--json-schema")))
-    except UsageError as error:
-        raise DataError(f"{json_schema} cannot be used. {error}") from error
+        with _blame(json_schema):
+            return replace(options, grammar=from_schema(json.loads(_read_text(json_schema, "--json-schema"))))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{json_schema} is not JSON ({error}); expected a JSON schema.") from error
+
+
+def check_options(llava: Llava, options: Options, json_schema: str | None, grammar: str | None) -> None:
+    """Raise `UsageError` for options that suit no question to this model, `DataError` if it is the grammar's file."""
+    llava.check_options(replace(options, grammar=""))
+    with _blame(json_schema or grammar or ""):
+        llava.check_options(options)
+
+
+@contextmanager
+def _blame(file: str) -> Iterator[None]:
+    """Turn what is wrong with a file's content into `DataError`."""
+    try:
+        yield
+    except UsageError as error:
+        raise DataError(f"{file} cannot be used. {error}") from error
 
 
 def _read_text(name: str, flag: str) -> str:

@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import answer_options, generation_options, grammar_text, options_from
+from llava_edge.cli.arguments import answer_options, check_options, constrain, generation_options, options_from
 from llava_edge.cli.terminal import printable, show, status_line, suggest_native_build
 from llava_edge.errors import (
     CannotCreateError,
@@ -71,7 +71,7 @@ def batch(
     llava-edge batch photos --output captions.jsonl
     """
     options, engine = options_from(shared)
-    options = replace(options, grammar=grammar_text(json_schema, grammar))
+    options = constrain(options, json_schema, grammar)
     if output == "-":
         raise UsageError("--output is '-', but it takes a file; --json prints the objects on stdout.")
     if not prompt.strip():
@@ -96,7 +96,7 @@ def batch(
             with status_line("Loading the model") as status:
                 llava = Llava.load(bundle.folder, engine, on_load=status)
             with llava:
-                llava.check_options(options)
+                check_options(llava, options, json_schema, grammar)
                 suggest_native_build(llava.device)
                 _ask(llava, waiting, prompt, system, options, report)
     problems = [f"{report.failed} of {len(waiting)} images got no answer"] if report.failed else []

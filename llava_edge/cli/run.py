@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ import click
 from llava_edge.cli.arguments import (
     ImageCommand,
     answer_options,
+    check_options,
+    constrain,
     generation_options,
-    grammar_text,
     image_path,
     load_model_and_images,
     options_from,
@@ -59,7 +60,7 @@ def run(
     curl -s URL | llava-edge run --image - --prompt "What is this?" --json
     """
     options, engine = options_from(shared)
-    options = replace(options, grammar=grammar_text(json_schema, grammar))
+    options = constrain(options, json_schema, grammar)
     prompts = _prompt_texts(prompts, images)
     from llava_edge.bundle import Bundle
     from llava_edge.runtimes.machine import process_start
@@ -73,7 +74,7 @@ def run(
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
         suggest_native_build(llava.device)
-        llava.check_options(options)
+        check_options(llava, options, json_schema, grammar)
         activity, failed = "Looking at the image" if images else "Reading", 0
         streams = llava.ask_many(prompts, pictures, options, system=system, started=started)
         for number, stream in enumerate(streams, 1):
