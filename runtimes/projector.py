@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.bundle import PROJECTOR, Bundle
-from llava_edge.errors import BundleError, UnavailableError
+from llava_edge.errors import BundleError, MemoryLimitError, UnavailableError
 from llava_edge.runtimes.native import operator
 
 Array = np.ndarray[Any, Any]
@@ -60,10 +60,16 @@ class Projector:
         self._path, self._library, self._threads = path, library, threads
 
     def project(self, features: Array) -> Array:
-        """(image_tokens, vision width) float32 -> (image_tokens, hidden size) float32, C-contiguous and finite."""
+        """(image_tokens, vision width) float32 -> (image_tokens, hidden size) float32, C-contiguous and finite.
+
+        Raises `BundleError`, `MemoryLimitError`, or `UnavailableError` if the kernel cannot be loaded.
+        """
         values = features
-        for number, (weight, bias) in enumerate(self._layers, 1):
-            values = self._layer(values, weight, bias, then_gelu=number < len(self._layers))
+        try:
+            for number, (weight, bias) in enumerate(self._layers, 1):
+                values = self._layer(values, weight, bias, then_gelu=number < len(self._layers))
+        except MemoryError as error:
+            raise MemoryLimitError("There is not enough memory to compute the embeddings of a picture.") from error
         if not np.isfinite(values).all():
             raise BundleError(
                 f"{self._path} produced values that are not finite. Run 'llava-edge verify' on the bundle."
@@ -75,7 +81,7 @@ class Projector:
         if self._library is not None and operator.supports_projection(weight):
             try:
                 return operator.project(self._library, values, weight, bias, self._threads, then_gelu)
-            except OSError as error:  # its file is gone, or there is no memory
+            except OSError as error:  # its file is gone
                 raise UnavailableError(
                     f"The native kernel for the projector failed: {error}. Try again, or set LLAVA_EDGE_NATIVE=off."
                 ) from error

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bundle import VISION, Bundle
-from llava_edge.errors import BundleError, UnavailableError
+from llava_edge.errors import BundleError, MemoryLimitError, UnavailableError
 from llava_edge.runtimes import CancelledError, bindings, float_graph, machine
 from llava_edge.runtimes import native as native_kernels
 from llava_edge.runtimes.native import operator
@@ -27,7 +27,7 @@ class VisionEncoder:
     """A session of vision.onnx: CLIP up to the chosen layer, pooled; `native` tells whether our operators are in it.
 
     Raises `BundleError` if the file does not match the manifest, `UnavailableError` if ONNX Runtime would silently use
-    another provider than the requested one.
+    another provider than the requested one, `MemoryLimitError` if ONNX Runtime gets too little memory.
     threads: 0 is one for each physical core.
     prepack: keep a private copy of all weights, rearranged for this processor; made now.
     native: compute int8 linear layers and attention by our operators, where tested and right (`native.operator`), on
@@ -77,7 +77,7 @@ class VisionEncoder:
                 enable_fallback=0,
             )
         except Exception as error:  # ONNX Runtime raises a dozen kinds, UnicodeDecodeError among them
-            raise BundleError(f"ONNX Runtime cannot load {self._path}: {_first_line(error)}") from error
+            raise _failure(f"ONNX Runtime cannot load {self._path}", error) from error
         if self._session.get_providers()[0] != provider:
             raise UnavailableError(f"ONNX Runtime did not start {provider}; use --device cpu.")
         self._check_interface()
@@ -118,7 +118,7 @@ class VisionEncoder:
         """(3, S, S) float32 -> (image_tokens, width) float32.
 
         run_options: from `new_run_options`; if another thread sets its `terminate`, `CancelledError` is raised here.
-        Raises `BundleError` if a value is not finite.
+        Raises `BundleError` if a value is not finite, `MemoryLimitError`.
         """
         return self._run(["features"], pixels, run_options)[0]
 
@@ -137,7 +137,7 @@ class VisionEncoder:
         except Exception as error:
             if run_options.terminate:
                 raise CancelledError from error
-            raise BundleError(f"ONNX Runtime failed in {self._path}: {_first_line(error)}") from error
+            raise _failure(f"ONNX Runtime failed in {self._path}", error) from error
         results = [np.asarray(output[0], np.float32) for output in outputs]
         if not all(np.isfinite(output).all() for output in results):
             raise BundleError(
@@ -191,6 +191,9 @@ def _shape(sizes: tuple[int, ...]) -> str:
     return ", ".join(map(str, sizes))
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:300]
+def _failure(what: str, error: Exception) -> BundleError | MemoryLimitError:
+    """What to raise for an error of ONNX Runtime, whose types do not tell a lack of memory."""
+    message = str(error) or type(error).__name__
+    if any(sign in message for sign in ("allocate memory", "out of memory", "bad allocation", "bad_alloc")):
+        return MemoryLimitError(f"{what}: there is not enough memory.")
+    return BundleError(f"{what}: {message.splitlines()[0][:300]}")

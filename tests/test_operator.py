@@ -229,6 +229,43 @@ print((operator.project(library, x, x, x[0], threads=64) == expected).all())
     assert in_child(code).stdout == "True\n"
 
 
+def test_too_little_memory_is_said(quantized: Bundle, native_build: Path, tmp_path: Path) -> None:
+    """Neither called a fault of the kernels, nor of the bundle. The micro tower is too small to lack any."""
+    nodes = [onnx.helper.make_node("MatMul", ["pixels", "pixels"], ["features"])]
+    sides = [onnx.helper.make_tensor_value_info(name, 1, [1, "n", "n"]) for name in ("pixels", "features")]
+    graph = onnx.helper.make_graph(nodes, "large", sides[:1], sides[1:])
+    versions = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=versions, ir_version=8), tmp_path / "large.onnx")
+    code = f"""
+import resource
+from pathlib import Path
+import numpy as np
+import onnxruntime
+from llava_edge.bundle import Bundle
+from llava_edge.errors import MemoryLimitError
+from llava_edge.runtimes.native import operator
+from llava_edge.runtimes.projector import Projector
+from llava_edge.runtimes.vision import VisionEncoder
+bundle, library = Bundle.open(Path({str(quantized.folder)!r})), Path({str(native_build / native.OPERATOR)!r})
+projector, encoder, options = Projector(bundle, library), VisionEncoder(bundle, 1), VisionEncoder.new_run_options()
+settings = onnxruntime.SessionOptions()
+settings.intra_op_num_threads, settings.log_severity_level = 1, 4
+encoder._session = onnxruntime.InferenceSession({str(tmp_path / "large.onnx")!r}, settings, providers=[{CPU!r}])
+features, pixels = np.ones((9, bundle.manifest.vision.width), np.float32), np.ones((4096, 4096), np.float32)
+operator._open_library(library)
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+for compute in (lambda: projector.project(features), lambda: encoder.encode(pixels, options)):
+    try:
+        compute()
+    except MemoryLimitError as error:
+        print(error)
+"""
+    projector, encoder = in_child(code).stdout.splitlines()
+    assert projector == "There is not enough memory to compute the embeddings of a picture."
+    assert encoder == f"ONNX Runtime failed in {quantized.part(VISION)}: there is not enough memory."
+
+
 def test_the_projector_is_the_same_by_our_kernel(quantized: Bundle, installed: Path) -> None:
     """Where the kernel takes a layer, rounded; and not at all where numpy was faster."""
     features = np.random.default_rng(0).standard_normal((9, quantized.manifest.vision.width), np.float32)

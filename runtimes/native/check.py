@@ -121,7 +121,7 @@ def check_operators(library: Path) -> str:
         linear, quick_gelu = (operator.linear(library, x, weight, scale, bias, 2, flag) for flag in (False, True))
         projected, gelu = (operator.project(library, x, half_weight, bias, 2, flag) for flag in (False, True))
         attention = operator.attention(library, packed_qkv, 2, 2)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         return f"The operators for ONNX Runtime do not work: {error}."
     x64 = x.astype(np.float64)
     layer, projection = x64 @ weight * scale + bias, x64 @ half_weight.T + bias

@@ -64,7 +64,8 @@ def linear(
     Raises `OSError` if it does not support the shape.
     """
     out = np.empty((len(x), weight.shape[1]), np.float32)
-    _call(library, "linear", x, weight, scale, bias, quick_gelu, out, len(x), *weight.shape[::-1], threads)
+    if not _call(library, "linear", x, weight, scale, bias, quick_gelu, out, len(x), *weight.shape[::-1], threads):
+        raise OSError(f"linear of {library.name} does not support these shapes")
     return out
 
 
@@ -75,7 +76,8 @@ def attention(library: Path, qkv: Array, heads: int, threads: int = 1) -> Array:
     """
     batch, positions, columns = qkv.shape
     out = np.empty((batch, positions, columns // 3), np.float32)
-    _call(library, "attend", qkv, out, batch, positions, heads, columns // 3 // heads, threads)
+    if not _call(library, "attend", qkv, out, batch, positions, heads, columns // 3 // heads, threads):
+        raise OSError(f"attend of {library.name} does not support these shapes")
     return out
 
 
@@ -91,11 +93,12 @@ def project(
 ) -> Array:
     """Run the projector's kernel: (rows, inner) -> (rows, out), x @ weight.T + bias, with GELU on request.
 
-    Raises `OSError` if it does not support the shape.
+    For layers that `supports_projection` admits. Raises `MemoryError`, or `OSError` if the library cannot be loaded.
     """
     out, is_half = np.empty((len(x), len(weight)), np.float32), weight.dtype == np.float16
     x, bias = (np.ascontiguousarray(array, np.float32) for array in (x, bias))
-    _call(library, "project", is_half, x, weight, bias, gelu, out, len(x), *weight.shape, threads)
+    if not _call(library, "project", is_half, x, weight, bias, gelu, out, len(x), *weight.shape, threads):
+        raise MemoryError
     return out
 
 
@@ -104,8 +107,8 @@ def _open_library(library: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _call(library: Path, name: str, *arguments: np.ndarray[Any, Any] | int) -> None:
+def _call(library: Path, name: str, *arguments: np.ndarray[Any, Any] | int) -> bool:
+    """Whether it has done its work: not if it does not support the shapes, or memory is lacking."""
     function = getattr(_open_library(library), f"llava_edge_native_{name}")
     values = [item.ctypes.data_as(ctypes.c_void_p) if isinstance(item, np.ndarray) else int(item) for item in arguments]
-    if not function(*values):
-        raise OSError(f"{name} of {library.name} does not support these shapes")
+    return bool(function(*values))
