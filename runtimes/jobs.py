@@ -43,9 +43,9 @@ class _Cancel(threading.Event):
 
 
 class _Claim:
-    """Decides atomically whether a queued job, or several that run as one, is started or withdrawn: whoever is first.
+    """Decides atomically what becomes of a queued job, or several that run as one: whoever is first.
 
-    Both methods may be repeated.
+    All methods may be repeated.
     """
 
     def __init__(self) -> None:
@@ -58,12 +58,16 @@ class _Claim:
         return self._claimed_by == "caller"
 
     def start(self) -> bool:
-        """Claim it for the engine thread; False if it was withdrawn."""
+        """Claim it for the engine thread; False if it was withdrawn or refused."""
         return self._claim("engine")
 
     def withdraw(self) -> bool:
-        """Claim it for the caller; False if it was started."""
+        """Claim it for the caller; False if it was started or refused."""
         return self._claim("caller")
+
+    def refuse(self) -> bool:
+        """Claim it for whoever closes the engine; False if it was started or withdrawn."""
+        return self._claim("closing")
 
     def _claim(self, side: str) -> bool:
         with self._lock:
@@ -235,6 +239,8 @@ class EngineThread:
                 self._closed = True
                 self._jobs.put(None)
             for job in self._running:
+                if job.claim.refuse():  # taken by another job, but it still waits for room
+                    job.end(UsageError(CLOSED))
                 job.stop()
         if wait and self._thread is not threading.current_thread():
             self._thread.join()

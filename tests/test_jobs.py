@@ -449,6 +449,28 @@ def test_a_job_that_waits_for_another_to_take_it_is_told_of_closing(engine: Engi
     assert found == [None]
 
 
+def test_a_job_that_another_has_taken_but_not_started_is_told_of_closing(engine: EngineThread) -> None:
+    """As one that waits for room beside another: its caller has cancelled nothing."""
+    begun, taken = threading.Event(), list[Job]()
+
+    def look(job: Job) -> None:
+        begun.set()
+        while not taken:
+            taken.extend(other for other in [engine.take()] if other)
+        assert wait_for(job.cancel)
+        assert not taken[0].claim.start()
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(list, engine.submit(look, threading.Event(), lambda: CANCELLED))]
+        assert begun.wait(SOON)
+        asked.append(pool.submit(list, engine.submit(finish, threading.Event(), lambda: CANCELLED, join=id)))
+        wait_until(lambda: bool(taken))
+        engine.close()
+        assert asked[0].result(SOON) == []
+        with pytest.raises(UsageError, match="closed"):
+            asked[1].result(SOON)
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     for _ in range(int(SOON / 0.01)):
         if condition():
