@@ -154,8 +154,7 @@ class Llava:
         Work begins at once: images are read and encoded one after another, and the answers are decoded as a batch,
         with the same tokens as `ask_many` says. The stream of an image that cannot be used raises `ImageError`,
         `MissingError` or `ContextOverflowError`, that of an answer whose grammar allows no next token `UsageError`, and
-        the others go on. With options that `check_options` refuses, all raise. KV cache states are neither saved nor
-        used.
+        the others go on. With options that `check_options` refuses, all raise. KV cache states are used, but not saved.
         """
         if isinstance(images, _SINGLE) or not isinstance(images, Sequence):
             raise UsageError("ask_each expects a list of images; use ask for a single one.")

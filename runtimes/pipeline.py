@@ -139,7 +139,7 @@ class Engine:
         they are bit-identical to separate ones. What a prompt has in common with the last one is evaluated once. An
         unusable image is an error of its own stream. Closing a stream early stops all.
         started: for all; otherwise time to first token counts from where an answer's images are read.
-        save: use and save KV cache states: hundreds of megabytes for each picture of a 7B.
+        save: save KV cache states: hundreds of megabytes for each picture of a 7B.
         """
         check_request(conversations, options, cancel)
         if not conversations:

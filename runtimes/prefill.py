@@ -89,7 +89,7 @@ class Prefill:
         Without `reuse`, a cached prefix consists of whole segments that were evaluated one by one: the answer is
         bit-identical to one computed from scratch. With it, the prefix is all that this prompt has in common with the
         last one and its answer: longer, but computed by other kernels and so rounded differently.
-        save: whether a saved prefix may be restored, and new ones be saved.
+        save: whether new prefixes are saved.
         between: see `LanguageModel.evaluate_tokens`.
         If this prompt would overwrite unsaved prefixes in the KV cache, they are saved first.
         Raises `CancelledError`, `PictureError`, or the `BundleError` or `MemoryLimitError` of the language model.
@@ -101,7 +101,7 @@ class Prefill:
         last_picture = max(picture_ends, default=0)
         text = ends[0] if picture_ends and segments[0].picture is None and ends[0] >= MIN_TEXT_PREFIX else 0
         start = time.perf_counter()
-        kept, cached = self._reuse_prefix(keys, ends, [text, *picture_ends] if save else [], reuse=reuse)
+        kept, cached = self._reuse_prefix(keys, ends, [text, *picture_ends], reuse=reuse)
         stats.prefill_ms += elapsed_ms(start)
         stats.cached_tokens = cached
         stats.kv_cache_hit = cached >= last_picture > 0

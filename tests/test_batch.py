@@ -287,7 +287,7 @@ def test_answers_are_those_of_each_image_alone(llava: Llava) -> None:
     different = [mine.text for mine, wanted in zip(found, alone, strict=True) if mine.text != wanted]
     assert len(different) <= 1  # without the native kernels a batch rounds differently from a single token
     assert len(set(alone)) > 6
-    assert [result.cache for result in found] == ["embedding"] * 12  # `ask` has encoded them
+    assert [result.cache for result in found] == ["kv"] * 12  # `ask` has read them
 
 
 def test_an_unusable_image_is_an_error_of_its_own_stream(llava: Llava, tmp_path: Path) -> None:
