@@ -428,7 +428,7 @@ def test_another_schema_and_a_missing_file_are_refused(tmp_path: Path) -> None:
         read_report(tmp_path / "x.json")
     with pytest.raises(MissingError):
         read_report(tmp_path / "none.json")
-    with pytest.raises(DataError, match=r"cannot be read.*expected"):
+    with pytest.raises(MissingError, match=r"cannot be read.*expected"):
         read_report(tmp_path)
 
 

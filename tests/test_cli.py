@@ -142,7 +142,7 @@ def test_a_form_is_one_file(tmp_path: Path, run: Run) -> None:
     code, _, err = run("run", "--prompt", "?", "--grammar", tmp_path, "--json-schema", tmp_path)
     assert (code, "give one of them" in err) == (2, True)
     code, _, err = run("run", "--prompt", "?", "--grammar", tmp_path)
-    assert (code, "cannot be read: Is a directory" in err) == (65, True)
+    assert (code, "cannot be read: Is a directory" in err) == (66, True)
 
 
 def test_a_system_text_stands_before_every_question(micro_bundle: Path, run: Run) -> None:

@@ -421,7 +421,6 @@ def unserved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (["--host", "::"], "a key is needed"),
         (["--host", "192.0.2.1"], "a key is needed"),
         (["--host", "example.com"], "not an IP address"),
-        (["--api-key-file", os.devnull], "is empty"),
         (["--allow-host", "*.local"], "is not a host name"),
         (["--allow-host", "http://box"], "is not a host name"),
         (["--allow-origin", "*"], "is not an origin"),
@@ -438,9 +437,19 @@ def test_settings_that_would_open_it(
 def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="No such file"):
         read_key(tmp_path / "key", "")
-    (tmp_path / "key").write_bytes(b"\xff")
-    with pytest.raises(UsageError, match="not UTF-8"):
-        read_key(tmp_path / "key", "")
+
+
+@pytest.mark.usefixtures("unserved")
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"\xff", "is not UTF-8"), (b" \n", "needs a key"), (b"short", "needs a key of at least 16")]
+)
+def test_a_key_file_without_a_key(
+    content: bytes, says: str, micro_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "key").write_bytes(content)
+    command = ["serve", "--model", micro_bundle, "--host", "0.0.0.0", "--port", "0", "--api-key-file", tmp_path / "key"]
+    assert cli.execute([str(word) for word in command]) == 65
+    assert f"{tmp_path / 'key'} {says}" in capsys.readouterr().err
 
 
 def test_one_of_two_keys_is_not_chosen(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def read_report(path: Path) -> Report:
     except FileNotFoundError as error:
         raise MissingError(f"{path} does not exist; expected the JSON line of 'llava-edge bench'.") from error
     except OSError as error:
-        raise DataError(
+        raise MissingError(
             f"{path} cannot be read ({error.strerror}); expected a file with the JSON line of 'llava-edge bench'."
         ) from error
     except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:

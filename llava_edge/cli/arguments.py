@@ -170,9 +170,10 @@ def _read_text(name: str, flag: str) -> str:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError as error:
         raise MissingError(f"{flag} names {name!r}, which does not exist.") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"{flag} names {name!r}, which cannot be read: {reason}.") from error
+    except OSError as error:
+        raise MissingError(f"{flag} names {name!r}, which cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"{flag} names {name!r}, which cannot be read: it is not UTF-8.") from error
     if not text.strip():
         raise DataError(f"{flag} names {name!r}, which is empty.")
     return text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from llava_edge import interpreter, store
 from llava_edge.bundle import Bundle
-from llava_edge.errors import MissingError, UnavailableError, UsageError, install_hint
+from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError, install_hint
 from llava_edge.options import EngineOptions
 from llava_edge.server import guard
 from llava_edge.server.limits import Limits
@@ -48,7 +48,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        if self.key and (len(self.key) < MIN_KEY_LENGTH or not self.key.isascii() or not self.key.isprintable()):
+        if self.key and not _is_key(self.key):
             raise UsageError(f"The API key must have at least {MIN_KEY_LENGTH} printable ASCII characters.")
         if not guard.is_loopback(self.host) and not self.key and not self.no_key:
             raise UsageError(
@@ -163,7 +163,7 @@ def _listening_socket(host: str, port: int) -> socket.socket:
 def read_key(file: Path | None, environment: str) -> str:
     """The API key from a file or from the environment.
 
-    Raises `UsageError` if both are given or the file holds no key, `MissingError` if the file cannot be read.
+    Raises `UsageError` if both are given, `MissingError` if the file cannot be read, `DataError` if it holds no key.
     """
     if file is None:
         return environment
@@ -174,7 +174,11 @@ def read_key(file: Path | None, environment: str) -> str:
     except OSError as error:
         raise MissingError(f"Cannot read the API key file {file}: {error.strerror}.") from error
     except ValueError as error:
-        raise UsageError(f"The API key file {file} is not UTF-8 text.") from error
-    if not key:
-        raise UsageError(f"The API key file {file} is empty; expected a key in it.")
+        raise DataError(f"The API key file {file} is not UTF-8 text.") from error
+    if not _is_key(key):
+        raise DataError(f"The API key file {file} needs a key of at least {MIN_KEY_LENGTH} printable ASCII characters.")
     return key
+
+
+def _is_key(text: str) -> bool:
+    return len(text) >= MIN_KEY_LENGTH and text.isascii() and text.isprintable()
