@@ -88,7 +88,7 @@ def make_report(*milliseconds: float, peaks: dict[str, dict[str, float]] | None 
     run = summarize_run(replace(SETTINGS, **other), NEEDED, [sample(value) for value in milliseconds], peaks or {})
     machine = {"processor": "P", "features": ["f"], "system": "s"}
     settings = {"repeats": len(milliseconds), "image": "drawn", "prompt": "<b>&"}
-    return Report(SCHEMA, "2026-01-01", machine, {"llava-edge": "0"}, settings, peaks or {}, (run,))
+    return Report(SCHEMA, "2026-01-01", machine, {"llava-edge": "0"}, settings, {**(peaks or {})}, (run,))
 
 
 # What is measured.
@@ -340,6 +340,33 @@ def test_without_limits_or_on_another_device_there_are_no_shares() -> None:
     graphics = {**sample(1), "device": "cuda"}
     for run in (summarize_run(SETTINGS, NEEDED, [sample(1)], {}), summarize_run(SETTINGS, NEEDED, [graphics], PEAKS)):
         assert all(stage.share is None for _, stage in stages(run))
+
+
+def test_limits_that_cannot_be_measured_are_said_to_be_missing(
+    micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too little memory for them, say. Where one of several repeats has them, they are known."""
+    real, broken = runner._run_child, "Its process ran out of <memory>."
+    seen: list[int] = []
+
+    def run_child(task: dict[str, Any]) -> dict[str, Any]:
+        if task["kind"] != "limits":
+            return real(task)
+        seen.append(task["threads"])
+        fails = task["threads"] == 1 or seen.count(2) == 1
+        return {"error": broken, "exit_code": 71} if fails else {"threads": 2, **PEAKS["1"]}
+
+    monkeypatch.setattr(runner, "_run_child", run_child)
+    plan = Plan([micro_bundle], (1, 2), device="cpu", prompt="hi", max_tokens=2, repeats=2, warmup=0)
+    found = measure(plan)
+    assert (found.limits["1"], found.limits_errors) == (None, {"1": broken})
+    assert found.limits["2"] == PEAKS["1"]
+    assert f"limits with threads=1: not measured. {broken}" in table(found)
+    assert "limits with threads=2: products" in table(found)
+    assert "threads=1 were not measured. Its process ran out of &lt;memory&gt;." in page({"now": found})
+    (tmp_path / "now.json").write_text(found.to_json(), "utf-8")
+    assert read_report(tmp_path / "now.json") == found
+    assert json.loads(found.to_json())["limits"]["1"] is None
 
 
 # Ratios.
@@ -632,7 +659,7 @@ def test_a_comparison_says_what_else_changed(
         (("--html", "{bundle}/vision.onnx"), 73),
         (("--csv", "{loop}"), 73),
         (("--compare", "none.json"), 66),
-        (("--compare", "/"), 65),
+        (("--compare", "/"), 66),
         (("--image", " "), 2),
         (("--image", "none.jpg"), 66),
         (("--model", "none"), 66),

@@ -60,9 +60,15 @@ def _limits(report: Report) -> list[str]:
             f"{limits['read_bytes'] / 1e9:.1f}",
         ]
         for threads, limits in report.limits.items()
+        if limits is not None
+    ]
+    notes = [
+        f"<p>Limits with threads={escape(threads)} were not measured. {escape(error)}</p>"
+        for threads, error in report.limits_errors.items()
     ]
     headings = ["threads", "8-bit products, T operations/s", "float32 products, T operations/s", "memory reads, GB/s"]
-    return ["<h2>Limits of the machine, reached in this run</h2>", _table(headings, rows)] if rows else []
+    table = [_table(headings, rows)] if rows else []
+    return ["<h2>Limits of the machine, reached in this run</h2>", *table, *notes] if table or notes else []
 
 
 def _first_token_bars(runs: Sequence[tuple[str, Run]]) -> list[Bar]:

@@ -112,15 +112,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """One run of `llava-edge bench`. limits: by number of threads, the best reached in this run."""
+    """One run of `llava-edge bench`. limits: by number of threads, the best reached in this run.
+
+    limits_errors: why limits are None, by number of threads.
+    """
 
     schema: int
     created: str
     machine: dict[str, Any]
     versions: dict[str, str]
     settings: dict[str, Any]
-    limits: dict[str, dict[str, float]]
+    limits: dict[str, dict[str, float] | None]
     runs: tuple[Run, ...]
+    limits_errors: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The report as one line of JSON."""

@@ -111,6 +111,7 @@ def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fr
         raise first_error
     threads = _threads(plan)
     peaks: dict[str, dict[str, float]] = {}
+    errors: dict[str, str] = {}
     rounds = range(-plan.warmup, plan.repeats)
     for number in rounds:
         if all(case.error for case in cases):
@@ -118,14 +119,20 @@ def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fr
         done = (number + plan.warmup) / len(rounds)
         for count in threads if plan.limits and number >= 0 else ():
             on_step(f"Limits of the machine, threads: {count}", done)
-            _update_peaks(peaks, _run_child({"kind": "limits", "threads": count}))
+            limits = _run_child({"kind": "limits", "threads": count})
+            if "error" in limits:
+                errors[str(count)] = limits["error"]
+            else:
+                _update_peaks(peaks, limits)
         for i, case in enumerate(cases):
             progress = "warming up" if number < 0 else f"{number + 1} of {plan.repeats}"
             on_step(f"{case.configuration.label}: {progress}", done + i / len(cases) / len(rounds))
             case.run(plan, number)
     runs = tuple(case.result(peaks) for case in cases)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Report(records.SCHEMA, now, _machine(), _versions(), settings(plan), peaks, runs)
+    errors = {count: error for count, error in errors.items() if count not in peaks}
+    found = {**peaks, **dict.fromkeys(errors)}
+    return Report(records.SCHEMA, now, _machine(), _versions(), settings(plan), found, runs, errors)
 
 
 def _threads(plan: Plan) -> list[int]:
@@ -273,8 +280,6 @@ def _run_child(task: Sample) -> Sample:
 
 def _update_peaks(peaks: dict[str, dict[str, float]], limits: Sample) -> None:
     """Keep the best of all repeats: a limit is what the machine can do without other load."""
-    if "error" in limits:
-        return
     best = peaks.setdefault(str(limits.pop("threads")), {})
     for name, value in limits.items():
         best[name] = max(best.get(name, 0.0), value)

@@ -25,10 +25,14 @@ def table(report: Report) -> str:
     lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     lines.append(f"native kernels: {machine.get('native', 'unknown')}")  # missing in old reports
     for threads, limits in report.limits.items():
-        lines.append(
-            f"limits with threads={threads}: products of 8 bits {limits['int8_ops'] / 1e12:.2f} and of float32 "
-            f"{limits['fp32_ops'] / 1e12:.2f} T operations/s, memory {limits['read_bytes'] / 1e9:.1f} GB/s"
-        )
+        if limits is None:
+            text = f"not measured. {report.limits_errors.get(threads, '')}"
+        else:
+            text = (
+                f"products of 8 bits {limits['int8_ops'] / 1e12:.2f} and of float32 "
+                f"{limits['fp32_ops'] / 1e12:.2f} T operations/s, memory {limits['read_bytes'] / 1e9:.1f} GB/s"
+            )
+        lines.append(f"limits with threads={threads}: {text}")
     for run in report.runs:
         lines += ["", *_run_lines(run)]
     return "\n".join(lines)
