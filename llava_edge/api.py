@@ -73,8 +73,10 @@ class Llava:
     def ask(
         self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> Result:
-        """Answer one question about any number of images (each a path, bytes, PIL image or RGB array).
+        """Answer one question about any number of images.
 
+        images: each a path, an encoded file as bytes, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4):
+            grey, RGB (not OpenCV's BGR) or RGBA.
         system: system prompt; empty means the model's own.
         """
         return result_of(self.stream(prompt, images, options, system=system))

@@ -52,7 +52,8 @@ _TRANSPOSE_BY_ORIENTATION = {
 def load_image(source: ImageInput, name: str = "") -> Image.Image:
     """Decode to RGB, uint8, upright, first frame. A Pillow image that already is all of that is returned unchanged.
 
-    source: a path, an encoded file as bytes, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
+    source: a path, an encoded file as bytes, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4):
+        grey, RGB or RGBA.
     name: name for error messages, if `source` is not a path.
 
     EXIF orientation is applied (LLaVA's own code does not). Transparency is blended with `BACKGROUND`. 16-bit grey is
