@@ -696,6 +696,9 @@ def test_a_model_is_removed(micro_bundle: Path, run: Run) -> None:
     assert run("models", "rm", "mine") == (0, "", "mine is removed: 2 MB freed.\n")
     assert not folder.exists()
     assert "installed: none." in run("models", "rm", "mine")[2]
+    shutil.copytree(micro_bundle, folder)
+    (store.home() / "parts").mkdir()
+    assert f"stay in {store.home() / 'parts'} for the next pull; delete that folder" in run("models", "rm", "mine")[2]
 
 
 # doctor

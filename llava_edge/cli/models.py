@@ -67,10 +67,11 @@ def pull_model(name: str, force: bool) -> None:
 def remove_model(name: str) -> None:
     """Remove the pulled model NAME.
 
-    Bundles made by 'llava-edge export' are not touched.
+    Bundles made by 'llava-edge export' are not touched. Downloads stay for the next pull, in the folder that is named.
     """
     size, parts = store.remove(name), store.home() / "parts"
-    kept = f" Its downloaded parts stay in {parts} for the next pull." if parts.exists() else ""
+    kept = f" Its downloads stay in {parts} for the next pull; delete that folder to free their space, too."
+    kept = kept if parts.exists() else ""
     click.echo(f"{name} is removed: {size / 1e6:.0f} MB freed.{kept}", err=True)
 
 
