@@ -60,6 +60,7 @@ Progress = Callable[[str, float | None], None]
 OnReport = Callable[[report.Report], None]
 
 VISION_PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+MAX_THREADS = 512  # as of `EngineOptions`; llama.cpp ends the process where it cannot start one
 TOWER_PICTURES = 8  # to measure an int8 tower on
 
 
@@ -108,7 +109,9 @@ class ExportOptions:
                 raise UsageError(f"{value!r} is not a precision; expected one of {', '.join(allowed)}.")
         if self.imatrix and self.quant in ("f16", "q8_0"):
             raise UsageError(f"{self.quant} ignores an importance matrix; choose a quantization of 4 or 5 bits for it.")
-        if not self.name.isprintable():
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise UsageError(f"threads is {self.threads}; expected an integer from 0 to {MAX_THREADS}.")
+        if not self.name.isprintable() or self.name.isspace():
             raise UsageError(f"{self.name!r} cannot be a model's name; expected printable characters.")
         if self.mmproj and self.checkpoint.is_dir():
             raise UsageError(
