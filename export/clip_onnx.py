@@ -44,6 +44,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from llava_edge.bundle import VISION, VISION_DATA
+from llava_edge.export.tensors import to_float16
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.shapes import VISION_PREFIX
 
@@ -236,7 +237,7 @@ class _Graph:
         if self.precision == "fp32":
             return self.node("Add", self.node("MatMul", x, self.weight(f"{name}.weight", weight)), constant)
         if self.precision == "fp16":
-            stored = self.node("Cast", self.weight(f"{name}.weight", weight.astype(np.float16)), to=_FLOAT32)
+            stored = self.node("Cast", self.weight(f"{name}.weight", to_float16(f"{name}.weight", weight)), to=_FLOAT32)
             return self.node("Add", self.node("MatMul", x, stored), constant)
         values, scale = quantize_columns(weight)
         stored, scales = self.weight(f"{name}.weight", values), self.weight(f"{name}.scale", scale)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.errors import CheckpointError
 from llava_edge.export.checkpoint import Checkpoint
+from llava_edge.export.tensors import to_float16
 from llava_edge.export.tokenizer import Vocabulary
 from llava_edge.models.config import TextConfig
 from llava_edge.models.llama_gguf import permute, permuted_heads, tensor_names
@@ -92,9 +92,5 @@ def _dtype(shape: tuple[int, ...]) -> np.dtype[np.floating]:
 
 
 def _as_stored(name: str, array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(array, _dtype(array.shape))
-    if not np.isfinite(stored).all():
-        largest = float(np.abs(array).max())
-        raise CheckpointError(f"The tensor {name} reaches {largest:.3g}, more than float16 can hold (65504).")
-    return stored
+    is_half = _dtype(array.shape) == np.float16
+    return to_float16(name, array) if is_half else np.ascontiguousarray(array, np.float32)

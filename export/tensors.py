@@ -62,6 +62,16 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
 
 
+def to_float16(name: str, array: np.ndarray) -> np.ndarray:
+    """Round to float16, C-contiguous. Raises `CheckpointError` for values that would become infinite."""
+    with np.errstate(over="ignore"):
+        rounded = np.ascontiguousarray(array, np.float16)
+    if not np.isfinite(rounded).all():
+        largest = float(np.abs(array).max())
+        raise CheckpointError(f"The tensor {name} reaches {largest:.3g}, more than float16 can hold (65504).")
+    return rounded
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `CheckpointError` with the reason."""
     refuse_placeholder(path)

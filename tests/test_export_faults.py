@@ -35,6 +35,7 @@ from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.export.mmproj import write_mmproj
 from llava_edge.export.quantize import quantize
+from llava_edge.models.shapes import VISION_PREFIX
 from llava_edge.runtimes import bindings, probe
 
 WEIGHTS = "model.safetensors"
@@ -145,6 +146,13 @@ def test_values_that_cannot_be_stored(value: float, said: str, checkpoint: Path,
         export(ExportOptions(checkpoint, tmp_path / "out"))
     assert name in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_tower_that_float16_cannot_hold(checkpoint: Path, tmp_path: Path) -> None:
+    name = "encoder.layers.0.mlp.fc1.weight"
+    edit_tensors(checkpoint, lambda tensors: tensors[VISION_PREFIX + name].__setitem__((0, 0), 1e6))
+    with pytest.raises(CheckpointError, match=rf"{name} reaches 1e\+06, more than float16 can hold"):
+        export(ExportOptions(checkpoint, tmp_path / "out", vision="fp16"))
 
 
 def headed(header: bytes, said: int | None = None) -> bytes:
