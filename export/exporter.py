@@ -40,7 +40,7 @@ from llava_edge.bundle import (
     file_entry,
     write_manifest,
 )
-from llava_edge.errors import CannotCreateError, CheckpointError, StorageError, UsageError
+from llava_edge.errors import CannotCreateError, CheckpointError, OptionError, StorageError, UsageError
 from llava_edge.export import held_out, importance, parity, publish, report, verify
 from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
@@ -110,7 +110,7 @@ class ExportOptions:
         if self.imatrix and self.quant in ("f16", "q8_0"):
             raise UsageError(f"{self.quant} ignores an importance matrix; choose a quantization of 4 or 5 bits for it.")
         if not 0 <= self.threads <= MAX_THREADS:
-            raise UsageError(f"threads is {self.threads}; expected an integer from 0 to {MAX_THREADS}.")
+            raise OptionError("threads", f"is {self.threads}; expected an integer from 0 to {MAX_THREADS}.")
         if not self.name.isprintable() or self.name.isspace():
             raise UsageError(f"{self.name!r} cannot be a model's name; expected printable characters.")
         if self.mmproj and self.checkpoint.is_dir():
