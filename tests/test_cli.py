@@ -470,18 +470,20 @@ def test_without_the_extra_it_is_named_before_anything_is_done(
         assert "pip install '.[export]'" in err
 
 
-@pytest.mark.parametrize("lacking", ["matplotlib", "safetensors"])
-def test_training_without_what_it_ends_with_is_not_begun(lacking: str, tmp_path: Path) -> None:
-    code = f"""
+def test_training_without_what_it_ends_with_is_not_begun(tmp_path: Path) -> None:
+    code = """
 import sys
 from llava_edge import cli
-sys.modules[{lacking!r}] = None
-print(cli.execute(["train", "micro", "--out", sys.argv[1], "--data", sys.argv[1]]))
+for lacking in ("matplotlib", "safetensors"):
+    sys.modules[lacking] = None
+    print(cli.execute(["train", "micro", "--out", sys.argv[1], "--data", sys.argv[1]]))
+    del sys.modules[lacking]
 """
     done = in_child(code, tmp_path / "run")
-    assert done.stdout == "69\n"
-    assert f"Training needs {lacking}" in done.stderr
-    assert "pip install '.[train]'" in done.stderr
+    assert done.stdout == "69\n69\n"
+    for lacking, said in zip(("matplotlib", "safetensors"), done.stderr.splitlines(), strict=True):
+        assert f"Training needs {lacking}" in said
+        assert "pip install '.[train]'" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -494,7 +496,7 @@ def test_a_recipe_without_stages(tmp_path: Path, run: Run) -> None:
 
 def test_a_recipe_with_a_bad_number_begins_nothing(root: Path, tmp_path: Path, run: Run) -> None:
     recipe = tmp_path / "mine.toml"
-    recipe.write_text((root / "models/recipes/micro.toml").read_text("utf-8").replace("batch = 16", "batch = 0"))
+    recipe.write_text((root / "models/recipes/micro.toml").read_text("utf-8").replace("batch = 8", "batch = 0"))
     code, _, err = run("train", recipe, "--out", tmp_path / "run", "--data", tmp_path / "data")
     assert (code, err.count("\n")) == (65, 1)
     assert (
