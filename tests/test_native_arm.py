@@ -19,6 +19,7 @@ from emulator import PLAIN, Emulated, compiled, emulated, run
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from native_kernels import (
     EXTREME,
+    OPERATORS,
     SCALES,
     Array,
     extreme_blocks,
@@ -282,7 +283,7 @@ def test_operators_that_are_not_there_are_neither_tried_nor_used(
     assert left_out.keys() == {"AMX"}
     assert "no_such_file.cpp does not compile" in left_out["AMX"]
     assert not (tmp_path / native.OPERATOR).exists()
-    relink(native_build, tmp_path / native.LIBRARY, ("operators", "linear", "vision_attention"), ggml_base())
+    relink(native_build, tmp_path / native.LIBRARY, OPERATORS, ggml_base())
     facts = json.loads(in_child(CHECK, tmp_path / native.LIBRARY).stdout.splitlines()[-1])
     assert facts["problems"] == {}
     assert "projector" not in facts
