@@ -7,6 +7,7 @@ is the test's own.
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import itertools
 import os
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from llava_edge import Llava
     from llava_edge.runtimes.language import LanguageModel
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # "gw0" and so on; None without processes beside this one
+
 # Before numpy, torch or an engine starts its threads: the models here are too small to share.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 limit_spinning()
@@ -40,12 +43,20 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+gc.disable()  # until all tests are collected
+
 # The same examples every time, however slow the machine is today.
 settings.register_profile("llava-edge", deadline=None, derandomize=True, database=None)
 settings.load_profile("llava-edge")
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., tuple[int, str, str]]  # of the fixture `run`
+
+
+def pytest_collection_finish() -> None:
+    """What torch and transformers make on import stays, so the garbage collector need not look through it again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -122,18 +133,10 @@ def float16(micro_checkpoint: Path) -> Path:
     return path
 
 
-def made_once(
-    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None], top: Path | None = None, of: str = ""
-) -> Path:
-    """A folder that `make` fills, in the first of pytest's processes that wants it; the others wait for it.
-
-    top: where it stays for later runs, until it would be made of something else.
-    """
-    if top is None:
-        top = factory.getbasetemp()
-        top = top.parent if "PYTEST_XDIST_WORKER" in os.environ else top
-    folder, made = top / name, top / f"{name}.made"
-    with (top / f"{name}.lock").open("w") as lock:
+def filled(folder: Path, make: Callable[[Path], None], of: str) -> Path:
+    """`folder`, which `make` fills unless it did before, of the same; the other processes of pytest wait meanwhile."""
+    made = folder.with_name(f"{folder.name}.made")
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists() or made.read_text() != of:
             made.unlink(missing_ok=True)
@@ -143,15 +146,23 @@ def made_once(
     return folder
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """What `make` makes, for all processes of this run of pytest."""
+    top = factory.getbasetemp()
+    return filled((top.parent if WORKER else top) / name, make, "this run")
+
+
 def compiled_once(
     request: pytest.FixtureRequest, name: str, make: Callable[[Path], None], compiler: str | None, *given: object
 ) -> Path:
-    """What `make` compiles of the C++ sources, kept in pytest's cache folder. given: whatever else it depends on."""
+    """What `make` compiles of the C++ sources, for later runs, too: in pytest's cache folder until a source changes.
+
+    given: whatever else it depends on.
+    """
     from llava_edge.runtimes.native import build
 
-    factory = request.getfixturevalue("tmp_path_factory")
     if compiler is None or not hasattr(request.config, "cache"):  # -p no:cacheprovider
-        return made_once(factory, name, make)
+        return made_once(request.getfixturevalue("tmp_path_factory"), name, make)
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(repr((compiler, version, build.FLAGS, given)).encode())
     tests, headers = Path(__file__).parent, build.package().parent / "include"
@@ -159,7 +170,7 @@ def compiled_once(
     sources = (build.SOURCES.iterdir(), [Path(build.__file__)], *compiled)
     for path in sorted(itertools.chain(*sources)):
         digest.update(repr((path, path.read_bytes())).encode())
-    return made_once(factory, name, make, request.config.cache.mkdir("compiled"), digest.hexdigest())
+    return filled(request.config.cache.mkdir("compiled") / name, make, digest.hexdigest())
 
 
 @pytest.fixture(scope="session")

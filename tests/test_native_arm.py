@@ -32,7 +32,7 @@ from native_kernels import (
 )
 from processes import in_child
 
-from llava_edge.runtimes import native
+from llava_edge.runtimes import machine, native
 from llava_edge.runtimes.native import build, check
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -248,7 +248,7 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "features", "reason"),
+    ("architecture", "features", "reason"),
     [
         ("aarch64", ["asimd", "asimddp"], "Not built for this machine."),
         ("aarch64", ["asimd"], "This processor lacks the instructions of FEAT_DotProd."),
@@ -256,10 +256,10 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_machines_that_have_kernels(
-    monkeypatch: pytest.MonkeyPatch, machine: str, features: list[str], reason: str
+    monkeypatch: pytest.MonkeyPatch, architecture: str, features: list[str], reason: str
 ) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: architecture)
     monkeypatch.setattr(machine, "processor", lambda: ("processor", features))
     assert native.status().reason == reason
 

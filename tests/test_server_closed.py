@@ -407,10 +407,8 @@ def test_the_right_key(locked: Server) -> None:
 def unserved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No model is loaded in the tests' own process to be served. A socket that stays open fails the test."""
     monkeypatch.setattr(supervisor.Supervisor, "start", lambda self: pytest.fail("it would serve"))
-    gc.freeze()  # all that torch and others made need not be looked through
     yield
     gc.collect()
-    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("unserved")
