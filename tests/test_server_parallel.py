@@ -19,7 +19,7 @@ from llava_edge.runtimes import native
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 pytestmark = here
 
-LONG = question("Hello", stream=True, max_tokens=300)
+LONG = question("Hello", stream=True, max_tokens=400)
 
 
 @pytest.fixture(scope="module")
