@@ -6,6 +6,8 @@ a natural spectrum, dark and bright parts, and aspect ratios other than square.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -13,7 +15,7 @@ _SIZES = ((320, 240), (240, 320), (256, 256), (400, 225))
 
 
 def pictures() -> list[Image.Image]:
-    """Four RGB pictures, the same every time."""
+    """Four RGB pictures, the same every time; shared, so not to be changed."""
     return [_picture(size, seed) for seed, size in enumerate(_SIZES)]
 
 
@@ -22,6 +24,7 @@ def held_out() -> list[Image.Image]:
     return [_picture(size, len(_SIZES) + seed) for seed, size in enumerate(_SIZES)]
 
 
+@cache  # an export measures on them several times
 def _picture(size: tuple[int, int], seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     width, height = size
