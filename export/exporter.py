@@ -53,6 +53,7 @@ from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tokenizer import Vocabulary, read_after_control, read_tokenizer
 from llava_edge.export.tower import write_tower
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
+from llava_edge.options import MAX_THREADS
 from llava_edge.outputs import check_output, check_space
 from llava_edge.runtimes import mapping, probe
 
@@ -60,7 +61,6 @@ Progress = Callable[[str, float | None], None]
 OnReport = Callable[[report.Report], None]
 
 VISION_PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-MAX_THREADS = 512  # as of `EngineOptions`; llama.cpp ends the process where it cannot start one
 TOWER_PICTURES = 8  # to measure an int8 tower on
 
 
@@ -109,7 +109,7 @@ class ExportOptions:
                 raise UsageError(f"{value!r} is not a precision; expected one of {', '.join(allowed)}.")
         if self.imatrix and self.quant in ("f16", "q8_0"):
             raise UsageError(f"{self.quant} ignores an importance matrix; choose a quantization of 4 or 5 bits for it.")
-        if not 0 <= self.threads <= MAX_THREADS:
+        if not 0 <= self.threads <= MAX_THREADS:  # llama.cpp's quantizer ends the process where it cannot start one
             raise OptionError("threads", f"is {self.threads}; expected an integer from 0 to {MAX_THREADS}.")
         if not self.name.isprintable() or self.name.isspace():
             raise UsageError(f"{self.name!r} cannot be a model's name; expected printable characters.")

@@ -28,6 +28,7 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 KV_TYPES: tuple[KV, ...] = get_args(KV)
 SPECULATE: tuple[Speculate, ...] = get_args(Speculate)
 TOKEN_METHODS: tuple[TokenMethod, ...] = get_args(TokenMethod)
+MAX_THREADS = 512
 MAX_TOKENS = 1 << 20  # per answer; more than any context length
 MIN_TEMPERATURE = 1e-6  # below, sampling always picks the likeliest token, and logits / temperature overflow float32
 MAX_STOP_SEQUENCES = 16
@@ -143,7 +144,7 @@ class EngineOptions:
         _check_choice("device", self.device, DEVICES)
         _check_choice("preset", self.preset, PRESETS)
         _check_choice("kv", self.kv, KV_TYPES)
-        _check_integer("threads", self.threads, 0, 512)
+        _check_integer("threads", self.threads, 0, MAX_THREADS)
         _check_integer("context", self.context, 0, 1 << 20)
         if not isinstance(self.cache, bool | Path) and self.cache != "memory":
             raise OptionError("cache", f'is {_abbreviate(self.cache)}; expected True, False, "memory" or a Path.')
