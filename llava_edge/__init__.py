@@ -21,7 +21,8 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llava_edge.api import Chat, Llava
+    from llava_edge.api import Llava
+    from llava_edge.conversation import Chat
     from llava_edge.errors import LlavaEdgeError
     from llava_edge.json_grammar import from_schema
     from llava_edge.options import Chunk, EngineOptions, Options, Result, TokenChance
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Chat": "llava_edge.api",
+    "Chat": "llava_edge.conversation",
     "Llava": "llava_edge.api",
     "LlavaEdgeError": "llava_edge.errors",
     "from_schema": "llava_edge.json_grammar",

@@ -7,31 +7,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, closing, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llava_edge.asynchronous import collect_result, stream_in_thread
 from llava_edge.bundle import Bundle
-from llava_edge.errors import ContextOverflowError, LlavaEdgeError, UsageError
+from llava_edge.conversation import Chat
+from llava_edge.errors import LlavaEdgeError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import DEFAULT_PROMPT, Chunk, Device, EngineOptions, Options, Result, result_of
 from llava_edge.prompt import Message
+from llava_edge.question import SINGLE, AnyImage, Images, as_list, check_question, copy_buffer, question_messages
 from llava_edge.runtimes.jobs import Stream
 from llava_edge.runtimes.pictures import Picture, copy_image, snapshot_images
 from llava_edge.runtimes.pipeline import Engine
-from llava_edge.runtimes.requests import check_request, check_slots
-from llava_edge.runtimes.worker import POLL_SECONDS, start_thread
 from llava_edge.store import DEFAULT_MODEL, resolve
-
-AnyImage = ImageInput | bytearray | memoryview | Picture
-Images = AnyImage | Sequence[AnyImage] | None
-
-_SINGLE = (str, bytes, bytearray, memoryview)  # sequences, but one image each
-
-_RESET_HINT = "Start a new conversation with /reset, or Chat.reset() in Python."
 
 
 class Llava:
@@ -97,9 +91,9 @@ class Llava:
         PIL images and arrays are copied now, so the caller may reuse them; files are opened when the stream is read.
         cancel: set it from another thread to stop. started: the instant (time.monotonic) that times count from.
         """
-        sources = _as_list(images)
-        _check_question(prompt, sources)
-        messages = _question_messages(system, prompt, sources)
+        sources = as_list(images)
+        check_question(prompt, sources)
+        messages = question_messages(system, prompt, sources)
         return self._engine.generate(messages, sources, options, cancel, started=started)
 
     def ask_many(
@@ -122,7 +116,7 @@ class Llava:
         """
         if isinstance(prompts, str):
             raise UsageError("ask_many expects a list of questions; use ask for a single one.")
-        sources = snapshot_images(_as_list(images), self.bundle.manifest)
+        sources = snapshot_images(as_list(images), self.bundle.manifest)
         return self._stream_answers(tuple(prompts), sources, options, system, cancel, started)
 
     def _stream_answers(
@@ -136,8 +130,8 @@ class Llava:
     ) -> Iterator[Stream]:
         pictures = self._engine.prepare_all(sources)
         for text in prompts:
-            _check_question(text, pictures)
-        conversations = [_question_messages(system, text, pictures) for text in prompts]
+            check_question(text, pictures)
+        conversations = [question_messages(system, text, pictures) for text in prompts]
         self._engine.check_context(conversations, pictures, options)
         images = [pictures] * len(conversations)
         yield from self._engine.generate_many(conversations, images, options, cancel, started=started)
@@ -158,11 +152,11 @@ class Llava:
         `MissingError` or `ContextOverflowError`, that of an answer whose grammar allows no next token `UsageError`, and
         the others go on. With options that `check_options` refuses, all raise. KV cache states are used, but not saved.
         """
-        if isinstance(images, _SINGLE) or not isinstance(images, Sequence):
+        if isinstance(images, SINGLE) or not isinstance(images, Sequence):
             raise UsageError("ask_each expects a list of images; use ask for a single one.")
         sources = [self._snapshot(image) for image in images]
-        _check_question(prompt, sources or [None])
-        conversations = [_question_messages(system, prompt, [source]) for source in sources]
+        check_question(prompt, sources or [None])
+        conversations = [question_messages(system, prompt, [source]) for source in sources]
         return self._engine.generate_many(conversations, [[source] for source in sources], options, cancel, save=False)
 
     def check_options(self, options: Options) -> None:
@@ -173,7 +167,7 @@ class Llava:
 
     def _snapshot(self, image: AnyImage) -> ImageInput | Picture:
         """Prepare a picture in memory now, because the caller may change it; an unusable one raises its error later."""
-        source = _copy_buffer(image)
+        source = copy_buffer(image)
         with suppress(LlavaEdgeError):
             (source,) = snapshot_images([source], self.bundle.manifest)
         return source
@@ -190,33 +184,33 @@ class Llava:
 
         Images fill the messages' image slots in order.
         """
-        return self._engine.generate(messages, _as_list(images), options, cancel)
+        return self._engine.generate(messages, as_list(images), options, cancel)
 
     def aask(
         self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> Coroutine[Any, Any, Result]:
         """`ask` for asyncio. Cancelling the task stops the work."""
-        return _collect_result(self.astream(prompt, images, options, system=system))
+        return collect_result(self.astream(prompt, images, options, system=system))
 
     def astream(
         self, prompt: str = DEFAULT_PROMPT, images: Images = (), options: Options | None = None, *, system: str = ""
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` for asyncio. Closing it, or cancelling the task, stops the work."""
-        sources = [copy_image(image) for image in _as_list(images)]
-        return _stream_in_thread(lambda cancel: self.stream(prompt, sources, options, system=system, cancel=cancel))
+        sources = [copy_image(image) for image in as_list(images)]
+        return stream_in_thread(lambda cancel: self.stream(prompt, sources, options, system=system, cancel=cancel))
 
     def embed_image(self, image: AnyImage) -> np.ndarray[Any, Any]:
         """Image embeddings after CLIP and projector, as the language model gets them: (positions, hidden size) float32.
 
         Raises `ImageError`, `MissingError` or `BundleError`.
         """
-        return self._engine.embed(_copy_buffer(image))
+        return self._engine.embed(copy_buffer(image))
 
     def aembed_image(self, image: AnyImage) -> Coroutine[Any, Any, np.ndarray[Any, Any]]:
         """`embed_image` for asyncio."""
         import asyncio
 
-        return asyncio.to_thread(self.embed_image, copy_image(_copy_buffer(image)))
+        return asyncio.to_thread(self.embed_image, copy_image(copy_buffer(image)))
 
     def chat(self, system: str = "", options: Options | None = None) -> Chat:
         """Start a conversation. An empty `system` means the model's own system prompt."""
@@ -267,195 +261,3 @@ class Llava:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Chat:
-    """A conversation. It keeps turns and images, and the model reuses what it has already read.
-
-    One answer is open at a time. Meanwhile `say` raises `UsageError`, and `asay` waits for earlier `asay`s to end.
-    """
-
-    def __init__(self, engine: Engine, system: str = "", options: Options | None = None) -> None:
-        self._engine = engine
-        self._system = system
-        self._options = options
-        self._queue_changed = threading.Condition()
-        self._async_queue: list[object] = []  # one ticket per asay in the order they started; the first is running
-        self.messages: list[Message] = []
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all turns and images, including those of an open answer."""
-        self._set_conversation(_system_messages(self._system), [])
-
-    def resume(self, messages: Sequence[Message], images: Images = ()) -> None:
-        """Replace this conversation with one kept by the caller; images fill its image slots in order.
-
-        Raises what `say` would, such as `ContextOverflowError`; this conversation is then unchanged.
-        """
-        check_request([messages])
-        if messages and messages[-1].role == "user":
-            raise UsageError("The conversation ends with a question; expected one that ends with an answer.")
-        pictures = self._engine.prepare_all(_as_list(images))
-        check_slots(messages, pictures)
-        if any(message.role != "system" for message in messages):
-            self._engine.check_context([messages], pictures, self._options)
-        self._set_conversation(list(messages), pictures)
-
-    def _set_conversation(self, messages: list[Message], pictures: list[Picture]) -> None:
-        """Use new lists and a new lock: an answer that is still open keeps those it started with."""
-        self.messages, self._pictures, self._answer_lock = messages, pictures, threading.Lock()
-
-    def say(self, text: str, images: Images = (), *, cancel: threading.Event | None = None) -> Stream:
-        """Stream the answer to the next turn.
-
-        The turn is kept when the stream ends or is closed, with the answer so far; after an error it is dropped.
-        Raises `ContextOverflowError` when the conversation is too long for another turn; call `reset` then.
-        """
-        return self._stream_turn(text, snapshot_images(_as_list(images), self._engine.bundle.manifest), cancel)
-
-    def _stream_turn(self, text: str, images: Sequence[ImageInput | Picture], cancel: threading.Event | None) -> Stream:
-        with _exclusive(self._answer_lock):
-            messages, pictures = self.messages, self._pictures
-            new_pictures = self._engine.prepare_all(images)
-            all_pictures = [*pictures, *new_pictures]
-            _check_question(text, all_pictures)
-            turn = Message("user", text, len(new_pictures))
-            answer = ""
-            failed = False
-            try:
-                prompt = [*messages, turn]
-                with closing(self._engine.generate(prompt, all_pictures, self._options, cancel, reuse=True)) as chunks:
-                    for chunk in chunks:
-                        answer += chunk.text
-                        yield chunk
-            except Exception as error:
-                failed = True
-                if isinstance(error, ContextOverflowError) and len(messages) > 1:
-                    raise ContextOverflowError(f"{error} {_RESET_HINT}") from error
-                raise
-            finally:  # also when closed or interrupted
-                if not failed:
-                    messages += [turn, Message("assistant", answer)]
-                    pictures += new_pictures
-
-    def asay(self, text: str, images: Images = ()) -> AsyncGenerator[Chunk, None]:
-        """`say` for asyncio. Closing it, or cancelling the task, stops it; the turn is kept.
-
-        After a `break` out of its loop it stops when Python closes the generator; `contextlib.aclosing` stops it at
-        once.
-        """
-        sources = [copy_image(image) for image in _as_list(images)]
-
-        def say_in_turn(cancel: threading.Event) -> Stream:
-            ticket = object()
-            self._async_queue.append(ticket)
-            try:
-                with self._queue_changed:
-                    while self._async_queue[0] is not ticket and not cancel.is_set():
-                        self._queue_changed.wait(POLL_SECONDS)
-                if not cancel.is_set():
-                    yield from self.say(text, sources, cancel=cancel)
-            finally:
-                with self._queue_changed:
-                    self._async_queue.remove(ticket)
-                    self._queue_changed.notify_all()
-
-        return _stream_in_thread(say_in_turn, wait_for_end=True)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("A Chat cannot be copied; start one with Llava.chat, and resume it with messages and images.")
-
-    def prepare(self, image: AnyImage) -> Picture:
-        """Decode and preprocess an image now, for a later `say`. Raises `ImageError` or `MissingError`."""
-        return self._engine.prepare(_copy_buffer(image))
-
-
-@contextmanager
-def _exclusive(lock: threading.Lock) -> Iterator[None]:
-    if not lock.acquire(blocking=False):
-        raise UsageError("The last answer of this conversation is still open; read it to the end or close it first.")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _system_messages(system: str) -> list[Message]:
-    return [Message("system", system)] if system else []
-
-
-def _question_messages(system: str, prompt: str, images: Sequence[object]) -> list[Message]:
-    return [*_system_messages(system), Message("user", prompt, len(images))]
-
-
-def _check_question(text: str, images: Sequence[object]) -> None:
-    """Raise `UsageError` if `text` is not a string, or asks for a description without an image."""
-    if not isinstance(text, str):
-        raise UsageError(f"A question is a text, not {text!r:.60}.")
-    if text == DEFAULT_PROMPT and not images:
-        raise UsageError("There is no image to describe; pass one, or a question.")
-
-
-def _as_list(images: Images) -> list[ImageInput | Picture]:
-    if images is None:
-        return []
-    if isinstance(images, Sequence) and not isinstance(images, _SINGLE):
-        return [_copy_buffer(image) for image in images]
-    return [_copy_buffer(images)]
-
-
-def _copy_buffer(image: AnyImage) -> ImageInput | Picture:
-    """Copy the contents of a buffer, which its owner may change."""
-    return bytes(image) if isinstance(image, bytearray | memoryview) else image
-
-
-async def _collect_result(stream: AsyncGenerator[Chunk, None]) -> Result:
-    async with aclosing(stream) as chunks:
-        return result_of([chunk async for chunk in chunks])
-
-
-async def _stream_in_thread(
-    start: Callable[[threading.Event], Stream], wait_for_end: bool = False
-) -> AsyncGenerator[Chunk, None]:
-    """Read a stream in its own thread. wait_for_end: after an early exit, wait until the stream has ended.
-
-    The last chunk is delivered after the stream has ended: a caller that stops there, whose generator Python closes
-    later, then finds its turn kept.
-    """
-    import asyncio  # 20 ms, not needed by the command line
-
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
-    cancel = threading.Event()
-
-    def put(item: Chunk | Exception | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed and nobody is waiting
-            loop.call_soon_threadsafe(queue.put_nowait, item)
-
-    def pump() -> None:
-        last: Chunk | None = None
-        try:
-            for chunk in start(cancel):
-                if chunk.final is None:
-                    put(chunk)
-                else:
-                    last = chunk
-        except Exception as error:  # noqa: BLE001 - raised again in the event loop
-            put(error)
-        if last is not None:
-            put(last)
-        put(None)
-
-    start_thread(threading.Thread(target=pump, name="llava-edge stream", daemon=True))
-    ended = False
-    try:
-        while (item := await queue.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-        ended = True
-    finally:
-        cancel.set()
-        while wait_for_end and not ended:
-            ended = await queue.get() is None

@@ -20,7 +20,7 @@ from llava_edge.errors import LlavaEdgeError
 from llava_edge.paths import expand_path
 
 if TYPE_CHECKING:
-    from llava_edge.api import Chat
+    from llava_edge.conversation import Chat
     from llava_edge.runtimes.pictures import Picture
 
 HELP = """/image FILE   show an image with the next question

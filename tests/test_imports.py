@@ -33,17 +33,18 @@ SHARED = {
     *("interpreter", "locks", "options", "outputs", "paths", "placeholder", "prompt", "protobuf", "store", "templates"),
     *("token_budget", "transcript", "typed"),
 }
+LIBRARY = ("api", "asynchronous", "conversation", "question")
 ALLOWED = {
     "models": SHARED,
     "runtimes": SHARED,
     "export": SHARED | {"models", "runtimes"},
-    "api": SHARED | {"runtimes"},
+    **dict.fromkeys(LIBRARY, SHARED | {"runtimes", *LIBRARY}),
     "server": SHARED | {"api", "runtimes"},
-    "repl": SHARED | {"api", "runtimes"},
+    "repl": SHARED | {"conversation", "runtimes"},
     "bench": SHARED | {"runtimes"},
     "pyinstaller": SHARED | {"runtimes"},
     "cli": SHARED | {"api", "bench", "repl", "server", *AREAS},
-    "__init__": SHARED | {"api"},
+    "__init__": SHARED | {"api", "conversation"},
     "__main__": {"cli", "errors"},
 }
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from llava_edge import Llava, Options
-from llava_edge.api import Chat
+from llava_edge.conversation import Chat
 from llava_edge.prompt import Message
 from llava_edge.repl import Repl
 

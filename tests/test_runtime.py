@@ -22,8 +22,8 @@ from PIL import Image
 from processes import in_child
 
 from llava_edge import Llava
-from llava_edge.api import Chat
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, read_manifest, write_manifest
+from llava_edge.conversation import Chat
 from llava_edge.errors import (
     BundleError,
     ContextOverflowError,
