@@ -14,8 +14,8 @@ from statistics import median
 
 import numpy as np
 
-from llava_edge.runtimes import bindings, native
-from llava_edge.runtimes.native import check
+from llava_edge.runtimes import bindings
+from llava_edge.runtimes.native import check, installed
 from llava_edge.runtimes.native.ggml import TYPES, Ggml, Operation, Weights
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     bindings.library()
-    ggml, path = Ggml(), native.kernel_folder() / native.LIBRARY
+    ggml, path = Ggml(), installed.folder() / installed.LIBRARY
     library = Library(path)
     supported = [(kind, arguments.kernel, 32) for kind in TYPES if library.select(arguments.kernel, kind)]
     library.configure(supported, [kind for kind in TYPES if library.select(FEW, kind)], attention=True)

@@ -217,14 +217,13 @@ def native_build(request: pytest.FixtureRequest) -> Path:
     """The folder of the native libraries as tests build them; $LLAVA_EDGE_TEST_NATIVE names another one's kernels."""
     from native_kernels import UNITS
 
-    from llava_edge.runtimes import native
-    from llava_edge.runtimes.native import build
+    from llava_edge.runtimes.native import build, installed
 
     flags = ("-O1", "-Werror")
 
     def compile_all(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        assert not build.build(folder / native.LIBRARY, folder / native.OPERATOR, units=UNITS, flags=flags)
+        assert not build.build(folder / installed.LIBRARY, folder / installed.OPERATOR, units=UNITS, flags=flags)
 
     if ready := os.environ.get("LLAVA_EDGE_TEST_NATIVE"):
         return Path(ready).parent

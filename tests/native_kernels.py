@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from llava_edge.runtimes import bindings, machine, native
-from llava_edge.runtimes.native import build
+from llava_edge.runtimes import bindings, machine
+from llava_edge.runtimes.native import build, installed
 from llava_edge.runtimes.native.ggml import TYPES
 
 Array = np.ndarray[Any, Any]
@@ -235,8 +235,8 @@ def found_out(**changes: Any) -> dict[str, Any]:
 
 def install(built: Path, **changes: Any) -> Path:
     """What `native.prepare` leaves behind, for the home that is set."""
-    folder = native.kernel_folder()
+    folder = installed.folder()
     folder.mkdir(parents=True)
     shutil.copy(built, folder / "kernels.so")
-    (folder / "state.json").write_text(json.dumps(found_out(sha256=native._sha256(built)) | changes), "utf-8")
+    (folder / "state.json").write_text(json.dumps(found_out(sha256=installed.sha256(built)) | changes), "utf-8")
     return folder

@@ -17,14 +17,15 @@ from llava_edge.errors import UnavailableError
 from llava_edge.models import smol, sources
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import bindings, machine, native, probe
+from llava_edge.runtimes.native import installed
 
 APP = """
 from llava_edge import Llava, Options
-from llava_edge.runtimes import native
+from llava_edge.runtimes.native import installed
 
 with Llava.load("smol") as llava:
     print(llava.ask("What is this?", images="photo.jpg", options=Options(max_tokens=4)).text, flush=True)
-print("kernels:", native.kernel_folder())
+print("kernels:", installed.folder())
 """
 
 
@@ -118,5 +119,5 @@ def test_an_app_made_by_pyinstaller_answers(
     assert done.returncode == 0, done.stderr
     answer, kernels = done.stdout.split("kernels: ")
     assert answer.strip()
-    assert kernels.strip() == str(native.kernel_folder())
+    assert kernels.strip() == str(installed.folder())
     assert not list((tmp_path / "dist").rglob("libtorch*"))

@@ -48,7 +48,7 @@ from llava_edge import cli, gguf
 from llava_edge.errors import UnavailableError
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import bindings, machine, native, presets
-from llava_edge.runtimes.native import build, choice
+from llava_edge.runtimes.native import build, choice, installed
 from llava_edge.runtimes.native.ggml import TYPES
 
 pytestmark = here
@@ -60,7 +60,7 @@ BYTES = [(kernel, kind) for kernel, kinds in TAKEN.items() for kind in sorted(ki
 
 @pytest.fixture(scope="module")
 def built(native_build: Path) -> Path:
-    return Path(os.environ.get("LLAVA_EDGE_TEST_NATIVE", native_build / native.LIBRARY))
+    return Path(os.environ.get("LLAVA_EDGE_TEST_NATIVE", native_build / installed.LIBRARY))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def for_models(built: Path, native_build: Path, tmp_path_factory: pytest.TempPat
     """What is loaded with a whole model: kernels that are as fast as this processor."""
     if "LLAVA_EDGE_TEST_NATIVE" in os.environ:
         return built
-    return fast(native_build, tmp_path_factory.mktemp("fast") / native.LIBRARY)
+    return fast(native_build, tmp_path_factory.mktemp("fast") / installed.LIBRARY)
 
 
 @pytest.fixture(scope="module", params=["avx512", "avx2"])
@@ -83,7 +83,7 @@ def few(
     """With AVX-512's kernel for 16 columns, which is preferred, and with AVX2's."""
     if request.param == "avx512":
         return kernels
-    path = tmp_path_factory.mktemp("few") / native.LIBRARY
+    path = tmp_path_factory.mktemp("few") / installed.LIBRARY
     return Kernels(relink(native_build, path, OPERATORS, ggml_base()))
 
 
@@ -645,7 +645,7 @@ def test_what_is_not_faster_is_not_used() -> None:
 def aged(folder: Path, days: float, *files: str) -> Path:
     """A folder with these files, all as if last touched so long ago."""
     folder.mkdir(parents=True)
-    then = time.time() - days * native.DAY
+    then = time.time() - days * installed.DAY
     for path in (*(folder / name for name in files), folder):
         if path != folder:
             path.touch()
@@ -662,18 +662,18 @@ def test_what_was_not_used_for_long_goes_when_something_is_built(isolated_home: 
     elsewhere = aged(tmp_path / "elsewhere", 61, *build)
     (top / ("f" * 32)).symlink_to(elsewhere)
     work = aged(tmp_path / "work", 61, *build)
-    native._publish(work, stays[-1])
+    installed.publish(work, stays[-1])
     assert [path.exists() for path in gone] == [False, False]
     assert all((path / "state.json").exists() for path in (*stays, elsewhere))
 
 
 def test_use_is_noted_once_a_day(isolated_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = native.kernel_folder()
+    folder = installed.folder()
     state = aged(folder, 61, "kernels.so", "state.json") / "state.json"
     state.write_text(json.dumps(found_out(operator="0")))
     for ask in (native.status, native.operator_library):
         for days, noted in ((61, True), (0.5, False)):
-            before = time.time() - days * native.DAY
+            before = time.time() - days * installed.DAY
             os.utime(state, (before, before))
             ask()
             assert (state.stat().st_mtime > before + 1) == noted
@@ -747,7 +747,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     path, tool = tmp_path / "kernels.so", build.compiler()
     assert tool
     flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    assert not build.build(path, tmp_path / native.OPERATOR, units=UNITS, flags=flags)
+    assert not build.build(path, tmp_path / installed.OPERATOR, units=UNITS, flags=flags)
     libraries = [
         subprocess.run([tool, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
@@ -778,7 +778,7 @@ def test_set_up_builds_tries_and_uses_them(grouped: Path) -> None:
     found = native.prepare(said.append)
     assert len(said) == 2
     assert found == native.status()
-    state = json.loads((native.kernel_folder() / "state.json").read_text("utf-8"))
+    state = json.loads((installed.folder() / "state.json").read_text("utf-8"))
     assert state["problems"] == {}
     assert whole(grouped)["used"] == found.used
 

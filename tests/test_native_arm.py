@@ -33,7 +33,7 @@ from native_kernels import (
 from processes import in_child
 
 from llava_edge.runtimes import machine, native
-from llava_edge.runtimes.native import build, check
+from llava_edge.runtimes.native import build, check, installed
 from llava_edge.runtimes.native.ggml import TYPES
 
 TAKEN = sorted(set(TYPES) - {"F16"})
@@ -279,19 +279,19 @@ def test_operators_that_are_not_there_are_neither_tried_nor_used(
     native_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated_home: Path
 ) -> None:
     units = [build.Unit("product.cpp"), build.Unit("no_such_file.cpp", kernel="AMX")]
-    left_out = build.build(tmp_path / "products.so", tmp_path / native.OPERATOR, units=units)
+    left_out = build.build(tmp_path / "products.so", tmp_path / installed.OPERATOR, units=units)
     assert left_out.keys() == {"AMX"}
     assert "no_such_file.cpp does not compile" in left_out["AMX"]
-    assert not (tmp_path / native.OPERATOR).exists()
-    relink(native_build, tmp_path / native.LIBRARY, OPERATORS, ggml_base())
-    facts = json.loads(in_child(CHECK, tmp_path / native.LIBRARY).stdout.splitlines()[-1])
+    assert not (tmp_path / installed.OPERATOR).exists()
+    relink(native_build, tmp_path / installed.LIBRARY, OPERATORS, ggml_base())
+    facts = json.loads(in_child(CHECK, tmp_path / installed.LIBRARY).stdout.splitlines()[-1])
     assert facts["problems"] == {}
     assert "projector" not in facts
     for races in facts["types"].values():
         races["many"]["plain"] = 1e9
 
     def copy_library(target: Path, operator: Path) -> dict[str, str]:
-        shutil.copy(tmp_path / native.LIBRARY, target)
+        shutil.copy(tmp_path / installed.LIBRARY, target)
         return left_out
 
     monkeypatch.setattr(build, "build", copy_library)

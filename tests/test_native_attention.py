@@ -17,7 +17,7 @@ from native_kernels import HAS_VNNI512, Array, Kernels, here
 from llava_edge.errors import BundleError
 from llava_edge.gguf import Gguf, Tensor
 from llava_edge.runtimes import native
-from llava_edge.runtimes.native import build, check
+from llava_edge.runtimes.native import build, check, installed
 from llava_edge.runtimes.native.choice import Status
 
 Attend = Callable[..., Array]  # of queries, keys, values, mask
@@ -36,7 +36,7 @@ def ways(values: Sequence[object]) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def kernels(native_build: Path) -> Kernels:
-    return Kernels(Path(os.environ.get("LLAVA_EDGE_TEST_NATIVE", native_build / native.LIBRARY)))
+    return Kernels(Path(os.environ.get("LLAVA_EDGE_TEST_NATIVE", native_build / installed.LIBRARY)))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from towers import relative
 from llava_edge.bundle import VISION, Bundle
 from llava_edge.errors import BundleError
 from llava_edge.runtimes import embedder, machine, native, tune
-from llava_edge.runtimes.native import check, operator
+from llava_edge.runtimes.native import check, installed, operator
 from llava_edge.runtimes.projector import Projector, gelu
 from llava_edge.runtimes.vision import VisionEncoder
 
@@ -35,8 +35,8 @@ AMX_LIMIT = 127 * 128 + 63  # the largest whole number that an activation is rou
 def library(request: pytest.FixtureRequest, native_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The operators as they are built for tests, with the kernels for AMX and AVX-512; without AMX; without both."""
     if request.param == "amx":
-        return native_build / native.OPERATOR
-    path = tmp_path_factory.mktemp("operators") / native.OPERATOR
+        return native_build / installed.OPERATOR
+    path = tmp_path_factory.mktemp("operators") / installed.OPERATOR
     known = {"wide": ["AVX512VNNI"], "avx2": []}[request.param]
     return relink(native_build, path, ("backend", "memory", "api"), known=known)
 
@@ -52,12 +52,12 @@ def quantized(micro_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def installed(native_build: Path, isolated_home: Path) -> Iterator[Path]:
+def native_home(native_build: Path, isolated_home: Path) -> Iterator[Path]:
     """What `native.prepare` leaves behind, but for races; the folder."""
-    folder = native.kernel_folder()
+    folder = installed.folder()
     shutil.copytree(native_build, folder)
     races = {"plain": 2.0, "ours": 1.0}
-    state = {"problems": {}, "operator": native._sha256(folder / native.OPERATOR), "projector": races}
+    state = {"problems": {}, "operator": installed.sha256(folder / installed.OPERATOR), "projector": races}
     (folder / "state.json").write_text(json.dumps(state), "utf-8")
     yield folder
     shutil.rmtree(folder)
@@ -125,12 +125,12 @@ def test_products_of_whole_numbers_by_the_matrix_unit(native_build: Path) -> Non
 
 def products(native_build: Path, x: np.ndarray, weight: np.ndarray, threads: int = 1) -> np.ndarray:
     ones = np.ones(weight.shape[1], np.float32)
-    return operator.linear(native_build / native.OPERATOR, x, weight, ones, 0 * ones, threads)
+    return operator.linear(native_build / installed.OPERATOR, x, weight, ones, 0 * ones, threads)
 
 
 def test_what_others_told_the_matrix_unit_stays(native_build: Path) -> None:
     """As in test_native.py: ONNX Runtime has kernels of its own for it."""
-    others = ctypes.CDLL(str(native_build / native.OPERATOR))
+    others = ctypes.CDLL(str(native_build / installed.OPERATOR))
     for palette in (1, 0):
         others.test_configure_tiles(palette)
         products(native_build, np.ones((40, 64), np.float32), np.ones((64, 70), np.int8))
@@ -204,7 +204,7 @@ import os
 from pathlib import Path
 import numpy as np
 from llava_edge.runtimes.native import operator
-library, x = Path({str(native_build / native.OPERATOR)!r}), np.ones((64, 64), np.float32)
+library, x = Path({str(native_build / installed.OPERATOR)!r}), np.ones((64, 64), np.float32)
 before = len(os.listdir("/proc/self/task"))
 operator.project(library, x, x, x[0], threads=3)
 operator.attention(library, np.ones((1, 4, 96), np.float32), 2, threads=3)
@@ -220,7 +220,7 @@ import resource
 from pathlib import Path
 import numpy as np
 from llava_edge.runtimes.native import operator
-library, x = Path({str(native_build / native.OPERATOR)!r}), np.ones((64, 64), np.float32)
+library, x = Path({str(native_build / installed.OPERATOR)!r}), np.ones((64, 64), np.float32)
 expected = operator.project(library, x, x, x[0])
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20),) * 2)
@@ -246,7 +246,7 @@ from llava_edge.errors import MemoryLimitError
 from llava_edge.runtimes.native import operator
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder
-bundle, library = Bundle.open(Path({str(quantized.folder)!r})), Path({str(native_build / native.OPERATOR)!r})
+bundle, library = Bundle.open(Path({str(quantized.folder)!r})), Path({str(native_build / installed.OPERATOR)!r})
 projector, encoder, options = Projector(bundle, library), VisionEncoder(bundle, 1), VisionEncoder.new_run_options()
 settings = onnxruntime.SessionOptions()
 settings.intra_op_num_threads, settings.log_severity_level = 1, 4
@@ -266,21 +266,21 @@ for compute in (lambda: projector.project(features), lambda: encoder.encode(pixe
     assert encoder == f"ONNX Runtime failed in {quantized.part(VISION)}: there is not enough memory."
 
 
-def test_the_projector_is_the_same_by_our_kernel(quantized: Bundle, installed: Path) -> None:
+def test_the_projector_is_the_same_by_our_kernel(quantized: Bundle, native_home: Path) -> None:
     """Where the kernel takes a layer, rounded; and not at all where numpy was faster."""
     features = np.random.default_rng(0).standard_normal((9, quantized.manifest.vision.width), np.float32)
     library = native.projector_library()
-    assert library == installed / native.OPERATOR
+    assert library == native_home / installed.OPERATOR
     found, expected = Projector(quantized, library, 2).project(features), Projector(quantized).project(features)
     assert 0 < relative(found, expected) < 2e-3
-    state = json.loads((installed / "state.json").read_text("utf-8"))
+    state = json.loads((native_home / "state.json").read_text("utf-8"))
     for race in ({"plain": 1.0, "ours": 1.0}, {"plain": 1.0}, None):
-        (installed / "state.json").write_text(json.dumps(state | {"projector": race}), "utf-8")
+        (native_home / "state.json").write_text(json.dumps(state | {"projector": race}), "utf-8")
         assert native.projector_library() is None
         assert native.operator_library() is not None
 
 
-def test_features_are_those_of_the_standard_operators(quantized: Bundle, installed: Path) -> None:
+def test_features_are_those_of_the_standard_operators(quantized: Bundle, native_home: Path) -> None:
     for seed in range(3):
         image = pixels(quantized, seed)
         usual, ours = (VisionEncoder(quantized, 2, CPU, native=choice) for choice in (False, True))
@@ -533,7 +533,7 @@ def test_the_operator_refuses_other_heads(native_build: Path, shape: tuple[int, 
             session.run(None, {"x": qkv})
         return
     (found,) = session.run(None, {"x": qkv})
-    assert (found == operator.attention(native_build / native.OPERATOR, qkv, 2)).all()
+    assert (found == operator.attention(native_build / installed.OPERATOR, qkv, 2)).all()
 
 
 def opened(native_build: Path, graph: Any) -> Any:
@@ -541,12 +541,12 @@ def opened(native_build: Path, graph: Any) -> Any:
     versions = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("llava_edge", 1)]
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
-    settings.register_custom_ops_library(str(native_build / native.OPERATOR))
+    settings.register_custom_ops_library(str(native_build / installed.OPERATOR))
     raw = onnx.helper.make_model(graph, opset_imports=versions, ir_version=8).SerializeToString()
     return onnxruntime.InferenceSession(raw, settings, providers=[CPU])
 
 
-def test_a_damaged_file_is_one_sentence(quantized: Bundle, installed: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_one_sentence(quantized: Bundle, native_home: Path, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(quantized.folder, copy)
     raw = (copy / VISION).read_bytes()
@@ -556,14 +556,14 @@ def test_a_damaged_file_is_one_sentence(quantized: Bundle, installed: Path, tmp_
             VisionEncoder(Bundle(copy, quantized.manifest), 1, CPU, native=True).encode(pixels(quantized))
 
 
-def test_only_what_was_tried_and_right_is_used(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.operator_library() == installed / native.OPERATOR
+def test_only_what_was_tried_and_right_is_used(native_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.operator_library() == native_home / installed.OPERATOR
     monkeypatch.setenv("LLAVA_EDGE_NATIVE", "off")
     assert native.operator_library() is None
     monkeypatch.delenv("LLAVA_EDGE_NATIVE")
-    state = json.loads((installed / "state.json").read_text("utf-8"))
-    for change in ({"problems": {native.OPERATOR: "It is off."}}, {"operator": "0"}, {"failed": "killed"}):
-        (installed / "state.json").write_text(json.dumps(state | change), "utf-8")
+    state = json.loads((native_home / "state.json").read_text("utf-8"))
+    for change in ({"problems": {installed.OPERATOR: "It is off."}}, {"operator": "0"}, {"failed": "killed"}):
+        (native_home / "state.json").write_text(json.dumps(state | change), "utf-8")
         assert native.operator_library() is None
 
 
@@ -574,14 +574,14 @@ def test_without_it_the_standard_operators_compute(quantized: Bundle, isolated_h
 
 
 def test_the_self_test_finds_a_wrong_one(native_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = native_build / native.OPERATOR
+    path = native_build / installed.OPERATOR
     assert check.check_operators(path) == ""
     real = operator.linear
     monkeypatch.setattr(operator, "linear", lambda *inputs: real(*inputs) * 1.1)
     assert check.check_operators(path).startswith("An operator for ONNX Runtime is off by 1.0e-01")
 
 
-def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_compares_both(quantized: Bundle, native_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "external_cpu_seconds", lambda: 0.0)
     monkeypatch.setattr(machine, "int8_saturates", lambda: True)
     assert tune.default_setting(quantized, 1).native
@@ -591,13 +591,13 @@ def test_tuning_compares_both(quantized: Bundle, installed: Path, monkeypatch: p
     assert tune.load(quantized) == found
     assert "our operator" in str(found[0])
     monkeypatch.setattr(machine, "int8_saturates", lambda: False)
-    monkeypatch.setattr(native, "operator_library", lambda: installed / native.OPERATOR)
+    monkeypatch.setattr(native, "operator_library", lambda: native_home / installed.OPERATOR)
     for flags, ours in (["avx_vnni"], False), (["avx512_vnni"], True), (["avx512_vnni", "amx_int8"], False):
         monkeypatch.setattr(machine, "processor", lambda flags=flags: ("a processor", flags))
         assert tune.default_setting(quantized, 1).native == ours
 
 
-def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, native_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "external_cpu_seconds", lambda: 0.0)
     monkeypatch.setattr(machine, "int8_saturates", lambda: True)
     real = VisionEncoder.encode
@@ -611,7 +611,7 @@ def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, installed: Path, monke
     assert not any(item.native for item in found)
 
 
-def test_kept_pictures_are_not_those_of_the_other(quantized: Bundle, installed: Path) -> None:
+def test_kept_pictures_are_not_those_of_the_other(quantized: Bundle, native_home: Path) -> None:
     ours, usual = (
         embedder._identity(quantized, tune.Setting(1, False, native=choice), CPU, None) for choice in (True, False)
     )

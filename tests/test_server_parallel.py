@@ -14,7 +14,7 @@ import pytest
 from native_kernels import fast, found_out, here, install
 from serving import ROOM, Server, png, question, read_all, running, wait_for_text
 
-from llava_edge.runtimes import native
+from llava_edge.runtimes.native import installed
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 pytestmark = here
@@ -29,7 +29,7 @@ def home(native_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVA_EDGE_HOME", str(folder))
         types = {kind: race | {"one": {"plain": 3.0, "few": 1.0}} for kind, race in found_out()["types"].items()}
-        install(fast(native_build, folder.parent / native.LIBRARY), types=types)
+        install(fast(native_build, folder.parent / installed.LIBRARY), types=types)
     return folder
 
 

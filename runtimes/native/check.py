@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from llava_edge.runtimes import bindings, machine, projector
-from llava_edge.runtimes.native import OPERATOR, operator
+from llava_edge.runtimes.native import operator
 from llava_edge.runtimes.native.choice import MANY_ROWS, ONE_ROW
 from llava_edge.runtimes.native.ggml import TYPES, Array, Ggml, Operation, Weights
+from llava_edge.runtimes.native.installed import OPERATOR
 from llava_edge.runtimes.native.library import DEVICE, FEW, Library
 
 # Relative error of a product, by the suffix of the kernel's name.
