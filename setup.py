@@ -45,6 +45,7 @@ DEV = [
     "openai>=2",  # the clients the server is tested with
     "ollama>=0.6",
     "transformers>=4.57.6,<5",  # the reference the tests compare with; 5.x changed the image processors
+    "optimum-onnx>=0.1",  # likewise, for CLIP in ONNX
     "sentencepiece>=0.2.1",
     "hypothesis>=6.150",
     "pytest>=9",

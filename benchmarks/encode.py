@@ -1,10 +1,11 @@
-"""Times pixels -> embeddings (CLIP and projector): ours beside llama.cpp's mtmd, OpenVINO and PyTorch.
+"""Times pixels -> embeddings (CLIP and projector): ours beside llama.cpp's mtmd, OpenVINO, PyTorch and Optimum.
 
     python benchmarks/encode.py BUNDLE --mmproj FILE [--fp32-bundle DIR] [--threads N] [--repeats N]
 
 Every peer gets pixels of the encoder's size, so that decoding and resizing are not counted. mtmd reads the
 mmproj that `llava-edge export --emit-mmproj` wrote from the same checkpoint; OpenVINO reads the bundles' vision.onnx;
-PyTorch runs transformers' CLIP of the same sizes with random weights. Peers that are not installed are left out.
+PyTorch runs transformers' CLIP of the same sizes with random weights, and Optimum exports it for ONNX Runtime, as it is
+or with its dynamic quantization to int8. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from interleave import report, run_persistent, serve
 
 from llava_edge.bench.work import initializers
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, Bundle
+from llava_edge.runtimes import machine
 
 Work = Callable[[], dict[str, Any]]
 
@@ -88,11 +91,24 @@ def openvino(bundle: Bundle, arguments: argparse.Namespace, precision: str = "f3
 
 
 def torch(bundle: Bundle, arguments: argparse.Namespace, kind: str = "float32") -> Work:
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    tower, projector = (part.to(getattr(torch, kind)) for part in torch_parts(bundle))
+    image = torch.from_numpy(pixels(bundle))[None].to(getattr(torch, kind))
+
+    def encode() -> dict[str, Any]:
+        with torch.inference_mode():
+            return {"shape": tuple(projector(tower(image).last_hidden_state[:, 1:]).shape)}
+
+    return encode
+
+
+def torch_parts(bundle: Bundle) -> tuple[Any, Any]:
     """transformers' CLIP with as many blocks as LLaVA runs, and LLaVA's projector of two layers."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    torch.set_num_threads(arguments.threads)
     part, side = bundle.manifest.vision, bundle.manifest.preprocessing.image_size
     shapes = initializers(bundle.part(VISION))
     kernel = next(shape for shape in shapes.values() if len(shape) == 4)
@@ -101,17 +117,44 @@ def torch(bundle: Bundle, arguments: argparse.Namespace, kind: str = "float32") 
         hidden_size=part.width, intermediate_size=fc1[0][1], num_hidden_layers=len(fc1), image_size=side,
         num_attention_heads=max(1, part.width // 64), patch_size=kernel[-1], attn_implementation="sdpa",
     )  # fmt: skip
-    dtype, hidden = getattr(torch, kind), bundle.manifest.language.hidden_size
-    tower = CLIPVisionModel(config).to(dtype).eval()
+    hidden = bundle.manifest.language.hidden_size
     layers = [torch.nn.Linear(part.width, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, hidden)]
-    projector = torch.nn.Sequential(*layers).to(dtype)
-    image = torch.from_numpy(pixels(bundle))[None].to(dtype)
+    return CLIPVisionModel(config).eval(), torch.nn.Sequential(*layers)
+
+
+def optimum(bundle: Bundle, arguments: argparse.Namespace, quantize: bool = False) -> Work:
+    """Optimum's export of the tower, in ONNX Runtime; the projector in PyTorch."""
+    import onnxruntime
+    import torch
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    torch.set_num_threads(arguments.threads)
+    tower, projector = torch_parts(bundle)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = arguments.threads
+    with tempfile.TemporaryDirectory() as name:
+        onnx_export_from_model(tower, Path(name), task="feature-extraction", do_validation=False)
+        file = quantized(Path(name)) if quantize else Path(name) / "model.onnx"
+        session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+    image = pixels(bundle)[None]
 
     def encode() -> dict[str, Any]:
+        (states,) = session.run(["last_hidden_state"], {"pixel_values": image})
         with torch.inference_mode():
-            return {"shape": tuple(projector(tower(image).last_hidden_state[:, 1:]).shape)}
+            return {"shape": tuple(projector(torch.from_numpy(states[0, 1:])).shape)}
 
     return encode
+
+
+def quantized(folder: Path) -> Path:
+    """What `optimum-cli onnxruntime quantize --avx512_vnni`, or --avx2, makes of a folder's model.onnx."""
+    from optimum.onnxruntime import ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    vnni = "avx512_vnni" in machine.processor()[1]
+    settings = (AutoQuantizationConfig.avx512_vnni if vnni else AutoQuantizationConfig.avx2)(is_static=False)
+    ORTQuantizer.from_pretrained(folder).quantize(save_dir=folder, quantization_config=settings)
+    return folder / "model_quantized.onnx"
 
 
 def pixels(bundle: Bundle) -> np.ndarray:
@@ -125,6 +168,8 @@ WORKERS: dict[str, Callable[[Bundle, argparse.Namespace], Work]] = {
     "openvino f32": lambda bundle, arguments: openvino(_fp32(bundle, arguments), arguments, "f32"),
     "openvino bf16": lambda bundle, arguments: openvino(_fp32(bundle, arguments), arguments, "bf16"),
     "openvino, our graph": lambda bundle, arguments: openvino(bundle, arguments, "bf16"),
+    "optimum float32": lambda bundle, arguments: optimum(bundle, arguments),
+    "optimum int8": lambda bundle, arguments: optimum(bundle, arguments, quantize=True),
     "torch float32": lambda bundle, arguments: torch(bundle, arguments, "float32"),
     "torch bfloat16": lambda bundle, arguments: torch(bundle, arguments, "bfloat16"),
 }

@@ -26,6 +26,7 @@ from llava_edge.errors import MissingError, UnavailableError, install_hint
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.image import load_image
+from llava_edge.interrupts import held_back
 from llava_edge.models.llama_gguf import tensor_names
 from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, TEXT_PREFIX
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
@@ -81,7 +82,8 @@ def measure(
 def check_pictures(folder: Path | None) -> None:
     """Raise `UnavailableError` without torch, `MissingError` or `ImageError` for a folder's pictures."""
     try:
-        import torch  # noqa: F401
+        with held_back():
+            import torch  # noqa: F401
     except ImportError as error:
         raise UnavailableError(
             f"An importance matrix is computed with torch, which is not installed. {install_hint('train')}"

@@ -36,6 +36,7 @@ from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
 from llava_edge.export.verify import relative_error
+from llava_edge.interrupts import held_back
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes import mapping
 from llava_edge.runtimes.language import LanguageModel
@@ -67,7 +68,8 @@ _REPACK_BYTES = 1 << 30  # larger files are not repacked, which would hold a sec
 def unavailable_reason() -> str:
     """Why parity cannot be measured here, as a sentence; empty if it can."""
     try:
-        import torch  # noqa: F401
+        with held_back():
+            import torch  # noqa: F401
     except ImportError:
         return f"Parity was not measured: torch is not installed. {install_hint('train')}, then export again."
     return ""

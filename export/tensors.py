@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.errors import CheckpointError, MissingError, StorageError, UnavailableError, install_hint
+from llava_edge.interrupts import held_back
 from llava_edge.placeholder import PREFIX_BYTES, describe_placeholder
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -173,7 +174,8 @@ def _mapped_tensor(path: Path, name: str, start: int, entry: _Entry) -> StoredTe
 
 def _pickle(path: Path) -> dict[str, StoredTensor]:
     try:
-        import torch
+        with held_back():
+            import torch
     except ImportError as error:
         raise UnavailableError(
             f"{path} is a PyTorch pickle and torch is not installed. Use the checkpoint's safetensors files, if it has "

@@ -64,6 +64,17 @@ def test_the_tower_computes_the_hidden_state_that_transformers_does(layer: int, 
     assert sum(relative(ours, other) < 1e-2 for other in others) == 1  # no other layer would have passed
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, about the tracer that Optimum uses
+def test_the_tower_is_the_one_that_optimum_exports(tmp_path: Path) -> None:
+    optimum = pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is not installed")
+    tower, tensors = clip_tower()
+    optimum.onnx_export_from_model(tower, tmp_path / "theirs", task="feature-extraction", do_validation=False)
+    theirs = onnxruntime.InferenceSession(tmp_path / "theirs" / "model.onnx")
+    (wanted,) = theirs.run(["last_hidden_state"], {"pixel_values": some_pixels(2)})
+    write_clip(LlavaConfig(vision=TOWER, vision_feature_layer=-1, feature="cls_patch"), tensors, tmp_path, "fp32")
+    assert relative(run_onnx(tmp_path, some_pixels(2)), wanted) < 3e-6
+
+
 def test_pooling_averages_neighbouring_patches(tmp_path: Path) -> None:
     tower, tensors = clip_tower()
     write_clip(LlavaConfig(vision=TOWER, image_pool=2), tensors, tmp_path, "fp32")

@@ -30,7 +30,19 @@ SHARED = {
         "json_grammar",
         "json_numbers",
     ),
-    *("interpreter", "locks", "options", "outputs", "paths", "placeholder", "prompt", "protobuf", "store", "templates"),
+    *(
+        "interpreter",
+        "interrupts",
+        "locks",
+        "options",
+        "outputs",
+        "paths",
+        "placeholder",
+        "prompt",
+        "protobuf",
+        "store",
+        "templates",
+    ),
     *("token_budget", "transcript", "typed"),
 }
 LIBRARY = ("api", "asynchronous", "conversation", "question")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import struct
 import termios
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from llava_edge.cli.terminal import interrupt_on_termination, show, status_line
+from llava_edge.cli.terminal import show, status_line
 
 
 @contextmanager
@@ -72,17 +71,3 @@ def test_an_answer_cannot_steer_the_terminal(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     show(said)
     assert capsys.readouterr().out == "a\tb\n[2Jc2Jd0;e"
-
-
-def test_a_request_to_end_is_ctrl_c_but_for_what_nohup_ignores() -> None:
-    kinds = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGHUP, signal.SIG_IGN)]
-    try:
-        with interrupt_on_termination():
-            signal.raise_signal(signal.SIGHUP)
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGTERM)
-        assert [signal.getsignal(kind) for kind in kinds] == [signal.SIG_DFL, signal.SIG_IGN]
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)

@@ -14,6 +14,7 @@ from llava_edge import store
 from llava_edge.cli.arguments import require_extra
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import UsageError
+from llava_edge.interrupts import held_back
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options, TokenMethod
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def eval(
         raise UsageError("Name at least one --bundle or a --checkpoint to evaluate.")
     variants = _variants(budgets, methods)
     _check(bundles, variants)
-    with require_extra("train", "Evaluation"):
+    with require_extra("train", "Evaluation"), held_back():
         from llava_edge.models.data import load_tokenizer
         from llava_edge.models.evaluate import majority_baseline, question_sets, score_model
         from llava_edge.models.features import check_single_crop

@@ -15,8 +15,9 @@ import click
 from click.core import ParameterSource
 
 from llava_edge.cli.arguments import CheckpointPath, require_extra
-from llava_edge.cli.terminal import interrupt_on_termination, status_line
+from llava_edge.cli.terminal import status_line
 from llava_edge.errors import CannotCreateError, UsageError
+from llava_edge.interrupts import interrupt_on_termination
 from llava_edge.outputs import check_output
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import click
 from llava_edge import store
 from llava_edge.bundle import Bundle
 from llava_edge.cli.arguments import require_extra
-from llava_edge.cli.terminal import interrupt_on_termination, printable, status_line
+from llava_edge.cli.terminal import printable, status_line
 from llava_edge.errors import CannotCreateError, LlavaEdgeError, UnavailableError, UsageError
+from llava_edge.interrupts import interrupt_on_termination
 from llava_edge.outputs import write_problem
 
 

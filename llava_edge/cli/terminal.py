@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -44,20 +43,6 @@ def is_writable(stream: TextIO) -> bool:
         return bool(select.select([], [stream], [], 0)[1])
     except (OSError, ValueError):  # not a file
         return True
-
-
-@contextmanager
-def interrupt_on_termination() -> Iterator[None]:
-    """Handle SIGTERM and SIGHUP like Ctrl-C, so that temporary files are removed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    signals = [number for number, handler in handlers.items() if handler is not signal.SIG_IGN]  # nohup ignores SIGHUP
-    for number in signals:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number in signals:
-            signal.signal(number, handlers[number])
 
 
 @contextmanager

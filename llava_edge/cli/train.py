@@ -13,6 +13,7 @@ from llava_edge import store
 from llava_edge.cli.arguments import require_extra
 from llava_edge.cli.terminal import Status, status_line
 from llava_edge.errors import CannotCreateError
+from llava_edge.interrupts import held_back
 from llava_edge.outputs import write_problem
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None,
     llava-edge train micro --out runs/micro
     llava-edge export runs/micro/model bundles/micro
     """
-    with require_extra("train", "Training"):
+    with require_extra("train", "Training"), held_back():
         from llava_edge.models.recipe import load_recipe
         from llava_edge.models.run import Folders, train_recipe
     loaded_recipe = load_recipe(recipe)
