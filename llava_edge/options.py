@@ -17,14 +17,14 @@ Device = Literal["auto", "cpu", "metal", "cuda"]
 FinishReason = Literal["stop", "length", "cancelled"]
 Speculate = Literal["auto", "off", "ngram"]
 TokenMethod = Literal["cls", "pool", "random"]
-Preset = Literal["auto", "latency", "memory"]
+PresetName = Literal["auto", "latency", "memory"]
 KV = Literal["auto", "f16", "q8_0"]
 CacheHit = Literal["miss", "embedding", "kv"]
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
 DEVICES: tuple[Device, ...] = get_args(Device)
-PRESETS: tuple[Preset, ...] = get_args(Preset)
+PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 KV_TYPES: tuple[KV, ...] = get_args(KV)
 SPECULATE: tuple[Speculate, ...] = get_args(Speculate)
 TOKEN_METHODS: tuple[TokenMethod, ...] = get_args(TokenMethod)
@@ -133,7 +133,7 @@ class EngineOptions:
     device: Device = "auto"
     threads: int = 0
     context: int = 0
-    preset: Preset = "auto"
+    preset: PresetName = "auto"
     kv: KV = "auto"
     verbose: bool = False
     cache: bool | Path | Literal["memory"] = True

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from llava_edge.errors import DataError, MissingError
-from llava_edge.options import Preset
+from llava_edge.options import PresetName
 from llava_edge.typed import build
 
 SCHEMA = 3
@@ -77,7 +77,7 @@ class Configuration:
     threads: int
     context: int
     image_tokens: int = 0
-    preset: Preset = "auto"
+    preset: PresetName = "auto"
 
     @property
     def settings(self) -> tuple[object, ...]:

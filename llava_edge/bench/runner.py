@@ -37,7 +37,7 @@ from llava_edge.bench.records import (
 from llava_edge.bench.work import Work, bundle_work
 from llava_edge.bundle import Bundle
 from llava_edge.errors import LlavaEdgeError, UnavailableError, UsageError
-from llava_edge.options import DEFAULT_PROMPT, Device, EngineOptions, Options, Preset
+from llava_edge.options import DEFAULT_PROMPT, Device, EngineOptions, Options, PresetName
 from llava_edge.runtimes import machine, native
 from llava_edge.runtimes.pictures import check_budget
 from llava_edge.runtimes.presets import check_context
@@ -62,7 +62,7 @@ class Plan:
     repeats: int = 5
     warmup: int = 1
     limits: bool = True
-    presets: Sequence[Preset] = ("auto",)
+    presets: Sequence[PresetName] = ("auto",)
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
