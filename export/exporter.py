@@ -40,7 +40,7 @@ from llava_edge.bundle import (
     file_entry,
     write_manifest,
 )
-from llava_edge.errors import CannotCreateError, CheckpointError, OptionError, StorageError, UsageError
+from llava_edge.errors import BundleError, CannotCreateError, CheckpointError, OptionError, StorageError, UsageError
 from llava_edge.export import held_out, importance, parity, publish, report, verify
 from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
@@ -52,6 +52,7 @@ from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tokenizer import Vocabulary, read_after_control, read_tokenizer
 from llava_edge.export.tower import write_tower
+from llava_edge.interrupts import held_back
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
 from llava_edge.options import MAX_THREADS
 from llava_edge.outputs import check_output, check_space
@@ -171,13 +172,20 @@ def export(
             raise StorageError(
                 f"Writing the bundle failed: {error.filename or temp}: {reason}. {out} is unchanged."
             ) from error
+        except BundleError as error:
+            problem = str(error).replace(f"{temp}{os.sep}", "").removesuffix(" Run 'llava-edge verify' on the bundle.")
+            raise CheckpointError(
+                f"The weights of {options.checkpoint} give a bundle that cannot be used, so nothing was published: "
+                f"{problem}"
+            ) from error
     return manifest
 
 
 def require_extra() -> None:
     """Raise `ModuleNotFoundError` early if the extra [export] is not installed."""
-    for package in ("gguf", "onnx", "safetensors"):
-        import_module(package)
+    with held_back():
+        for package in ("gguf", "onnx", "safetensors"):
+            import_module(package)
 
 
 def open_source(options: ExportOptions) -> Checkpoint:

@@ -33,7 +33,7 @@ def write_tower(
 
     fine_blocks: of an int8 tower, how many blocks from the front have weights in two int8 parts; if None, as few as
     keep the error on `pictures` below `INT8_TARGET`.
-    Raises `CheckpointError` for a tower whose output is constant.
+    Raises `CheckpointError` for a tower whose output is constant or not finite.
     """
     precision: Precision = bundle.manifest.vision.precision
     progress(f"vision tower as {precision}", None)
@@ -41,8 +41,7 @@ def write_tower(
         _write_int8(bundle, checkpoint, pictures, scratch, progress)
     else:
         write_clip(checkpoint.config, checkpoint.tensors, bundle.folder, precision, fine_blocks or 0)
-    if float(np.std(_features(bundle, pictures[:1]))) == 0:
-        raise CheckpointError("The vision tower gives the same numbers everywhere; its weights cannot be right.")
+    _features(bundle, pictures[:1])  # raises
 
 
 def _write_int8(
@@ -69,4 +68,10 @@ def _write_int8(
 def _features(bundle: Bundle, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
     """The features of each crop of the pictures."""
     encoder = VisionEncoder(bundle)
-    return [encoder.encode(crop) for item in pictures for crop in crops(item, bundle.manifest.preprocessing)]
+    features = [encoder.encode(crop) for item in pictures for crop in crops(item, bundle.manifest.preprocessing)]
+    with np.errstate(over="ignore"):
+        spread = float(np.std(features))
+    if not 0 < spread < np.inf:
+        what = "the same number everywhere" if spread == 0 else "numbers that exceed float32"
+        raise CheckpointError(f"The vision tower gives {what}; its weights cannot be right.")
+    return features

@@ -57,7 +57,10 @@ def _read_back(
 
 
 def relative_error(ours: Array, reference: Array) -> float:
-    """l2 norm of the difference, divided by that of the reference."""
-    norm = float(np.linalg.norm(reference))
-    difference = float(np.linalg.norm(np.subtract(ours, reference, dtype=np.float32)))
+    """l2 norm of the difference, divided by that of the reference; infinite if one of them exceeds float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = float(np.linalg.norm(reference))
+        difference = float(np.linalg.norm(np.subtract(ours, reference, dtype=np.float32)))
+    if not np.isfinite([norm, difference]).all():
+        return np.inf
     return difference / norm if norm else float(difference > 0)

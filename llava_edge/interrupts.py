@@ -24,7 +24,11 @@ def interrupt_on_termination() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Handle signals at the end. For `import torch`, in whose C++ code a KeyboardInterrupt aborts the process."""
+    """Handle signals at the end.
+
+    For imports of C++ extensions: a KeyboardInterrupt in PyTorch's initialization aborts the process; in that of
+    onnxruntime or onnx it becomes an ImportError without a cause.
+    """
     if threading.current_thread() is not threading.main_thread():  # it handles none
         yield
         return

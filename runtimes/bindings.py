@@ -20,6 +20,7 @@ from typing import Any
 
 from llava_edge import interpreter
 from llava_edge.errors import UnavailableError
+from llava_edge.interrupts import held_back
 from llava_edge.locks import fork_safe_lock
 from llava_edge.runtimes import limit_spinning
 
@@ -69,7 +70,8 @@ def last_error() -> str:
 def onnxruntime() -> Any:
     """Import onnxruntime. Raises `UnavailableError`."""
     try:
-        return import_module("onnxruntime")
+        with held_back():
+            return import_module("onnxruntime")
     except ImportError as error:
         raise _unavailable("onnxruntime", error, f"{sys.executable} -m pip install onnxruntime") from error
 

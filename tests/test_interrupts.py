@@ -1,4 +1,4 @@
-"""Signals that end a program clean up like Ctrl-C, and wait while PyTorch is imported, which they would crash."""
+"""Signals that end a program clean up like Ctrl-C, and wait while a C++ extension is imported, which would fail."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from processes import in_child
 
 from llava_edge.interrupts import held_back, interrupt_on_termination
 
-# Each imports torch in another place.
+# What is imported, and where.
 IMPORTERS = {
-    "parity": "from llava_edge.export import parity; parity.unavailable_reason()",
-    "calibration": "from llava_edge.export import importance; importance.check_pictures(None)",
-    "pickle": "from llava_edge.export import tensors; tensors.open_file(folder / 'weights.bin')",
-    "training": "main(['train', 'micro', '--out', str(folder)])",
-    "evaluation": "main(['eval', '--checkpoint', str(folder), '--photos', str(folder)])",
+    "onnxruntime": "from llava_edge.runtimes import bindings; bindings.onnxruntime()",
+    "onnx": "from llava_edge.export import exporter; exporter.require_extra()",
+    "torch, parity": "from llava_edge.export import parity; parity.unavailable_reason()",
+    "torch, calibration": "from llava_edge.export import importance; importance.check_pictures(None)",
+    "torch, pickle": "from llava_edge.export import tensors; tensors.open_file(folder / 'weights.bin')",
+    "torch, training": "main(['train', 'micro', '--out', str(folder)])",
+    "torch, evaluation": "main(['eval', '--checkpoint', str(folder), '--photos', str(folder)])",
 }
 CHILD = """
 import sys
@@ -32,7 +34,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
-INTERRUPTED_TORCH = """
+INTERRUPTED = """
 import os, signal
 os.kill(os.getpid(), signal.SIGINT)
 print("imported")
@@ -71,8 +73,8 @@ def test_signals_are_handled_at_the_end() -> None:
 
 
 @pytest.mark.parametrize("importer", IMPORTERS)
-def test_torch_is_imported_to_its_end(importer: str, tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)
+def test_extensions_are_imported_to_their_end(importer: str, tmp_path: Path) -> None:
+    (tmp_path / f"{importer.split(',')[0]}.py").write_text(INTERRUPTED)
     (tmp_path / "weights.bin").write_bytes(bytes(100))
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = in_child(CHILD.format(IMPORTERS[importer]), tmp_path, environment=environment)
