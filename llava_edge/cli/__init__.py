@@ -205,7 +205,7 @@ class _ClosedStdout(io.TextIOBase):
 
 
 class _NamedStdout(io.TextIOWrapper):
-    """Standard output that failed writes are said of; a closed pipe stays a `BrokenPipeError`."""
+    """Standard output whose errors say so. That of a closed pipe stays a `BrokenPipeError`, by its number."""
 
     def write(self, text: str, /) -> int:
         with _naming_stdout():
@@ -221,8 +221,7 @@ def _naming_stdout() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = "Standard output cannot be written"
-        raise
+        raise OSError(error.errno, f"Standard output cannot be written: {error.strerror}") from error
 
 
 class _LossyStderr(io.TextIOWrapper):
