@@ -66,7 +66,7 @@ def test_the_tower_computes_the_hidden_state_that_transformers_does(layer: int, 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's, about the tracer that Optimum uses
 def test_the_tower_is_the_one_that_optimum_exports(tmp_path: Path) -> None:
-    optimum = pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is not installed")
+    optimum = pytest.importorskip("optimum.exporters.onnx", reason="no optimum-onnx", exc_type=ImportError)
     tower, tensors = clip_tower()
     optimum.onnx_export_from_model(tower, tmp_path / "theirs", task="feature-extraction", do_validation=False)
     theirs = onnxruntime.InferenceSession(tmp_path / "theirs" / "model.onnx")
