@@ -74,6 +74,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_left_over(folder: Path) -> None:
+    """Remove what `replacing` left in a folder of ours whose process was killed."""
+    for path in folder.glob(".llava-edge.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def storage_errors(path: Path, *exceptions: type[Exception]) -> Iterator[None]:
     """Turn a failed write into `StorageError`. exceptions: types that a library raises for one besides `OSError`."""

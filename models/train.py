@@ -31,7 +31,7 @@ from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava
 from llava_edge.models.lora import LoraLinear, add_lora
 from llava_edge.models.recipe import Recipe, Stage
-from llava_edge.outputs import replacing, storage_errors
+from llava_edge.outputs import remove_left_over, replacing, storage_errors
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -238,6 +238,7 @@ class Trainer:
             torch.save(saved, temporary)
 
     def _load_checkpoint(self) -> dict[str, Any] | None:
+        remove_left_over(self.run_folder)  # each as large as a checkpoint
         path = self.run_folder / "checkpoint.pt"
         if not path.is_file():
             (self.run_folder / "log.jsonl").unlink(missing_ok=True)

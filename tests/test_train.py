@@ -29,6 +29,7 @@ from llava_edge.models.lora import add_lora, lora_modules, merge_lora
 from llava_edge.models.recipe import FOLDER, Recipe, load_recipe
 from llava_edge.models.run import Folders, train_recipe
 from llava_edge.models.train import Step, Trainer, cosine_rate, load_stage, prepare_stage
+from llava_edge.outputs import replacing
 from llava_edge.prompt import Message, encode, render
 
 
@@ -71,7 +72,12 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path) ->
     train_recipe(recipe, whole)
     for steps in (2, 2):  # in stage 1, then in stage 2
         interrupted(recipe, parts, after=steps)
+    with replacing(tmp_path / "other") as temporary:  # what a process that was killed while saving leaves
+        temporary.touch()
+        left_over = parts.run / temporary.name
+        left_over.touch()
     train_recipe(recipe, parts)
+    assert not left_over.exists()
     assert len(losses(whole.run)) == 6
     assert losses(parts.run) == losses(whole.run)
     assert (whole.run / "loss.png").stat().st_size > 1000
