@@ -46,6 +46,10 @@ class Branches:
         self._language.end_branch(branch, self._shared.pop(branch))
         del self._lengths[branch]
 
+    def keep_prompt(self) -> None:
+        """Let what the KV cache holds now stay in its place, like an ended branch."""
+        self.end(self.start(0))
+
     def close(self) -> None:
         """Leave the KV cache to its own prompt."""
         self._language.clear_branches()

@@ -128,13 +128,16 @@ class ParallelDecoder:
 
     def _evaluate(self, request: Request) -> int:
         """Return how many positions were kept, all of which belong to other branches, too."""
-        answer = request.answer
+        answer, used = request.answer, self._used
         try:
             return self._prefill.run(
                 request.segments, answer.stats, answer.job, save=request.save, between=self.step if self.busy else None
             )
         except BaseException:
-            self._language.truncate(0)  # `_used` does not count what was evaluated, so nothing may keep it
+            if self._used > used:  # others' tokens lie behind it, and their next ones have to, too
+                self._used += len(self._language.cached_keys)
+                self._branches.keep_prompt()
+            self._language.truncate(0)  # what `_used` does not count, nothing may keep
             raise
 
     def _start(self, request: Request, sampler: Sampler, shared: int) -> _Branch:

@@ -293,6 +293,30 @@ def test_a_prompt_can_be_cancelled_between_its_parts(
     assert cancelled
 
 
+def test_a_prompt_cancelled_between_its_parts_changes_no_other_answer(
+    llava: Llava, passes: list[tuple[int, threading.Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was evaluated of it lies between the tokens of the answer, whose later tokens must not take its place."""
+    options, sample = replace(LONG, top_logprobs=1), ParallelDecoder._sample
+    expected = [chunk.chances for chunk in llava.stream("the red", (), options)]
+    hold, stream = Hold(llava, monkeypatch), llava.stream("the red", (), options)
+    chunks = [next(stream)]
+
+    def cancel_reading(decoder: ParallelDecoder, branch: Any, row: int) -> None:
+        sample(decoder, branch, row)
+        if passes[-2][0] > 8:
+            passes[-2][1].set()
+
+    monkeypatch.setattr(ParallelDecoder, "_sample", cancel_reading)
+    with ThreadPoolExecutor(1) as pool:
+        cancelled = pool.submit(llava.ask, "the red and the blue. " * 10, (), SHORT)
+        while llava._engine._thread._jobs.empty():
+            pass
+        hold.go.set()
+        assert cancelled.result(20).finish_reason == "cancelled"
+    assert [chunk.chances for chunk in [*chunks, *stream]] == expected
+
+
 def test_leaving_an_answer_leaves_the_others(llava: Llava, batches: list[int]) -> None:
     endless = Options(max_tokens=400, speculate="off")
     first, _ = begin(llava, "the red", (), replace(LONG, max_tokens=100))
