@@ -166,8 +166,8 @@ class LanguageModel:
     def restore_state(self, state: bytes | memoryview, keys: Sequence[Key]) -> bool:
         """Load what `save_state` returned when the KV cache held `keys`; return whether that succeeded.
 
-        llama.cpp trusts these bytes: only what this program wrote may be passed. A failure leaves an empty KV cache, in
-        a new context, because llama.cpp leaves parts of the state behind: `BundleError` if that ends branches.
+        llama.cpp trusts these bytes: only what this program wrote may be passed. A failure leaves an empty KV cache,
+        because llama.cpp leaves parts of the state behind: `BundleError` if that ends branches.
         """
         self.truncate(0)
         source = _byte_pointer(np.frombuffer(state, np.uint8))
@@ -177,8 +177,7 @@ class LanguageModel:
         if (read, first, last) == (len(state), 0, len(keys) - 1):
             self.cached_keys = list(keys)
             return True
-        self.library.llama_free(self.context)
-        self._open_context()
+        self._clear()
         if self._has_branches:
             raise BundleError(f"llama.cpp refused a saved state of {self._path}; run 'llava-edge cache clear'.")
         return False
@@ -251,8 +250,7 @@ class LanguageModel:
         """Remove every position from `length` on, including what llama.cpp left there after an abort."""
         del self.cached_keys[length:]
         if not self.library.llama_memory_seq_rm(self._memory, _SEQUENCE, length, -1):
-            self.library.llama_memory_clear(self._memory, True)
-            self.cached_keys.clear()
+            self._clear()
             if length:
                 raise BundleError(f"llama.cpp cannot remove the last positions from the KV cache of {self._path}.")
 
@@ -263,9 +261,7 @@ class LanguageModel:
         pointer = self.library.llama_get_logits_ith(self.context, row)
         values: Array = np.ctypeslib.as_array(pointer, (self.vocabulary.size,))
         if not np.isfinite(values).all():
-            # Its data too: a masked key has weight zero, and zero times NaN is NaN.
-            self.library.llama_memory_clear(self._memory, True)
-            self.cached_keys.clear()
+            self._clear()
             raise BundleError(
                 f"{self._path} produced values that are not finite. Run 'llava-edge verify' on the bundle."
             )
@@ -282,6 +278,11 @@ class LanguageModel:
         build = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
         hardware = [machine.processor(), machine.nvidia_gpus()] if self.on_gpu else machine.processor()
         return [build, hardware, self.context_size, self._threads, self._settings, self.batch]
+
+    def _clear(self) -> None:
+        """Empty the KV cache, its data too: a masked key has weight zero, and zero times NaN is NaN."""
+        self.library.llama_memory_clear(self._memory, True)
+        self.cached_keys.clear()
 
     def _load(self, gpu_layers: int, repack: bool, on_load: Callable[[float], bool]) -> None:
         api = self.library
