@@ -224,6 +224,19 @@ def test_models_and_health(client: Any, server: Server) -> None:
     assert server.health()["status"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("route", "field"), [("chat/completions", "messages"), ("completions", "prompt"), ("responses", "input")]
+)
+def test_the_name_that_ollamas_list_has_is_the_models(route: str, field: str, server: Server) -> None:
+    """LibreChat, among others, lists the models by /api/tags and then asks under /v1."""
+    name = json.loads(server.request("GET", "/api/tags")[2])["models"][0]["name"]
+    assert name == "micro:latest"
+    body = {field: [user("Hello")] if field == "messages" else "Hello", "max_tokens": 1}
+    assert server.request("POST", f"/v1/{route}", {**body, "model": name})[0] == 200
+    assert server.request("POST", f"/v1/{route}", {**body, "model": "micro:7b"})[0] == 404
+    assert json.loads(server.request("GET", f"/v1/models/{name}")[2])["id"] == "micro"
+
+
 def test_metrics_count(server: Server) -> None:
     tokens, seconds = 'llava_edge_tokens_total{kind="answer"}', 'llava_edge_stage_seconds_total{stage="total"}'
     server.ask("Hello")

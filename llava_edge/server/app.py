@@ -157,7 +157,7 @@ class App:
         return JSONResponse(replies.model_list(self._model, self._created))
 
     async def _get_model(self, request: Request) -> Response:
-        if request.path_params["name"] != self._model:
+        if not requests.is_name_of(request.path_params["name"], self._model):
             raise Problem(404, f"This server has the model {self._model!r} only.", code="model_not_found")
         return JSONResponse(replies.model(self._model, self._created))
 

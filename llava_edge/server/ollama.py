@@ -52,7 +52,7 @@ def parse_generate(body: Mapping[str, Any], limits: Limits) -> ModelRequest:
 def parse_model(body: Mapping[str, Any], model: str) -> str:
     """Check which model a request is for; return its name as the client wrote it. Raises `Problem` (400, 404)."""
     name = body.get("model") or body.get("name")
-    requests.check_model({"model": _without_tag(name)}, model)
+    requests.check_model({"model": name}, model)
     return name or model
 
 
@@ -97,10 +97,6 @@ def _rewrite_message(message: object, param: str) -> object:
         raise bad_request("images must be a list of strings in base64.", param)
     parts = [{"type": "image_url", "image_url": f"data:;base64,{image}"} for image in images]
     return {"role": message.get("role"), "content": [*parts, {"type": "text", "text": content}] if parts else content}
-
-
-def _without_tag(name: object) -> object:
-    return name.removesuffix(":latest") if isinstance(name, str) else name
 
 
 class Reply:

@@ -231,6 +231,11 @@ def _first_of(body: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((body[name] for name in names if body.get(name) is not None), None)
 
 
+def is_name_of(name: str, model: str) -> bool:
+    """Whether a name is the model's. Programs take one with a tag from /api/tags, and use it under /v1 too."""
+    return name.removesuffix(":latest") == model
+
+
 def check_model(body: Mapping[str, Any], model: str) -> None:
     """The name may be missing. Another model's is refused: the answer would be taken for that model's."""
     name = body.get("model")
@@ -238,7 +243,7 @@ def check_model(body: Mapping[str, Any], model: str) -> None:
         return
     if not isinstance(name, str):
         raise bad_request(f"model must be a string; this server has the model {model!r}.", "model")
-    if name != model:
+    if not is_name_of(name, model):
         raise Problem(404, f"This server has the model {model!r} only.", param="model", code="model_not_found")
 
 
