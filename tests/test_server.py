@@ -350,6 +350,14 @@ def test_errors_as_the_client_raises_them(create: Any) -> None:
     assert "nothing is downloaded" in error(openai.BadRequestError, messages=messages).message
 
 
+def test_who_uses_tools_for_structured_answers_is_told_of_schemas(create: Any) -> None:
+    tool = {"type": "function", "function": {"name": "answer", "parameters": SCHEMA}}
+    choice = {"type": "function", "function": {"name": "answer"}}
+    for change in ({"tools": [tool], "tool_choice": choice}, {"tools": [tool]}, {"tool_choice": "required"}):
+        with pytest.raises(openai.BadRequestError, match="use a JSON schema if it is for structured answers"):
+            create(messages=[user("Hello")], **change)
+
+
 def test_a_client_that_was_given_the_address_without_v1_is_told(server: Server) -> None:
     status, _, body = server.request("POST", "/chat/completions", question())
     assert (status, b"under /v1" in body) == (404, True)

@@ -88,6 +88,7 @@ _NO_EFFECT_IF_CONTINUED: dict[str, tuple[object, ...]] = {
 # Fields without effect if the second field is "none".
 _TOOL_CHOICE = {"tools": "tool_choice", "functions": "function_call"}
 _GRAMMAR_FIELDS = ("grammar", "structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar")
+_TOOL_FIELDS = ("tools", "functions", "tool_choice", "function_call")
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,15 @@ def refuse_unsupported(body: Mapping[str, Any], no_effect: Mapping[str, tuple[ob
             continue
         if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values):
             continue
-        advice = "use a JSON schema instead" if name in _GRAMMAR_FIELDS else "remove it"
-        raise bad_request(f"{name} is not supported by this server; {advice}.", name)
+        raise bad_request(f"{name} is not supported by this server; {_advice(name)}.", name)
+
+
+def _advice(unsupported: str) -> str:
+    if unsupported in _GRAMMAR_FIELDS:
+        return "use a JSON schema instead"
+    if unsupported in _TOOL_FIELDS:  # by which many clients ask for structured answers, unless told otherwise
+        return "remove it, or use a JSON schema if it is for structured answers"
+    return "remove it"
 
 
 _MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict", "num_predict")
