@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -146,6 +147,15 @@ def test_log_probabilities(generate: Any, llava: Llava) -> None:
     assert [len(chance.top_logprobs) for chance in got] == [2] * 16
 
 
+def test_images_may_be_data_urls(server: Server) -> None:
+    """A page's FileReader gives pictures in no other form."""
+    answers = []
+    for image in (base64.b64encode(png()).decode(), data_url(png())):
+        body = {"model": "micro", "prompt": "Colour?", "images": [image], "stream": False, "options": SHORT}
+        answers.append(json.loads(server.request("POST", "/api/generate", body)[2])["response"])
+    assert answers[0] == answers[1]
+
+
 def test_a_request_without_a_question_loads_the_model(client: Any) -> None:
     assert client.generate("micro").done_reason == "load"
     assert client.chat("micro", messages=[], keep_alive=-1).message.content == ""
@@ -220,7 +230,7 @@ def test_what_cannot_be_done_is_refused(server: Server, fields: dict[str, Any], 
         ({"images": "iVBO"}, "images"),
         ({"images": [1]}, "images"),
         ({"images": ["###"]}, "base64"),
-        ({"images": [data_url(png())]}, "base64"),
+        ({"images": [data_url(png(), "heic")]}, "heif-convert"),
         ({"images": ["aGVsbG8="]}, "not a picture"),
         ({"model": 3}, "model"),
     ],

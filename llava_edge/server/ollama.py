@@ -89,13 +89,15 @@ def _rewrite_format(format_: object) -> dict[str, Any] | None:
 
 
 def _rewrite_message(message: object, param: str) -> object:
-    """A message whose `images`, in base64, become parts of its content. Ollama's client leaves out what is empty."""
+    """A message whose `images` become parts of its content. Ollama's client leaves out what is empty."""
     if not isinstance(message, dict):
         return message
     images, content = message.get("images") or [], message.get("content") or ""
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise bad_request("images must be a list of strings in base64.", param)
-    parts = [{"type": "image_url", "image_url": f"data:;base64,{image}"} for image in images]
+    # In base64; browsers' FileReader makes data: URLs.
+    urls = [image if image.startswith("data:") else f"data:;base64,{image}" for image in images]
+    parts = [{"type": "image_url", "image_url": url} for url in urls]
     return {"role": message.get("role"), "content": [*parts, {"type": "text", "text": content}] if parts else content}
 
 
