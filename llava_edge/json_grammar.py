@@ -47,7 +47,23 @@ _BASE = {
     "array": '"[" (value (comma value)*)? "]"',
     "object": '"{" (string colon value (comma string colon value)*)? "}"',
     "value": "object | array | string | number | boolean | null",
+    "date": r'"\"" day "\""',
+    "time": r'"\"" clock "\""',
+    "datetime": r'"\"" day "T" clock "\""',
+    "uuid": r'"\"" hex{8} ("-" hex{4}){3} "-" hex{12} "\""',
+    "day": 'year "-" (month "-" days | longer "-" ("29" | "30") | longest "-31") | leap "-02-29"',
+    "year": "[1-9] [0-9]{3}",
+    "leap": '[1-9] [0-9] ("0" [48] | [2468] [048] | [13579] [26])',  # without the few that end in 00
+    "month": '"0" [1-9] | "1" [0-2]',
+    "longer": '"0" [13-9] | "1" [0-2]',  # than 28 days
+    "longest": '"0" [13578] | "1" [02]',
+    "days": '"0" [1-9] | "1" [0-9] | "2" [0-8]',
+    "clock": 'hours ":" sixty ":" sixty ("." [0-9]{1,6})? ("Z" | [-+] hours ":" sixty)',  # RFC 3339
+    "hours": '[01] [0-9] | "2" [0-3]',
+    "sixty": "[0-5] [0-9]",
 }
+# Values of `format` that are followed, and their rules; by JSON Schema it need not be, but clients parse such strings.
+_FORMATS = {"date": "date", "time": "time", "date-time": "datetime", "uuid": "uuid"}
 
 
 def any_object() -> str:
@@ -175,7 +191,9 @@ class _Converter:
 
     def _string(self, schema: dict[str, Any], path: str, depth: int) -> str:
         low, high = _length_range(schema, "minLength", "maxLength", path)
-        return "string" if (low, high) == (0, None) else rf'"\"" char{_repetition(low, high)} "\""'
+        if (low, high) != (0, None):
+            return rf'"\"" char{_repetition(low, high)} "\""'
+        return _FORMATS.get(str(schema.get("format")), "string")
 
     def _integer(self, schema: dict[str, Any], path: str, depth: int) -> str:
         if not _BOUNDS & set(schema):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 from contextlib import closing
+from datetime import date, datetime, time
 from decimal import Decimal
 from itertools import combinations
 from typing import Any, Literal
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -78,10 +80,17 @@ def satisfies(value: Any, schema: Any, root: Any) -> bool:
         "maximum": lambda high: not isinstance(value, int | float) or value <= high,
         "exclusiveMinimum": lambda low: not isinstance(value, int | float) or value > low,
         "exclusiveMaximum": lambda high: not isinstance(value, int | float) or value < high,
+        "format": lambda name: "maxLength" in schema or not isinstance(value, str) or FORMATS[name](value),
     }
     return all(test(schema[word]) for word, test in tests.items() if word in schema)
 
 
+FORMATS: dict[str, Any] = {
+    "date": date.fromisoformat,
+    "time": lambda text: time.fromisoformat(text).tzinfo,
+    "date-time": lambda text: datetime.fromisoformat(text).tzinfo,
+    "uuid": UUID,
+}
 SHORT = {"type": "string", "maxLength": 5}
 SCHEMAS: dict[str, Any] = {
     "words": {"enum": ["red", 'a "b"\n\\', 3, None, {"x": [1.5]}, "é😀"]},
@@ -130,6 +139,8 @@ SCHEMAS: dict[str, Any] = {
     "positive": {"type": "number", "exclusiveMinimum": 0.0},
     "latitude": {"type": "number", "minimum": -90, "exclusiveMaximum": 90},
     "negative": {"type": ["number", "integer"], "exclusiveMinimum": -3, "exclusiveMaximum": 0},
+    **{name: {"type": "string", "format": name} for name in FORMATS},
+    "short time": {"type": "string", "format": "time", "maxLength": 4},
     "names": {"type": "object", "properties": {'"quoted"\\': {"const": 1}}, "required": ['"quoted"\\']},
 }
 
@@ -198,6 +209,21 @@ def test_numbers_of_a_range_and_no_others(
         text = f"{value:f}"
         assert allows(llava, grammar, text) == satisfies(json.loads(text), schema, schema), text
     assert not any(allows(llava, grammar, text) for text in ("", "-", "00", ".5", "0.", "1.e5", "01.5"))
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("date", "2024-02-29 2023-02-28 1999-12-31 2023-11-30 2096-10-09", "2023-02-29 2023-04-31 2023-13-01 23-1-1"),
+        ("time", "23:59:59Z 00:00:00.123+05:30", "24:00:00Z 12:60:00Z 12:00:00 12:00Z"),
+        ("date-time", "2024-02-29T08:30:00-03:00", "2024-02-29 2024-02-29T08:30:00 2024-02-30T08:30:00Z"),
+        ("uuid", "01234567-89ab-cdef-ABCD-EF0123456789", "0123456789abcdefABCDEF0123456789 x"),
+    ],
+)
+def test_formats_that_programs_parse(llava: Llava, name: str, right: str, wrong: str) -> None:
+    grammar = from_schema({"type": "string", "format": name})
+    assert [text for text in right.split() if not allows(llava, grammar, f'"{text}"')] == []
+    assert [text for text in wrong.split() if allows(llava, grammar, f'"{text}"')] == []
 
 
 def test_escapes_are_characters_and_halves_of_a_pair_are_not(llava: Llava) -> None:
