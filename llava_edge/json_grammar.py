@@ -25,7 +25,7 @@ _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "fo
 _ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _KEYWORDS = {
-    "object": {"properties", "required", "additionalProperties"},
+    "object": {"properties", "required", "additionalProperties", "propertyNames"},
     "array": {"items", "prefixItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength"},
     "number": _BOUNDS,
@@ -250,6 +250,8 @@ class _Converter:
         extra = schema.get("additionalProperties", True)
         if not isinstance(properties, dict) or not isinstance(required, list):
             raise _schema_error(path, "has properties that are not an object, or a required that is not a list")
+        if schema.get("propertyNames", {}) not in ({}, {"type": "string"}):  # zod writes the latter; all names are
+            raise _schema_error(path, "restricts names by 'propertyNames', which is not supported")
         if not all(isinstance(name, str) for name in required):
             raise _schema_error(path, "requires something that is not a name")
         if missing := [name for name in required if name not in properties]:

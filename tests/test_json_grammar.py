@@ -140,6 +140,7 @@ SCHEMAS: dict[str, Any] = {
     "latitude": {"type": "number", "minimum": -90, "exclusiveMaximum": 90},
     "negative": {"type": ["number", "integer"], "exclusiveMinimum": -3, "exclusiveMaximum": 0},
     **{name: {"type": "string", "format": name} for name in FORMATS},
+    "record": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"const": 1}},
     "short time": {"type": "string", "format": "time", "maxLength": 4},
     "names": {"type": "object", "properties": {'"quoted"\\': {"const": 1}}, "required": ['"quoted"\\']},
 }
@@ -338,6 +339,7 @@ def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
         ({"type": "array", "minItems": None}, "minItems"),
         ({"type": "object", "required": ["a"]}, "requires"),
         ({"type": "object", "properties": []}, "properties"),
+        ({"type": "object", "propertyNames": {"maxLength": 3}}, "'propertyNames'"),
         ({"properties": {"a": {"type": "string", "format": "x", "pattern": "y"}}}, "#/properties/a"),
         (None, "not an object"),
         ("x", "not an object"),
