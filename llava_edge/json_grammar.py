@@ -26,7 +26,7 @@ _ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "dis
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _KEYWORDS = {
     "object": {"properties", "required", "additionalProperties", "propertyNames"},
-    "array": {"items", "prefixItems", "minItems", "maxItems"},
+    "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength"},
     "number": _BOUNDS,
     "integer": _BOUNDS,
@@ -222,6 +222,8 @@ class _Converter:
     def _array(self, schema: dict[str, Any], path: str, depth: int) -> str:
         low, high = _length_range(schema, "minItems", "maxItems", path)
         items, first = schema.get("items", True), schema.get("prefixItems", [])
+        if isinstance(items, list) and "prefixItems" not in schema:  # draft 7, which the AI SDK writes
+            items, first = schema.get("additionalItems", True), items
         if not isinstance(first, list):
             raise _schema_error(path, "has prefixItems that are not a list")
         listed = [self._item(each, f"{path}/prefixItems/{i}", depth) for i, each in enumerate(first[:high])]

@@ -34,6 +34,8 @@ def satisfies(value: Any, schema: Any, root: Any) -> bool:
     """A second reading of the keywords that are supported, by JSON Schema 2020-12."""
     if schema is True or schema == {}:
         return True
+    if isinstance(schema.get("items"), list):
+        schema = schema | {"prefixItems": schema["items"], "items": schema.get("additionalItems", True)}
     if "$ref" in schema:
         found = root
         for part in schema["$ref"].split("/")[1:]:
@@ -126,6 +128,13 @@ SCHEMAS: dict[str, Any] = {
     },
     "tuple": {"type": "array", "prefixItems": [{"const": 1}, SHORT, {"type": "null"}], "minItems": 1, "items": False},
     "tuple and more": {"prefixItems": [{"const": 1}, {"const": 2}], "items": {"type": "boolean"}, "maxItems": 4},
+    "tuple of draft 7": {
+        "type": "array",
+        "items": [{"type": "integer"}, SHORT],
+        "additionalItems": False,
+        "minItems": 2,
+    },
+    "tuple and more of draft 7": {"items": [{"const": 1}], "additionalItems": {"type": "boolean"}, "maxItems": 4},
     "all of one": {
         "allOf": [{"$ref": "#/$defs/a"}],
         "description": "",
@@ -320,6 +329,7 @@ def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
         ({"type": "integer", "exclusiveMinimum": True}, "expected a number"),
         ({"type": "integer", "maximum": None}, "expected a number"),
         ({"type": "array", "prefixItems": {}}, "not a list"),
+        ({"type": "array", "prefixItems": [], "items": []}, "not an object"),
         ({"type": "array", "prefixItems": [{}, {"pattern": "x"}]}, "#/prefixItems/1"),
         ({"type": "array", "prefixItems": [{}], "items": False, "minItems": 2}, "more items than it allows"),
         ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
