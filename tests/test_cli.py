@@ -19,7 +19,7 @@ import gguf
 import pytest
 from conftest import Run
 from PIL import Image
-from processes import in_child
+from processes import in_child, largest_file
 
 from llava_edge import cli, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, Bundle
@@ -568,6 +568,18 @@ def test_an_unwritable_stdout(arguments: tuple[str, ...], unbuffered: str, micro
         )  # fmt: skip
     said = done.stderr.splitlines()[-1]
     assert (done.returncode, said) == (74, "llava-edge: Standard output cannot be written: No space left on device.")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_disk_that_takes_a_part_of_stdout(unbuffered: str, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as out, largest_file(512):
+        done = subprocess.run(
+            [sys.executable, "-m", "llava_edge", "run", "--help"],
+            cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert done.returncode == 74
+    assert done.stderr == "llava-edge: Standard output cannot be written: File too large.\n"
 
 
 # chat, verify, info, models

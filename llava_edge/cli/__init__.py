@@ -188,8 +188,10 @@ def _prepare_streams() -> None:
     if sys.stdout is None:
         sys.stdout = _ClosedStdout()
     elif isinstance(sys.stdout, io.TextIOWrapper):
-        old = sys.stdout
-        sys.stdout = _NamedStdout(old.buffer, old.encoding, "replace", None, old.line_buffering, old.write_through)
+        old, binary = sys.stdout, sys.stdout.buffer
+        if isinstance(binary, io.RawIOBase):  # PYTHONUNBUFFERED: what a full disk did not take would be lost unsaid
+            binary = io.BufferedWriter(binary)
+        sys.stdout = _NamedStdout(binary, old.encoding, "replace", None, old.line_buffering, old.write_through)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open until the process exits
     elif isinstance(sys.stderr, io.TextIOWrapper):
