@@ -33,6 +33,17 @@ def is_file(name: str) -> bool:
         return False
 
 
+def denied(path: str | Path) -> bool:
+    """Whether nobody can tell if `path` exists, because this user may not enter one of its folders."""
+    try:
+        os.stat(path)  # noqa: PTH116 - any text, NUL included
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
 def exists(path: str | Path) -> bool:
     """Like `Path.exists`, but False for names that are too long or invalid."""
     try:

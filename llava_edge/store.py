@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_edge.bundle import MANIFEST, PARTS
 from llava_edge.errors import MissingError, UsageError
-from llava_edge.paths import exists, expand_path
+from llava_edge.paths import denied, exists, expand_path
 
 DEFAULT_MODEL = "smol"
 
@@ -53,11 +53,15 @@ def resolve(model: str | Path) -> Path:
     name = str(model)
     if not isinstance(model, Path) and _is_name(name) and _is_installed(name):
         return models_folder() / name
-    if name.strip() and exists(path := expand_path(name)):
+    path = expand_path(name)
+    if name.strip() and exists(path):
         return Path(path)
+    _refuse_denied(name)
     if name in KNOWN_MODELS:
         location = f" in {models_folder()}, where LLAVA_EDGE_HOME says" if os.environ.get("LLAVA_EDGE_HOME") else ""
         raise MissingError(f"Model {name!r} is not installed{location}. Run 'llava-edge models pull {name}'.")
+    if denied(path):
+        raise MissingError(f"{path} cannot be read: Permission denied.")
     refuse_download(name, "download the checkpoint, then run 'llava-edge export CHECKPOINT BUNDLE' and give BUNDLE")
     known = ", ".join(entry.name for entry in entries())
     raise MissingError(f"{name!r} is neither a bundle folder nor a model name; known models: {known}.")
@@ -71,11 +75,12 @@ def refuse_download(name: str, remedy: str) -> None:
 
 
 def entries() -> list[Entry]:
-    """Known models, then other installed ones."""
+    """Known models, then other installed ones. A known one in a folder that may not be entered counts as installed."""
     try:
         found = {path.name for path in models_folder().iterdir() if _is_installed(path.name)}
     except OSError:
         found = set()
+    found |= {name for name in KNOWN_MODELS if denied(models_folder() / name / MANIFEST)}
     names = [*KNOWN_MODELS, *sorted(found - set(KNOWN_MODELS))]
     return [
         Entry(name, KNOWN_MODELS.get(name, ""), models_folder() / name if name in found else None) for name in names
@@ -88,6 +93,7 @@ def remove(name: str) -> int:
     Raises `MissingError` with the installed names, `UsageError` for what `pull` did not create: links, other files.
     """
     if not (_is_name(name) and _is_installed(name)):
+        _refuse_denied(name)
         installed = ", ".join(entry.name for entry in entries() if entry.folder) or "none"
         raise MissingError(f"There is no model {name!r} in {models_folder()}; installed: {installed}.")
     folder = models_folder() / name
@@ -101,6 +107,13 @@ def remove(name: str) -> int:
         path.unlink()
     folder.rmdir()
     return size
+
+
+def _refuse_denied(name: str) -> None:
+    """Raise `MissingError` if this user may not enter the folder of a model."""
+    if _is_name(name) and denied(models_folder() / name / MANIFEST):
+        remedy = "set LLAVA_EDGE_HOME to a folder of yours, or have its permissions changed"
+        raise MissingError(f"{models_folder() / name} cannot be read: Permission denied; {remedy}.")
 
 
 def _is_name(text: str) -> bool:

@@ -221,6 +221,12 @@ def test_a_folder_that_cannot_be_read_is_said(run: Run, photos: Path, monkeypatc
     assert run(closed)[2].endswith(f"llava-edge: {told}\n")
 
 
+def test_an_image_in_a_closed_folder_is_not_said_to_be_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_edge.cli.batch.denied", lambda path: True)
+    code, _, err = run("no/a.png")
+    assert (code, err) == (66, "llava-edge: no/a.png cannot be read: Permission denied.\n")
+
+
 def test_links_that_lead_in_circles(run: Run, photos: Path) -> None:
     (photos / "sub" / "circle").symlink_to(photos)
     (photos / "c.jpg").symlink_to(photos / "c.jpg")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +109,34 @@ def test_only_what_was_pulled_is_removed(tmp_path: Path) -> None:
     store.remove("mine")
     assert not mine.exists()
     assert (tmp_path / "weights").read_text() == "mine"
+
+
+def test_what_is_in_a_closed_folder_is_not_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with root's HOME. (Permissions would not stop tests that root runs.)"""
+    mine, closed = install("mine"), [str(store.models_folder()), str(tmp_path / "closed")]
+    look, ask = os.stat, os.access
+
+    def is_closed(path: Any) -> bool:
+        return str(path).startswith(tuple(f"{folder}/" for folder in closed))
+
+    def stat(path: Any, **more: Any) -> os.stat_result:
+        if is_closed(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path, **more)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "access", lambda path, mode: not is_closed(path) and ask(path, mode))
+    remedy = r"cannot be read: Permission denied; set LLAVA_EDGE_HOME"
+    for name in ("smol", "mine"):
+        for action in (store.resolve, store.remove):
+            with pytest.raises(MissingError, match=remedy):
+                action(name)
+    assert [(entry.name, entry.folder) for entry in store.entries()] == [("smol", mine.with_name("smol"))]
+    with pytest.raises(MissingError, match=r"closed/bundle cannot be read: Permission denied\."):
+        store.resolve(str(tmp_path / "closed" / "bundle"))
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert store.resolve("mine") == Path("mine")  # which is open
 
 
 @pytest.mark.parametrize("name", ["../models/mine", "..", ".", "", "a/b", "smol"])

@@ -25,7 +25,7 @@ from llava_edge.errors import (
 from llava_edge.locks import lock_file
 from llava_edge.options import DEFAULT_PROMPT, Options, result_of
 from llava_edge.outputs import check_output, storage_errors
-from llava_edge.paths import exists, expand_path
+from llava_edge.paths import denied, exists, expand_path
 
 if TYPE_CHECKING:
     from llava_edge.api import Llava
@@ -120,7 +120,8 @@ def _find_images(path: Path, unreadable: list[OSError]) -> Iterator[Path]:
     unreadable: gets an error for each folder that cannot be read.
     """
     if not exists(path):
-        raise MissingError(f"{path} does not exist.")
+        problem = "cannot be read: Permission denied" if denied(path) else "does not exist"
+        raise MissingError(f"{path} {problem}.")
     if not path.is_dir():
         yield path
         return

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import __version__, store
-from llava_edge.errors import LlavaEdgeError, UnavailableError
+from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.outputs import write_problem
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def _models(model: str, tune: bool) -> list[Finding]:
     try:
         bundle = Bundle.open(store.resolve(model))
     except LlavaEdgeError as error:
-        fix = f"llava-edge models pull {model} --force" if model in store.KNOWN_MODELS else ""
+        rebuildable = model in store.KNOWN_MODELS and not isinstance(error, MissingError)  # else its folder is closed
+        fix = f"llava-edge models pull {model} --force" if rebuildable else ""
         return [*findings, Finding(subject, "broken", str(error), fix)]
     return [*findings, Finding(subject, "ok", f"{model} in {bundle.folder}"), *_vision(model, bundle, tune)]
 

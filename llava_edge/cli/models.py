@@ -54,7 +54,7 @@ def pull_model(name: str, force: bool) -> None:
     if name not in store.KNOWN_MODELS:
         raise UsageError(f"There is no model {name!r} to pull; choose one of {', '.join(store.KNOWN_MODELS)}.")
     if installed.get(name) and not force:
-        click.echo(f"{name} is already installed in {installed[name]}; --force rebuilds it.", err=True)
+        click.echo(f"{name} is already installed in {store.resolve(name)}; --force rebuilds it.", err=True)
         return
     with interrupt_on_termination(), status_line(f"Pulling {name}") as status:
         folder = _pull(name, status.step)
