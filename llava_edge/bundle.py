@@ -345,6 +345,8 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
         size = _stat_regular_file(path).st_size
     except OSError as error:
         raise BundleError(f"{path} is missing from the bundle ({error.strerror}). Export or pull it again.") from error
+    if not os.access(path, os.R_OK):  # ONNX Runtime would not name the file
+        raise BundleError(f"{path} cannot be read: Permission denied.")
     if size != entry.size:
         raise BundleError(
             f"{path} has {size} bytes, the manifest says {entry.size}: it is truncated or from another "

@@ -321,3 +321,11 @@ def test_only_plain_files_are_opened(folder: Path, name: str, kind: str) -> None
         path.symlink_to("/dev/zero" if kind == "device link" else "nowhere")
     with pytest.raises(BundleError, match="must be a regular file"):
         b.Bundle.open(folder)
+
+
+@pytest.mark.parametrize("name", [b.VISION, b.VISION_DATA, b.LANGUAGE])
+def test_a_part_that_may_not_be_read_is_named(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before an engine opens it. (Permissions would not stop tests that root runs.)"""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder / name)
+    with pytest.raises(BundleError, match=f"{name} cannot be read: Permission denied"):
+        b.Bundle.open(folder)
