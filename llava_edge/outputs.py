@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_edge.errors import CannotCreateError, StorageError
+from llava_edge.paths import denied
 
 HEADROOM = 1.1  # free space required, relative to the estimate
 
@@ -23,6 +24,8 @@ def check_output(path: Path, *, distinct_from: Iterable[Path] = (), bundles: Ite
     for bundle in bundles:
         if _real_path(bundle) in target.parents:
             raise CannotCreateError(f"{path} would be inside the bundle {bundle}; choose a path outside it.")
+    if denied(target):
+        raise CannotCreateError(f"{path} cannot be written to: Permission denied. Choose another path.")
     if target.is_dir() or not target.parent.is_dir():
         raise CannotCreateError(f"{path} cannot be written: it is a folder, or its folder does not exist.")
     # /dev/stdout exists although its target may have no path; a link to itself has a path but does not exist.

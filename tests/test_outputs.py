@@ -73,6 +73,12 @@ def test_what_the_system_lets_nobody_write_is_refused(tmp_path: Path, monkeypatc
             check_output(tmp_path / name)
 
 
+def test_a_closed_folder_is_not_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "denied", lambda path: True)
+    with pytest.raises(CannotCreateError, match=r"no/file cannot be written to: Permission denied\."):
+        check_output(tmp_path / "no" / "file")
+
+
 def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path) -> None:
     check_space(tmp_path, 1, "It")
     with pytest.raises(StorageError, match=r"^It needs about .* GB are free"):
