@@ -582,6 +582,14 @@ def test_a_disk_that_takes_a_part_of_stdout(unbuffered: str, tmp_path: Path) -> 
     assert done.stderr == "llava-edge: Standard output cannot be written: File too large.\n"
 
 
+def test_a_current_folder_that_was_removed(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = run("export", tmp_path, "out")
+    assert (code, err) == (66, "llava-edge: The current folder was removed; change to another one.\n")
+
+
 # chat, verify, info, models
 
 

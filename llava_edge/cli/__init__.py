@@ -25,6 +25,7 @@ from llava_edge.errors import (
     PYTHONS_NO_THREAD,
     LlavaEdgeError,
     MemoryLimitError,
+    MissingError,
     OptionError,
     StorageError,
     lacking_dependency,
@@ -155,6 +156,8 @@ def execute(arguments: Sequence[str]) -> int:
     except MemoryError:
         return _fail("Not enough memory.", MemoryLimitError.exit_code)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not error.filename:  # of os.getcwd
+            return _fail("The current folder was removed; change to another one.", MissingError.exit_code)
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", StorageError.exit_code)
     except Exception as error:  # noqa: BLE001 - a bug, reported with its traceback
