@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -347,6 +348,17 @@ def test_list_and_clear(isolated_home: Path) -> None:
     assert "2 entries removed" in CliRunner().invoke(cli, ["cache", "clear"]).stderr
     assert user_cache().entries() == []
     assert user_cache().get(KEY) is None
+
+
+@pytest.mark.parametrize("command", ["ls", "clear"])
+def test_a_folder_that_may_not_be_read_is_not_said_to_be_empty(
+    command: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = user_cache().folder
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)
+    code, out, err = run("cache", command)
+    assert (code, out, err) == (66, "", f"llava-edge: {folder} cannot be read: Permission denied.\n")
 
 
 @pytest.mark.parametrize("value", ["-1", "4G", "1e3", "99999999999", "٣"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 
 import click
 
-from llava_edge.cache import Entry, user_cache
+from llava_edge.cache import Cache, Entry, user_cache
 from llava_edge.cli.terminal import printable
+from llava_edge.errors import MissingError
+from llava_edge.paths import denied
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
@@ -23,7 +26,7 @@ def cache() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def list_cache(as_json: bool) -> None:
     """List entries, most recently used first."""
-    image_cache = user_cache()
+    image_cache = _readable_cache()
     entries = image_cache.entries()
     total = sum(entry.size for entry in entries)
     if as_json:
@@ -45,8 +48,17 @@ def list_cache(as_json: bool) -> None:
 @cache.command("clear")
 def clear_cache() -> None:
     """Remove all entries."""
-    count, size = user_cache().clear()
+    count, size = _readable_cache().clear()
     click.echo(f"{count} entries removed, {size / 1e6:.1f} MB.", err=True)
+
+
+def _readable_cache() -> Cache:
+    """The cache, unless its folder may not be read: it would look empty. Raises `MissingError`."""
+    image_cache = user_cache()
+    folder = image_cache.folder
+    if denied(folder) or (folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK)):
+        raise MissingError(f"{folder} cannot be read: Permission denied.")
+    return image_cache
 
 
 def _parse_numbers(about: dict[str, str]) -> dict[str, str | int]:
