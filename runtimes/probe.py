@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge import interpreter, store
-from llava_edge.errors import MissingError, StorageError, UnavailableError
+from llava_edge.errors import NO_THREAD, MemoryLimitError, MissingError, StorageError, UnavailableError
 from llava_edge.runtimes import bindings, devices, machine
 
 REBUILD = (
@@ -48,12 +48,17 @@ class Report:
 def check(engine: str) -> Report:
     """Test "llama_cpp" or "onnxruntime" in a child process.
 
-    Raises `StorageError` if there is no disk space for the test, `UnavailableError` in a frozen app.
+    Raises `StorageError` if there is no disk space for the test, `MemoryLimitError` if it may start no thread,
+    `UnavailableError` in a frozen app.
     """
-    code = f"from llava_edge.runtimes import probe; probe.run_child({engine!r})"
+    # Without threads of OpenBLAS, which ends the process with SIGINT where it may start none.
+    code = "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
+    code += f"from llava_edge.runtimes import probe; probe.run_child({engine!r})"
     try:
         facts = interpreter.run_json(f"The test of {engine}", "-c", code, seconds=TIMEOUT_SECONDS)
     except interpreter.ChildError as error:
+        if NO_THREAD.rstrip(".") in str(error):
+            raise MemoryLimitError(NO_THREAD) from error
         return Report(engine, f"{engine} does not work here: its test {error}.", INSTALL[engine])
     if "storage_error" in facts:
         raise StorageError(

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from conftest import Run
 from PIL import Image
 from processes import in_child, largest_file
 
-from llava_edge import cli, store
+from llava_edge import cli, interpreter, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, Bundle
+from llava_edge.errors import NO_THREAD
 from llava_edge.models.micro import CONFIG, write_checkpoint
 from llava_edge.options import Result
 from llava_edge.runtimes import machine
@@ -513,6 +515,31 @@ def test_a_limit_on_threads_is_no_bug_of_ours(micro_bundle: Path, run: Run, monk
     code, out, err = run("run", "--model", micro_bundle, "--prompt", "?", *LIGHT)
     assert (code, out, err.count("\n")) == (71, "", 1)
     assert "ulimit -u" in err
+
+
+def test_an_interrupt_for_want_of_threads_is_no_ctrl_c(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenBLAS sends one."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(store, "entries", interrupted)
+    code, _, err = run("models", "list")
+    assert code == 71
+    assert err.startswith("llava-edge: No more threads can be started")
+
+
+def test_doctor_blames_no_engine_for_a_limit_on_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(*_: object, **__: object) -> None:
+        raise interpreter.ChildError(f"failed: llava_edge.errors.MemoryLimitError: {NO_THREAD.rstrip('.')}")
+
+    monkeypatch.setattr(interpreter, "run_json", failed)
+    code, _, err = run("doctor")
+    assert (code, err) == (71, f"llava-edge: {NO_THREAD}\n")
 
 
 def test_a_failed_answer_leaves_stdout_empty(micro_bundle: Path, photo: Path, tmp_path: Path, run: Run) -> None:

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -149,6 +150,8 @@ def execute(arguments: Sequence[str]) -> int:
     except LlavaEdgeError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        if not _can_start_thread():  # OpenBLAS sends SIGINT when it cannot
+            return _fail(NO_THREAD, MemoryLimitError.exit_code)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills the process
         return INTERRUPTED
     except BrokenPipeError:
@@ -167,6 +170,14 @@ def execute(arguments: Sequence[str]) -> int:
             return _fail(str(problem), problem.exit_code)
         traceback.print_exc()
         return _fail("This is a bug in llava-edge; please report it with the lines above.", LlavaEdgeError.exit_code)
+
+
+def _can_start_thread() -> bool:
+    try:
+        threading.Thread(target=bool).start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _fail(sentence: str, code: int) -> int:
