@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from processes import largest_file
 
 from llava_edge import cli
 from llava_edge.bench import child, records, runner
@@ -590,6 +592,13 @@ def test_a_file_that_cannot_be_written_costs_no_measurement(
     assert out == measured.to_json() + "\n"
     assert "/dev/full cannot be written: No space left" in err
     assert page_file.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_a_full_disk_for_its_pictures_is_named(micro_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with largest_file(100):
+        code, _, err = execute(capsys, "--model", micro_bundle, "--no-limits", *AS_MEASURED)
+    assert code == 74
+    assert re.search(r"llava-edge: \S+/one\.png could not be written: File too large\.\n$", err)
 
 
 def test_a_page_can_name_files_that_are_not_utf_8(measured: Report, micro_bundle: Path, tmp_path: Path) -> None:

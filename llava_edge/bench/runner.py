@@ -38,6 +38,7 @@ from llava_edge.bench.work import Work, bundle_work
 from llava_edge.bundle import Bundle
 from llava_edge.errors import LlavaEdgeError, UnavailableError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, Device, EngineOptions, Options, PresetName
+from llava_edge.outputs import storage_errors
 from llava_edge.runtimes import machine, native
 from llava_edge.runtimes.pictures import check_budget
 from llava_edge.runtimes.presets import check_context
@@ -165,7 +166,8 @@ class _Case:
         with tempfile.TemporaryDirectory() as folder:
             pictures = [Path(folder) / name for name in ("one.png", "other.png")]
             for offset, path in enumerate(pictures):
-                path.write_bytes(marked_copy(plan.image, 2 * (number + plan.warmup) + offset))
+                with storage_errors(path):
+                    path.write_bytes(marked_copy(plan.image, 2 * (number + plan.warmup) + offset))
             one, other = map(str, pictures)
             task = _task(plan, self.bundle, self.configuration, str(Path(folder) / "cache"))
             sample = _run_child({**task, "pictures": {FIRST: one, WARM: other, AGAIN: other}})
