@@ -150,9 +150,9 @@ def execute(arguments: Sequence[str]) -> int:
     except LlavaEdgeError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills the process
         if not _can_start_thread():  # OpenBLAS sends SIGINT when it cannot
             return _fail(NO_THREAD, MemoryLimitError.exit_code)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills the process
         return INTERRUPTED
     except BrokenPipeError:
         return BROKEN_PIPE
