@@ -40,7 +40,15 @@ from llava_edge.bundle import (
     file_entry,
     write_manifest,
 )
-from llava_edge.errors import BundleError, CannotCreateError, CheckpointError, OptionError, StorageError, UsageError
+from llava_edge.errors import (
+    VERIFY_HINT,
+    BundleError,
+    CannotCreateError,
+    CheckpointError,
+    OptionError,
+    StorageError,
+    UsageError,
+)
 from llava_edge.export import held_out, importance, parity, publish, report, verify
 from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
@@ -173,7 +181,7 @@ def export(
                 f"Writing the bundle failed: {error.filename or temp}: {reason}. {out} is unchanged."
             ) from error
         except BundleError as error:
-            problem = str(error).replace(f"{temp}{os.sep}", "").removesuffix(" Run 'llava-edge verify' on the bundle.")
+            problem = str(error).replace(f"{temp}{os.sep}", "").removesuffix(f" {VERIFY_HINT}")
             raise CheckpointError(
                 f"The weights of {options.checkpoint} give a bundle that cannot be used, so nothing was published: "
                 f"{problem}"

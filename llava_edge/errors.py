@@ -7,6 +7,10 @@ Anything else that is raised is a bug and keeps its traceback.
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def install_hint(extra: str) -> str:
@@ -50,6 +54,14 @@ class ImageError(DataError):
 
 class BundleError(DataError):
     """A bundle is damaged, incomplete, mixed up with another or of another format version."""
+
+
+VERIFY_HINT = "Run 'llava-edge verify' on the bundle."
+
+
+def not_finite(part: Path) -> BundleError:
+    """The error for a part of a bundle that computed NaN or infinity."""
+    return BundleError(f"{part} produced values that are not finite. {VERIFY_HINT}")
 
 
 class CheckpointError(DataError):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llava_edge import gguf
-from llava_edge.errors import BundleError, MemoryLimitError
+from llava_edge.errors import BundleError, MemoryLimitError, not_finite
 from llava_edge.runtimes import CancelledError, bindings, compute, machine, mapping, native
 from llava_edge.runtimes.batch import Batch
 from llava_edge.runtimes.native import choice
@@ -262,9 +262,7 @@ class LanguageModel:
         values: Array = np.ctypeslib.as_array(pointer, (self.vocabulary.size,))
         if not np.isfinite(values).all():
             self._clear()
-            raise BundleError(
-                f"{self._path} produced values that are not finite. Run 'llava-edge verify' on the bundle."
-            )
+            raise not_finite(self._path)
         return values
 
     def greedy_token(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.bundle import PROJECTOR, Bundle
-from llava_edge.errors import BundleError, MemoryLimitError, UnavailableError
+from llava_edge.errors import BundleError, MemoryLimitError, UnavailableError, not_finite
 from llava_edge.runtimes.native import operator
 
 Array = np.ndarray[Any, Any]
@@ -71,9 +71,7 @@ class Projector:
         except MemoryError as error:
             raise MemoryLimitError("There is not enough memory to compute the embeddings of a picture.") from error
         if not np.isfinite(values).all():
-            raise BundleError(
-                f"{self._path} produced values that are not finite. Run 'llava-edge verify' on the bundle."
-            )
+            raise not_finite(self._path)
         return np.ascontiguousarray(values, np.float32)
 
     def _layer(self, values: Array, weight: Array, bias: Array, then_gelu: bool) -> Array:

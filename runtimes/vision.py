@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bundle import VISION, Bundle
-from llava_edge.errors import BundleError, MemoryLimitError, UnavailableError
+from llava_edge.errors import BundleError, MemoryLimitError, UnavailableError, not_finite
 from llava_edge.runtimes import CancelledError, bindings, float_graph, machine
 from llava_edge.runtimes import native as native_kernels
 from llava_edge.runtimes.native import operator
@@ -140,9 +140,7 @@ class VisionEncoder:
             raise _failure(f"ONNX Runtime failed in {self._path}", error) from error
         results = [np.asarray(output[0], np.float32) for output in outputs]
         if not all(np.isfinite(output).all() for output in results):
-            raise BundleError(
-                f"{self._path} produced values that are not finite. Run 'llava-edge verify' on the bundle."
-            )
+            raise not_finite(self._path)
         return results
 
     @staticmethod

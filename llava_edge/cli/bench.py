@@ -55,7 +55,11 @@ def _parse_integers(_: click.Context, __: click.Parameter, text: str) -> tuple[i
 @click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="Question to ask.")
 @click.option("--max-tokens", type=int, default=32, show_default=True, help="Maximum number of tokens in an answer.")
 @click.option(
-    "--repeats", type=click.IntRange(1, 1000), default=5, show_default=True, help="Processes to measure for each."
+    "--repeats",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="Measured processes per configuration.",
 )
 @click.option("--warmup", type=click.IntRange(0), default=1, show_default=True, help="Uncounted processes before them.")
 @click.option("--limits/--no-limits", default=True, show_default=True, help="Measure this machine's limits.")
