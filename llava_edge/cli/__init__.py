@@ -123,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _prepare_streams()
     code = execute(sys.argv[1:] if arguments is None else arguments)
     if code in (INTERRUPTED, BROKEN_PIPE):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills the process
         # Engine threads may still be running C code, which finalizing the interpreter would crash.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -150,7 +151,6 @@ def execute(arguments: Sequence[str]) -> int:
     except LlavaEdgeError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills the process
         if not _can_start_thread():  # OpenBLAS sends SIGINT when it cannot
             return _fail(NO_THREAD, MemoryLimitError.exit_code)
         return INTERRUPTED
