@@ -2,8 +2,8 @@
 
 A peer is a command. With `run_persistent` it stays alive: it prints "ready" when it is set up, and for each line on
 stdin does its work and prints one JSON object with `ms`. With `run_fresh` it is started for each sample, and prints an
-object with `at`, the instant (time.monotonic, one clock for all processes) at which it finished; `ms` counts from its
-start.
+object with its own times or with `at`, the instant (time.monotonic, one clock for all processes) at which it finished;
+`ms` then counts from its start.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def _start_function(name: str, command: Command) -> Callable[[], dict[str, Any] 
         except (IndexError, ValueError):
             sys.stderr.write(f"{name} failed: {_last_line(done.stderr)}\n")
             return None
-        sample.setdefault("ms", (sample.get("at", 0.0) - start) * 1000)
+        if "at" in sample:
+            sample["ms"] = (sample["at"] - start) * 1000
         return sample
 
     return run

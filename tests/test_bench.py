@@ -747,9 +747,12 @@ def test_without_ours_there_is_no_comparison(interleave: Any) -> None:
 
 def test_new_processes_are_timed_from_their_start(interleave: Any) -> None:
     code = "import json, time; time.sleep(0.05); print(json.dumps({'at': time.monotonic()}))"
-    found = interleave.run_fresh({"it": [sys.executable, "-c", code], "bad": ["false"]}, repeats=2, warmup=0)
-    assert list(found) == ["it"]
+    own = "print('{\"load_ms\": 1}')"
+    peers = {"it": [sys.executable, "-c", code], "its own times": [sys.executable, "-c", own], "bad": ["false"]}
+    found = interleave.run_fresh(peers, repeats=2, warmup=0)
+    assert list(found) == ["it", "its own times"]
     assert all(50 < item["ms"] < 60_000 for item in found["it"])
+    assert found["its own times"] == [{"load_ms": 1}] * 2
 
 
 def test_times_better_turns_with_what_is_better(interleave: Any) -> None:
