@@ -15,11 +15,14 @@ from typing import Any
 from llava_edge.errors import UsageError
 from llava_edge.json_disjoint import TYPES, has_type, pairwise_disjoint
 from llava_edge.json_numbers import MAX_BOUND, MAX_INTEGER, integer_range, number_range
+from llava_edge.json_pattern import pattern_rules
+from llava_edge.regular_parser import PatternError
 
 MAX_RULES = 500
 MAX_ALTERNATIVES = 500  # of an enum, anyOf or oneOf
 MAX_REPETITIONS = 500  # bound on lengths and item counts: llama.cpp expands each repetition
 MAX_DEPTH = 32
+MAX_PATTERNS, MAX_STATES = 50, 1000  # and of all their automata
 
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
 _ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
@@ -27,7 +30,7 @@ _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _KEYWORDS = {
     "object": {"properties", "required", "additionalProperties", "propertyNames"},
     "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems"},
-    "string": {"minLength", "maxLength"},
+    "string": {"minLength", "maxLength", "pattern"},
     "number": _BOUNDS,
     "integer": _BOUNDS,
 }
@@ -89,6 +92,8 @@ class _Converter:
         self._root = root
         self._refs: dict[str, str] = {}
         self._rule_names: dict[str, str] = {}  # expression -> its rule
+        self._patterns: dict[tuple[str, int, int | None], str] = {}  # and bounds on the length -> its rule
+        self._state_count = 0
         self._active_refs: set[str] = set()  # references being resolved with no bracket of the answer between them
         self.rules: dict[str, str] = {}
 
@@ -191,9 +196,28 @@ class _Converter:
 
     def _string(self, schema: dict[str, Any], path: str, depth: int) -> str:
         low, high = _length_range(schema, "minLength", "maxLength", path)
+        if "pattern" in schema:
+            return self._pattern(schema["pattern"], low, high, path)
         if (low, high) != (0, None):
             return rf'"\"" char{_repetition(low, high)} "\""'
         return _FORMATS.get(str(schema.get("format")), "string")
+
+    def _pattern(self, pattern: object, low: int, high: int | None, path: str) -> str:
+        if not isinstance(pattern, str):
+            raise _schema_error(path, "has a pattern that is not a string")
+        key = pattern, low, high
+        if key not in self._patterns:
+            name = f"p{len(self._patterns)}"
+            if len(self._patterns) == MAX_PATTERNS:
+                raise UsageError(f"The JSON schema is too large: it has more than {MAX_PATTERNS} patterns.")
+            try:
+                rules = pattern_rules(pattern, low, high, name, MAX_STATES - self._state_count)
+            except PatternError as error:
+                raise _schema_error(path, f"has a pattern that {error}") from error
+            self._patterns[key] = name
+            self._state_count += len(rules)
+            self.rules |= rules
+        return self._patterns[key]
 
     def _integer(self, schema: dict[str, Any], path: str, depth: int) -> str:
         if not _BOUNDS & set(schema):
@@ -278,7 +302,7 @@ class _Converter:
             return self._rule_names[expression]
         if expression == '""' or expression.isidentifier():
             return expression
-        if len(self.rules) >= MAX_RULES:
+        if len(self._rule_names) >= MAX_RULES:
             raise UsageError(f"The JSON schema is too large: it needs more than {MAX_RULES} rules.")
         name = self._rule_names[expression] = f"r{len(self.rules)}"
         self.rules[name] = expression

@@ -29,6 +29,7 @@ SHARED = {
         "json_disjoint",
         "json_grammar",
         "json_numbers",
+        "json_pattern",
     ),
     *(
         "interpreter",
@@ -40,6 +41,8 @@ SHARED = {
         "placeholder",
         "prompt",
         "protobuf",
+        "regular",
+        "regular_parser",
         "store",
         "templates",
     ),

@@ -1,0 +1,211 @@
+"""Automata of regular expressions, some of which a text must match and others must not.
+
+An expression becomes positions (V. M. Glushkov, 1961), one for each character of it, repeated parts once for each time;
+all positions that a text may be at together are one state (subset construction). Knows nothing about syntax.
+The number of positions and of states is limited, and with them the work.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+MAX_POSITIONS = 2000  # of all expressions together
+
+Ranges = tuple[tuple[int, int], ...]  # of code points, both ends included, in order, apart from each other
+
+
+class TooComplexError(Exception):
+    """An automaton would exceed a limit."""
+
+
+@dataclass(frozen=True)
+class Chars:
+    """One character out of some ranges."""
+
+    ranges: Ranges
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One after another; without parts the empty text."""
+
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Either:
+    """One of at least one."""
+
+    options: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """`low` to `high` texts, one after another; None: any number from `low` on."""
+
+    part: Node
+    low: int
+    high: int | None
+
+
+Node = Chars | Joined | Either | Repeated
+Choice = Sequence[tuple[Node, bool]]  # what a text must match (True), and what it must not
+
+
+@dataclass(frozen=True)
+class State:
+    """accepts: whether a text may end here. edges: number of the next state -> the characters that lead there."""
+
+    accepts: bool
+    edges: dict[int, Ranges]
+
+
+def automaton(choices: Sequence[Choice], alphabet: Ranges, max_states: int) -> list[State]:
+    """Return the states of the texts that satisfy one of `choices`; there are none if no text of the alphabet does.
+
+    The first state is the start; from each, a text can end. Raises `TooComplexError`.
+    """
+    positions = _Positions()
+    wanted = [[(positions.add(node), match) for node, match in choice] for choice in choices]
+    classes: dict[int, list[tuple[int, int]]] = {}  # the characters that the same positions allow
+    for low, high in _split(alphabet, positions.cuts()):
+        classes.setdefault(positions.allowing(low), []).append((low, high))
+    numbers, sets, states = {positions.start: 0}, [positions.start], []
+    for current in sets:  # grows
+        following, edges = positions.following(current), dict[int, list[tuple[int, int]]]()
+        for allowing, ranges in classes.items():
+            if after := following & allowing:
+                if after not in numbers:
+                    numbers[after] = len(sets)
+                    sets.append(after)
+                edges.setdefault(numbers[after], []).extend(ranges)
+        accepts = any(all(bool(current & ends) == match for ends, match in choice) for choice in wanted)
+        states.append(State(accepts, {number: _merged(ranges) for number, ranges in edges.items()}))
+        if len(sets) > max_states:
+            raise TooComplexError
+    return _live(states)
+
+
+class _Positions:
+    """Positions of expressions; a set of them is an integer with a bit for each."""
+
+    def __init__(self) -> None:
+        self._having: dict[Ranges, int] = {}  # the positions that allow a character out of them
+        self._following: list[int] = []  # the positions that a text may go to from each
+        self.start = 0
+
+    def add(self, node: Node) -> int:
+        """Add an expression. Returns the positions in which a text that matches it ends."""
+        before = self._new(())
+        can_be_empty, first, last = self._part(node)
+        self._following[before.bit_length() - 1] = first
+        self.start |= before
+        return last | before if can_be_empty else last
+
+    def cuts(self) -> set[int]:
+        """Code points at which the positions that contain a character change."""
+        return {cut for ranges in self._having for low, high in ranges for cut in (low, high + 1)}
+
+    def allowing(self, character: int) -> int:
+        """The positions at which a text may have `character`."""
+        found = 0
+        for ranges, positions in self._having.items():
+            if any(low <= character <= high for low, high in ranges):
+                found |= positions
+        return found
+
+    def following(self, positions: int) -> int:
+        """All positions that a text may go to from those."""
+        found = 0
+        for number in _bits(positions):
+            found |= self._following[number]
+        return found
+
+    def _new(self, ranges: Ranges) -> int:
+        if len(self._following) == MAX_POSITIONS:
+            raise TooComplexError
+        position = 1 << len(self._following)
+        self._following.append(0)
+        self._having[ranges] = self._having.get(ranges, 0) | position
+        return position
+
+    def _part(self, node: Node) -> tuple[bool, int, int]:
+        """Add the positions of a part. Returns whether it can be empty, and its first and last positions."""
+        if isinstance(node, Chars):
+            position = self._new(node.ranges)
+            return False, position, position
+        if isinstance(node, Either):
+            empties, firsts, lasts = zip(*map(self._part, node.options), strict=True)
+            return any(empties), _union(firsts), _union(lasts)
+        if isinstance(node, Joined):
+            return self._joined(map(self._part, node.parts))
+        return self._joined(self._times(node))
+
+    def _times(self, node: Repeated) -> Iterator[tuple[bool, int, int]]:
+        for time in range(max(node.low, 1) if node.high is None else node.high):
+            empty, first, last = self._part(node.part)
+            if node.high is None and time >= node.low - 1:
+                self._connect(last, first)
+            yield empty or time >= node.low, first, last
+            if not first:  # however often: the empty text
+                return
+
+    def _joined(self, parts: Iterator[tuple[bool, int, int]]) -> tuple[bool, int, int]:
+        can_be_empty, first, last = True, 0, 0
+        for empty, next_first, next_last in parts:
+            self._connect(last, next_first)
+            first = first | next_first if can_be_empty else first
+            last = last | next_last if empty else next_last
+            can_be_empty = can_be_empty and empty
+        return can_be_empty, first, last
+
+    def _connect(self, last: int, first: int) -> None:
+        for number in _bits(last):
+            self._following[number] |= first
+
+
+def _bits(positions: int) -> Iterator[int]:
+    while positions:
+        lowest = positions & -positions
+        yield lowest.bit_length() - 1
+        positions ^= lowest
+
+
+def _union(sets: Sequence[int]) -> int:
+    return functools.reduce(operator.or_, sets)
+
+
+def _split(ranges: Ranges, cuts: set[int]) -> Iterator[tuple[int, int]]:
+    for low, high in ranges:
+        starts = [low, *sorted(cut for cut in cuts if low < cut <= high)]
+        yield from zip(starts, [*(start - 1 for start in starts[1:]), high], strict=True)
+
+
+def _merged(ranges: list[tuple[int, int]]) -> Ranges:
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if merged and merged[-1][1] == low - 1:
+            low = merged.pop()[0]
+        merged.append((low, high))
+    return tuple(merged)
+
+
+def _live(states: list[State]) -> list[State]:
+    """Without the states from which no text can end, numbered anew; none if the first is one."""
+    live: set[int] = set()
+    found = {number for number, state in enumerate(states) if state.accepts}
+    while found:
+        live |= found
+        found = {
+            number for number, state in enumerate(states) if number not in live and not live.isdisjoint(state.edges)
+        }
+    if 0 not in live:
+        return []
+    numbers = {old: new for new, old in enumerate(sorted(live))}
+    return [
+        State(states[old].accepts, {numbers[to]: chars for to, chars in states[old].edges.items() if to in live})
+        for old in numbers
+    ]
