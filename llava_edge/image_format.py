@@ -90,9 +90,10 @@ def is_complete(data: bytes, kind: str) -> bool:
 def _is_complete_jpeg(data: bytes) -> bool:
     """Whether the scan has an end marker; without one, Pillow may fill the missing part with grey."""
     position = 2
-    # Skip to the start of the scan: thumbnails have end markers.
-    while position + 4 <= len(data) and data[position + 1] != 0xDA:
-        position += 1 if data[position + 1] == 0xFF else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    # Skip to the start of the scan: thumbnails have end markers. Between segments, decoders skip stray bytes.
+    while position + 4 <= len(data) and data[position : position + 2] != b"\xff\xda":
+        stray = data[position] != 0xFF or data[position + 1] in (0, 0xFF)
+        position += 1 if stray else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return data.find(b"\xff\xd9", position) >= 0
 
 

@@ -368,6 +368,14 @@ def test_remarks_that_a_camera_or_program_spoilt_cost_no_picture() -> None:
     assert load_image(PNG[:-12] + remark + PNG[-12:]).tobytes() == PICTURE.tobytes()
 
 
+@pytest.mark.parametrize("stray", [b"\0" * 7, b"\xff\xff", b"\xff\0", b"spam"])
+def test_stray_bytes_between_the_segments_of_a_jpeg_are_skipped(stray: bytes) -> None:
+    """Some programs pad segments; viewers and Pillow skip what is no marker."""
+    end = JPEG.index(b"\xff\xdb")
+    padded = JPEG[:end] + stray + JPEG[end:]
+    assert load_image(padded).tobytes() == load_image(JPEG).tobytes()
+
+
 def test_every_flipped_bit_in_a_png_is_found() -> None:
     """Pillow alone lets some through: it does not compare the checksums of pixel data."""
     generator = random.Random(3)
