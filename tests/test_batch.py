@@ -204,6 +204,18 @@ def test_the_same_name_in_another_folder_is_another_image(
     assert [record["image"] for record in records(answers)] == [str(photos / "a.png"), str(photos / "sub/a.png")]
 
 
+def test_an_image_is_answered_once_however_its_folder_is_named(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.chdir(photos / "sub")
+    assert run("../../photos/a.png", "--output", answers)[0] == 0
+    for name in ("../a.png", photos / "a.png", tmp_path / "link/a.png"):
+        assert run(name, "--output", answers) == (0, "", f"(1 of 1 images are answered in {answers} already)\n")
+    assert len(records(answers)) == 1
+
+
 def test_a_folder_that_cannot_be_read_is_said(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its images are missing from the answers. (Permissions would not stop tests that root runs.)"""
     closed, list_folder = str(photos / "sub"), os.scandir

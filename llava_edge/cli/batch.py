@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +220,14 @@ class _AnswerFile:
 
 
 def _identity(record: Record) -> tuple[Path, str, str]:
-    return Path(record["image"]).absolute(), str(record.get("prompt")), str(record.get("model"))
+    image = Path(record["image"]).absolute()
+    return _real(image.parent) / image.name, str(record.get("prompt")), str(record.get("model"))
+
+
+@cache
+def _real(folder: Path) -> Path:
+    """The one name of a folder that has others, by `..` and links."""
+    return Path(os.path.realpath(folder))
 
 
 def _parse(path: Path, lines: list[bytes], rest: bytes) -> Iterator[Record]:
