@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from llava_edge.cli import cli
+from llava_edge.cli import cli, execute
 from llava_edge.cli import eval as cli_eval
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.models import micro, streamed
@@ -191,3 +191,14 @@ def test_nothing_is_judged_for_minutes_that_ends_in_an_error(
     monkeypatch.setattr(cli_eval, "_judge_bundle", lambda *_: pytest.fail("the first bundle was judged"))
     done = CliRunner().invoke(cli, [*held_out, "--bundle", str(micro_bundle), *wrong])
     assert isinstance(done.exception, LlavaEdgeError)
+
+
+def test_minutes_of_fetching_are_announced(
+    micro_bundle: Path, held_out: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def collect(*_: Path) -> list[Item]:
+        assert "minutes" in capfd.readouterr().err
+        return []
+
+    monkeypatch.setattr("llava_edge.models.sources.collect", collect)
+    assert execute([*held_out, "--bundle", str(micro_bundle)]) == 0

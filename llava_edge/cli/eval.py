@@ -84,6 +84,7 @@ def eval(
         check_single_crop(opened.config)
         tokenizer = load_tokenizer(opened.tokenizer / "tokenizer.json")
     data = data or store.home() / "data" / "smol"
+    _log("preparing the questions (the first time fetches and draws pictures, which takes minutes)")
     with require_extra("train", "Evaluation"):
         items = collect(data, photos)
     train = question_sets(items, "train")
