@@ -292,6 +292,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = _16_bit_grey_to_8(image)
     if image.mode in ("I", "F"):
         raise ImageError(f"{name} has mode {image.mode}, whose values have no fixed range; convert it to 8 bits first.")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getbbox() is None:
+        image = image.convert("RGB")  # programs reserve alpha and write none; browsers show such a file
     if image.has_transparency_data:
         layer = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
         rgb = Image.new("RGB", image.size, BACKGROUND)

@@ -76,6 +76,16 @@ def bmp_header(width: int, height: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, *[0] * 6)
 
 
+def bmp_rgba(pixels: Array) -> bytes:
+    """A BMP of the fifth version with an alpha mask, from uint8 (height, width, 4) RGBA."""
+    height, width = pixels.shape[:2]
+    sizes = struct.pack("<IiiHHIIiiII", 124, width, -height, 1, 32, 3, pixels.size, 0, 0, 0, 0)
+    masks = struct.pack("<4I4s", 0xFF0000, 0xFF00, 0xFF, 0xFF000000, b"BGRs")
+    header = (sizes + masks).ljust(124, b"\0")
+    start = 14 + len(header)
+    return b"BM" + struct.pack("<IHHI", start + pixels.size, 0, 0, start) + header + pixels[..., [2, 1, 0, 3]].tobytes()
+
+
 def jpeg_sized(width: int, height: int) -> bytes:
     """A JPEG whose frame header promises this size and whose scan is far too short."""
     data = bytearray(encode(smooth(), "JPEG"))

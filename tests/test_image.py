@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from images import Array, encode, exif, picture, png, smooth
+from images import Array, bmp_rgba, encode, exif, picture, png, smooth
 from PIL import Image, ImageOps
 from processes import in_child
 
@@ -152,6 +152,8 @@ FILES: dict[str, tuple[bytes, Array, int]] = {
     "bmp palette": (encode(palette_image(), "BMP"), PALETTE[INDEX], 0),
     "bmp 1 bit": (encode(Image.fromarray(BITS), "BMP"), rgb(BITS * 255), 0),
     "bmp 32 bit": (encode(Image.fromarray(PICTURE).convert("RGBA"), "BMP"), PICTURE, 0),
+    "bmp alpha": (bmp_rgba(np.dstack([PICTURE, ALPHA])), on_white(PICTURE, ALPHA), 1),
+    "bmp alpha that was never written": (bmp_rgba(np.dstack([PICTURE, 0 * ALPHA])), PICTURE, 0),
     "webp lossless": (encode(PICTURE, "WEBP", lossless=True), PICTURE, 0),
     "webp lossless alpha": (encode(rgba(), "WEBP", lossless=True, exact=True), on_white(PICTURE, ALPHA), 1),
     "webp lossy": (encode(SMOOTH, "WEBP", quality=100), SMOOTH, 6),
