@@ -5,7 +5,6 @@ The format: https://github.com/ollama/ollama/blob/main/docs/api.md
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -169,14 +168,13 @@ def error(problem: Problem) -> dict[str, Any]:
 
 def model_list(manifest: Manifest, started: float) -> dict[str, Any]:
     """The response to /api/tags, with the only model. started: seconds since 1970."""
-    digest = hashlib.sha256("".join(sorted(entry.sha256 for entry in manifest.files.values())).encode())
     name = f"{manifest.name}:latest"
     model = {
         "name": name,
         "model": name,
         "modified_at": _timestamp(datetime.fromtimestamp(started, UTC)),
         "size": manifest.size,
-        "digest": digest.hexdigest(),
+        "digest": manifest.identity,
         "details": _details(manifest),
     }
     return {"models": [model]}
