@@ -6,7 +6,7 @@ Knows the header of a language file and this machine's memory; uses no engine.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -74,17 +74,17 @@ def choose(
         needed += memory_bytes(draft, min(context, draft.number("llama.context_length")), "f16")
         repacked += _repacked_bytes(draft) if repacked else 0
     available = "unknown memory" if free is None else f"{free >> 20} MiB"
-    preset = Preset("memory" if small else "latency", "asked for", context, kv, repack=repacked > 0 and not small)
     if options.preset == "auto":
         most = needed + repacked + vision_copy_bytes
-        tight = free is not None and most > free // 2
+        name: Literal["latency", "memory"] = "memory" if free is not None and most > free // 2 else "latency"
         reason = f"repacked weights and context take up to {most >> 20} of {available} available"
-        name: Literal["latency", "memory"] = "memory" if tight else "latency"
-        preset = replace(preset, name=name, reason=reason, repack=repacked > 0 and not tight)
-    needed += (repacked if preset.repack else 0) + (vision_copy_bytes if preset.copies else 0)
+    else:
+        name, reason = options.preset, "asked for"
+    preset = Preset(name, reason, context, kv, repack=repacked > 0 and name == "latency")
+    copied = repacked + vision_copy_bytes if preset.copies else 0
+    needed += copied
     if free is not None and needed > free:
-        copies = preset.repack or (vision_copy_bytes and preset.copies)
-        smaller = "--preset memory, a smaller" if copies else "a smaller"
+        smaller = "--preset memory, a smaller" if copied else "a smaller"
         raise MemoryLimitError(
             f"{header.path.parent} with a context of {context} needs about {needed >> 20} MiB of memory, "
             f"but {available} are available. Use {smaller} --context or model."
