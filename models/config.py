@@ -15,6 +15,7 @@ _Part = TypeVar("_Part", "VisionConfig", "TextConfig")
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # preprocessor_config.json of openai/clip-vit-*
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+YI_34B_WIDTH = 7168  # hidden size; LLaVA-1.6-34B, whose prompt layout is "chatml_direct", is built on it
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _default_template(text: dict[str, Any], window: int | None) -> str:
     """The prompt layout of the published conversions, which config.json does not name."""
     if text.get("model_type") == "mistral" and window is None:  # with a window (2023): BakLLaVA
         return "mistral_instruct"
-    return "chatml_direct" if text.get("hidden_size") == 7168 else "vicuna_v1"  # 7168: Yi-34B
+    return "chatml_direct" if text.get("hidden_size") == YI_34B_WIDTH else "vicuna_v1"
 
 
 def _language_defaults(text: dict[str, Any]) -> dict[str, Any]:
