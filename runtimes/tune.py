@@ -21,7 +21,7 @@ import numpy as np
 
 from llava_edge import store
 from llava_edge.bundle import VISION, VISION_DATA, Bundle
-from llava_edge.errors import BundleError, LlavaEdgeError, UnavailableError
+from llava_edge.errors import LlavaEdgeError, UnavailableError
 from llava_edge.outputs import replacing
 from llava_edge.runtimes import bindings, machine, native
 from llava_edge.runtimes.vision import VisionEncoder
@@ -152,8 +152,6 @@ def _pixels(bundle: Bundle) -> np.ndarray[Any, Any]:
 def _path(bundle: Bundle) -> Path:
     """Return the file of the results, named by a hash of all that they depend on."""
     files = [bundle.manifest.files[name].sha256 for name in (VISION, VISION_DATA) if name in bundle.manifest.files]
-    if not files:
-        raise BundleError(f"{bundle.folder} has no vision.onnx in its manifest.")
     about = [files, machine.processor(), machine.thread_count()[0], bindings.version("onnxruntime")]
     about += [str(native.operator_library())]  # its folder's name is a hash of all it depends on
     return store.home() / "tune" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"
