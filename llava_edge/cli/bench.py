@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,10 @@ from llava_edge.errors import LlavaEdgeError, StorageError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS
 from llava_edge.outputs import check_output
 from llava_edge.store import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from llava_edge.bench.records import Configuration, Report
+    from llava_edge.bench.runner import Plan
 
 
 def _parse_integers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
@@ -85,10 +89,9 @@ def bench(
     llava-edge bench --threads 1,2 --repeats 7 > now.json
     llava-edge bench --compare before.json --html report.html
     """
-    from llava_edge.bench.compare import compare, condition_differences, has_common_configuration, setting_differences
+    from llava_edge.bench.compare import compare, condition_differences
     from llava_edge.bench.page import page
-    from llava_edge.bench.records import read_report
-    from llava_edge.bench.runner import Plan, configurations, measure, settings
+    from llava_edge.bench.runner import Plan, configurations, measure
     from llava_edge.bench.table import comparison, table, to_csv
     from llava_edge.cli.terminal import status_line
 
@@ -99,16 +102,7 @@ def bench(
     for file in filter(None, (csv_file, html_file)):
         check_output(file, distinct_from=inputs, bundles=[bundle.folder for _, bundle in planned])
         inputs.append(file)
-    earlier = {str(path): read_report(path) for path in older}
-    for name, old in earlier.items():
-        if differences := setting_differences(old, settings(plan)):
-            raise UsageError(
-                f"{name} was measured with other settings: {differences}. Use the same ones, or omit --compare."
-            )
-        if not has_common_configuration(old, [configuration for configuration, _ in planned]):
-            click.echo(
-                f"llava-edge: {name} has none of this run's configurations, so there is nothing to compare.", err=True
-            )
+    earlier = {str(path): _read_earlier(path, plan, [configuration for configuration, _ in planned]) for path in older}
     with status_line("Measuring") as status:
         report = measure(plan, status.step)
     click.echo(table(report), err=True)
@@ -127,6 +121,24 @@ def bench(
         click.echo(
             f"llava-edge: {len(failed)} of {len(report.runs)} configurations failed; the table says why.", err=True
         )
+
+
+def _read_earlier(path: Path, plan: Plan, planned: Sequence[Configuration]) -> Report:
+    """Read a report to compare with. Raises `UsageError` if its times are not comparable, before hours of measuring."""
+    from llava_edge.bench.compare import has_common_configuration, setting_differences
+    from llava_edge.bench.records import read_report
+    from llava_edge.bench.runner import settings
+
+    report = read_report(path)
+    if differences := setting_differences(report, settings(plan)):
+        raise UsageError(
+            f"{path} was measured with other settings: {differences}. Use the same ones, or omit --compare."
+        )
+    if not has_common_configuration(report, planned):
+        click.echo(
+            f"llava-edge: {path} has none of this run's configurations, so there is nothing to compare.", err=True
+        )
+    return report
 
 
 def _write(*files: tuple[Path | None, Callable[[], str]]) -> None:
