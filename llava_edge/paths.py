@@ -17,7 +17,7 @@ def expand_path(name: str) -> str:
         with suppress(ValueError):  # not a valid URL
             return unquote(urlsplit(name).path, errors="surrogateescape")  # names need not be UTF-8
     plain = name.strip().strip("'\"")
-    if os.sep == "/" and not exists(plain):
+    if not exists(plain):
         plain = re.sub(r"\\(.)", r"\1", plain)
     if plain.startswith("~"):
         with suppress(RuntimeError):  # no such user

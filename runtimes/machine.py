@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -94,7 +95,7 @@ def processor() -> tuple[str, list[str]]:
 def int8_saturates() -> bool:
     """Whether ONNX Runtime's fast u8 x s8 products may overflow 16 bits: on x86 unless VNNI is known to be present."""
     flags = processor()[1]
-    return platform.machine() in ("x86_64", "AMD64") and "avx512_vnni" not in flags and "avx_vnni" not in flags
+    return platform.machine() == "x86_64" and "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
 def int8_is_fast() -> bool:
@@ -124,10 +125,6 @@ def available_memory() -> int | None:
 
 def address_space() -> int | None:
     """Return the bytes still free under RLIMIT_AS (`ulimit -v`), or None if that is unlimited or unknown."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], _read("/proc/self/statm").partition(" ")[0]
     if limit == resource.RLIM_INFINITY or not pages.isdigit():
         return None
@@ -161,8 +158,6 @@ def memory_use() -> Memory:
         peak, private, mapped = (int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon", "RssFile"))
         return Memory(peak, private, mapped)
     if sys.platform == "darwin":
-        import resource
-
         return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None)
     return Memory(None, None)
 
