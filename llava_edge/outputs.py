@@ -86,9 +86,10 @@ def remove_left_over(folder: Path) -> None:
 @contextmanager
 def storage_errors(path: Path, *exceptions: type[Exception]) -> Iterator[None]:
     """Turn a failed write into `StorageError`. exceptions: types that a library raises for one besides `OSError`."""
+    failures: tuple[type[Exception], ...] = (OSError, *exceptions)
     try:
         yield
-    except (OSError, *exceptions) as error:  # type: ignore[misc]
+    except failures as error:
         reason = (isinstance(error, OSError) and error.strerror) or f"{error}, as when the disk is full"
         raise StorageError(f"{path} could not be written: {reason}.") from error
 
