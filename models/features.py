@@ -31,7 +31,7 @@ BATCH = 16  # pictures encoded at once
 
 
 def preprocessing(config: LlavaConfig) -> Preprocessing:
-    """The preprocessing that trainer, exporter and runtime share."""
+    """The preprocessing of a checkpoint without an image processor, such as ours; the exporter gives it the same."""
     return Preprocessing(config.vision.image_size, CLIP_MEAN, CLIP_STD, config.square, config.grids, config.merge)
 
 
