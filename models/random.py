@@ -7,7 +7,6 @@ published ones, the answers are noise. Written tensor by tensor, so memory is ne
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,4 +101,4 @@ def main(geometry: str, folder: Path, layers: int | None, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
