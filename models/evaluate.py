@@ -28,6 +28,9 @@ from llava_edge.prompt import IGNORE_INDEX
 Ask = Callable[[Path, str], str]  # picture, question -> answer
 Progress = Callable[[int, int], None]
 
+MAX_LENGTH = 512  # tokens of text in a pack, the trainer's default
+BATCH = 4  # packs evaluated at a time
+
 
 @dataclass(frozen=True)
 class Question:
@@ -99,16 +102,16 @@ class TorchScorer:
         template = self.model.config.template
         ordered = sorted(questions, key=lambda q: q.image)
         samples = [
-            tokenize(make_record(i, q.image, [(q.question, q.answer)]), template, self.tokenizer, 512)
+            tokenize(make_record(i, q.image, [(q.question, q.answer)]), template, self.tokenizer, MAX_LENGTH)
             for i, q in enumerate(ordered)
         ]
-        packs = pack(samples, 512)
+        packs = pack(samples, MAX_LENGTH)
         self.features.ensure([self.data / q.image for q in ordered])
         correct = 0
-        for start in range(0, len(packs), 4):
-            batch = collate(packs[start : start + 4], self.model.config.image_tokens)
+        for start in range(0, len(packs), BATCH):
+            batch = collate(packs[start : start + BATCH], self.model.config.image_tokens)
             correct += self._count_correct(batch)
-            progress(min(start + 4, len(packs)), len(packs))
+            progress(min(start + BATCH, len(packs)), len(packs))
         return correct
 
     @torch.inference_mode()
