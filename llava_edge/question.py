@@ -21,6 +21,7 @@ def system_messages(system: str) -> list[Message]:
 
 
 def question_messages(system: str, prompt: str, images: Sequence[object]) -> list[Message]:
+    """A conversation of one question with slots for `images`; an empty `system` means the model's own."""
     return [*system_messages(system), Message("user", prompt, len(images))]
 
 
@@ -33,6 +34,7 @@ def check_question(text: str, images: Sequence[object]) -> None:
 
 
 def as_list(images: Images) -> list[ImageInput | Picture]:
+    """The images that a caller gave as one, several or None; buffers are copied."""
     if images is None:
         return []
     if isinstance(images, Sequence) and not isinstance(images, SINGLE):
