@@ -213,7 +213,7 @@ def read_manifest(folder: Path) -> Manifest:
             _manifest_text(folder), object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constants
         )
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not a valid manifest: {error}.") from error
+        raise _invalid_manifest(path, error) from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise BundleError(
@@ -228,9 +228,9 @@ def read_manifest(folder: Path) -> Manifest:
     checksum = raw.pop("checksum", None)
     try:
         manifest = build(Manifest, raw)
+        _check_values(manifest)
     except ValueError as error:
-        raise BundleError(f"{path} is not a valid manifest: {error}.") from error
-    _check_manifest(path, manifest)
+        raise _invalid_manifest(path, error) from error
     if checksum != _checksum(raw):
         raise BundleError(f"{path} was changed after it was written (its checksum differs). Export or pull it again.")
     return manifest
@@ -300,27 +300,33 @@ def _stat_regular_file(path: Path) -> os.stat_result:
     return info
 
 
-def _check_manifest(path: Path, manifest: Manifest) -> None:
+def _invalid_manifest(path: Path, error: Exception) -> BundleError:
+    remedy = "Export or pull the bundle again with this version of llava-edge."
+    return BundleError(f"{path} is not a valid manifest: {error}. {remedy}")
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raise `ValueError` for values that have the right type but are impossible, or contradict each other."""
     missing = [name for name in (VISION, PROJECTOR, LANGUAGE) if name not in manifest.files]
     unknown = [name for name in manifest.files if name not in PARTS]
     if missing or unknown:
-        raise BundleError(f"{path} lists the wrong files: missing {missing}, unknown {unknown}.")
+        raise ValueError(f"it lists the wrong files: missing {missing}, unknown {unknown}")
     if manifest.template not in TEMPLATES:
-        raise BundleError(f"{path} names the prompt template {manifest.template!r}; known: {', '.join(TEMPLATES)}.")
+        raise ValueError(f"it names the prompt template {manifest.template!r}; known: {', '.join(TEMPLATES)}")
     if len(manifest.image_markers) not in (0, 2):
-        raise BundleError(f"{path} has {len(manifest.image_markers)} image_markers; expected two or none.")
+        raise ValueError(f"it has {len(manifest.image_markers)} image_markers; expected two or none")
     pixels, vision, language = manifest.preprocessing, manifest.vision, manifest.language
     sizes = [vision.image_tokens, vision.width, vision.image_pool]
     sizes += [language.hidden_size, language.context_length, language.vocab_size]
     if min(sizes) < 1 or max(sizes) > 1 << 24:
-        raise BundleError(f"{path} has a size out of range: {sizes}.")
+        raise ValueError(f"it has a size out of range: {sizes}")
     if not 1 <= pixels.image_size <= MAX_IMAGE_SIZE:
-        raise BundleError(f"{path} has image_size {pixels.image_size}; expected 1 to {MAX_IMAGE_SIZE}.")
+        raise ValueError(f"it has image_size {pixels.image_size}; expected 1 to {MAX_IMAGE_SIZE}")
     if min(pixels.std) <= 0:
-        raise BundleError(f"{path} has a std that is not positive: {pixels.std}.")
+        raise ValueError(f"it has a std that is not positive: {pixels.std}")
     problem = tiling_problem(pixels.image_size, pixels.square, pixels.grids, pixels.merge, vision.image_tokens)
     if problem:
-        raise BundleError(f"{path} is not valid: {problem}.")
+        raise ValueError(problem)
 
 
 def tiling_problem(

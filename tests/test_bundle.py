@@ -187,6 +187,13 @@ def test_hostile_manifests_are_refused_even_when_signed(folder: Path, change: Ch
         b.Bundle.open(folder)
 
 
+@pytest.mark.parametrize("text", [b"", b"{", b'{"format_version": 1, "surprise": 1}'])
+def test_the_sentence_about_an_invalid_manifest_says_what_to_do(folder: Path, text: bytes) -> None:
+    (folder / b.MANIFEST).write_bytes(text)
+    with pytest.raises(BundleError, match=r"Export or pull the bundle again with this version of llava-edge\.$"):
+        b.Bundle.open(folder)
+
+
 def test_infinity_written_as_a_large_exponent_is_refused(folder: Path) -> None:
     path = folder / b.MANIFEST
     path.write_text(path.read_text("utf-8").replace("0.48145466", "1e999"), "utf-8")
