@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 
 from llava_edge import gguf, templates
-from llava_edge.bundle import Merge, Square, tiling_problem
+from llava_edge.bundle import MAX_IMAGE_SIZE, Merge, Square, tiling_problem
 from llava_edge.errors import CheckpointError
 from llava_edge.export import chat_template, layouts, normalisation
 from llava_edge.export.layouts import Layout, Source
@@ -208,14 +208,15 @@ def _check_supported(path: Path, raw: dict[str, Any], config: LlavaConfig) -> No
         raise CheckpointError(f"{path} cannot be right: {fault}.")
 
 
-# llama.cpp's limits (`gguf.check_language`); anything not listed is limited like a vocabulary, to 1 << 22.
+# llama.cpp's limits (`gguf.check_language`) and the bundle's; anything not listed is limited like a vocabulary, to
+# 1 << 22.
 _MAX_VALUES = {
     "num_hidden_layers": gguf.MAX_NUMBERS["block_count"],
     "num_attention_heads": gguf.MAX_NUMBERS["head_count"],
     "num_key_value_heads": gguf.MAX_NUMBERS["head_count"],
     "hidden_size": gguf.MAX_NUMBERS["embedding_length"],
     "intermediate_size": gguf.MAX_NUMBERS["feed_forward_length"],
-    "image_size": 1 << 13,
+    "image_size": MAX_IMAGE_SIZE,
     "max_position_embeddings": gguf.MAX_NUMBERS["context_length"],
     "rope_theta": 1e12,
     "rms_norm_eps": 1.0,

@@ -73,6 +73,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"vision_config__hidden_act": "gelu"}, "hidden_act to 'gelu'"),
     ({"vision_config__model_type": "siglip_vision_model"}, "siglip"),
     ({"vision_config__patch_size": 64}, "at least one patch"),
+    ({"vision_config__image_size": 5000}, "image_size to 5000"),
     ({"vision_feature_layer": -9}, "outside the tower"),
     ({"vision_feature_layer": [-2, -5]}, "expected one integer"),
     ({"vision_feature_layer": -2.9}, "expected one integer"),
