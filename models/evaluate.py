@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
+from llava_edge.errors import CheckpointError
+from llava_edge.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 from llava_edge.models.conversations import GROUP_QUESTIONS, KIND_QUESTIONS, NAME_QUESTIONS, make_record
 from llava_edge.models.data import Batch, collate, pack, tokenize
-from llava_edge.models.features import FeatureCache
+from llava_edge.models.features import FeatureCache, check_single_crop
 from llava_edge.models.llava import Llava
 from llava_edge.models.sources import Item
 from llava_edge.models.train import answer_logits
@@ -146,6 +148,20 @@ def count_correct(
         correct += ask(data / q.image, q.question).strip() == q.answer.strip()
         progress(done, len(questions))
     return correct
+
+
+def check_supported(config: LlavaConfig, normalisation: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
+    """Raise `CheckpointError` for a model whose pictures or prompts `score_model` would prepare wrongly.
+
+    normalisation: mean and standard deviation of its pixels.
+    """
+    check_single_crop(config)
+    other_pixels = normalisation != (CLIP_MEAN, CLIP_STD)
+    if other_pixels or config.image_markers:
+        what = "normalises pixels otherwise than CLIP" if other_pixels else "has markers around pictures"
+        raise CheckpointError(
+            f"The model {what}, which evaluation in PyTorch does not support; export it, and name it with --bundle."
+        )
 
 
 def score_model(

@@ -178,6 +178,19 @@ def test_a_checkpoint_with_tiles_is_refused_before_anything_is_fetched(
     assert "needs several (LLaVA-1.6)" in str(done.exception)
 
 
+@pytest.mark.parametrize("other", ["normalisation", "markers"])
+def test_a_checkpoint_that_pytorch_would_be_asked_wrongly_is_refused(
+    other: str, pictures: Path, held_out: list[str]
+) -> None:
+    markers = ("<|im_start|>", "<|im_end|>") if other == "markers" else ()
+    folder = micro.write_checkpoint(pictures / "other", config=replace(micro.CONFIG, image_markers=markers))
+    if other == "normalisation":
+        (folder / "preprocessor_config.json").write_text('{"size": 32, "crop_size": 32, "image_mean": [0.5, 0.5, 0.5]}')
+    done = CliRunner().invoke(cli, [*held_out, "--checkpoint", str(folder)])
+    assert isinstance(done.exception, LlavaEdgeError), done.stdout
+    assert "--bundle" in str(done.exception)
+
+
 def test_sets_without_questions_are_left_out(micro_bundle: Path, held_out: list[str]) -> None:
     done = CliRunner().invoke(cli, [*held_out, "--bundle", str(micro_bundle), "--limit", "5"])
     assert done.exit_code == 0, done.output

@@ -73,15 +73,14 @@ def eval(
     _check(bundles, variants)
     with require_extra("train", "Evaluation"), held_back():
         from llava_edge.models.data import load_tokenizer
-        from llava_edge.models.evaluate import majority_baseline, question_sets, score_model
-        from llava_edge.models.features import check_single_crop
+        from llava_edge.models.evaluate import check_supported, majority_baseline, question_sets, score_model
         from llava_edge.models.llava import from_state
         from llava_edge.models.sources import collect
     if checkpoint is not None:
         from llava_edge.export.checkpoint import open_checkpoint
 
         opened = open_checkpoint(checkpoint)
-        check_single_crop(opened.config)
+        check_supported(opened.config, opened.normalisation)
         tokenizer = load_tokenizer(opened.tokenizer / "tokenizer.json")
     data = data or store.home() / "data" / "smol"
     _log("preparing the questions (the first time fetches and draws pictures, which takes minutes)")
