@@ -142,13 +142,7 @@ def export(
     the disk fails, `UnavailableError` if an engine does, and `ParityError` if a stage exceeds its limit.
     """
     require_extra()
-    out = Path(os.path.realpath(options.out.parent)) / options.out.name
-    if out.name in ("", "..", "."):
-        raise CannotCreateError(f"{options.out} is not a name for a bundle folder.")
-    try:
-        str(out).encode()
-    except UnicodeEncodeError as error:
-        raise CannotCreateError(f"{os.fsencode(out)!r} is not UTF-8, which ONNX Runtime requires of paths.") from error
+    out = _real_target(options.out)
     progress("reading the checkpoint", None)
     checkpoint = open_source(options)
     for note in checkpoint.notes:
@@ -208,6 +202,20 @@ def open_source(options: ExportOptions) -> Checkpoint:
     return open_checkpoint(
         options.checkpoint, base=options.base, vision_tower=options.vision_tower, template=options.template
     )
+
+
+def _real_target(out: Path) -> Path:
+    """The bundle folder's path, without links in its parents. Raises `CannotCreateError` if it can be none."""
+    target = Path(os.path.realpath(out.parent)) / out.name
+    if target.name in ("", "..", "."):
+        raise CannotCreateError(f"{out} is not a name for a bundle folder.")
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        raise CannotCreateError(
+            f"{os.fsencode(target)!r} is not UTF-8, which ONNX Runtime requires of paths."
+        ) from error
+    return target
 
 
 def _estimate(checkpoint: Checkpoint, options: ExportOptions, *, with_report: bool) -> int:
