@@ -47,17 +47,7 @@ class VisionEncoder:
         self._part = bundle.manifest.vision
         self._image_size = bundle.manifest.preprocessing.image_size
         self._path = bundle.part(VISION)
-        ort = bindings.onnxruntime()
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads
-        settings.inter_op_num_threads = 1
-        settings.log_severity_level = 4  # fatal only: errors are raised as exceptions
-        if not prepack:
-            settings.add_session_config_entry("session.disable_prepacking", "1")
-        if self._part.precision == "int8" and self._part.activation_bits == 8 and machine.int8_saturates():
-            settings.add_session_config_entry("session.x64quantprecision", "1")  # slower, but exact
-        # The language model computes next: spinning threads would occupy its cores.
-        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        settings = self._session_options(threads, prepack)
         name = _utf8(self._path)
         on_cpu = provider == "CPUExecutionProvider"
         graph = self._graph_with_operators(settings, threads) if on_cpu and native else None
@@ -69,7 +59,7 @@ class VisionEncoder:
         disabled = {"ConstantFolding"} if provider == "CUDAExecutionProvider" and graph else None
         try:
             # enable_fallback=0: otherwise a failure prints to stdout and another provider is used.
-            self._session = ort.InferenceSession(
+            self._session = bindings.onnxruntime().InferenceSession(
                 graph or name,
                 settings,
                 providers=[provider_with_options],
@@ -81,6 +71,20 @@ class VisionEncoder:
         if self._session.get_providers()[0] != provider:
             raise UnavailableError(f"ONNX Runtime did not start {provider}; use --device cpu.")
         self._check_interface()
+
+    def _session_options(self, threads: int, prepack: bool) -> Any:
+        """Return onnxruntime.SessionOptions for the file itself, without our changes to its graph."""
+        settings = bindings.onnxruntime().SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 4  # fatal only: errors are raised as exceptions
+        if not prepack:
+            settings.add_session_config_entry("session.disable_prepacking", "1")
+        if self._part.precision == "int8" and self._part.activation_bits == 8 and machine.int8_saturates():
+            settings.add_session_config_entry("session.x64quantprecision", "1")  # slower, but exact
+        # The language model computes next: spinning threads would occupy its cores.
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        return settings
 
     def _graph_with_operators(self, settings: Any, threads: int) -> bytes | None:
         """Return the graph with our operators, registered in `settings`; None if there are none, or no use for them."""
