@@ -49,7 +49,7 @@ from llava_edge.errors import (
     StorageError,
     UsageError,
 )
-from llava_edge.export import held_out, importance, parity, publish, report, verify
+from llava_edge.export import Progress, held_out, importance, parity, publish, report, verify
 from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
 from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
 from llava_edge.export.clip_onnx import ACTIVATION_BITS, Precision, write_clip
@@ -66,7 +66,6 @@ from llava_edge.options import MAX_THREADS
 from llava_edge.outputs import check_output, check_space
 from llava_edge.runtimes import mapping, probe
 
-Progress = Callable[[str, float | None], None]
 OnReport = Callable[[report.Report], None]
 
 VISION_PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -134,7 +133,7 @@ class ExportOptions:
 def export(
     options: ExportOptions, progress: Progress = lambda stage, share: None, on_report: OnReport | None = None
 ) -> Manifest:
-    """Create the bundle. `progress` gets the stage's name and the share of it that is done (None if unknown).
+    """Create the bundle.
 
     on_report: gets a comparison of all quantizations, which is only measured if given.
 

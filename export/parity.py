@@ -32,7 +32,7 @@ import numpy as np
 from llava_edge import anyres
 from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
 from llava_edge.errors import CheckpointError, install_hint
-from llava_edge.export import samples
+from llava_edge.export import Progress, samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
 from llava_edge.export.verify import relative_error
@@ -45,7 +45,6 @@ from llava_edge.runtimes.tokenization import prompt_encoder
 from llava_edge.runtimes.vision import VisionEncoder
 
 Array = np.ndarray[Any, Any]
-Progress = Callable[[str, float | None], None]
 
 CLIP_LIMITS = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3e-2}  # relative
 PROJECTOR_LIMIT = 1e-5  # relative; the tanh form of GELU would give about 2e-4
@@ -97,7 +96,6 @@ def measure(
     """Measure every stage; the worst row comes last. The bundle's hashes are not checked.
 
     float16, float32: the language file before quantization and the folder with the float32 tower, if available.
-    progress: gets what is computed and the share done, None if unknown.
     """
     from llava_edge.models import streamed
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from llava_edge import store
 from llava_edge.bundle import Manifest, Provenance, read_manifest
+from llava_edge.export import Progress
 from llava_edge.export.adapter import LowRank
 from llava_edge.export.checkpoint import LanguageFile
 from llava_edge.export.exporter import ExportOptions, export, require_extra
@@ -17,7 +17,7 @@ DELTA_LICENCE = "Apache-2.0; data: research and non-commercial use"  # zoo/smol/
 FINE_BLOCKS = 0  # the weights of smol's tower are int8 already, so there is no rounding error
 
 
-def pull(target: Path, progress: Callable[[str, float | None], None]) -> Manifest:
+def pull(target: Path, progress: Progress) -> Manifest:
     """Create the bundle of `smol` in the folder `target`, replacing an older bundle there.
 
     Downloads are cached, so that a second try continues the first.

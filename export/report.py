@@ -7,7 +7,7 @@ of the next token are compared. An "image-aware" file was quantized with an impo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from llava_edge import gguf
 from llava_edge.bundle import Bundle
-from llava_edge.export import held_out
+from llava_edge.export import Progress, held_out
 from llava_edge.export.held_out import Pictures, Sample
 from llava_edge.export.importance import Importance
 from llava_edge.export.quantize import Quant, quantize
@@ -72,7 +72,7 @@ def measure(
     calibration: str,
     data: Path | None = None,
     threads: int = 0,
-    progress: Callable[[str, float | None], None] = lambda stage, share: None,
+    progress: Progress = lambda stage, share: None,
 ) -> Report:
     """Quantize `float16` in every way, one after another, and measure each file. `scratch` is an empty folder.
 

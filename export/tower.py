@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,10 @@ from PIL import Image
 from llava_edge.anyres import crops
 from llava_edge.bundle import Bundle
 from llava_edge.errors import CheckpointError
-from llava_edge.export import verify
+from llava_edge.export import Progress, verify
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.runtimes.vision import VisionEncoder
-
-Progress = Callable[[str, float | None], None]
 
 INT8_TARGET = 2e-2  # relative error to stay below; photographs reached 2.2e-2 where the sample drawings had 1.6e-2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from llava_edge.outputs import check_output
 
 if TYPE_CHECKING:
     from llava_edge.bundle import ParityRow
+    from llava_edge.export import Progress
     from llava_edge.export.report import Report
 
 
@@ -132,7 +133,7 @@ def _check_report(path: Path, out: Path, emit_mmproj: Path | None) -> None:
 
 
 @contextmanager
-def _stages() -> Iterator[Callable[[str, float | None], None]]:
+def _stages() -> Iterator[Progress]:
     """Print each stage on stderr when it starts; below it, on a terminal, its progress and remaining time."""
     start, stage_start, current_stage = time.monotonic(), 0.0, ""
     with status_line("") as status:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,9 @@ from llava_edge.cli.terminal import printable, status_line
 from llava_edge.errors import CannotCreateError, LlavaEdgeError, UnavailableError, UsageError
 from llava_edge.interrupts import interrupt_on_termination
 from llava_edge.outputs import write_problem
+
+if TYPE_CHECKING:
+    from llava_edge.export import Progress
 
 
 @click.group()
@@ -84,7 +87,7 @@ def _tune(folder: Path) -> None:
         tune.measure(Bundle.open(folder))
 
 
-def _pull(name: str, progress: Callable[[str, float | None], None]) -> Path:
+def _pull(name: str, progress: Progress) -> Path:
     from llava_edge.export.pull import pull
 
     target = store.models_folder() / name
