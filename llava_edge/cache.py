@@ -268,11 +268,14 @@ def _read_description(path: Path) -> dict[str, str]:
 def _open(path: Path) -> BufferedReader:
     """Open a regular file of this user. Raises `OSError` for anything else; a pipe in its place does not block."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    info = os.fstat(descriptor)
-    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid():
+    try:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid():
+            raise PermissionError(f"{path} is not a regular file of this user")
+        return os.fdopen(descriptor, "rb")
+    except OSError:
         os.close(descriptor)
-        raise PermissionError(f"{path} is not a regular file of this user")
-    return os.fdopen(descriptor, "rb")
+        raise
 
 
 def _create(path: Path) -> BinaryIO:

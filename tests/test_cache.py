@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -206,6 +207,21 @@ def test_an_entry_whose_time_cannot_be_set_is_found(kept: Cache, monkeypatch: py
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr("llava_edge.cache.os.utime", refused)
+    assert kept.get(KEY) == PAYLOAD
+
+
+def test_a_file_that_cannot_be_looked_at_costs_no_descriptor(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system whose server is gone: a server that asks again and again would run out of them."""
+
+    def failed(descriptor: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    before = len(list(Path("/dev/fd").iterdir()))
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_edge.cache.os.fstat", failed)
+        assert kept.get(KEY) is None
+        assert kept.entries()[0].about == {}
+    assert len(list(Path("/dev/fd").iterdir())) == before
     assert kept.get(KEY) == PAYLOAD
 
 
