@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from llava_edge import store
 from llava_edge.errors import UsageError
@@ -88,21 +87,14 @@ class Cache:
         """Store a payload; returns whether that worked."""
         description = json.dumps(about).encode()[:_MAX_DESCRIPTION_BYTES]
         size = _HEADER.size + len(description) + memoryview(payload).nbytes
-        temporary = self.folder / f".{key[:16]}.{os.getpid()}.{time.monotonic_ns()}.tmp"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not _is_private(self.folder) or not self._make_room(size):
                 return False
             mac = _start_hmac(self._secret(), key, description)
             mac.update(payload)
-            try:
-                with _create(temporary) as file:
-                    file.write(_HEADER.pack(_MAGIC, len(description), memoryview(payload).nbytes, mac.digest()))
-                    file.write(description)
-                    file.write(payload)
-                temporary.replace(self.folder / key)
-            finally:
-                temporary.unlink(missing_ok=True)
+            header = _HEADER.pack(_MAGIC, len(description), memoryview(payload).nbytes, mac.digest())
+            _write(self.folder / key, header, description, payload)
         except (OSError, MemoryError):
             return False
         return True
@@ -186,10 +178,7 @@ class Cache:
                 return secret
         except FileNotFoundError:
             pass
-        temporary = self.folder / f".{_SECRET}.{os.getpid()}.{time.monotonic_ns()}.tmp"
-        with _create(temporary) as file:
-            file.write(os.urandom(32))
-        temporary.replace(path)
+        _write(path, os.urandom(32))
         return path.read_bytes()
 
 
@@ -278,9 +267,16 @@ def _open(path: Path) -> BufferedReader:
         raise
 
 
-def _create(path: Path) -> BinaryIO:
-    """Create a file that only this user can read. Raises `OSError`."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+def _write(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file that only this user can read, whole or not at all. Raises `OSError`."""
+    temporary = path.with_name(f".{path.name[:16]}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    try:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            for part in parts:
+                file.write(part)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _is_private(folder: Path) -> bool:

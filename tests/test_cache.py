@@ -225,6 +225,19 @@ def test_a_file_that_cannot_be_looked_at_costs_no_descriptor(kept: Cache, monkey
     assert kept.get(KEY) == PAYLOAD
 
 
+def test_a_secret_that_cannot_be_written_leaves_no_file(kept: Cache) -> None:
+    """As over a quota: every question would leave one more."""
+    (kept.folder / "secret").unlink()
+    code = (
+        "import pathlib, resource, signal\nfrom llava_edge.cache import Cache\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))\n"
+        f"kept = Cache(pathlib.Path({str(kept.folder)!r}), min_free=0)\n"
+        f"assert kept.get({KEY!r}) is None\nassert not kept.put({OTHER!r}, {{}}, b'')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert [path.name for path in kept.folder.iterdir()] == [KEY]
+
+
 def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     nowhere = Cache(tmp_path / "file" / "cache")
