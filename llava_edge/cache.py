@@ -100,7 +100,7 @@ class Cache:
         return True
 
     def entries(self) -> list[Entry]:
-        """All entries, the most recently used first. Their payloads are not checked."""
+        """All entries, the most recently used first. Their payloads are not checked. Raises `OSError`."""
         entries = []
         for item, info in self._scan():
             path = Path(item.path)
@@ -109,7 +109,7 @@ class Cache:
         return sorted(entries, key=lambda entry: entry.used, reverse=True)
 
     def disabled_reason(self) -> str:
-        """Why nothing can be cached, as a sentence; empty if it can."""
+        """Why nothing can be cached, as a sentence; empty if it can. Raises `OSError`."""
         if not self.limit:
             return "nothing is cached: the limit is 0."
         if problem := write_problem(self.folder):
@@ -131,17 +131,21 @@ class Cache:
         return len(entries), sum(entry.size for entry in entries)
 
     def _scan(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
-        """Entries and temporary files, not as `Path`: creating thousands of those would take most of the time."""
+        """Entries and temporary files, not as `Path`: creating thousands of those would take most of the time.
+
+        Raises `OSError` if the folder cannot be read, not if there is none.
+        """
         try:
             with os.scandir(self.folder) as items:
                 for item in items:
                     if len(item.name) == _KEY_LENGTH or (item.name[0] == "." and item.name.endswith(".tmp")):
                         try:
                             info = item.stat(follow_symlinks=False)
-                        except FileNotFoundError:  # removed or renamed by another process since it was listed
+                        except OSError:  # removed or renamed by another process since it was listed, or damaged
                             continue
-                        yield item, info
-        except OSError:
+                        if not stat.S_ISDIR(info.st_mode):
+                            yield item, info
+        except (FileNotFoundError, NotADirectoryError):
             return
 
     def _make_room(self, size: int) -> bool:

@@ -15,6 +15,8 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -314,6 +316,47 @@ def test_an_entry_that_another_process_removes_hides_no_other(kept: Cache, monke
     assert kept.put(gone, ABOUT, PAYLOAD)
     assert kept.clear()[0] == 1
     assert kept.get(KEY) is None
+
+
+def test_an_entry_that_the_disk_fails_on_hides_no_other(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(follow_symlinks: bool) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def damaged(folder: Path) -> contextlib.AbstractContextManager[list[Any]]:
+        return contextlib.nullcontext([SimpleNamespace(name=OTHER, stat=failed), *listed(folder)])
+
+    listed = os.scandir
+    monkeypatch.setattr("llava_edge.cache.os.scandir", damaged)
+    full = Cache(kept.folder, limit=kept.folder.joinpath(KEY).stat().st_size, min_free=0)
+    assert full.put("ef" * 32, ABOUT, PAYLOAD)
+    assert [entry.path.name for entry in full.entries()] == ["ef" * 32]
+
+
+def test_nothing_goes_into_a_folder_that_cannot_be_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would seem to be empty, and could grow for ever."""
+
+    def failed(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    kept = user_cache()
+    assert kept.put(KEY, ABOUT, PAYLOAD)
+    monkeypatch.setattr("llava_edge.cache.os.scandir", failed)
+    assert not user_cache().put(OTHER, ABOUT, PAYLOAD)
+    assert user_cache().get(KEY) == PAYLOAD
+    for command in ("ls", "clear"):
+        assert run("cache", command) == (74, "", f"llava-edge: {kept.folder}: Input/output error.\n")
+    monkeypatch.setattr("llava_edge.cli.doctor._engines", list)
+    assert f"nothing is cached: {kept.folder} cannot be read (Input/output error)." in run("doctor", "--json")[1]
+
+
+def test_a_folder_that_is_named_like_an_unfinished_file_stays(kept: Cache) -> None:
+    """It could not be removed as a file, and nothing would go in any more."""
+    folder = kept.folder / ".editor.tmp"
+    folder.mkdir()
+    os.utime(folder, (0, 0))
+    assert Cache(kept.folder, min_free=0).put(OTHER, ABOUT, PAYLOAD)
+    assert kept.clear()[0] == 2
+    assert folder.exists()
 
 
 def test_other_files_in_the_folder_stay(kept: Cache) -> None:

@@ -162,10 +162,12 @@ def _image_cache() -> Finding:
         cache = user_cache()
     except LlavaEdgeError as error:
         return Finding("image cache", "broken", str(error), "unset LLAVA_EDGE_CACHE_MIB")
-    entries = cache.entries()
+    try:
+        entries, problem = cache.entries(), cache.disabled_reason()
+    except OSError as error:
+        return Finding("image cache", "note", f"nothing is cached: {cache.folder} cannot be read ({error.strerror}).")
     size = sum(entry.size for entry in entries)
     text = f"{len(entries)} entries, {size / 1e6:.1f} of {cache.limit / 1e6:.0f} MB"
-    problem = cache.disabled_reason()
     return Finding("image cache", "note" if problem else "ok", f"{text}; {problem}" if problem else text)
 
 
