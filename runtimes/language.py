@@ -370,7 +370,7 @@ class LanguageModel:
         batch.place(range(start, start + count), outputs, [_SEQUENCE] * count)
         try:
             self._evaluate(batch, cancel, few=count == outputs)
-        except (CancelledError, BundleError, MemoryLimitError):
+        except Exception:
             self.truncate(start)
             raise
         self.cached_keys += keys

@@ -19,14 +19,18 @@ POLL_SECONDS = 0.05  # how often a waiting caller checks for cancellation
 
 
 def wait_result(future: Future[T], cancel: threading.Event) -> T:
-    """Wait for a future. Raises `CancelledError` if `cancel` is set before the worker thread has started on it."""
+    """Wait for a future. Raises `CancelledError` if `cancel` is set before the worker thread has started on it.
+
+    After any error but Ctrl-C the task has ended, or will not begin.
+    """
     try:
         while not wait([future], POLL_SECONDS).done:
             if cancel.is_set() and future.cancel():
                 raise CancelledError
         return future.result()
-    except BaseException:
-        future.cancel()
+    except BaseException as error:
+        if not future.cancel() and isinstance(error, Exception):  # too little memory to wait
+            wait([future])
         raise
 
 

@@ -35,7 +35,8 @@ from llava_edge.errors import (
 )
 from llava_edge.options import Chunk, EngineOptions, Options, result_of
 from llava_edge.prompt import Message, Piece
-from llava_edge.runtimes import CancelledError, bindings, machine, probe
+from llava_edge.runtimes import CancelledError, bindings, machine, probe, worker
+from llava_edge.runtimes.batch import Batch
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import Key, LanguageModel
@@ -113,6 +114,35 @@ def test_a_kept_beginning_gives_the_logits_of_a_fresh_start(language: LanguageMo
     assert language.keep_common_prefix(keys) == len(first) + 7
     assert np.allclose(evaluate(len(first) + 7), fresh, atol=1e-3)
     assert language.keep_common_prefix(keys) == len(keys) - 1  # one position is always left, for its logits
+
+
+def test_an_evaluation_that_python_has_no_memory_to_wait_for_leaves_nothing(
+    language: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp goes on meanwhile, and would add positions that nobody knows of."""
+    tokens = language.vocabulary.tokenize("the red colour")
+    language.keep_common_prefix([0])
+    language.evaluate_tokens(tokens, NEVER)
+    wanted = language.logits().copy()
+    language.keep_common_prefix([0])
+
+    def late(batch: Batch) -> int:
+        begun.set()
+        time.sleep(0.1)
+        return LanguageModel._llama_decode(language, batch)
+
+    def failed(futures: list[Any], timeout: float | None = None) -> Any:
+        monkeypatch.undo()
+        assert begun.wait(20)
+        raise MemoryError
+
+    begun = threading.Event()
+    monkeypatch.setattr(language, "_llama_decode", late)
+    monkeypatch.setattr(worker, "wait", failed)
+    with pytest.raises(MemoryError):
+        language.evaluate_tokens(tokens, NEVER)
+    language.evaluate_tokens(tokens, NEVER)
+    assert np.array_equal(language.logits(), wanted)
 
 
 def test_cancelled_evaluation_leaves_nothing_half_done(language: LanguageModel) -> None:
