@@ -247,11 +247,14 @@ class LanguageModel:
         return values
 
     def truncate(self, length: int) -> None:
-        """Remove every position from `length` on, including what llama.cpp left there after an abort."""
+        """Remove every position from `length` on, including what llama.cpp left there after an abort.
+
+        If llama.cpp cannot, the KV cache is emptied: `BundleError` if that ends branches or loses the first positions.
+        """
         del self.cached_keys[length:]
         if not self.library.llama_memory_seq_rm(self._memory, _SEQUENCE, length, -1):
             self._clear()
-            if length:
+            if length or self._has_branches:
                 raise BundleError(f"llama.cpp cannot remove the last positions from the KV cache of {self._path}.")
 
     def logits(self, row: int = -1) -> Array:

@@ -469,6 +469,31 @@ def test_a_state_that_cannot_be_restored_beside_others_is_an_error(
     assert llava.ask("the red", IMAGES[0], SHORT).completion_tokens == 20
 
 
+def test_positions_that_cannot_be_removed_beside_others_are_an_error(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All positions are dropped then, those of the others too."""
+    for image in IMAGES[:2]:
+        llava.ask("the red", image, SHORT)
+    llava.ask("12", (), SHORT)  # saves the state of the last picture, in whose place nothing may be
+    language = llava._engine.model.language
+    assert language
+    remove, branched = language.library.llama_memory_seq_rm, list[int]()
+
+    def failed(memory: Any, sequence: int, first: int, last: int) -> bool:
+        if sequence == 0 and language._has_branches:
+            branched.append(first)
+            return False
+        return bool(remove(memory, sequence, first, last))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(language.library, "llama_memory_seq_rm", failed)
+        found = together(llava, patch, [("the red", image, SHORT) for image in IMAGES[:2]])
+    assert set(branched) == {0}
+    assert all(isinstance(error, BundleError) for error in found)
+    assert llava.ask("the red", IMAGES[0], SHORT).completion_tokens == 20
+
+
 def test_a_conversation_joins_and_goes_on(llava: Llava) -> None:
     chat = llava.chat()
     stream, _ = begin(llava, "a list:", (), LONG)
