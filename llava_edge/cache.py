@@ -154,16 +154,17 @@ class Cache:
         if size <= self._bytes_until_scan and free - size >= self._min_free:
             self._bytes_until_scan -= size
             return True
-        files = sorted(self._scan(), key=lambda file: file[1].st_mtime)
+        now = time.time()
+        latest = now + _STALE_SECONDS  # what seems to be used later is from when the clock was wrong, and goes first
+        files = sorted(self._scan(), key=lambda file: (file[1].st_mtime <= latest, file[1].st_mtime))
         kept = sum(info.st_size for _, info in files)
         scan_interval = self.limit // SCAN_SHARE
         target = self.limit if kept + size <= self.limit else self.limit - scan_interval
         if size > self.limit or free + kept - size < self._min_free:
             return False  # not even in an empty cache
-        now = time.time()
         for item, info in files:
             unfinished = item.name.endswith(".tmp")
-            if unfinished and now - info.st_mtime < _STALE_SECONDS:
+            if unfinished and abs(now - info.st_mtime) < _STALE_SECONDS:
                 continue
             if unfinished or kept + size > target or free - size < self._min_free:
                 Path(item.path).unlink(missing_ok=True)

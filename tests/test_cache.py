@@ -267,6 +267,19 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= kept.limit
 
 
+def test_what_the_clock_dated_in_the_future_goes_first(tmp_path: Path) -> None:
+    """Or, once the clock is right again, each new entry would go for the next one, for as long as it was ahead."""
+    kept = Cache(tmp_path, limit=2 * 1200, min_free=0)
+    unfinished, keys = tmp_path / ".new.tmp", [f"{i:064x}" for i in range(4)]
+    assert all(kept.put(key, {}, bytes(1000)) for key in keys[:2])
+    unfinished.write_bytes(bytes(10))
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, time.time() + 1e7))
+    assert all(kept.put(key, {}, bytes(1000)) for key in keys[2:])
+    assert [kept.get(key) is not None for key in keys] == [False, False, True, True]
+    assert not unfinished.exists()
+
+
 def test_a_full_folder_is_not_looked_through_for_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look takes 4 us an entry, of which there are thousands, while the model computes."""
     kept, looks, files = Cache(tmp_path, limit=100 * 1200, min_free=0), list[int](), Cache._scan
