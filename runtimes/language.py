@@ -105,12 +105,14 @@ class LanguageModel:
         self._load(gpu_layers, repack, on_load)
         self.vocabulary = Vocabulary(self.library, self._model, path)
         self.hidden_size = int(self.library.llama_model_n_embd(self._model))
-        self._lora = self._load_adapter(adapter) if adapter is not None else None
+        lora = self._load_adapter(adapter) if adapter is not None else None
         self._open_context()
         if repack:  # from now on only the copies are read
             mapping.release_pages(path)
         self._tokens = Batch(self.library, batch, 0)
         self._embeddings = Batch(self.library, batch, self.hidden_size)
+        if lora is not None:
+            self._apply_adapter(lora)
 
     def close(self) -> None:
         """Free everything. Harmless when repeated."""
@@ -346,11 +348,6 @@ class LanguageModel:
         self._cancel = threading.Event()
         self._abort = api.ggml_abort_callback(lambda _: self._cancel.is_set())
         self._no_abort = api.ggml_abort_callback()
-        if self._lora is not None:
-            handles, scales = (api.llama_adapter_lora_p_ctypes * 1)(self._lora), (ctypes.c_float * 1)(1.0)
-            if api.llama_set_adapters_lora(self.context, handles, 1, scales):
-                self.close()
-                raise BundleError(f"llama.cpp cannot apply the adapter of {self._path}: {bindings.last_error()}")
 
     def _load_adapter(self, adapter: Path) -> Any:
         """Load the adapter, which llama.cpp frees together with the model."""
@@ -359,6 +356,12 @@ class LanguageModel:
             self.close()
             raise BundleError(f"llama.cpp cannot load {adapter}: {bindings.last_error()}")
         return loaded
+
+    def _apply_adapter(self, lora: Any) -> None:
+        handles, scales = (self.library.llama_adapter_lora_p_ctypes * 1)(lora), (ctypes.c_float * 1)(1.0)
+        if self.library.llama_set_adapters_lora(self.context, handles, 1, scales):
+            self.close()
+            raise BundleError(f"llama.cpp cannot apply the adapter of {self._path}: {bindings.last_error()}")
 
     def _batches(self, count: int, between: Callable[[], None] | None) -> Iterator[slice]:
         """Split positions evenly, because a small rest might be computed by other kernels, which round otherwise."""

@@ -21,6 +21,7 @@ from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
 from llava_edge.export.checkpoint import LanguageFile, open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
+from llava_edge.runtimes import bindings
 from llava_edge.runtimes.language import LanguageModel
 
 Array = np.ndarray[Any, Any]
@@ -121,6 +122,16 @@ def test_a_bundle_with_a_broken_adapter_is_refused(
     said = capsys.readouterr().err
     assert ADAPTER in said
     assert "Traceback" not in said
+
+
+def test_an_adapter_that_llama_cpp_cannot_apply_is_one_sentence(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, freed = bindings.library(), list[object]()
+    free = library.llama_model_free
+    monkeypatch.setattr(library, "llama_set_adapters_lora", lambda *_: -1)
+    monkeypatch.setattr(library, "llama_model_free", lambda model: freed.append(free(model)))
+    with pytest.raises(BundleError, match="cannot apply the adapter"):
+        logits(bundle / LANGUAGE, bundle / ADAPTER)
+    assert len(freed) == 1
 
 
 def write(low_rank: LowRank, path: Path) -> gguf.Gguf:
