@@ -132,8 +132,9 @@ def has_penalties(options: Options) -> bool:
 
 
 def _grammar_depth(grammar: str) -> int:
-    """Return how deep parentheses are nested, outside of strings and character classes: llama.cpp's parser recurses."""
-    plain = re.sub(r'"(\\.|[^"\\])*"|\[(\\.|[^\]\\])*\]', "", grammar)
+    """Return how deep parentheses are nested outside of strings, character classes and comments: llama.cpp's parser
+    recurses."""
+    plain = re.sub(r'"(\\.|[^"\\])*"|\[(\\.|[^\]\\])*\]|#[^\r\n]*', "", grammar)
     steps = [(mark == "(") - (mark == ")") for mark in plain]
     return max(accumulate(steps), default=0)
 

@@ -421,7 +421,10 @@ def test_a_grammar_that_no_token_continues_is_refused(grammar: str, llava: Llava
 def test_deep_parentheses_are_refused_before_llama_cpp_reads_them(llava: Llava) -> None:
     with pytest.raises(UsageError, match="nested deeper than 200 levels"):
         llava.ask("?", options=Options(grammar=f'root ::= {"(" * 30_000}"x"{")" * 30_000}'))
-    quoted = f'root ::= "{"(" * 300}" | [({"(" * 300}]'
+    for mark in '"[':  # in a comment, it begins no string and no character class
+        with pytest.raises(UsageError, match="nested deeper than 200 levels"):
+            llava.ask("?", options=Options(grammar=f'# {mark}\nroot ::= {"(" * 30_000}"x"{")" * 30_000} # "]'))
+    quoted = f'root ::= "{"(" * 300}" | [({"(" * 300}] # {"(" * 300}'
     assert llava.ask("?", options=Options(grammar=quoted, max_tokens=400)).text.strip("(") == ""
 
 
