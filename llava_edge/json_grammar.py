@@ -95,6 +95,7 @@ class _Converter:
         self._patterns: dict[tuple[str, int, int | None], str] = {}  # and bounds on the length -> its rule
         self._state_count = 0
         self._active_refs: set[str] = set()  # references being resolved with no bracket of the answer between them
+        self._leads_to: dict[str, set[str]] = {}  # reference -> those that may follow it with no bracket between them
         self.rules: dict[str, str] = {}
 
     def convert(self, schema: object, path: str, depth: int) -> str:
@@ -154,8 +155,10 @@ class _Converter:
             raise _schema_error(
                 path, f"refers to {_abbreviate(target)}; only references inside the schema are supported"
             )
-        if target in self._active_refs or target == "#" == path:
+        if self._reachable(target) & self._active_refs or target == "#" == path:
             raise _schema_error(path, f"refers to {_abbreviate(target)}, which leads back to itself")
+        for active in self._active_refs:
+            self._leads_to.setdefault(active, set()).add(target)
         if target not in self._refs:
             self._refs[target] = name = f"ref{len(self._refs)}"
             self.rules[name] = ""  # reserved: the schema may refer to itself
@@ -163,6 +166,15 @@ class _Converter:
             self.rules[name] = self.convert(self._resolve(target, path), target, depth + 1)
             self._active_refs.discard(target)
         return self._refs[target]
+
+    def _reachable(self, target: str) -> set[str]:
+        """A reference and all that it leads to, as far as they are converted."""
+        found, remaining = set[str](), [target]
+        while remaining:
+            if (reference := remaining.pop()) not in found:
+                found.add(reference)
+                remaining += self._leads_to.get(reference, ())
+        return found
 
     def _check_type(self, schema: dict[str, Any], keyword: str, path: str) -> object:
         """The schema's `const`, `enum` or `$ref`. Raises `UsageError` if its `type` contradicts it."""

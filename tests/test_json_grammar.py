@@ -350,6 +350,7 @@ def test_depth_is_limited() -> None:
 
 
 LOOP = {"anyOf": [{"$ref": "#/$defs/b"}, {"type": "null"}]}
+IN_AND_OUT_OF_A_LIST = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/b"}}, {"$ref": "#/$defs/b"}]}
 
 
 @pytest.mark.parametrize(
@@ -360,6 +361,7 @@ LOOP = {"anyOf": [{"$ref": "#/$defs/b"}, {"type": "null"}]}
         {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
         {"$ref": "#/$defs/b", "$defs": {"b": LOOP}},
         {"type": "array", "items": {"$ref": "#/$defs/b"}, "$defs": {"b": LOOP}},
+        {"$ref": "#/$defs/a", "$defs": {"a": IN_AND_OUT_OF_A_LIST, "b": {"$ref": "#/$defs/a"}}},
     ],
 )
 def test_a_schema_that_is_only_itself_is_refused(schema: Any) -> None:
