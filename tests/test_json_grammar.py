@@ -430,6 +430,16 @@ def test_deep_parentheses_are_refused_before_llama_cpp_reads_them(llava: Llava) 
     assert llava.ask("?", options=Options(grammar=quoted, max_tokens=400)).text.strip("(") == ""
 
 
+def test_what_can_be_read_in_too_many_ways_ends(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each bracket doubles them, and llama.cpp follows all: minutes for the fifteenth."""
+    inner = {"type": "array", "minItems": 1, "items": {"$ref": "#"}}
+    grammar = from_schema({"anyOf": [inner, {**inner, "minItems": 2}]})
+    monkeypatch.setattr(sampling, "MAX_ACCEPT_SECONDS", 0.05)
+    with pytest.raises(UsageError, match="too many ways"):
+        llava.ask("?", options=Options(grammar=grammar, max_tokens=13))
+    assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
+
+
 def test_equal_choices_are_one() -> None:
     """Each would be followed by itself: with thirty brackets, a thousand million ways."""
     inner = {"type": "array", "minItems": 1, "items": {"$ref": "#"}}
