@@ -160,7 +160,12 @@ def _chatml(layout: Template, system: str, turns: list[Message]) -> list[Piece]:
 
 
 def _plain(layout: Template, system: str, turns: list[Message]) -> list[Piece]:
-    """Stage 1 of training: image, caption, newline; the question is dropped. No end token."""
+    """Stage 1 of training: image, caption, newline; the question is dropped. No end token.
+
+    LLaVA's preprocess_plain asserts the same as is checked here.
+    """
+    if not turns[0].images or len(turns) > 2:
+        raise UsageError("This prompt layout is for captions, not for conversations: expected one message with images.")
     pieces = [Piece("image")] * turns[0].images
     if len(turns) > 1:
         pieces.append(Piece("text", turns[1].text.strip() + "\n", True))

@@ -86,8 +86,18 @@ def test_an_answer_at_the_end_can_stay_open(name: str) -> None:
         unclosed = as_text(prompt.render(name, turns, unclosed=True))
         assert unclosed.removeprefix(opened).removeprefix(" ") == left
         assert as_text(prompt.render(name, turns)).startswith(unclosed)
-    turns.append(question)
-    assert prompt.render(name, turns, unclosed=True) == prompt.render(name, turns)
+    if TEMPLATES[name].style != "plain":
+        turns.append(question)
+        assert prompt.render(name, turns, unclosed=True) == prompt.render(name, turns)
+
+
+@pytest.mark.parametrize("name", ["plain", "plain_chatml"])
+def test_a_layout_for_captions_refuses_what_it_would_drop(name: str) -> None:
+    """LLaVA's preprocess_plain asserts that there is an image, and two messages at most."""
+    question, answer = Message("user", "Hi", 1), Message("assistant", "a cat")
+    for turns in ([Message("user", "Hi")], [question, answer, question]):
+        with pytest.raises(UsageError, match="expected one message with images"):
+            prompt.render(name, turns)
 
 
 @pytest.mark.parametrize(
