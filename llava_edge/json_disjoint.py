@@ -16,12 +16,6 @@ MAX_PAIRS, MAX_DEPTH = 10_000, 32  # compared: schemas may refer to themselves, 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
-def pairwise_disjoint(schemas: Sequence[object], resolve: Callable[[str], object]) -> bool:
-    """resolve: returns the schema that "#/..." refers to; it may raise."""
-    checker = _Checker(resolve)
-    return all(checker.disjoint(a, b) for a, b in combinations(schemas, 2))
-
-
 def has_type(value: object, kind: object) -> bool:
     """Whether a value is of a JSON type."""
     if isinstance(value, bool):
@@ -32,12 +26,21 @@ def has_type(value: object, kind: object) -> bool:
     return (kind == "null" and value is None) or isinstance(value, classes.get(str(kind), ()))
 
 
-class _Checker:
+class DisjointChecker:
+    """Compares schemas that are parts of one, `MAX_PAIRS` in all.
+
+    resolve: returns the schema that "#/..." refers to; it may raise.
+    """
+
     def __init__(self, resolve: Callable[[str], object]) -> None:
         self._resolve = resolve
         self._remaining_pairs = MAX_PAIRS
 
-    def disjoint(self, a: object, b: object, depth: int = 0) -> bool:
+    def pairwise(self, schemas: Sequence[object]) -> bool:
+        """Whether no two of them overlap."""
+        return all(self._pair(a, b) for a, b in combinations(schemas, 2))
+
+    def _pair(self, a: object, b: object, depth: int = 0) -> bool:
         """Whether types, constants or a property that both require tell them apart."""
         self._remaining_pairs -= 1
         a, b = self._follow_ref(a), self._follow_ref(b)
@@ -46,7 +49,7 @@ class _Checker:
         for one, other in ((a, b), (b, a)):
             options = one.get("anyOf", one.get("oneOf"))
             if options is not None:
-                return isinstance(options, list) and all(self.disjoint(each, other, depth + 1) for each in options)
+                return isinstance(options, list) and all(self._pair(each, other, depth + 1) for each in options)
         constants = _constants(a), _constants(b)
         if constants[0] is not None and constants[1] is not None:
             return not constants[0] & constants[1]
@@ -54,7 +57,7 @@ class _Checker:
             return True
         required = _required_properties(b)
         return any(
-            self.disjoint(schema, required[name], depth + 1)
+            self._pair(schema, required[name], depth + 1)
             for name, schema in _required_properties(a).items()
             if name in required
         )

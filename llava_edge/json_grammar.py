@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from llava_edge.errors import UsageError
-from llava_edge.json_disjoint import TYPES, has_type, pairwise_disjoint
+from llava_edge.json_disjoint import TYPES, DisjointChecker, has_type
 from llava_edge.json_numbers import MAX_BOUND, MAX_INTEGER, integer_range, number_range
 from llava_edge.json_pattern import pattern_rules
 from llava_edge.regular_parser import PatternError
@@ -78,6 +79,7 @@ def from_schema(schema: object) -> str:
     """Convert a JSON schema, parsed by `json.loads`, to a grammar. Raises `UsageError` naming what is unsupported."""
     converter = _Converter(schema)
     root = converter.convert(schema, "#", 0)
+    converter.check_references()
     return _grammar_text({"root": root, **converter.rules})
 
 
@@ -91,11 +93,12 @@ class _Converter:
     def __init__(self, root: object) -> None:
         self._root = root
         self._refs: dict[str, str] = {}
+        self._disjoint = DisjointChecker(lambda target: self._resolve(target, "#"))
         self._rule_names: dict[str, str] = {}  # expression -> its rule
         self._patterns: dict[tuple[str, int, int | None], str] = {}  # and bounds on the length -> its rule
         self._state_count = 0
         self._active_refs: set[str] = set()  # references being resolved with no bracket of the answer between them
-        self._leads_to: dict[str, set[str]] = {}  # reference -> those that may follow it with no bracket between them
+        self._leads_to: dict[str, set[str]] = {}  # reference -> those in it with no bracket before them
         self.rules: dict[str, str] = {}
 
     def convert(self, schema: object, path: str, depth: int) -> str:
@@ -117,7 +120,7 @@ class _Converter:
             if keyword in keywords:
                 _reject_keywords(keywords - {keyword}, path, keyword)
                 options = _choices(schema[keyword], f"{path}/{keyword}")
-                if keyword == "oneOf" and not pairwise_disjoint(options, lambda target: self._resolve(target, path)):
+                if keyword == "oneOf" and not self._disjoint.pairwise(options):
                     raise _schema_error(path, "uses 'oneOf' with schemas that may overlap; use 'anyOf'")
                 if keyword == "allOf" and len(options) > 1:
                     raise _schema_error(path, "uses 'allOf' with several schemas, which is not supported")
@@ -125,6 +128,13 @@ class _Converter:
                     self.convert(each, f"{path}/{keyword}/{i}", depth + 1) for i, each in enumerate(options)
                 )
         return self._convert_by_type(schema, keywords, path, depth)
+
+    def check_references(self) -> None:
+        """Raise `UsageError` if one leads back to itself with no bracket between, as no answer can."""
+        try:
+            TopologicalSorter(self._leads_to).prepare()
+        except CycleError as error:
+            raise _schema_error(error.args[1][0], "leads back to itself") from error
 
     def _convert_by_type(self, schema: dict[str, Any], keywords: set[str], path: str, depth: int) -> str:
         _reject_keywords(keywords - {"type"}.union(*_KEYWORDS.values()), path)
@@ -155,8 +165,6 @@ class _Converter:
             raise _schema_error(
                 path, f"refers to {_abbreviate(target)}; only references inside the schema are supported"
             )
-        if self._reachable(target) & self._active_refs or target == "#" == path:
-            raise _schema_error(path, f"refers to {_abbreviate(target)}, which leads back to itself")
         for active in self._active_refs:
             self._leads_to.setdefault(active, set()).add(target)
         if target not in self._refs:
@@ -166,15 +174,6 @@ class _Converter:
             self.rules[name] = self.convert(self._resolve(target, path), target, depth + 1)
             self._active_refs.discard(target)
         return self._refs[target]
-
-    def _reachable(self, target: str) -> set[str]:
-        """A reference and all that it leads to, as far as they are converted."""
-        found, remaining = set[str](), [target]
-        while remaining:
-            if (reference := remaining.pop()) not in found:
-                found.add(reference)
-                remaining += self._leads_to.get(reference, ())
-        return found
 
     def _check_type(self, schema: dict[str, Any], keyword: str, path: str) -> object:
         """The schema's `const`, `enum` or `$ref`. Raises `UsageError` if its `type` contradicts it."""

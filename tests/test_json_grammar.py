@@ -511,6 +511,16 @@ def test_one_of_schemas_that_may_share_something_is_refused(options: list[Any]) 
         from_schema({"$defs": {"self": itself}, "oneOf": options})
 
 
+def test_comparing_schemas_is_limited_for_all_of_a_schema() -> None:
+    """Here each `oneOf` takes a tenth of a second: together they held up everybody's requests for a minute."""
+    one, other = ({"anyOf": [{"const": sign * i} for i in range(1, 70)]} for sign in (1, -1))
+    either = {"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]}
+    schema = {"$defs": {"a": one, "b": other}, "anyOf": [either] * 500}
+    assert from_schema(schema | {"anyOf": [either]})
+    with pytest.raises(UsageError, match="use 'anyOf'"):
+        from_schema(schema)
+
+
 def test_a_schema_that_only_describes_allows_everything() -> None:
     """As pydantic writes `Any`."""
     assert from_schema({"title": "Extra", "default": None}) == from_schema({})
