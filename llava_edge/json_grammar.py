@@ -184,7 +184,8 @@ class _Converter:
             if not isinstance(target, dict) or target.get("type") != schema["type"]:
                 _reject_keywords({"type"}, path, keyword)
             return schema[keyword]
-        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        types = set(TYPES).intersection(map(str, names))  # each once, however often it is named
         values = [schema[keyword]] if keyword == "const" else _choices(schema[keyword], path)
         if wrong := [value for value in values if not any(has_type(value, kind) for kind in types)]:
             raise _schema_error(path, f"allows {_abbreviate(wrong[0])}, which is not of its type")
