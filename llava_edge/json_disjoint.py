@@ -35,6 +35,7 @@ class DisjointChecker:
     def __init__(self, resolve: Callable[[str], object]) -> None:
         self._resolve = resolve
         self._remaining_pairs = MAX_PAIRS
+        self._facts: dict[int, tuple[set[str] | None, set[str]]] = {}  # id of a schema -> its constants and types
 
     def pairwise(self, schemas: Sequence[object]) -> bool:
         """Whether no two of them overlap."""
@@ -50,10 +51,10 @@ class DisjointChecker:
             options = one.get("anyOf", one.get("oneOf"))
             if options is not None:
                 return isinstance(options, list) and all(self._pair(each, other, depth + 1) for each in options)
-        constants = _constants(a), _constants(b)
-        if constants[0] is not None and constants[1] is not None:
-            return not constants[0] & constants[1]
-        if not _types(a) & _types(b):
+        (a_constants, a_types), (b_constants, b_types) = self._facts_of(a), self._facts_of(b)
+        if a_constants is not None and b_constants is not None:
+            return not a_constants & b_constants
+        if not a_types & b_types:
             return True
         required = _required_properties(b)
         return any(
@@ -61,6 +62,12 @@ class DisjointChecker:
             for name, schema in _required_properties(a).items()
             if name in required
         )
+
+    def _facts_of(self, schema: dict[str, Any]) -> tuple[set[str] | None, set[str]]:
+        """Found once for each schema: it may list thousands of values."""
+        if id(schema) not in self._facts:
+            self._facts[id(schema)] = _constants(schema), _types(schema)
+        return self._facts[id(schema)]
 
     def _follow_ref(self, schema: object) -> object:
         target = schema.get("$ref") if isinstance(schema, dict) else None
