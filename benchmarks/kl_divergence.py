@@ -4,9 +4,10 @@
 
 CONVERSATIONS.json: in LLaVA's training format, with pictures relative to its folder. Every answer token is predicted
 from what precedes it, with and without the native kernels, from the same image embeddings. Prints the perplexity of the
-given answers with both, the mean KL divergence between them, and how often the most likely token is the same. A third
-process shows how far llama.cpp's own kernels diverge if each number of the embeddings changes by a millionth: rounding
-activations to 8 bits turns any difference into one of that size. Needs the extra `train`.
+given answers with both, the mean KL divergence between them, how often the most likely token is the same, and how many
+greedy answers to the first questions are. A third process shows how far llama.cpp's own kernels diverge if each number
+of the embeddings changes by a millionth: rounding activations to 8 bits turns any difference into one of that size.
+Needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def main(data: Path, model: str, limit: int, logits: Path | None, perturb: bool)
         predictions = []
         for native, more in (("off", []), ("", []), ("off", ["--perturb"])):
             path = Path(folder) / "logits.npz"
-            options = ["--model", model, "--limit", str(limit), "--logits", str(path), *more]
+            options = ["--model", model, "--limit", str(limit), "--logits", str(path), *more]  # embeddings go beside it
             environment = {**os.environ, "LLAVA_EDGE_NATIVE": native}
             subprocess.run([sys.executable, __file__, str(data), *options], check=True, env=environment)
             with np.load(path) as arrays:
@@ -58,9 +60,15 @@ def main(data: Path, model: str, limit: int, logits: Path | None, perturb: bool)
     summary = {}
     for name, other in (("native", ours), ("llama.cpp, perturbed embeddings", perturbed)):
         kl, loss, same = _scores(stock, other)
-        click.echo(f"{name}: {exp(loss):.5f}, KL divergence {kl:.6f} nats, same most likely token {same:.2%}", err=True)
-        summary[name] = {"perplexity_changed": exp(loss) / plain - 1, "kl": kl, "same": same}
-    click.echo(json.dumps({"tokens": len(stock["targets"]), "perplexity": plain, **summary}))
+        equal = int((stock["answers"] == other["answers"]).sum())
+        click.echo(
+            f"{name}: {exp(loss):.5f}, KL divergence {kl:.6f} nats, same most likely token {same:.2%}, "
+            f"{equal} of {len(stock['answers'])} greedy answers equal",
+            err=True,
+        )
+        summary[name] = {"perplexity_changed": exp(loss) / plain - 1, "kl": kl, "same": same, "equal_answers": equal}
+    counts = {"tokens": len(stock["targets"]), "answers": len(stock["answers"])}
+    click.echo(json.dumps({**counts, "perplexity": plain, **summary}))
 
 
 def _scores(stock: dict[str, Any], other: dict[str, Any]) -> list[float]:
@@ -84,20 +92,27 @@ class _Perturbed(held_out.Pictures):
 
 
 def _predict(bundle: Bundle, data: Path, limit: int, path_out: Path, perturb: bool) -> None:
-    """Write the logits of all answer tokens, the tokens, and which kernels computed them."""
+    """Write the logits of all answer tokens, the tokens, greedy answers, and which kernels computed them."""
     path = bundle.part(LANGUAGE)
-    rows, targets = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        samples, pictures = held_out.read_conversations(data, bundle, path, Path(folder))
-        step = max(1, len(samples) // limit)
-        samples = samples[::step][:limit]
-        context = max(len(sample.keys) for sample in samples)
-        with LanguageModel(path, adapter=bundle.adapter, context=context) as engine:
-            embeddings = _Perturbed(pictures) if perturb else pictures
-            for sample in samples:
-                rows += [row.astype(np.float32) for row in held_out.predictions(engine, sample, embeddings)]
-                targets += sample.targets
-            np.savez(path_out, logits=np.stack(rows), targets=np.array(targets), kernels=engine.native.reason)
+    rows, targets, answers = [], [], []
+    samples, pictures = held_out.read_conversations(data, bundle, path, path_out.parent)
+    step = max(1, len(samples) // limit)
+    samples = samples[::step][:limit]
+    context = max(len(sample.keys) for sample in samples) + held_out.MAX_OWN_TOKENS
+    with LanguageModel(path, adapter=bundle.adapter, context=context) as engine:
+        embeddings = _Perturbed(pictures) if perturb else pictures
+        for sample in samples:
+            rows += [row.astype(np.float32) for row in held_out.predictions(engine, sample, embeddings)]
+            targets += sample.targets
+            question = replace(sample, keys=sample.keys[: sample.answers[0]], answers=())
+            answers.append(" ".join(map(str, held_out.greedy_answer(engine, question, embeddings))))
+        np.savez(
+            path_out,
+            logits=np.stack(rows),
+            targets=np.array(targets),
+            answers=np.array(answers),
+            kernels=engine.native.reason,
+        )
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def sample_conversations(bundle: Bundle, float16: Path, scratch: Path) -> tuple[
             for text in QUESTIONS:
                 ids = encode_prompt([Message("user", text, 1)])
                 question = expand_image(ids, [IGNORE_INDEX] * len(ids), name, len(pictures[name]))
-                answer = _greedy(engine, question, pictures)
+                answer = greedy_answer(engine, question, pictures)
                 positions = range(len(question.keys), len(question.keys) + len(answer))
                 records.append(Sample(name, (*question.keys, *answer), tuple(positions)))
     return records, pictures
@@ -162,7 +162,7 @@ def predictions(engine: LanguageModel, sample: Sample, pictures: Pictures) -> It
         yield engine.logits()
 
 
-def _greedy(engine: LanguageModel, question: Sample, pictures: Pictures) -> list[int]:
+def greedy_answer(engine: LanguageModel, question: Sample, pictures: Pictures) -> list[int]:
     """A greedy answer of at least one token; it includes the end-of-answer token, as in training."""
     _evaluate(engine, question.keys[engine.keep_common_prefix(question.keys) :], pictures)
     answer: list[int] = []
