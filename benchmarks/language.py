@@ -23,7 +23,8 @@ import numpy as np
 from interleave import run_fresh
 
 from llava_edge.bundle import LANGUAGE
-from llava_edge.runtimes import bindings, language, machine, mapping
+from llava_edge.runtimes import bindings, machine, mapping
+from llava_edge.runtimes.kv_cache import Key
 from llava_edge.runtimes.language import LanguageModel
 
 CONTEXT = 2048
@@ -51,7 +52,7 @@ def measure(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     model = LanguageModel(bundle / LANGUAGE, context=CONTEXT, threads=arguments.threads, **choice)
     loaded = clock()
     rows = np.random.default_rng(0).standard_normal((arguments.positions, model.hidden_size), np.float32) * 0.02
-    keys: list[language.Key] = [("picture", row) for row in range(len(rows))]
+    keys: list[Key] = [("picture", row) for row in range(len(rows))]
     model.evaluate_embeddings(rows, keys)
     prefilled = clock()
     for number in range(arguments.tokens):

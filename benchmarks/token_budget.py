@@ -27,7 +27,8 @@ from llava_edge.export.samples import pictures
 from llava_edge.image import ImageInput
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options
 from llava_edge.prompt import IMAGE_TOKEN_INDEX, Message
-from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.kv_cache import Key
+from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.pictures import Picture, apply_token_budget, check_budget, prepare
 from llava_edge.store import DEFAULT_MODEL, resolve
 

@@ -25,7 +25,8 @@ from llava_edge.export import samples
 from llava_edge.image import load_image
 from llava_edge.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Message
 from llava_edge.runtimes import tokenization
-from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.kv_cache import Key
+from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.pictures import prepare
 from llava_edge.runtimes.projector import Projector
 from llava_edge.runtimes.vision import VisionEncoder

@@ -13,7 +13,8 @@ from pathlib import Path
 from llava_edge import gguf
 from llava_edge.errors import MissingError, UsageError
 from llava_edge.paths import is_file
-from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.kv_cache import Key
+from llava_edge.runtimes.language import LanguageModel
 
 
 def check_draft(path: Path, target: gguf.Gguf) -> None:

@@ -17,7 +17,8 @@ from llava_edge.prompt import IMAGE_TOKEN_INDEX
 from llava_edge.runtimes import CancelledError
 from llava_edge.runtimes.embedder import Embedder
 from llava_edge.runtimes.jobs import Job
-from llava_edge.runtimes.language import Array, Key, LanguageModel
+from llava_edge.runtimes.kv_cache import Array, Key
+from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.picture_cache import PictureCache, digest, file_identity
 from llava_edge.runtimes.pictures import Picture
 from llava_edge.runtimes.stats import RequestStats, elapsed_ms
@@ -35,7 +36,7 @@ class PictureError(Exception):
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive positions of a picture, or of text if `picture` is None. `keys`: see `language.Key`.
+    """Consecutive positions of a picture, or of text if `picture` is None. `keys`: see `kv_cache.Key`.
 
     Segments with the same keys are equal.
     """

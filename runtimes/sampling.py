@@ -12,7 +12,8 @@ import numpy as np
 
 from llava_edge.errors import UsageError
 from llava_edge.options import Options, TokenChance
-from llava_edge.runtimes.language import Array, LanguageModel
+from llava_edge.runtimes.kv_cache import Array
+from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.stderr_capture import capture_stderr, write_stderr
 
 MAX_GRAMMAR_DEPTH = 200  # of nested parentheses; llama.cpp's stack overflows at some ten thousand

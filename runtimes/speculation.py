@@ -17,7 +17,8 @@ from statistics import median
 import numpy as np
 
 from llava_edge.runtimes.draft import DraftModel
-from llava_edge.runtimes.language import Array, Key, LanguageModel
+from llava_edge.runtimes.kv_cache import Array, Key
+from llava_edge.runtimes.language import LanguageModel
 
 WIDTHS = (4, 8)  # batch sizes in tokens: fixed, because kernels are chosen by them
 EXPECTED = {4: 3.44, 8: 5.70}  # tokens gained per batch if nine of ten draft tokens are accepted: 1 + 0.9 + 0.81...

@@ -1,4 +1,4 @@
-"""Adapts the number of threads that compute the next token, or a short text: fewer while other programs are busy.
+"""How many threads compute the next token, or a text: fewer while other programs are busy, all for large products.
 
 Threads synchronize hundreds of times per token, so one that shares its processor with another program holds up all.
 Linux reports how long runnable threads waited for a processor and how long processors were idle; elsewhere the number
@@ -18,6 +18,39 @@ CONTENDED = 0.15  # processors: one thread less if runnable threads waited for m
 BUSY = 0.75  # of a processor: one thread less at first if other programs used as much while the model was loaded
 IDLE = 0.8  # processors: room for one more thread if as much was idle
 MAX_BACKOFF = 64  # windows until one more thread is tried again, after several attempts that failed
+# Multiplications of a product with a square matrix, about 3 ms of one thread. In a larger product the free threads take
+# over work from one that shares its processor, so all threads pay off; in a smaller one all wait for it.
+SMALL_PRODUCT = 1 << 28
+# Values of all positions up to which one thread computes what our kernels leave to llama.cpp, such as norms: starting
+# others, several times in each block, takes longer.
+SMALL_ROWS = 8192
+
+
+class PassThreads:
+    """How many threads compute a pass of a language model.
+
+    vary: whether the number may follow the load. all_ours: whether our kernels compute all products and all attention.
+    """
+
+    def __init__(self, maximum: int, *, vary: bool, all_ours: bool) -> None:
+        self.maximum = maximum
+        self._vary = vary
+        self._all_ours = all_ours
+        self._adaptive = AdaptiveThreads(maximum)
+
+    def choose(self, positions: int, width: int) -> tuple[int, int]:
+        """Return the numbers for llama.cpp's operations and for our kernels (0: the same), for rows of `width`."""
+        if not self._vary:
+            return self.maximum, 0
+        small = positions * width**2 < SMALL_PRODUCT
+        if not small:
+            self._adaptive.reset()
+        ours = self._adaptive.next() if small else self.maximum
+        return 1 if self._all_ours and positions * width <= SMALL_ROWS else ours, ours
+
+    def reset(self) -> None:
+        """Say that other work came between: until now our threads waited for processors that CLIP's threads used."""
+        self._adaptive.reset()
 
 
 class AdaptiveThreads:

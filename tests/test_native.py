@@ -311,11 +311,11 @@ for token in tokens[:8]:
 model.truncate(300)
 numbers = []
 for i, token in enumerate(tokens[:8]):
-    model._adaptive._supported, model._adaptive.count = False, 1 + i % 2
+    model._threads._adaptive._supported, model._threads._adaptive.count = False, 1 + i % 2
     model.evaluate_tokens([token], never)
     numbers.append(bool((model.logits() == alone[i][0]).all()))
 texts = []
-for model._adaptive.count in (1, 2):
+for model._threads._adaptive.count in (1, 2):
     model.truncate(0)
     for length in (17, 33, 5, 31):
         model.evaluate_tokens((tokens * 2)[:length], never)

@@ -25,7 +25,8 @@ from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes import embedder, jobs, machine, picture_cache, pictures, prefill, tune
-from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.kv_cache import Key
+from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
 

@@ -39,7 +39,8 @@ from llava_edge.runtimes import CancelledError, bindings, machine, probe, worker
 from llava_edge.runtimes.batch import Batch
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.jobs import Job
-from llava_edge.runtimes.language import Key, LanguageModel
+from llava_edge.runtimes.kv_cache import Key
+from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.projector import gelu
 from llava_edge.runtimes.sampling import Sampler

@@ -13,11 +13,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from llava_edge.runtimes import language as model
-from llava_edge.runtimes import machine
+from llava_edge.runtimes import machine, threads
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.machine import ExternalLoad
-from llava_edge.runtimes.threads import MAX_BACKOFF, AdaptiveThreads
+from llava_edge.runtimes.threads import MAX_BACKOFF, AdaptiveThreads, PassThreads
 
 QUIET, BUSY = (0.0, 1.5), (0.6, 0.0)  # processors' worth of waiting, and of idleness, during a window
 
@@ -60,13 +59,13 @@ def test_texts_of_small_models_are_left_to_threads_that_do_not_wait(
 ) -> None:
     used: list[int] = []
     monkeypatch.setattr(language.library, "llama_set_n_threads", lambda context, one, many: used.append(many))
-    monkeypatch.setattr(language, "_threads_vary", True)
-    monkeypatch.setattr(language, "_threads", 5)
-    monkeypatch.setattr(language._adaptive, "next", lambda: 3)
+    chosen = PassThreads(5, vary=True, all_ours=False)
+    monkeypatch.setattr(language, "_threads", chosen)
+    monkeypatch.setattr(chosen._adaptive, "next", lambda: 3)
     never = threading.Event()
     language.truncate(0)
     language.evaluate_tokens([5] * 20, never)
-    monkeypatch.setattr(model, "SMALL_PRODUCT", 20 * language.hidden_size**2)
+    monkeypatch.setattr(threads, "SMALL_PRODUCT", 20 * language.hidden_size**2)
     language.evaluate_tokens([5] * 20, never)
     language.evaluate_tokens([5], never)
     language.evaluate_embeddings(np.zeros((19, language.hidden_size), np.float32), [("", i) for i in range(19)], never)

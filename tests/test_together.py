@@ -18,7 +18,8 @@ from llava_edge.errors import BundleError, ContextOverflowError, UsageError
 from llava_edge.options import EngineOptions, Options, Result, TokenChance, result_of
 from llava_edge.runtimes import decoding
 from llava_edge.runtimes.branches import Branches
-from llava_edge.runtimes.language import MAX_BRANCHES, LanguageModel
+from llava_edge.runtimes.kv_cache import MAX_BRANCHES
+from llava_edge.runtimes.language import LanguageModel
 
 NEVER = threading.Event()
 RED = Image.new("RGB", (48, 32), "red")
