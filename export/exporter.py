@@ -51,11 +51,11 @@ from llava_edge.errors import (
 )
 from llava_edge.export import Progress, held_out, importance, parity, publish, report, verify
 from llava_edge.export.adapter import LowRank, read_back_adapter, write_adapter
-from llava_edge.export.checkpoint import Checkpoint, LanguageFile, open_checkpoint
+from llava_edge.export.checkpoint import Checkpoint, LanguageFile
 from llava_edge.export.clip_onnx import ACTIVATION_BITS, Precision, write_clip
-from llava_edge.export.gguf_pair import open_pair
 from llava_edge.export.llm_gguf import float16_bytes, write_language
 from llava_edge.export.mmproj import check_mmproj, write_mmproj
+from llava_edge.export.opening import check_arguments, open_source
 from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tokenizer import Vocabulary, read_after_control, read_tokenizer
@@ -77,8 +77,7 @@ class ExportOptions:
     """What to export and how.
 
     checkpoint: a LLaVA folder of any layout, or the language GGUF of a pair. out: the bundle folder to create.
-    base, vision_tower, template: parts the checkpoint lacks, see `open_checkpoint`.
-    mmproj: the other file of a pair; `quant` is then the language file's own.
+    base, vision_tower, template, mmproj: see `open_source`. With `mmproj`, `quant` is the language file's own.
     emit_mmproj: also write the vision tower and projector to this file, for llama.cpp's programs.
     name: of the model; by default the name of `out`. provenance: the sources of its parts.
     force: replace an existing bundle. force_publish: publish even if parity fails.
@@ -121,13 +120,7 @@ class ExportOptions:
             raise OptionError("threads", f"is {self.threads}; expected an integer from 0 to {MAX_THREADS}.")
         if not self.name.isprintable() or self.name.isspace():
             raise UsageError(f"{self.name!r} cannot be a model's name; expected printable characters.")
-        if self.mmproj and self.checkpoint.is_dir():
-            raise UsageError(
-                f"{self.checkpoint} is a folder, but --mmproj belongs to a language model that is a GGUF file; "
-                "omit it (--emit-mmproj of 'llava-edge export' writes such a file)."
-            )
-        if self.mmproj and (self.base or self.vision_tower):
-            raise UsageError("A pair of GGUF files is complete; leave out --base and --vision-tower.")
+        check_arguments(self.checkpoint, self.base, self.vision_tower, self.mmproj)
 
 
 def export(
@@ -143,7 +136,13 @@ def export(
     require_extra()
     out = _real_target(options.out)
     progress("reading the checkpoint", None)
-    checkpoint = open_source(options)
+    checkpoint = open_source(
+        options.checkpoint,
+        base=options.base,
+        vision_tower=options.vision_tower,
+        mmproj=options.mmproj,
+        template=options.template,
+    )
     for note in checkpoint.notes:
         progress(note, None)
     language = checkpoint.language_file or read_tokenizer(checkpoint.tokenizer, checkpoint.config)
@@ -187,20 +186,6 @@ def require_extra() -> None:
     with held_back():
         for package in ("gguf", "onnx", "safetensors"):
             import_module(package)
-
-
-def open_source(options: ExportOptions) -> Checkpoint:
-    """Open the checkpoint or pair given by `options`. Raises what `open_checkpoint` and `open_pair` raise."""
-    if options.mmproj is not None:
-        return open_pair(options.checkpoint, options.mmproj, options.template or "")
-    if options.checkpoint.is_file():
-        raise UsageError(
-            f"{options.checkpoint} is a file; a GGUF language model needs its picture encoder too (--mmproj FILE), "
-            "and a checkpoint is given as a folder."
-        )
-    return open_checkpoint(
-        options.checkpoint, base=options.base, vision_tower=options.vision_tower, template=options.template
-    )
 
 
 def _real_target(out: Path) -> Path:

@@ -82,17 +82,14 @@ def _source(
 ) -> Checkpoint:
     """Open the checkpoint to compare with, before minutes of reading. Raises `UnavailableError` without PyTorch."""
     from llava_edge.export import parity
-    from llava_edge.export.exporter import ExportOptions, open_source
+    from llava_edge.export.opening import open_source
 
     reason = parity.unavailable_reason()
     if reason:
         raise UnavailableError(reason)
     template = opened.manifest.template
-    options = ExportOptions(
-        against, opened.folder, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template
-    )
     with require_extra("export", "--against"):  # a GGUF checkpoint needs it
-        checkpoint = open_source(options)
+        checkpoint = open_source(against, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template)
     parity.check_same_sizes(opened, checkpoint)
     return checkpoint
 
