@@ -58,8 +58,9 @@ from llava_edge.export.mmproj import check_mmproj, write_mmproj
 from llava_edge.export.opening import check_arguments, open_source
 from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
-from llava_edge.export.tokenizer import Vocabulary, read_after_control, read_tokenizer
+from llava_edge.export.tokenizer import read_after_control, read_tokenizer
 from llava_edge.export.tower import write_tower
+from llava_edge.export.vocabulary import Vocabulary
 from llava_edge.interrupts import held_back
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
 from llava_edge.options import MAX_THREADS

@@ -26,7 +26,7 @@ from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors, tens
 from llava_edge.export.mmproj import ARCHITECTURE, tensor_names
 from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
-from llava_edge.export.tokenizer import CONTROL
+from llava_edge.export.vocabulary import missing_controls
 from llava_edge.gguf import Gguf
 from llava_edge.models import llama_gguf
 from llava_edge.models.config import YI_34B_WIDTH, LlavaConfig, TextConfig, VisionConfig
@@ -258,9 +258,7 @@ def _normalisation(file: Gguf) -> Normalisation:
 
 def _check_tokens(file: Gguf, template: str) -> None:
     tokens, types = file.items("tokenizer.ggml.tokens"), file.items("tokenizer.ggml.token_type")
-    control = {text for text, kind in zip(tokens, types, strict=False) if kind == CONTROL}
-    missing = [text for text in templates.get_template(template).controls if text not in control]
-    if missing:
+    if missing := missing_controls(templates.get_template(template).controls, tokens, types):
         raise CheckpointError(
             f"{file.path} lacks the control tokens {', '.join(missing)} of the prompt layout {template!r}; "
             "name the one that the model was trained with: --template."

@@ -1,4 +1,4 @@
-"""A LLaMA tokenizer saved as `tokenizer.json` only, as by transformers 5 -> SentencePiece scores.
+"""A LLaMA tokenizer saved as `tokenizer.json` only, as by transformers 5 -> the vocabulary fields of a GGUF.
 
 llama.cpp merges the pair of neighbours whose merged piece has the highest score; the file has an ordered list of merges
 instead. The list is converted to scores, and refused if merging by scores would give other tokens.
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.errors import CheckpointError
+from llava_edge.export.bpe_json import read_bpe
+from llava_edge.export.vocabulary import BYTE, UNKNOWN, Vocabulary, require
 from llava_edge.prompt import AfterControl
 
 _SPACE = "▁"
@@ -28,6 +30,28 @@ def is_llama(raw: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json has byte fallback, as SentencePiece does."""
     model = raw.get("model")
     return isinstance(model, dict) and bool(model.get("byte_fallback"))
+
+
+def read_llama(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
+    """Build what `read_sentencepiece` does, from transformers' conversion of a tokenizer.model, parsed as `raw`."""
+    prefix = dummy_prefix(path, raw)
+    model, tokens, types = read_bpe(path, raw, rows)
+    rules = {
+        "has no byte pieces to fall back to": all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)),
+        "looks whole words up before it merges": not model.get("ignore_merges"),
+    }
+    require(path, rules)
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    scores = _merge_scores(path, list(model["vocab"]), merges)
+    kinds = {f"<0x{byte:02X}>": BYTE for byte in range(256)} | {"<unk>": UNKNOWN}
+    return Vocabulary(
+        model="llama",
+        tokens=tokens,
+        types=tuple(kinds.get(text, kind) for text, kind in zip(tokens, types, strict=True)),
+        scores=tuple(scores.get(text, 0.0) for text in tokens),
+        unknown=tokens.index("<unk>") if "<unk>" in tokens else None,
+        add_space_prefix=prefix is not None,
+    )
 
 
 def dummy_prefix(path: Path, raw: Mapping[str, Any]) -> AfterControl | None:
@@ -56,7 +80,7 @@ def _steps(entry: Any, key: str) -> list[Any]:
     return [entry] if entry else []
 
 
-def merge_scores(path: Path, vocabulary: Sequence[str], merges: Sequence[Sequence[str]]) -> dict[str, float]:
+def _merge_scores(path: Path, vocabulary: Sequence[str], merges: Sequence[Sequence[str]]) -> dict[str, float]:
     """Piece -> minus its rank in the merge order; pieces that are never merged are left out."""
     scores: dict[str, float] = {}
     for left, right in merges:

@@ -15,7 +15,7 @@ import numpy as np
 
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.tensors import to_float16
-from llava_edge.export.tokenizer import Vocabulary
+from llava_edge.export.vocabulary import Vocabulary
 from llava_edge.models.config import TextConfig
 from llava_edge.models.llama_gguf import permute, permuted_heads, tensor_names
 

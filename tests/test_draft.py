@@ -17,7 +17,8 @@ from llava_edge.cli import cli
 from llava_edge.errors import BundleError, MissingError, UsageError
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.llm_gguf import write_language
-from llava_edge.export.tokenizer import Vocabulary, read_tokenizer
+from llava_edge.export.tokenizer import read_tokenizer
+from llava_edge.export.vocabulary import Vocabulary
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options
 from llava_edge.runtimes import speculation

@@ -20,9 +20,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer
 
 from llava_edge.errors import CheckpointError, MissingError
+from llava_edge.export.byte_level_json import LLAMA3_SPLIT
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.llm_gguf import write_language
-from llava_edge.export.tokenizer import _LLAMA3_SPLIT, Vocabulary, read_after_control, read_tokenizer
+from llava_edge.export.tokenizer import read_after_control, read_tokenizer
+from llava_edge.export.vocabulary import Vocabulary
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig, from_hf, to_hf
 from llava_edge.runtimes.language import LanguageModel
@@ -354,7 +356,7 @@ PLAIN_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 CUTS = {
     "gpt-2": BYTE_LEVEL,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
-    "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), PLAIN_BYTES]),
+    "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), PLAIN_BYTES]),
 }
 
 
