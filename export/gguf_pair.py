@@ -28,8 +28,8 @@ from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
 from llava_edge.export.vocabulary import missing_controls
 from llava_edge.gguf import Gguf
-from llava_edge.models import llama_gguf
-from llava_edge.models.config import YI_34B_WIDTH, LlavaConfig, TextConfig, VisionConfig
+from llava_edge.models import llama_gguf, trained_layout
+from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig
 from llava_edge.models.shapes import NEWLINE, Shapes, tensor_shapes
 
 V1_IMAGE_SIZE = 224  # of LLaVA v1, which crops; v1.5 has 336 and pads
@@ -116,9 +116,9 @@ def _has_window(text: TextConfig) -> bool:
 
 def _guess_template(text: TextConfig, grids: Grids) -> str:
     """The prompt layout of published LLaVAs with a language model of these sizes."""
-    if (text.intermediate_size, text.num_key_value_heads) == MISTRAL:
-        return "mistral_instruct" if grids or not _has_window(text) else "vicuna_v1"  # vicuna_v1: BakLLaVA
-    return "chatml_direct" if text.hidden_size == YI_34B_WIDTH else "vicuna_v1"
+    mistral = (text.intermediate_size, text.num_key_value_heads) == MISTRAL
+    unlimited = mistral and (bool(grids) or not _has_window(text))
+    return trained_layout.guess_template(hidden_size=text.hidden_size, unlimited_mistral=unlimited)[0]
 
 
 def _read_headers(language: Path, mmproj: Path) -> tuple[Gguf, Gguf]:

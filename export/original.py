@@ -14,7 +14,8 @@ from typing import Any
 
 from llava_edge.errors import CheckpointError, MissingError, UsageError
 from llava_edge.export.tensors import StoredTensor, read_json
-from llava_edge.models.config import YI_34B_WIDTH, VisionConfig
+from llava_edge.models import trained_layout
+from llava_edge.models.config import VisionConfig
 from llava_edge.models.shapes import VISION_PREFIX
 
 MARKERS = ("<im_start>", "<im_end>")  # llava/constants.py
@@ -101,11 +102,9 @@ def guess_template(raw: Mapping[str, Any]) -> tuple[str, str]:
         if rows >= 32004:
             return "multimodal", f"image markers and a padding token ({rows} rows) are those of the first release (v0)"
         return "llava_v1_1", "it has image markers, as the v1-1 checkpoints of July 2023"
-    if "LlavaMistralForCausalLM" in (raw.get("architectures") or []) and raw.get("sliding_window", 4096) is None:
-        return "mistral_instruct", "its language model is a Mistral without sliding window, as LLaVA 1.6's"
-    if raw.get("hidden_size") == YI_34B_WIDTH:
-        return "chatml_direct", "its language model is as wide as Yi-34B"
-    return "vicuna_v1", "that is what LLaVA 1.0, 1.5 and 1.6 on Vicuna are trained with"
+    mistral = "LlavaMistralForCausalLM" in (raw.get("architectures") or [])
+    unlimited = mistral and raw.get("sliding_window", 4096) is None
+    return trained_layout.guess_template(hidden_size=raw.get("hidden_size"), unlimited_mistral=unlimited)
 
 
 def vision_from_folder(folder: Path) -> dict[str, Any]:

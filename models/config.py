@@ -9,13 +9,13 @@ from typing import Any, Literal, TypeVar
 
 from llava_edge.bundle import Merge, Square
 from llava_edge.errors import CheckpointError
+from llava_edge.models.trained_layout import guess_template
 from llava_edge.prompt import AfterControl
 
 _Part = TypeVar("_Part", "VisionConfig", "TextConfig")
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # preprocessor_config.json of openai/clip-vit-*
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-YI_34B_WIDTH = 7168  # hidden size; LLaVA-1.6-34B, whose prompt layout is "chatml_direct", is built on it
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ def from_hf(raw: dict[str, Any]) -> LlavaConfig:
     strategy = raw.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
         raise CheckpointError(f"vision_feature_select_strategy {strategy!r} is unknown; expected default or full.")
+    unlimited = text.get("model_type") == "mistral" and window is None
+    template, _ = guess_template(hidden_size=text.get("hidden_size"), unlimited_mistral=unlimited)
     extra = raw.get("llava_edge") or {}
     tiled = raw.get("model_type") == "llava_next"
     grids = (raw.get("image_grid_pinpoints") or _GRIDS) if tiled else ()
@@ -154,7 +156,7 @@ def from_hf(raw: dict[str, Any]) -> LlavaConfig:
         grids=tuple((int(width), int(height)) for height, width in grids),
         merge=extra.get("merge", "spatial_unpad" if tiled else "flat"),
         image_pool=extra.get("image_pool", 1),
-        template=extra.get("template", _default_template(text, window)),
+        template=extra.get("template", template),
         image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
         image_markers=tuple(extra.get("image_markers", ())),
         after_control=extra.get("after_control", ""),
@@ -190,13 +192,6 @@ def _sliding_window(text: dict[str, Any]) -> int | None:
         return None
     window = text.get("sliding_window", 4096)  # MistralConfig's default; newer files say null
     return None if window is None else int(window)
-
-
-def _default_template(text: dict[str, Any], window: int | None) -> str:
-    """The prompt layout of the published conversions, which config.json does not name."""
-    if text.get("model_type") == "mistral" and window is None:  # with a window (2023): BakLLaVA
-        return "mistral_instruct"
-    return "chatml_direct" if text.get("hidden_size") == YI_34B_WIDTH else "vicuna_v1"
 
 
 def _language_defaults(text: dict[str, Any]) -> dict[str, Any]:
