@@ -24,6 +24,7 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 from llava_edge import Llava, anyres
 from llava_edge.bench import child
+from llava_edge.bench.messages import Task
 from llava_edge.bundle import LANGUAGE, Bundle, Preprocessing, read_manifest, write_manifest
 from llava_edge.errors import BundleError, CheckpointError, ContextOverflowError
 from llava_edge.export import parity
@@ -527,9 +528,8 @@ def test_bench_counts_the_rows_that_are_projected(
 
     monkeypatch.setattr(Projector, "project", project)
     image((90, 40)).save(tmp_path / "wide.png")
-    task = {"bundle": str(bundle), "cache": str(tmp_path / "cache"), "threads": 1, "context": 0, "device": "cpu",
-            "prompt": "hi", "max_tokens": 1, "image_tokens": budget, "preset": "auto",
-            "pictures": {"first": str(tmp_path / "wide.png")}}  # fmt: skip
+    pictures = {"first": str(tmp_path / "wide.png")}
+    task = Task(str(bundle), str(tmp_path / "cache"), 1, 0, "cpu", "auto", "hi", 1, budget, pictures)
     found = child.measure_answers(task)
-    assert found["projected"] == sum(projected) != 0
-    assert (found["projected"] == found["questions"]["first"]["image_tokens"]) == bool(budget)
+    assert found.projected == sum(projected) != 0
+    assert (found.projected == found.answers["first"].result.image_tokens) == bool(budget)

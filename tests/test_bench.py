@@ -27,6 +27,7 @@ from processes import largest_file
 from llava_edge import cli
 from llava_edge.bench import child, records, runner
 from llava_edge.bench.compare import compare, condition_differences, stages
+from llava_edge.bench.messages import Answer, Failure, Sample, Task
 from llava_edge.bench.page import page
 from llava_edge.bench.picture import marked_copy
 from llava_edge.bench.records import (
@@ -44,7 +45,7 @@ from llava_edge.bench.records import (
     Run,
     read_report,
 )
-from llava_edge.bench.runner import Plan, measure, summarize_run
+from llava_edge.bench.runner import MeasurementError, Plan, measure, summarize_run
 from llava_edge.bench.table import comparison, table, to_csv
 from llava_edge.bench.work import Work, bundle_work, initializers
 from llava_edge.bundle import LANGUAGE, VISION, Bundle, Preprocessing
@@ -52,9 +53,11 @@ from llava_edge.errors import DataError, LlavaEdgeError, MissingError
 from llava_edge.image import load_image, preprocess
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 from llava_edge.models.micro import CONFIG
+from llava_edge.options import CacheHit, Memory, PresetName, Result, Timings
 from llava_edge.runtimes import native, roofline
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.native.choice import Status
+from llava_edge.runtimes.roofline import Roofline
 
 ROOT = Path(__file__).parent.parent
 TOO_LONG = 100_000  # positions; the micro model was trained for 512
@@ -72,17 +75,12 @@ def report(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield measure(replace(plan, limits=False))
 
 
-def sample(milliseconds: float, cache: str = "miss") -> dict[str, Any]:
-    """What a child prints when every stage takes `milliseconds`."""
-    timings = dict.fromkeys(("image_ms", "project_ms", "prefill_ms"), milliseconds)
-    timings |= {"preprocess_ms": 2 * milliseconds, "encode_ms": 2 * milliseconds, "ttft_ms": 6 * milliseconds}
-    timings |= {"total_ms": 9 * milliseconds, "decode_tokens_per_s": 1000 / milliseconds}
-    asked = {"timings": timings, "cache": cache, "image_tokens": 10, "prompt_tokens": 20, "completion_tokens": 4}
-    asked |= {"text_known": 3, "accepted_tokens": 0, "finish_reason": "length"}
-    memory = {"peak_rss_bytes": 300, "private_bytes": 200, "file_bytes": 100}
-    process = {"start_ms": milliseconds, "load_ms": milliseconds, "cold_ms": 8 * milliseconds, "device": "cpu"}
-    process |= {"crops": 1, "projected": 40, "integer_projector": False, "integer_prefill": True, "kv": "f16"}
-    return {**process, "questions": dict.fromkeys(QUESTIONS, asked), "memory": memory}
+def sample(milliseconds: float, cache: CacheHit = "miss", **other: Any) -> Sample:
+    """What a child finds when every stage takes `milliseconds`. other: fields of all its results."""
+    ms, memory = milliseconds, Memory(300, 200, 100)
+    timings = Timings(ms, 2 * ms, 2 * ms, ms, 6 * ms, 3 * ms, 1000 / ms, 9 * ms, image_ms=ms, project_ms=ms)
+    answer = Answer(replace(Result("", "length", "m", "cpu", 10, 20, 4, cache, timings, memory), **other), text_known=3)
+    return Sample(ms, ms, 8 * ms, "cpu", 1, 40, False, True, "f16", dict.fromkeys(QUESTIONS, answer), memory)
 
 
 def make_report(*milliseconds: float, peaks: dict[str, dict[str, float]] | None = None, **other: Any) -> Report:
@@ -149,8 +147,9 @@ def test_a_child_that_dies_of_a_signal_is_an_error(tmp_path: Path, monkeypatch: 
     python.write_text("#!/bin/sh\nkill -ILL $$\n", "utf-8")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    found = runner._run_child({"kind": "limits", "threads": 1})
-    assert ("killed by SIGILL" in found["error"], found["exit_code"]) == (True, 69)
+    with pytest.raises(MeasurementError, match="killed by SIGILL") as caught:
+        runner._run_child(Roofline, "limits", "1")
+    assert caught.value.exit_code == 69
 
 
 def test_pictures_of_two_numbers_differ_in_pixels_only(tmp_path: Path) -> None:
@@ -213,7 +212,7 @@ def test_operations_are_those_that_pytorch_counts(micro_checkpoint: Path, micro_
 
 @pytest.mark.parametrize("preset", ["latency", "memory"])
 def test_what_is_counted_as_known_is_not_evaluated(
-    preset: str, micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    preset: PresetName, micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluated: list[int] = []
 
@@ -231,13 +230,12 @@ def test_what_is_counted_as_known_is_not_evaluated(
         path = tmp_path / f"{question}.jpg"
         path.write_bytes(marked_copy(None, number))
         pictures[question] = str(path)
-    task = {"bundle": str(micro_bundle), "cache": str(tmp_path / "cache"), "threads": 1, "context": 0, "device": "cpu",
-            "prompt": "hi", "max_tokens": 1, "image_tokens": 0, "preset": preset, "pictures": pictures}  # fmt: skip
-    found = child.measure_answers(task)
-    first, warm = (found["questions"][name] for name in (FIRST, WARM))
-    assert first["text_known"] == 0 < warm["text_known"]
-    assert sum(evaluated) == 2 * warm["prompt_tokens"] - warm["text_known"]
-    assert found["kv"] == ("q8_0" if preset == "memory" else "f16")
+    cache = str(tmp_path / "cache")
+    found = child.measure_answers(Task(str(micro_bundle), cache, 1, 0, "cpu", preset, "hi", 1, 0, pictures))
+    first, warm = (found.answers[name] for name in (FIRST, WARM))
+    assert first.text_known == 0 < warm.text_known
+    assert sum(evaluated) == 2 * warm.result.prompt_tokens - warm.text_known
+    assert found.kv == ("q8_0" if preset == "memory" else "f16")
 
 
 def test_bytes_of_a_token_are_those_of_the_file(micro_bundle: Path) -> None:
@@ -291,26 +289,24 @@ def test_a_share_is_work_by_time_and_limit() -> None:
     assert asked["prefill"].share == pytest.approx(NEEDED.prefill_ops(20, 3) / 2 / 8e9)
     assert asked["decode"].share == pytest.approx(NEEDED.token_bytes(22) / 2 / 1e9)
     assert asked["image"].share is None
-    ours = summarize_run(SETTINGS, NEEDED, [{**sample(2000), "integer_projector": True}], PEAKS).questions[WARM]
+    ours = summarize_run(SETTINGS, NEEDED, [replace(sample(2000), integer_projector=True)], PEAKS).questions[WARM]
     assert ours.stages["project"].limit == "int8_ops"
-    small = summarize_run(SETTINGS, NEEDED, [{**sample(2000), "kv": "q8_0"}], PEAKS).questions[WARM].stages["decode"]
+    small = summarize_run(SETTINGS, NEEDED, [replace(sample(2000), kv="q8_0")], PEAKS).questions[WARM].stages["decode"]
     keys = NEEDED.token_bytes(22) - NEEDED.token_bytes(0)
     assert small.share == pytest.approx((NEEDED.token_bytes(0) + keys * 34 / 64) / 2 / 1e9)
 
 
 def test_accepted_tokens_take_no_pass_of_their_own() -> None:
-    drafted = sample(2000)
-    drafted["questions"] = {name: {**asked, "accepted_tokens": 2} for name, asked in drafted["questions"].items()}
+    drafted = sample(2000, accepted_tokens=2)
     stage = summarize_run(SETTINGS, NEEDED, [drafted], PEAKS).questions[WARM].stages["decode"]
     assert stage.share == pytest.approx(NEEDED.token_bytes(22) / 3 / 2 / 1e9)
-    for asked in drafted["questions"].values():
-        asked["finish_reason"] = "stop"  # by a fourth token after the first
+    drafted = sample(2000, accepted_tokens=2, finish_reason="stop")  # by a fourth token after the first
     stage = summarize_run(SETTINGS, NEEDED, [drafted], PEAKS).questions[WARM].stages["decode"]
     assert stage.share == pytest.approx(NEEDED.token_bytes(22) / 2 / 2 / 1e9)
 
 
 def test_float_parts_are_compared_with_the_float_limit() -> None:
-    found = {**sample(1000), "integer_prefill": False}
+    found = replace(sample(1000), integer_prefill=False)
     configuration = replace(SETTINGS, vision="fp16", quantization="f16")
     asked = summarize_run(configuration, NEEDED, [found], PEAKS).questions[WARM].stages
     assert (asked["encode"].limit, asked["prefill"].limit) == ("fp32_ops", "fp32_ops")
@@ -323,7 +319,7 @@ def test_float16_weights_that_our_kernels_multiply_have_the_limit_of_integers(
 ) -> None:
     monkeypatch.setattr(native, "activate", lambda: Status("", "", ((kind, "avx2", 32),)))
     assert child._has_f16_kernel() is integers
-    found = {**sample(1000), "integer_prefill": child._has_f16_kernel()}
+    found = replace(sample(1000), integer_prefill=child._has_f16_kernel())
     stage = (
         summarize_run(replace(SETTINGS, quantization="f16"), NEEDED, [found], PEAKS).questions[WARM].stages["prefill"]
     )
@@ -339,7 +335,7 @@ def test_what_a_cache_spared_has_no_share() -> None:
 
 
 def test_without_limits_or_on_another_device_there_are_no_shares() -> None:
-    graphics = {**sample(1), "device": "cuda"}
+    graphics = replace(sample(1), device="cuda")
     for run in (summarize_run(SETTINGS, NEEDED, [sample(1)], {}), summarize_run(SETTINGS, NEEDED, [graphics], PEAKS)):
         assert all(stage.share is None for _, stage in stages(run))
 
@@ -351,12 +347,13 @@ def test_limits_that_cannot_be_measured_are_said_to_be_missing(
     real, broken = runner._run_child, "Its process ran out of <memory>."
     seen: list[int] = []
 
-    def run_child(task: dict[str, Any]) -> dict[str, Any]:
-        if task["kind"] != "limits":
-            return real(task)
-        seen.append(task["threads"])
-        fails = task["threads"] == 1 or seen.count(2) == 1
-        return {"error": broken, "exit_code": 71} if fails else {"threads": 2, **PEAKS["1"]}
+    def run_child(kind: type[Any], *task: str) -> Any:
+        if kind is not Roofline:
+            return real(kind, *task)
+        seen.append(int(task[-1]))
+        if seen[-1] == 1 or seen.count(2) == 1:
+            raise MeasurementError(Failure(broken, 71))
+        return Roofline(2, **PEAKS["1"])
 
     monkeypatch.setattr(runner, "_run_child", run_child)
     plan = Plan([micro_bundle], (1, 2), device="cpu", prompt="hi", max_tokens=2, repeats=2, warmup=0)
@@ -532,7 +529,7 @@ def execute(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_run_child", lambda task: pytest.fail("a process was started"))
+    monkeypatch.setattr(runner, "_run_child", lambda *task: pytest.fail("a process was started"))
 
 
 ONCE = ("--repeats", "1", "--warmup", "0", "--no-limits", "--threads", "1", "--prompt", "hi", "--max-tokens", "2")

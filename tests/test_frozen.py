@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from llava_edge.bench import runner
+from llava_edge.bench.messages import Sample
 from llava_edge.bundle import Bundle
 from llava_edge.errors import UnavailableError
 from llava_edge.models import smol, sources
@@ -44,7 +45,7 @@ def _serve() -> None:
 STARTING: dict[str, Callable[[], object]] = {
     "probe": lambda: probe.check("llama_cpp"),
     "native": lambda: native._run_check(Path("kernels.so")),
-    "bench": lambda: runner._run_child({}),
+    "bench": lambda: runner._run_child(Sample, "answers", "{}"),
     "serve": _serve,
     "pull": lambda: smol._read_from_wheel(smol.CLIP, Path()),
     "train": lambda: list(sources._collect_easy_vqa(Path())),

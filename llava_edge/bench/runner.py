@@ -9,16 +9,17 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_edge import __version__, interpreter
 from llava_edge.bench import records
+from llava_edge.bench.messages import Answer, Failure, Sample, Task
 from llava_edge.bench.picture import marked_copy
 from llava_edge.bench.records import (
     AGAIN,
@@ -42,9 +43,19 @@ from llava_edge.outputs import storage_errors
 from llava_edge.runtimes import machine, native
 from llava_edge.runtimes.pictures import check_budget
 from llava_edge.runtimes.presets import check_context
+from llava_edge.runtimes.roofline import Roofline
 from llava_edge.store import resolve
+from llava_edge.typed import build
 
-Sample = dict[str, Any]  # what child.py prints
+T = TypeVar("T")
+
+
+class MeasurementError(LlavaEdgeError):
+    """A process that measures has failed."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.error)
+        self.exit_code = failure.exit_code
 
 
 @dataclass(frozen=True)
@@ -120,11 +131,10 @@ def measure(plan: Plan, on_step: Callable[[str, float], None] = lambda label, fr
         done = (number + plan.warmup) / len(rounds)
         for count in threads if plan.limits and number >= 0 else ():
             on_step(f"Limits of the machine, threads: {count}", done)
-            limits = _run_child({"kind": "limits", "threads": count})
-            if "error" in limits:
-                errors[str(count)] = limits["error"]
-            else:
-                _update_peaks(peaks, limits)
+            try:
+                _update_peaks(peaks, _run_child(Roofline, "limits", str(count)))
+            except MeasurementError as error:
+                errors[str(count)] = str(error)
         for i, case in enumerate(cases):
             progress = "warming up" if number < 0 else f"{number + 1} of {plan.repeats}"
             on_step(f"{case.configuration.label}: {progress}", done + i / len(cases) / len(rounds))
@@ -170,16 +180,14 @@ class _Case:
                     path.write_bytes(marked_copy(plan.image, 2 * (number + plan.warmup) + offset))
             one, other = map(str, pictures)
             task = _task(plan, self.bundle, self.configuration, str(Path(folder) / "cache"))
-            sample = _run_child({**task, "pictures": {FIRST: one, WARM: other, AGAIN: other}})
-            known_sample = {} if "error" in sample else _run_child({**task, "pictures": {KNOWN: one}})
-        for result in (sample, known_sample):
-            if "error" in result:
-                self.error = LlavaEdgeError(result["error"])
-                self.error.exit_code = result["exit_code"]
+            try:
+                sample = _answer(task, {FIRST: one, WARM: other, AGAIN: other})
+                known_sample = _answer(task, {KNOWN: one})
+            except MeasurementError as error:
+                self.error = error
                 return
         if number >= 0:
-            sample["questions"] |= known_sample["questions"]
-            self.samples.append(sample)
+            self.samples.append(replace(sample, answers=sample.answers | known_sample.answers))
 
     def result(self, peaks: dict[str, dict[str, float]]) -> Run:
         if self.error:
@@ -191,57 +199,62 @@ def summarize_run(
     configuration: Configuration, work: Work, samples: Sequence[Sample], peaks: dict[str, dict[str, float]]
 ) -> Run:
     """Summarize at least one sample of a configuration as medians, extremes and shares of the limits."""
-    device = samples[0]["device"]
+    device = samples[0].device
     limits = peaks.get(str(configuration.threads), {}) if device == "cpu" else {}
     questions = {
-        name: _question(configuration, work, [sample["questions"][name] for sample in samples], samples[0], limits)
+        name: _question(configuration, work, [sample.answers[name] for sample in samples], samples[0], limits)
         for name in QUESTIONS
     }
     process = {
-        records.START: summarize([sample["start_ms"] for sample in samples]),
-        records.LOAD: summarize([sample["load_ms"] for sample in samples]),
-        records.COLD: summarize([sample["cold_ms"] for sample in samples]),
+        records.START: summarize([sample.start_ms for sample in samples]),
+        records.LOAD: summarize([sample.load_ms for sample in samples]),
+        records.COLD: summarize([sample.cold_ms for sample in samples]),
     }
-    memory = {}
-    for kind in ("peak_rss", "private", "file"):
-        values = [sample["memory"][f"{kind}_bytes"] for sample in samples]
-        if None not in values:
-            memory[kind] = int(median(values))
-    return Run(replace(configuration, device=device), "", process, questions, memory)
+    memory = {
+        "peak_rss": [sample.memory.peak_rss_bytes for sample in samples],
+        "private": [sample.memory.private_bytes for sample in samples],
+        "file": [sample.memory.file_bytes for sample in samples],
+    }
+    medians = {kind: int(median(known)) for kind, values in memory.items() if (known := _all_known(values))}
+    return Run(replace(configuration, device=device), "", process, questions, medians)
+
+
+def _all_known(values: Sequence[int | None]) -> list[int]:
+    """The values; none of them if one is unknown."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else []
 
 
 def _question(
-    configuration: Configuration, work: Work, results: list[Sample], sample: Sample, limits: dict[str, float]
+    configuration: Configuration, work: Work, answers: list[Answer], sample: Sample, limits: dict[str, float]
 ) -> Question:
-    timings = [result["timings"] for result in results]
-    cache = tuple(result["cache"] for result in results)
-    tokens = results[0]["image_tokens"]
-    prompt, known_positions, answer = (
-        results[0][name] for name in ("prompt_tokens", "text_known", "completion_tokens")
-    )
+    results = [answer.result for answer in answers]
+    timings = [result.timings for result in results]
+    cache = tuple(result.cache for result in results)
+    tokens, prompt, answered = results[0].image_tokens, results[0].prompt_tokens, results[0].completion_tokens
     # The work of each stage and the limit that bounds it, only where the stage was computed in full.
     stage_work: dict[str, tuple[float, Limit]] = {
-        records.ENCODE: (work.encode_ops * sample["crops"], _product_limit(configuration.vision == "int8")),
-        records.PROJECT: (work.project_ops * sample["projected"], _product_limit(sample["integer_projector"])),
-        records.PREFILL: (work.prefill_ops(prompt, known_positions), _product_limit(sample["integer_prefill"])),
+        records.ENCODE: (work.encode_ops * sample.crops, _product_limit(configuration.vision == "int8")),
+        records.PROJECT: (work.project_ops * sample.projected, _product_limit(sample.integer_projector)),
+        records.PREFILL: (work.prefill_ops(prompt, answers[0].text_known), _product_limit(sample.integer_prefill)),
     }
     stage_work = stage_work if set(cache) == {"miss"} else {}
     # Prefill gives the first token, and the one that ends an answer does not count as one of it.
-    decoded = sum(result["completion_tokens"] - (result["finish_reason"] == "length") for result in results)
-    passes = 1 - sum(result["accepted_tokens"] for result in results) / max(decoded, 1)  # per decoded token
-    stage_work[records.DECODE] = (work.token_bytes(prompt + answer / 2, sample["kv"]) * passes, "read_bytes")
+    decoded = sum(result.completion_tokens - (result.finish_reason == "length") for result in results)
+    passes = 1 - sum(result.accepted_tokens for result in results) / max(decoded, 1)  # per decoded token
+    stage_work[records.DECODE] = (work.token_bytes(prompt + answered / 2, sample.kv) * passes, "read_bytes")
     values = {
-        records.IMAGE: [t["image_ms"] for t in timings],
-        records.PREPROCESS: [t["preprocess_ms"] - t["image_ms"] for t in timings],
-        records.ENCODE: [t["encode_ms"] - t["project_ms"] for t in timings],
-        records.PROJECT: [t["project_ms"] for t in timings],
-        records.PREFILL: [t["prefill_ms"] for t in timings],
-        records.FIRST_TOKEN: [t["ttft_ms"] for t in timings],
-        records.DECODE: [1000 / t["decode_tokens_per_s"] for t in timings if t["decode_tokens_per_s"]],
-        records.TOTAL: [t["total_ms"] for t in timings],
+        records.IMAGE: [t.image_ms for t in timings],
+        records.PREPROCESS: [t.preprocess_ms - t.image_ms for t in timings],
+        records.ENCODE: [t.encode_ms - t.project_ms for t in timings],
+        records.PROJECT: [t.project_ms for t in timings],
+        records.PREFILL: [t.prefill_ms for t in timings],
+        records.FIRST_TOKEN: [t.ttft_ms for t in timings],
+        records.DECODE: [1000 / t.decode_tokens_per_s for t in timings if t.decode_tokens_per_s],
+        records.TOTAL: [t.total_ms for t in timings],
     }
     stages = {name: _stage(times, *stage_work.get(name, (0.0, "")), limits) for name, times in values.items() if times}
-    return Question(cache, tokens, prompt, answer, stages)
+    return Question(cache, tokens, prompt, answered, stages)
 
 
 def _product_limit(integers: bool) -> Limit:
@@ -255,36 +268,46 @@ def _stage(times: list[float], required_work: float, limit: Limit, limits: dict[
     return summarize(times, required_work / (median(times) / 1000) / limits[limit], limit)
 
 
-def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) -> Sample:
-    return {
-        "kind": "answer",
-        "bundle": str(bundle.folder),
-        "cache": cache,
-        "threads": configuration.threads,
-        "context": configuration.context,
-        "device": plan.device,
-        "prompt": plan.prompt,
-        "max_tokens": plan.max_tokens,
-        "image_tokens": configuration.image_tokens,
-        "preset": configuration.preset,
-    }
+def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) -> Task:
+    """The task without its pictures."""
+    return Task(
+        bundle=str(bundle.folder),
+        cache=cache,
+        threads=configuration.threads,
+        context=configuration.context,
+        device=plan.device,
+        preset=configuration.preset,
+        prompt=plan.prompt,
+        max_tokens=plan.max_tokens,
+        image_tokens=configuration.image_tokens,
+        pictures={},
+    )
 
 
-def _run_child(task: Sample) -> Sample:
-    """Run a task in a fresh process and return its result or error. Ctrl-C ends it, too."""
+def _answer(task: Task, pictures: dict[str, str]) -> Sample:
+    return _run_child(Sample, "answers", json.dumps(asdict(replace(task, pictures=pictures))))
+
+
+def _run_child(kind: type[T], *arguments: str) -> T:
+    """Run `child` in a fresh process and return what it found. Ctrl-C ends it, too.
+
+    Raises `MeasurementError`.
+    """
     try:
-        sample: Sample = interpreter.run_json("A measurement", "-m", "llava_edge.bench.child", json.dumps(task))
-        return sample
+        found = interpreter.run_json("A measurement", "-m", "llava_edge.bench.child", *arguments)
     except interpreter.ChildError as error:
-        kind = UnavailableError if error.killed else LlavaEdgeError
-        return {"error": f"Its process {error}; try 'llava-edge doctor'.", "exit_code": kind.exit_code}
+        code = (UnavailableError if error.killed else LlavaEdgeError).exit_code
+        raise MeasurementError(Failure(f"Its process {error}; try 'llava-edge doctor'.", code)) from error
+    if "error" in found:
+        raise MeasurementError(build(Failure, found))
+    return build(kind, found)
 
 
-def _update_peaks(peaks: dict[str, dict[str, float]], limits: Sample) -> None:
+def _update_peaks(peaks: dict[str, dict[str, float]], limits: Roofline) -> None:
     """Keep the best of all repeats: a limit is what the machine can do without other load."""
-    best = peaks.setdefault(str(limits.pop("threads")), {})
-    for name, value in limits.items():
-        best[name] = max(best.get(name, 0.0), value)
+    best = peaks.setdefault(str(limits.threads), {})
+    for name in ("int8_ops", "fp32_ops", "read_bytes"):
+        best[name] = max(best.get(name, 0.0), getattr(limits, name))
 
 
 def _machine() -> dict[str, Any]:
