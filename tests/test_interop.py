@@ -47,9 +47,11 @@ PICTURE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (SIDE, SIDE,
 @pytest.fixture(scope="module")
 def mtmd() -> Any:
     try:
-        return import_module("llama_cpp.mtmd_cpp")
+        module = import_module("llama_cpp.mtmd_cpp")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         pytest.skip(f"this build of llama-cpp-python has no libmtmd: {error}")
+    bindings.library().llama_log_set(bindings._callbacks[0], None)  # importing the package has set its own
+    return module
 
 
 @pytest.fixture
