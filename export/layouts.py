@@ -161,6 +161,7 @@ def _complete_original(source: Source, vision_tower: Path | None) -> Source:
     path, raw, stored, processors = source.config_path, source.raw, source.stored, source.processors
     if not original.is_original(raw):
         raise CheckpointError(f"{path} describes no LLaVA: it has no vision_config, mm_vision_tower or mm_hidden_size.")
+    original.check_supported(path, raw)
     name, reason = original.guess_template(raw)
     notes = [f"Prompt template {name}: {reason}. --template overrides it."]
     if any(key.startswith(VISION_PREFIX) for key in stored):
@@ -185,7 +186,7 @@ def _complete_original(source: Source, vision_tower: Path | None) -> Source:
 
 
 def _default_vision_tower(path: Path, raw: Mapping[str, Any]) -> Path:
-    tower_name = str(raw.get("mm_vision_tower", "CLIP"))
+    tower_name = str(raw.get("mm_vision_tower") or "CLIP")
     if Path(tower_name).is_absolute() and Path(tower_name).is_dir():
         return Path(tower_name)
     if "siglip" in tower_name.lower():  # before gigabytes are downloaded in vain

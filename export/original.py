@@ -34,6 +34,16 @@ _MAX_WIDTH = 1024  # of those; the heads of ViT-H, by others, are 80 wide
 # The language model of each of the repository's classes.
 _LANGUAGE_MODELS = {"LlavaLlamaForCausalLM": "llama", "LlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
 
+_SQUARES = {"square": "crop", "pad": "pad", "anyres": "anyres"}
+
+# Settings with which relatives of LLaVA, under the same classes, see pictures otherwise; the values that LLaVA has.
+_VALUES: dict[str, tuple[str | None, ...]] = {
+    "image_aspect_ratio": (None, *_SQUARES),
+    "mm_image_tower": (None,),  # Video-LLaVA has LanguageBind's, whose sizes are CLIP's
+    "mm_video_tower": (None,),
+    "mm_resampler_type": (None, "identity"),  # LLaVA-NeXT-Video pools
+}
+
 
 def is_original(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is in this layout; both use `model_type` "llava"."""
@@ -46,13 +56,27 @@ def names_template(raw: Mapping[str, Any]) -> bool:
     return isinstance(section, Mapping) and "template" in section
 
 
-def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert `raw`. `vision` is CLIP's vision_config. Raises `CheckpointError` naming an unsupported setting."""
-    value = raw.get("architectures") or "LlavaLlamaForCausalLM"
-    architecture = value if isinstance(value, str) else value[0]
+def check_supported(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a relative of LLaVA, before anything is downloaded for it in vain."""
+    architecture = _architecture(raw)
     if not isinstance(architecture, str) or architecture not in _LANGUAGE_MODELS:
         known = ", ".join(_LANGUAGE_MODELS)
         raise CheckpointError(f"{path} is for {architecture!r}, which is not supported; expected one of {known}.")
+    for key, values in _VALUES.items():
+        if raw.get(key) not in values:
+            expected = " or ".join(map(json.dumps, values))
+            raise CheckpointError(
+                f"{path} sets {key} to {raw[key]!r}; expected {expected}. Only LLaVA is supported, not its relatives."
+            )
+
+
+def _architecture(raw: Mapping[str, Any]) -> Any:
+    value = raw.get("architectures") or "LlavaLlamaForCausalLM"
+    return value if isinstance(value, str) else value[0]
+
+
+def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert `raw`. `vision` is CLIP's vision_config. Raises `CheckpointError` naming an unsupported setting."""
     if "mm_vision_select_layer" not in raw:
         raise CheckpointError(f"{path} does not say which CLIP layer to read; set mm_vision_select_layer (LLaVA: -2).")
     feature = raw.get("mm_vision_select_feature", "patch")
@@ -70,14 +94,14 @@ def to_huggingface(path: Path, raw: Mapping[str, Any], vision: Mapping[str, Any]
     return {
         "model_type": "llava_next" if square == "anyres" else "llava",
         "image_grid_pinpoints": _grids(path, raw) if square == "anyres" else [],
-        "text_config": {**text, "model_type": _LANGUAGE_MODELS[architecture]},
+        "text_config": {**text, "model_type": _LANGUAGE_MODELS[_architecture(raw)]},
         "vision_config": dict(vision),
         "vision_feature_layer": raw["mm_vision_select_layer"],
         "vision_feature_select_strategy": _SELECT_STRATEGIES[feature],
         "image_token_index": raw.get("vocab_size", 32000),
         "llava_edge": {
             "projector_type": raw.get("mm_projector_type") or "linear",
-            "square": {"pad": "pad", "square": "crop"}.get(square, square),
+            "square": _SQUARES[square],
             "merge": (raw.get("mm_patch_merge_type") if square == "anyres" else None) or "flat",
             "template": guess_template(raw)[0],
             "image_markers": list(MARKERS) if raw.get("mm_use_im_start_end") else [],

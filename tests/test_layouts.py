@@ -368,6 +368,16 @@ def test_adapters_of_another_formula_are_refused(
         open_checkpoint(folder, base=parts("language model"))
 
 
+def test_relatives_of_llava_are_refused_before_their_tower_is_asked_for(tensors: Arrays, tmp_path: Path) -> None:
+    """Video-LLaVA's pictures go through LanguageBind's tower, whose sizes are those of CLIP."""
+    video = write.original_config(mm_vision_tower=None, mm_image_tower="LanguageBind/LanguageBind_Image")
+    phi = write.original_config(architectures=["LlavaPhiForCausalLM"])
+    for number, (raw, says) in enumerate(((video, "sets mm_image_tower to 'LanguageBind/"), (phi, "LlavaPhi"))):
+        folder = write.write(tmp_path / str(number), raw, text_and_projector(tensors))
+        with pytest.raises(CheckpointError, match=says):
+            open_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -375,7 +385,8 @@ def test_adapters_of_another_formula_are_refused(
         ({"mm_vision_select_feature": "middle"}, "mm_vision_select_feature"),
         ({"mm_vision_select_layer": None}, "mm_vision_select_layer"),
         ({"mm_projector_type": "ldp"}, "ldp"),
-        ({"image_aspect_ratio": "stretch"}, "stretch"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio to 'anyres_max_9'; expected null or \"square\""),
+        ({"mm_resampler_type": "spatial_pool", "mm_spatial_pool_stride": 2}, "mm_resampler_type to 'spatial_pool'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1e4}}, "'yarn'"),
     ],
