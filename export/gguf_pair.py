@@ -26,7 +26,7 @@ from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors, tens
 from llava_edge.export.mmproj import ARCHITECTURE, tensor_names
 from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
-from llava_edge.export.vocabulary import missing_controls
+from llava_edge.export.vocabulary import check_template, control_tokens
 from llava_edge.gguf import Gguf
 from llava_edge.models import llama_gguf, trained_layout
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig
@@ -258,11 +258,7 @@ def _normalisation(file: Gguf) -> Normalisation:
 
 def _check_tokens(file: Gguf, template: str) -> None:
     tokens, types = file.items("tokenizer.ggml.tokens"), file.items("tokenizer.ggml.token_type")
-    if missing := missing_controls(templates.get_template(template).controls, tokens, types):
-        raise CheckpointError(
-            f"{file.path} lacks the control tokens {', '.join(missing)} of the prompt layout {template!r}; "
-            "name the one that the model was trained with: --template."
-        )
+    check_template(str(file.path), template, control_tokens(tokens, types))
 
 
 def _vision_tensors(file: Gguf, config: LlavaConfig) -> dict[str, StoredTensor]:

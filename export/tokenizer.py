@@ -23,13 +23,13 @@ from llava_edge.export.vocabulary import (
     USER_DEFINED,
     Vocabulary,
     check_size,
+    check_template,
+    control_tokens,
     is_rowless_padding,
-    missing_controls,
     pad,
 )
 from llava_edge.models.config import LlavaConfig
 from llava_edge.prompt import AfterControl
-from llava_edge.templates import get_template
 
 ADDED_SCORE = -1000.0  # the value of llama.cpp's own converter
 
@@ -149,13 +149,9 @@ def _check_vocabulary(folder: Path, config: LlavaConfig, vocabulary: Vocabulary)
         raise CheckpointError(f"{folder} has bos {vocabulary.bos} and eos {vocabulary.eos}, but only {size} tokens.")
     if len(set(vocabulary.tokens)) != size:
         raise CheckpointError(f"The tokenizer in {folder} has the same token twice.")
-    tokens, types = vocabulary.tokens, vocabulary.types
-    if missing := missing_controls(get_template(config.template).controls, tokens, types):
-        raise CheckpointError(
-            f"The prompt template {config.template!r} needs the special tokens {', '.join(missing)}, "
-            f"which the tokenizer in {folder} lacks; pass the layout that the model was trained with as --template."
-        )
-    if missing := missing_controls(config.image_markers, tokens, types):
+    controls = control_tokens(vocabulary.tokens, vocabulary.types)
+    check_template(f"the tokenizer in {folder}", config.template, controls)
+    if missing := [marker for marker in config.image_markers if marker not in controls]:
         raise CheckpointError(
             f"The image markers {', '.join(missing)} are not special tokens of the tokenizer in {folder}."
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from llava_edge.errors import CheckpointError
+from llava_edge.prompt import Message, render
+from llava_edge.templates import get_template
 
 # Token types, the same numbers in SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -64,10 +66,26 @@ def pad(vocabulary: Vocabulary, rows: int) -> Vocabulary:
     )
 
 
-def missing_controls(names: Iterable[str], tokens: Iterable[str], types: Iterable[int]) -> list[str]:
-    """Return those of `names` that are no control tokens."""
-    control = {text for text, kind in zip(tokens, types, strict=False) if kind == CONTROL}
-    return [name for name in names if name not in control]
+def control_tokens(tokens: Iterable[str], types: Iterable[int]) -> set[str]:
+    """Return the tokens that are control tokens."""
+    return {text for text, kind in zip(tokens, types, strict=False) if kind == CONTROL}
+
+
+def check_template(where: str, template: str, controls: Collection[str]) -> None:
+    """Raise `CheckpointError` unless a prompt layout's control tokens, and none of its text, are in `controls`."""
+    remedy = "pass the layout that the model was trained with as --template."
+    missing = [text for text in get_template(template).controls if text not in controls]
+    if missing:
+        raise CheckpointError(
+            f"The prompt template {template!r} needs the special tokens {', '.join(missing)}, which {where} lacks; "
+            + remedy
+        )
+    turns = [Message("user", "", images=1), Message("assistant", ""), Message("user", "")]
+    written = "".join(piece.text for piece in render(template, turns) if piece.kind == "text")
+    if found := min((text for text in controls if text in written), default=None):
+        raise CheckpointError(  # [INST] since Mistral-7B v0.3
+            f"The prompt template {template!r} has {found!r} as text, which is a special token of {where}; {remedy}"
+        )
 
 
 def check_size(folder: Path, size: int, rows: int) -> None:

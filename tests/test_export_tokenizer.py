@@ -247,6 +247,14 @@ def test_image_markers_must_be_special_tokens(tmp_path: Path) -> None:
     assert read_tokenizer(tmp_path, config).types[480:482] == (3, 3)
 
 
+def test_a_layout_that_writes_a_special_token_as_text_is_refused(tmp_path: Path) -> None:
+    """Since Mistral-7B v0.3 the brackets are tokens, which no text becomes; other layouts do not have them."""
+    config = spm_folder(tmp_path, control_symbols="[INST],[/INST]")
+    assert read_tokenizer(tmp_path, config).types[3:5] == (3, 3)
+    with pytest.raises(CheckpointError, match=r"'mistral_instruct' has '\[/INST\]' as text, .* as --template"):
+        read_tokenizer(tmp_path, replace(config, template="mistral_instruct"))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
