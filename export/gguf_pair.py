@@ -70,9 +70,9 @@ def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
         merge="spatial_unpad" if grids else "flat",
         template=template,
         image_token_index=text.vocab_size,
-        # tokenizer_config.json has `legacy: false` for LLaVA-1.5, but not for v1 and Mistral; without a dummy prefix
-        # both are the same.
-        after_control="prefix" if square == "crop" or template == "mistral_instruct" else "bare",
+        # tokenizer_config.json has `legacy: false` for LLaVA-1.5, but not for v1 and Mistral (so BakLLaVA); without a
+        # dummy prefix both are the same.
+        after_control="prefix" if square == "crop" or _is_mistral(text) else "bare",
     )
     fault = tiling_problem(vision.image_size, square, grids, config.merge, config.image_tokens)
     if fault:
@@ -111,13 +111,16 @@ def _square(vision: VisionConfig, projector: str, grids: Grids) -> tuple[Square,
 
 def _has_window(text: TextConfig) -> bool:
     """Whether it is Mistral's first 7B, whose sliding window is not in the GGUF. Later ones have another rope_theta."""
-    return (text.intermediate_size, text.num_key_value_heads) == MISTRAL and text.rope_theta == 10000
+    return _is_mistral(text) and text.rope_theta == 10000
+
+
+def _is_mistral(text: TextConfig) -> bool:
+    return (text.intermediate_size, text.num_key_value_heads) == MISTRAL
 
 
 def _guess_template(text: TextConfig, grids: Grids) -> str:
     """The prompt layout of published LLaVAs with a language model of these sizes."""
-    mistral = (text.intermediate_size, text.num_key_value_heads) == MISTRAL
-    unlimited = mistral and (bool(grids) or not _has_window(text))
+    unlimited = _is_mistral(text) and (bool(grids) or not _has_window(text))
     return trained_layout.guess_template(hidden_size=text.hidden_size, unlimited_mistral=unlimited)[0]
 
 

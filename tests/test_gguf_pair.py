@@ -26,6 +26,7 @@ from llava_edge.export.mmproj import check_mmproj
 from llava_edge.export.mmproj import write_mmproj as write_ours
 from llava_edge.export.quantize import quantize
 from llava_edge.export.tensors import StoredTensor
+from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import llama_gguf, micro
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
 
@@ -250,6 +251,22 @@ def test_the_language_model_suggests_the_prompt_layout() -> None:
     bakllava = replace(cases["mistral_instruct"], rope_theta=10000.0)  # the first Mistral, with a window
     assert gguf_pair._guess_template(bakllava, ()) == "vicuna_v1"
     assert gguf_pair._guess_template(bakllava, ((672, 336),)) == "mistral_instruct"  # LLaVA-1.6
+
+
+def test_every_mistral_has_the_legacy_tokenizer(tmp_path: Path) -> None:
+    """BakLLaVA too, whose prompt layout is LLaVA-1.5's: `USER` after `</s>` begins with a space."""
+    text = replace(CONFIG.text, hidden_size=64, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1)
+    found = []
+    for width in (512, 14336):
+        config = replace(CONFIG, text=replace(text, intermediate_size=width))
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        checkpoint = open_checkpoint(micro.write_checkpoint(folder, config=config))
+        llm_gguf.write_language(checkpoint, read_tokenizer(folder, config), folder / "model.gguf", "test")
+        stored = published(dict(checkpoint.tensors), BLOCKS, swapped=True)
+        mmproj = write_mmproj(folder / "mmproj.gguf", config, stored)
+        found.append(open_pair(folder / "model.gguf", mmproj, "chatml").config.after_control)
+    assert found == ["bare", "prefix"]
 
 
 # --- negative controls -----------------------------------------------------------------------------------------
