@@ -30,6 +30,7 @@ from llava_edge.export.vocabulary import (
 )
 from llava_edge.models.config import LlavaConfig
 from llava_edge.prompt import AfterControl
+from llava_edge.templates import get_template
 
 ADDED_SCORE = -1000.0  # the value of llama.cpp's own converter
 
@@ -40,12 +41,20 @@ def read_tokenizer(folder: Path, config: LlavaConfig) -> Vocabulary:
     Embedding rows after the tokenizer's last token become unused `[PADi]` tokens.
     """
     try:
-        vocabulary = pad(_read(folder, config), config.text.vocab_size)
+        vocabulary = _with_controls(pad(_read(folder, config), config.text.vocab_size), config)
         "".join((*vocabulary.tokens, *vocabulary.merges)).encode()  # all are valid strings
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
         raise CheckpointError(f"The tokenizer in {folder} has a value of the wrong type: {error!r}.") from error
     _check_vocabulary(folder, config, vocabulary)
     return vocabulary
+
+
+def _with_controls(vocabulary: Vocabulary, config: LlavaConfig) -> Vocabulary:
+    """Make what prompts have as control tokens be some: Yi's `<|im_start|>` is a piece that any text can become."""
+    controls = {*get_template(config.template).controls, *config.image_markers}
+    pairs = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    types = (CONTROL if kind == USER_DEFINED and text in controls else kind for text, kind in pairs)
+    return replace(vocabulary, types=tuple(types))
 
 
 def read_after_control(folder: Path, config: LlavaConfig) -> AfterControl:

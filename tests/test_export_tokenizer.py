@@ -27,6 +27,7 @@ from llava_edge.export.tokenizer import read_after_control, read_tokenizer
 from llava_edge.export.vocabulary import Vocabulary
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig, from_hf, to_hf
+from llava_edge.prompt import Message, encode, render
 from llava_edge.runtimes.language import LanguageModel
 
 TEXTS = (
@@ -236,6 +237,20 @@ def test_a_prefix_space_that_tokenizers_disagree_about_is_refused(legacy: dict[s
         read_tokenizer(tmp_path, config)
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(add_dummy_prefix=False))  # has none, as Yi's
     assert not read_tokenizer(tmp_path, config).add_space_prefix
+
+
+def test_pieces_that_a_layout_has_as_control_tokens_become_some(tmp_path: Path) -> None:
+    """Yi's `<|im_start|>` is a user-defined piece of its tokenizer.model and no special token in any other file."""
+    settings: dict[str, Any] = {"add_dummy_prefix": False, "user_defined_symbols": "<|im_start|>,<|im_end|>"}
+    config = replace(spm_folder(tmp_path, **settings), template="chatml_direct")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false, "eos_token": "<|im_end|>"}', "utf-8")
+    vocabulary, theirs = read_tokenizer(tmp_path, config), sentencepiece.SentencePieceProcessor()
+    theirs.LoadFromSerializedProto(sentencepiece_model(**settings))
+    model = engine(tmp_path, vocabulary)
+    with closing(model):
+        pieces = render("chatml_direct", [Message("user", "What is it?")])
+        ids = encode(pieces, model.vocabulary.tokenize, model.vocabulary.control_id)
+    assert ids == theirs.Encode("".join(piece.text for piece in pieces))
 
 
 def test_image_markers_must_be_special_tokens(tmp_path: Path) -> None:
