@@ -63,7 +63,7 @@ def merge_adapter(folder: Path, base: Stored) -> Stored:
         full_tensors = {_strip_prefixes(name): tensor for name, tensor in open_file(folder / NON_LORA).items()}
         merged |= rename_tensors(folder, full_tensors)
     for name, pair in pairs.items():
-        merged[name] = _merged_tensor(folder, name, base.get(name), pair, scale, rank)
+        merged[name] = _merged_tensor(folder, name, merged.get(name), pair, scale, rank)
     return merged
 
 
@@ -97,8 +97,8 @@ def _scale_and_rank(path: Path) -> tuple[float, int]:
 
 
 def _strip_prefixes(name: str) -> str:
-    """Strip the prefixes of peft's wrapper, and the extra one of LLaVA's trainer (llava/model/builder.py)."""
-    name = re.sub(r"^base_model\.(model\.)?", "", name)
+    """Strip what peft's wrappers put into names, and the extra prefix of LLaVA's trainer (llava/model/builder.py)."""
+    name = re.sub(r"^base_model\.(model\.)?", "", name).replace(".base_layer.", ".")
     return re.sub(r"^model\.model\.", "model.", name)
 
 

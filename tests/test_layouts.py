@@ -133,6 +133,24 @@ def test_an_adapter_that_brings_a_larger_vocabulary(tensors: Arrays, tmp_path: P
     assert checkpoint.config.text.vocab_size == micro.VOCABULARY + 2
 
 
+def test_an_adapter_of_the_head_and_of_biases(tensors: Arrays, tmp_path: Path) -> None:
+    """What peft stores of a layer besides its two matrices: an adapted head whole, and biases with bias="all"."""
+    base = micro.write_checkpoint(tmp_path / "base", tensors=tensors)
+    folder, merged = write.write_lora(tmp_path / "lora", tensors, write.original_config(), rank=4, alpha=8)
+    adapter = torch.load(folder / "adapter_model.bin")
+    a, b = torch.full((4, merged[HEAD].shape[1]), 0.1), torch.full((len(merged[HEAD]), 4), 0.2)
+    stem = "base_model.model.lm_head"
+    adapter |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    adapter[f"{stem}.base_layer.weight"] = torch.from_numpy(tensors[HEAD] + 1)
+    merged[HEAD] = tensors[HEAD] + 1 + 2 * (b @ a).numpy()
+    bias = "encoder.layers.0.mlp.fc1.bias"
+    merged[VISION_PREFIX + bias] = tensors[VISION_PREFIX + bias] + 1
+    stored = f"base_model.model.model.vision_tower.vision_model.{bias}".replace(".bias", ".base_layer.bias")
+    adapter[stored] = torch.from_numpy(merged[VISION_PREFIX + bias])
+    torch.save(adapter, folder / "adapter_model.bin")
+    opens_as(open_checkpoint(folder, base=base), merged, 1e-6)
+
+
 def test_a_lora_without_its_projector_asks_for_the_file(tensors: Arrays, tmp_path: Path) -> None:
     base = write.write_language_model(tmp_path / "vicuna", tensors)
     folder, _ = write.write_lora(tmp_path / "lora", tensors, write.original_config())
