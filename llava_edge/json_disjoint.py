@@ -6,12 +6,14 @@ tell, schemas count as overlapping.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
-MAX_PAIRS, MAX_DEPTH = 10_000, 32  # compared: schemas may refer to themselves, or list hundreds of others
+MAX_STEPS, MAX_DEPTH = 100_000, 32  # schemas may refer to themselves, or list hundreds of others
+
+Constants = set[tuple[bool, Any]]
+Facts = tuple[Constants | None, set[str]]  # of a schema: its constants and types
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
@@ -27,15 +29,15 @@ def has_type(value: object, kind: object) -> bool:
 
 
 class DisjointChecker:
-    """Compares schemas that are parts of one, `MAX_PAIRS` in all.
+    """Compares schemas that are parts of one, in `MAX_STEPS` in all: a pair, 20 values, or 50 characters of a "$ref".
 
     resolve: returns the schema that "#/..." refers to; it may raise.
     """
 
     def __init__(self, resolve: Callable[[str], object]) -> None:
         self._resolve = resolve
-        self._remaining_pairs = MAX_PAIRS
-        self._facts: dict[int, tuple[set[str] | None, set[str]]] = {}  # id of a schema -> its constants and types
+        self._remaining_steps = MAX_STEPS
+        self._facts: dict[int, Facts] = {}  # by id of a schema
 
     def pairwise(self, schemas: Sequence[object]) -> bool:
         """Whether no two of them overlap."""
@@ -43,9 +45,11 @@ class DisjointChecker:
 
     def _pair(self, a: object, b: object, depth: int = 0) -> bool:
         """Whether types, constants or a property that both require tell them apart."""
-        self._remaining_pairs -= 1
+        self._remaining_steps -= 1
+        if self._remaining_steps < 0 or depth > MAX_DEPTH:
+            return False
         a, b = self._follow_ref(a), self._follow_ref(b)
-        if self._remaining_pairs < 0 or depth > MAX_DEPTH or not isinstance(a, dict) or not isinstance(b, dict):
+        if not isinstance(a, dict) or not isinstance(b, dict):
             return False
         for one, other in ((a, b), (b, a)):
             options = one.get("anyOf", one.get("oneOf"))
@@ -53,7 +57,8 @@ class DisjointChecker:
                 return isinstance(options, list) and all(self._pair(each, other, depth + 1) for each in options)
         (a_constants, a_types), (b_constants, b_types) = self._facts_of(a), self._facts_of(b)
         if a_constants is not None and b_constants is not None:
-            return not a_constants & b_constants
+            self._remaining_steps -= min(len(a_constants), len(b_constants)) // 20
+            return a_constants.isdisjoint(b_constants)
         if not a_types & b_types:
             return True
         required = _required_properties(b)
@@ -63,7 +68,7 @@ class DisjointChecker:
             if name in required
         )
 
-    def _facts_of(self, schema: dict[str, Any]) -> tuple[set[str] | None, set[str]]:
+    def _facts_of(self, schema: dict[str, Any]) -> Facts:
         """Found once for each schema: it may list thousands of values."""
         if id(schema) not in self._facts:
             self._facts[id(schema)] = _constants(schema), _types(schema)
@@ -71,7 +76,10 @@ class DisjointChecker:
 
     def _follow_ref(self, schema: object) -> object:
         target = schema.get("$ref") if isinstance(schema, dict) else None
-        return self._resolve(target) if isinstance(target, str) else schema
+        if not isinstance(target, str):
+            return schema
+        self._remaining_steps -= len(target) // 50
+        return self._resolve(target)
 
 
 def _listed_values(schema: dict[str, Any]) -> list[Any] | None:
@@ -80,12 +88,15 @@ def _listed_values(schema: dict[str, Any]) -> list[Any] | None:
     return values if isinstance(values, list) else None
 
 
-def _constants(schema: dict[str, Any]) -> set[str] | None:
-    """The only values that satisfy a schema, as JSON; None if it lists none, or objects or arrays among them."""
+def _constants(schema: dict[str, Any]) -> Constants | None:
+    """The only values that satisfy a schema, as (is a boolean, value): in Python 1 is True, in JSON it is 1.0 alone.
+
+    None if it lists none, or objects or arrays among them.
+    """
     values = _listed_values(schema)
     if values is None or any(isinstance(value, dict | list) for value in values):
         return None
-    return {json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values}
+    return {(isinstance(value, bool), value) for value in values}
 
 
 def _types(schema: dict[str, Any]) -> set[str]:

@@ -23,6 +23,7 @@ MAX_RULES = 500
 MAX_ALTERNATIVES = 500  # of an enum, anyOf or oneOf
 MAX_REPETITIONS = 500  # bound on lengths and item counts: llama.cpp expands each repetition
 MAX_DEPTH = 32
+MAX_PATH = 100  # characters of where an error is
 MAX_PATTERNS, MAX_STATES = 50, 1000  # and of all their automata
 
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
@@ -109,6 +110,7 @@ class _Converter:
             raise _schema_error(path, f"is {_abbreviate(schema)}, not an object")
         if depth > MAX_DEPTH:
             raise _schema_error(path, f"is nested deeper than {MAX_DEPTH} levels")
+        path = path[:MAX_PATH]  # each schema below copies it
         keywords = set(schema) - _ANNOTATIONS
         if not keywords:
             return "value"
@@ -297,13 +299,13 @@ class _Converter:
         if not properties and extra is not False:
             value = self._rule(self._convert_nested(extra, f"{path}/additionalProperties", depth + 1))
             return f'"{{" (string colon {value} (comma string colon {value})*)? "}}"'
-        rest, begin = '""', '""'
+        rest, begin, names = '""', '""', set(required)
         for name, value in reversed(properties.items()):
             member = f"{_literal(name, path)} colon " + self._convert_nested(
                 value, f"{path}/properties/{name}", depth + 1
             )
             member, after = self._rule(member), self._rule(rest)
-            is_required = name in required
+            is_required = name in names
             begin = f"{member} {after}" if is_required else f"{member} {after} | {self._rule(begin)}"
             rest = f"comma {member} {after}" if is_required else f"(comma {member})? {after}"
         return f'"{{" {self._rule(begin)} "}}"'

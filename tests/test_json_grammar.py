@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from datetime import date, datetime, time
 from decimal import Decimal
 from itertools import combinations
+from time import process_time
 from typing import Any, Literal
 from unittest.mock import Mock
 from uuid import UUID
@@ -502,7 +504,7 @@ def test_one_of_schemas_that_share_nothing(options: list[Any]) -> None:
         [_kind("a"), {"properties": {"kind": {"const": "b"}}, "required": ["kind"]}],
         [{}, {"type": "string"}],
         [{"type": "null"}, {"$ref": "#/$defs/self"}],
-        [{"const": i} for i in range(200)],
+        [{"const": i} for i in range(480)],
         [{"type": "object", "required": 5, "properties": {}}, {"type": "object", "required": [[]], "properties": []}],
     ],
     ids=lambda value: str(value)[:60],
@@ -538,6 +540,41 @@ def test_values_are_read_once_however_many_schemas_they_are_compared_with(monkey
     monkeypatch.setattr(json_disjoint, "_constants", counted)
     assert from_schema({"oneOf": [{"enum": list(range(100))}, *({"const": str(i)} for i in range(50))]})
     assert counted.call_count == 51
+
+
+_TYPES = {str(i): _kind(str(i)) for i in range(99)}
+_UNION = {"oneOf": [{"$ref": f"#/$defs/{i}"} for i in range(99)]}
+_LISTS = {str(i): {"enum": list(range(4000 * i, 4000 * i + 4000))} for i in range(40)}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": _TYPES, "type": "array", "prefixItems": [_UNION] * 400},
+        {"$defs": _LISTS, "oneOf": [{"$ref": f"#/$defs/{i}"} for i in range(40)]},
+        {"type": "object", "properties": {"a" * 2_000_000: {"type": "array", "prefixItems": [{}] * 100_000}}},
+        {
+            "type": "object",
+            "properties": {"last": {}} | {str(i): {"type": "null"} for i in range(150)},
+            "required": ["last"] * 3_000_000,
+        },
+        {
+            "$defs": _TYPES | {"far" * 500_000: _TYPES["1"]},
+            "type": "array",
+            "prefixItems": [
+                {"oneOf": [{"$ref": "#/$defs/" + "far" * 500_000}, *({"$ref": f"#/$defs/{i}"} for i in range(2, 90))]}
+            ]
+            * 400,
+        },
+    ],
+    ids=["many oneOf", "long enums", "a long name", "a long list of names", "a long reference"],
+)
+def test_no_schema_takes_long(schema: Any) -> None:
+    """The server converts them while it does nothing else."""
+    start = process_time()
+    with suppress(UsageError):
+        from_schema(schema)
+    assert process_time() - start < 5
 
 
 def test_a_schema_that_only_describes_allows_everything() -> None:
