@@ -17,6 +17,8 @@ from llava_edge.errors import UsageError
 from llava_edge.json_disjoint import TYPES, DisjointChecker, has_type
 from llava_edge.json_numbers import MAX_BOUND, MAX_INTEGER, integer_range, number_range
 from llava_edge.json_pattern import pattern_rules
+from llava_edge.options import MAX_GRAMMAR_CHARACTERS
+from llava_edge.regular import Budget
 from llava_edge.regular_parser import PatternError
 
 MAX_RULES = 500
@@ -24,7 +26,7 @@ MAX_ALTERNATIVES = 500  # of an enum, anyOf or oneOf
 MAX_REPETITIONS = 500  # bound on lengths and item counts: llama.cpp expands each repetition
 MAX_DEPTH = 32
 MAX_PATH = 100  # characters of where an error is
-MAX_PATTERNS, MAX_STATES = 50, 1000  # and of all their automata
+MAX_PATTERNS = 50
 
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
 _ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
@@ -81,7 +83,13 @@ def from_schema(schema: object) -> str:
     converter = _Converter(schema)
     root = converter.convert(schema, "#", 0)
     converter.check_references()
-    return _grammar_text({"root": root, **converter.rules})
+    grammar = _grammar_text({"root": root, **converter.rules})
+    if len(grammar) > MAX_GRAMMAR_CHARACTERS:
+        raise UsageError(
+            f"The JSON schema is too large: its grammar has {len(grammar)} characters; expected at most "
+            f"{MAX_GRAMMAR_CHARACTERS}."
+        )
+    return grammar
 
 
 def _grammar_text(rules: dict[str, str]) -> str:
@@ -97,7 +105,7 @@ class _Converter:
         self._disjoint = DisjointChecker(lambda target: self._resolve(target, "#"))
         self._rule_names: dict[str, str] = {}  # expression -> its rule
         self._patterns: dict[tuple[str, int, int | None], str] = {}  # and bounds on the length -> its rule
-        self._state_count = 0
+        self._budget = Budget()  # of all patterns
         self._active_refs: set[str] = set()  # references being resolved with no bracket of the answer between them
         self._leads_to: dict[str, set[str]] = {}  # reference -> those in it with no bracket before them
         self.rules: dict[str, str] = {}
@@ -225,11 +233,10 @@ class _Converter:
             if len(self._patterns) == MAX_PATTERNS:
                 raise UsageError(f"The JSON schema is too large: it has more than {MAX_PATTERNS} patterns.")
             try:
-                rules = pattern_rules(pattern, low, high, name, MAX_STATES - self._state_count)
+                rules = pattern_rules(pattern, low, high, name, self._budget)
             except PatternError as error:
                 raise _schema_error(path, f"has a pattern that {error}") from error
             self._patterns[key] = name
-            self._state_count += len(rules)
             self.rules |= rules
         return self._patterns[key]
 

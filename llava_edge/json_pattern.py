@@ -7,7 +7,7 @@ state however ambiguous a pattern is, and no answer leads to a dead end. Pattern
 
 from __future__ import annotations
 
-from llava_edge.regular import Ranges, Repeated, TooComplexError, automaton
+from llava_edge.regular import Budget, Ranges, Repeated, TooComplexError, automaton
 from llava_edge.regular_parser import ANY, LAST, PatternError, complement, parse
 
 # What grammars may say in a string, as in `json_grammar`: \b\t\n\f\r, no other control characters, no surrogates.
@@ -15,16 +15,17 @@ _WRITABLE: Ranges = ((8, 10), (12, 13), (0x20, 0x7E), (0x80, 0xD7FF), (0xE000, L
 _ESCAPED = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", ord('"'): '\\"', ord("\\"): "\\\\"}
 
 
-def pattern_rules(pattern: str, low: int, high: int | None, prefix: str, max_states: int) -> dict[str, str]:
+def pattern_rules(pattern: str, low: int, high: int | None, prefix: str, budget: Budget) -> dict[str, str]:
     """Return GBNF rules for strings that match; the first, called `prefix`, is the whole string with its quotes.
 
-    low, high: bounds on the text's length in characters. max_states: there is a rule for each. Raises `PatternError`.
+    low, high: bounds on the text's length in characters. budget: for the automaton; each of its states becomes a rule.
+    Raises `PatternError`.
     """
     choices = parse(pattern)
     if (low, high) != (0, None):
         choices = [[*choice, (Repeated(ANY, low, high), True)] for choice in choices]
     try:
-        states = automaton(choices, _WRITABLE, max_states)
+        states = automaton(choices, _WRITABLE, budget)
     except TooComplexError:
         raise PatternError("is too complex") from None
     if not states:

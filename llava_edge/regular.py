@@ -2,7 +2,7 @@
 
 An expression becomes positions (V. M. Glushkov, 1961), one for each character of it, repeated parts once for each time;
 all positions that a text may be at together are one state (subset construction). Knows nothing about syntax.
-The number of positions and of states is limited, and with them the work.
+Positions, states and steps are limited, and with them time and memory.
 """
 
 from __future__ import annotations
@@ -12,13 +12,23 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-MAX_POSITIONS = 2000  # of all expressions together
-
 Ranges = tuple[tuple[int, int], ...]  # of code points, both ends included, in order, apart from each other
 
 
 class TooComplexError(Exception):
-    """An automaton would exceed a limit."""
+    """An automaton would exceed the budget."""
+
+
+@dataclass
+class Budget:
+    """What automata may still have, all that share it together. Counts states that are found to be useless, too.
+
+    steps: positions of all states, and ranges of all edges.
+    """
+
+    positions: int = 5000
+    states: int = 1000
+    steps: int = 100_000
 
 
 @dataclass(frozen=True)
@@ -63,28 +73,32 @@ class State:
     edges: dict[int, Ranges]
 
 
-def automaton(choices: Sequence[Choice], alphabet: Ranges, max_states: int) -> list[State]:
+def automaton(choices: Sequence[Choice], alphabet: Ranges, budget: Budget) -> list[State]:
     """Return the states of the texts that satisfy one of `choices`; there are none if no text of the alphabet does.
 
     The first state is the start; from each, a text can end. Raises `TooComplexError`.
     """
-    positions = _Positions()
-    wanted = [[(positions.add(node), match) for node, match in choice] for choice in choices]
+    positions = _Positions(budget)
+    wanted = [[(*positions.add(node), match) for node, match in choice] for choice in choices]
     classes: dict[int, list[tuple[int, int]]] = {}  # the characters that the same positions allow
     for low, high in _split(alphabet, positions.cuts()):
         classes.setdefault(positions.allowing(low), []).append((low, high))
     numbers, sets, states = {positions.start: 0}, [positions.start], []
     for current in sets:  # grows
+        budget.states -= 1
+        budget.steps -= current.bit_count()
         following, edges = positions.following(current), dict[int, list[tuple[int, int]]]()
         for allowing, ranges in classes.items():
-            if after := following & allowing:
+            after = following & allowing
+            if any(all(after & own for own, _, match in choice if match) for choice in wanted):
                 if after not in numbers:
                     numbers[after] = len(sets)
                     sets.append(after)
                 edges.setdefault(numbers[after], []).extend(ranges)
-        accepts = any(all(bool(current & ends) == match for ends, match in choice) for choice in wanted)
+                budget.steps -= len(ranges)
+        accepts = any(all(bool(current & ends) == match for _, ends, match in choice) for choice in wanted)
         states.append(State(accepts, {number: _merged(ranges) for number, ranges in edges.items()}))
-        if len(sets) > max_states:
+        if budget.states < 0 or budget.steps < 0:
             raise TooComplexError
     return _live(states)
 
@@ -92,18 +106,19 @@ def automaton(choices: Sequence[Choice], alphabet: Ranges, max_states: int) -> l
 class _Positions:
     """Positions of expressions; a set of them is an integer with a bit for each."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._having: dict[Ranges, int] = {}  # the positions that allow a character out of them
         self._following: list[int] = []  # the positions that a text may go to from each
         self.start = 0
 
-    def add(self, node: Node) -> int:
-        """Add an expression. Returns the positions in which a text that matches it ends."""
+    def add(self, node: Node) -> tuple[int, int]:
+        """Add an expression. Returns its positions, and those of them in which a text that matches it ends."""
         before = self._new(())
         can_be_empty, first, last = self._part(node)
         self._following[before.bit_length() - 1] = first
         self.start |= before
-        return last | before if can_be_empty else last
+        return (1 << len(self._following)) - before, last | before if can_be_empty else last
 
     def cuts(self) -> set[int]:
         """Code points at which the positions that contain a character change."""
@@ -125,7 +140,8 @@ class _Positions:
         return found
 
     def _new(self, ranges: Ranges) -> int:
-        if len(self._following) == MAX_POSITIONS:
+        self._budget.positions -= 1
+        if self._budget.positions < 0:
             raise TooComplexError
         position = 1 << len(self._following)
         self._following.append(0)
@@ -140,18 +156,24 @@ class _Positions:
         if isinstance(node, Either):
             empties, firsts, lasts = zip(*map(self._part, node.options), strict=True)
             return any(empties), _union(firsts), _union(lasts)
-        if isinstance(node, Joined):
-            return self._joined(map(self._part, node.parts))
-        return self._joined(self._times(node))
+        if isinstance(node, Repeated):
+            return self._repeated(node)
+        return self._joined(map(self._part, node.parts))
 
-    def _times(self, node: Repeated) -> Iterator[tuple[bool, int, int]]:
+    def _repeated(self, node: Repeated) -> tuple[bool, int, int]:
+        """Each time follows the one before, never an earlier one, so that a text is at few positions at once."""
+        start, last, ends, can_be_empty = 0, 0, 0, node.low == 0
         for time in range(max(node.low, 1) if node.high is None else node.high):
-            empty, first, last = self._part(node.part)
-            if node.high is None and time >= node.low - 1:
-                self._connect(last, first)
-            yield empty or time >= node.low, first, last
+            empty, first, next_last = self._part(node.part)
             if not first:  # however often: the empty text
-                return
+                return True, 0, 0
+            self._connect(last, first)
+            start, last, can_be_empty = start or first, next_last, can_be_empty or empty
+            if empty or time >= node.low - 1:
+                ends |= last
+        if node.high is None:
+            self._connect(last, first)
+        return can_be_empty, start, ends
 
     def _joined(self, parts: Iterator[tuple[bool, int, int]]) -> tuple[bool, int, int]:
         can_be_empty, first, last = True, 0, 0
@@ -195,13 +217,16 @@ def _merged(ranges: list[tuple[int, int]]) -> Ranges:
 
 def _live(states: list[State]) -> list[State]:
     """Without the states from which no text can end, numbered anew; none if the first is one."""
-    live: set[int] = set()
-    found = {number for number, state in enumerate(states) if state.accepts}
+    sources: list[list[int]] = [[] for _ in states]
+    for number, state in enumerate(states):
+        for to in state.edges:
+            sources[to].append(number)
+    found = [number for number, state in enumerate(states) if state.accepts]
+    live = set(found)
     while found:
-        live |= found
-        found = {
-            number for number, state in enumerate(states) if number not in live and not live.isdisjoint(state.edges)
-        }
+        new = set(sources[found.pop()]) - live
+        live |= new
+        found += new
     if 0 not in live:
         return []
     numbers = {old: new for new, old in enumerate(sorted(live))}

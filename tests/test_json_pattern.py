@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from time import process_time
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from llava_edge import Llava
 from llava_edge.errors import UsageError
 from llava_edge.json_grammar import from_schema
-from llava_edge.regular import Chars, Joined, Repeated, State, automaton
+from llava_edge.regular import Budget, Chars, Joined, Repeated, State, automaton
 from llava_edge.regular_parser import MAX_LENGTH
 
 # As zod 4 (email, ipv4, iso.date, uuid), pydantic (Decimal), and many others write them.
@@ -203,10 +204,32 @@ def test_many_patterns_are_refused() -> None:
     assert from_schema({"type": "object", "properties": same}).count("p0s0 ::=") == 1
 
 
+def test_patterns_together_take_little_time() -> None:
+    """The server makes automata while it does nothing else."""
+    patterns = ["^(?:a*){500}(?:a*){500}(?:a*){500}(?:a*){470}" + f"{i}$" for i in range(50)]
+    start = process_time()
+    with pytest.raises(UsageError, match="too complex"):
+        from_schema({"anyOf": [{"type": "string", "pattern": pattern} for pattern in patterns]})
+    assert process_time() - start < 3
+
+
+def test_lengths_and_patterns_together_stay_small() -> None:
+    assert from_schema({"type": "string", "pattern": DECIMAL[0], "maxLength": 200})
+    fields = {str(i): {"type": "string", "pattern": f"^{i}-[0-9a-f]{{8}}$", "maxLength": 200} for i in range(20)}
+    assert from_schema({"type": "object", "properties": fields})
+
+
+def test_a_grammar_that_no_engine_would_take_is_called_too_large() -> None:
+    characters = "".join(map(chr, range(0x4E00, 0x4E00 + 480)))
+    pattern = f"^(?:[{characters[::2]}][{characters[1::2]}]){{100}}$"
+    with pytest.raises(UsageError, match=r"The JSON schema is too large: its grammar has .* at most 262144"):
+        from_schema({"type": "string", "pattern": pattern})
+
+
 def test_every_state_can_reach_the_end() -> None:
     letter, other = Chars(((97, 97),)), Chars(((98, 98),))
     dead = Joined((other, Chars(())))
-    states = automaton([[(Repeated(letter, 1, 2), True)], [(dead, True)]], ((97, 98),), 10)
+    states = automaton([[(Repeated(letter, 1, 2), True)], [(dead, True)]], ((97, 98),), Budget())
     a: tuple[tuple[int, int], ...] = ((97, 97),)
     assert states == [State(False, {1: a}), State(True, {2: a}), State(True, {})]
-    assert automaton([[(dead, True)]], ((97, 98),), 10) == []
+    assert automaton([[(dead, True)]], ((97, 98),), Budget()) == []
