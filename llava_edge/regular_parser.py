@@ -44,6 +44,9 @@ def complement(ranges: Sequence[tuple[int, int]]) -> Ranges:
 
 
 def _chars(characters: str) -> Ranges:
+    """Raises `PatternError` for half of a surrogate pair, of which two would be one character."""
+    if any("\ud800" <= character <= "\udfff" for character in characters):
+        raise PatternError("has half a surrogate pair; expected the character itself")
     return tuple((ord(character), ord(character)) for character in characters)
 
 
@@ -219,7 +222,7 @@ class _Parser:
         found = _HEXADECIMAL.match(self._pattern, self._at)
         if found and (code := int(found[1] or found[2] or found[3], 16)) <= LAST:
             self._at = found.end()
-            return ((code, code),)
+            return _chars(chr(code))
         name = self._character()
         if name in _CLASSES:
             return _CLASSES[name]
