@@ -24,6 +24,7 @@ from serving import Server, data_url, image_question, png, question, running
 
 from llava_edge import cli
 from llava_edge.errors import MissingError, UsageError
+from llava_edge.server import data_url as data_urls
 from llava_edge.server import guard, json_body, supervisor
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem
@@ -555,6 +556,16 @@ def test_refusing_a_body_takes_little_memory(piece: bytes) -> None:
         with pytest.raises(Problem):
             json_body.parse(body, Limits())
         assert tracemalloc.get_traced_memory()[1] < 4 * len(body) + 80 * Limits().structure
+    finally:
+        tracemalloc.stop()
+
+
+def test_spaces_in_base64_take_little_memory() -> None:
+    url = "data:;base64," + "AA \n" * (1 << 18)
+    tracemalloc.start()
+    try:
+        assert len(data_urls.decode(url, "images")) == (1 << 19) // 4 * 3
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(url)
     finally:
         tracemalloc.stop()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import string
 
 from llava_edge.image_format import ACCEPTED, CONVERT_HEIC
 from llava_edge.server.problems import Problem, bad_request
@@ -25,8 +26,9 @@ def decode(url: object, param: str) -> bytes:
     if not comma or parameters[-1:] != ["base64"] or not _MEDIA_TYPE.fullmatch(media_type):
         raise _unsupported(media_type if parameters[-1:] == ["base64"] else "", param)
     try:
-        standard = "".join(data.split()).rstrip("=").replace("-", "+").replace("_", "/")
-        content = base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
+        letters = data.encode("ascii").translate(None, string.whitespace.encode("ascii")).rstrip(b"=")
+        standard = letters.replace(b"-", b"+").replace(b"_", b"/")
+        content = base64.b64decode(standard + b"=" * (-len(standard) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise bad_request("The image is not valid base64.", param) from error
     if not content:
