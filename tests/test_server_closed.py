@@ -272,6 +272,14 @@ def test_odd_heads(name: str, server: Server) -> None:
 # Forms and types.
 
 
+def test_nothing_after_a_body_of_two_lengths_is_a_request(server: Server) -> None:
+    """A proxy that goes by the other length takes the answer to what follows for the next client's."""
+    head = server.post + b"Content-Length: 40\r\nTransfer-Encoding: chunked\r\n\r\n"
+    host = f"Host: 127.0.0.1:{server.port}\r\n\r\n".encode()
+    answer = server.raw(head + b"2\r\n{}\r\n0\r\n\r\nGET /health HTTP/1.1\r\n" + host, timeout=8)
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
 @pytest.mark.parametrize(
     "kind",
     ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "application/jsonx"],

@@ -23,6 +23,7 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 ]
+_CLOSE = (b"connection", b"close")
 _UNLOGGED = (("/health", 200), ("/metrics", 200))  # polled every few seconds
 _SHORT_DRAIN_STATUSES = (401, 403, 408)  # not authorized, or already out of time for its body
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
@@ -59,7 +60,10 @@ class Middleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = scope["method"], scope["raw_path"], scope["headers"]
-        exchange = _Exchange(receive, send, self._limits, [*_HEADERS, *self._guard.cors_headers(*request)])
+        headers = [*_HEADERS, *self._guard.cors_headers(*request)]
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            headers.append(_CLOSE)  # RFC 9112, 6.1: a proxy in front may have seen another end of the body
+        exchange = _Exchange(receive, send, self._limits, headers)
         start = time.monotonic()
         try:
             self._admit(scope)
@@ -123,4 +127,4 @@ class _Exchange:
             async with asyncio.timeout(seconds):
                 while not self._body_read:
                     await self.receive()
-        return [] if self._body_read else [(b"connection", b"close")]
+        return [] if self._body_read else [_CLOSE]
