@@ -60,6 +60,17 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where nothing is said of threads: two that wait for each other hundreds of times per token cost the tests more
+    than they spare."""
+    from llava_edge.runtimes import machine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "thread_count", lambda: (1, "tests compute with one thread"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def home_of_shared_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is made for many tests is made before `isolated_home`, and must not write to the user's folder either."""
     with pytest.MonkeyPatch.context() as patch:

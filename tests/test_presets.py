@@ -25,6 +25,7 @@ from llava_edge.errors import MemoryLimitError, UnavailableError
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import language, machine, mapping, presets, probe, tune
 from llava_edge.runtimes.loading import Loader
+from llava_edge.runtimes.machine import thread_count  # before `one_thread` replaces it
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.vision import VisionEncoder
 
@@ -116,16 +117,16 @@ def test_the_tightest_quota_of_all_groups_counts(files: dict[str, str], monkeypa
         "/sys/fs/cgroup/user.slice/app.scope/inner/cpu.max": "max 100000",
     }
     monkeypatch.setattr(machine, "allowed_cpus", lambda: set(range(8)))
-    assert machine.thread_count() == (1, "the CPU quota of this process is 1.5 processors")
+    assert thread_count() == (1, "the CPU quota of this process is 1.5 processors")
     files.clear()
     files |= {
         "/proc/self/cgroup": "3:cpu,cpuacct:/docker/abc\n7:memory:/docker/abc",
         "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000",
         "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
     }
-    assert machine.thread_count()[0] == 3
+    assert thread_count()[0] == 3
     files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1"  # none
-    assert machine.thread_count()[0] == 8
+    assert thread_count()[0] == 8
 
 
 def test_clips_second_copy_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
