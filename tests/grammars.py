@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 from llava_edge import Llava, Options
@@ -19,10 +20,26 @@ def sample_json(llava: Llava, grammar: str, seed: int, longest: int = 200) -> An
 
 def allows(llava: Llava, grammar: str, text: str) -> bool:
     """Whether llama.cpp lets the tokens of `text`, and then the end, pass."""
+    with allowing(llava, grammar) as allowed:
+        return allowed(text)
+
+
+@contextmanager
+def allowing(llava: Llava, grammar: str) -> Iterator[Callable[[str], bool]]:
+    """`allows` of many texts: the grammar is parsed once."""
     language = llava._engine.model.scheduler._language
-    tokens = [*language.vocabulary.tokenize(text), language.library.llama_vocab_eos(language.vocabulary.pointer)]
+    library, vocabulary = language.library, language.vocabulary
+    end = library.llama_vocab_eos(vocabulary.pointer)
+
+    def allowed(text: str) -> bool:
+        at_start = library.llama_sampler_clone(sampler._grammar)
+        try:
+            return all(passes(library, at_start, token) for token in [*vocabulary.tokenize(text), end])
+        finally:
+            library.llama_sampler_free(at_start)
+
     with closing(Sampler(language, Options(grammar=grammar))) as sampler:
-        return all(passes(language.library, sampler._grammar, token) for token in tokens)
+        yield allowed
 
 
 def passes(library: Any, grammar: Any, token: int) -> bool:
