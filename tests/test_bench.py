@@ -344,12 +344,12 @@ def test_limits_that_cannot_be_measured_are_said_to_be_missing(
     micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With too little memory for them, say. Where one of several repeats has them, they are known."""
-    real, broken = runner._run_child, "Its process ran out of <memory>."
+    broken = "Its process ran out of <memory>."
     seen: list[int] = []
 
     def run_child(kind: type[Any], *task: str) -> Any:
         if kind is not Roofline:
-            return real(kind, *task)
+            return sample(1)
         seen.append(int(task[-1]))
         if seen[-1] == 1 or seen.count(2) == 1:
             raise MeasurementError(Failure(broken, 71))
