@@ -49,16 +49,29 @@ def run(program: Path, *arguments: str, processor: str = "max", given: bytes = b
 
 
 class Emulated:
-    """A program that `compiled` made, in place of `native_kernels.Kernels`."""
+    """A program that `compiled` made, in place of `native_kernels.Kernels`: one process for each way, until `close`."""
 
     def __init__(self, program: Path) -> None:
         self._program = program
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def attend(self, way: str, q: Array, k: Array, v: Array, mask: Array, threads: int = 1) -> Array:
         """As `native_kernels.Kernels.attend`."""
+        if way not in self._started:
+            command = [str(EMULATOR), "-L", LIBRARIES, "-cpu", PLAIN, str(self._program), "attention", way]
+            self._started[way] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        given, said = self._started[way].stdin, self._started[way].stdout
+        assert given
+        assert said
         head = np.array([len(q), len(k), q.shape[1], k.shape[1], q.shape[2], threads], np.int32)
         halves = [part.astype(np.float16).tobytes() for part in (k, v, mask)]
-        given = b"".join([head.tobytes(), q.astype(np.float32).tobytes(), *halves])
-        said = run(self._program, "attention", way, processor=PLAIN, given=given)
-        assert np.frombuffer(said, np.int32, 1)[0]
-        return np.frombuffer(said, np.float32, offset=4).reshape(q.shape[1], q.shape[0], q.shape[2])
+        given.write(b"".join([head.tobytes(), q.astype(np.float32).tobytes(), *halves]))
+        given.flush()
+        assert said.read(4) == b"\1\0\0\0"  # nothing, where it died
+        found = np.frombuffer(said.read(4 * q.size), np.float32)
+        return found.reshape(q.shape[1], q.shape[0], q.shape[2])
+
+    def close(self) -> None:
+        """End the processes, which must end well."""
+        codes = [process.communicate() and process.returncode for process in self._started.values()]
+        assert not any(codes)

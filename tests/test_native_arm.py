@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -241,10 +242,11 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
     for kernel in PROCESSORS:
         some = taken_by(kernel, products)
         assert all(are_right(some, multiplied(program, some, kernel)))
-    for way, queries in (("few", 9), ("neon", 45)):
-        inputs = check.attention_inputs(4, 2, queries, 523, 80)
-        found = Emulated(program).attend(way, *inputs, threads=2)
-        np.testing.assert_allclose(found, check.exact_attention(*inputs), rtol=0, atol=3e-6)
+    with closing(Emulated(program)) as emulator:
+        for way, queries in (("few", 9), ("neon", 45)):
+            inputs = check.attention_inputs(4, 2, queries, 523, 80)
+            found = emulator.attend(way, *inputs, threads=2)
+            np.testing.assert_allclose(found, check.exact_attention(*inputs), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize(

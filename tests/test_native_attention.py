@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -40,8 +41,9 @@ def kernels(native_build: Path) -> Kernels:
 
 
 @pytest.fixture(scope="module")
-def for_arm(arm_program: Path) -> Emulated:
-    return Emulated(arm_program)
+def for_arm(arm_program: Path) -> Iterator[Emulated]:
+    with closing(Emulated(arm_program)) as started:
+        yield started
 
 
 @pytest.fixture
