@@ -9,8 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from llava_edge.regular import Chars, Choice, Either, Joined, Node, Ranges, Repeated
+
+T = TypeVar("T")
 
 MAX_LENGTH = 1000  # in characters
 MAX_DEPTH = 32
@@ -96,9 +99,7 @@ class _Parser:
         self._depth = 0
 
     def parse(self) -> list[Choice]:
-        choices = [self._anchored()]
-        while self._take("|"):
-            choices.append(self._anchored())
+        choices = self._alternatives(self._anchored)
         if self._next() == ")":
             raise self._error("has a ')' without its '('")
         if self._next():
@@ -112,27 +113,21 @@ class _Parser:
         while sign := self._take("(?=", "(?!"):
             if not at_start:
                 raise self._error("has a lookahead that does not follow '^'")
-            conditions.append((self._nested(self._lookahead), sign == "(?="))
+            conditions.append((self._nested(self._condition), sign == "(?="))
         texts = self._sequence()
         return _Anchored(texts, at_start, bool(self._take("$")), conditions)
 
-    def _lookahead(self) -> Node:
-        options = [self._lookahead_option()]
-        while self._take("|"):
-            options.append(self._lookahead_option())
-        return Either(tuple(options))
-
-    def _lookahead_option(self) -> Node:
+    def _condition(self) -> Node:
+        """One alternative of a lookahead, as all that may follow."""
         self._take("^")  # it is there
         texts = self._sequence()
         return texts if self._take("$") else Joined((texts, _REST))
 
-    def _choice(self) -> Node:
-        """Alternatives inside a group."""
-        options = [self._sequence()]
+    def _alternatives(self, parse: Callable[[], T]) -> list[T]:
+        options = [parse()]
         while self._take("|"):
-            options.append(self._sequence())
-        return Either(tuple(options))
+            options.append(parse())
+        return options
 
     def _sequence(self) -> Node:
         parts = []
@@ -141,16 +136,17 @@ class _Parser:
         return Joined(tuple(parts))
 
     def _nested(self, parse: Callable[[], Node]) -> Node:
+        """Alternatives in parentheses, the first of which has been read."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise PatternError(f"is nested deeper than {MAX_DEPTH} levels")
-        texts = parse()
+        options = self._alternatives(parse)
         self._depth -= 1
         if self._next() == "$":
             raise self._error("has a '$' inside a group")
         if not self._take(")"):
             raise self._error("has a '(' without its ')'")
-        return texts
+        return Either(tuple(options))
 
     def _repeated_atom(self) -> Node:
         atom = self._atom()
@@ -180,7 +176,7 @@ class _Parser:
                 if not (group := _GROUP.match(self._pattern, self._at)):
                     raise self._error("has a kind of group that is not supported there")
                 self._at = group.end()
-            return self._nested(self._choice)
+            return self._nested(self._sequence)
         if self._take("["):
             return Chars(self._bracket())
         if self._take("\\"):
