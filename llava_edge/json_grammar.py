@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from decimal import Decimal
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from llava_edge.errors import UsageError
 from llava_edge.json_disjoint import TYPES, DisjointChecker, has_type
-from llava_edge.json_numbers import MAX_BOUND, MAX_INTEGER, integer_range, number_range
+from llava_edge.json_numbers import MAX_INTEGER_DIGITS, Limits, NumberRules, TooComplexNumbersError
 from llava_edge.json_pattern import pattern_rules
 from llava_edge.options import MAX_GRAMMAR_CHARACTERS
 from llava_edge.regular import Budget
@@ -30,13 +32,13 @@ MAX_PATTERNS = 50
 
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
 _ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
-_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _KEYWORDS = {
     "object": {"properties", "required", "additionalProperties", "propertyNames"},
     "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength", "pattern"},
-    "number": _BOUNDS,
-    "integer": _BOUNDS,
+    "number": _LIMITS,
+    "integer": _LIMITS,
 }
 
 _BASE = {
@@ -83,7 +85,7 @@ def from_schema(schema: object) -> str:
     converter = _Converter(schema)
     root = converter.convert(schema, "#", 0)
     converter.check_references()
-    grammar = _grammar_text({"root": root, **converter.rules})
+    grammar = _grammar_text({"root": root, **converter.rules, **converter.numbers.rules})
     if len(grammar) > MAX_GRAMMAR_CHARACTERS:
         raise UsageError(
             f"The JSON schema is too large: its grammar has {len(grammar)} characters; expected at most "
@@ -106,6 +108,7 @@ class _Converter:
         self._rule_names: dict[str, str] = {}  # expression -> its rule
         self._patterns: dict[tuple[str, int, int | None], str] = {}  # and bounds on the length -> its rule
         self._budget = Budget()  # of all patterns
+        self.numbers = NumberRules()
         self._active_refs: set[str] = set()  # references being resolved with no bracket of the answer between them
         self._leads_to: dict[str, set[str]] = {}  # reference -> those in it with no bracket before them
         self.rules: dict[str, str] = {}
@@ -155,7 +158,7 @@ class _Converter:
         _reject_keywords(keywords - {"type"}.union(*(_KEYWORDS.get(kind, set()) for kind in types)), path)
         types = [kind for kind in types if kind != "integer" or "number" not in types]
         methods = {"object": self._object, "array": self._array, "string": self._string}
-        methods |= {"integer": self._integer, "number": self._number}
+        methods |= {"integer": partial(self._number, integer=True), "number": self._number}
         return self._alternatives(methods[kind](schema, path, depth) if kind in methods else kind for kind in types)
 
     def _alternatives(self, options: Iterator[str]) -> str:
@@ -240,28 +243,22 @@ class _Converter:
             self.rules |= rules
         return self._patterns[key]
 
-    def _integer(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        if not _BOUNDS & set(schema):
-            return "integer"
+    def _number(self, schema: dict[str, Any], path: str, depth: int, integer: bool = False) -> str:
+        kind = "integer" if integer else "number"
+        if not _LIMITS & set(schema):
+            return kind
         low, exclusive_low = _bound(schema, "minimum", path)
         high, exclusive_high = _bound(schema, "maximum", path)
-        least, most = -MAX_INTEGER, MAX_INTEGER
-        if low is not None:
-            least = max(least, math.floor(low) + 1 if exclusive_low else math.ceil(low))
-        if high is not None:
-            most = min(most, math.ceil(high) - 1 if exclusive_high else math.floor(high))
-        if least > most:
-            raise _schema_error(path, f"allows no integer of up to {len(str(MAX_INTEGER))} digits")
-        return self._rule(integer_range(least, most))
-
-    def _number(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        if not _BOUNDS & set(schema):
-            return "number"
-        low, exclusive_low = _bound(schema, "minimum", path)
-        high, exclusive_high = _bound(schema, "maximum", path)
-        expression = number_range(_integer_bound(low, path), _integer_bound(high, path), exclusive_low, exclusive_high)
+        multiple_of = _decimal(schema, "multipleOf", path)
+        if multiple_of is not None and not 0 < multiple_of < 10**MAX_INTEGER_DIGITS:
+            raise _schema_error(path, f"has a multipleOf that is not between 0 and 1e{MAX_INTEGER_DIGITS}")
+        try:
+            limits = Limits(integer, low, high, exclusive_low, exclusive_high, multiple_of)
+            expression = self.numbers.add(limits)
+        except TooComplexNumbersError:
+            raise _schema_error(path, "has too many numbers with a large multipleOf") from None
         if not expression:
-            raise _schema_error(path, "allows no number")
+            raise _schema_error(path, f"allows no {kind} of up to {MAX_INTEGER_DIGITS} digits")
         return self._rule(expression)
 
     def _array(self, schema: dict[str, Any], path: str, depth: int) -> str:
@@ -356,26 +353,23 @@ def _length_range(schema: dict[str, Any], least: str, most: str, path: str) -> t
     return low, high
 
 
-def _bound(schema: dict[str, Any], keyword: str, path: str) -> tuple[int | float | None, bool]:
+def _bound(schema: dict[str, Any], keyword: str, path: str) -> tuple[Decimal | None, bool]:
     """A minimum or maximum, and whether it is exclusive."""
     exclusive = f"exclusive{keyword.capitalize()}"
     if keyword in schema and exclusive in schema:
         raise _schema_error(path, f"has both {keyword} and {exclusive}; expected one of them")
     name = exclusive if exclusive in schema else keyword
-    if name not in schema:
-        return None, False
-    value = schema[name]
+    return _decimal(schema, name, path), name == exclusive
+
+
+def _decimal(schema: dict[str, Any], keyword: str, path: str) -> Decimal | None:
+    """A number as it is written: the shortest text that means this float."""
+    value = schema.get(keyword)
+    if keyword not in schema:
+        return None
     if type(value) is not int and not (type(value) is float and math.isfinite(value)):
-        raise _schema_error(path, f"has {_abbreviate(value)} for {name}; expected a number")
-    return value, name == exclusive
-
-
-def _integer_bound(bound: int | float | None, path: str) -> int | None:
-    if bound is not None and (bound != int(bound) or abs(bound) > MAX_BOUND):
-        raise _schema_error(
-            path, f"bounds a number by {_abbreviate(bound)}; only whole bounds up to {MAX_BOUND} are supported"
-        )
-    return None if bound is None else int(bound)
+        raise _schema_error(path, f"has {_abbreviate(value)} for {keyword}; expected a number")
+    return Decimal(value) if type(value) is int else Decimal(repr(value))
 
 
 def _repetition(low: int, high: int | None) -> str:

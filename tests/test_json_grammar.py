@@ -7,6 +7,7 @@ import re
 from contextlib import suppress
 from datetime import date, datetime, time
 from decimal import Decimal
+from fractions import Fraction
 from itertools import combinations
 from time import process_time
 from typing import Any, Literal
@@ -81,6 +82,9 @@ def satisfies(value: Any, schema: Any, root: Any) -> bool:
         "maximum": lambda high: not isinstance(value, int | float) or value <= high,
         "exclusiveMinimum": lambda low: not isinstance(value, int | float) or value > low,
         "exclusiveMaximum": lambda high: not isinstance(value, int | float) or value < high,
+        "multipleOf": lambda step: (
+            not isinstance(value, int | float) or Fraction(str(value)) % Fraction(str(step)) == 0
+        ),
         "format": lambda name: "maxLength" in schema or not isinstance(value, str) or FORMATS[name](value),
     }
     return all(test(schema[word]) for word, test in tests.items() if word in schema)
@@ -147,6 +151,8 @@ SCHEMAS: dict[str, Any] = {
     "positive": {"type": "number", "exclusiveMinimum": 0.0},
     "latitude": {"type": "number", "minimum": -90, "exclusiveMaximum": 90},
     "negative": {"type": ["number", "integer"], "exclusiveMinimum": -3, "exclusiveMaximum": 0},
+    "price": {"type": "number", "minimum": 0.5, "multipleOf": 0.05},
+    "dozens": {"type": "integer", "exclusiveMinimum": -30, "maximum": 1e4, "multipleOf": 12},
     **{name: {"type": "string", "format": name} for name in FORMATS},
     "code": {"type": "string", "pattern": r"^[A-Z]{2}-\d+$", "minLength": 5, "maxLength": 6, "format": "date"},
     "record": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"const": 1}},
@@ -184,26 +190,50 @@ def test_integers_of_a_range_and_no_others(llava: Llava, one: int, other: int, m
         assert not any(map(allowed, ("", "-", "00", "01", "-01", "1.", "+1", f"{high}a")))
 
 
-SMALL = st.one_of(st.none(), st.integers(-12, 12), st.integers(-(10**9), 10**9))
+LIMIT = st.one_of(
+    st.none(), st.integers(-12, 12), *(st.decimals(-(10**e), 10**e, places=3).map(float) for e in (0, 2, 8))
+)
+STEP = st.sampled_from([None, None, 1, 3, 7, 20, 0.1, 0.25, 0.03, 2.5, 1e-7, 3e-7, 1e-300, 40.0])
 
 
-@given(SMALL, SMALL, st.booleans(), st.booleans(), st.lists(st.decimals(-1000, 1000, places=3), max_size=4))
-@example(0, 1, False, False, [Decimal("0.5"), Decimal("1.001")])
-def test_numbers_of_a_range_and_no_others(
-    llava: Llava, low: int | None, high: int | None, above: bool, below: bool, more: list[Decimal]
+@given(LIMIT, LIMIT, st.booleans(), st.booleans(), STEP, st.lists(st.decimals(-1000, 1000, places=3), max_size=4))
+@example(0, 1, False, False, None, [Decimal("0.5"), Decimal("1.001")])
+@example(0.1 + 0.2, 1e300, True, False, None, [Decimal("0.3"), Decimal("0.300001"), Decimal("99999999999999")])
+@example(-2.5, 2.5, False, True, 0.05, [Decimal("2.45"), Decimal("-2.5"), Decimal("0.30"), Decimal("0.31")])
+def test_numbers_within_limits_and_no_others(
+    llava: Llava,
+    low: float | None,
+    high: float | None,
+    above: bool,
+    below: bool,
+    step: float | None,
+    more: list[Decimal],
 ) -> None:
     if low is not None and high is not None:
         low, high = sorted((low, high))
-        assume(low < high or not (above or below))
     limits = {"exclusiveMinimum" if above else "minimum": low, "exclusiveMaximum" if below else "maximum": high}
+    limits |= {"multipleOf": step}
     schema = {"type": "number", **{name: value for name, value in limits.items() if value is not None}}
-    grammar = from_schema(schema)
-    steps = [Decimal(step) for step in ("-1", "-0.000001", "0", "0.000001", "0.5", "1")]
+    assume(len(schema) > 1)
+    ends = [Decimal(str(end)) for end in (low, high) if end is not None and abs(end) < 1e9]
+    near = [end + Decimal(by) for end in ends for by in ("-1", "-0.00001", "0", "0.00001", "0.5", "1")]
+    multiples = [int(end / Decimal(str(step))) * Decimal(str(step)) for end in ends] if step else []
+    texts = {plain(round(value, 6)) for value in (Decimal(0), *near, *multiples, *more)}
+    right = {text for text in texts if satisfies(json.loads(text), schema, schema)}
+    try:
+        grammar = from_schema(schema)
+    except UsageError:
+        assert right == set()
+        return
     with allowing(llava, grammar) as allowed:
-        for value in [end + step for end in (low, high) if end is not None for step in steps] + more:
-            text = f"{value:f}"
-            assert allowed(text) == satisfies(json.loads(text), schema, schema), text
-        assert not any(map(allowed, ("", "-", "00", ".5", "0.", "1.e5", "01.5")))
+        assert {text for text in texts if allowed(text)} == right
+        assert not any(map(allowed, ("", "-", "00", ".5", "0.", "1.e5", "01.5", "1e1")))
+
+
+def plain(value: Decimal) -> str:
+    text = f"{value:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
 
 
 @pytest.mark.parametrize(
@@ -246,7 +276,7 @@ def test_fields_of_pydantic_are_followed(llava: Llava) -> None:
         "Found",
         count=(int, field(ge=0, description="how many")),
         stars=(int, field(gt=0, lt=6, default=3)),
-        price=(float | None, field(gt=0, default=None)),
+        price=(float | None, field(ge=0.5, multiple_of=0.01, default=None)),
         boxes=(list[box], field(max_length=2)),  # type: ignore[valid-type]
     )
     grammar = from_schema(found.model_json_schema())
@@ -257,7 +287,13 @@ def test_fields_of_pydantic_are_followed(llava: Llava) -> None:
     box_said = {"corners": [0, 17, 640, 480], "score": 0.93, "label": "cat"}
     right = {"count": 12, "stars": 5, "price": 9.99, "boxes": [box_said]}
     assert allows(llava, grammar, json.dumps(right))
-    for wrong in ({"count": -1}, {"stars": 6}, {"price": 0}, {"boxes": [box_said | {"corners": [0, 17, 640]}]}):
+    for wrong in (
+        {"count": -1},
+        {"stars": 6},
+        {"price": 0.49},
+        {"price": 1.005},
+        {"boxes": [box_said | {"corners": [0, 17, 640]}]},
+    ):
         assert not allows(llava, grammar, json.dumps(right | wrong)), wrong
 
 
@@ -299,11 +335,14 @@ def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
 @pytest.mark.parametrize(
     ("schema", "says"),
     [
-        ({"type": "number", "minimum": 0.5}, "only whole bounds"),
-        ({"type": "number", "maximum": 1e10}, "only whole bounds"),
         ({"type": "number", "minimum": 1, "exclusiveMaximum": 1}, "allows no number"),
         ({"type": "number", "minimum": 1, "maximum": 0}, "allows no number"),
-        ({"type": "number", "multipleOf": 2}, "'multipleOf'"),
+        ({"type": "number", "multipleOf": 2, "minimum": 0.5, "maximum": 1.5}, "allows no number"),
+        ({"type": "number", "multipleOf": 0}, "multipleOf that is not between 0"),
+        ({"type": "integer", "multipleOf": -5}, "multipleOf that is not between 0"),
+        ({"type": "integer", "multipleOf": True}, "expected a number"),
+        ({"type": "integer", "multipleOf": 10**9 + 7}, "large multipleOf"),
+        ({"type": "string", "multipleOf": 2}, "'multipleOf'"),
         ({"type": "string", "minimum": 1}, "'minimum'"),
         ({"type": "integer", "minimum": 5, "maximum": 4}, "allows no integer"),
         ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "allows no integer"),
