@@ -17,6 +17,7 @@ from typing import Any
 
 from llava_edge.errors import UsageError
 from llava_edge.json_disjoint import TYPES, DisjointChecker, has_type
+from llava_edge.json_formats import BASE_RULES, FORMAT_PATTERNS
 from llava_edge.json_numbers import MAX_INTEGER_DIGITS, Limits, NumberRules, TooComplexNumbersError
 from llava_edge.json_pattern import pattern_rules
 from llava_edge.options import MAX_GRAMMAR_CHARACTERS
@@ -25,7 +26,8 @@ from llava_edge.regular_parser import PatternError
 
 MAX_RULES = 500
 MAX_ALTERNATIVES = 500  # of an enum, anyOf or oneOf
-MAX_REPETITIONS = 500  # bound on lengths and item counts: llama.cpp expands each repetition
+MAX_REPETITIONS = 100_000  # what lengths and item counts may require; larger maxima are lowered to it
+MAX_UNBLOCKED = 500  # of them; blocks take fewer rules, but llama.cpp follows several ways to read them
 MAX_DEPTH = 32
 MAX_PATH = 100  # characters of where an error is
 MAX_PATTERNS = 50
@@ -40,39 +42,6 @@ _KEYWORDS = {
     "number": _LIMITS,
     "integer": _LIMITS,
 }
-
-_BASE = {
-    "comma": '"," " "?',
-    "colon": '":" " "?',
-    "char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" (bmp | pair))',
-    "bmp": "[0-9a-cA-Ce-fE-F] hex{3} | [dD] [0-7] hex{2}",
-    "pair": r'[dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}',  # two surrogates, one character
-    "hex": "[0-9a-fA-F]",
-    "string": r'"\"" char* "\""',
-    "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
-    "number": 'integer ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?',
-    "boolean": '"true" | "false"',
-    "null": '"null"',
-    "array": '"[" (value (comma value)*)? "]"',
-    "object": '"{" (string colon value (comma string colon value)*)? "}"',
-    "value": "object | array | string | number | boolean | null",
-    "date": r'"\"" day "\""',
-    "time": r'"\"" clock "\""',
-    "datetime": r'"\"" day "T" clock "\""',
-    "uuid": r'"\"" hex{8} ("-" hex{4}){3} "-" hex{12} "\""',
-    "day": 'year "-" (month "-" days | longer "-" ("29" | "30") | longest "-31") | leap "-02-29"',
-    "year": "[1-9] [0-9]{3}",
-    "leap": '[1-9] [0-9] ("0" [48] | [2468] [048] | [13579] [26])',  # without the few that end in 00
-    "month": '"0" [1-9] | "1" [0-2]',
-    "longer": '"0" [13-9] | "1" [0-2]',  # than 28 days
-    "longest": '"0" [13578] | "1" [02]',
-    "days": '"0" [1-9] | "1" [0-9] | "2" [0-8]',
-    "clock": 'hours ":" sixty ":" sixty ("." [0-9]{1,6})? ("Z" | [-+] hours ":" sixty)',  # RFC 3339
-    "hours": '[01] [0-9] | "2" [0-3]',
-    "sixty": "[0-5] [0-9]",
-}
-# Values of `format` that are followed, and their rules; by JSON Schema it need not be, but clients parse such strings.
-_FORMATS = {"date": "date", "time": "time", "date-time": "datetime", "uuid": "uuid"}
 
 
 def any_object() -> str:
@@ -95,7 +64,7 @@ def from_schema(schema: object) -> str:
 
 
 def _grammar_text(rules: dict[str, str]) -> str:
-    return "".join(f"{name} ::= {rule}\n" for name, rule in (rules | _BASE).items())
+    return "".join(f"{name} ::= {rule}\n" for name, rule in (rules | BASE_RULES).items())
 
 
 class _Converter:
@@ -224,8 +193,9 @@ class _Converter:
         if "pattern" in schema:
             return self._pattern(schema["pattern"], low, high, path)
         if (low, high) != (0, None):
-            return rf'"\"" char{_repetition(low, high)} "\""'
-        return _FORMATS.get(str(schema.get("format")), "string")
+            return rf'"\"" {_repeated("char", low, high)} "\""'
+        followed = FORMAT_PATTERNS.get(str(schema.get("format")))
+        return "string" if followed is None else self._pattern(followed, low, high, path)
 
     def _pattern(self, pattern: object, low: int, high: int | None, path: str) -> str:
         if not isinstance(pattern, str):
@@ -276,8 +246,8 @@ class _Converter:
             return f'"[" {self._sequence(listed, low, "")} "]"'
         item = self._item(items, f"{path}/items", depth)
         listed = listed or [item]
-        more = _repetition(max(low - len(listed), 0), None if most is None else most - len(listed))
-        return f'"[" {self._sequence(listed, low, f"(comma {item}){more}")} "]"'
+        least, most = max(low - len(listed), 0), None if most is None else most - len(listed)
+        return f'"[" {self._sequence(listed, low, _repeated(self._rule(f"comma {item}"), least, most))} "]"'
 
     def _item(self, schema: object, path: str, depth: int) -> str:
         return self._rule(self._convert_nested(schema, path, depth + 1))
@@ -345,12 +315,14 @@ def _choices(value: object, path: str) -> list[Any]:
 
 def _length_range(schema: dict[str, Any], least: str, most: str, path: str) -> tuple[int, int | None]:
     for value in (schema[keyword] for keyword in (least, most) if keyword in schema):
-        if type(value) is not int or not 0 <= value <= MAX_REPETITIONS:
-            raise _schema_error(path, f"has a {least} or {most} that is not an integer up to {MAX_REPETITIONS}")
+        if type(value) is not int or value < 0:
+            raise _schema_error(path, f"has a {least} or {most} that is not an integer from 0 on")
     low, high = schema.get(least, 0), schema.get(most)
+    if low > MAX_REPETITIONS:
+        raise _schema_error(path, f"has a {least} above {MAX_REPETITIONS}")
     if high is not None and high < low:
         raise _schema_error(path, f"has a {most} below its {least}")
-    return low, high
+    return low, None if high is None else min(high, MAX_REPETITIONS)
 
 
 def _bound(schema: dict[str, Any], keyword: str, path: str) -> tuple[Decimal | None, bool]:
@@ -372,8 +344,17 @@ def _decimal(schema: dict[str, Any], keyword: str, path: str) -> Decimal | None:
     return Decimal(value) if type(value) is int else Decimal(repr(value))
 
 
-def _repetition(low: int, high: int | None) -> str:
-    return f"{{{low},{'' if high is None else high}}}"
+def _repeated(item: str, low: int, high: int | None) -> str:
+    """`item` from `low` to `high` times; many times as blocks, because llama.cpp makes a rule for each."""
+    if max(low, high or 0) <= MAX_UNBLOCKED:
+        return f"{item}{{{low},{'' if high is None else high}}}"
+    size = math.isqrt(low) or 1
+    required = f"({item}{{{size}}}){{{low // size}}} {item}{{{low % size}}} " if low else ""
+    if high is None:
+        return f"{required}{item}*"
+    size = math.isqrt(high - low) + 1
+    blocks = (high - low - size + 1) // size
+    return f"{required}({item}{{{size}}}){{0,{blocks}}} {item}{{0,{high - low - blocks * size}}}"
 
 
 def _reject_keywords(keywords: set[str], path: str, other_keyword: str = "") -> None:

@@ -27,6 +27,7 @@ SHARED = {
         "image",
         "image_format",
         "json_disjoint",
+        "json_formats",
         "json_grammar",
         "json_numbers",
         "json_pattern",

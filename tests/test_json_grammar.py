@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from datetime import date, datetime, time
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from email.headerregistry import Address
 from fractions import Fraction
+from ipaddress import IPv4Address, IPv6Address
 from itertools import combinations
 from time import process_time
 from typing import Any, Literal
@@ -95,6 +97,11 @@ FORMATS: dict[str, Any] = {
     "time": lambda text: time.fromisoformat(text).tzinfo,
     "date-time": lambda text: datetime.fromisoformat(text).tzinfo,
     "uuid": UUID,
+    "email": lambda text: Address(addr_spec=text),
+    "ipv4": IPv4Address,
+    "ipv6": IPv6Address,
+    "hostname": lambda text: Address(addr_spec=f"me@{text}"),
+    "duration": lambda text: re.search(r"^P(\d|T\d).*[YMDWHS]$", text),
 }
 SHORT = {"type": "string", "maxLength": 5}
 SCHEMAS: dict[str, Any] = {
@@ -243,6 +250,15 @@ def plain(value: Decimal) -> str:
         ("time", "23:59:59Z 00:00:00.123+05:30", "24:00:00Z 12:60:00Z 12:00:00 12:00Z"),
         ("date-time", "2024-02-29T08:30:00-03:00", "2024-02-29 2024-02-29T08:30:00 2024-02-30T08:30:00Z"),
         ("uuid", "01234567-89ab-cdef-ABCD-EF0123456789", "0123456789abcdefABCDEF0123456789 x"),
+        ("email", "ann.b+c@mail.example.com x_1@a-b.io", "ann ann@ @a.com a@b .a@b.com a..b@c.com a@-b.com a@b..com"),
+        ("hostname", "www.example.com a-1.io", "localhost -a.com a-.com a..com a.com. a_b.com"),
+        ("ipv4", "0.0.0.0 192.168.10.1 255.255.255.255", "1.2.3 1.2.3.4.5 256.1.1.1 01.2.3.4 1.2.3.1000"),
+        (
+            "ipv6",
+            ":: ::1 fe80::1 1:2:3:4:5:6:7:8 1:2:3:4:5:6:7:: ::2:3:4:5:6:7:8",
+            ": 1::2::3 12345:: 1:2:3 :1:2:3:4:5:6:7:8",
+        ),
+        ("duration", "P3DT4H30M PT15S P2W P1Y2M3D PT0S", "P P1 1D PT P1H P1DT P1W2D P3M1Y PT1S1M"),
     ],
 )
 def test_formats_that_programs_parse(llava: Llava, name: str, right: str, wrong: str) -> None:
@@ -263,6 +279,15 @@ def test_escapes_are_characters_and_halves_of_a_pair_are_not(llava: Llava) -> No
         assert not any(allows(llava, grammar, f'"{text}"') for grammar in (one, more)), text
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 501), (1, 2083), (600, 601), (640, 1000), (700, None), (0, 10**9)])
+def test_lengths_that_take_blocks(llava: Llava, low: int, high: int | None) -> None:
+    limits = {"minLength": low, "maxLength": high} if high else {"minLength": low}
+    with allowing(llava, from_schema({"type": "string", **limits})) as allowed:
+        for length in (0, low - 1, low, low + 1, low + 22, (high or 2100) - 1, high or 2100, (high or 2100) + 1):
+            if 0 <= length < 3000:
+                assert allowed(f'"{"ab" * (length // 2)}{"c" * (length % 2)}"') == (low <= length <= (high or length))
+
+
 def test_fields_of_pydantic_are_followed(llava: Llava) -> None:
     pydantic = pytest.importorskip("pydantic", reason="pydantic is not installed")
     field = pydantic.Field
@@ -278,6 +303,7 @@ def test_fields_of_pydantic_are_followed(llava: Llava) -> None:
         stars=(int, field(gt=0, lt=6, default=3)),
         price=(float | None, field(ge=0.5, multiple_of=0.01, default=None)),
         boxes=(list[box], field(max_length=2)),  # type: ignore[valid-type]
+        took=(timedelta | None, None),
     )
     grammar = from_schema(found.model_json_schema())
     made = [sample_json(llava, grammar, seed, 400) for seed in range(12)]
@@ -366,7 +392,8 @@ def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
         ({"enum": ["\ud800"]}, "surrogate"),
         ({"$ref": "http://127.0.0.1/x"}, "inside the schema"),
         ({"$ref": "#/$defs/missing"}, "does not exist"),
-        ({"type": "string", "maxLength": 10**9}, "maxLength"),
+        ({"type": "string", "maxLength": -1}, "maxLength"),
+        ({"type": "string", "minLength": 10**9}, "minLength above 100000"),
         ({"type": "string", "minLength": 5, "maxLength": 4}, "below"),
         ({"type": "array", "minItems": -1}, "minItems"),
         ({"type": "array", "minItems": None}, "minItems"),

@@ -1,0 +1,45 @@
+"""What JSON itself allows, as GBNF rules, and what `format` of JSON schemas allows, as regular expressions."""
+
+from __future__ import annotations
+
+BASE_RULES = {
+    "comma": '"," " "?',
+    "colon": '":" " "?',
+    "char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" (bmp | pair))',
+    "bmp": "[0-9a-cA-Ce-fE-F] hex{3} | [dD] [0-7] hex{2}",
+    "pair": r'[dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}',  # two surrogates, one character
+    "hex": "[0-9a-fA-F]",
+    "string": r'"\"" char* "\""',
+    "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
+    "number": 'integer ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?',
+    "boolean": '"true" | "false"',
+    "null": '"null"',
+    "array": '"[" (value (comma value)*)? "]"',
+    "object": '"{" (string colon value (comma string colon value)*)? "}"',
+    "value": "object | array | string | number | boolean | null",
+}
+# Values of `format` that are followed; by JSON Schema it need not be, but clients parse such strings.
+_YEAR = r"[1-9]\d{3}"
+_LEAP_YEAR = r"[1-9]\d(0[48]|[2468][048]|[13579][26])"  # without the few that end in 00
+_DAY = (
+    rf"({_YEAR}-((0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])|(0[13-9]|1[0-2])-(29|30)|(0[13578]|1[02])-31)|{_LEAP_YEAR}-02-29)"
+)
+_TIME = r"([01]\d|2[0-3])(:[0-5]\d){2}(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
+_N = r"\d{1,6}"
+_HOURS = f"T({_N}H({_N}M({_N}S)?)?|{_N}M({_N}S)?|{_N}S)"
+_LABELS = r"([A-Za-z0-9]+(-[A-Za-z0-9]+)*\.)+[A-Za-z]{2,}"
+_BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_GROUP = "[0-9A-Fa-f]{1,4}"
+FORMAT_PATTERNS = {
+    "date": f"^{_DAY}$",
+    "time": f"^{_TIME}$",  # RFC 3339, section 5.6
+    "date-time": f"^{_DAY}T{_TIME}$",
+    "duration": f"^P({_N}W|({_N}Y({_N}M({_N}D)?)?|{_N}M({_N}D)?|{_N}D)({_HOURS})?|{_HOURS})$",  # its appendix A
+    "uuid": "^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$",
+    "email": rf"^[\w+-]+(\.[\w+-]+)*@{_LABELS}$",
+    "hostname": f"^{_LABELS}$",
+    "ipv4": rf"^{_BYTE}(\.{_BYTE}){{3}}$",
+    "ipv6": f"^(({_GROUP}:){{7}}({_GROUP}|:)|:((:{_GROUP}){{1,7}}|:)|({_GROUP}:){{1,6}}:|"
+    + "|".join(f"({_GROUP}:){{1,{7 - after}}}(:{_GROUP}){{1,{after}}}" for after in range(1, 7))
+    + ")$",
+}
