@@ -8,6 +8,7 @@ stays as it is.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -97,10 +98,12 @@ class AdaptiveThreads:
 
     def _read_counters(self) -> tuple[float, float, float] | None:
         """Seconds: now; that this process's threads have waited for processors; that its processors were idle."""
+        if sys.platform != "linux":
+            return None
         try:
             waited = sum(_wait_seconds(folder) for folder in Path("/proc/self/task").iterdir())
             return time.monotonic(), waited, _idle_seconds(os.sched_getaffinity(0))
-        except (OSError, ValueError, IndexError, AttributeError):  # another system, or a kernel that does not count
+        except (OSError, ValueError, IndexError):  # a kernel that does not count
             return None
 
 
