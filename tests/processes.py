@@ -26,12 +26,14 @@ def in_child(
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Writing more than these bytes into a file fails, as on a full disk (EFBIG)."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit, bytecode = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    sys.dont_write_bytecode = True  # Python 3.11 would keep what was cut off, and fail to import it ever after
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        sys.dont_write_bytecode = bytecode
 
 
 def resident(path: Path) -> int:
