@@ -14,8 +14,13 @@ from llava_edge.paths import denied
 HEADROOM = 1.1  # free space required, relative to the estimate
 
 
-def check_output(path: Path, *, distinct_from: Iterable[Path] = (), bundles: Iterable[Path] = ()) -> None:
-    """Raise `CannotCreateError` for "-" or a file that cannot be written, is one of `distinct_from` or in a bundle."""
+def check_output(
+    path: Path, *, distinct_from: Iterable[Path] = (), bundles: Iterable[Path] = (), appended: bool = False
+) -> None:
+    """Raise `CannotCreateError` for "-" or a file that cannot be written, is one of `distinct_from` or in a bundle.
+
+    appended: an old file is added to; otherwise it is replaced, for which its folder has to take files.
+    """
     if str(path) == "-":
         raise CannotCreateError("- does not stand for standard output here; give the name of a file.")
     target = _real_path(path)
@@ -29,7 +34,9 @@ def check_output(path: Path, *, distinct_from: Iterable[Path] = (), bundles: Ite
     if target.is_dir() or not target.parent.is_dir():
         raise CannotCreateError(f"{path} cannot be written: it is a folder, or its folder does not exist.")
     # /dev/stdout exists although its target may have no path; a link to itself has a path but does not exist.
-    if not os.access(path, os.W_OK) if path.exists() else os.path.lexists(target) or write_problem(target.parent):
+    refused = not os.access(path, os.W_OK) if path.exists() else os.path.lexists(target)
+    in_place = _is_special(path) or (appended and path.exists())
+    if refused or (not in_place and write_problem(target.parent)):
         raise CannotCreateError(f"{path} cannot be written to; choose another path.")
 
 
@@ -60,10 +67,14 @@ def check_space(folder: Path, estimate: int, what: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path`; the file written there takes its place at the end, unless there is an error.
 
-    The target of a link is replaced, not the link. A file that is replaced keeps its mode. Raises `OSError`.
+    The target of a link is replaced, not the link. A file that is replaced keeps its mode. A device or a pipe is
+    yielded itself. Raises `OSError`.
     """
     import shutil  # 3 ms
 
+    if _is_special(path):
+        yield path
+        return
     path = _real_path(path)
     temporary = path.with_name(f".llava-edge.{os.getpid()}.{time.monotonic_ns()}.tmp")
     try:
@@ -92,6 +103,11 @@ def storage_errors(path: Path, *exceptions: type[Exception]) -> Iterator[None]:
     except failures as error:
         reason = (isinstance(error, OSError) and error.strerror) or f"{error}, as when the disk is full"
         raise StorageError(f"{path} could not be written: {reason}.") from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, in whose place no file may be put."""
+    return path.exists() and not path.is_file()
 
 
 def _real_path(path: Path) -> Path:

@@ -591,6 +591,18 @@ def test_a_file_that_cannot_be_written_costs_no_measurement(
     assert page_file.read_text("utf-8").startswith("<!doctype html>")
 
 
+def test_an_earlier_file_outlives_a_disk_that_is_full(
+    measured: Report, micro_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page_file = tmp_path / "page.html"
+    page_file.write_text("of last week")
+    with largest_file(100):
+        code, out, err = execute(capsys, "--model", micro_bundle, "--html", page_file)
+    assert (code, out) == (74, measured.to_json() + "\n")
+    assert f"{page_file} cannot be written: File too large" in err
+    assert page_file.read_text() == "of last week"
+
+
 def test_a_full_disk_for_its_pictures_is_named(micro_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with largest_file(100):
         code, _, err = execute(capsys, "--model", micro_bundle, "--no-limits", *AS_MEASURED)

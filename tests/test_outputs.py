@@ -66,11 +66,14 @@ def test_a_dash_would_be_a_file_of_that_name(tmp_path: Path, monkeypatch: pytest
 def test_what_the_system_lets_nobody_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which it lets root, who runs tests."""
     (tmp_path / "old").touch()
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(outputs, "write_problem", lambda folder: "Read-only file system")
-    for name in ("old", "new"):
+    check_output(tmp_path / "old", appended=True)
+    for name, appended in (("new", True), ("new", False), ("old", False)):
         with pytest.raises(CannotCreateError, match="cannot be written to"):
-            check_output(tmp_path / name)
+            check_output(tmp_path / name, appended=appended)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(CannotCreateError, match="cannot be written to"):
+        check_output(tmp_path / "old", appended=True)
 
 
 def test_a_closed_folder_is_not_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,3 +119,15 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (old.read_text(), old.stat().st_mode & 0o777) == ("new", 0o640)
     assert (tmp_path / "link").is_symlink()
     assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    """As a device does: /dev/null must not become a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(pipe) as target:
+        target.write_text("through")
+    assert os.read(reader, 99) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()

@@ -183,7 +183,7 @@ class _AnswerFile:
     """
 
     def __init__(self, path: Path, bundle: Path) -> None:
-        check_output(path, bundles=[bundle])
+        check_output(path, bundles=[bundle], appended=True)
         if path.exists() and not path.is_file():
             raise CannotCreateError(f"{path} is not a regular file, to which answers could be added.")
         self._path = path

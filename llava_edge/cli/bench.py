@@ -11,7 +11,7 @@ import click
 from llava_edge.cli.arguments import image_path
 from llava_edge.errors import LlavaEdgeError, StorageError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS
-from llava_edge.outputs import check_output
+from llava_edge.outputs import check_output, replacing
 from llava_edge.store import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ def _write(*files: tuple[Path | None, Callable[[], str]]) -> None:
     for path, text in files:
         if path is not None:
             try:
-                path.write_text(text(), "utf-8", "replace")  # file names may have bytes that are not UTF-8
+                with replacing(path) as temporary:
+                    temporary.write_text(text(), "utf-8", "replace")  # file names may have bytes that are not UTF-8
             except OSError as error:
                 problems.append(f"{path} cannot be written: {error.strerror}.")
     if problems:

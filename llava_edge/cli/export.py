@@ -18,7 +18,7 @@ from llava_edge.cli.arguments import CheckpointPath, require_extra
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import CannotCreateError, UsageError
 from llava_edge.interrupts import interrupt_on_termination
-from llava_edge.outputs import check_output
+from llava_edge.outputs import check_output, replacing
 
 if TYPE_CHECKING:
     from llava_edge.bundle import ParityRow
@@ -155,7 +155,8 @@ def _write_report(path: Path, report: Report) -> None:
     from llava_edge.export.report import markdown
 
     try:
-        path.write_text(markdown(report), "utf-8")
+        with replacing(path) as temporary:
+            temporary.write_text(markdown(report), "utf-8")
     except OSError as error:
         raise CannotCreateError(
             f"The bundle is ready, but its report {path} cannot be written: {error.strerror}."
