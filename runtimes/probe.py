@@ -13,7 +13,7 @@ import struct
 import sys
 import tempfile
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ def _llama_facts() -> dict[str, Any]:
             with LanguageModel(path, context=TOKENS * 2, threads=1) as model:
                 model.evaluate_tokens([token % VOCABULARY for token in range(TOKENS)])
                 model.logits()
+                facts["native"] = asdict(model.native)
     return facts
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,10 @@ from native_kernels import (
 from processes import in_child
 
 from llava_edge import cli, gguf
+from llava_edge.cli import doctor
 from llava_edge.errors import UnavailableError
 from llava_edge.options import EngineOptions
-from llava_edge.runtimes import bindings, machine, native, presets
+from llava_edge.runtimes import bindings, machine, native, presets, probe
 from llava_edge.runtimes.native import build, choice, installed
 from llava_edge.runtimes.native.ggml import TYPES
 
@@ -485,6 +487,24 @@ def test_what_has_changed_since_it_was_tried_is_not_used(built: Path, grouped: P
     for damaged in ('{"problems": 1}', '{"problems": []}', "[]", *wrong):
         (folder / "state.json").write_text(damaged, "utf-8")
         assert native.status().reason == "Not used: their cached test results are damaged."
+
+
+def test_doctor_loads_them(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of tests do not tell that their file has changed, or where it is now."""
+    folder = install(built)
+    llama = probe.check("llama_cpp")
+    assert doctor._native_kernels(llama) == doctor.Finding("native kernels", "ok", native.status().reason)
+    with (folder / "kernels.so").open("ab") as file:
+        file.write(b"changed")
+    llama = probe.check("llama_cpp")
+    found = doctor._native_kernels(llama)
+    assert (found.level, found.fix) == ("note", choice.COMMAND)
+    assert found.text == "Not used: their file has changed since it was tested."
+    flags = os.statvfs(folder).f_flag | os.ST_NOEXEC
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
+    found = doctor._native_kernels(llama)
+    assert "mounted noexec" in found.text
+    assert "LLAVA_EDGE_HOME" in found.fix
 
 
 def test_what_was_loaded_first_is_used_to_the_end(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ Engines are tested in child processes (runtimes/probe.py), so that a broken one 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -76,7 +78,7 @@ def _machine() -> list[Finding]:
 
 
 def _engines() -> list[Finding]:
-    from llava_edge.runtimes import native, probe
+    from llava_edge.runtimes import probe
 
     llama, ort = probe.check("llama_cpp"), probe.check("onnxruntime")
     findings = [_engine("llama.cpp", llama, "build"), _engine("onnxruntime", ort, "providers")]
@@ -84,8 +86,26 @@ def _engines() -> list[Finding]:
     for name in ("cuda", "metal"):
         devices.append(f"{name}: {llama.facts.get(name, 'not tested').rstrip('.')}")
     findings.append(Finding("devices", "note" if llama.problem else "ok", "; ".join(devices)))
-    kernels = native.status()
-    return [*findings, Finding("native kernels", "ok" if kernels.used else "note", kernels.reason, kernels.fix)]
+    return [*findings, _native_kernels(llama)]
+
+
+def _native_kernels(llama: Report) -> Finding:
+    """Which kernels llama.cpp's test has loaded; if that failed, which it would have loaded."""
+    from llava_edge.runtimes import native
+    from llava_edge.runtimes.native.choice import Status
+
+    loaded = llama.facts.get("native")
+    kernels = Status(**loaded) if loaded else native.status()
+    if kernels.fix and _mounted_noexec():
+        text = f"Not used: {store.home()} is mounted noexec, so no library in it can be loaded."
+        return Finding("native kernels", "note", text, "export LLAVA_EDGE_HOME=FOLDER")
+    return Finding("native kernels", "ok" if kernels.used else "note", kernels.reason, kernels.fix)
+
+
+def _mounted_noexec() -> bool:
+    with suppress(OSError, LlavaEdgeError):
+        return bool(os.statvfs(store.home()).f_flag & os.ST_NOEXEC)
+    return False
 
 
 def _engine(subject: str, report: Report, detail: str) -> Finding:
