@@ -16,7 +16,7 @@ import numpy as np
 
 from llava_edge import gguf, templates
 from llava_edge.bundle import MAX_IMAGE_SIZE, Merge, Square, tiling_problem
-from llava_edge.errors import CheckpointError
+from llava_edge.errors import CheckpointError, UsageError
 from llava_edge.export import chat_template, layouts, normalisation
 from llava_edge.export.layouts import Layout, Source
 from llava_edge.export.normalisation import Normalisation
@@ -81,18 +81,24 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    folder: Path, *, base: Path | None = None, vision_tower: Path | None = None, template: str | None = None
+    folder: Path,
+    *,
+    base: Path | None = None,
+    vision_tower: Path | None = None,
+    template: str | None = None,
+    square: Square | None = None,
 ) -> Checkpoint:
     """Read and check a folder, without reading large weights yet.
 
     base: the model that a LoRA, a delta or a projector alone belongs to. vision_tower: a CLIP folder, for checkpoints
-    without CLIP. template: the prompt layout, instead of the one the checkpoint suggests.
+    without CLIP. template, square: the prompt layout and how pictures are made square, instead of what the checkpoint
+    suggests.
     Raises `MissingError`, `UsageError` or `CheckpointError`.
     """
     if template:
         templates.get_template(template)
     try:
-        source = layouts.read_source(folder, base, vision_tower)
+        source = _with_square(layouts.read_source(folder, base, vision_tower), square)
         config = _config(source, template)
     except (TypeError, ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
         message = f"config.json of {folder}, or of its base or vision tower, has a value of the wrong type: {error}."
@@ -107,6 +113,8 @@ def open_checkpoint(
         if template_name != config.template:
             config = replace(config, template=template_name)
             notes = (f"Prompt template {template_name}: the chat template of {source.tokenizer} shows it.",)
+    if config.square == "pad" and not _states_square(source):
+        notes += ("Pictures are padded to a square, as LLaVA v1.5 was trained; --square crop crops them instead.",)
     pixels = normalisation.read_normalisation(
         source.processors, config.vision.image_size, squared=_squared(source, config)
     )
@@ -122,10 +130,29 @@ def _config(source: Source, template: str | None) -> LlavaConfig:
     return config
 
 
+def _with_square(source: Source, square: Square | None) -> Source:
+    if not square:
+        return source
+    check_square(source.config_path, tiled=source.raw.get("model_type") == "llava_next")
+    section = {**(source.raw.get("llava_edge") or {}), "square": square}
+    return replace(source, raw={**source.raw, "llava_edge": section})
+
+
+def check_square(path: Path, *, tiled: bool) -> None:
+    """Raise `UsageError` if --square is given for a model that sees pictures in tiles."""
+    if tiled:
+        raise UsageError(
+            f"{path} is of a LLaVA that sees pictures in tiles, neither padded nor cropped; omit --square."
+        )
+
+
+def _states_square(source: Source) -> bool:
+    return "square" in (source.raw.get("llava_edge") or {})
+
+
 def _squared(source: Source, config: LlavaConfig) -> bool:
     """Whether pictures are known to be square when the image processor gets them."""
-    stated = "square" in (source.raw.get("llava_edge") or {})
-    return config.square == "anyres" or (stated and config.square == "pad")
+    return config.square == "anyres" or (_states_square(source) and config.square == "pad")
 
 
 def _match_tensors(folder: Path, config: LlavaConfig, found: dict[str, StoredTensor]) -> Tensors:

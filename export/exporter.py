@@ -36,6 +36,7 @@ from llava_edge.bundle import (
     Preprocessing,
     ProjectorPart,
     Provenance,
+    Square,
     VisionPart,
     file_entry,
     write_manifest,
@@ -78,7 +79,7 @@ class ExportOptions:
     """What to export and how.
 
     checkpoint: a LLaVA folder of any layout, or the language GGUF of a pair. out: the bundle folder to create.
-    base, vision_tower, template, mmproj: see `open_source`. With `mmproj`, `quant` is the language file's own.
+    base, vision_tower, template, square, mmproj: see `open_source`. With `mmproj`, `quant` is the language file's own.
     emit_mmproj: also write the vision tower and projector to this file, for llama.cpp's programs.
     name: of the model; by default the name of `out`. provenance: the sources of its parts.
     force: replace an existing bundle. force_publish: publish even if parity fails.
@@ -97,6 +98,7 @@ class ExportOptions:
     base: Path | None = None
     vision_tower: Path | None = None
     template: str | None = None
+    square: Square | None = None
     name: str = ""
     provenance: tuple[Provenance, ...] = ()
     force: bool = False
@@ -143,6 +145,7 @@ def export(
         vision_tower=options.vision_tower,
         mmproj=options.mmproj,
         template=options.template,
+        square=options.square,
     )
     for note in checkpoint.notes:
         progress(note, None)

@@ -22,7 +22,7 @@ from llava_edge import gguf, templates
 from llava_edge.bundle import Square, tiling_problem
 from llava_edge.errors import CheckpointError
 from llava_edge.export import chat_template
-from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors, tensor_mismatches
+from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors, check_square, tensor_mismatches
 from llava_edge.export.mmproj import ARCHITECTURE, tensor_names
 from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
@@ -42,10 +42,11 @@ _NEWLINE = re.compile(r"(model|v)\.image_newline")  # the first converter's name
 _IGNORED = re.compile(r"v\.post_ln\.(weight|bias)|v\.blk\.\d+\..*")  # after the layer that LLaVA reads
 
 
-def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
+def open_pair(language: Path, mmproj: Path, template: str, square: Square | None = None) -> Checkpoint:
     """Read and check both headers, without reading weights yet.
 
-    template: name of the prompt layout; empty for the one that sizes and chat template suggest.
+    template: name of the prompt layout; empty for the one that sizes and chat template suggest. square: how pictures
+    are made square, instead of what the sizes suggest.
     Raises `MissingError`, `BundleError` for a damaged GGUF, or `CheckpointError` for one that is not a LLaVA.
     """
     text_file, vision_file = _read_headers(language, mmproj)
@@ -54,7 +55,10 @@ def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
         text = replace(text, max_position_embeddings=min(text.max_position_embeddings, WINDOW))
     vision, layer, notes = _vision_config(vision_file)
     projector, grids = _projector_type(vision_file, text), _grids(vision_file)
-    square, square_note = _square(vision, projector, grids)
+    guessed_square, square_note = _square(vision, projector, grids)
+    if square:
+        check_square(mmproj, tiled=bool(grids))
+        square_note = ""
     if template:
         templates.get_template(template)
     else:
@@ -65,16 +69,16 @@ def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
         text=text,
         vision_feature_layer=layer,
         projector_type=projector,
-        square=square,
+        square=square or guessed_square,
         grids=grids,
         merge="spatial_unpad" if grids else "flat",
         template=template,
         image_token_index=text.vocab_size,
         # tokenizer_config.json has `legacy: false` for LLaVA-1.5, but not for v1 and Mistral (so BakLLaVA); without a
         # dummy prefix both are the same.
-        after_control="prefix" if square == "crop" or _is_mistral(text) else "bare",
+        after_control="prefix" if guessed_square == "crop" or _is_mistral(text) else "bare",
     )
-    fault = tiling_problem(vision.image_size, square, grids, config.merge, config.image_tokens)
+    fault = tiling_problem(vision.image_size, config.square, grids, config.merge, config.image_tokens)
     if fault:
         raise CheckpointError(f"{mmproj} cannot be right: {fault}.")
     _check_tokens(text_file, template)
@@ -84,7 +88,8 @@ def open_pair(language: Path, mmproj: Path, template: str) -> Checkpoint:
         tensor_shapes(config),
         partial(llama_gguf.read_language_tensor, c=text),
     )
-    notes += [f"The prompt layout follows from the files; {template} is used. --template names another.", square_note]
+    notes += [f"The prompt layout follows from the files; {template} is used. --template names another."]
+    notes += [square_note] if square_note else []
     if projector == "linear":
         notes.append(f"{mmproj} has one projector layer; it is taken as LLaVA v1's, without an activation behind it.")
     return Checkpoint(
@@ -106,6 +111,7 @@ def _square(vision: VisionConfig, projector: str, grids: Grids) -> tuple[Square,
     crops = projector == "linear" or vision.image_size == V1_IMAGE_SIZE
     method, version = ("cropped", "v1") if crops else ("padded", "v1.5")
     note = f"Neither file says how pictures are made square; they are {method}, as LLaVA {version} was trained."
+    note += f" --square {'pad' if crops else 'crop'} says otherwise."
     return "crop" if crops else "pad", note
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava_edge.bundle import Square
 from llava_edge.errors import UsageError
 from llava_edge.export.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.export.gguf_pair import open_pair
@@ -16,6 +17,7 @@ def open_source(
     vision_tower: Path | None = None,
     mmproj: Path | None = None,
     template: str | None = None,
+    square: Square | None = None,
 ) -> Checkpoint:
     """Open a folder as `open_checkpoint` does, or with its `mmproj` the language file of a pair, as `open_pair` does.
 
@@ -23,13 +25,13 @@ def open_source(
     """
     check_arguments(checkpoint, base, vision_tower, mmproj)
     if mmproj is not None:
-        return open_pair(checkpoint, mmproj, template or "")
+        return open_pair(checkpoint, mmproj, template or "", square)
     if checkpoint.is_file():
         raise UsageError(
             f"{checkpoint} is a file; a GGUF language model needs its picture encoder too (--mmproj FILE), "
             "and a checkpoint is given as a folder."
         )
-    return open_checkpoint(checkpoint, base=base, vision_tower=vision_tower, template=template)
+    return open_checkpoint(checkpoint, base=base, vision_tower=vision_tower, template=template, square=square)
 
 
 def check_arguments(checkpoint: Path, base: Path | None, vision_tower: Path | None, mmproj: Path | None) -> None:

@@ -363,6 +363,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["serve", "--model", "{}", "--timeout", "nan"], 2, "--timeout is nan"),
     (["serve", "--model", "{}", "--timeout", "inf"], 2, "--timeout is inf"),
     (["verify", "{}", "--base", "{}"], 2, "--against"),
+    (["verify", "{}", "--square", "crop"], 2, "--against"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import hugging_face
 import layouts
 import numpy as np
 import pytest
+from conftest import Run
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
-from llava_edge.bundle import Preprocessing
+from llava_edge.bundle import Bundle, Preprocessing
 from llava_edge.errors import CannotCreateError, CheckpointError, UsageError
 from llava_edge.export import chat_template
 from llava_edge.export.checkpoint import open_checkpoint
@@ -147,6 +149,53 @@ def test_a_processor_that_pads_first_squeezes_nothing(checkpoint: Path) -> None:
     without_square(checkpoint)
     hugging_face.pillow("llava")(size=FIXED, crop_size=FIXED, do_pad=True).save_pretrained(checkpoint)
     assert open_checkpoint(checkpoint).config.square == "pad"
+
+
+def test_a_fine_tune_on_cropped_pictures_can_be_said_to_be_one(checkpoint: Path) -> None:
+    """With transformers, whose processor crops, and which writes the same files as for padded ones."""
+    without_square(checkpoint)
+    processor = clip_processor(checkpoint)
+    wide = Image.effect_noise((70, 43), 60).convert("RGB")
+    expected = processor(wide, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+    padded, cropped = open_checkpoint(checkpoint), open_checkpoint(checkpoint, square="crop")
+    spec = Preprocessing(S, *cropped.normalisation, cropped.config.square, (), "flat")
+    assert np.array_equal(preprocess(wide, spec), expected)
+    assert (padded.config.square, cropped.config) == ("pad", replace(padded.config, square="crop"))
+    assert "--square crop" in padded.notes[-1]
+    assert not any("--square" in note for note in cropped.notes)
+
+
+def test_how_pictures_are_said_to_be_made_square_overrides_what_a_checkpoint_says(tmp_path: Path) -> None:
+    folder, clip = original(tmp_path, inside=False)
+    assert open_checkpoint(folder, vision_tower=clip).config.square == "pad"
+    assert open_checkpoint(folder, vision_tower=clip, square="crop").config.square == "crop"
+
+
+def test_a_fixed_size_squeezes_nothing_that_is_said_to_be_padded(checkpoint: Path) -> None:
+    without_square(checkpoint)
+    clip_processor(checkpoint, size=FIXED)
+    assert open_checkpoint(checkpoint, square="pad").config.square == "pad"
+    with pytest.raises(CheckpointError, match="squeezes pictures"):
+        open_checkpoint(checkpoint, square="crop")
+
+
+def test_tiles_are_neither_padded_nor_cropped(checkpoint: Path) -> None:
+    layouts.edit_config(checkpoint, model_type="llava_next")
+    with pytest.raises(UsageError, match=r"config\.json is of a LLaVA that sees pictures in tiles.*omit --square"):
+        open_checkpoint(checkpoint, square="pad")
+
+
+def test_a_bundle_of_cropped_pictures_agrees_with_its_checkpoint(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    code, _, err = run("export", checkpoint, out, "--quant", "f16", "--vision", "fp32", "--square", "crop")
+    assert code == 0, err
+    manifest = Bundle.open(out).manifest
+    assert manifest.preprocessing.square == "crop"
+    assert [row.max_abs for row in manifest.parity if row.stage == "pixels"] == [0]
+    code, _, err = run("verify", out, "--against", checkpoint)
+    assert code == 65
+    assert f"{out} does not agree with {checkpoint} in: pixels." in err
+    assert run("verify", out, "--against", checkpoint, "--square", "crop")[0] == 0
 
 
 @pytest.mark.parametrize(

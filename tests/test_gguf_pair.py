@@ -93,6 +93,10 @@ def test_every_kind_of_file_gives_the_checkpoint_back(
     assert found.config.vision == replace(CONFIG.vision, num_hidden_layers=BLOCKS)
     assert (found.config.vision_blocks, found.config.image_tokens) == (BLOCKS, CONFIG.image_tokens)
     assert (found.config.projector_type, found.config.feature, found.config.square) == ("mlp2x_gelu", "patch", "pad")
+    assert any("--square crop" in note for note in found.notes)
+    cropped = open_pair(direct / LANGUAGE, mmproj, "chatml", "crop")
+    assert cropped.config == replace(found.config, square="crop")
+    assert not any("--square" in note for note in cropped.notes)
 
 
 def assert_published_statistics(found: object) -> None:

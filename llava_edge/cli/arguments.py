@@ -206,6 +206,11 @@ class CheckpointPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def square_option(text: str) -> Decorator:
+    """The option for how a checkpoint was trained to make pictures square."""
+    return click.option("--square", type=click.Choice(["pad", "crop"]), help=text)
+
+
 @contextmanager
 def require_extra(extra: str, action: str) -> Iterator[None]:
     """Turn a failed import of one of our extras into `UnavailableError`. `action` begins the sentence."""

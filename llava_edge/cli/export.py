@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from llava_edge.cli.arguments import CheckpointPath, require_extra
+from llava_edge.cli.arguments import CheckpointPath, require_extra, square_option
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import CannotCreateError, UsageError
 from llava_edge.interrupts import interrupt_on_termination
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     help="CLIP folder, if CHECKPOINT does not contain CLIP.",
 )
 @click.option("--template", metavar="NAME", help="Prompt layout, instead of the one CHECKPOINT suggests.")
+@square_option("How pictures are made square, instead of as CHECKPOINT suggests.")
 @click.option(
     "--mmproj", type=click.Path(path_type=Path), metavar="FILE", help="mmproj file of CHECKPOINT, if that is a GGUF."
 )

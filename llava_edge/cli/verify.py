@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llava_edge.cli.arguments import CheckpointPath, require_extra
+from llava_edge.cli.arguments import CheckpointPath, require_extra, square_option
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import CheckpointError, UnavailableError, UsageError
 from llava_edge.store import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from llava_edge.bundle import Bundle, ParityRow
+    from llava_edge.bundle import Bundle, ParityRow, Square
     from llava_edge.export.checkpoint import Checkpoint
 
 
@@ -27,9 +27,16 @@ if TYPE_CHECKING:
     "--vision-tower", type=CheckpointPath(path_type=Path), metavar="DIR", help="Its CLIP folder, as for export."
 )
 @click.option("--mmproj", type=click.Path(path_type=Path), metavar="FILE", help="Its mmproj file, as for export.")
+@square_option("How its pictures are made square, as for export.")
 @click.option("--json", "as_json", is_flag=True, help="Print the parity table as a JSON object.")
 def verify(
-    bundle: str, against: Path | None, base: Path | None, vision_tower: Path | None, mmproj: Path | None, as_json: bool
+    bundle: str,
+    against: Path | None,
+    base: Path | None,
+    vision_tower: Path | None,
+    mmproj: Path | None,
+    square: Square | None,
+    as_json: bool,
 ) -> None:
     """Check every byte of BUNDLE (a folder or model name) against the hashes in its manifest.
 
@@ -38,10 +45,10 @@ def verify(
     from llava_edge.bundle import Bundle
     from llava_edge.store import resolve
 
-    if against is None and (base or vision_tower or mmproj or as_json):
-        raise UsageError("--base, --vision-tower, --mmproj and --json go with --against CHECKPOINT.")
+    if against is None and (base or vision_tower or mmproj or square or as_json):
+        raise UsageError("--base, --vision-tower, --mmproj, --square and --json go with --against CHECKPOINT.")
     opened = Bundle.open(resolve(bundle))
-    checkpoint = None if against is None else _source(opened, against, base, vision_tower, mmproj)
+    checkpoint = None if against is None else _source(opened, against, base, vision_tower, mmproj, square)
     _read_all(opened)
     manifest = opened.manifest
     summary = f"{opened.folder}: {len(manifest.files)} files, {manifest.size:,} bytes, all as in the manifest."
@@ -78,7 +85,12 @@ def _read_all(opened: Bundle) -> None:
 
 
 def _source(
-    opened: Bundle, against: Path, base: Path | None, vision_tower: Path | None, mmproj: Path | None
+    opened: Bundle,
+    against: Path,
+    base: Path | None,
+    vision_tower: Path | None,
+    mmproj: Path | None,
+    square: Square | None,
 ) -> Checkpoint:
     """Open the checkpoint to compare with, before minutes of reading. Raises `UnavailableError` without PyTorch."""
     from llava_edge.export import parity
@@ -89,7 +101,9 @@ def _source(
         raise UnavailableError(reason)
     template = opened.manifest.template
     with require_extra("export", "--against"):  # a GGUF checkpoint needs it
-        checkpoint = open_source(against, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template)
+        checkpoint = open_source(
+            against, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template, square=square
+        )
     parity.check_same_sizes(opened, checkpoint)
     return checkpoint
 
