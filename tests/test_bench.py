@@ -668,6 +668,8 @@ def test_a_comparison_says_what_else_changed(
         (("--context", "-5"), 2),
         (("--image-tokens", "-5"), 2),
         (("--repeats", "0"), 2),
+        (("--repeats", "1001"), 2),
+        (("--warmup", f"{1 << 64}"), 2),
         (("--prompt", " "), 2),
         (("--csv", "nowhere/x.csv"), 73),
         (("--html", "."), 73),

@@ -65,7 +65,9 @@ def _parse_integers(_: click.Context, __: click.Parameter, text: str) -> tuple[i
     show_default=True,
     help="Measured processes per configuration.",
 )
-@click.option("--warmup", type=click.IntRange(0), default=1, show_default=True, help="Uncounted processes before them.")
+@click.option(
+    "--warmup", type=click.IntRange(0, 1000), default=1, show_default=True, help="Uncounted processes before them."
+)
 @click.option("--limits/--no-limits", default=True, show_default=True, help="Measure this machine's limits.")
 @click.option(
     "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a CSV file, one row per stage."
