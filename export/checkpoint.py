@@ -55,10 +55,14 @@ class Tensors(Mapping[str, np.ndarray]):
 
 @dataclass(frozen=True)
 class LanguageFile:
-    """A GGUF that is copied into the bundle unchanged, and the name of its quantization."""
+    """A GGUF that is copied into the bundle, and the name of its quantization.
+
+    new_controls: ids of tokens that become control tokens in the copy; nothing else in it changes.
+    """
 
     path: Path
     quantization: str
+    new_controls: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

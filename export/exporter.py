@@ -61,7 +61,7 @@ from llava_edge.export.projector import write_projector
 from llava_edge.export.quantize import BITS, QUANTS, Quant, quantize
 from llava_edge.export.tokenizer import read_after_control, read_tokenizer
 from llava_edge.export.tower import write_tower
-from llava_edge.export.vocabulary import Vocabulary
+from llava_edge.export.vocabulary import Vocabulary, make_control
 from llava_edge.interrupts import held_back
 from llava_edge.models.shapes import language_shapes, projector_shapes, vision_shapes
 from llava_edge.options import MAX_THREADS
@@ -284,6 +284,8 @@ class _Export:
         if isinstance(language, LanguageFile):
             self.progress(f"copying {language.path.name}", None)
             shutil.copyfile(language.path, target)
+            if language.new_controls:
+                make_control(target, language.new_controls)
             return None, None
         float16 = self._write_float16(language)
         matrix = self._importance(manifest, float16) if with_matrix else None

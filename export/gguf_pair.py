@@ -1,9 +1,9 @@
 """llama.cpp's pair of GGUF files, language model and mmproj -> the `Checkpoint` that the exporter works from.
 
-The language file is copied byte for byte; its tensors are only read for comparison. Every kind of mmproj that was
-published for LLaVA is supported: with and without `clip.projector_type`, quantized or not, with the two feed-forward
-names swapped, as llama.cpp's first converter wrote them (detected by their widths), and with the tiles of LLaVA-1.6.
-Anything but LLaVA is refused.
+The language file is copied byte for byte, but for types of tokens (`_new_controls`); its tensors are only read for
+comparison. Every kind of mmproj that was published for LLaVA is supported: with and without `clip.projector_type`,
+quantized or not, with the two feed-forward names swapped, as llama.cpp's first converter wrote them (detected by their
+widths), and with the tiles of LLaVA-1.6. Anything but LLaVA is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llava_edge.export.checkpoint import Checkpoint, LanguageFile, Tensors, chec
 from llava_edge.export.mmproj import ARCHITECTURE, tensor_names
 from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
-from llava_edge.export.vocabulary import check_template, control_tokens
+from llava_edge.export.vocabulary import USER_DEFINED, check_template, control_tokens
 from llava_edge.gguf import Gguf
 from llava_edge.models import llama_gguf, trained_layout
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig
@@ -81,7 +81,7 @@ def open_pair(language: Path, mmproj: Path, template: str, square: Square | None
     fault = tiling_problem(vision.image_size, config.square, grids, config.merge, config.image_tokens)
     if fault:
         raise CheckpointError(f"{mmproj} cannot be right: {fault}.")
-    _check_tokens(text_file, template)
+    new_controls = _new_controls(text_file, template)
     tensors = _vision_tensors(vision_file, config) | _match_tensors(
         text_file,
         llama_gguf.tensor_names(text),
@@ -90,6 +90,10 @@ def open_pair(language: Path, mmproj: Path, template: str, square: Square | None
     )
     notes += [f"The prompt layout follows from the files; {template} is used. --template names another."]
     notes += [square_note] if square_note else []
+    if new_controls:
+        notes.append(
+            f"{len(new_controls)} tokens of the prompt layout, which any text could become, are made control tokens."
+        )
     if projector == "linear":
         notes.append(f"{mmproj} has one projector layer; it is taken as LLaVA v1's, without an activation behind it.")
     return Checkpoint(
@@ -99,7 +103,7 @@ def open_pair(language: Path, mmproj: Path, template: str, square: Square | None
         layout="gguf pair",
         tokenizer=language,
         notes=tuple(notes),
-        language_file=LanguageFile(language, _quantization(text_file)),
+        language_file=LanguageFile(language, _quantization(text_file), new_controls),
         normalisation=_normalisation(vision_file),
     )
 
@@ -265,9 +269,17 @@ def _normalisation(file: Gguf) -> Normalisation:
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def _check_tokens(file: Gguf, template: str) -> None:
+def _new_controls(file: Gguf, template: str) -> tuple[int, ...]:
+    """Ids of the prompt layout's tokens that are user-defined, as Yi's `<|im_start|>`: any text can become such.
+
+    Raises `CheckpointError` if the layout's control tokens are missing otherwise.
+    """
     tokens, types = file.items("tokenizer.ggml.tokens"), file.items("tokenizer.ggml.token_type")
-    check_template(str(file.path), template, control_tokens(tokens, types))
+    names = templates.get_template(template).controls
+    kinds = enumerate(zip(tokens, types, strict=False))
+    new = {i: text for i, (text, kind) in kinds if kind == USER_DEFINED and text in names}
+    check_template(str(file.path), template, {*control_tokens(tokens, types), *new.values()})
+    return tuple(new)
 
 
 def _vision_tensors(file: Gguf, config: LlavaConfig) -> dict[str, StoredTensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_edge import gguf
 from llava_edge.errors import CheckpointError
 from llava_edge.prompt import Message, render
 from llava_edge.templates import get_template
@@ -69,6 +70,15 @@ def pad(vocabulary: Vocabulary, rows: int) -> Vocabulary:
 def control_tokens(tokens: Iterable[str], types: Iterable[int]) -> set[str]:
     """Return the tokens that are control tokens."""
     return {text for text, kind in zip(tokens, types, strict=False) if kind == CONTROL}
+
+
+def make_control(path: Path, ids: Collection[int]) -> None:
+    """Give these tokens of a GGUF the type of control tokens, in place."""
+    types = gguf.read(path).metadata["tokenizer.ggml.token_type"]
+    with path.open("r+b") as file:
+        for token in ids:
+            file.seek(types.offset + 4 * token)
+            file.write(CONTROL.to_bytes(4, "little"))
 
 
 def check_template(where: str, template: str, controls: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,10 @@ from llava_edge.export.mmproj import write_mmproj as write_ours
 from llava_edge.export.quantize import quantize
 from llava_edge.export.tensors import StoredTensor
 from llava_edge.export.tokenizer import read_tokenizer
+from llava_edge.gguf import read as read_header
 from llava_edge.models import llama_gguf, micro
 from llava_edge.models.config import CLIP_MEAN, CLIP_STD
+from llava_edge.runtimes.language import LanguageModel
 
 Array = np.ndarray[Any, Any]
 
@@ -129,6 +132,32 @@ def test_a_pair_becomes_the_bundle_that_its_checkpoint_becomes(
     assert again.exit_code == 0, again.output
     for said in ("chatml", "padded", "does not name a CLIP layer"):
         assert said in result.stderr
+
+
+def test_what_any_text_can_become_is_made_a_control_token(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """As in files of LLaVA-1.6-34B, where llama.cpp takes a typed `<|im_start|>` for the prompt layout's."""
+    language = Path(shutil.copy(pair[0], tmp_path / "user-defined.gguf"))
+    file = read_header(language)
+    ids = [file.items("tokenizer.ggml.tokens").index(name) for name in ("<|im_start|>", "<|im_end|>")]
+    with language.open("r+b") as written:
+        for token in ids:
+            written.seek(file.metadata["tokenizer.ggml.token_type"].offset + 4 * token)
+            written.write(struct.pack("<i", 4))
+    typed = "a<|im_start|>b"
+    assert ids[0] in tokenized(language, typed)
+    done = command(language, tmp_path / "out", "--mmproj", pair[1], "--template", "chatml", "--vision", "fp32")
+    assert done.exit_code == 0, done.output
+    assert "2 tokens of the prompt layout" in done.stderr
+    assert (tmp_path / "out" / LANGUAGE).read_bytes() == pair[0].read_bytes()
+    assert ids[0] not in tokenized(tmp_path / "out" / LANGUAGE, typed)
+
+
+def tokenized(language: Path, text: str) -> list[int]:
+    model = LanguageModel(language, context=64, threads=1)
+    try:
+        return model.vocabulary.tokenize(text)
+    finally:
+        model.close()
 
 
 def test_files_that_are_read_are_not_written_over(pair: tuple[Path, Path], tmp_path: Path) -> None:
