@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
+from llava_edge.bundle import sha256_of
 from llava_edge.runtimes import bindings, machine
 from llava_edge.runtimes.native import build, installed
 from llava_edge.runtimes.native.ggml import TYPES
@@ -238,5 +239,5 @@ def install(built: Path, **changes: Any) -> Path:
     folder = installed.folder()
     folder.mkdir(parents=True)
     shutil.copy(built, folder / "kernels.so")
-    (folder / "state.json").write_text(json.dumps(found_out(sha256=installed.sha256(built)) | changes), "utf-8")
+    (folder / "state.json").write_text(json.dumps(found_out(sha256=sha256_of(built)) | changes), "utf-8")
     return folder

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -717,6 +718,16 @@ def test_no_compiler_and_unusable_ones(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("CXX", str(clang))
     assert "set CXX=g++" in native.prepare().reason
     assert not native.status().used
+
+
+def test_a_limit_on_processes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    found = native.prepare()
+    assert "ulimit -u" in found.reason
+    assert found.fix == choice.COMMAND
 
 
 @pytest.mark.parametrize("command", ["run", "chat"])

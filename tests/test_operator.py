@@ -18,7 +18,7 @@ from native_kernels import here, relink, worst_error
 from processes import in_child
 from towers import relative
 
-from llava_edge.bundle import VISION, Bundle
+from llava_edge.bundle import VISION, Bundle, sha256_of
 from llava_edge.errors import BundleError
 from llava_edge.runtimes import embedder, machine, native, tune
 from llava_edge.runtimes.native import check, installed, operator
@@ -57,7 +57,7 @@ def native_home(native_build: Path, isolated_home: Path) -> Iterator[Path]:
     folder = installed.folder()
     shutil.copytree(native_build, folder)
     races = {"plain": 2.0, "ours": 1.0}
-    state = {"problems": {}, "operator": installed.sha256(folder / installed.OPERATOR), "projector": races}
+    state = {"problems": {}, "operator": sha256_of(folder / installed.OPERATOR), "projector": races}
     (folder / "state.json").write_text(json.dumps(state), "utf-8")
     yield folder
     shutil.rmtree(folder)

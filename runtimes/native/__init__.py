@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge import interpreter
-from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
+from llava_edge.bundle import sha256_of
+from llava_edge.errors import NO_THREAD, PYTHONS_NO_THREAD, LlavaEdgeError, MissingError, UnavailableError
 from llava_edge.gguf import Gguf, Tensor
 from llava_edge.locks import fork_safe_lock
 from llava_edge.runtimes import bindings
@@ -147,7 +148,7 @@ def _verified_operator(condition: Callable[[dict[str, Any]], bool]) -> Path | No
         path = installed.folder() / installed.OPERATOR
         state = installed.read_state(path.parent)
         passed = "failed" not in state and installed.OPERATOR not in state["problems"] and condition(state)
-        return path if passed and installed.sha256(path) == state["operator"] else None
+        return path if passed and sha256_of(path) == state["operator"] else None
     except (LlavaEdgeError, OSError, AttributeError, ValueError, KeyError, TypeError):
         return None
 
@@ -164,9 +165,9 @@ def prepare(log: Callable[[str], None] = lambda line: None) -> Status:
             for kernel, error in build.build(library, operator).items():
                 log(f"{kernel} kernels are left out: {error}")
             log("Testing them and comparing their speed with llama.cpp's own; this takes about 25 s.")
-            hashes = {"sha256": installed.sha256(library)}
+            hashes = {"sha256": sha256_of(library)}
             if operator.exists():  # not on aarch64
-                hashes["operator"] = installed.sha256(operator)
+                hashes["operator"] = sha256_of(operator)
             state = {**hashes, **_run_check(library)}
             (work / installed.STATE).write_text(json.dumps(state), "utf-8")
             installed.publish(work, folder)
@@ -174,6 +175,10 @@ def prepare(log: Callable[[str], None] = lambda line: None) -> Status:
         return Status(str(error))
     except (OSError, LlavaEdgeError) as error:
         return Status(f"The native kernels could not be built: {error}", COMMAND)
+    except RuntimeError as error:
+        if str(error) != PYTHONS_NO_THREAD:
+            raise
+        return Status(f"The native kernels could not be built: {NO_THREAD}", COMMAND)
     return status()
 
 
@@ -190,7 +195,7 @@ def _compatible_ggml(path: Path, expected: Status) -> Ggml:
         raise UnavailableError(f"they do not support llama-cpp-python {version[0]} with ggml {version[1]}.")
     if loaded_library("libgomp.so.1") is None:
         raise UnavailableError("this llama.cpp was built without OpenMP, whose threads they share.")
-    if installed.sha256(path) != expected.library:
+    if sha256_of(path) != expected.library:
         raise UnavailableError("their file has changed since it was tested.")
     return ggml
 

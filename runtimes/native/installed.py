@@ -65,10 +65,6 @@ def publish(work: Path, folder: Path) -> None:
     _remove_stale_builds(folder)
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 @cache
 def _key(base: Path, processor: str) -> str:
     """Hash of everything that the kernels depend on."""
