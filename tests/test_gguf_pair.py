@@ -239,7 +239,16 @@ def test_one_projector_layer_is_llava_v1(direct: Path, weights: dict[str, Array]
     tensors = {name: array for name, array in published(weights, BLOCKS, True).items() if "mm.2" not in name}
     found = open_pair(direct / LANGUAGE, write_mmproj(tmp_path / "mmproj.gguf", CONFIG, tensors), "chatml")
     assert (found.config.projector_type, found.config.square) == ("linear", "crop")
+    assert found.config.after_control == "prefix"  # its tokenizer_config.json has no `legacy`
     assert any("one projector layer" in note for note in found.notes)
+
+
+def test_pictures_of_224_pixels_are_cropped(direct: Path, tmp_path: Path) -> None:
+    """As LLaVA v1's were, whose tower has that size."""
+    config = replace(CONFIG, vision=replace(CONFIG.vision, image_size=224, patch_size=56))
+    tensors = published(micro.random_tensors(config), BLOCKS, swapped=True)
+    found = open_pair(direct / LANGUAGE, write_mmproj(tmp_path / "mmproj.gguf", config, tensors), "chatml")
+    assert (found.config.projector_type, found.config.square) == ("mlp2x_gelu", "crop")
 
 
 TILED = replace(CONFIG, square="anyres", grids=((32, 64), (64, 32), (64, 64), (96, 32)), merge="spatial_unpad")
