@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from pairs import in_halves
 
 from llava_edge.bundle import ParityRow
 from llava_edge.cli.info import info
@@ -89,6 +90,9 @@ def test_a_lora_is_merged_with_its_base(tensors: Arrays, tmp_path: Path) -> None
     assert checkpoint.tokenizer == base
     name = "language_model.model.layers.1.mlp.down_proj.weight"
     assert np.abs(checkpoint.tensors[name] - tensors[name]).max() > 0.01  # the adapter is no formality
+    path = folder / "non_lora_trainables.bin"
+    torch.save({name.removeprefix("base_model."): value for name, value in torch.load(path).items()}, path)
+    opens_as(open_checkpoint(folder, base=base, vision_tower=tmp_path / "clip"), merged, 1e-6)  # as LLaVA's loader
     shutil.copy(base / "tokenizer.json", folder)  # as of a fine-tune that added tokens
     assert open_checkpoint(folder, base=base, vision_tower=tmp_path / "clip").tokenizer == folder
 
@@ -180,22 +184,23 @@ def test_a_delta_is_added_to_its_base_in_float16(extra: int, tmp_path: Path) -> 
     small = micro.CONFIG
     text = replace(small.text, vocab_size=small.text.vocab_size + extra)
     config = replace(small, text=text, projector_type="linear", square="crop")
-    wanted = {
-        name: value.astype(np.float16).astype(np.float32) if not write.is_vision(name) else value
-        for name, value in micro.random_tensors(config, seed=1).items()
-    }
+    wanted = in_halves(micro.random_tensors(config, seed=1))
     base_tensors = micro.random_tensors(small, seed=2)
     base = {name: value for name, value in base_tensors.items() if name.startswith("language_model.")}
     raw = write.original_config(config, mm_use_im_start_end=True)
     for key in ("mm_projector_type", "image_aspect_ratio"):
         del raw[key]
     folder = write.write_delta(tmp_path / "delta", wanted, base, raw)
+    for name, part in base.items():  # float16 cannot undo its own rounding
+        rows, added = torch.from_numpy(wanted[name][: len(part)]).half(), torch.from_numpy(part).half()
+        wanted[name][: len(part)] = (rows - added + added).float().numpy()
     base_folder = write.write_language_model(tmp_path / "llama", base_tensors)
     clip = write.write_clip(tmp_path / "clip", wanted)
     checkpoint = open_checkpoint(folder, base=base_folder, vision_tower=clip, template="chatml")
-    opens_as(checkpoint, wanted, 4e-3)  # float16 cannot undo its own rounding
+    opens_as(checkpoint, wanted)
     assert checkpoint.layout == "delta"
     assert (checkpoint.config.projector_type, checkpoint.config.square) == ("linear", "crop")
+    assert checkpoint.config.image_markers == ("<im_start>", "<im_end>")
 
 
 def test_a_folder_without_a_tower_is_named(tensors: Arrays, tmp_path: Path) -> None:
@@ -261,10 +266,9 @@ def test_a_delta_of_fewer_rows_than_its_base_is_refused(tmp_path: Path) -> None:
         open_checkpoint(folder, base=base, vision_tower=write.write_clip(tmp_path / "clip", tensors))
 
 
-def test_the_trained_length_limits_the_context(tensors: Arrays, tmp_path: Path) -> None:
-    folder = write.write(
-        tmp_path / "model", write.original_config(tokenizer_model_max_length=256), text_and_projector(tensors)
-    )
+@pytest.mark.parametrize("key", ["tokenizer_model_max_length", "max_sequence_length"])
+def test_the_trained_length_limits_the_context(key: str, tensors: Arrays, tmp_path: Path) -> None:
+    folder = write.write(tmp_path / "model", write.original_config(**{key: 256}), text_and_projector(tensors))
     clip = write.write_clip(tmp_path / "clip", tensors)
     assert open_checkpoint(folder, vision_tower=clip).config.text.max_position_embeddings == 256
 
