@@ -46,8 +46,8 @@ _VALUES: dict[str, tuple[str | None, ...]] = {
 
 
 def is_original(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json is in this layout; both use `model_type` "llava"."""
-    return "text_config" not in raw and ("mm_vision_tower" in raw or "mm_hidden_size" in raw)
+    """Whether a config.json that is not Hugging Face's is in this layout; both use `model_type` "llava"."""
+    return "mm_vision_tower" in raw or "mm_hidden_size" in raw
 
 
 def names_template(raw: Mapping[str, Any]) -> bool:
