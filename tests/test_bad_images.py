@@ -323,7 +323,11 @@ def test_objects(make: Callable[[], Any], word: str) -> None:
     check(caught.value, "The picture", word)
 
 
-def test_pixel_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_pixels_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_module, "MAX_SIDE", 20)
+    assert load_image(encode(picture(20, 1), "PNG")).size == (20, 1)
+    with pytest.raises(ImageError, match="1 x 21"):
+        load_image(encode(picture(1, 21), "PNG"))
     monkeypatch.setattr(image_module, "MAX_PIXELS", 100)
     assert load_image(encode(picture(10, 10), "PNG")).size == (10, 10)
     with pytest.raises(ImageError, match="101 x 1"):
