@@ -258,6 +258,7 @@ def test_one_verdict_for_each_width_and_block() -> None:
     assert not bits.proven(10, 8)
     bits.record(20, 8, True)
     assert bits.proven(BLOCK - 8, 8)
+    assert bits.may_be_equal(BLOCK - 8, 8)
     assert not bits.proven(BLOCK, 8)
     assert not bits.proven(20, 4)
     assert not bits.may_be_equal(BLOCK - 7, 8)  # it would reach into the next block
