@@ -485,7 +485,9 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert [kept.get(str(number)) is not None for number in range(5)] == [False, False, False, True, True]
     kept.put("large", {}, bytes(2000))
     assert kept.get("large") is None
-    assert kept.get("4") is not None
+    assert kept.get("3") is not None
+    kept.put("5", {}, bytes(400))
+    assert [kept.get(str(number)) is not None for number in (3, 4, 5)] == [True, False, True]  # 3 was asked for last
 
 
 def test_what_is_still_being_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
