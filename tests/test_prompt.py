@@ -212,5 +212,7 @@ def test_a_token_over_the_border_masks_the_whole_sample() -> None:
 
     pieces = [Piece("text", "odd"), Piece("text", "answer", True), Piece("control", "</s>", True)]
     assert prompt.encode_with_labels(pieces, pairs, CONTROL.__getitem__)[1] == [IGNORE_INDEX] * 6
+    longer = [*pieces, Piece("text", "even")]  # what comes after it cannot help
+    assert prompt.encode_with_labels(longer, pairs, CONTROL.__getitem__)[1] == [IGNORE_INDEX] * 8
     pieces[0] = Piece("text", "even")
     assert prompt.encode_with_labels(pieces, pairs, CONTROL.__getitem__)[1][2:] == [*pairs("answer"), 2]
