@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -386,6 +386,15 @@ def test_settings_that_may_change_bits_are_part_of_the_key(micro_bundle: Path) -
     assert len(entries("state")) == 4
 
 
+def test_another_version_computes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [picture_cache.digest("state")]
+    for module in (picture_cache, np):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", "0.0.0")
+            keys.append(picture_cache.digest("state"))
+    assert len(set(keys)) == 3
+
+
 def test_a_part_replaced_in_place_is_another_one(bundle_copy: Path) -> None:
     """Same size, same manifest: only `verify` compares hashes, so the key has the file's time too."""
     with opened(bundle_copy) as llava:
@@ -488,6 +497,17 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert kept.get("3") is not None
     kept.put("5", {}, bytes(400))
     assert [kept.get(str(number)) is not None for number in (3, 4, 5)] == [True, False, True]  # 3 was asked for last
+
+
+def test_what_was_read_from_disk_stays_in_memory(tmp_path: Path) -> None:
+    disk = Cache(tmp_path, min_free=0)
+    with closing(PictureCache(disk)) as writer:
+        writer.put("key", {}, b"payload")
+    kept = PictureCache(disk)
+    assert kept.get("key") == b"payload"
+    (tmp_path / "key").unlink()
+    assert kept.get("key") == b"payload"
+    assert PictureCache(disk).get("key") is None
 
 
 def test_what_is_still_being_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
