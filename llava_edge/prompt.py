@@ -80,7 +80,7 @@ def _drop_closing(pieces: Sequence[Piece], answer: str) -> list[Piece]:
     """Drop what closes the answer at the end; if the answer is empty, also the space before it."""
     last = max(i for i, piece in enumerate(pieces) if piece.kind == "text" and piece.trained)
     text = pieces[last].text
-    return [*pieces[:last], replace(pieces[last], text=text[: text.rindex(answer) + len(answer)] if answer else "")]
+    return [*pieces[:last], replace(pieces[last], text=text[: text.index(answer) + len(answer)] if answer else "")]
 
 
 def _split_system(layout: Template, messages: Sequence[Message]) -> tuple[str, list[Message]]:

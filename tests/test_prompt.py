@@ -81,7 +81,7 @@ def test_an_answer_at_the_end_can_stay_open(name: str) -> None:
     """Of an empty one nothing is left."""
     question = Message("user", "Hi", 1)
     opened = as_text(prompt.render(name, [question]))
-    for text, left in (("", ""), (" \n", ""), (" The sky \n", "The sky")):
+    for text, left in (("", ""), (" \n", ""), (" The sky \n", "The sky"), ("#", "#")):
         turns = [question, Message("assistant", text)]
         unclosed = as_text(prompt.render(name, turns, unclosed=True))
         assert unclosed.removeprefix(opened).removeprefix(" ") == left
