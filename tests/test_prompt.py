@@ -109,6 +109,11 @@ def test_turns_must_alternate(roles: list[prompt.Role]) -> None:
             prompt.render(template, [Message(role, "x") for role in roles])
 
 
+def test_answers_have_no_images() -> None:
+    with pytest.raises(UsageError, match="Only user messages can have images"):
+        prompt.render("vicuna_v1", [Message("user", "x"), Message("assistant", "x", 1)])
+
+
 def test_unknown_template_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'llama_3' is not known; choose one of .*vicuna_v1.*chatml"):
         prompt.render("llama_3", [Message("user", "x")])
