@@ -172,6 +172,14 @@ def watched(patch: pytest.MonkeyPatch) -> list[int]:
     return evaluated
 
 
+def test_a_saved_state_takes_no_room(micro_bundle: Path) -> None:
+    with LanguageModel(micro_bundle / LANGUAGE, context=256, threads=1) as language:
+        language.evaluate_tokens([5] * 250, NEVER)
+        assert language.save_state(250)
+        language.truncate(0)
+        language.evaluate_tokens([6] * 256, NEVER)
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 def test_the_text_before_a_picture_is_kept_for_the_next_picture(
     restarted: bool, micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch

@@ -226,7 +226,7 @@ def test_an_error_reaches_every_stream(llava: Llava, monkeypatch: pytest.MonkeyP
 
 def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) -> None:
     """Of different lengths; and a check that a wrong position would show."""
-    language = LanguageModel(micro_bundle / LANGUAGE, context=128, threads=1)
+    language = LanguageModel(micro_bundle / LANGUAGE, context=256, threads=1)
     start, ends = [5, 6, 7, 8], [[20, 21, 22], [30], [40, 41]]
     alone = []
     for end in ends:
@@ -250,6 +250,8 @@ def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) 
         branches.start(0)
     branches.close()
     assert language.cached_keys == [*start, *ends[-1]]
+    language.truncate(0)
+    language.evaluate_tokens([5] * 256, NEVER)  # nothing is left of them
     language.close()
 
 
