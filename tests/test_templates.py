@@ -108,6 +108,15 @@ def test_prompt_strings(name: str) -> None:
     assert (one + more).startswith(closed)
 
 
+@pytest.mark.parametrize("name", STRINGS)
+def test_a_template_names_its_control_tokens_and_what_ends_an_answer(name: str) -> None:
+    template, pieces = TEMPLATES[name], prompt.render(name, [Q1, A1, Q2, A1])
+    assert set(template.controls) == {piece.text for piece in pieces if piece.kind in ("bos", "control")}
+    end = [piece for piece in pieces if piece.trained][-1]
+    ends = (template.stop_tokens, template.stop_sequences)
+    assert ends == (((end.text,), ()) if end.kind == "control" else ((), (end.text.removeprefix(" A cat."),)))
+
+
 def test_the_example_of_v0() -> None:
     """The hash is that of the text in llava/conversation.py."""
     assert hashlib.sha256(ENERGY[1].encode()).hexdigest().startswith("29c0f588aa19dd65")
