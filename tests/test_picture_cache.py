@@ -17,7 +17,7 @@ from PIL import Image
 from processes import in_child
 
 from llava_edge import Llava, image
-from llava_edge.bundle import LANGUAGE, Bundle
+from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION_DATA, Bundle
 from llava_edge.cache import Cache, user_cache
 from llava_edge.errors import MissingError
 from llava_edge.export.exporter import ExportOptions, export
@@ -403,14 +403,15 @@ def test_another_version_computes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(keys)) == 3
 
 
-def test_a_part_replaced_in_place_is_another_one(bundle_copy: Path) -> None:
+@pytest.mark.parametrize(("part", "cache"), [(LANGUAGE, "embedding"), (VISION_DATA, "miss"), (PROJECTOR, "miss")])
+def test_a_part_replaced_in_place_is_another_one(part: str, cache: str, bundle_copy: Path) -> None:
     """Same size, same manifest: only `verify` compares hashes, so the key has the file's time too."""
     with opened(bundle_copy) as llava:
         found(llava, ASK, [picture("red")])
-    path = bundle_copy / LANGUAGE
+    path = bundle_copy / part
     path.write_bytes(path.read_bytes())
     with opened(bundle_copy) as llava:
-        assert found(llava, ASK, [picture("red")])[2] == "embedding"
+        assert found(llava, ASK, [picture("red")])[2] == cache
 
 
 def test_two_models_do_not_share(micro_bundle: Path, tmp_path: Path) -> None:
