@@ -42,7 +42,7 @@ from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.kv_cache import Key
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.pipeline import Engine
-from llava_edge.runtimes.projector import gelu
+from llava_edge.runtimes.projector import gelu, linear
 from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.stats import RequestStats
 from llava_edge.runtimes.stderr_capture import capture_stderr, write_stderr
@@ -804,6 +804,14 @@ def test_gelu_is_the_exact_form() -> None:
     assert np.abs(gelu(values) - wanted).max() < 1e-6
     tanh = torch.nn.functional.gelu(torch.from_numpy(values).double(), approximate="tanh").numpy()
     assert np.abs(gelu(values) - tanh).max() > 1e-4  # the usual approximation would be noticed
+
+
+def test_wide_layers_are_computed_in_blocks() -> None:
+    """LLaVA-1.5-7B's projector has 4096 outputs."""
+    rng = np.random.default_rng(0)
+    values, weight, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 8), (2050, 8), (2050,)))
+    wanted = values.astype(np.float64) @ weight.T + bias
+    assert np.abs(linear(values, weight, bias) - wanted).max() < 1e-5
 
 
 def test_pytorch_and_llama_cpp_share_a_process(tmp_path: Path) -> None:
