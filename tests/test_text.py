@@ -71,6 +71,9 @@ def test_text_is_not_held_back_without_need() -> None:
     assert stream.feed(b"Hello") == "Hello"
     assert stream.feed(b" E") == " "  # may become END
     assert stream.feed(b"gg") == "Egg"
+    stream = TextStream(["END", "ENDING"])
+    assert stream.feed(b"The END") == "The "
+    assert stream.stopped  # whichever it is
 
 
 def test_the_earliest_stop_wins_over_the_one_completed_first() -> None:
