@@ -176,6 +176,9 @@ def test_a_projector_alone_joins_its_language_model(tensors: Arrays, tmp_path: P
     folder = write.write_projector(tmp_path / "projector", tensors, write.original_config())
     clip = write.write_clip(tmp_path / "clip", tensors)
     opens_as(open_checkpoint(folder, base=base, vision_tower=clip), tensors)
+    path = folder / "mm_projector.bin"
+    torch.save({name.removeprefix("model."): value for name, value in torch.load(path).items()}, path)
+    opens_as(open_checkpoint(folder, base=base, vision_tower=clip), tensors)  # LLaVA's loader takes these names, too
 
 
 @pytest.mark.parametrize("extra", [3, 4])
