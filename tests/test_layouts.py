@@ -271,7 +271,8 @@ def test_a_delta_of_fewer_rows_than_its_base_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["tokenizer_model_max_length", "max_sequence_length"])
 def test_the_trained_length_limits_the_context(key: str, tensors: Arrays, tmp_path: Path) -> None:
-    folder = write.write(tmp_path / "model", write.original_config(**{key: 256}), text_and_projector(tensors))
+    raw = write.original_config() | {key: 256}
+    folder = write.write(tmp_path / "model", raw, text_and_projector(tensors))
     clip = write.write_clip(tmp_path / "clip", tensors)
     assert open_checkpoint(folder, vision_tower=clip).config.text.max_position_embeddings == 256
 
