@@ -72,7 +72,7 @@ def train_recipe(
 
 def _check_prerequisites(recipe: Recipe, folders: Folders) -> None:
     """Fail before anything is downloaded or computed rather than later."""
-    for package in ("gguf", "onnx", "safetensors"):
+    for package in ("gguf", "matplotlib", "onnx", "safetensors"):
         import_module(package)
     # `base` is what a run writes first.
     if folders.run.is_dir() and any(folders.run.iterdir()) and not (folders.run / "base").is_dir():

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -289,6 +288,8 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def plot_losses(log: Path, picture: Path) -> None:
     """Plot log.jsonl as loss.png, one panel per stage, raw and smoothed; nothing for an empty log."""
+    from matplotlib.figure import Figure
+
     rows = _read_log(log)
     if not rows:
         return
