@@ -294,7 +294,9 @@ def plot_losses(log: Path, picture: Path) -> None:
     if not rows:
         return
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    figure = Figure(figsize=(5 * len(stages), 3.4), layout="tight")
+    width = 5 * len(stages)
+    figure = Figure(figsize=(width, 3.4))
+    figure.subplots_adjust(left=1.2 / width, right=1 - 0.2 / width, bottom=0.15, wspace=0.35)  # "tight" draws twice
     axes = figure.subplots(1, len(stages), squeeze=False)[0]
     for axis, stage in zip(axes, stages, strict=True):
         losses = [row["loss"] for row in rows if row["stage"] == stage]
