@@ -110,7 +110,7 @@ TEXTS = {
     "deep": (b"[" * 10_000, "not a valid manifest"),
     "deep object": (b'{"a":' * 10_000, "not a valid manifest"),
     "a number of 5000 digits": (b'{"format_version": ' + b"9" * 5000 + b"}", "not a valid manifest"),
-    "a million entries": (b'{"files": {' + b",".join(b'"%d": 0' % i for i in range(10**6)) + b"}}", "larger than"),
+    "a million entries": (b'{"files": {' + b'"a": 0,' * 10**6 + b'"b": 0}}', "larger than"),
     "list": (b"[]", "format version"),
     "null": (b"null", "format version"),
     "no version": (b"{}", "format version"),
