@@ -384,6 +384,13 @@ def test_a_log_that_nobody_reads_stops_nothing(micro_bundle: Path) -> None:
             port = int(re.findall(rb"http://\S+:(\d+) ", process.stderr.readline())[0])
             server = Server(process, port, micro_bundle)
             assert {server.request("GET", "/v1/models", timeout=10)[0] for _ in range(400)} == {200}
+            pipe = os.open(f"/proc/{process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+            with contextlib.suppress(BlockingIOError):
+                while True:  # what the server left of it
+                    os.write(pipe, b"x")
+            os.close(pipe)
+            os.kill(server.child(), signal.SIGKILL)
+            server.wait_until(lambda: json.loads(server.request("GET", "/health", timeout=10)[2])["crashes"] == 1)
         finally:
             process.terminate()
 

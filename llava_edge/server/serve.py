@@ -83,7 +83,7 @@ async def _serve(
     hosts = guard.accepted_hosts(settings.host, port, settings.allowed_hosts)
     limits = settings.limits
     metrics = Metrics()
-    supervisor = Supervisor(bundle, options, limits, metrics.count_answer)
+    supervisor = Supervisor(bundle, options, limits, metrics.count_answer, log)
     manifest = bundle.manifest
     vote_log = VoteLog(store.home() / "log" / "votes.jsonl", manifest.name, get_template(manifest.template))
     allowed_origins = guard.parse_origins(settings.allowed_origins)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -29,7 +28,7 @@ BACKOFF_SECONDS = 60.0
 class Supervisor:
     """Runs the child process. Call `start`, then `answer` for each request, and `close`.
 
-    on_result: called with the result of each answer, cancelled ones included.
+    on_result: called with the result of each answer, cancelled ones included. log: called with a line for each crash.
     """
 
     def __init__(
@@ -38,11 +37,13 @@ class Supervisor:
         options: EngineOptions,
         limits: Limits,
         on_result: Callable[[dict[str, Any]], None] = lambda result: None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._bundle = bundle
         self._options = options
         self._limits = limits
         self._on_result = on_result
+        self._log = log
         self._queue: deque[Job] = deque()
         self._jobs: set[Job] = set()  # queued and running ones
         self._wakeup = asyncio.Event()
@@ -209,7 +210,7 @@ class Supervisor:
         self.crashes += 1
         self._consecutive_crashes += 1
         reason = f"exit code {code}" if code is not None else str(error)
-        print(f"llava-edge: the model's process ended ({reason}); restarting it.", file=sys.stderr)
+        self._log(f"llava-edge: the model's process ended ({reason}); restarting it.")
         if self._consecutive_crashes < MAX_CRASHES:
             return
         self.retry_at = time.monotonic() + BACKOFF_SECONDS
