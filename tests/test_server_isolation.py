@@ -91,15 +91,27 @@ def test_the_openai_client_sees_that_an_answer_died(server: Server) -> None:
 @linux
 def test_a_whole_answer_that_died_is_an_error(server: Server) -> None:
     crashes = server.health()["crashes"]
-    with paused(server):
-        waiting = server.start(question("Hello"))
-        server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 2)
-        os.kill(server.child(), signal.SIGKILL)
-        said = read_all(waiting)
+    threads, child = counts(server)[0][1], server.child()
+    waiting = server.start(question("Hello", max_tokens=-1))
+    server.wait_until(lambda: counts(server)[0][1] > threads)  # the one that answers it
+    os.kill(child, signal.SIGKILL)
+    said = read_all(waiting)
     assert said.startswith(b"HTTP/1.1 500 ")
     assert b"x-should-retry: false\r\n" in said.lower()  # or the client asks again what ended the process
     assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "crash"
     server.wait_until(lambda: server.health()["crashes"] == crashes + 1)
+
+
+@linux
+def test_a_request_that_the_process_did_not_receive_is_asked_again(server: Server) -> None:
+    """The end of a large process takes a moment, in which it is sent requests still."""
+    wanted = server.text("Hello", (png(),))
+    with paused(server):
+        asked = server.start(question("Hello", (png(),)))
+        server.wait_until(lambda: server.metric("llava_edge_requests_running") == 1)
+        os.kill(server.child(), signal.SIGKILL)
+    answer = json.loads(read_all(asked).partition(b"\r\n\r\n")[2])
+    assert answer["choices"][0]["message"]["content"] == wanted
 
 
 @linux
@@ -111,11 +123,17 @@ def test_it_is_started_again_without_being_asked(server: Server) -> None:
     assert server.child() != before
 
 
-def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then requests are refused for a while, instead of a process being loaded for each of them only to die."""
+@pytest.mark.parametrize(("received", "statuses"), [(True, (500, 500, 500, 503)), (False, (500, 503))])
+def test_three_deaths_without_an_answer_are_enough(
+    received: bool, statuses: tuple[int, ...], micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then requests are refused for a while, instead of a process being loaded for each of them only to die.
+
+    Nor is one asked again for ever that a process does not live to receive.
+    """
     from llava_edge.server import supervisor
     from llava_edge.server.limits import Limits
-    from llava_edge.server.model_process import ProcessDiedError
+    from llava_edge.server.model_process import Job, ProcessDiedError
     from llava_edge.server.problems import Problem
     from llava_edge.server.requests import parse_chat
 
@@ -137,7 +155,8 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
         async def read_events(self) -> None:
             await asyncio.Event().wait()
 
-        async def run(self, *_: object) -> None:
+        async def run(self, job: Job, _: float) -> None:
+            job.received = received
             raise ProcessDiedError
 
         async def terminate(self, timeout: float = 0.0) -> int:
@@ -148,7 +167,7 @@ def test_three_deaths_without_an_answer_are_enough(micro_bundle: Path, monkeypat
         under_test = supervisor.Supervisor(Bundle.open(micro_bundle), EngineOptions(), limits)
         await under_test.start()
         ask = parse_chat(question(), "micro", limits)
-        for wanted in (500, 500, 500, 503):
+        for wanted in statuses:
             with pytest.raises(Problem) as caught:
                 async for _ in under_test.answer(ask):
                     pass

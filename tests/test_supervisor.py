@@ -125,7 +125,7 @@ async def problem(asked: asyncio.Task[Any]) -> str:
     return str(caught.value.code)
 
 
-def test_a_request_that_comes_as_the_child_dies_is_told(play: Callable[..., None]) -> None:
+def test_a_request_that_comes_as_the_child_dies_is_answered_by_the_next(play: Callable[..., None]) -> None:
     """Its task may be cancelled before it starts."""
 
     async def test(played: Played) -> None:
@@ -133,19 +133,49 @@ def test_a_request_that_comes_as_the_child_dies_is_told(play: Callable[..., None
             asked = [played.ask()] if order else []
             asyncio.get_running_loop().call_soon(died.set)
             asked += [played.ask()]
+            while played.starts < order + 2:
+                await asyncio.sleep(0.01)
             for each in asked:
-                assert await problem(each) == "crash"
-            died.clear()
+                played.end((await played.hear())["id"])
+                assert await each
 
-    died = asyncio.Event()
-
-    async def read_events(_: object) -> None:
-        await died.wait()
+    async def die_or_read(process: ModelProcess) -> None:
+        reading = asyncio.create_task(read_events(process))
+        try:
+            await died.wait()
+        finally:
+            reading.cancel()
+        died.clear()
         raise ProcessDiedError
 
+    died, read_events = asyncio.Event(), ModelProcess.read_events
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelProcess, "read_events", read_events)
+        patch.setattr(ModelProcess, "read_events", die_or_read)
         play(test)
+
+
+def test_what_the_child_received_ends_with_it(play: Callable[..., None]) -> None:
+    """It may be what ended the child; the rest is asked again, in order."""
+
+    async def test(played: Played) -> None:
+        received, begun = await played.ask_two()
+        leaving, first, second = (played.ask() for _ in range(3))
+        for _ in range(3):
+            await played.hear()
+        played.say({"id": 1, "received": True})
+        played.say({"id": 2, "text": "It"})
+        leaving.cancel()
+        await played.hear()
+        played.writer.close()
+        assert [await problem(received), await problem(begun)] == ["crash", "crash"]
+        while played.starts < 2:
+            await asyncio.sleep(0.01)
+        for number, asked in ((4, first), (5, second)):
+            assert (await played.hear())["id"] == number
+            played.end(number)
+            assert await asked
+
+    play(test)
 
 
 def test_the_end_of_the_server_is_not_forgotten_if_the_child_dies_then(play: Callable[..., None]) -> None:

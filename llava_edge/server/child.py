@@ -5,7 +5,8 @@ image can send its parent nothing but text.
 
 parent -> child  {"id", "messages", "options", "images": [sizes]} + bytes;  {"cancel": id}
 child -> parent  {"ready": {"device", "context", "load_ms", "parallel"}};  {"failed": {"kind", "message"}}
-                 {"id", "text", "chances"};  the last one has "result", or is {"id", "error": {"kind", "message"}}
+                 {"id", "received"};  {"id", "text", "chances"};  the last one has "result", or is
+                 {"id", "error": {"kind", "message"}}
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class _Worker:
                 cancel.set()
             return
         images = [self._lines.read(size) for size in request["images"]]
+        self._writer.send({"id": request["id"], "received": True})
         self._cancels[request["id"]] = threading.Event()
         thread = threading.Thread(target=self._answer_or_fail, args=(request, images), daemon=True)
         try:

@@ -33,6 +33,7 @@ class Job:
     request: ModelRequest
     events: asyncio.Queue[dict[str, Any] | Problem] = field(default_factory=asyncio.Queue)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)  # the client disconnected, or its time is over
+    received: bool = False  # by the child, whose death may be this request's doing from then on
     begun: bool = False  # there was an event
     finished: bool = False  # there was the last one
     timer: asyncio.TimerHandle | None = None
@@ -94,6 +95,9 @@ class ModelProcess:
             event = await self._read_event()
             job = self.jobs.get(event["id"])
             if job is None:
+                continue
+            job.received = True
+            if "received" in event:
                 continue
             self._forward(job, event)
             if ("result" in event or "error" in event) and not job.ended.done():

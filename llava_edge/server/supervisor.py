@@ -1,7 +1,7 @@
 """Keeps the child process running and queues requests for it: first come, first served, several at a time.
 
-Runs entirely in the event loop. If the child dies, the requests it was working on end with an error; queued requests
-are served by the next child.
+Runs entirely in the event loop. If the child dies, the requests it had received end with an error; all others are
+served by the next child.
 """
 
 from __future__ import annotations
@@ -165,8 +165,16 @@ class Supervisor:
                     self._start_timer(job, self._limits.answer_seconds)
                     group.create_task(self._run_job(process, job))
         finally:  # not in `_run_job`: a task that is cancelled before it starts runs nothing
-            for job in process.jobs.values():
+            self._leave_process(process)
+
+    def _leave_process(self, process: ModelProcess) -> None:
+        """Queue the requests again that a dead child did not receive; end the others, as one may have killed it."""
+        for job in reversed(process.jobs.values()):
+            if job.received or job.cancelled.is_set():
                 job.send(model_crashed())
+            else:
+                self._queue.appendleft(job)
+                self._start_timer(job, self._limits.queue_seconds)
 
     @property
     def _parallel(self) -> int:
