@@ -116,11 +116,12 @@ def test_a_request_that_the_process_did_not_receive_is_asked_again(server: Serve
 
 @linux
 def test_it_is_started_again_without_being_asked(server: Server) -> None:
-    before = server.child()
+    before, open_before = server.child(), pipes(server)
     os.kill(before, signal.SIGKILL)
     server.wait_until(lambda: server.health()["status"] != "ok")
     server.wait_until(lambda: server.health()["status"] == "ok")
     assert server.child() != before
+    assert pipes(server) == open_before
 
 
 @pytest.mark.parametrize(("received", "statuses"), [(True, (500, 500, 500, 503)), (False, (500, 503))])
@@ -640,6 +641,11 @@ def counts(server: Server) -> tuple[list[int], list[int]]:
         [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in pids],
         [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids],
     )
+
+
+def pipes(server: Server) -> int:
+    """Pipes that the server has open."""
+    return sum("pipe:[" in str(file.resolve()) for file in Path(f"/proc/{server.process.pid}/fd").iterdir())
 
 
 def private(server: Server) -> list[int]:

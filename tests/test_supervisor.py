@@ -88,6 +88,9 @@ class _Process:
     def join(self, timeout: float = 0.0) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def kill(self) -> None:
         self._played.killed.set()
         self._writer.transport.abort()

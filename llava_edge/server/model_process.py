@@ -144,7 +144,10 @@ class ModelProcess:
         self._process.kill()
         await asyncio.to_thread(self._process.join)
         self._writer.transport.abort()
-        return self._process.exitcode
+        code = self._process.exitcode
+        if code is not None:  # as where SIGCHLD is ignored
+            self._process.close()  # its pipes, which would stay open until a garbage collection
+        return code
 
     @staticmethod
     def _forward(job: Job, event: dict[str, Any]) -> None:
