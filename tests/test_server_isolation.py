@@ -529,6 +529,23 @@ def test_a_signal_to_the_whole_group_ends_the_server_alone(server: Server) -> No
     assert server.child() == child
 
 
+def test_ctrl_c_does_not_end_the_imports_of_the_child(micro_bundle: Path) -> None:
+    """With a traceback of its own, beside what the server does about it."""
+    from llava_edge.server.limits import Limits
+    from llava_edge.server.model_process import ModelProcess
+
+    async def load() -> dict[str, Any]:
+        process = await ModelProcess.spawn(Bundle.open(micro_bundle), EngineOptions(device="cpu"), Limits())
+        os.kill(process._process.pid or 0, signal.SIGINT)
+        try:
+            return await process.wait_ready()
+        finally:
+            await process.terminate()
+
+    assert asyncio.run(load())["device"]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 @linux
 def test_what_the_child_inherits(server: Server) -> None:
     limits = Path(f"/proc/{server.child()}/limits").read_text()

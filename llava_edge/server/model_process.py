@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import signal
 import socket
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
 from llava_edge import errors
@@ -77,7 +79,7 @@ class ModelProcess:
             arguments = (theirs, str(bundle.folder), options, limits.pixels)
             # Not fork: the engines do not survive it, and the child must inherit nothing.
             process = multiprocessing.get_context("spawn").Process(target=child.main, args=arguments, daemon=True)
-            process.start()
+            _start(process)
         return ModelProcess(process, reader, writer)
 
     async def wait_ready(self) -> dict[str, Any]:
@@ -171,3 +173,13 @@ class ModelProcess:
         if not isinstance(event, dict):
             raise ProcessDiedError
         return event
+
+
+def _start(process: multiprocessing.process.BaseProcess) -> None:
+    """Start it with SIGINT blocked, which it inherits: Ctrl-C would end its imports with a traceback."""
+    resource_tracker.ensure_running()  # or `start` starts that one, and then unblocks the signal
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
