@@ -29,7 +29,8 @@ from llava_edge.server import guard, json_body, supervisor
 from llava_edge.server.limits import Limits
 from llava_edge.server.problems import Problem
 from llava_edge.server.serve import read_key
-from llava_edge.server.votes import MAX_BYTES
+from llava_edge.server.votes import MAX_BYTES, VoteLog
+from llava_edge.templates import TEMPLATES
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
@@ -899,3 +900,13 @@ def test_votes_that_cannot_be_kept_are_said_and_none_has_another_address(micro_b
         file.parent.write_text("a file in the place of the folder")
         status, _, answer = server.request("POST", "/log", vote)
         assert (status, "cannot be written" in json.loads(answer)["error"]["message"]) == (507, True)
+
+
+def test_a_log_that_cannot_be_used_is_said_and_no_bug(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    votes = VoteLog(tmp_path / "log" / "votes.jsonl", "micro", TEMPLATES["vicuna_v1"])
+    with pytest.raises(Problem, match="The log cannot be deleted: Not a directory"):
+        votes.delete()
+    votes.path = tmp_path
+    with pytest.raises(Problem, match="The log cannot be read: Is a directory"):
+        votes.read()

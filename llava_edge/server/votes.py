@@ -6,9 +6,10 @@ it. Clients cannot choose the file, and images are not logged.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +51,28 @@ class VoteLog:
         line = json.dumps(record).encode("ascii") + b"\n"
         if self.size() + len(line) > MAX_BYTES:
             raise Problem(507, "The log is full. Export and delete it.")
-        try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(line)
-        except OSError as error:
-            raise Problem(507, f"The log cannot be written: {error.strerror}.") from error
+        with _refusing("written"):
+            self._append(line)
 
     def read(self) -> bytes:
-        """The whole file."""
-        return self.path.read_bytes() if self.path.exists() else b""
+        """The whole file. Raises `Problem`, as `delete` and `size` do, if the system refuses."""
+        with _refusing("read"):
+            return self.path.read_bytes() if self.path.exists() else b""
 
     def delete(self) -> None:
         """Remove the file."""
-        self.path.unlink(missing_ok=True)
+        with _refusing("deleted"):
+            self.path.unlink(missing_ok=True)
 
     def size(self) -> int:
         """Size of the file in bytes."""
-        return self.path.stat().st_size if self.path.exists() else 0
+        with _refusing("read"):
+            return self.path.stat().st_size if self.path.exists() else 0
+
+    def _append(self, line: bytes) -> None:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(line)
 
     def _state(self, messages: object) -> dict[str, Any]:
         roles = _ROLES.get(self._layout.style, ("USER", "ASSISTANT"))
@@ -91,3 +96,11 @@ class VoteLog:
             "sep": separators[0],
             "sep2": separators[1],
         }
+
+
+@contextlib.contextmanager
+def _refusing(done: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Problem(507, f"The log cannot be {done}: {error.strerror}.") from error
