@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import largest_file
 from serving import Server, data_url, image_question, png, question, running
 
 from llava_edge import cli
@@ -900,6 +901,20 @@ def test_votes_that_cannot_be_kept_are_said_and_none_has_another_address(micro_b
         file.parent.write_text("a file in the place of the folder")
         status, _, answer = server.request("POST", "/log", vote)
         assert (status, "cannot be written" in json.loads(answer)["error"]["message"]) == (507, True)
+
+
+def test_a_vote_that_a_full_disk_took_in_part_spoils_no_other(tmp_path: Path) -> None:
+    votes = VoteLog(tmp_path / "votes.jsonl", "micro", TEMPLATES["vicuna_v1"])
+    votes.enabled = True
+    for text in ("first", "lost", "last"):
+        vote = {"type": "upvote", "messages": [["user", text]]}
+        if text == "lost":
+            with largest_file(votes.size() + 20), pytest.raises(Problem, match="The log cannot be written: File too"):
+                votes.add(vote, "")
+        else:
+            votes.add(vote, "")
+    kept = [json.loads(line)["state"]["messages"][0][1] for line in votes.read().splitlines()]
+    assert kept == ["first", "last"]
 
 
 def test_a_log_that_cannot_be_used_is_said_and_no_bug(tmp_path: Path) -> None:

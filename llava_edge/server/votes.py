@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,8 +72,14 @@ class VoteLog:
 
     def _append(self, line: bytes) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(line)
+        size = self.size()
+        try:
+            with self.path.open("ab") as file:
+                file.write(line)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # or the next line would continue the part that a full disk took
+            raise
 
     def _state(self, messages: object) -> dict[str, Any]:
         roles = _ROLES.get(self._layout.style, ("USER", "ASSISTANT"))
