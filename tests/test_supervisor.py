@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from processes import in_child
 from serving import question
 
 from llava_edge.bundle import Bundle
@@ -284,3 +285,20 @@ def test_a_child_has_time_to_end_an_answer_after_the_others(play: Callable[..., 
         assert not played.killed.is_set()
 
     play(test, cancel_seconds=0.4)
+
+
+def test_the_child_is_ended_when_clients_have_all_descriptors() -> None:
+    """Or it would never be started again. In a process of its own, which has imported nothing else."""
+    code = """
+import asyncio, multiprocessing, os, resource, socket, time
+from llava_edge.server.model_process import ModelProcess
+async def end():
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+    process.start()
+    child = ModelProcess(process, *await asyncio.open_connection(sock=socket.socketpair()[0]))
+    free = os.open(os.devnull, os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    print(await child.terminate(timeout=0.01))
+asyncio.run(end())
+"""
+    assert in_child(code).stdout == "-9\n"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - with the next one: `terminate` would import both, without a descriptor
 import json
-import multiprocessing
+import multiprocessing.connection
 import signal
 import socket
 from dataclasses import dataclass, field
