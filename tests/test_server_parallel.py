@@ -81,10 +81,12 @@ def test_a_bad_picture_ends_no_other_answer(server: Server) -> None:
 
 def test_a_death_ends_the_answers_in_work_alone(micro_bundle: Path, home: Path) -> None:
     with running(micro_bundle, home.parent) as server:
-        os.kill(server.child(), signal.SIGSTOP)  # so that none ends before
+        child = server.child()
+        tasks = Path(f"/proc/{child}/task")
+        before = len(list(tasks.iterdir()))
         streams = [server.start(LONG) for _ in range(3)]
-        server.wait_until(lambda: server.metric("llava_edge_requests_in_work") == 4)
-        os.kill(server.child(), signal.SIGKILL)
+        server.wait_until(lambda: len(list(tasks.iterdir())) == before + 3)  # it has received them
+        os.kill(child, signal.SIGKILL)
         for said in map(read_all, streams):
             assert b'"error"' in said
             assert b"[DONE]" not in said
