@@ -16,6 +16,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -925,3 +926,35 @@ def test_a_log_that_cannot_be_used_is_said_and_no_bug(tmp_path: Path) -> None:
     votes.path = tmp_path
     with pytest.raises(Problem, match="The log cannot be read: Is a directory"):
         votes.read()
+
+
+@pytest.mark.parametrize(("most", "kept"), [(256, 64), (1024, 300)])
+def test_more_connections_than_open_files_stop_nothing(
+    most: int, kept: int, micro_bundle: Path, tmp_path: Path
+) -> None:
+    """256 is what macOS gives a program that does not ask for more; `most` is what it may ask for."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {most}))"
+    (tmp_path / "sitecustomize.py").write_text(limit, "utf-8")
+    with (
+        running(micro_bundle, tmp_path, first=(str(tmp_path),), limits="head_seconds=100") as server,
+        ExitStack() as stack,
+    ):
+        clients = []
+        for _ in range(6):
+            for _ in range(50):
+                clients.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+                stack.enter_context(clients[-1]).setblocking(False)
+            time.sleep(0.05)  # or the system lets some wait for a second
+        server.wait_until(lambda: sum(map(is_open, clients)) == kept)
+        clients[0].close()
+        assert server.health()["status"] == "ok"
+        assert "Traceback" not in server.log.read_text()
+
+
+def is_open(client: socket.socket) -> bool:
+    try:
+        return client.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import resource
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 MIN_KEY_LENGTH = 16  # characters
 GRACE_SECONDS = 1  # for answers to finish on shutdown, then again for telling the clients of the others
+BACKLOG = 64  # connections that a listening socket accepts at once, before one beyond the limit can be closed
+RESERVED_FILES = 2 * BACKLOG + 64  # beside those of connections
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def serve(bundle: Bundle, options: EngineOptions, settings: Settings, log: Calla
     loading the model raises.
     """
     interpreter.refuse_frozen("The server")
+    settings = replace(settings, limits=_within_descriptors(settings.limits))
     if not all(find_spec(name) for name in ("starlette", "uvicorn")):
         raise UnavailableError(f"The server needs the extra [serve]. {install_hint('serve')}")
     with ExitStack() as stack:
@@ -91,6 +95,7 @@ async def _serve(
     app = App(manifest, supervisor, vote_log, limits, metrics).asgi(access_guard, log)
     config = uvicorn.Config(
         app,
+        backlog=BACKLOG,
         http=protocol_class(limits),
         ws="none",
         lifespan="off",
@@ -114,6 +119,20 @@ async def _serve(
         except asyncio.CancelledError:
             await close_task
             raise
+
+
+def _within_descriptors(limits: Limits) -> Limits:
+    """Fewer connections where the system allows too few open files for them; macOS gives 256 to who does not ask."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return limits
+    wanted = limits.connections + RESERVED_FILES
+    if soft < wanted:
+        asked = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (asked, hard))
+            soft = asked
+    return replace(limits, connections=max(1, min(limits.connections, soft - RESERVED_FILES)))
 
 
 def _graceful_server(supervisor: Supervisor) -> type[uvicorn.Server]:
