@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ Array = np.ndarray[Any, Any]
 # most about max / 2^(b-1) / sqrt(12), and max / rms at most sqrt(n): 0.2 for q4_0. A swapped tensor gives about 1.4.
 TYPE_LIMITS = {"F32": 0.0, "F16": 1e-3, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K": 0.13, "Q5_0": 0.13, "Q5_1": 0.13}
 TYPE_LIMITS |= {"Q4_K": 0.25, "Q4_0": 0.25, "Q4_1": 0.25}
+BLOCK_VALUES = 1 << 18  # compared at a time: 1 MB in float32, which stays in a core's cache
 
 
 def read_back_language(path: Path, checkpoint: Checkpoint, progress: Callable[[float], None]) -> None:
@@ -39,15 +40,14 @@ def _read_back(
     path: Path, names: Mapping[str, str], source: Callable[[str], Array], progress: Callable[[float], None]
 ) -> None:
     from gguf import GGUFReader
-    from gguf.quants import dequantize
 
     stored = {item.name: item for item in GGUFReader(path).tensors}
     if stored.keys() != names.keys():
         raise CheckpointError(f"{path} holds other tensors than were written: {sorted(stored.keys() ^ names.keys())}.")
     for done, (name, item) in enumerate(stored.items()):
-        ours, expected = dequantize(item.data, item.tensor_type), source(name)
-        limit = TYPE_LIMITS.get(item.tensor_type.name, 0.0)
-        error = relative_error(ours, expected) if ours.shape == expected.shape else np.inf
+        expected, limit = source(name), TYPE_LIMITS.get(item.tensor_type.name, 0.0)
+        same_shape = tuple(item.shape[::-1]) == expected.shape
+        error = _relative_error(_dequantized(item, np.atleast_2d(expected))) if same_shape else np.inf
         if not error <= limit:
             raise CheckpointError(
                 f"{path} does not hold what was written: {name} as {item.tensor_type.name} is off by {error:.2g} "
@@ -56,11 +56,29 @@ def _read_back(
         progress((done + 1) / len(stored))
 
 
+def _dequantized(item: Any, expected: Array) -> Iterator[tuple[Array, Array]]:
+    """A tensor of a GGUF and what it should be, a few rows at a time: twice as fast as all at once."""
+    from gguf.quants import dequantize
+
+    data, count = np.atleast_2d(item.data), max(1, BLOCK_VALUES // expected.shape[1])
+    for start in range(0, len(expected), count):
+        rows = slice(start, start + count)
+        yield dequantize(data[rows], item.tensor_type), expected[rows]
+
+
 def relative_error(ours: Array, reference: Array) -> float:
     """l2 norm of the difference, divided by that of the reference; infinite if one of them exceeds float32."""
+    return _relative_error([(ours, reference)])
+
+
+def _relative_error(blocks: Iterable[tuple[Array, Array]]) -> float:
+    """The same of an array in several blocks, each with its reference."""
     with np.errstate(over="ignore", invalid="ignore"):
-        norm = float(np.linalg.norm(reference))
-        difference = float(np.linalg.norm(np.subtract(ours, reference, dtype=np.float32)))
+        norms = [
+            (np.linalg.norm(reference), np.linalg.norm(np.subtract(ours, reference, dtype=np.float32)))
+            for ours, reference in blocks
+        ]
+        norm, difference = np.linalg.norm(np.array(norms, np.float64), axis=0)
     if not np.isfinite([norm, difference]).all():
         return np.inf
-    return difference / norm if norm else float(difference > 0)
+    return float(difference / norm if norm else difference > 0)
