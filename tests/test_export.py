@@ -554,7 +554,7 @@ def test_greedy_answers_are_the_references_and_eight_bits_nearly_so(tmp_path: Pa
         checkpoint = open_checkpoint(
             micro.write_checkpoint(tmp_path / str(seed), tensors=in_halves(micro.random_tensors(seed=seed)))
         )
-        files = {"f16": tmp_path / f"{seed}-f16.gguf", "q8_0": tmp_path / f"{seed}-q8_0.gguf"}
+        files = {kind: tmp_path / f"{seed}-{kind}.gguf" for kind in ("q8_0", "f16")}
         vocabulary = read_tokenizer(checkpoint.tokenizer, checkpoint.config)
         llm_gguf.write_language(checkpoint, vocabulary, files["f16"], "micro")
         quantize(files["f16"], files["q8_0"], "q8_0")
