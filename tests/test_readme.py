@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -93,6 +94,27 @@ def test_the_map_names_every_module_and_nothing_else() -> None:
     folders = [ROOT / name for name in ("llava_edge", "llava_edge/server", "export", "models", "runtimes")]
     modules = {path for folder in folders for path in folder.glob("*.py") if not path.name.startswith("__")}
     assert modules - named == set()
+
+
+def test_the_table_of_extras_is_that_of_setup_py(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row may begin with other extras that it contains."""
+    metadata: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", metadata.update)
+    exec(compile((ROOT / "setup.py").read_text("utf-8"), ROOT / "setup.py", "exec"), {"__file__": ROOT / "setup.py"})
+    required = {"(none)": metadata["install_requires"], **metadata["extras_require"]}
+    packages = {extra: {re.split("[=><]", line)[0] for line in lines} for extra, lines in required.items()}
+    rows = re.findall(
+        r"^\| (\(none\)|`\[\w+\]`) \|.*\| (.*) \|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    shown: dict[str, set[str]] = {}
+    for extra, installs in rows:
+        names = set(installs.split(", "))
+        if "all of the above" in names:
+            names |= set().union(*(shown[above] for above in shown if above != "(none)"))
+        if "those of `[export]`" in names:
+            names |= shown["export"]
+        shown[extra.strip("`[]")] = {name for name in names if " of " not in name}
+    assert shown == packages
 
 
 EXAMPLES = [
