@@ -16,6 +16,7 @@ from llava_edge.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_PAGES = [ROOT / "benchmarks/README.md", ROOT / "CONTRIBUTING.md", ROOT / "llava_edge/zoo/smol/MODEL_CARD.md"]
 
 
 def code_lines(page: Path) -> list[str]:
@@ -24,7 +25,22 @@ def code_lines(page: Path) -> list[str]:
     return [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-COMMANDS = sorted({line for page in PAGES for line in code_lines(page) if line.startswith("llava-edge ")})
+def code_in_text(page: Path) -> list[str]:
+    """What stands between backticks outside of fenced blocks, lines joined."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+
+
+def help_lines() -> list[str]:
+    """Lines of all help texts of commands, with their examples."""
+    with click.Context(cli) as context:
+        commands = [cli.get_command(context, name) for name in cli.list_commands(context)]
+    return [line.strip() for command in [cli, *commands] if command for line in (command.help or "").splitlines()]
+
+
+CODE = [line for page in PAGES + OTHER_PAGES for line in code_lines(page) + code_in_text(page)]
+COMMANDS = sorted({line for line in CODE + help_lines() if re.match(r"llava-edge (\w+ .|bench|serve)", line)})
+SCRIPTS = sorted({line for line in CODE if line.startswith("python benchmarks/")})
 
 
 def parse(line: str) -> click.Context:
@@ -74,7 +90,14 @@ def test_a_wrong_command_does_not_parse(line: str) -> None:
         parse(line)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_every_benchmark_and_its_options_exist(line: str) -> None:
+    _, script, *words = line.split()
+    source = (ROOT / script).read_text("utf-8")
+    assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
+
+
+@pytest.mark.parametrize("page", PAGES + OTHER_PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
