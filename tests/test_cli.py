@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import gguf
 import pytest
 from conftest import Run
@@ -53,6 +54,15 @@ def test_help_of_every_command(name: str, run: Run) -> None:
     code, out, err = run(name, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"Usage: llava-edge {name}")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_shows_every_default(name: str) -> None:
+    command = cli.cli.get_command(click.Context(cli.cli), name)
+    assert command
+    options = [option for option in command.params if isinstance(option, click.Option) and not option.is_flag]
+    with_default = [option for option in options if isinstance(option.default, int | float | str | list)]
+    assert [option.name for option in with_default if option.default != "" and not option.show_default] == []
 
 
 def test_no_command_shows_help(run: Run) -> None:

@@ -53,8 +53,16 @@ def engine_options(command: Command) -> Command:
         click.option(
             "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Device to compute on."
         ),
-        click.option("--threads", type=int, default=0, help="Number of threads (0: one per physical core)."),
-        click.option("--context", type=int, default=0, help="Context length in tokens (0: the model's, at most 4096)."),
+        click.option(
+            "--threads", type=int, default=0, show_default=True, help="Number of threads (0: one per physical core)."
+        ),
+        click.option(
+            "--context",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Context length in tokens (0: the model's, at most 4096).",
+        ),
         click.option(
             "--preset",
             type=click.Choice(PRESETS),

@@ -44,11 +44,13 @@ _START = b'{"image": '  # of each line of an output file
 @click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="Question about each image.")
 @answer_options
 @generation_options
-@click.option("--json", "as_json", is_flag=True, help="Print each answer as a JSON object, with timings and memory.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print each answer as a JSON object on one line, with timings and memory."
+)
 @click.option(
     "--output",
     metavar="FILE",
-    help="Append JSON objects to this file instead, and skip images that it answers already.",
+    help="Append JSON objects to this file instead of printing, and skip images that it answers already.",
 )
 def batch(
     paths: tuple[str, ...],

@@ -28,12 +28,14 @@ def _parse_integers(_: click.Context, __: click.Parameter, text: str) -> tuple[i
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, metavar="NAME|DIR", help="Model name or bundle folder; repeatable.")
+@click.option("--model", "models", multiple=True, default=[DEFAULT_MODEL], show_default=True, metavar="NAME|DIR",
+              help="Model name or bundle folder; repeatable.")  # fmt: skip
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Device to compute on.")
 @click.option(
     "--threads",
     callback=_parse_integers,
     default="0",
+    show_default=True,
     metavar="N,N",
     help="Thread counts to try (0: one per physical core).",
 )
@@ -42,14 +44,16 @@ def _parse_integers(_: click.Context, __: click.Parameter, text: str) -> tuple[i
     "contexts",
     callback=_parse_integers,
     default="0",
+    show_default=True,
     metavar="N,N",
-    help="Context lengths to try (0: default).",
+    help="Context lengths in tokens to try (0: the model's, at most 4096).",
 )
 @click.option(
     "--image-tokens",
     "budgets",
     callback=_parse_integers,
     default="0",
+    show_default=True,
     metavar="N,N",
     help="Tokens per image to try (0: all).",
 )
@@ -88,7 +92,7 @@ def bench(
 
     \b
     llava-edge bench
-    llava-edge bench --threads 1,2 --repeats 7 > now.json
+    llava-edge bench --threads 1,2 --repeats 7 > before.json
     llava-edge bench --compare before.json --html report.html
     """
     from llava_edge.bench.compare import compare, condition_differences
@@ -98,7 +102,7 @@ def bench(
     from llava_edge.cli.terminal import status_line
 
     picture = None if image is None else Path(image_path(image))
-    plan = Plan(models or (DEFAULT_MODEL,), image=picture, **values)
+    plan = Plan(models, image=picture, **values)
     planned = configurations(plan)
     inputs = [*older, *([picture] if picture else [])]
     for file in filter(None, (csv_file, html_file)):

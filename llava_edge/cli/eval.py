@@ -32,8 +32,14 @@ Progress = Callable[[int, int], None]
 @click.option(
     "--photos", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Photos with labels.jsonl."
 )
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the held-out data.")
-@click.option("--limit", type=click.IntRange(1), help="Maximum number of questions per set, evenly spread.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    show_default="~/.cache/llava-edge/data/smol",
+    help="Folder for the held-out data.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Maximum number of questions per set, evenly spread; else all.")
 @click.option(
     "--image-tokens",
     "budgets",

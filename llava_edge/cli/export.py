@@ -63,10 +63,10 @@ if TYPE_CHECKING:
 @click.option(
     "--emit-mmproj", type=click.Path(path_type=Path), metavar="FILE", help="Also write an mmproj file for llama.cpp."
 )
-@click.option("--name", default="", help="Name of the model; that of OUT if omitted.")
+@click.option("--name", default="", metavar="NAME", help="Name of the model; that of OUT if omitted.")
 @click.option("--force", is_flag=True, help="Overwrite an existing bundle OUT and an earlier --emit-mmproj file.")
 @click.option("--force-publish", is_flag=True, help="Publish the bundle even if a stage differs too much from PyTorch.")
-@click.option("--threads", type=int, default=0, help="Threads for quantization (0: all cores).")
+@click.option("--threads", type=int, default=0, show_default=True, help="Threads for quantization (0: all cores).")
 @click.option("--imatrix", is_flag=True, help="Use an importance matrix, measured on drawings, for 4 and 5 bits.")
 @click.option(
     "--calibrate",

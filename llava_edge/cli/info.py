@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.argument("target", default=DEFAULT_MODEL, metavar="[BUNDLE|FILE.gguf|CHECKPOINT]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def info(target: str, as_json: bool) -> None:
-    """Show what a bundle (folder or model name), GGUF file or checkpoint folder contains."""
+    """Show what a bundle (folder or model name; smol if omitted), GGUF file or checkpoint folder contains."""
     path = resolve(target)
     if path.is_file():
         facts = _gguf_facts(path)

@@ -48,7 +48,7 @@ def _state(folder: Path) -> str:
 @click.argument("name", default=store.DEFAULT_MODEL, metavar="[NAME]")
 @click.option("--force", is_flag=True, help="Rebuild the model if it is already installed.")
 def pull_model(name: str, force: bool) -> None:
-    """Download the parts of NAME and build its bundle.
+    """Download the parts of NAME (smol if omitted) and build its bundle.
 
     Needs the extra [export].
     """

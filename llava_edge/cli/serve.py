@@ -41,7 +41,7 @@ from llava_edge.errors import UsageError
     type=click.IntRange(1, 8),
     default=8,
     show_default=True,
-    help="Maximum number of requests answered at a time; with native kernels only, else it is 1.",
+    help="Maximum number of requests answered at a time (1 on a GPU and without the native kernels).",
 )
 @click.option(
     "--queue", type=click.IntRange(1, 4096), default=16, show_default=True, help="Maximum number of waiting requests."

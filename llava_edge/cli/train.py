@@ -23,10 +23,18 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder; resumes an interrupted run there."
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    show_default="~/.cache/llava-edge/runs/RECIPE",
+    help="Run folder; resumes an interrupted run there.",
 )
 @click.option(
-    "--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder for training data and cached features."
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    show_default="~/.cache/llava-edge/data/RECIPE",
+    help="Folder for training data and cached features.",
 )
 @click.option(
     "--photos", type=click.Path(path_type=Path), metavar="DIR", help="Folder of photos with labels.jsonl (for smol)."

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", default=DEFAULT_MODEL, metavar="[BUNDLE]")
-@click.option("--against", type=CheckpointPath(path_type=Path), help="Checkpoint to compare every stage with.")
+@click.option(
+    "--against",
+    type=CheckpointPath(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Checkpoint to compare every stage with.",
+)
 @click.option("--base", type=CheckpointPath(path_type=Path), metavar="DIR", help="Its base model, as for export.")
 @click.option(
     "--vision-tower", type=CheckpointPath(path_type=Path), metavar="DIR", help="Its CLIP folder, as for export."
@@ -38,7 +43,7 @@ def verify(
     square: Square | None,
     as_json: bool,
 ) -> None:
-    """Check every byte of BUNDLE (a folder or model name) against the hashes in its manifest.
+    """Check every byte of BUNDLE (a folder or model name; smol if omitted) against the hashes in its manifest.
 
     With --against, then run its parts beside the checkpoint in PyTorch, and print the parity table.
     """
