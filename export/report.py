@@ -145,7 +145,7 @@ def markdown(report: Report) -> str:
         f"Language model alone, by llama.cpp, on {report.tokens} answer tokens: {report.held_out}.",
         f"Image-aware files were quantized with an importance matrix from {report.calibration}.",
         "",
-        "| language model | MB | bits a weight | KL to f16, nats | perplexity | lost | same first choice | weights |",
+        "| language model | MB | bits a weight | KL to f16, nats | perplexity | change | same first choice | weights |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in report.rows:
