@@ -69,6 +69,8 @@ def eval(
 ) -> None:
     """Measure accuracy on each held-out set, beside majority, blank-image and shuffled-image baselines.
 
+    Needs the extra [train].
+
     \b
     llava-edge eval --photos photos --bundle smol --checkpoint runs/smol/model
     llava-edge eval --photos photos --bundle smol --image-tokens 0 --image-tokens 25 --image-tokens 9

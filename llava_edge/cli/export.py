@@ -92,8 +92,13 @@ def export(report_file: Path | None, as_json: bool, **values: Any) -> None:
     """Convert CHECKPOINT into the bundle OUT.
 
     CHECKPOINT is a LLaVA in any published layout, or a GGUF with --mmproj. 'llava-edge info CHECKPOINT' shows its
-    layout and what it needs. If PyTorch is installed, every stage is compared with it; the table ends with the worst
-    stage.
+    layout and what it needs.
+
+    Needs the extra [export]. With [train] every stage is compared with PyTorch, in a table that ends with the worst.
+
+    \b
+    llava-edge export llava-1.5-7b-hf my-bundle
+    llava-edge export model.gguf my-bundle --mmproj mmproj.gguf
     """
     from llava_edge.export import exporter
 

@@ -66,6 +66,8 @@ def serve(
 ) -> None:
     """Serve a model: OpenAI's API under /v1, Ollama's under /api, chat page at /.
 
+    Needs the extra [serve].
+
     \b
     llava-edge serve
     LLAVA_EDGE_API_KEY=... llava-edge serve --host 0.0.0.0 --allow-host box.local
