@@ -6,8 +6,8 @@
     language.gguf    LLaMA and tokenizer, quantized
     adapter.gguf     its LoRA adapter, if there is one
 
-Nothing is guessed from names. Opening checks structure, sizes and that each part belongs to the bundle;
-`Bundle.verify` also reads every byte. This module knows nothing about engines or tensors.
+Nothing is guessed from names. Opening checks structure, sizes and, by a sample, that each part belongs to the bundle;
+`Bundle.verify` reads every byte. This module knows nothing about engines or tensors.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from llava_edge.typed import Printable, build
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
+SAMPLES, SAMPLE_BYTES = 32, 4096  # pieces of each part, read in a millisecond
 MAX_IMAGE_SIZE = 4096  # pixels on a side; published CLIP towers have 224 to 448
 MAX_TILES = 36  # of one picture; LLaVA-1.6 has at most 4
 
@@ -106,10 +107,11 @@ class LanguagePart:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and SHA-256 (hex) of one part."""
+    """Size in bytes and SHA-256 (hex) of one part; `sample`: of pieces of it, which opening compares."""
 
     size: int
     sha256: Text
+    sample: Text = ""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Bundle:
 
     @staticmethod
     def open(folder: Path) -> Bundle:
-        """Check structure and sizes. Raises `MissingError` or `BundleError`; never reads the weights."""
+        """Check structure, sizes and a sample of each part. Raises `MissingError` or `BundleError`."""
         manifest = read_manifest(folder)
         for name, entry in manifest.files.items():
             _check_file(folder, name, entry)
@@ -247,8 +249,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and hash of a part."""
-    return FileEntry(path.stat().st_size, sha256_of(path))
+    """Size and hashes of a part."""
+    return FileEntry(path.stat().st_size, sha256_of(path), _sample_of(path))
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] = lambda n: None) -> str:
@@ -258,6 +260,16 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda n: None) -> s
         while block := file.read(1 << 20):
             digest.update(block)
             progress(len(block))
+    return digest.hexdigest()
+
+
+def _sample_of(path: Path) -> str:
+    """SHA-256 of pieces from all over a file: two models of one size differ in some of them."""
+    digest, last = hashlib.sha256(), max(path.stat().st_size - SAMPLE_BYTES, 0)
+    with path.open("rb", buffering=0) as file:
+        for number in range(SAMPLES):
+            file.seek(last * number // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -351,13 +363,17 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
         size = _stat_regular_file(path).st_size
     except OSError as error:
         raise BundleError(f"{path} is missing from the bundle ({error.strerror}). Export or pull it again.") from error
-    if not os.access(path, os.R_OK):  # ONNX Runtime would not name the file
-        raise BundleError(f"{path} cannot be read: Permission denied.")
+    try:
+        sample = _sample_of(path)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
     if size != entry.size:
         raise BundleError(
             f"{path} has {size} bytes, the manifest says {entry.size}: it is truncated or from another "
             f"bundle.{_mixup_hint(path)} Export or pull the bundle again."
         )
+    if entry.sample and sample != entry.sample:
+        raise BundleError(f"{path} is damaged or from another bundle. Export or pull the bundle again.")
 
 
 def _mixup_hint(path: Path) -> str:

@@ -5,6 +5,7 @@ The parts are arbitrary bytes here: `llava_edge.bundle` never looks into them.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -211,12 +212,15 @@ def test_bundles_from_before_a_field_existed_mean_what_they_meant(folder: Path) 
 
     def older(raw: dict[str, Any]) -> None:
         del raw["image_markers"], raw["after_control"]
+        for entry in raw["files"].values():
+            del entry["sample"]
         del raw["preprocessing"]["grids"], raw["preprocessing"]["merge"]
 
     edit(folder, older)
     manifest = b.read_manifest(folder)
     assert (manifest.image_markers, manifest.after_control) == ([], "prefix")
     assert (manifest.preprocessing.grids, manifest.preprocessing.merge) == ((), "flat")
+    b.Bundle.open(folder)
 
 
 def test_a_bundle_without_external_weights_is_fine(folder: Path) -> None:
@@ -249,7 +253,7 @@ def test_flipped_bits_in_the_manifest_are_found(folder: Path) -> None:
 
 
 def test_flipped_bits_in_the_parts_are_found_by_verify(folder: Path) -> None:
-    noise = random.Random(1)
+    noise, opened = random.Random(1), b.Bundle.open(folder)
     for name in b.PARTS:
         data = (folder / name).read_bytes()
         for _ in range(64):
@@ -257,9 +261,26 @@ def test_flipped_bits_in_the_parts_are_found_by_verify(folder: Path) -> None:
             flipped[noise.randrange(len(data))] ^= 1 << noise.randrange(8)
             (folder / name).write_bytes(flipped)
             with pytest.raises(BundleError, match=f"{name} is damaged or from another bundle"):
-                b.Bundle.open(folder).verify()
+                opened.verify()
         (folder / name).write_bytes(data)
-    b.Bundle.open(folder).verify()
+    opened.verify()
+
+
+def test_a_part_of_another_model_of_the_same_size_is_refused_at_open(folder: Path) -> None:
+    """Without reading all of it; what a sample cannot show, `verify` finds."""
+    path, weights = folder / b.LANGUAGE, random.Random(0).randbytes(1 << 20)
+    path.write_bytes(weights)
+    manifest = b.read_manifest(folder)
+    b.write_manifest(folder, replace(manifest, files={**manifest.files, b.LANGUAGE: b.file_entry(path)}))
+    opened = b.Bundle.open(folder)
+    for start, count in ((0, 1), (len(weights) - 1, 1), (len(weights) // 2, 1 << 16)):
+        path.write_bytes(weights[:start] + bytes(count) + weights[start + count :])
+        with pytest.raises(BundleError, match=r"language\.gguf is damaged or from another"):
+            b.Bundle.open(folder)
+    path.write_bytes(weights[:5000] + bytes(4000) + weights[9000:])
+    b.Bundle.open(folder)
+    with pytest.raises(BundleError, match=r"language\.gguf is damaged or from another"):
+        opened.verify()
 
 
 @pytest.mark.parametrize("name", b.PARTS)
@@ -278,7 +299,7 @@ def test_every_truncation_and_extension_is_found_at_open(folder: Path, name: str
 
 
 def test_all_mixes_of_three_bundles_are_refused(tmp_path: Path) -> None:
-    """3^5 - 3 mixes; the first two bundles have parts of equal sizes, which only the hashes tell apart."""
+    """3^5 - 3 mixes; the first two bundles have parts of equal sizes, which only their content tells apart."""
     sources = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     make_bundle(sources[0], 0)
     make_bundle(sources[1], 1)
@@ -292,7 +313,7 @@ def test_all_mixes_of_three_bundles_are_refused(tmp_path: Path) -> None:
         for name, source in [(b.MANIFEST, mix[0]), *zip(b.PARTS, mix, strict=True)]:
             (target / name).write_bytes(files[source][name])
         with pytest.raises(BundleError, match="another bundle"):
-            b.Bundle.open(target).verify()
+            b.Bundle.open(target)
 
 
 DOWNLOADS = {
@@ -333,6 +354,13 @@ def test_only_plain_files_are_opened(folder: Path, name: str, kind: str) -> None
 @pytest.mark.parametrize("name", [b.VISION, b.VISION_DATA, b.LANGUAGE])
 def test_a_part_that_may_not_be_read_is_named(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before an engine opens it. (Permissions would not stop tests that root runs.)"""
-    monkeypatch.setattr(os, "access", lambda path, mode: path != folder / name)
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == folder / name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(BundleError, match=f"{name} cannot be read: Permission denied"):
         b.Bundle.open(folder)

@@ -22,7 +22,16 @@ from PIL import Image
 from processes import in_child
 
 from llava_edge import Llava
-from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION, VISION_DATA, Bundle, read_manifest, write_manifest
+from llava_edge.bundle import (
+    LANGUAGE,
+    PROJECTOR,
+    VISION,
+    VISION_DATA,
+    Bundle,
+    file_entry,
+    read_manifest,
+    write_manifest,
+)
 from llava_edge.conversation import Chat
 from llava_edge.errors import (
     BundleError,
@@ -545,13 +554,15 @@ def test_images_and_slots_must_match(llava: Llava) -> None:
         list(llava._engine.generate([Message("user", "hello", 1)], []))
 
 
-# Broken bundles. Sizes stay right, so that only what reads the content can notice.
+# Broken bundles. The manifest is right about them, so that only what uses the content can notice.
 
 
 def damage(path: Path, at: int, data: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(at)
         file.write(data)
+    manifest = read_manifest(path.parent)
+    write_manifest(path.parent, replace(manifest, files={**manifest.files, path.name: file_entry(path)}))
 
 
 @pytest.mark.parametrize("part", [VISION_DATA, PROJECTOR, LANGUAGE])
