@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import operator
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 Ranges = tuple[tuple[int, int], ...]  # of code points, both ends included, in order, apart from each other
 
@@ -23,12 +25,18 @@ class TooComplexError(Exception):
 class Budget:
     """What automata may still have, all that share it together. Counts states that are found to be useless, too.
 
-    steps: positions of all states, and ranges of all edges.
+    steps: positions of all states, positions that others follow, and ranges of all edges.
     """
 
     positions: int = 5000
     states: int = 1000
     steps: int = 100_000
+
+    def take_steps(self, count: int) -> None:
+        """Raise `TooComplexError` if there are not as many."""
+        self.steps -= count
+        if self.steps < 0:
+            raise TooComplexError
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,7 @@ def automaton(choices: Sequence[Choice], alphabet: Ranges, budget: Budget) -> li
     """
     positions = _Positions(budget)
     wanted = [[(*positions.add(node), match) for node, match in choice] for choice in choices]
-    classes: dict[int, list[tuple[int, int]]] = {}  # the characters that the same positions allow
-    for low, high in _split(alphabet, positions.cuts()):
-        classes.setdefault(positions.allowing(low), []).append((low, high))
+    classes = positions.classes(alphabet)
     numbers, sets, states = {positions.start: 0}, [positions.start], []
     for current in sets:  # grows
         budget.states -= 1
@@ -120,16 +126,17 @@ class _Positions:
         self.start |= before
         return (1 << len(self._following)) - before, last | before if can_be_empty else last
 
-    def cuts(self) -> set[int]:
-        """Code points at which the positions that contain a character change."""
-        return {cut for ranges in self._having for low, high in ranges for cut in (low, high + 1)}
-
-    def allowing(self, character: int) -> int:
-        """The positions at which a text may have `character`."""
-        found = 0
+    def classes(self, alphabet: Ranges) -> dict[int, list[tuple[int, int]]]:
+        """The characters that the same positions allow, by these positions."""
+        changes = dict[int, int]()  # code point -> the positions that begin or cease to allow characters there
         for ranges, positions in self._having.items():
-            if any(low <= character <= high for low, high in ranges):
-                found |= positions
+            for code in (code for low, high in ranges for code in (low, high + 1)):
+                changes[code] = changes.get(code, 0) ^ positions
+        codes = sorted(changes)
+        allowing = [*accumulate((changes[code] for code in codes), operator.xor, initial=0)]
+        found = dict[int, list[tuple[int, int]]]()
+        for low, high in _split(alphabet, codes):
+            found.setdefault(allowing[bisect_right(codes, low)], []).append((low, high))
         return found
 
     def following(self, positions: int) -> int:
@@ -185,6 +192,7 @@ class _Positions:
         return can_be_empty, first, last
 
     def _connect(self, last: int, first: int) -> None:
+        self._budget.take_steps(last.bit_count())
         for number in _bits(last):
             self._following[number] |= first
 
@@ -200,9 +208,9 @@ def _union(sets: Sequence[int]) -> int:
     return functools.reduce(operator.or_, sets)
 
 
-def _split(ranges: Ranges, cuts: set[int]) -> Iterator[tuple[int, int]]:
+def _split(ranges: Ranges, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
     for low, high in ranges:
-        starts = [low, *sorted(cut for cut in cuts if low < cut <= high)]
+        starts = [low, *(cut for cut in cuts if low < cut <= high)]
         yield from zip(starts, [*(start - 1 for start in starts[1:]), high], strict=True)
 
 

@@ -612,6 +612,7 @@ def test_values_are_read_once_however_many_schemas_they_are_compared_with(monkey
 
 _TYPES = {str(i): _kind(str(i)) for i in range(99)}
 _UNION = {"oneOf": [{"$ref": f"#/$defs/{i}"} for i in range(99)]}
+_EVERY_OTHER = "".join(map(chr, range(0x4E00, 0x5500, 2)))
 _LISTS = {str(i): {"enum": list(range(4000 * i, 4000 * i + 4000))} for i in range(40)}
 
 
@@ -634,15 +635,30 @@ _LISTS = {str(i): {"enum": list(range(4000 * i, 4000 * i + 4000))} for i in rang
             ]
             * 400,
         },
+        {
+            "type": "array",
+            "prefixItems": [
+                {"type": "string", "pattern": f"^(?=a)[{_EVERY_OTHER}{chr(97 + i) * 2}a]$"} for i in range(30)
+            ],
+        },
+        {"type": "string", "pattern": "^" + "(a?){500}" * 9 + "a?" * 440 + "$"},
     ],
-    ids=["many oneOf", "long enums", "a long name", "a long list of names", "a long reference"],
+    ids=[
+        "many oneOf",
+        "long enums",
+        "a long name",
+        "a long list of names",
+        "a long reference",
+        "sets of many characters",
+        "a part that all parts before may precede",
+    ],
 )
 def test_no_schema_takes_long(schema: Any) -> None:
     """The server converts them while it does nothing else."""
     start = process_time()
     with suppress(UsageError):
         from_schema(schema)
-    assert process_time() - start < 5
+    assert process_time() - start < 2
 
 
 def test_a_schema_that_only_describes_allows_everything() -> None:
