@@ -226,7 +226,7 @@ class _Converter:
             limits = Limits(integer, low, high, exclusive_low, exclusive_high, multiple_of)
             expression = self.numbers.add(limits)
         except TooComplexNumbersError:
-            raise _schema_error(path, "has too many numbers with a large multipleOf") from None
+            raise _schema_error(path, "has too many different limits of numbers, or too large a multipleOf") from None
         if not expression:
             raise _schema_error(path, f"allows no {kind} of up to {MAX_INTEGER_DIGITS} digits")
         return self._rule(expression)
