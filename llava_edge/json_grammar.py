@@ -34,6 +34,7 @@ MAX_PATTERNS = 50
 
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
 _ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
+_ANNOTATIONS |= {"contentEncoding", "contentMediaType", "contentSchema"}  # JSON Schema has them not followed
 _LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _KEYWORDS = {
     "object": {"properties", "required", "additionalProperties", "propertyNames"},
@@ -91,7 +92,7 @@ class _Converter:
         if depth > MAX_DEPTH:
             raise _schema_error(path, f"is nested deeper than {MAX_DEPTH} levels")
         path = path[:MAX_PATH]  # each schema below copies it
-        keywords = set(schema) - _ANNOTATIONS
+        keywords = {keyword for keyword in schema if not _is_annotation(schema, keyword)}
         if not keywords:
             return "value"
         for keyword, method in (("$ref", self._ref), ("const", self._const), ("enum", self._enum)):
@@ -295,6 +296,11 @@ class _Converter:
         name = self._rule_names[expression] = f"r{len(self.rules)}"
         self.rules[name] = expression
         return name
+
+
+def _is_annotation(schema: dict[str, Any], keyword: str) -> bool:
+    """Whether a keyword restricts nothing. Those with an x- are OpenAPI's for everybody's own use."""
+    return keyword in _ANNOTATIONS or keyword.startswith("x-") or (keyword == "uniqueItems" and not schema[keyword])
 
 
 def _literal(value: object, path: str) -> str:

@@ -668,5 +668,7 @@ def test_no_schema_takes_long(schema: Any) -> None:
 def test_a_schema_that_only_describes_allows_everything() -> None:
     """As pydantic writes `Any`."""
     assert from_schema({"title": "Extra", "default": None}) == from_schema({})
+    assert from_schema({"type": "string", "contentMediaType": "application/json", "contentSchema": {"type": "null"}})
+    assert from_schema({"type": "array", "uniqueItems": False, "x-order": 1}) == from_schema({"type": "array"})
     assert from_schema({"type": ["integer", "null"], "enum": [1, None]})
     assert from_schema({"$defs": {"x": {"type": "integer"}}, "$ref": "#/$defs/x", "type": "integer"})
