@@ -37,7 +37,8 @@ _ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "dis
 _ANNOTATIONS |= {"contentEncoding", "contentMediaType", "contentSchema"}  # JSON Schema has them not followed
 _LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _KEYWORDS = {
-    "object": {"properties", "required", "additionalProperties", "propertyNames"},
+    "object": {"properties", "required", "additionalProperties", "propertyNames", "patternProperties"}
+    | {"minProperties", "maxProperties"},
     "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength", "pattern"},
     "number": _LIMITS,
@@ -261,29 +262,47 @@ class _Converter:
         return end
 
     def _object(self, schema: dict[str, Any], path: str, depth: int) -> str:
+        schema = _with_property_names(schema, path)
         properties, required = schema.get("properties", {}), schema.get("required", [])
-        extra = schema.get("additionalProperties", True)
+        extra, names = schema.get("additionalProperties", True), schema["propertyNames"]
         if not isinstance(properties, dict) or not isinstance(required, list):
             raise _schema_error(path, "has properties that are not an object, or a required that is not a list")
-        if schema.get("propertyNames", {}) not in ({}, {"type": "string"}):  # zod writes the latter; all names are
-            raise _schema_error(path, "restricts names by 'propertyNames', which is not supported")
+        low, high = _length_range(schema, "minProperties", "maxProperties", path)
+        shared = ""  # what all values are
+        if "enum" in names:
+            _reject_keywords(names.keys() - _ANNOTATIONS - {"enum", "type"}, f"{path}/propertyNames", "enum")
+            self._check_type(names, "enum", f"{path}/propertyNames")
+            properties = dict.fromkeys(names["enum"], extra)
+            shared = self._item(extra, f"{path}/additionalProperties", depth)
         if not all(isinstance(name, str) for name in required):
             raise _schema_error(path, "requires something that is not a name")
         if missing := [name for name in required if name not in properties]:
             raise _schema_error(path, f"requires {_abbreviate(missing[0])}, which is not among its properties")
         if not properties and extra is not False:
-            value = self._rule(self._convert_nested(extra, f"{path}/additionalProperties", depth + 1))
-            return f'"{{" (string colon {value} (comma string colon {value})*)? "}}"'
-        rest, begin, names = '""', '""', set(required)
+            return self._record(schema, (low, high), path, depth)
+        required = set(required)
+        if low > len(required) or (high is not None and high < len(properties)):
+            raise _schema_error(path, "limits how many of its properties there are, which is not supported")
+        rest, begin = '""', '""'
         for name, value in reversed(properties.items()):
-            member = f"{_literal(name, path)} colon " + self._convert_nested(
-                value, f"{path}/properties/{name}", depth + 1
-            )
-            member, after = self._rule(member), self._rule(rest)
-            is_required = name in names
+            value = shared or self._convert_nested(value, f"{path}/properties/{name}", depth + 1)
+            member, after = self._rule(f"{_literal(name, path)} colon {value}"), self._rule(rest)
+            is_required = name in required
             begin = f"{member} {after}" if is_required else f"{member} {after} | {self._rule(begin)}"
             rest = f"comma {member} {after}" if is_required else f"(comma {member})? {after}"
         return f'"{{" {self._rule(begin)} "}}"'
+
+    def _record(self, schema: dict[str, Any], counts: tuple[int, int | None], path: str, depth: int) -> str:
+        """An object without listed properties. An answer may repeat a name, which counts once."""
+        low, high = counts
+        if low > 1:
+            raise _schema_error(path, "has a minProperties above 1 for names that may repeat, which is not supported")
+        if high == 0:
+            return '"{" "}"'
+        name = self._item(schema["propertyNames"], f"{path}/propertyNames", depth)
+        value = self._item(schema.get("additionalProperties", True), f"{path}/additionalProperties", depth)
+        more = _repeated(self._rule(f"comma {name} colon {value}"), 0, None if high is None else high - 1)
+        return f'"{{" ({name} colon {value} {more}){"" if low else "?"} "}}"'
 
     def _rule(self, expression: str) -> str:
         """Name of the rule for an expression, added if it is new; a single name is returned unchanged."""
@@ -296,6 +315,21 @@ class _Converter:
         name = self._rule_names[expression] = f"r{len(self.rules)}"
         self.rules[name] = expression
         return name
+
+
+def _with_property_names(schema: dict[str, Any], path: str) -> dict[str, Any]:
+    """The schema of an object with the schema of its names, as strings, in `propertyNames` alone."""
+    names, patterns = schema.get("propertyNames", {}), schema.get("patternProperties", {})
+    if patterns != {}:
+        if not isinstance(patterns, dict) or len(patterns) > 1 or schema.keys() & {"properties", "propertyNames"}:
+            raise _schema_error(path, "has patternProperties that are not one, alone; others are not supported")
+        ((pattern, value),) = patterns.items()
+        return schema | {"propertyNames": {"type": "string", "pattern": pattern}, "additionalProperties": value}
+    if not isinstance(names, dict) or names.get("type", "string") != "string":
+        raise _schema_error(path, "has propertyNames that are not a schema of strings")
+    if "properties" in schema and names.keys() - {"type"}:
+        raise _schema_error(path, "combines 'propertyNames' with 'properties', which is not supported")
+    return schema | {"propertyNames": {**names, "type": "string"}}
 
 
 def _is_annotation(schema: dict[str, Any], keyword: str) -> bool:

@@ -58,11 +58,27 @@ def satisfies(value: Any, schema: Any, root: Any) -> bool:
             not isinstance(value, dict)
             or all(name not in value or satisfies(value[name], each, root) for name, each in named.items())
         ),
+        "propertyNames": lambda names: (
+            not isinstance(value, dict) or all(satisfies(name, names, root) for name in value)
+        ),
+        "patternProperties": lambda patterns: (
+            not isinstance(value, dict)
+            or all(
+                satisfies(each, want, root)
+                for p, want in patterns.items()
+                for n, each in value.items()
+                if re.search(p, n)
+            )
+        ),
+        "minProperties": lambda low: not isinstance(value, dict) or len(value) >= low,
+        "maxProperties": lambda high: not isinstance(value, dict) or len(value) <= high,
         "required": lambda names: not isinstance(value, dict) or all(name in value for name in names),
         "additionalProperties": lambda extra: (
             not isinstance(value, dict)
             or all(
-                name in schema.get("properties", {}) or (extra is not False and satisfies(each, extra, root))
+                name in schema.get("properties", {})
+                or any(re.search(pattern, name) for pattern in schema.get("patternProperties", {}))
+                or (extra is not False and satisfies(each, extra, root))
                 for name, each in value.items()
             )
         ),
@@ -163,6 +179,22 @@ SCHEMAS: dict[str, Any] = {
     **{name: {"type": "string", "format": name} for name in FORMATS},
     "code": {"type": "string", "pattern": r"^[A-Z]{2}-\d+$", "minLength": 5, "maxLength": 6, "format": "date"},
     "record": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"const": 1}},
+    "one or two": {"type": "object", "minProperties": 1, "maxProperties": 2, "additionalProperties": {"const": 1}},
+    "no name": {"type": "object", "maxProperties": 0},
+    "short names": {"propertyNames": {"minLength": 1, "maxLength": 3}, "additionalProperties": {"const": 1}},
+    "names of a pattern": {"patternProperties": {"^[a-c]{1,2}$": {"const": 1}}, "additionalProperties": False},
+    "names of a reference": {
+        "type": "object",
+        "propertyNames": {"$ref": "#/$defs/a"},
+        "additionalProperties": {"const": 1},
+        "$defs": {"a": {"type": "string", "enum": ["x", "y"]}},
+    },
+    "listed names": {  # zod's record of an enum
+        "type": "object",
+        "propertyNames": {"type": "string", "enum": ["x", "y"]},
+        "additionalProperties": {"type": "integer"},
+        "required": ["y"],
+    },
     "short time": {"type": "string", "format": "time", "maxLength": 4},
     "names": {"type": "object", "properties": {'"quoted"\\': {"const": 1}}, "required": ['"quoted"\\']},
 }
@@ -403,7 +435,17 @@ def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
         ({"type": "array", "minItems": None}, "minItems"),
         ({"type": "object", "required": ["a"]}, "requires"),
         ({"type": "object", "properties": []}, "properties"),
-        ({"type": "object", "propertyNames": {"maxLength": 3}}, "'propertyNames'"),
+        ({"type": "object", "properties": {"a": {}}, "propertyNames": {"maxLength": 3}}, "'propertyNames'"),
+        ({"type": "object", "propertyNames": {"type": "integer"}}, "propertyNames"),
+        ({"type": "object", "propertyNames": {"enum": ["a", 1]}}, "not of its type"),
+        ({"type": "object", "propertyNames": {"enum": ["a"]}, "required": ["b"]}, "requires 'b'"),
+        ({"type": "object", "propertyNames": {"enum": [["a"]]}}, "not of its type"),
+        ({"type": "object", "propertyNames": {"enum": ["ab"], "maxLength": 1}}, "'maxLength' with 'enum'"),
+        ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "patternProperties"),
+        ({"type": "object", "patternProperties": {"^a": {}}, "properties": {}}, "patternProperties"),
+        ({"type": "object", "minProperties": 2}, "minProperties"),
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 1}, "how many"),
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "maxProperties": 1}, "how many"),
         ({"properties": {"a": {"type": "string", "format": "x", "pattern": r"\b"}}}, "#/properties/a"),
         (None, "not an object"),
         ("x", "not an object"),
