@@ -25,11 +25,11 @@ class TooComplexError(Exception):
 class Budget:
     """What automata may still have, all that share it together. Counts states that are found to be useless, too.
 
-    steps: positions of all states, positions that others follow, and ranges of all edges.
+    steps: positions of all states, positions that others follow, classes of characters for each state, ranges of edges.
     """
 
     positions: int = 5000
-    states: int = 1000
+    states: int = 3000
     steps: int = 100_000
 
     def take_steps(self, count: int) -> None:
@@ -92,7 +92,7 @@ def automaton(choices: Sequence[Choice], alphabet: Ranges, budget: Budget) -> li
     numbers, sets, states = {positions.start: 0}, [positions.start], []
     for current in sets:  # grows
         budget.states -= 1
-        budget.steps -= current.bit_count()
+        budget.take_steps(current.bit_count() + len(classes) * len(wanted))
         following, edges = positions.following(current), dict[int, list[tuple[int, int]]]()
         for allowing, ranges in classes.items():
             after = following & allowing
