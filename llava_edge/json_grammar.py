@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_edge.errors import UsageError
 from llava_edge.json_disjoint import TYPES, DisjointChecker, has_type
-from llava_edge.json_formats import BASE_RULES, FORMAT_PATTERNS
+from llava_edge.json_formats import BASE_RULES, FORMAT_LENGTHS, FORMAT_PATTERNS
 from llava_edge.json_numbers import MAX_INTEGER_DIGITS, Limits, NumberRules, TooComplexNumbersError
 from llava_edge.json_pattern import pattern_rules
 from llava_edge.options import MAX_GRAMMAR_CHARACTERS
@@ -194,10 +194,11 @@ class _Converter:
         low, high = _length_range(schema, "minLength", "maxLength", path)
         if "pattern" in schema:
             return self._pattern(schema["pattern"], low, high, path)
-        if (low, high) != (0, None):
-            return rf'"\"" {_repeated("char", low, high)} "\""'
-        followed = FORMAT_PATTERNS.get(str(schema.get("format")))
-        return "string" if followed is None else self._pattern(followed, low, high, path)
+        name = str(schema.get("format"))
+        shortest, longest = FORMAT_LENGTHS.get(name, (0, math.inf))
+        if name in FORMAT_PATTERNS and low <= shortest and (high is None or longest <= high):
+            return self._pattern(FORMAT_PATTERNS[name], 0, None, path)
+        return "string" if (low, high) == (0, None) else rf'"\"" {_repeated("char", low, high)} "\""'
 
     def _pattern(self, pattern: object, low: int, high: int | None, path: str) -> str:
         if not isinstance(pattern, str):

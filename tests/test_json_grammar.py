@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from email.headerregistry import Address
 from fractions import Fraction
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import combinations
 from time import process_time
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from PIL import Image
 from llava_edge import Llava, Options, json_disjoint
 from llava_edge.errors import UsageError
 from llava_edge.json_disjoint import has_type
+from llava_edge.json_formats import FORMAT_LENGTHS
 from llava_edge.json_grammar import any_object, from_schema
 from llava_edge.runtimes import sampling
 from llava_edge.runtimes.sampling import Sampler
@@ -116,6 +118,8 @@ FORMATS: dict[str, Any] = {
     "email": lambda text: Address(addr_spec=text),
     "ipv4": IPv4Address,
     "ipv6": IPv6Address,
+    "ipvanyaddress": ip_address,
+    "uuid7": lambda text: UUID(text).version == 7,
     "hostname": lambda text: Address(addr_spec=f"me@{text}"),
     "duration": lambda text: re.search(r"^P(\d|T\d).*[YMDWHS]$", text),
 }
@@ -291,12 +295,39 @@ def plain(value: Decimal) -> str:
             ": 1::2::3 12345:: 1:2:3 :1:2:3:4:5:6:7:8",
         ),
         ("duration", "P3DT4H30M PT15S P2W P1Y2M3D PT0S", "P P1 1D PT P1H P1DT P1W2D P3M1Y PT1S1M"),
+        (
+            "uri",
+            "https://example.com http://a-b.co.uk:8080/x/y.html?q=1&r=a+b",
+            "example.com https:// https://a ftp://a.com https://a.com:99999 https://-a.com https://a..com x",
+        ),
+        ("uuid4", "01234567-89ab-4def-BCDE-EF0123456789", "01234567-89ab-1def-BCDE-EF0123456789 x"),
+        ("ipvanyaddress", "1.2.3.4 ::1", "1.2.3 ::x"),
     ],
 )
 def test_formats_that_programs_parse(llava: Llava, name: str, right: str, wrong: str) -> None:
     grammar = from_schema({"type": "string", "format": name})
     assert [text for text in right.split() if not allows(llava, grammar, f'"{text}"')] == []
     assert [text for text in wrong.split() if allows(llava, grammar, f'"{text}"')] == []
+
+
+@pytest.mark.parametrize("name", FORMAT_LENGTHS)
+def test_formats_are_followed_where_lengths_allow_all_their_texts(name: str) -> None:
+    low, high = FORMAT_LENGTHS[name]
+    schema = {"type": "string", "format": name}
+    assert from_schema(schema | {"minLength": low, "maxLength": high}) == from_schema(schema)
+    for lengths in ({"minLength": low + 1}, {"maxLength": high - 1}):
+        assert from_schema(schema | lengths) != from_schema(schema)
+    lengths_of_texts = [length for length, may_end in enumerate(_ends(from_schema(schema))) if may_end]
+    assert (lengths_of_texts[0], lengths_of_texts[-1]) == (low, high)
+
+
+def _ends(grammar: str) -> Iterator[bool]:
+    """Whether a text may end after 0, 1, 2, ... characters, by the rules of a pattern without a cycle."""
+    rules = dict(line.split(" ::= ", 1) for line in grammar.splitlines())
+    states = {"p0s0"}
+    while states:
+        yield any(rules[state].endswith(r'"\""') for state in states)
+        states = {after for state in states for after in re.findall(r"p0s\d+", rules[state])}
 
 
 def test_escapes_are_characters_and_halves_of_a_pair_are_not(llava: Llava) -> None:
