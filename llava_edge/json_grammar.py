@@ -369,6 +369,8 @@ def _length_range(schema: dict[str, Any], least: str, most: str, path: str) -> t
 def _bound(schema: dict[str, Any], keyword: str, path: str) -> tuple[Decimal | None, bool]:
     """A minimum or maximum, and whether it is exclusive."""
     exclusive = f"exclusive{keyword.capitalize()}"
+    if keyword in schema and isinstance(schema.get(exclusive), bool):  # as OpenAPI 3.0 has it
+        return _decimal(schema, keyword, path), schema[exclusive]
     if keyword in schema and exclusive in schema:
         raise _schema_error(path, f"has both {keyword} and {exclusive}; expected one of them")
     name = exclusive if exclusive in schema else keyword

@@ -273,6 +273,15 @@ def test_numbers_within_limits_and_no_others(
         assert not any(map(allowed, ("", "-", "00", ".5", "0.", "1.e5", "01.5", "1e1")))
 
 
+def test_exclusive_limits_as_openapi_3_0_has_them() -> None:
+    for limit in ("Minimum", "Maximum"):
+        name, exclusive = limit.lower(), f"exclusive{limit}"
+        assert from_schema({"type": "number", name: 5, exclusive: True}) == from_schema(
+            {"type": "number", exclusive: 5}
+        )
+        assert from_schema({"type": "number", name: 5, exclusive: False}) == from_schema({"type": "number", name: 5})
+
+
 def plain(value: Decimal) -> str:
     text = f"{value:f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
@@ -441,7 +450,7 @@ def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
         ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "allows no integer"),
         ({"type": "integer", "minimum": 10**400}, "allows no integer"),
         ({"type": "integer", "minimum": float("inf")}, "expected a number"),
-        ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, "expected one of them"),
+        ({"type": "integer", "minimum": 1, "exclusiveMinimum": 1}, "expected one of them"),
         ({"type": "integer", "exclusiveMinimum": True}, "expected a number"),
         ({"type": "integer", "maximum": None}, "expected a number"),
         ({"type": "array", "prefixItems": {}}, "not a list"),
