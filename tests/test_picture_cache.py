@@ -19,16 +19,18 @@ from processes import in_child
 from llava_edge import Llava, image
 from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION_DATA, Bundle
 from llava_edge.cache import Cache, user_cache
-from llava_edge.errors import MissingError
+from llava_edge.errors import BundleError, MissingError
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.models import micro
 from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes import embedder, jobs, machine, picture_cache, pictures, prefill, tune
+from llava_edge.runtimes.batch import Batch
 from llava_edge.runtimes.kv_cache import Key
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
 from llava_edge.runtimes.pictures import Picture, prepare
+from llava_edge.runtimes.pipeline import Engine
 
 CPU = EngineOptions(device="cpu", threads=1)
 SHORT = Options(max_tokens=8, speculate="off")  # so that the last logits are those of the last token
@@ -157,6 +159,70 @@ def test_a_conversations_rounding_does_not_leak(micro_bundle: Path, plain: Llava
         talk = [*chat.messages, Message("user", "Which?")]
         after = found(llava, talk, [picture("red"), picture("blue")])
     assert same(after, computed(plain, talk, [picture("red"), picture("blue")]))
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed depends on how many positions are computed at a time: rounding does, but not on each machine."""
+    right = LanguageModel._append
+
+    def append(self: LanguageModel, batch: Batch, keys: Sequence[Key], *rest: Any, **named: Any) -> None:
+        values = batch.values[: len(keys)]
+        values[:] = (values + len(keys) - 1) % self.vocabulary.size if batch is self._tokens else values + len(keys)
+        right(self, batch, keys, *rest, **named)
+
+    monkeypatch.setattr(LanguageModel, "_append", append)
+
+
+def test_a_turn_is_no_exact_prefix_where_the_last_prompt_had_one(
+    coarse: None, micro_bundle: Path, plain: Llava
+) -> None:
+    """Two conversations with pictures in the same positions behind different answers."""
+    images = [picture("red"), picture("blue")]
+    one, other = ([*ASK, Message("assistant", text), Message("user", "And this?", 1)] for text in "ab")
+    with opened(micro_bundle, replace(CPU, cache=False)) as llava:
+        assert len(llava._engine.encode_prompt(one)) == len(llava._engine.encode_prompt(other))
+        found(llava, one, images)
+        result_of(llava._engine.generate(other, images, SHORT, reuse=True))
+        again = found(llava, other, images)
+    assert same(again, computed(plain, other, images))
+
+
+def test_a_restored_prefix_has_no_ends_of_the_prompt_before(coarse: None, micro_bundle: Path, plain: Llava) -> None:
+    """What all conversations begin with is evaluated alone only if a picture comes next."""
+    talk = [Message("user", "Hello."), Message("assistant", "Hello."), *ASK]
+    with opened(micro_bundle, replace(CPU, cache="memory")) as llava:
+        found(llava, talk, [picture("red")])
+        found(llava, ASK, [picture("blue")])
+        assert found(llava, talk, [picture("red")])[2] == "kv"
+        again = found(llava, ASK, [picture("green")])
+    assert same(again, computed(plain, ASK, [picture("green")]))
+
+
+def test_what_the_kv_cache_holds_is_not_restored(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, restored = LanguageModel.restore_state, list[int]()
+
+    def restore(self: LanguageModel, state: Payload, keys: Sequence[Key]) -> bool:
+        restored.append(len(keys))
+        return right(self, state, keys)
+
+    monkeypatch.setattr(LanguageModel, "restore_state", restore)
+    with opened(micro_bundle) as llava:
+        found(llava, ASK, [picture("red")])
+    with opened(micro_bundle) as llava:
+        assert [found(llava, question, [picture("red")])[2] for question in QUESTIONS[:2]] == ["kv", "kv"]
+    assert len(restored) == 1
+
+
+def test_a_prompt_that_is_a_picture_is_never_restored_whole(micro_bundle: Path) -> None:
+    """Nothing would be left to compute the first token from."""
+    bundle = Bundle.open(micro_bundle)
+    captions = replace(bundle, manifest=replace(bundle.manifest, template="plain_chatml"))
+    answers = []
+    for _ in range(2):
+        with Engine.open(captions, CPU) as engine:
+            answers.append(result_of(engine.generate([Message("user", "", 1)], [picture("red")], SHORT)).text)
+    assert answers[0] == answers[1] != ""
 
 
 def watched(patch: pytest.MonkeyPatch) -> list[int]:
@@ -467,9 +533,35 @@ def test_a_state_that_cannot_be_restored_is_computed(
     right = PictureCache.get
     monkeypatch.setattr(PictureCache, "get", lambda self, key: (right(self, key) or b"")[:-1] or None)
     with opened(micro_bundle) as llava:
+        found(llava, ASK, [picture("blue")])  # begins alike, and what it left is lost with the attempt
         again = found(llava, ASK, [picture("red")])
     assert again[2] == "miss"
     assert same(again, computed(plain, ASK, [picture("red")]))
+
+
+@pytest.mark.parametrize("between", [0, 1])
+def test_a_prompt_that_fails_beside_others_saves_nothing_of_what_is_lost(
+    between: int, micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text was evaluated, and another prompt begins with it."""
+    red, put, saved = prepare(picture("red"), Bundle.open(micro_bundle).manifest), PictureCache.put, list[str]()
+    broken: Any = replace(red, crops=np.full_like(red.crops, np.nan), key="broken")
+
+    def noticed(self: PictureCache, key: str, about: dict[str, str], payload: Payload) -> None:
+        saved.append(key)
+        put(self, key, about, payload)
+
+    monkeypatch.setattr(PictureCache, "put", noticed)
+    one, other = ([Message("system", text * 2), *ASK] for text in ("A long text. ", "Another one. "))
+    conversations = [[Message("user", "What?")], one, *[other] * between, one]
+    images: list[list[Any]] = [[], [broken], *[[red]] * between, [red]]
+    with opened(micro_bundle, replace(CPU, cache="memory")) as llava:
+        streams = llava._engine.generate_many(conversations, images, SHORT)
+        assert result_of(streams[0]).text
+        with pytest.raises(BundleError, match="finite"):
+            result_of(streams[1])
+        assert all(result_of(stream).text for stream in streams[2:])
+    assert len(saved) == len(set(saved)) == 3 + 2 * between  # embeddings; text and picture of each prompt
 
 
 def test_a_stopped_prefill_keeps_nothing(micro_bundle: Path, plain: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
