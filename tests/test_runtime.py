@@ -178,6 +178,19 @@ def test_cancelled_evaluation_leaves_nothing_half_done(language: LanguageModel) 
     assert np.allclose(language.logits(), wanted, atol=1e-3)
 
 
+def test_a_kv_cache_that_cannot_be_shortened_is_emptied(
+    language: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was to remain is lost, too, so nothing may be evaluated behind it."""
+    monkeypatch.setattr(language.library, "llama_memory_seq_rm", lambda *_: False)
+    language.truncate(0)
+    language.evaluate_tokens([5] * 8, NEVER)
+    with pytest.raises(BundleError, match="cannot remove"):
+        language.truncate(4)
+    assert language.cached_keys == []
+    language.evaluate_tokens([5] * 8, NEVER)
+
+
 # Sampling.
 
 
