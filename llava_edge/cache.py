@@ -206,7 +206,7 @@ def _read(path: Path, key: str, secret: bytes) -> bytes | memoryview | None:
             return None
         magic, about_size, size, mac = _HEADER.unpack(header)
         file_size = _HEADER.size + about_size + size
-        if magic != _MAGIC or about_size > _MAX_DESCRIPTION_BYTES or os.fstat(file.fileno()).st_size != file_size:
+        if magic != _MAGIC or os.fstat(file.fileno()).st_size != file_size:
             return None
         actual = _start_hmac(secret, key, file.read(about_size))
         payload = _read_payload(file, size, actual)

@@ -289,13 +289,13 @@ def test_a_full_folder_is_not_looked_through_for_every_entry(tmp_path: Path, mon
         return files(self)
 
     monkeypatch.setattr(Cache, "_scan", noticed)
-    for number in range(700):
-        assert kept.put(f"{number:064}", {}, b"x" * 100)
-        assert number % 20 or sum(info.st_size for _, info in files(kept)) <= kept.limit
+    for number in range(600):
+        assert kept.put(f"{number:064}", {}, b"x" * 160)
+        assert number % 5 or sum(info.st_size for _, info in files(kept)) <= kept.limit
     assert len(looks) < 90
-    assert kept.get(f"{699:064}") == b"x" * 100
+    assert kept.get(f"{599:064}") == b"x" * 160
     other = Cache(tmp_path, limit=1200, min_free=0)
-    assert other.put("f" * 64, {}, b"x" * 100)
+    assert other.put("f" * 64, {}, b"x" * 160)
     assert sum(info.st_size for _, info in files(other)) <= other.limit
 
 
