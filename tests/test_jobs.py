@@ -250,6 +250,16 @@ def test_closing_a_stream_that_another_thread_reads_stops_the_job(engine: Engine
     assert stopped.wait(SOON)
 
 
+def test_a_job_that_is_left_while_it_is_queued_never_runs(engine: EngineThread, busy: Callable[[], None]) -> None:
+    """It would prepare its pictures, for nobody, while others wait."""
+    ran = list[int]()
+    (stream,) = engine.submit_many(lambda jobs: ran.append(len(jobs)), threading.Event(), 1, lambda: CANCELLED)
+    stream.close()
+    busy()
+    engine.run(lambda job: None)
+    assert not ran
+
+
 def test_an_unread_stream_does_nothing(engine: EngineThread) -> None:
     ran: list[Job] = []
     engine.submit(ran.append, threading.Event()).close()
