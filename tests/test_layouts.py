@@ -122,6 +122,16 @@ def test_an_adapter_of_another_rank_than_its_config_is_refused(tensors: Arrays, 
         open_checkpoint(folder, base=base)
 
 
+def test_an_adapter_of_matrices_that_do_not_fit_each_other_is_refused(tensors: Arrays, tmp_path: Path) -> None:
+    base = micro.write_checkpoint(tmp_path / "base", tensors=tensors)
+    folder, _ = write.write_lora(tmp_path / "lora", tensors, write.original_config())
+    adapter = torch.load(folder / "adapter_model.bin")
+    name = next(name for name in adapter if ".lora_B." in name)
+    torch.save({**adapter, name: adapter[name][:, 1:].clone()}, folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="is it the right base"):
+        open_checkpoint(folder, base=base)
+
+
 def test_an_adapter_that_brings_a_larger_vocabulary(tensors: Arrays, tmp_path: Path) -> None:
     """As peft stores with modules_to_save=["embed_tokens", "lm_head"], beside the config.json of a smaller base."""
     base = micro.write_checkpoint(tmp_path / "base", tensors=tensors)
