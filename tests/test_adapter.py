@@ -163,6 +163,7 @@ def test_an_adapter_that_gives_other_weights_is_refused(low_rank: LowRank, merge
     read_back_adapter(low_rank.base.path, path, checkpoint)
     module = f"{LAYER}.self_attn.q_proj"
     a, b = low_rank.updates[module]
-    write(replace(low_rank, updates={**low_rank.updates, module: (a, b[::-1])}), path)
-    with pytest.raises(CheckpointError, match="q_proj"):
-        read_back_adapter(low_rank.base.path, path, checkpoint)
+    for wrong in (b[::-1], b * 1.02):
+        write(replace(low_rank, updates={**low_rank.updates, module: (a, wrong)}), path)
+        with pytest.raises(CheckpointError, match="q_proj"):
+            read_back_adapter(low_rank.base.path, path, checkpoint)
