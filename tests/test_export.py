@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
+from gguf import GGUFReader
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from pairs import in_halves
 from processes import in_child
@@ -31,6 +32,7 @@ from llava_edge.export import clip_onnx, exporter, llm_gguf, parity, tower
 from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.clip_onnx import Precision, write_clip
 from llava_edge.export.exporter import ExportOptions, ParityError, export
+from llava_edge.export.projector import tensor_names, write_projector
 from llava_edge.export.quantize import Quant, quantize
 from llava_edge.export.tokenizer import read_tokenizer
 from llava_edge.models import llama_gguf, micro
@@ -367,8 +369,6 @@ def test_what_transformers_writes_today_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quant", ["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"])
 def test_each_quantization_is_what_it_says(quant: Quant, micro_checkpoint: Path, tmp_path: Path) -> None:
-    from gguf import GGUFReader
-
     manifest = export(ExportOptions(micro_checkpoint, tmp_path / "out", quant=quant, vision="int8"))
     assert manifest.language.quantization == quant
     assert (manifest.vision.precision, manifest.vision.activation_bits) == ("int8", 7)
@@ -469,6 +469,19 @@ def values_taken_for_keys(monkeypatch: pytest.MonkeyPatch) -> None:
             return right(graph, *rest)
 
     monkeypatch.setattr(clip_onnx, "_class_attention", attention)
+
+
+def test_biases_of_a_projector_are_never_rounded(tmp_path: Path) -> None:
+    """They may be float32 beside weights that float16 holds exactly."""
+    tensors = micro.random_tensors()
+    weights = {
+        name: tensors[name].astype(np.float16).astype(np.float32) for name in tensor_names(micro.CONFIG).values()
+    }
+    biases = {name: value + np.float32(1e-5) for name, value in tensors.items() if name.endswith(".bias")}
+    precise = weights | {name: biases[name] for name in weights if name in biases}
+    assert write_projector(micro.CONFIG, precise, tmp_path / PROJECTOR, "micro") == "f16"
+    read = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / PROJECTOR).tensors}
+    assert all(np.array_equal(read[name], precise[source]) for name, source in tensor_names(micro.CONFIG).items())
 
 
 def tanh_gelu_in_projector(monkeypatch: pytest.MonkeyPatch) -> None:
