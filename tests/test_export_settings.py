@@ -81,6 +81,7 @@ def test_mean_and_deviation_are_the_processors(file: str, content: dict[str, Any
         ({"do_rescale": False}, "do_rescale to False"),
         ({"do_normalize": False}, "do_normalize"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"rescale_factor": 1 / 256}, "rescale_factor"),
         ({"resample": 2}, "resample to 2"),
         ({"image_mean": [123.675, 116.28, 103.53]}, "image_mean"),
         ({"image_std": [0, 1, 1]}, "image_std"),
