@@ -240,7 +240,8 @@ def _reference_logits(
 
 def _logits_row(name: str, limit: float, ours: Array, reference: Array) -> ParityRow:
     """The worst position counts."""
-    cosines = (ours * reference).sum(-1) / (np.linalg.norm(ours, axis=-1) * np.linalg.norm(reference, axis=-1))
+    norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(reference, axis=-1)
+    cosines = (ours * reference).sum(-1) / np.maximum(norms, np.finfo(np.float32).tiny)  # 0 beside zeros
     value = float(cosines.min())
     return ParityRow(
         f"logits {name}",

@@ -23,7 +23,7 @@ from towers import TOWER, clip_tower, relative, some_pixels
 from transformers import CLIPVisionModel
 
 from llava_edge import Llava, token_budget
-from llava_edge.bundle import VISION, Manifest, read_manifest, write_manifest
+from llava_edge.bundle import VISION, Manifest, file_entry, read_manifest, write_manifest
 from llava_edge.cli import eval as cli_eval
 from llava_edge.cli import execute
 from llava_edge.errors import BundleError, UsageError
@@ -359,8 +359,7 @@ def test_a_graph_without_the_attention_that_its_manifest_promises(bundle_copy: P
     del model.graph.output[1:]
     (bundle_copy / VISION).write_bytes(model.SerializeToString())
     manifest = read_manifest(bundle_copy)
-    size = (bundle_copy / VISION).stat().st_size
-    files = manifest.files | {VISION: replace(manifest.files[VISION], size=size)}
+    files = manifest.files | {VISION: file_entry(bundle_copy / VISION)}
     write_manifest(bundle_copy, replace(manifest, files=files))
     with pytest.raises(BundleError, match=r"expected attention \(batch, 16\)"):
         Llava.load(bundle_copy, CPU)
