@@ -64,8 +64,10 @@ class Emulated:
         assert given
         assert said
         head = np.array([len(q), len(k), q.shape[1], k.shape[1], q.shape[2], threads], np.int32)
-        halves = [part.astype(np.float16).tobytes() for part in (k, v, mask)]
-        given.write(b"".join([head.tobytes(), q.astype(np.float32).tobytes(), *halves]))
+        k, v = (part if part.dtype == np.uint8 else part.astype(np.float16) for part in (k, v))
+        row = np.int32(k[0, 0].nbytes)
+        parts = (head, row, q.astype(np.float32), k, v, mask.astype(np.float16))
+        given.write(b"".join(part.tobytes() for part in parts))
         given.flush()
         assert said.read(4) == b"\1\0\0\0"  # nothing, where it died
         found = np.frombuffer(said.read(4 * q.size), np.float32)

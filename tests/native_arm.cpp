@@ -3,9 +3,9 @@
 //
 // KERNEL: products. Each is six int32 (ggml_type, rows, columns, inner, bytes of a row of weights, threads), the weights, the
 // activations; its answer one int32 (was it taken), then rows x columns floats.
-// attention WAY: attentions. Each is six int32 (heads, shared heads, queries, keys, width, threads), queries [head][query][width]
-// in float32, keys and values [head][key][width] and the mask [query][key] in float16; its answer likewise, then
-// queries x heads x width floats.
+// attention WAY: attentions. Each is seven int32 (heads, shared heads, queries, keys, width, threads, bytes of a key), queries
+// [head][query][width] in float32, keys and values [head][key] in float16 or Q8_0 and the mask [query][key] in float16; its
+// answer likewise, then queries x heads x width floats.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -45,15 +45,15 @@ void answer(int32_t taken, const Guarded &values) {
 }
 
 int attend(const char *way) {
-    int32_t p[6];
+    int32_t p[7];
     while (fread(p, sizeof p, 1, stdin) == 1) {
-        const auto [heads, shared, queries, keys, width, threads] = p;
-        const size_t values = 2 * size_t(shared) * keys * width, row = 2 * size_t(width);
-        const Guarded q(2 * row * heads * queries), k(values), v(values), mask(2 * size_t(queries) * keys), out(q.size);
+        const auto [heads, shared, queries, keys, width, threads, cached] = p;
+        const size_t row = cached, values = row * shared * keys, floats = 4 * size_t(width);
+        const Guarded q(floats * heads * queries), k(values), v(values), mask(2 * size_t(queries) * keys), out(q.size);
         if (!q.read() || !k.read() || !v.read() || !mask.read()) return 1;
-        const native::Attention a{q.data, 2 * row, 2 * row * queries, k.data, row, row * keys, v.data, row, row * keys,
-                                  mask.data, 2 * size_t(keys), out.data, 2 * row * heads, 2 * row,
-                                  queries, keys, heads, shared, width, 1 / std::sqrt(float(width))};
+        const native::Attention a{q.data, floats, floats * queries, k.data, row, row * keys, v.data, row, row * keys,
+                                  mask.data, 2 * size_t(keys), out.data, floats * heads, floats,
+                                  queries, keys, heads, shared, width, 1 / std::sqrt(float(width)), cached != 2 * width};
         answer(llava_edge_native_attend(way, &a, threads), out);
     }
     return 0;

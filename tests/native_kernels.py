@@ -114,7 +114,7 @@ class Attention(ctypes.Structure):
         *(("mask", ctypes.c_void_p), ("mask_row", ctypes.c_size_t)),
         *(("out", ctypes.c_void_p), ("out_row", ctypes.c_size_t), ("out_head", ctypes.c_size_t)),
         *((name, ctypes.c_int) for name in ("queries", "keys", "heads", "shared_heads", "width")),
-        ("scale", ctypes.c_float),
+        *(("scale", ctypes.c_float), ("eight_bits", ctypes.c_int)),
     )  # fmt: skip
 
 
@@ -150,14 +150,16 @@ class Kernels:
         return y
 
     def attend(self, way: str, q: Array, k: Array, v: Array, mask: Array, threads: int = 1) -> Array:
-        """Of q (heads, queries, width), k and v (shared heads, keys, width): (queries, heads, width). way: "few" or
-        the instructions for many queries; those of AVX-512 take widths that are multiples of 32."""
+        """Of q (heads, queries, width), k and v (shared heads, keys, width), or of Q8_0 (shared heads, keys, bytes):
+        (queries, heads, width). way: "few" or the instructions for many queries; those of AVX-512 take widths that are
+        multiples of 32."""
         q, k, v, mask = (np.ascontiguousarray(values).copy() for values in (q, k, v, mask))
         out = np.full((q.shape[1], q.shape[0], q.shape[2]), 7, np.float32)
         a = Attention(
             *(number for each in (q, k, v) for number in (_at(each), each.strides[1], each.strides[0])),
             *(_at(mask), mask.strides[0], _at(out), out.strides[0], out.strides[1]),
             *(q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2], q.shape[2] ** -0.5),
+            k.dtype == np.uint8,
         )
         assert self._library.llava_edge_native_attend(way.encode(), ctypes.byref(a), threads)
         return out

@@ -247,6 +247,10 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path) -> None:
             inputs = check.attention_inputs(4, 2, queries, 523, 80)
             found = emulator.attend(way, *inputs, threads=2)
             np.testing.assert_allclose(found, check.exact_attention(*inputs), rtol=0, atol=3e-6)
+            q, k, v, mask = check.attention_inputs(4, 2, queries, 523, 64)
+            (k, k_blocks), (v, v_blocks) = map(check.in_eight_bits, (k, v))
+            found = emulator.attend(way, q, k_blocks, v_blocks, mask, threads=2)
+            np.testing.assert_allclose(found, check.exact_attention(q, k, v, mask), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from emulator import Emulated, emulated
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from native_kernels import HAS_VNNI512, Array, Kernels, here
 
 from llava_edge.errors import BundleError
@@ -75,6 +77,23 @@ def test_attention(
         return
     found = attend(*inputs, threads=2)
     np.testing.assert_allclose(found, check.exact_attention(*inputs), rtol=0, atol=3e-6)
+
+
+@ways([*FEW, *MANY])
+@pytest.mark.parametrize(
+    ("heads", "shared", "queries", "keys", "width"),
+    [(4, 2, 45, 96, 64), (6, 1, 7, 300, 96), (2, 2, 100, 523, 128), (1, 1, 9, 2000, 256), (2, 1, 97, 1100, 32)],
+)
+def test_attention_over_a_cache_in_eight_bits(
+    attend: Attend, way: tuple[str, str], heads: int, shared: int, queries: int, keys: int, width: int
+) -> None:
+    q, k, v, mask = check.attention_inputs(heads, shared, queries, keys, width)
+    (k, k_blocks), (v, v_blocks) = map(check.in_eight_bits, (k, v))
+    assert (dequantize(k_blocks, GGMLQuantizationType.Q8_0) == k).all()
+    found = attend(q, k_blocks, v_blocks, mask, threads=2)
+    np.testing.assert_allclose(found, check.exact_attention(q, k, v, mask), rtol=0, atol=3e-6)
+    if way[1] == "few":
+        assert (attend(q[:, [2]], k_blocks, v_blocks, mask[[2]])[0] == found[2]).all()
 
 
 @here

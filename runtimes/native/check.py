@@ -98,15 +98,18 @@ def check_products(ggml: Ggml, library: Library, kernel: str) -> str:
 def check_attention(ggml: Ggml, library: Library, queries: int) -> str:
     """Compare attention of `queries` queries with float64; returns what is wrong as a sentence, or empty."""
     library.configure(attention=True, few_attention=True)
-    for width in (64, 80):  # AVX-512 computes multiples of 32, AVX2 the others
-        inputs = attention_inputs(4, 2, queries, 96, width)
-        operation = ggml.flash_attention(*inputs, device=ggml.device(DEVICE), threads=2)
+    for width, bits in ((64, 16), (80, 16), (64, 8)):  # AVX-512 computes multiples of 32, AVX2 the others
+        q, k, v, mask = attention_inputs(4, 2, queries, 96, width)
+        cached = (k, v)
+        if bits == 8:
+            (k, v), cached = zip(*map(in_eight_bits, cached), strict=True)
+        operation = ggml.flash_attention(q, *cached, mask, device=ggml.device(DEVICE), threads=2)
         if operation is None:
             return f"Attention of {queries} queries is not supported."
         with operation:
-            error = _error(operation.values(), exact_attention(*inputs))
+            error = _error(operation.values(), exact_attention(q, k, v, mask))
         if not error < MAX_ATTENTION_ERROR:  # also if it is NaN
-            return f"Attention of {queries} queries in heads of {width} is off by {error:.1e}."
+            return f"Attention of {queries} queries in heads of {width} with {bits} bits is off by {error:.1e}."
     return ""
 
 
@@ -145,6 +148,15 @@ def attention_inputs(
     k, v = (rng.standard_normal((kv_heads, keys, width), np.float32).astype(np.float16) for _ in "kv")
     visible = np.arange(keys)[None] <= np.arange(queries)[:, None] + keys - queries
     return q, k, v, np.where(visible, 0, -np.inf).astype(np.float16)
+
+
+def in_eight_bits(values: Array) -> tuple[Array, Array]:
+    """Values (..., width) rounded to Q8_0, as float32; and its blocks, (..., bytes) uint8."""
+    blocks = values.astype(np.float32).reshape(*values.shape[:-1], -1, 32)
+    scales = (np.abs(blocks).max(-1, keepdims=True) / 127).astype(np.float16)
+    quants = np.rint(blocks / np.where(scales > 0, scales, 1)).astype(np.int8)
+    stored = np.concatenate([scales.view(np.uint8), quants.view(np.uint8)], -1)
+    return (quants * scales.astype(np.float32)).reshape(values.shape), stored.reshape(*values.shape[:-1], -1)
 
 
 def exact_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:

@@ -105,13 +105,15 @@ class Ggml:
     def flash_attention(
         self, q: Array, k: Array, v: Array, mask: Array, *, device: int, threads: int
     ) -> Operation | None:
-        """Attention of q (heads, queries, width) float32 over k, v (KV heads, keys, width) float16, with a mask
-        (queries, keys) float16: (queries, heads, width). None if the device does not support it.
+        """Attention of q (heads, queries, width) float32 over k, v (KV heads, keys, width) float16, or blocks of Q8_0
+        (KV heads, keys, bytes) uint8, with a mask (queries, keys) float16: (queries, heads, width). None if the device
+        does not support it.
 
         In memory the heads of a position are adjacent, as in llama.cpp.
         """
         operation = Operation(self, device, threads)
-        inputs = [operation.permuted_tensor(kind, values) for kind, values in ((_F32, q), (_F16, k), (_F16, v))]
+        cached = TYPES["Q8_0"] if k.dtype == np.uint8 else _F16
+        inputs = [operation.permuted_tensor(kind, values) for kind, values in ((_F32, q), (cached, k), (cached, v))]
         inputs.append(operation.tensor(_F16, *mask.shape[::-1], data=np.ascontiguousarray(mask).tobytes()))
         numbers = [ctypes.c_float(q.shape[-1] ** -0.5), ctypes.c_float(0), ctypes.c_float(0)]
         return operation if operation.build("ggml_flash_attn_ext", *inputs, *numbers) else None
@@ -179,9 +181,10 @@ class Operation:
         return tensor
 
     def permuted_tensor(self, kind: int, values: Array) -> int:
-        """Create a tensor of shape (a, b, width) whose memory layout is (b, a, width)."""
+        """Create a tensor of shape (a, b, width), of Q8_0 from (a, b, bytes), whose memory layout is (b, a, width)."""
         permuted = np.ascontiguousarray(values.swapaxes(0, 1))
-        tensor = self.tensor(kind, *permuted.shape[::-1], data=permuted.tobytes())
+        width = permuted.shape[2] // 34 * 32 if kind == TYPES["Q8_0"] else permuted.shape[2]
+        tensor = self.tensor(kind, width, *permuted.shape[1::-1], data=permuted.tobytes())
         axes = (ctypes.c_int(axis) for axis in (0, 2, 1, 3))
         return self._ggml.call_pointer("ggml_permute", self._context, tensor, *axes)
 

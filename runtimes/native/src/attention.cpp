@@ -78,6 +78,9 @@ struct Run {
         return count;
     }
 
+    // Eight values of a key or value
+    Float8 cached(const char *row, int d) const { return a.eight_bits ? load(Blocks{row}, d) : load(Halves{row}, d); }
+
     int key(int j) const { return places[j / COLUMNS] + j % COLUMNS; }
 
     void load_queries(int head, int first, int queries, int padded) const {
@@ -96,8 +99,7 @@ struct Run {
                 for (int d = 0; d < a.width; d += 8) {
                     for (int i = 0; i < 8; i++) {
                         const int k = key(j) + c + i;
-                        const uint16_t *row = halves(a.k + kv_head * a.k_head + size_t(k) * a.k_row) + d;
-                        rows[i] = k < visible ? Float8::load(row) : Float8::zero();
+                        rows[i] = k < visible ? cached(a.k + kv_head * a.k_head + size_t(k) * a.k_row, d) : Float8::zero();
                     }
                     transpose(rows, panel + d * COLUMNS + c, COLUMNS);
                 }
@@ -111,9 +113,9 @@ struct Run {
             const int count = std::min(KEYS, keys - j);
             for (int i = 0; i < count; i++) {
                 const int k = key(j + i);
-                const uint16_t *row = halves(a.v + kv_head * a.v_head + size_t(k) * a.v_row);
+                const char *row = a.v + kv_head * a.v_head + size_t(k) * a.v_row;
                 for (int d = 0; d < a.width; d += 8) {
-                    const Float8 part = k < visible ? Float8::load(row + d) : Float8::zero();
+                    const Float8 part = k < visible ? cached(row, d) : Float8::zero();
                     part.store(panel + d / COLUMNS * KEYS * COLUMNS + i * COLUMNS + d % COLUMNS);
                 }
             }

@@ -32,6 +32,17 @@ inline Float8 exponential(Float8 x) {
 inline const uint16_t *halves(const char *p) { return reinterpret_cast<const uint16_t *>(p); }
 inline const float *floats(const char *p) { return reinterpret_cast<const float *>(p); }
 
+// Rows of the KV cache, eight values of which `load` returns as float32.
+struct Halves { const char *p; };
+struct Blocks { const char *p; };  // Q8_0: a float16 scale and 32 int8 each
+
+inline Float8 load(const float *row, int d) { return Float8::load(row + d); }
+inline Float8 load(Halves row, int d) { return Float8::load(halves(row.p) + d); }
+inline Float8 load(Blocks row, int d) {
+    const char *block = row.p + d / 32 * 34;
+    return Float8::load(reinterpret_cast<const int8_t *>(block + 2) + d % 32) * Float8::broadcast_half(block);
+}
+
 inline Float8 load_half8(const uint16_t *p, int there) {
     if (there >= 8) return Float8::load(p);
     uint16_t padded[8] = {};

@@ -37,6 +37,7 @@ bool on_host(const ggml_tensor *t) {
 bool one_matrix(const ggml_tensor *t) { return t->ne[2] == 1 && t->ne[3] == 1; }
 bool floats(const ggml_tensor *t) { return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float); }
 bool halves(const ggml_tensor *t) { return t->type == GGML_TYPE_F16 && t->nb[0] == 2; }
+bool eight_bits(const ggml_tensor *t) { return t->type == GGML_TYPE_Q8_0 && t->nb[0] == 34 && t->ne[0] % 32 == 0; }
 bool has(uint64_t types, int type) { return types >> type & 1; }
 
 // The kernel for so many rows; null: multiply_few, or none
@@ -60,7 +61,8 @@ bool supports_attention(const ggml_tensor *op) {
     float settings[3];  // scale, maximum ALiBi bias, logit soft cap
     memcpy(settings, op->op_params, sizeof settings);
     return (q->ne[1] <= MAX_FEW ? config.few_attention : config.attention) && mask && !op->src[4] && settings[1] == 0 &&
-           settings[2] == 0 && floats(q) && floats(op) && halves(k) && halves(v) && halves(mask) &&
+           settings[2] == 0 && floats(q) && floats(op) && halves(mask) &&
+           ((halves(k) && halves(v)) || (eight_bits(k) && eight_bits(v))) &&
            q->ne[1] <= MAX_ROWS && q->ne[3] == 1 &&
            k->ne[3] == 1 && v->ne[3] == 1 && one_matrix(mask) && supports_width(q->ne[0]) && v->ne[0] == q->ne[0] &&
            k->ne[1] <= 1 << 17 && k->ne[1] == v->ne[1] && mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1] &&
@@ -89,6 +91,7 @@ bool attention(Context &c, const ggml_tensor *op) {
     a.out = static_cast<char *>(op->data), a.out_row = op->nb[2], a.out_head = op->nb[1];
     a.queries = q->ne[1], a.keys = k->ne[1], a.heads = q->ne[2], a.kv_heads = k->ne[2], a.width = q->ne[0];
     memcpy(&a.scale, op->op_params, sizeof a.scale);
+    a.eight_bits = eight_bits(k);
     return a.queries <= MAX_FEW ? attend_few(a, c.threads, c.scratch) : attend(a, c.threads, c.scratch);
 }
 

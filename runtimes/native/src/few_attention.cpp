@@ -20,29 +20,28 @@ constexpr int GROUP = 32;  // keys converted to float32 together
 size_t up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // out[8] = query . key of eight keys
-template <class T>
-inline void score8(const float *query, const T *const keys[8], int width, float *out) {
+template <class Row>
+inline void score8(const float *query, const Row keys[8], int width, float *out) {
     Float8 s[8];
 #pragma GCC unroll 8
     for (int c = 0; c < 8; c++) s[c] = Float8::zero();
     for (int d = 0; d < width; d += 8) {
         const Float8 q = Float8::load(query + d);
 #pragma GCC unroll 8
-        for (int c = 0; c < 8; c++) s[c].add(q, Float8::load(keys[c] + d));
+        for (int c = 0; c < 8; c++) s[c].add(q, load(keys[c], d));
     }
     sums(s).store(out);
 }
 
 // out[8 * N] += sum over keys of weight * value
-template <int N, class T>
-inline void weighted_sum(const float *weights, const T *const values[], int count, int column, float *out) {
+template <int N, class Row>
+inline void weighted_sum(const float *weights, const Row values[], int count, int column, float *out) {
     Float8 s[N];
 #pragma GCC unroll 8
     for (int c = 0; c < N; c++) s[c] = Float8::load(out + column + 8 * c);
     for (int i = 0; i < count; i++) {
-        const T *value = values[i] + column;
 #pragma GCC unroll 8
-        for (int c = 0; c < N; c++) s[c].add(Float8::load(value + 8 * c), weights[i]);
+        for (int c = 0; c < N; c++) s[c].add(load(values[i], column + 8 * c), weights[i]);
     }
 #pragma GCC unroll 8
     for (int c = 0; c < N; c++) s[c].store(out + column + 8 * c);
@@ -57,14 +56,20 @@ struct Head {
     const uint32_t *const sees;  // for each GROUP of keys, a bit for each query
     const int head, first, queries, keys, stride;
 
-    // Calls `with` with rows of keys or values from j on, if any query sees them: float16 for one query, float32 for more.
+    // Calls `with` with rows of keys or values from j on, if any query sees them: as cached for one query, float32 for more.
     template <class F>
     void rows(const char *base, size_t row_bytes, int j, int count, F with) const {
+        if (a.eight_bits) rows_as<Blocks>(base, row_bytes, j, count, with);
+        else rows_as<Halves>(base, row_bytes, j, count, with);
+    }
+
+    template <class Row, class F>
+    void rows_as(const char *base, size_t row_bytes, int j, int count, F with) const {
         const uint32_t seen = sees[j / GROUP];
         if (!seen) return;
-        const uint16_t *rows[GROUP];
+        Row rows[GROUP];
         for (int i = 0; i < count; i++) {
-            rows[i] = halves(base + size_t(std::min(j + i, keys - 1)) * row_bytes);
+            rows[i] = {base + size_t(std::min(j + i, keys - 1)) * row_bytes};
             const char *later = base + size_t(std::min(j + count + i, keys - 1)) * row_bytes;
             for (int d = 0; d < 2 * a.width; d += 64) __builtin_prefetch(later + d, 0, 2);
         }
@@ -72,7 +77,7 @@ struct Head {
         const float *widened[GROUP];
         for (int i = 0; i < count; i++) {
             widened[i] = panel + i * a.width;
-            for (int d = 0; d < a.width; d += 8) Float8::load(rows[i] + d).store(panel + i * a.width + d);
+            for (int d = 0; d < a.width; d += 8) load(rows[i], d).store(panel + i * a.width + d);
         }
         with(widened);
     }

@@ -23,6 +23,14 @@ struct Float8 {
     static Float8 load(const uint16_t *p) {  // float16
         return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))};
     }
+    static Float8 load(const int8_t *p) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))))};
+    }
+    static Float8 broadcast_half(const void *p) {
+        uint16_t bits;
+        memcpy(&bits, p, sizeof bits);
+        return {_mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))};
+    }
     void store(float *p) const { _mm256_storeu_ps(p, v); }
     void add(Float8 a, float b) { v = _mm256_fmadd_ps(a.v, _mm256_set1_ps(b), v); }
     void add(Float8 a, Float8 b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
@@ -113,6 +121,15 @@ struct Float8 {
     static Float8 load(const uint16_t *p) {  // float16
         const float16x8_t v = vreinterpretq_f16_u16(vld1q_u16(p));
         return {vcvt_f32_f16(vget_low_f16(v)), vcvt_high_f32_f16(v)};
+    }
+    static Float8 load(const int8_t *p) {
+        const int16x8_t v = vmovl_s8(vld1_s8(p));
+        return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(v))), vcvtq_f32_s32(vmovl_high_s16(v))};
+    }
+    static Float8 broadcast_half(const void *p) {
+        __fp16 value;
+        memcpy(&value, p, sizeof value);
+        return broadcast(value);
     }
     void store(float *p) const { vst1q_f32(p, low), vst1q_f32(p + 4, high); }
     void add(Float8 a, float b) { low = vfmaq_n_f32(low, a.low, b), high = vfmaq_n_f32(high, a.high, b); }

@@ -65,12 +65,13 @@ extern const Kernel *const transposed_int8;
 // out[q][head][:] = softmax(scale * query . key + mask) . value, in float32 except for keys, values and mask.
 struct Attention {
     const char *q;  size_t q_row, q_head;      // float32; bytes from query to query, from head to head
-    const char *k;  size_t k_row, k_head;      // float16
-    const char *v;  size_t v_row, v_head;      // float16
+    const char *k;  size_t k_row, k_head;      // float16 or Q8_0
+    const char *v;  size_t v_row, v_head;      // likewise
     const char *mask;  size_t mask_row;        // float16, one row per query; -infinity masks a key
     char *out;  size_t out_row, out_head;      // float32
     int queries, keys, heads, kv_heads, width;  // width of a head
     float scale;
+    int eight_bits;  // keys and values are Q8_0, with a width that is a multiple of its blocks'
 };
 
 // A kernel for attention with many queries.
