@@ -609,7 +609,7 @@ def test_the_self_test_passes_right_kernels_and_finds_wrong_ones(built: Path) ->
     assert attention == str([""] * 2)
     assert taken == str([False, False, False, False, True, False])
     assert wrong_product.startswith("avx2 is off by 1.0e-01")
-    assert wrong_attention.startswith("Attention of 9 queries in heads of 64 is off by 1.0e-01")
+    assert wrong_attention.startswith("Attention of 9 queries in heads of 64 with 16 bits is off by 1.0e-01")
 
 
 def test_a_race_beside_other_programs_is_said_to_be_one() -> None:
