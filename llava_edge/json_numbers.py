@@ -88,11 +88,8 @@ class NumberRules:
 
 
 def _one_of(characters: str) -> str:
-    return (
-        f"[{characters[0]}-{characters[-1]}]"
-        if characters in "0123456789" and len(characters) > 2
-        else f"[{characters}]"
-    )
+    is_range = len(characters) > 2 and characters in "0123456789"
+    return f"[{characters[0]}-{characters[-1]}]" if is_range else f"[{characters}]"
 
 
 class _Read(NamedTuple):
@@ -181,7 +178,7 @@ class _Limit:
         return _order(whole, len(self.whole)) or order
 
     def at_end(self, order: int, places: int) -> int:
-        return order or _order(places, max(places, len(self.fraction)))
+        return order or -(places < len(self.fraction))
 
 
 def _order(one: int, other: int) -> int:
