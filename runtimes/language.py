@@ -66,12 +66,12 @@ class LanguageModel(KvCache):
         self.batch = batch
         self.on_gpu = gpu_layers != 0
         self._settings = [gpu_layers, repack, kv, *self.native.identity]
-        # Whether a row has the same bits alone and in a batch, wherever its prompt lies in the KV cache.
-        ours = native.computes_all(self.native, header, adapter_header)
-        self.batch_invariant = not gpu_layers and not repack and kv == "f16" and ours
         eight_bits, few_attention = kv == "q8_0", self.native.few_attention and not gpu_layers
+        ours = native.computes_all(self.native, header, adapter_header, eight_bits=eight_bits)
+        # Whether a row has the same bits alone and in a batch, wherever its prompt lies in the KV cache.
+        self.batch_invariant = not gpu_layers and not repack and ours
         # Only where the bits stay the same: llama.cpp's own attention splits float16 keys by the number of threads.
-        vary = (eight_bits or native.supports_attention(header)) and few_attention
+        vary = (eight_bits or native.supports_attention(header, eight_bits=False)) and few_attention
         self._threads = PassThreads(threads or machine.thread_count()[0], vary=vary, all_ours=self.batch_invariant)
         self._native_threads = 0  # as many as llama.cpp's own operations
         settings = gguf_loading.Settings(

@@ -275,7 +275,7 @@ from llava_edge.runtimes import CancelledError, native
 from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.language import LanguageModel
 
-model = LanguageModel(Path(sys.argv[1]), context=512, threads=2, repack=False)
+model = LanguageModel(Path(sys.argv[1]), context=512, threads=2, repack=False, kv=sys.argv[2])
 never, stopped = threading.Event(), threading.Event()
 tokens = [3 + i % 90 for i in range(70)]
 model.evaluate_tokens(tokens, never)
@@ -364,13 +364,14 @@ model.evaluate_tokens(long, never)
 together.append(len(steps) == 1 and bool((model.logits() == in_parts).all()))
 print(json.dumps({"reason": model.native.reason, "used": model.native.used, "stopped": stopped, "again": again,
                   "held": held, "refused": refused, "recovered": recovered, "same": bool(same), "together": together,
-                  "numbers": numbers, "texts": texts[:5] == texts[5:], "logits": [first.tolist(), second.tolist()]}))
+                  "numbers": numbers, "invariant": model.batch_invariant, "texts": texts[:5] == texts[5:],
+                  "logits": [first.tolist(), second.tolist()]}))
 """
 
 
-def whole(model: Path, setting: str = "") -> dict[str, Any]:
+def whole(model: Path, setting: str = "", kv: str = "f16") -> dict[str, Any]:
     """What a process of its own computes, since a backend stays in its process."""
-    done = in_child(WHOLE, model, environment={**os.environ, "LLAVA_EDGE_NATIVE": setting})
+    done = in_child(WHOLE, model, kv, environment={**os.environ, "LLAVA_EDGE_NATIVE": setting})
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -396,15 +397,24 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_computes_the_same_through_the_backend(for_models: Path, grouped: Path) -> None:
     races = {kind: race | {"one": {"plain": 3.0, "few": 1.0}} for kind, race in found_out()["types"].items()}
     install(for_models, types=races)
-    stock = whole(grouped, "off")
-    assert not stock["used"]
-    assert "Turned off" in stock["reason"]
-    for kernel, bound in (("avx2", 1.5e-2), ("amx-bf16", 1.5e-2), ("avx2-int8", 5e-3)):
-        ours = whole(grouped, kernel)
+    stock = {kv: whole(grouped, "off", kv) for kv in ("f16", "q8_0")}
+    for found in stock.values():
+        assert "Turned off" in found["reason"]
+        assert not found["used"]
+        assert not found["invariant"]
+    cases = (
+        ("avx2", "f16", 1.5e-2),
+        ("amx-bf16", "f16", 1.5e-2),
+        ("avx2-int8", "f16", 5e-3),
+        ("avx2-int8", "q8_0", 1e-2),
+    )
+    for kernel, kv, bound in cases:
+        ours = whole(grouped, kernel, kv)
         assert kernel in ours["reason"]
         assert "few rows of" in ours["reason"]
         assert ours["used"]
-        for found, expected in zip(ours["logits"], stock["logits"], strict=True):
+        assert ours["invariant"]
+        for found, expected in zip(ours["logits"], stock[kv]["logits"], strict=True):
             # llama.cpp rounds activations to 8 bits, as only the last does.
             assert 0 < relative(found, expected) < bound
         assert ours["stopped"]

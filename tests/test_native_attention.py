@@ -214,12 +214,13 @@ def test_a_query_whose_only_key_is_not_a_number_gets_none(attend: Attend, place:
 def test_a_width_of_heads_that_is_no_number_is_refused_in_a_sentence() -> None:
     sizes = {"llama.attention.head_count": 4, "llama.embedding_length": 256}
     found = [
-        native.supports_attention(Gguf(Path(), {**sizes, **own}, {}))
-        for own in ({}, {"llama.attention.key_length": 72})
+        native.supports_attention(Gguf(Path(), {**sizes, **own}, {}), eight_bits=eight_bits)
+        for eight_bits in (False, True)
+        for own in ({}, {"llama.attention.key_length": 72}, {"llama.attention.key_length": 80})
     ]
-    assert found == [True, False]
+    assert found == [True, False, True, True, False, False]
     with pytest.raises(BundleError, match=r"key_length = '64'; expected an integer"):
-        native.supports_attention(Gguf(Path(), {**sizes, "llama.attention.key_length": "64"}, {}))
+        native.supports_attention(Gguf(Path(), {**sizes, "llama.attention.key_length": "64"}, {}), eight_bits=False)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +242,9 @@ def test_an_adapter_is_computed_like_its_model_if_it_is_small(
         return Gguf(Path(), sizes, {"a": Tensor("a", shape, kind, 0, 0)})
 
     language = header("Q4_0", (4096, 4096))
-    assert native.computes_all(status, language, None)
-    assert native.computes_all(status, language, header(kind, shape)) == expected
+    for eight_bits in (False, True):
+        assert native.computes_all(status, language, None, eight_bits=eight_bits)
+        assert native.computes_all(status, language, header(kind, shape), eight_bits=eight_bits) == expected
 
 
 def test_an_adapter_is_small_where_the_kernel_says_so() -> None:

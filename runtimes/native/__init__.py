@@ -109,21 +109,24 @@ def set_threads(count: int) -> None:
         _process.library.set_threads(count)
 
 
-def supports_attention(language: Gguf) -> bool:
-    """Whether our attention kernel supports a model's head width (src/attention.cpp). Raises `BundleError`."""
+def supports_attention(language: Gguf, *, eight_bits: bool) -> bool:
+    """Whether our attention kernel supports a model's head width (src/attention.cpp); `eight_bits`: over a KV cache in
+    q8_0, whose blocks have 32 values. Raises `BundleError`.
+    """
     if "llama.attention.key_length" in language.metadata:
         width = language.number("llama.attention.key_length", 1, 1 << 17)
     else:
         width = language.metadata["llama.embedding_length"] // language.number("llama.attention.head_count", 1, 1024)
-    return width % 16 == 0 and width <= 256
+    return width % (32 if eight_bits else 16) == 0 and width <= 256
 
 
-def computes_all(status: Status, language: Gguf, adapter: Gguf | None) -> bool:
-    """Whether our kernels compute all products and all attention of a model. Raises `BundleError`."""
+def computes_all(status: Status, language: Gguf, adapter: Gguf | None, *, eight_bits: bool) -> bool:
+    """Whether our kernels compute all products and all attention of a model, as in `supports_attention`."""
     files = [language] if adapter is None else [language, adapter]
     matrices = [tensor for file in files for tensor in file.tensors.values() if len(tensor.shape) > 1]
     products = all(tensor.kind in status.few_rows and _supports_few(tensor) for tensor in matrices)
-    return status.attention and status.few_attention and products and supports_attention(language)
+    attention = status.attention and status.few_attention and supports_attention(language, eight_bits=eight_bits)
+    return products and attention
 
 
 def _supports_few(matrix: Tensor) -> bool:
