@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import image_path
+from llava_edge.cli.arguments import Decorator, image_path
 from llava_edge.errors import LlavaEdgeError, StorageError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS
 from llava_edge.outputs import check_output, replacing
@@ -27,36 +27,18 @@ def _parse_integers(_: click.Context, __: click.Parameter, text: str) -> tuple[i
         raise click.BadParameter(f"{text!r} is not a list of integers such as 1,2.") from None
 
 
+def _sweep(flag: str, name: str, text: str) -> Decorator:
+    """An option for several integers, each of which is measured."""
+    return click.option(flag, name, callback=_parse_integers, default="0", show_default=True, metavar="N,N", help=text)
+
+
 @click.command()
 @click.option("--model", "models", multiple=True, default=[DEFAULT_MODEL], show_default=True, metavar="NAME|DIR",
               help="Model name or bundle folder; repeatable.")  # fmt: skip
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Device to compute on.")
-@click.option(
-    "--threads",
-    callback=_parse_integers,
-    default="0",
-    show_default=True,
-    metavar="N,N",
-    help="Thread counts to try (0: one per physical core).",
-)
-@click.option(
-    "--context",
-    "contexts",
-    callback=_parse_integers,
-    default="0",
-    show_default=True,
-    metavar="N,N",
-    help="Context lengths in tokens to try (0: the model's, at most 4096).",
-)
-@click.option(
-    "--image-tokens",
-    "budgets",
-    callback=_parse_integers,
-    default="0",
-    show_default=True,
-    metavar="N,N",
-    help="Tokens per image to try (0: all).",
-)
+@_sweep("--threads", "threads", "Thread counts to try (0: one per physical core).")
+@_sweep("--context", "contexts", "Context lengths in tokens to try (0: the model's, at most 4096).")
+@_sweep("--image-tokens", "budgets", "Tokens per image to try (0: all).")
 @click.option("--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=["auto"], show_default=True,
               help="Preset to try; repeatable.")  # fmt: skip
 @click.option("--image", metavar="FILE", help="Image to ask about; a generated one if omitted.")
