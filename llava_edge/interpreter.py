@@ -44,12 +44,6 @@ def refuse_frozen(action: str) -> None:
         )
 
 
-def python_command(action: str, *arguments: str) -> list[str]:
-    """The command line that runs Python with `arguments`. Raises `UnavailableError` as `refuse_frozen` does."""
-    refuse_frozen(action)
-    return [sys.executable, *arguments]
-
-
 def download_wheel(package: str, folder: Path) -> Path:
     """Fetch `package` (name==version) into `folder` with pip, which respects the user's index settings.
 
@@ -57,7 +51,8 @@ def download_wheel(package: str, folder: Path) -> Path:
     version. Raises `UnavailableError`, or `StorageError` if the disk is full.
     """
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--quiet", "--disable-pip-version-check"]
-    command = python_command("A download with pip", "-m", "pip", "download", *options, "--dest", str(folder), package)
+    refuse_frozen("A download with pip")
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package]
     process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheels = list(folder.glob("*.whl"))
     if process.returncode or not wheels:
@@ -83,7 +78,8 @@ def run_json(action: str, *arguments: str, seconds: float | None = None) -> Any:
 
     Raises `UnavailableError` as `refuse_frozen` does, or `ChildError`.
     """
-    command = python_command(action, *arguments)
+    refuse_frozen(action)
+    command = [sys.executable, *arguments]
     try:
         process = subprocess.run(
             command, env=_environment(), capture_output=True, text=True, timeout=seconds, check=False
