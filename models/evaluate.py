@@ -11,6 +11,8 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -128,14 +130,9 @@ class TorchScorer:
 def _count_full_hits(is_answer: torch.Tensor, hits: torch.Tensor) -> int:
     """Count runs of answer positions that are all hits. Answers are never adjacent: a question is between them."""
     correct = 0
-    for row_is_answer, row_hits in zip(is_answer.tolist(), hits.tolist(), strict=True):
-        all_hit = inside = False
-        for in_answer, hit in zip([*row_is_answer, False], [*row_hits, True], strict=True):
-            if in_answer:
-                all_hit = hit if not inside else all_hit and hit
-            elif inside:
-                correct += all_hit
-            inside = in_answer
+    for row in zip(is_answer.tolist(), hits.tolist(), strict=True):
+        for in_answer, run in groupby(zip(*row, strict=True), itemgetter(0)):
+            correct += in_answer and all(hit for _, hit in run)
     return correct
 
 
