@@ -105,9 +105,6 @@ TEXTS = {
     "byte order mark": (b'\xef\xbb\xbf{"format_version": 1}', "not a valid manifest"),
     "UTF-16": ('{"format_version": 1}'.encode("utf-16"), "not a valid manifest"),
     "not UTF-8": (b'{"name": "\xff"}', "not a valid manifest"),
-    "duplicate keys": (b'{"format_version": 1, "format_version": 1}', "a key appears twice"),
-    "NaN": (b'{"format_version": NaN}', "not allow the number NaN"),
-    "infinity": (b'{"format_version": -Infinity}', "not allow the number -Infinity"),
     "deep": (b"[" * 10_000, "not a valid manifest"),
     "deep object": (b'{"a":' * 10_000, "not a valid manifest"),
     "a number of 5000 digits": (b'{"format_version": ' + b"9" * 5000 + b"}", "not a valid manifest"),
@@ -195,10 +192,18 @@ def test_the_sentence_about_an_invalid_manifest_says_what_to_do(folder: Path, te
         b.Bundle.open(folder)
 
 
-def test_infinity_written_as_a_large_exponent_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("number", ["1e999", "-Infinity", "NaN"])
+def test_numbers_that_are_not_finite_are_refused(folder: Path, number: str) -> None:
     path = folder / b.MANIFEST
-    path.write_text(path.read_text("utf-8").replace("0.48145466", "1e999"), "utf-8")
+    path.write_text(path.read_text("utf-8").replace("0.48145466", number), "utf-8")
     with pytest.raises(BundleError, match=r"mean\[0\] = .* expected"):
+        b.Bundle.open(folder)
+
+
+def test_a_key_that_was_added_a_second_time_is_refused(folder: Path) -> None:
+    path = folder / b.MANIFEST
+    path.write_text(path.read_text("utf-8").rstrip("}\n") + ', "name": "other"}', "utf-8")
+    with pytest.raises(BundleError, match="changed after it was written"):
         b.Bundle.open(folder)
 
 
