@@ -104,7 +104,11 @@ def _suggestion(name: str) -> str:
     return f"; did you mean 'llava-edge {command}'?" if command else "; 'llava-edge --help' lists all commands."
 
 
-@click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},  # inherited by all commands
+)
 @click.version_option(__version__, prog_name="llava-edge")
 @click.pass_context
 def cli(context: click.Context) -> None:

@@ -41,37 +41,27 @@ _SAMPLING_HELP = {
     "seed": "Random seed; a new one each time if omitted.",
     "image_tokens": "Maximum number of tokens per image (0: all); fewer are faster.",
 }
+system_option = click.option(
+    "--system", default="", show_default=False, metavar="TEXT", help="System prompt, instead of the model's own."
+)
 _ENGINE_FIELDS = ("device", "threads", "context", "preset", "kv", "cache", "verbose", "draft")
 
 
 def engine_options(command: Command) -> Command:
     """Add the model and the engine options; the command receives them as keyword arguments."""
     options: list[Decorator] = [
-        click.option(
-            "--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model name or bundle folder."
-        ),
-        click.option(
-            "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Device to compute on."
-        ),
-        click.option(
-            "--threads", type=int, default=0, show_default=True, help="Number of threads (0: one per physical core)."
-        ),
-        click.option(
-            "--context",
-            type=int,
-            default=0,
-            show_default=True,
-            help="Context length in tokens (0: the model's, at most 4096).",
-        ),
+        click.option("--model", default=DEFAULT_MODEL, metavar="NAME|DIR", help="Model name or bundle folder."),
+        click.option("--device", type=click.Choice(DEVICES), default="auto", help="Device to compute on."),
+        click.option("--threads", type=int, default=0, help="Number of threads (0: one per physical core)."),
+        click.option("--context", type=int, default=0, help="Context length in tokens (0: the model's, at most 4096)."),
         click.option(
             "--preset",
             type=click.Choice(PRESETS),
             default="auto",
-            show_default=True,
             help="latency: copy weights into a faster order where that pays; memory: only memory-map them.",
         ),
-        click.option("--kv", type=click.Choice(KV_TYPES), default="auto", show_default=True, help="KV cache type."),
-        click.option("--cache/--no-cache", default=True, show_default=True, help="Cache what is computed from images."),
+        click.option("--kv", type=click.Choice(KV_TYPES), default="auto", help="KV cache type."),
+        click.option("--cache/--no-cache", default=True, help="Cache what is computed from images."),
         click.option(
             "--draft",
             metavar="FILE",
@@ -90,7 +80,6 @@ def generation_options(command: Command) -> Command:
             "--speculate",
             type=click.Choice(SPECULATE),
             default="auto",
-            show_default=True,
             help="Propose tokens from earlier text and verify them: same answer, often sooner.",
         ),
     ]
@@ -99,14 +88,14 @@ def generation_options(command: Command) -> Command:
         value = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
         kind = int if value is None else type(value)
-        options.append(click.option(flag, type=kind, default=value, show_default=True, help=text))
+        options.append(click.option(flag, type=kind, default=value, help=text))
     return engine_options(_apply_options(command, options))
 
 
 def answer_options(command: Command) -> Command:
     """Add the system prompt and what answers must follow; the command receives them as keyword arguments."""
     options: list[Decorator] = [
-        click.option("--system", default="", metavar="TEXT", help="System prompt, instead of the model's own."),
+        system_option,
         click.option("--json-schema", metavar="FILE", help="JSON schema that answers must follow."),
         click.option("--grammar", metavar="FILE", help="GBNF grammar (llama.cpp's) that answers must follow."),
     ]

@@ -41,7 +41,7 @@ _START = b'{"image": '  # of each line of an output file
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="Question about each image.")
+@click.option("--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="Question about each image.")
 @answer_options
 @generation_options
 @click.option(

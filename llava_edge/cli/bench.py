@@ -29,32 +29,24 @@ def _parse_integers(_: click.Context, __: click.Parameter, text: str) -> tuple[i
 
 def _sweep(flag: str, name: str, text: str) -> Decorator:
     """An option for several integers, each of which is measured."""
-    return click.option(flag, name, callback=_parse_integers, default="0", show_default=True, metavar="N,N", help=text)
+    return click.option(flag, name, callback=_parse_integers, default="0", metavar="N,N", help=text)
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, default=[DEFAULT_MODEL], show_default=True, metavar="NAME|DIR",
+@click.option("--model", "models", multiple=True, default=[DEFAULT_MODEL], metavar="NAME|DIR",
               help="Model name or bundle folder; repeatable.")  # fmt: skip
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Device to compute on.")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", help="Device to compute on.")
 @_sweep("--threads", "threads", "Thread counts to try (0: one per physical core).")
 @_sweep("--context", "contexts", "Context lengths in tokens to try (0: the model's, at most 4096).")
 @_sweep("--image-tokens", "budgets", "Tokens per image to try (0: all).")
-@click.option("--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=["auto"], show_default=True,
+@click.option("--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=["auto"],
               help="Preset to try; repeatable.")  # fmt: skip
 @click.option("--image", metavar="FILE", help="Image to ask about; a generated one if omitted.")
-@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="TEXT", help="Question to ask.")
-@click.option("--max-tokens", type=int, default=32, show_default=True, help="Maximum number of tokens in an answer.")
-@click.option(
-    "--repeats",
-    type=click.IntRange(1, 1000),
-    default=5,
-    show_default=True,
-    help="Measured processes per configuration.",
-)
-@click.option(
-    "--warmup", type=click.IntRange(0, 1000), default=1, show_default=True, help="Uncounted processes before them."
-)
-@click.option("--limits/--no-limits", default=True, show_default=True, help="Measure this machine's limits.")
+@click.option("--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="Question to ask.")
+@click.option("--max-tokens", type=int, default=32, help="Maximum number of tokens in an answer.")
+@click.option("--repeats", type=click.IntRange(1, 1000), default=5, help="Measured processes per configuration.")
+@click.option("--warmup", type=click.IntRange(0, 1000), default=1, help="Uncounted processes before them.")
+@click.option("--limits/--no-limits", default=True, help="Measure this machine's limits.")
 @click.option(
     "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a CSV file, one row per stage."
 )

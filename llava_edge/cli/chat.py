@@ -8,13 +8,20 @@ from typing import Any
 
 import click
 
-from llava_edge.cli.arguments import ImageCommand, generation_options, image_path, load_model_and_images, options_from
+from llava_edge.cli.arguments import (
+    ImageCommand,
+    generation_options,
+    image_path,
+    load_model_and_images,
+    options_from,
+    system_option,
+)
 from llava_edge.cli.terminal import show, status_line, suggest_native_build
 
 
 @click.command(cls=ImageCommand)
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image for the first question; repeatable.")
-@click.option("--system", default="", metavar="TEXT", help="System prompt, instead of the model's own.")
+@system_option
 @generation_options
 def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> None:
     """Chat about images. /image FILE adds one, /help lists all commands, Ctrl-C stops an answer.

@@ -40,7 +40,7 @@ class Finding:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-@click.option("--model", default=store.DEFAULT_MODEL, show_default=True, metavar="NAME|DIR", help="Model to check.")
+@click.option("--model", default=store.DEFAULT_MODEL, metavar="NAME|DIR", help="Model to check.")
 @click.option("--tune", is_flag=True, help="First find the fastest settings for encoding images; later runs use them.")
 def doctor(as_json: bool, model: str, tune: bool) -> None:
     """Check this machine and suggest fixes. Exits with 69 if something required is broken."""

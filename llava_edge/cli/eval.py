@@ -53,7 +53,6 @@ Progress = Callable[[int, int], None]
     multiple=True,
     type=click.Choice(TOKEN_METHODS),
     default=["cls"],
-    show_default=True,
     help="How images are reduced to fewer tokens; repeatable.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")

@@ -33,15 +33,10 @@ if TYPE_CHECKING:
     "--quant",
     type=click.Choice(["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"], case_sensitive=False),  # llama.cpp writes Q4_K_M
     default="q4_k_m",
-    show_default=True,
     help="Quantization of the language model.",
 )
 @click.option(
-    "--vision",
-    type=click.Choice(["fp32", "fp16", "int8"]),
-    default="int8",
-    show_default=True,
-    help="Precision of the vision tower.",
+    "--vision", type=click.Choice(["fp32", "fp16", "int8"]), default="int8", help="Precision of the vision tower."
 )
 @click.option(
     "--base",
@@ -63,10 +58,12 @@ if TYPE_CHECKING:
 @click.option(
     "--emit-mmproj", type=click.Path(path_type=Path), metavar="FILE", help="Also write an mmproj file for llama.cpp."
 )
-@click.option("--name", default="", metavar="NAME", help="Name of the model; that of OUT if omitted.")
+@click.option(
+    "--name", default="", show_default=False, metavar="NAME", help="Name of the model; that of OUT if omitted."
+)
 @click.option("--force", is_flag=True, help="Overwrite an existing bundle OUT and an earlier --emit-mmproj file.")
 @click.option("--force-publish", is_flag=True, help="Publish the bundle even if a stage differs too much from PyTorch.")
-@click.option("--threads", type=int, default=0, show_default=True, help="Threads for quantization (0: all cores).")
+@click.option("--threads", type=int, default=0, help="Threads for quantization (0: all cores).")
 @click.option("--imatrix", is_flag=True, help="Use an importance matrix, measured on drawings, for 4 and 5 bits.")
 @click.option(
     "--calibrate",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=ImageCommand)
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to ask about (-: stdin); repeatable.")
-@click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], show_default=True, metavar="TEXT",
+@click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], metavar="TEXT",
               help="Question to ask (-: stdin); repeatable.")  # fmt: skip
 @answer_options
 @generation_options

@@ -17,15 +17,9 @@ from llava_edge.errors import UsageError
 
 @click.command()
 @click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    metavar="ADDRESS",
-    help="Address to listen on; other than loopback needs a key.",
+    "--host", default="127.0.0.1", metavar="ADDRESS", help="Address to listen on; other than loopback needs a key."
 )
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on (0: a free one)."
-)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on (0: a free one).")
 @click.option(
     "--api-key-file", type=Path, metavar="FILE", help="File with the clients' API key; or set $LLAVA_EDGE_API_KEY."
 )
@@ -40,15 +34,10 @@ from llava_edge.errors import UsageError
     "--parallel",
     type=click.IntRange(1, 8),
     default=8,
-    show_default=True,
     help="Maximum number of requests answered at a time (1 on a GPU and without the native kernels).",
 )
-@click.option(
-    "--queue", type=click.IntRange(1, 4096), default=16, show_default=True, help="Maximum number of waiting requests."
-)
-@click.option(
-    "--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Time limit per answer, in seconds."
-)
+@click.option("--queue", type=click.IntRange(1, 4096), default=16, help="Maximum number of waiting requests.")
+@click.option("--timeout", type=click.FloatRange(1), default=600.0, help="Time limit per answer, in seconds.")
 @click.option("--insecure-no-key", is_flag=True, help="Serve other machines without a key.")
 @engine_options
 def serve(
