@@ -194,13 +194,17 @@ class ImageCommand(click.Command):
         return rest
 
 
-class CheckpointPath(click.Path):
+class _CheckpointPath(click.Path):
     """Path of a checkpoint. Raises `MissingError` for one that would have to be downloaded."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check the text as typed: a Path would drop a slash of a URL."""
         refuse_download(str(value), "download it, then give its folder")
         return super().convert(value, param, ctx)
+
+
+PATH = click.Path(path_type=Path)
+CHECKPOINT = _CheckpointPath(path_type=Path)
 
 
 def square_option(text: str) -> Decorator:

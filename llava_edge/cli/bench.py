@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import Decorator, image_path
+from llava_edge.cli.arguments import PATH, Decorator, image_path
 from llava_edge.errors import LlavaEdgeError, StorageError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS
 from llava_edge.outputs import check_output, replacing
@@ -47,13 +47,9 @@ def _sweep(flag: str, name: str, text: str) -> Decorator:
 @click.option("--repeats", type=click.IntRange(1, 1000), default=5, help="Measured processes per configuration.")
 @click.option("--warmup", type=click.IntRange(0, 1000), default=1, help="Uncounted processes before them.")
 @click.option("--limits/--no-limits", default=True, help="Measure this machine's limits.")
-@click.option(
-    "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a CSV file, one row per stage."
-)
-@click.option(
-    "--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", help="Write charts to an HTML page."
-)
-@click.option("--compare", "older", type=click.Path(path_type=Path), multiple=True, metavar="OLD.json",
+@click.option("--csv", "csv_file", type=PATH, metavar="FILE", help="Write a CSV file, one row per stage.")
+@click.option("--html", "html_file", type=PATH, metavar="FILE", help="Write charts to an HTML page.")
+@click.option("--compare", "older", type=PATH, multiple=True, metavar="OLD.json",
               help="Earlier output to compare with; repeatable.")  # fmt: skip
 def bench(
     models: tuple[str, ...], image: str | None, csv_file: Path | None, html_file: Path | None, older: tuple[Path, ...],

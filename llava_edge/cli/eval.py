@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import store
-from llava_edge.cli.arguments import require_extra
+from llava_edge.cli.arguments import PATH, require_extra
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import UsageError
 from llava_edge.interrupts import held_back
@@ -26,15 +26,11 @@ Progress = Callable[[int, int], None]
 
 @click.command("eval")
 @click.option("--bundle", "bundles", multiple=True, metavar="NAME|DIR", help="Model name or bundle folder; repeatable.")
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Checkpoint to evaluate in PyTorch (float32)."
-)
-@click.option(
-    "--photos", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Photos with labels.jsonl."
-)
+@click.option("--checkpoint", type=PATH, metavar="DIR", help="Checkpoint to evaluate in PyTorch (float32).")
+@click.option("--photos", type=PATH, required=True, metavar="DIR", help="Photos with labels.jsonl.")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     show_default="~/.cache/llava-edge/data/smol",
     help="Folder for the held-out data.",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from llava_edge.cli.arguments import CheckpointPath, require_extra, square_option
+from llava_edge.cli.arguments import CHECKPOINT, PATH, require_extra, square_option
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import CannotCreateError, UsageError
 from llava_edge.interrupts import interrupt_on_termination
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("checkpoint", type=CheckpointPath(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=CHECKPOINT)
+@click.argument("out", type=PATH)
 @click.option(
     "--quant",
     type=click.Choice(["q4_k_m", "q4_0", "q5_k_m", "q8_0", "f16"], case_sensitive=False),  # llama.cpp writes Q4_K_M
@@ -39,25 +39,15 @@ if TYPE_CHECKING:
     "--vision", type=click.Choice(["fp32", "fp16", "int8"]), default="int8", help="Precision of the vision tower."
 )
 @click.option(
-    "--base",
-    type=CheckpointPath(path_type=Path),
-    metavar="DIR",
-    help="Base model, if CHECKPOINT is a LoRA, a delta or only a projector.",
+    "--base", type=CHECKPOINT, metavar="DIR", help="Base model, if CHECKPOINT is a LoRA, a delta or only a projector."
 )
 @click.option(
-    "--vision-tower",
-    type=CheckpointPath(path_type=Path),
-    metavar="DIR",
-    help="CLIP folder, if CHECKPOINT does not contain CLIP.",
+    "--vision-tower", type=CHECKPOINT, metavar="DIR", help="CLIP folder, if CHECKPOINT does not contain CLIP."
 )
 @click.option("--template", metavar="NAME", help="Prompt layout, instead of the one CHECKPOINT suggests.")
 @square_option("How pictures are made square, instead of as CHECKPOINT suggests.")
-@click.option(
-    "--mmproj", type=click.Path(path_type=Path), metavar="FILE", help="mmproj file of CHECKPOINT, if that is a GGUF."
-)
-@click.option(
-    "--emit-mmproj", type=click.Path(path_type=Path), metavar="FILE", help="Also write an mmproj file for llama.cpp."
-)
+@click.option("--mmproj", type=PATH, metavar="FILE", help="mmproj file of CHECKPOINT, if that is a GGUF.")
+@click.option("--emit-mmproj", type=PATH, metavar="FILE", help="Also write an mmproj file for llama.cpp.")
 @click.option(
     "--name", default="", show_default=False, metavar="NAME", help="Name of the model; that of OUT if omitted."
 )
@@ -67,20 +57,20 @@ if TYPE_CHECKING:
 @click.option("--imatrix", is_flag=True, help="Use an importance matrix, measured on drawings, for 4 and 5 bits.")
 @click.option(
     "--calibrate",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Photos like those the model will see, to measure the matrix on; implies --imatrix.",
 )
 @click.option(
     "--report",
     "report_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Compare every quantization, with and without --imatrix, in this Markdown file.",
 )
 @click.option(
     "--report-data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="LLaVA conversations (JSON, images beside it) to measure the report on; drawings if omitted.",
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import store
-from llava_edge.cli.arguments import require_extra
+from llava_edge.cli.arguments import PATH, require_extra
 from llava_edge.cli.terminal import Status, status_line
 from llava_edge.errors import CannotCreateError
 from llava_edge.interrupts import held_back
@@ -24,21 +24,19 @@ if TYPE_CHECKING:
 @click.argument("recipe")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     show_default="~/.cache/llava-edge/runs/RECIPE",
     help="Run folder; resumes an interrupted run there.",
 )
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     show_default="~/.cache/llava-edge/data/RECIPE",
     help="Folder for training data and cached features.",
 )
-@click.option(
-    "--photos", type=click.Path(path_type=Path), metavar="DIR", help="Folder of photos with labels.jsonl (for smol)."
-)
+@click.option("--photos", type=PATH, metavar="DIR", help="Folder of photos with labels.jsonl (for smol).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Number of threads.")
 def train(recipe: str, out: Path | None, data: Path | None, photos: Path | None, threads: int | None) -> None:
     """Train RECIPE (micro, smol or a TOML file).

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llava_edge.cli.arguments import CheckpointPath, require_extra, square_option
+from llava_edge.cli.arguments import CHECKPOINT, PATH, require_extra, square_option
 from llava_edge.cli.terminal import status_line
 from llava_edge.errors import CheckpointError, UnavailableError, UsageError
 from llava_edge.store import DEFAULT_MODEL
@@ -21,17 +21,10 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", default=DEFAULT_MODEL, metavar="[BUNDLE]")
-@click.option(
-    "--against",
-    type=CheckpointPath(path_type=Path),
-    metavar="CHECKPOINT",
-    help="Checkpoint to compare every stage with.",
-)
-@click.option("--base", type=CheckpointPath(path_type=Path), metavar="DIR", help="Its base model, as for export.")
-@click.option(
-    "--vision-tower", type=CheckpointPath(path_type=Path), metavar="DIR", help="Its CLIP folder, as for export."
-)
-@click.option("--mmproj", type=click.Path(path_type=Path), metavar="FILE", help="Its mmproj file, as for export.")
+@click.option("--against", type=CHECKPOINT, metavar="CHECKPOINT", help="Checkpoint to compare every stage with.")
+@click.option("--base", type=CHECKPOINT, metavar="DIR", help="Its base model, as for export.")
+@click.option("--vision-tower", type=CHECKPOINT, metavar="DIR", help="Its CLIP folder, as for export.")
+@click.option("--mmproj", type=PATH, metavar="FILE", help="Its mmproj file, as for export.")
 @square_option("How its pictures are made square, as for export.")
 @click.option("--json", "as_json", is_flag=True, help="Print the parity table as a JSON object.")
 def verify(
