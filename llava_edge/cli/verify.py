@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,7 @@ from llava_edge.errors import CheckpointError, UnavailableError, UsageError
 from llava_edge.store import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from llava_edge.bundle import Bundle, ParityRow, Square
+    from llava_edge.bundle import Bundle, ParityRow
     from llava_edge.export.checkpoint import Checkpoint
 
 
@@ -27,15 +27,7 @@ if TYPE_CHECKING:
 @click.option("--mmproj", type=PATH, metavar="FILE", help="Its mmproj file, as for export.")
 @square_option("How its pictures are made square, as for export.")
 @click.option("--json", "as_json", is_flag=True, help="Print the parity table as a JSON object.")
-def verify(
-    bundle: str,
-    against: Path | None,
-    base: Path | None,
-    vision_tower: Path | None,
-    mmproj: Path | None,
-    square: Square | None,
-    as_json: bool,
-) -> None:
+def verify(bundle: str, against: Path | None, as_json: bool, **source: Any) -> None:
     """Check every byte of BUNDLE (a folder or model name; smol if omitted) against the hashes in its manifest.
 
     With --against, then run its parts beside the checkpoint in PyTorch, and print the parity table.
@@ -43,10 +35,10 @@ def verify(
     from llava_edge.bundle import Bundle
     from llava_edge.store import resolve
 
-    if against is None and (base or vision_tower or mmproj or square or as_json):
+    if against is None and (any(source.values()) or as_json):
         raise UsageError("--base, --vision-tower, --mmproj, --square and --json go with --against CHECKPOINT.")
     opened = Bundle.open(resolve(bundle))
-    checkpoint = None if against is None else _source(opened, against, base, vision_tower, mmproj, square)
+    checkpoint = None if against is None else _open_checkpoint(opened, against, source)
     _read_all(opened)
     manifest = opened.manifest
     summary = f"{opened.folder}: {len(manifest.files)} files, {manifest.size:,} bytes, all as in the manifest."
@@ -82,26 +74,19 @@ def _read_all(opened: Bundle) -> None:
         gguf.check_adapter(gguf.read(opened.adapter), language)
 
 
-def _source(
-    opened: Bundle,
-    against: Path,
-    base: Path | None,
-    vision_tower: Path | None,
-    mmproj: Path | None,
-    square: Square | None,
-) -> Checkpoint:
-    """Open the checkpoint to compare with, before minutes of reading. Raises `UnavailableError` without PyTorch."""
+def _open_checkpoint(opened: Bundle, against: Path, source: dict[str, Any]) -> Checkpoint:
+    """Open the checkpoint to compare with, before minutes of reading. Raises `UnavailableError` without PyTorch.
+
+    source: the other arguments of `open_source`, from options of these names.
+    """
     from llava_edge.export import parity
     from llava_edge.export.opening import open_source
 
     reason = parity.unavailable_reason()
     if reason:
         raise UnavailableError(reason)
-    template = opened.manifest.template
     with require_extra("export", "--against"):  # a GGUF checkpoint needs it
-        checkpoint = open_source(
-            against, base=base, vision_tower=vision_tower, mmproj=mmproj, template=template, square=square
-        )
+        checkpoint = open_source(against, template=opened.manifest.template, **source)
     parity.check_same_sizes(opened, checkpoint)
     return checkpoint
 
