@@ -18,7 +18,7 @@ from llava_edge import gguf, templates
 from llava_edge.bundle import MAX_IMAGE_SIZE, Merge, Square, tiling_problem
 from llava_edge.errors import CheckpointError, UsageError
 from llava_edge.export import chat_template, layouts, normalisation
-from llava_edge.export.layouts import Layout, Source
+from llava_edge.export.layouts import Source
 from llava_edge.export.normalisation import Normalisation
 from llava_edge.export.tensors import StoredTensor
 from llava_edge.models.config import LlavaConfig, from_hf
@@ -77,7 +77,6 @@ class Checkpoint:
     folder: Path
     config: LlavaConfig
     tensors: Tensors
-    layout: Layout
     tokenizer: Path
     normalisation: Normalisation
     notes: tuple[str, ...] = ()
@@ -122,7 +121,7 @@ def open_checkpoint(
     pixels = normalisation.read_normalisation(
         source.processors, config.vision.image_size, squared=_squared(source, config)
     )
-    return Checkpoint(folder, config, tensors, source.layout, source.tokenizer, pixels, notes)
+    return Checkpoint(folder, config, tensors, source.tokenizer, pixels, notes)
 
 
 def _config(source: Source, template: str | None) -> LlavaConfig:

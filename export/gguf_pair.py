@@ -100,7 +100,6 @@ def open_pair(language: Path, mmproj: Path, template: str, square: Square | None
         folder=language,
         config=config,
         tensors=Tensors(tensors),
-        layout="gguf pair",
         tokenizer=language,
         notes=tuple(notes),
         language_file=LanguageFile(language, _quantization(text_file), new_controls),

@@ -24,7 +24,7 @@ from llava_edge.export.merge import Stored
 from llava_edge.export.tensors import has_weights, open_file, open_folder, read_json
 from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, NEWLINE, VISION_PREFIX
 
-Layout = Literal["huggingface", "original", "lora", "projector", "delta", "language model", "gguf pair"]
+Layout = Literal["huggingface", "original", "lora", "projector", "delta", "language model"]
 
 PROJECTOR_FILE = "mm_projector.bin"  # llava/train/llava_trainer.py
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -37,7 +37,6 @@ _DELTA_NORM = 0.2
 class Source:
     """A checkpoint in one form, whatever its layout. `raw` is config.json as Hugging Face would write it."""
 
-    layout: Layout
     config_path: Path
     raw: dict[str, Any]
     stored: Stored  # under classic names
@@ -125,7 +124,7 @@ def read_source(folder: Path, base: Path | None, vision_tower: Path | None) -> S
     text = raw.get("text_config")
     if layout == "lora" and isinstance(text, dict) and EMBEDDINGS in stored:
         text["vocab_size"] = stored[EMBEDDINGS].shape[0]  # an adapter that was trained with added tokens has more
-    source = Source(layout, path, raw, stored, tokenizer, folders)
+    source = Source(path, raw, stored, tokenizer, folders)
     return (_complete_huggingface if _is_huggingface(source.raw) else _complete_original)(source, vision_tower)
 
 

@@ -52,7 +52,7 @@ def test_original_with_clip_in_a_folder_of_its_own(tensors: Arrays, tmp_path: Pa
     folder = write.write(tmp_path / "model", write.original_config(), text_and_projector(tensors))
     checkpoint = open_checkpoint(folder, vision_tower=clip)
     opens_as(checkpoint, tensors)
-    assert checkpoint.layout == "original"
+    assert detect_layout(folder) == "original"
     assert checkpoint.config == replace(micro.CONFIG, template="vicuna_v1", image_token_index=micro.VOCABULARY)
 
 
@@ -211,7 +211,7 @@ def test_a_delta_is_added_to_its_base_in_float16(extra: int, tmp_path: Path) -> 
     clip = write.write_clip(tmp_path / "clip", wanted)
     checkpoint = open_checkpoint(folder, base=base_folder, vision_tower=clip, template="chatml")
     opens_as(checkpoint, wanted)
-    assert checkpoint.layout == "delta"
+    assert detect_layout(folder) == "delta"
     assert (checkpoint.config.projector_type, checkpoint.config.square) == ("linear", "crop")
     assert checkpoint.config.image_markers == ("<im_start>", "<im_end>")
 
