@@ -39,7 +39,6 @@ TOKENS = 64  # more rows than one AMX tile of 16
 class Report:
     """The result of testing an engine. `problem` is empty if it works; otherwise `fix` is the command to run."""
 
-    engine: str
     problem: str = ""
     fix: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -59,13 +58,13 @@ def check(engine: str) -> Report:
     except interpreter.ChildError as error:
         if NO_THREAD.rstrip(".") in str(error):
             raise MemoryLimitError(NO_THREAD) from error
-        return Report(engine, f"{engine} does not work here: its test {error}.", INSTALL[engine])
+        return Report(f"{engine} does not work here: its test {error}.", INSTALL[engine])
     if "storage_error" in facts:
         raise StorageError(
             f"{engine} could not be tested in a temporary folder: {facts['storage_error']}. Free some disk space, or "
             "set TMPDIR to another folder."
         )
-    return Report(engine, facts=facts)
+    return Report(facts=facts)
 
 
 def require_working_build() -> None:

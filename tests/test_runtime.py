@@ -762,7 +762,7 @@ def test_on_amx_the_build_is_checked_once_before_it_is_used(
 def test_on_amx_a_user_without_a_home_gets_answers(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container that is run with a number that is nobody's."""
     monkeypatch.setattr(machine, "processor", lambda: ("a processor", ["amx_int8"]))
-    monkeypatch.setattr(probe, "check", probe.Report)
+    monkeypatch.setattr(probe, "check", lambda engine: probe.Report())
     for name in ("LLAVA_EDGE_HOME", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
