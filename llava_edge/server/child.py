@@ -113,8 +113,6 @@ class _Worker:
             self._answer(request, images, self._cancels[request["id"]])
         except LlavaEdgeError as error:
             self._send_error(request, type(error).__name__, str(error))
-        except MemoryError:
-            self._send_error(request, MemoryLimitError.__name__, "")
         except Exception as error:  # noqa: BLE001 - the client gets no details, and the child keeps running
             self._send_error(request, type(error).__name__, "")
         del self._cancels[request["id"]]
