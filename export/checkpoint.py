@@ -101,8 +101,12 @@ def open_checkpoint(
     if template:
         templates.get_template(template)
     try:
-        source = _with_square(layouts.read_source(folder, base, vision_tower), square)
-        config = _config(source, template)
+        source = layouts.read_source(folder, base, vision_tower)
+        if square:
+            check_square(source.config_path, tiled=source.raw.get("model_type") == "llava_next")
+        source = _with_settings(source, template=template, square=square)
+        config = from_hf(source.raw)
+        _check_supported(source.config_path, source.raw, config)
     except (TypeError, ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
         message = f"config.json of {folder}, or of its base or vision tower, has a value of the wrong type: {error}."
         raise CheckpointError(message) from error
@@ -124,20 +128,9 @@ def open_checkpoint(
     return Checkpoint(folder, config, tensors, source.tokenizer, pixels, notes)
 
 
-def _config(source: Source, template: str | None) -> LlavaConfig:
-    raw = dict(source.raw)
-    if template:
-        raw["llava_edge"] = {**(raw.get("llava_edge") or {}), "template": template}
-    config = from_hf(raw)
-    _check_supported(source.config_path, raw, config)
-    return config
-
-
-def _with_square(source: Source, square: Square | None) -> Source:
-    if not square:
-        return source
-    check_square(source.config_path, tiled=source.raw.get("model_type") == "llava_next")
-    section = {**(source.raw.get("llava_edge") or {}), "square": square}
+def _with_settings(source: Source, **given: str | None) -> Source:
+    """The source with those of our own settings that are given, in place of what its config.json says."""
+    section = {**(source.raw.get("llava_edge") or {}), **{name: value for name, value in given.items() if value}}
     return replace(source, raw={**source.raw, "llava_edge": section})
 
 
