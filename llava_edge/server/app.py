@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -76,15 +77,15 @@ class App:
             Route("/metrics", self._prometheus),
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name:path}", self._get_model),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/completions", self._completion, methods=["POST"]),
+            Route("/v1/chat/completions", partial(self._openai_answer, requests.parse_chat, True), methods=["POST"]),
+            Route("/v1/completions", partial(self._openai_answer, requests.parse_completion, False), methods=["POST"]),
             Route("/v1/responses", self._respond, methods=["POST"]),
             Route("/api/version", self._ollama_version),
             Route("/api/tags", self._ollama_models),
             Route("/api/ps", self._ollama_loaded_models),
             Route("/api/show", self._ollama_model, methods=["POST"]),
-            Route("/api/chat", self._ollama_chat, methods=["POST"]),
-            Route("/api/generate", self._ollama_generate, methods=["POST"]),
+            Route("/api/chat", partial(self._ollama_answer, ollama.parse_chat, True), methods=["POST"]),
+            Route("/api/generate", partial(self._ollama_answer, ollama.parse_generate, False), methods=["POST"]),
             Route("/log", self._log_file, methods=["GET"]),
             Route("/log", self._log_add, methods=["POST"]),
             Route("/log", self._log_delete, methods=["DELETE"]),
@@ -101,13 +102,7 @@ class App:
         paths = {route.path for route in routes}
         return Middleware(app, guard, self._limits, self._metrics, paths, log)
 
-    async def _chat(self, request: Request) -> Response:
-        return await self._openai_answer(request, requests.parse_chat, chat=True)
-
-    async def _completion(self, request: Request) -> Response:
-        return await self._openai_answer(request, requests.parse_completion, chat=False)
-
-    async def _openai_answer(self, request: Request, parse_request: OpenAIParser, chat: bool) -> Response:
+    async def _openai_answer(self, parse_request: OpenAIParser, chat: bool, request: Request) -> Response:
         model_request = parse_request(await self._parse_body(request), self._model, self._limits)
         return await self._answer(request, model_request, replies.Reply(self._model, chat, model_request.include_usage))
 
@@ -116,13 +111,7 @@ class App:
         model_request = responses.parse(body, self._model, self._limits)
         return await self._answer(request, model_request, responses.Reply(self._model, body, model_request))
 
-    async def _ollama_chat(self, request: Request) -> Response:
-        return await self._ollama_answer(request, ollama.parse_chat, chat=True)
-
-    async def _ollama_generate(self, request: Request) -> Response:
-        return await self._ollama_answer(request, ollama.parse_generate, chat=False)
-
-    async def _ollama_answer(self, request: Request, parse_request: OllamaParser, chat: bool) -> Response:
+    async def _ollama_answer(self, parse_request: OllamaParser, chat: bool, request: Request) -> Response:
         body = await self._parse_body(request)
         reply = ollama.Reply(ollama.parse_model(body, self._model), chat)
         if ollama.only_loads(body):
