@@ -18,8 +18,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gguf import GGUFReader
+from images import picture
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from pairs import in_halves
+from PIL import Image
 from processes import in_child
 from safetensors.numpy import load_file, save_file
 from towers import TOWER, clip_tower, relative, some_pixels
@@ -196,14 +198,17 @@ def test_slower_products_are_asked_for_only_where_sums_would_saturate(
     assert seen == (["1"] if saturates and bits == 8 else [])
 
 
-def test_int8_products_are_exact_with_the_largest_weights_on_this_processor(tmp_path: Path) -> None:
-    """All weights 127, all activations the largest: what overflows 16 bits first. Rearranged weights give the same."""
+@pytest.mark.parametrize("activation", [3.0, -3.0])
+def test_int8_products_are_exact_with_the_largest_weights_on_this_processor(activation: float, tmp_path: Path) -> None:
+    """All weights 127, all activations the largest: what overflows 16 bits first. Rearranged weights give the same.
+    One output's weights are all zero, which have no scale."""
     tensors = dict(clip_tower()[1])
     for name, value in tensors.items():
         if ".layers.0.mlp.fc1.weight" in name:
             tensors[name] = np.full_like(value, 0.02)
-        if ".layers.0.layer_norm2." in name:  # its output is 3 everywhere, the largest value of a first term
-            tensors[name] = np.full_like(value, 3.0 if name.endswith("bias") else 0.0)
+            tensors[name][0] = 0
+        if ".layers.0.layer_norm2." in name:  # its output is the same everywhere
+            tensors[name] = np.full_like(value, activation if name.endswith("bias") else 0.0)
     found = []
     for precision in ("fp32", "int8"):
         write_clip(LlavaConfig(vision=TOWER), tensors, tmp_path, precision)
@@ -653,6 +658,25 @@ def test_the_number_of_finer_blocks_can_be_given_and_is_found(
         files.append(manifest.files[VISION_DATA])
     assert files[0].size < files[1].size
     assert files[1] == files[2]
+
+
+def test_the_picture_with_the_largest_error_decides_how_many_blocks_are_finer(
+    micro_checkpoint: Path, micro_bundle: Path, tmp_path: Path
+) -> None:
+    checkpoint, manifest = open_checkpoint(micro_checkpoint), Bundle.open(micro_bundle).manifest
+    manifest = replace(manifest, vision=replace(manifest.vision, precision="int8", activation_bits=7))
+    (tmp_path / "scratch").mkdir()
+
+    def error(*seeds: int) -> float:
+        said: list[str] = []
+        shown = [Image.fromarray(picture(seed=seed)) for seed in seeds]
+        bundle, scratch = Bundle(tmp_path, manifest), tmp_path / "scratch"
+        tower.write_tower(bundle, checkpoint, None, shown, scratch, lambda stage, share: said.append(stage))
+        return float(said[1].partition(" 0 of 2 blocks finer: error ")[2])
+
+    errors = [error(1), error(2)]
+    assert errors[0] != errors[1]
+    assert error(1, 2) == max(errors)
 
 
 def test_an_unknown_precision_is_a_usage_error(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from llava_edge.models.config import VisionConfig
 Array = np.ndarray[Any, Any]
 
 TOWER = VisionConfig(
-    image_size=48, patch_size=8, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4
+    image_size=48,
+    patch_size=8,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    layer_norm_eps=1e-3,  # not ONNX's default, which is CLIP's, too
 )
 
 
