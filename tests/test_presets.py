@@ -10,6 +10,7 @@ import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def test_clips_second_copy_counts_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert presets.choose(EngineOptions(), header, 512).name == "latency"
     assert presets.choose(EngineOptions(), header, 512, vision_copy_bytes=1 << 29).name == "memory"
     assert presets.choose(EngineOptions(preset="memory"), header, 512, vision_copy_bytes=1 << 31).name == "memory"
-    with pytest.raises(MemoryLimitError, match="--preset memory"):
+    said = f"{tmp_path} with a context of 512 needs about 2048 MiB of memory, but 1024 MiB are available. Use --preset"
+    with pytest.raises(MemoryLimitError, match=re.escape(said)):
         presets.choose(EngineOptions(preset="latency"), header, 512, vision_copy_bytes=1 << 31)
 
 
@@ -155,17 +157,22 @@ def test_memory_means_a_small_context_too_unless_told_otherwise(tmp_path: Path) 
 
 def test_weights_are_copied_only_where_that_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = gguf.read(four_bits(tmp_path))
-    for features, kind, repack in (
+    for features, kinds, repack in (
         ("avx2", "Q4_0", True),
         ("avx2", "Q4_K", False),
         ("avx2 avx512f", "Q4_K", True),
         ("asimd", "Q4_K", True),
+        ("avx2", "IQ4_NL", True),
+        ("avx2", "Q4_0 Q4_0 Q4_K", True),
+        ("avx2", "IQ4_NL IQ4_NL Q4_K", True),
+        ("avx2", "Q4_0 Q4_K Q4_K", False),
         ("avx2 avx512f", "Q8_0", False),
         ("avx2 avx512f", "Q4_1", False),
         ("avx2 avx512f amx_int8", "Q4_1", True),
     ):
         monkeypatch.setattr(machine, "processor", lambda features=features: ("a processor", features.split()))
-        file = replace(header, tensors={n: replace(t, kind=kind) for n, t in header.tensors.items()})
+        pairs = zip(header.tensors.items(), cycle(kinds.split()), strict=False)
+        file = replace(header, tensors={name: replace(tensor, kind=kind) for (name, tensor), kind in pairs})
         assert presets.choose(EngineOptions(preset="latency"), file, 512).repack == repack
 
 
@@ -182,26 +189,38 @@ def test_what_cannot_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_draft_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = gguf.read(four_bits(tmp_path))
-    memory = EngineOptions(preset="memory", kv="f16")
+    memory = EngineOptions(preset="memory")
     with_draft = replace(memory, draft=header.path)
-    one = presets.memory_bytes(header, 128, "f16")
-    trained = header.number("llama.context_length")
-    two = one + presets.memory_bytes(header, min(128, trained), "f16")
+    draft = presets.memory_bytes(header, 128, "f16")  # whatever the type of the other one
+    two = presets.memory_bytes(header, 128, "q8_0") + draft
     monkeypatch.setattr(machine, "available_memory", lambda: two - 1)
     assert presets.choose(memory, header, 128).name == "memory"
     with pytest.raises(MemoryLimitError, match="Use a smaller --context"):
         presets.choose(with_draft, header, 128)
     monkeypatch.setattr(machine, "available_memory", lambda: two)
     assert presets.choose(with_draft, header, 128).name == "memory"
-    needed = two + 2 * copied_bytes(header)
-    for free, name in ((2 * needed, "latency"), (2 * needed - 2, "memory")):
-        monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
-        assert presets.choose(replace(with_draft, preset="auto"), header, 128).name == name
+    for layers, needed in ((0, 2 * draft + 2 * copied_bytes(header)), (-1, 2 * draft)):
+        for free, name in ((2 * needed, "latency"), (2 * needed - 2, "memory")):
+            monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
+            chosen = presets.choose(replace(with_draft, preset="auto"), header, 128, gpu_layers=layers)
+            assert chosen.name == name
+
+
+def test_address_space_is_needed_for_files_and_threads_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header, options = gguf.read(four_bits(tmp_path)), EngineOptions(preset="memory", kv="f16", threads=2)
+    left = presets.memory_bytes(header, 512, "f16") + presets.WORKING_BYTES + 2 * presets.STACK_BYTES + (1 << 30)
+    monkeypatch.setattr(machine, "address_space", lambda: left)
+    assert presets.choose(options, header, 512, mapped_bytes=1 << 30)
+    for threads, mapped in ((3, 1 << 30), (2, (1 << 30) + 1)):
+        with pytest.raises(MemoryLimitError, match=f" only {left >> 20} MiB are left to this process"):
+            presets.choose(replace(options, threads=threads), header, 512, mapped_bytes=mapped)
 
 
 def test_keys_and_values_of_8_bits_take_little_more_than_half(tmp_path: Path) -> None:
     header = gguf.read(four_bits(tmp_path))
     assert presets.memory_bytes(header, 512, "f16") == 2 * 512 * 256 * 2
+    probe.write_model(tmp_path / "grouped.gguf", "Q4_0", kv_heads=2)  # of four heads for queries
+    assert presets.memory_bytes(gguf.read(tmp_path / "grouped.gguf"), 512, "f16") == 512 * 256 * 2
     assert presets.memory_bytes(header, 512, "q8_0") / presets.memory_bytes(header, 512, "f16") == 34 / 64
 
 
