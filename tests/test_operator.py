@@ -581,13 +581,16 @@ def test_the_self_test_finds_a_wrong_one(native_build: Path, monkeypatch: pytest
     assert check.check_operators(path).startswith("An operator for ONNX Runtime is off by 1.0e-01")
 
 
-def test_tuning_compares_both(quantized: Bundle, native_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_compares_both(
+    quantized: Bundle, micro_bundle: Path, native_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "external_cpu_seconds", lambda: 0.0)
     monkeypatch.setattr(machine, "int8_saturates", lambda: True)
+    assert not tune.default_setting(Bundle.open(micro_bundle), 1).native  # fp32
     assert tune.default_setting(quantized, 1).native
     found = tune.measure(quantized)
     assert found[0].native
-    assert {item.native for item in found} == {True, False}
+    assert {(item.native, item.prepack) for item in found} == {(True, False), (False, True), (False, False)}
     assert tune.load(quantized) == found
     assert "our operator" in str(found[0])
     monkeypatch.setattr(machine, "int8_saturates", lambda: False)
@@ -595,6 +598,9 @@ def test_tuning_compares_both(quantized: Bundle, native_home: Path, monkeypatch:
     for flags, ours in (["avx_vnni"], False), (["avx512_vnni"], True), (["avx512_vnni", "amx_int8"], False):
         monkeypatch.setattr(machine, "processor", lambda flags=flags: ("a processor", flags))
         assert tune.default_setting(quantized, 1).native == ours
+    monkeypatch.setattr(native, "operator_library", lambda: None)
+    monkeypatch.setattr(machine, "processor", lambda: ("a processor", ["avx512_vnni"]))
+    assert not tune.default_setting(quantized, 1).native
 
 
 def test_tuning_leaves_out_a_wrong_one(quantized: Bundle, native_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,11 @@ from click.testing import CliRunner
 from processes import resident
 
 from llava_edge import Llava, Options, gguf
-from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
+from llava_edge.bundle import LANGUAGE, VISION, VISION_DATA, Bundle, ParityRow
 from llava_edge.cli import cli
 from llava_edge.errors import MemoryLimitError, UnavailableError
 from llava_edge.options import EngineOptions
-from llava_edge.runtimes import language, machine, mapping, presets, probe, tune
+from llava_edge.runtimes import bindings, language, machine, mapping, native, presets, probe, tune
 from llava_edge.runtimes.loading import Loader
 from llava_edge.runtimes.machine import thread_count  # before `one_thread` replaces it
 from llava_edge.runtimes.picture_cache import PictureCache
@@ -307,22 +308,96 @@ def test_threads_that_were_asked_for_stay(micro_bundle: Path, quiet: None) -> No
     assert Loader(bundle, replace(CPU, threads=5), PictureCache(None), ExitStack()).vision_setting().threads == 5
 
 
-def test_other_features_are_left_out(micro_bundle: Path, quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = VisionEncoder.encode
-    monkeypatch.setattr(VisionEncoder, "__init__", _remember(VisionEncoder.__init__))
-    monkeypatch.setattr(VisionEncoder, "encode", lambda self, pixels: usual(self, pixels) * (1 + 0.1 * self.copied))
+class Clock:
+    """Stands still, but for what is said to be the time that CLIP takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.features_of_copies = 0.0, 1.0
+        opened = set[tuple[int, bool]]()
+        usual_init, usual_encode = VisionEncoder.__init__, VisionEncoder.encode
+
+        def init(
+            encoder: Any, bundle: Bundle, threads: int = 0, *args: Any, prepack: bool = False, **more: Any
+        ) -> None:
+            usual_init(encoder, bundle, 1, *args, prepack=prepack, **more)
+            encoder.threads, encoder.copies = threads, prepack
+            encoder.delay = (threads, prepack) not in opened  # the first time everything takes longer
+            opened.add((threads, prepack))
+            self.now += 0.04 / max(threads, 1) + encoder.delay  # 0: the reference's
+
+        def encode(encoder: Any, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            first = not hasattr(encoder, "warm")
+            encoder.warm = True
+            self.now += 0.02 + 0.001 * encoder.threads + first + encoder.delay
+            return usual_encode(encoder, pixels) * (self.features_of_copies if encoder.copies else 1.0)
+
+        monkeypatch.setattr(VisionEncoder, "__init__", init)
+        monkeypatch.setattr(VisionEncoder, "encode", encode)
+        monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("precision", "limits", "kept"),
+    [
+        ("fp32", {}, False),
+        ("int8", {}, True),
+        ("fp32", {"clip fp32": 0.2}, True),
+        ("int8", {"clip fp32": 0.2, "clip int8": 1e-3}, False),
+    ],
+)
+def test_other_features_are_left_out(
+    precision: Any, limits: dict[str, float], kept: bool, micro_bundle: Path, quiet: None, clock: Clock
+) -> None:
+    """Features of copied weights are 1 % off."""
     bundle = Bundle.open(micro_bundle)
-    assert not any(item.prepack for item in tune.measure(bundle))
-    row = ParityRow("clip fp32", "relative", 0.0, 0.2, 0.0, 0.0, True)
-    assert any(item.prepack for item in tune.measure(Bundle(bundle.folder, replace(bundle.manifest, parity=[row]))))
+    clock.features_of_copies = 1.01
+    rows = [ParityRow(stage, "relative", 0.0, limit, 0.0, 0.0, True) for stage, limit in limits.items()]
+    vision = replace(bundle.manifest.vision, precision=precision)
+    found = tune.measure(Bundle(bundle.folder, replace(bundle.manifest, vision=vision, parity=rows)))
+    assert any(item.prepack for item in found) == kept
 
 
-def _remember(usual: Any) -> Any:
-    def opened(self: Any, *args: Any, prepack: bool = False, **more: Any) -> None:
-        self.copied = prepack
-        usual(self, *args, prepack=prepack, **more)
+def test_the_best_times_of_the_threads_that_encode_fastest_are_found(
+    micro_bundle: Path, quiet: None, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "thread_count", lambda: (4, "of this test"))
+    found = tune.measure(Bundle.open(micro_bundle))
+    times = [(item.threads, item.prepack, item.native, round(item.load_ms), round(item.encode_ms)) for item in found]
+    assert times == [(4, False, False, 10, 24), (2, False, False, 20, 22), (2, True, False, 20, 22)]
 
-    return opened
+
+def test_what_was_measured_elsewhere_or_of_another_tower_is_not_used(
+    micro_bundle: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(micro_bundle)
+    found = tune.measure(bundle)
+    for module, name, value in (
+        (machine, "processor", ("another", ["avx2"])),
+        (machine, "thread_count", (7, "of another container")),
+        (bindings, "version", "0.0"),
+        (native, "operator_library", Path("other.so")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_, value=value: value)
+            assert tune.load(bundle) == []
+    for name in (VISION, VISION_DATA):
+        files = {**bundle.manifest.files, name: replace(bundle.manifest.files[name], sha256="0" * 64)}
+        assert tune.load(Bundle(bundle.folder, replace(bundle.manifest, files=files))) == []
+    assert tune.load(bundle) == found
+
+
+@pytest.mark.parametrize("home", ["/dev/null/home", "~no such user/home"])
+def test_what_cannot_be_stored_is_told_all_the_same(
+    home: str, micro_bundle: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAVA_EDGE_HOME", home)
+    assert tune.measure(Bundle.open(micro_bundle))
+    assert tune.load(Bundle.open(micro_bundle)) == []
 
 
 def test_a_busy_machine_and_a_damaged_note_decide_nothing(
@@ -339,7 +414,7 @@ def test_a_busy_machine_and_a_damaged_note_decide_nothing(
     [path] = (isolated_home / "tune").iterdir()
     right = {"threads": 1, "prepack": False, "encode_ms": 1.0, "load_ms": 1.0}
     wrong = [json.dumps([{**right, key: "x"}]) for key in right]
-    for text in ("", "{}", "[1]", "null", *wrong):
+    for text in ("", "{}", "[1]", "null", "[" * 100_000, *wrong):
         path.write_text(text)
         assert tune.load(bundle) == []
 
@@ -350,6 +425,7 @@ def test_only_a_clear_gain_leaves_the_usual_setting() -> None:
     assert tune.choose([usual, close], copies=True) == usual
     assert tune.choose([usual, close, better], copies=True) == better
     assert tune.choose([usual, close, better], copies=False) == usual
+    assert tune.choose([usual, tune.Setting(2, True, 300, 20)], copies=True) == usual
     assert tune.choose([], copies=True) is None
 
 
