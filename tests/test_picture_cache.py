@@ -26,6 +26,7 @@ from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes import embedder, jobs, machine, picture_cache, pictures, prefill, tune
 from llava_edge.runtimes.batch import Batch
+from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.kv_cache import Key
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.picture_cache import Payload, PictureCache
@@ -501,7 +502,7 @@ def test_bytes_that_llama_cpp_refuses_leave_a_context_as_new(
     keys: list[Key] = [*model.vocabulary.tokenize("look:"), *(("x", row) for row in range(20))]
 
     def fill() -> None:
-        model.truncate(0)
+        """Into an empty KV cache."""
         model.evaluate_tokens(model.vocabulary.tokenize("look:"), NEVER)
         model.evaluate_embeddings(rows, keys[-20:], NEVER)
 
@@ -522,6 +523,13 @@ def test_bytes_that_llama_cpp_refuses_leave_a_context_as_new(
         fill()
         assert np.array_equal(logits(), wanted)
     assert not model.restore_state(state, keys[:-1])
+    fill()
+    branches = Branches(model)
+    branches.start(0)
+    with pytest.raises(BundleError, match="cache clear"):  # the branch is lost, too
+        model.restore_state(b"", keys)
+    branches.close()
+    assert not model.restore_state(b"", keys)
     model.close()
 
 

@@ -46,6 +46,7 @@ from llava_edge.options import Chunk, EngineOptions, Options, result_of
 from llava_edge.prompt import Message, Piece
 from llava_edge.runtimes import CancelledError, bindings, machine, probe, worker
 from llava_edge.runtimes.batch import Batch
+from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.kv_cache import Key
@@ -189,6 +190,11 @@ def test_a_kv_cache_that_cannot_be_shortened_is_emptied(
         language.truncate(4)
     assert language.cached_keys == []
     language.evaluate_tokens([5] * 8, NEVER)
+    branches = Branches(language)
+    branches.start(0)
+    with pytest.raises(BundleError, match="cannot remove"):  # what a branch shares with the prompt
+        language.truncate(0)
+    branches.close()
 
 
 # Sampling.

@@ -248,6 +248,9 @@ def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) 
     assert [branches.start(0) for _ in range(MAX_BRANCHES - 2)] == [2, 4, 5, 6, 7, 8]
     with pytest.raises(ValueError, match="No more than 8 branches"):
         branches.start(0)
+    assert language.save_state(3)  # in a sequence of its own
+    branches.step([50, 50], [7, 8])
+    np.testing.assert_allclose(language.logits(1), language.logits(0), atol=0.05)
     branches.close()
     assert language.cached_keys == [*start, *ends[-1]]
     language.truncate(0)
