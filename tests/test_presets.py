@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,10 +25,12 @@ from llava_edge import Llava, Options, gguf
 from llava_edge.bundle import LANGUAGE, VISION, VISION_DATA, Bundle, ParityRow
 from llava_edge.cli import cli
 from llava_edge.errors import MemoryLimitError, UnavailableError
+from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import bindings, language, machine, mapping, native, presets, probe, tune
 from llava_edge.runtimes.loading import Loader
 from llava_edge.runtimes.machine import thread_count  # before `one_thread` replaces it
+from llava_edge.runtimes.native.choice import Status
 from llava_edge.runtimes.picture_cache import PictureCache
 from llava_edge.runtimes.vision import VisionEncoder
 
@@ -253,6 +256,36 @@ def test_weights_are_not_held_twice(repack: bool, tmp_path: Path, monkeypatch: p
     model.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_preset_decides_for_the_language_model_and_its_draft(micro_checkpoint: Path, tmp_path: Path) -> None:
+    export(ExportOptions(micro_checkpoint, tmp_path / "bundle", quant="q4_0", vision="fp32", force_publish=True))
+    files = [tmp_path / "bundle" / LANGUAGE, tmp_path / "draft.gguf"]
+    shutil.copy(*files)
+    fast = replace(CPU, preset="latency", draft=files[1])
+    for options, mapped in ((fast, False), (replace(fast, preset="memory"), True)):
+        with Llava.load(tmp_path / "bundle", options):
+            assert [resident(path) >= path.stat().st_size // 2 for path in files] == [mapped] * 2
+
+
+def test_rows_have_the_same_bits_only_where_our_kernels_compute_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = four_bits(tmp_path)
+    all_ours = Status("of this test", "", (("Q4_0", "avx2", 16),), ("Q4_0",), attention=True, few_attention=True)
+    mapped = replace(all_ours, mapped=("Q4_0",))
+    for status, kv, same in (
+        (mapped, "f16", True),
+        (all_ours, "f16", False),  # repacked
+        (mapped, "q8_0", False),
+        (replace(mapped, few_rows=()), "f16", False),
+        (replace(mapped, few_attention=False), "f16", False),
+    ):
+        monkeypatch.setattr(native, "activate", lambda status=status: status)
+        model = language.LanguageModel(path, context=64, threads=1, kv=kv)  # type: ignore[arg-type]
+        model.close()
+        assert model.batch_invariant == same
+
+
 def test_keys_and_values_of_8_bits_are_used_and_answers_stay_close(micro_bundle: Path) -> None:
     states, sizes = [], []
     for kv in ("f16", "q8_0"):
@@ -300,6 +333,23 @@ def test_what_was_measured_is_kept_used_and_shown(
     vision = [item["text"] for item in json.loads(shown.stdout)["findings"] if item["subject"] == "vision"]
     assert f"latency uses {fastest}" in vision
     assert f"memory uses {found[0]}" in vision
+
+
+def test_clips_second_copy_counts_where_one_was_measured_to_pay(
+    micro_bundle: Path, isolated_home: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(micro_bundle)
+    usual, copied = tune.measure(bundle)[0], tune.Setting(1, True)
+    [path] = (isolated_home / "tune").iterdir()
+    header = gguf.read(bundle.part(LANGUAGE))
+    context = presets.memory_bytes(header, header.number("llama.context_length"), "f16")
+    copy = sum(bundle.manifest.files[name].size for name in (VISION, VISION_DATA))
+    for settings, needed in ([usual], context), ([usual, copied], context + copy):
+        path.write_text(json.dumps([vars(setting) for setting in settings]), "utf-8")
+        for free, name in ((2 * needed, "latency"), (2 * needed - 2, "memory")):
+            monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
+            with Llava.load(micro_bundle, replace(CPU, threads=0)) as llava:
+                assert llava.preset.startswith(name)
 
 
 def test_threads_that_were_asked_for_stay(micro_bundle: Path, quiet: None) -> None:
