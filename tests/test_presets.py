@@ -11,7 +11,7 @@ import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import combinations, cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -284,6 +284,28 @@ def test_rows_have_the_same_bits_only_where_our_kernels_compute_all(
         model = language.LanguageModel(path, context=64, threads=1, kv=kv)  # type: ignore[arg-type]
         model.close()
         assert model.batch_invariant == same
+
+
+def test_what_may_change_bits_is_part_of_what_saved_states_are_kept_under(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = four_bits(tmp_path)
+
+    def identity(**change: Any) -> list[object]:
+        with language.LanguageModel(path, **{"context": 64, "threads": 1, "repack": False, **change}) as model:
+            return model.identity
+
+    changes: list[dict[str, Any]] = [{"threads": 2}, {"context": 32}, {"batch": 64}, {"kv": "q8_0"}, {"repack": True}]
+    found = [identity(), *(identity(**change) for change in changes)]
+    for module, name, value in (
+        (native, "activate", Status("of this test", few_rows=("Q4_0",), library="of a hash")),
+        (machine, "processor", ("another", [])),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda value=value: value)
+            found.append(identity())
+    assert all(one != other for one, other in combinations(found, 2))
+    assert identity() == found[0]
 
 
 def test_keys_and_values_of_8_bits_are_used_and_answers_stay_close(micro_bundle: Path) -> None:
