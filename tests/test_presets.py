@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from processes import resident
 
 from llava_edge import Llava, Options, gguf
@@ -26,6 +27,7 @@ from llava_edge.bundle import LANGUAGE, VISION, VISION_DATA, Bundle, ParityRow
 from llava_edge.cli import cli
 from llava_edge.errors import MemoryLimitError, UnavailableError
 from llava_edge.export.exporter import ExportOptions, export
+from llava_edge.models import micro
 from llava_edge.options import EngineOptions
 from llava_edge.runtimes import bindings, language, machine, mapping, native, presets, probe, tune
 from llava_edge.runtimes.loading import Loader
@@ -329,6 +331,28 @@ def test_answers_are_the_same_with_both_presets(micro_bundle: Path) -> None:
             assert llava.preset == f"{preset} (asked for)"
             texts.add(llava.ask("Hi", options=Options(max_tokens=12)).text)
     assert len(texts) == 1
+
+
+def test_a_picture_of_more_positions_than_usual_is_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass reads all weights again."""
+    vision = replace(micro.CONFIG.vision, image_size=23 * micro.CONFIG.vision.patch_size)
+    config = replace(micro.CONFIG, vision=vision, text=replace(micro.CONFIG.text, max_position_embeddings=1024))
+    micro.write_checkpoint(tmp_path / "checkpoint", config=config)
+    export(ExportOptions(tmp_path / "checkpoint", tmp_path / "bundle", quant="f16", vision="fp32", force_publish=True))
+    sizes = list[int]()
+    with Llava.load(tmp_path / "bundle", CPU) as llava:
+        library = llava._engine.model.language.library
+        decode = library.llama_decode
+
+        def noted(context: Any, batch: Any) -> int:
+            sizes.append(batch.n_tokens)
+            return int(decode(context, batch))
+
+        monkeypatch.setattr(library, "llama_decode", noted)
+        llava.ask("Hi", Image.new("RGB", (40, 30)), Options(max_tokens=1))
+    assert max(sizes) == 23**2 > language.BATCH
 
 
 # The vision tower's settings.
