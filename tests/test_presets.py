@@ -278,7 +278,7 @@ def test_rows_have_the_same_bits_only_where_our_kernels_compute_all(
     for status, kv, same in (
         (mapped, "f16", True),
         (all_ours, "f16", False),  # repacked
-        (mapped, "q8_0", False),
+        (mapped, "q8_0", True),
         (replace(mapped, few_rows=()), "f16", False),
         (replace(mapped, few_attention=False), "f16", False),
     ):
