@@ -29,8 +29,11 @@ SHARED = {
         "json_disjoint",
         "json_formats",
         "json_grammar",
+        "json_keywords",
         "json_numbers",
+        "json_objects",
         "json_pattern",
+        "json_rules",
     ),
     *(
         "interpreter",

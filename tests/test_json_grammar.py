@@ -682,7 +682,7 @@ def test_comparing_schemas_is_limited_for_all_of_a_schema() -> None:
 def test_a_type_is_compared_once_however_often_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With every value, 90 kB of names held up everybody's requests for half a minute."""
     counted = Mock(side_effect=has_type)
-    monkeypatch.setattr("llava_edge.json_grammar.has_type", counted)
+    monkeypatch.setattr("llava_edge.json_keywords.has_type", counted)
     with pytest.raises(UsageError, match="not of its type"):
         from_schema({"type": ["null"] * 1000, "enum": [1, 2, 3]})
     assert counted.call_count <= 3
