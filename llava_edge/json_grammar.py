@@ -19,6 +19,7 @@ from llava_edge.json_keywords import (
     KEYWORDS,
     LIMITS,
     abbreviate,
+    allows_all,
     bound,
     check_type,
     choices,
@@ -28,6 +29,7 @@ from llava_edge.json_keywords import (
     reject_keywords,
     schema_error,
 )
+from llava_edge.json_merge import Merger
 from llava_edge.json_numbers import MAX_INTEGER_DIGITS, Limits, NumberRules, TooComplexNumbersError
 from llava_edge.json_objects import object_expression
 from llava_edge.json_pattern import pattern_rules
@@ -68,20 +70,24 @@ class _Converter:
     """Converts schemas to GBNF expressions; `rules` are those that the expressions refer to."""
 
     def __init__(self, root: object) -> None:
-        self._root = root
-        self._refs: dict[str, str] = {}
-        self._disjoint = DisjointChecker(lambda target: self._resolve(target, "#"))
-        self._patterns: dict[tuple[str, int, int | None], str] = {}  # and bounds on the length -> its rule
+        self._merger = Merger(root)
+        self._refs: dict[str | int, str] = {}  # reference, or id of a merged schema -> its rule
+        self._disjoint = DisjointChecker(lambda schema: self._merger.inline(schema, "#"))
+        self._patterns: dict[tuple[tuple[str, ...], int, int | None], str] = {}  # and bounds on the length -> its rule
         self._budget = Budget()  # of all patterns
         self.numbers = NumberRules()
-        self._active_refs: set[str] = set()  # references being resolved with no bracket of the answer between them
-        self._leads_to: dict[str, set[str]] = {}  # reference -> those in it with no bracket before them
+        self._paths: dict[str, str] = {}  # such a rule -> where its schema is
+        self._active_refs: set[str] = set()  # those being resolved with no bracket of the answer between them
+        self._leads_to: dict[str, set[str]] = {}  # each -> those in it with no bracket before them
         self.rules = Rules()
 
     def convert(self, schema: object, path: str, depth: int) -> str:
         """Convert one schema to an expression. `path` says where it is, for error messages."""
-        if schema is True or schema == {}:
+        given, schema = schema, self._merger.flatten(schema, path)
+        if allows_all(schema):
             return "value"
+        if schema is False:
+            raise schema_error(path, "allows nothing: no value satisfies all of its keywords")
         if not isinstance(schema, dict):
             raise schema_error(path, f"is {abbreviate(schema)}, not an object")
         if depth > MAX_DEPTH:
@@ -90,21 +96,22 @@ class _Converter:
         keywords = {keyword for keyword in schema if not is_annotation(schema, keyword)}
         if not keywords:
             return "value"
+        if schema is not given and "$ref" not in keywords:  # merged; it may refer to itself
+            return self._named(id(schema), schema, path, depth)
         for keyword, method in (("$ref", self._ref), ("const", self._const), ("enum", self._enum)):
             if keyword in keywords:
                 reject_keywords(keywords - {keyword, "type"}, path, keyword)
                 return method(schema, path, depth)
-        for keyword in ("anyOf", "oneOf", "allOf"):
-            if keyword in keywords:
-                reject_keywords(keywords - {keyword}, path, keyword)
-                options = choices(schema[keyword], f"{path}/{keyword}")
-                if keyword == "oneOf" and not self._disjoint.pairwise(options):
-                    raise schema_error(path, "uses 'oneOf' with schemas that may overlap; use 'anyOf'")
-                if keyword == "allOf" and len(options) > 1:
-                    raise schema_error(path, "uses 'allOf' with several schemas, which is not supported")
-                return self.rules.alternatives(
-                    self.convert(each, f"{path}/{keyword}/{i}", depth + 1) for i, each in enumerate(options)
-                )
+        for keyword in keywords & {"anyOf", "oneOf"}:  # one of both, alone
+            options = {
+                f"{path}/{keyword}/{i}": each for i, each in enumerate(choices(schema[keyword], f"{path}/{keyword}"))
+            }
+            if keyword == "oneOf" and not self._disjoint.pairwise(list(options.values())):
+                raise schema_error(path, "uses 'oneOf' with schemas that may overlap; use 'anyOf'")
+            options = {at: each for at, each in options.items() if self._merger.or_false(each, at) is not False}
+            if not options:
+                raise schema_error(path, "allows nothing: no value satisfies any of its choices")
+            return self.rules.alternatives(self.convert(each, at, depth + 1) for at, each in options.items())
         return self._convert_by_type(schema, keywords, path, depth)
 
     def check_references(self) -> None:
@@ -112,7 +119,7 @@ class _Converter:
         try:
             TopologicalSorter(self._leads_to).prepare()
         except CycleError as error:
-            raise schema_error(error.args[1][0], "leads back to itself") from error
+            raise schema_error(self._paths[error.args[1][0]], "leads back to itself") from error
 
     def _convert_by_type(self, schema: dict[str, Any], keywords: set[str], path: str, depth: int) -> str:
         reject_keywords(keywords - {"type"}.union(*KEYWORDS.values()), path)
@@ -137,31 +144,21 @@ class _Converter:
             self._active_refs = outer
 
     def _ref(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        target = schema["$ref"]
-        if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            raise schema_error(path, f"refers to {abbreviate(target)}; only references inside the schema are supported")
-        if "type" in schema:
-            found = self._resolve(target, path)
-            if not isinstance(found, dict) or found.get("type") != schema["type"]:
-                reject_keywords({"type"}, path, "$ref")
-        for active in self._active_refs:
-            self._leads_to.setdefault(active, set()).add(target)
-        if target not in self._refs:
-            self._refs[target] = name = f"ref{len(self._refs)}"
-            self.rules.named[name] = ""  # reserved: the schema may refer to itself
-            self._active_refs.add(target)
-            self.rules.named[name] = self.convert(self._resolve(target, path), target, depth + 1)
-            self._active_refs.discard(target)
-        return self._refs[target]
+        found = self._merger.resolve(schema["$ref"], path)
+        return self._named(schema["$ref"], found, schema["$ref"], depth)
 
-    def _resolve(self, target: str, path: str) -> object:
-        schema: Any = self._root
-        for part in target[1:].split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(schema, dict) or name not in schema:
-                raise schema_error(path, f"refers to {abbreviate(target)}, which does not exist")
-            schema = schema[name]
-        return schema
+    def _named(self, key: str | int, schema: object, path: str, depth: int) -> str:
+        """Name of the rule for a schema that may refer to itself. key: its reference, or id."""
+        is_new = key not in self._refs
+        name = self._refs.setdefault(key, f"ref{len(self._refs)}")
+        for active in self._active_refs:
+            self._leads_to.setdefault(active, set()).add(name)
+        if is_new:
+            self._paths[name], self.rules.named[name] = path, ""  # reserved
+            self._active_refs.add(name)
+            self.rules.named[name] = self.convert(schema, path, depth + 1)
+            self._active_refs.discard(name)
+        return name
 
     def _const(self, schema: dict[str, Any], path: str, depth: int) -> str:
         check_type(schema, "const", path)
@@ -172,6 +169,11 @@ class _Converter:
         return self.rules.alternatives(literal(value, path) for value in choices(schema["enum"], path))
 
     def _object(self, schema: dict[str, Any], path: str, depth: int) -> str:
+        schema = dict(schema)
+        if "additionalProperties" in schema:
+            schema["additionalProperties"] = self._merger.or_false(schema["additionalProperties"], path)
+        if isinstance(properties := schema.get("properties"), dict):
+            schema["properties"] = {name: self._merger.or_false(each, path) for name, each in properties.items()}
         return object_expression(schema, path, self.rules, partial(self._convert_nested, depth=depth + 1))
 
     def _string(self, schema: dict[str, Any], path: str, depth: int) -> str:
@@ -185,15 +187,17 @@ class _Converter:
         return "string" if (low, high) == (0, None) else rf'"\"" {repeated("char", low, high)} "\""'
 
     def _pattern(self, pattern: object, low: int, high: int | None, path: str) -> str:
-        if not isinstance(pattern, str):
+        """An expression for texts that match a pattern, or all of a tuple of them, which only `Merger` makes."""
+        patterns = pattern if isinstance(pattern, tuple) else (pattern,)
+        if not all(isinstance(each, str) for each in patterns):
             raise schema_error(path, "has a pattern that is not a string")
-        key = pattern, low, high
+        key = patterns, low, high
         if key not in self._patterns:
             name = f"p{len(self._patterns)}"
             if len(self._patterns) == MAX_PATTERNS:
                 raise UsageError(f"The JSON schema is too large: it has more than {MAX_PATTERNS} patterns.")
             try:
-                rules = pattern_rules(pattern, low, high, name, self._budget)
+                rules = pattern_rules(patterns, low, high, name, self._budget)
             except PatternError as error:
                 raise schema_error(path, f"has a pattern that {error}") from error
             self._patterns[key] = name
@@ -220,9 +224,9 @@ class _Converter:
 
     def _array(self, schema: dict[str, Any], path: str, depth: int) -> str:
         low, high = length_range(schema, "minItems", "maxItems", path)
-        items, first = schema.get("items", True), schema.get("prefixItems", [])
+        items, first = self._merger.or_false(schema.get("items", True), f"{path}/items"), schema.get("prefixItems", [])
         if isinstance(items, list) and "prefixItems" not in schema:  # draft 7, which the AI SDK writes
-            items, first = schema.get("additionalItems", True), items
+            items, first = self._merger.or_false(schema.get("additionalItems", True), f"{path}/additionalItems"), items
         if not isinstance(first, list):
             raise schema_error(path, "has prefixItems that are not a list")
         listed = [self._item(each, f"{path}/prefixItems/{i}", depth) for i, each in enumerate(first[:high])]

@@ -28,7 +28,14 @@ KEYWORDS = {
 
 def is_annotation(schema: dict[str, Any], keyword: str) -> bool:
     """Whether a keyword restricts nothing. Those with an x- are OpenAPI's for everybody's own use."""
-    return keyword in ANNOTATIONS or keyword.startswith("x-") or (keyword == "uniqueItems" and not schema[keyword])
+    if keyword in ("uniqueItems", "nullable"):
+        return not schema[keyword]
+    return keyword in ANNOTATIONS or keyword.startswith("x-")
+
+
+def allows_all(schema: object) -> bool:
+    """Whether a schema is one of the two without keywords that all values satisfy."""
+    return schema is True or schema == {}
 
 
 def choices(value: object, path: str) -> list[Any]:
@@ -67,10 +74,11 @@ def bound(schema: dict[str, Any], keyword: str, path: str) -> tuple[Decimal | No
     exclusive = f"exclusive{keyword.capitalize()}"
     if keyword in schema and isinstance(schema.get(exclusive), bool):  # as OpenAPI 3.0 has it
         return decimal(schema, keyword, path), schema[exclusive]
-    if keyword in schema and exclusive in schema:
-        raise schema_error(path, f"has both {keyword} and {exclusive}; expected one of them")
-    name = exclusive if exclusive in schema else keyword
-    return decimal(schema, name, path), name == exclusive
+    inner, outer = decimal(schema, keyword, path), decimal(schema, exclusive, path)
+    if inner is None or outer is None:
+        return (inner, False) if outer is None else (outer, True)
+    exclusive_is_narrower = outer >= inner if keyword == "minimum" else outer <= inner
+    return (outer, True) if exclusive_is_narrower else (inner, False)
 
 
 def decimal(schema: dict[str, Any], keyword: str, path: str) -> Decimal | None:

@@ -27,10 +27,15 @@ def object_expression(schema: dict[str, Any], path: str, rules: Rules, convert: 
         shared = rules.add(convert(extra, f"{path}/additionalProperties"))
     if not all(isinstance(name, str) for name in required):
         raise schema_error(path, "requires something that is not a name")
+    if forbidden := [name for name in required if properties.get(name) is False]:
+        raise schema_error(
+            path, f"requires {abbreviate(forbidden[0])} and forbids it, as by 'additionalProperties' in 'allOf'"
+        )
     if missing := [name for name in required if name not in properties]:
         raise schema_error(path, f"requires {abbreviate(missing[0])}, which is not among its properties")
     if not properties and extra is not False:
         return _record(schema, (low, high), path, rules, convert)
+    properties = {name: value for name, value in properties.items() if value is not False}
     required = set(required)
     if low > len(required) or (high is not None and high < len(properties)):
         raise schema_error(path, "limits how many of its properties there are, which is not supported")

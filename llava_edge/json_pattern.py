@@ -7,21 +7,29 @@ state however ambiguous a pattern is, and no answer leads to a dead end. Pattern
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+from math import prod
+
 from llava_edge.regular import Budget, Ranges, Repeated, TooComplexError, automaton
 from llava_edge.regular_parser import ANY, LAST, PatternError, complement, parse
 
 # What grammars may say in a string, as in `json_grammar`: \b\t\n\f\r, no other control characters, no surrogates.
 _WRITABLE: Ranges = ((8, 10), (12, 13), (0x20, 0x7E), (0x80, 0xD7FF), (0xE000, LAST))
+MAX_CHOICES = 1000
 _ESCAPED = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", ord('"'): '\\"', ord("\\"): "\\\\"}
 
 
-def pattern_rules(pattern: str, low: int, high: int | None, prefix: str, budget: Budget) -> dict[str, str]:
-    """Return GBNF rules for strings that match; the first, called `prefix`, is the whole string with its quotes.
+def pattern_rules(patterns: Sequence[str], low: int, high: int | None, prefix: str, budget: Budget) -> dict[str, str]:
+    """Return GBNF rules for strings that match all; the first, called `prefix`, is the whole string with its quotes.
 
     low, high: bounds on the text's length in characters. budget: for the automaton; each of its states becomes a rule.
     Raises `PatternError`.
     """
-    choices = parse(pattern)
+    choices_of_each = [parse(pattern) for pattern in patterns]
+    if prod(map(len, choices_of_each)) > MAX_CHOICES:
+        raise PatternError("is too complex beside the others")
+    choices = [[part for choice in combined for part in choice] for combined in product(*choices_of_each)]
     if (low, high) != (0, None):
         choices = [[*choice, (Repeated(ANY, low, high), True)] for choice in choices]
     try:

@@ -30,6 +30,7 @@ SHARED = {
         "json_formats",
         "json_grammar",
         "json_keywords",
+        "json_merge",
         "json_numbers",
         "json_objects",
         "json_pattern",

@@ -6,16 +6,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import date, datetime, time, timedelta
+from datetime import timedelta
 from decimal import Decimal
-from email.headerregistry import Address
-from fractions import Fraction
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import combinations
 from time import process_time
 from typing import Any, Literal
 from unittest.mock import Mock
-from uuid import UUID
 
 import numpy as np
 import pytest
@@ -23,6 +19,7 @@ from grammars import allowing, allows, sample_json
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image
+from schemas import FORMATS, satisfies
 
 from llava_edge import Llava, Options, json_disjoint
 from llava_edge.errors import UsageError
@@ -32,97 +29,6 @@ from llava_edge.json_grammar import any_object, from_schema
 from llava_edge.runtimes import sampling
 from llava_edge.runtimes.sampling import Sampler
 
-
-def satisfies(value: Any, schema: Any, root: Any) -> bool:
-    """A second reading of the keywords that are supported, by JSON Schema 2020-12."""
-    if schema is True or schema == {}:
-        return True
-    if isinstance(schema.get("items"), list):
-        schema = schema | {"prefixItems": schema["items"], "items": schema.get("additionalItems", True)}
-    if "$ref" in schema:
-        found = root
-        for part in schema["$ref"].split("/")[1:]:
-            found = found[part]
-        return satisfies(value, found, root)
-    kinds: dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-    tests: dict[str, Any] = {
-        "const": lambda wanted: value == wanted,
-        "enum": lambda wanted: value in wanted,
-        "anyOf": lambda options: any(satisfies(value, option, root) for option in options),
-        "oneOf": lambda options: sum(satisfies(value, option, root) for option in options) == 1,
-        "type": lambda names: any(
-            (type(value) in (int, float) and (name == "number" or value == int(value)))
-            if name in ("number", "integer")
-            else type(value) is kinds[name]
-            for name in (names if isinstance(names, list) else [names])
-        ),
-        "properties": lambda named: (
-            not isinstance(value, dict)
-            or all(name not in value or satisfies(value[name], each, root) for name, each in named.items())
-        ),
-        "propertyNames": lambda names: (
-            not isinstance(value, dict) or all(satisfies(name, names, root) for name in value)
-        ),
-        "patternProperties": lambda patterns: (
-            not isinstance(value, dict)
-            or all(
-                satisfies(each, want, root)
-                for p, want in patterns.items()
-                for n, each in value.items()
-                if re.search(p, n)
-            )
-        ),
-        "minProperties": lambda low: not isinstance(value, dict) or len(value) >= low,
-        "maxProperties": lambda high: not isinstance(value, dict) or len(value) <= high,
-        "required": lambda names: not isinstance(value, dict) or all(name in value for name in names),
-        "additionalProperties": lambda extra: (
-            not isinstance(value, dict)
-            or all(
-                name in schema.get("properties", {})
-                or any(re.search(pattern, name) for pattern in schema.get("patternProperties", {}))
-                or (extra is not False and satisfies(each, extra, root))
-                for name, each in value.items()
-            )
-        ),
-        "allOf": lambda options: all(satisfies(value, option, root) for option in options),
-        "items": lambda each: (
-            not isinstance(value, list)
-            or all(each is not False and satisfies(v, each, root) for v in value[len(schema.get("prefixItems", ())) :])
-        ),
-        "prefixItems": lambda listed: (
-            not isinstance(value, list) or all(satisfies(v, each, root) for v, each in zip(value, listed, strict=False))
-        ),
-        "minItems": lambda low: not isinstance(value, list) or len(value) >= low,
-        "maxItems": lambda high: not isinstance(value, list) or len(value) <= high,
-        "minLength": lambda low: not isinstance(value, str) or len(value) >= low,
-        # A random model also writes bytes that are no UTF-8, which the grammar counts otherwise than Python.
-        "maxLength": lambda high: not isinstance(value, str) or len(value.replace("\ufffd", "")) <= high,
-        "pattern": lambda pattern: not isinstance(value, str) or re.search(pattern, value),
-        "minimum": lambda low: not isinstance(value, int | float) or value >= low,
-        "maximum": lambda high: not isinstance(value, int | float) or value <= high,
-        "exclusiveMinimum": lambda low: not isinstance(value, int | float) or value > low,
-        "exclusiveMaximum": lambda high: not isinstance(value, int | float) or value < high,
-        "multipleOf": lambda step: (
-            not isinstance(value, int | float) or Fraction(str(value)) % Fraction(str(step)) == 0
-        ),
-        "format": lambda name: "maxLength" in schema or not isinstance(value, str) or FORMATS[name](value),
-    }
-    return all(test(schema[word]) for word, test in tests.items() if word in schema)
-
-
-FORMATS: dict[str, Any] = {
-    "date": date.fromisoformat,
-    "time": lambda text: time.fromisoformat(text).tzinfo,
-    "date-time": lambda text: datetime.fromisoformat(text).tzinfo,
-    "uuid": UUID,
-    "email": lambda text: Address(addr_spec=text),
-    "ipv4": IPv4Address,
-    "ipv6": IPv6Address,
-    "ipvanyaddress": ip_address,
-    "uuid7": lambda text: UUID(text).version == 7,
-    "hostname": lambda text: Address(addr_spec=f"me@{text}"),
-    "duration": lambda text: re.search(r"^P(\d|T\d).*[YMDWHS]$", text),
-}
 SHORT = {"type": "string", "maxLength": 5}
 SCHEMAS: dict[str, Any] = {
     "words": {"enum": ["red", 'a "b"\n\\', 3, None, {"x": [1.5]}, "é😀"]},
@@ -450,7 +356,6 @@ def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
         ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "allows no integer"),
         ({"type": "integer", "minimum": 10**400}, "allows no integer"),
         ({"type": "integer", "minimum": float("inf")}, "expected a number"),
-        ({"type": "integer", "minimum": 1, "exclusiveMinimum": 1}, "expected one of them"),
         ({"type": "integer", "exclusiveMinimum": True}, "expected a number"),
         ({"type": "integer", "maximum": None}, "expected a number"),
         ({"type": "array", "prefixItems": {}}, "not a list"),
@@ -458,8 +363,7 @@ def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
         ({"type": "array", "prefixItems": [{}, {"pattern": "("}]}, "#/prefixItems/1"),
         ({"type": "array", "prefixItems": [{}], "items": False, "minItems": 2}, "more items than it allows"),
         ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
-        ({"allOf": [{}, {"type": "null"}]}, "'allOf'"),
-        ({"not": {}}, "'not'"),
+        ({"not": {"type": "null"}}, "'not'"),
         ({"type": "any"}, "type"),
         ({"type": 5}, "type"),
         ({"type": []}, "type"),
@@ -616,8 +520,6 @@ def test_equal_choices_are_one() -> None:
         ({"type": "integer", "const": float("inf")}, "not of its type"),
         ({"type": "number", "const": float("inf")}, "number that JSON does not have"),
         ({"type": "object", "properties": {}, "required": [["a"]]}, "not a name"),
-        ({"$defs": {"x": {"type": "integer"}}, "$ref": "#/$defs/x", "type": "string"}, "'type' with '\\$ref'"),
-        ({"type": "string", "anyOf": [{"const": "x"}]}, "'type' with 'anyOf'"),
         ({"enum": ["x"], "maxLength": 0}, "'maxLength' with 'enum'"),
     ],
     ids=str,
@@ -753,4 +655,3 @@ def test_a_schema_that_only_describes_allows_everything() -> None:
     assert from_schema({"type": "string", "contentMediaType": "application/json", "contentSchema": {"type": "null"}})
     assert from_schema({"type": "array", "uniqueItems": False, "x-order": 1}) == from_schema({"type": "array"})
     assert from_schema({"type": ["integer", "null"], "enum": [1, None]})
-    assert from_schema({"$defs": {"x": {"type": "integer"}}, "$ref": "#/$defs/x", "type": "integer"})

@@ -1,0 +1,310 @@
+"""Schemas that combine others, as programs write them: what satisfies them may be said, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from time import process_time
+from typing import Any
+
+import pytest
+from grammars import allowing
+from hypothesis import example, given
+from hypothesis import strategies as st
+from schemas import satisfies
+
+from llava_edge import Llava
+from llava_edge.errors import UsageError
+from llava_edge.json_grammar import from_schema
+
+
+def obj(*required: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties} | ({"required": [*required]} if required else {})
+
+
+def closed(*required: str, **properties: Any) -> dict[str, Any]:
+    return obj(*required, **properties) | {"additionalProperties": False}
+
+
+def pet(name: str) -> dict[str, Any]:
+    """As OpenAPI inherits: the type of the base, narrowed to a constant."""
+    return {"allOf": [{"$ref": "#/$defs/pet"}, obj("kind", kind={"type": "string", "enum": [name]})]}
+
+
+TEXT, COUNT, NULL = {"type": "string"}, {"type": "integer"}, {"type": "null"}
+NEVER: dict[str, Any] = {"not": {}}
+NAMED, AGED = obj("name", name=TEXT), obj("age", age=COUNT)
+ANN = {"name": "Ann", "age": 3}
+DEFS = {
+    "named": NAMED,
+    "aged": {"type": "object", "properties": {"age": COUNT}, "required": ["age"], "title": "Aged"},
+    "color": {"type": "string", "enum": ["red", "blue"]},
+    "pet": obj("kind", kind=TEXT, age=COUNT),
+    "cat": pet("cat"),
+    "dog": pet("dog"),
+    "node": {
+        "allOf": [{"$ref": "#/$defs/named"}, obj(next={"allOf": [{"$ref": "#/$defs/node"}], "nullable": True})],
+    },
+    "self": obj(next={"$ref": "#/$defs/self", "type": "object"}),
+}
+REF = {name: {"$ref": f"#/$defs/{name}"} for name in DEFS}
+CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
+    "intersection": ({"allOf": [NAMED, AGED]}, [ANN], [{"name": "Ann"}, {"age": 3}, {}, None]),
+    "composition": ({"allOf": [REF["named"]], **AGED}, [ANN], [{"name": "Ann"}, {"age": 3}]),
+    "keywords beside a reference": ({**REF["named"], **AGED, "description": ""}, [ANN], [{"name": "Ann"}, {"age": 3}]),
+    "inheritance": (REF["cat"], [{"kind": "cat"}, {"kind": "cat", "age": 1}], [{"kind": "dog"}, {"age": 1}]),
+    "one of those that inherit": (
+        {"oneOf": [REF["cat"], REF["dog"]], "discriminator": {"propertyName": "kind"}},
+        [{"kind": "cat"}, {"kind": "dog", "age": 1}],
+        [{"kind": "cow"}, {}],
+    ),
+    "any of required names": (
+        {**obj(a=COUNT, b=COUNT), "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        [{"a": 1}, {"b": 1}, {"a": 1, "b": 1}],
+        [{}, []],
+    ),
+    "one of, beside what they share": (
+        {**NAMED, "oneOf": [obj("kind", kind={"const": kind}) for kind in "ab"]},
+        [{"name": "", "kind": "a"}, {"name": "", "kind": "b"}],
+        [{"name": ""}, {"kind": "a"}, {"name": "", "kind": "c"}],
+    ),
+    "closed, of optional properties": (
+        {"allOf": [closed(a=COUNT, b=COUNT), closed(b={"minimum": 3}, c=COUNT)]},
+        [{}, {"b": 3}],
+        [{"a": 1}, {"c": 1}, {"b": 2}],
+    ),
+    "closed beside a record": (
+        {"allOf": [closed("a", a={"maximum": 5}), {"type": "object", "additionalProperties": COUNT}]},
+        [{"a": 5}],
+        [{"a": 6}, {"a": 1.5}, {}],
+    ),
+    "records": (
+        {"allOf": [{"type": "object", "additionalProperties": {"type": "number"}}, {"additionalProperties": COUNT}]},
+        [{}, {"a": 1, "b": 2}],
+        [{"a": 1.5}],
+    ),
+    "TypeBox's closed intersection": (
+        {"type": "object", "allOf": [NAMED, AGED], "unevaluatedProperties": False},
+        [ANN],
+        [ANN | {"x": 1}, {"name": "Ann"}],
+    ),
+    "unevaluated properties of a choice": (
+        {"anyOf": [NAMED, {"type": "object"}, NULL], "unevaluatedProperties": False},
+        [{"name": "Ann"}, {}, None],
+        [{"x": 1}],
+    ),
+    "unevaluated properties of a schema": (
+        {"type": "object", "unevaluatedProperties": COUNT},
+        [{"x": 1}],
+        [{"x": "1"}],
+    ),
+    "zod's patterns": (
+        {"type": "string", "maxLength": 4, "allOf": [{"pattern": "^a|^b"}, {"pattern": "z$"}, {"pattern": "x"}]},
+        ["axz", "bxyz"],
+        ["az", "cxz", "ax", "axyyz"],
+    ),
+    "limits": (
+        {"allOf": [{"type": "integer", "minimum": 2, "maximum": 8}, {"minimum": 3}, {"exclusiveMaximum": 8}]},
+        [3, 7],
+        [2, 8, 3.5],
+    ),
+    "exclusive limits of OpenAPI 3.0": (
+        {"allOf": [{"type": "integer", "minimum": 2, "exclusiveMinimum": True}, {"minimum": 1}]},
+        [3, 20],
+        [1, 2],
+    ),
+    "both limits": ({"type": "number", "minimum": 1, "exclusiveMinimum": 1}, [1.5], [1, 0]),
+    "lengths of lists": (
+        {"allOf": [{"type": "array", "items": {"type": "number"}, "minItems": 1}, {"items": COUNT, "maxItems": 2}]},
+        [[1], [1, 2]],
+        [[], [1.5], [1, 2, 3]],
+    ),
+    "common values": (
+        {"allOf": [{"enum": ["red", "blue", 1, None]}, {"enum": ["blue", True, None]}, {"type": ["string", "null"]}]},
+        ["blue", None],
+        ["red", 1, True],
+    ),
+    "a type beside a choice": ({"type": "string", "anyOf": [{"const": "x"}, {"const": 1}]}, ["x"], [1, "y"]),
+    "optional texts twice": (
+        {"allOf": [{"anyOf": [TEXT, NULL]}, {"anyOf": [{"type": "string", "maxLength": 2}, NULL]}]},
+        ["ab", None],
+        ["abc", 1],
+    ),
+    "a length beside an optional text": ({"anyOf": [TEXT, NULL], "maxLength": 2}, ["ab", None], ["abc"]),
+    "nullable": ({"type": "string", "nullable": True, "maxLength": 2}, ["ab", None], ["abc", 1]),
+    "not nullable": ({"type": "string", "nullable": False}, ["ab"], [None]),
+    "a nullable enum": ({"type": "string", "enum": ["a"], "nullable": True}, ["a", None], ["b"]),
+    "a nullable enum with null": ({"type": "string", "enum": ["a", None], "nullable": True}, ["a", None], ["b"]),
+    "a nullable constant": ({"const": "a", "nullable": True}, ["a", None], ["b"]),
+    "a nullable reference": ({"allOf": [REF["color"]], "nullable": True}, ["red", None], ["x"]),
+    "a nullable choice": ({"anyOf": [COUNT, {"const": "x"}], "nullable": True}, [1, "x", None], ["y"]),
+    "nullable, of any type": ({"nullable": True}, [1, None, {}], []),
+    "all of nullable and not": ({"allOf": [{"type": "string", "nullable": True}, TEXT]}, ["a"], [None]),
+    "a recursive schema": (
+        REF["node"],
+        [{"name": "", "next": {"name": "", "next": None}}, {"name": ""}],
+        [{"name": "", "next": {}}],
+    ),
+    "a type beside a recursive reference": (REF["self"], [{"next": {"next": {}}}], [{"next": None}]),
+    "zod's never": (obj("a", a=COUNT, b=NEVER), [{"a": 1}], [{"a": 1, "b": 1}]),
+    "nothing but zod's never": (obj(b=NEVER), [{}], [{"b": 1}]),
+    "zod's optional": ({"anyOf": [{"anyOf": [NEVER, TEXT]}, NULL]}, ["a", None], [1]),
+    "an empty list": ({"type": "array", "items": NEVER}, [[]], [[1]]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_combined_schemas_allow_what_satisfies_them(name: str, llava: Llava) -> None:
+    schema, right, wrong = CASES[name]
+    schema = {"$defs": DEFS} | schema
+    with allowing(llava, from_schema(schema)) as allowed:
+        for value in right:
+            assert satisfies(value, schema, schema), value
+            assert allowed(json.dumps(value)), value
+        for value in wrong:
+            assert not allowed(json.dumps(value)), value
+            assert value == ANN | {"x": 1} or not satisfies(value, schema, schema), value
+
+
+LIMITS: dict[Any, Any] = {
+    "minimum": st.integers(-2, 2),
+    "exclusiveMinimum": st.sampled_from([-1, 0.5, 1]),
+    "maximum": st.integers(2, 12),
+    "nullable": st.booleans(),
+}
+LENGTHS: dict[Any, Any] = {
+    "minLength": st.integers(0, 2),
+    "maxLength": st.integers(2, 3),
+    "pattern": st.sampled_from(["^a", "b$", "^[ab]*$"]),
+    "nullable": st.booleans(),
+}
+NUMERIC, TEXTUAL = ["number", "integer", ["integer", "null"]], ["string", ["string", "null"]]
+SCALAR: Any = st.one_of(
+    st.fixed_dictionaries({"type": st.sampled_from(NUMERIC)}, optional=LIMITS),
+    st.fixed_dictionaries({"type": st.sampled_from(TEXTUAL)}, optional=LENGTHS),
+    st.fixed_dictionaries({"enum": st.lists(st.sampled_from([0, 1, True, "a", "ab", None]), min_size=1)}),
+    st.fixed_dictionaries({"type": st.sampled_from(["null", "boolean", ["integer", "string"]])}),
+)
+VALUES = [*range(-3, 14), 0.75, 1.5, True, False, None, "", "a", "b", "ab", "aab", "abab", "cab", [], {}]
+
+
+@given(
+    st.lists(st.one_of(SCALAR, st.fixed_dictionaries({"anyOf": st.lists(SCALAR, min_size=1, max_size=3)})), max_size=3)
+)
+@example([{"type": "number", "nullable": True}, {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": [None, True]}]}])
+def test_all_of_scalars_allows_what_satisfies_each(llava: Llava, parts: list[dict[str, Any]]) -> None:
+    schema = {"allOf": [{}, *parts]}
+    right = [value for value in VALUES if satisfies(value, schema, schema)]
+    try:
+        grammar = from_schema(schema)
+    except UsageError as error:
+        refused = "with 'enum'" in str(error)  # limits beside it
+    else:
+        refused = False
+    if refused or not right:
+        with pytest.raises(UsageError):
+            from_schema(schema)
+        return
+    with allowing(llava, grammar) as allowed:
+        assert [value for value in VALUES if allowed(json.dumps(value))] == right
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"allOf": [TEXT, COUNT]}, "The JSON schema allows nothing"),
+        ({"prefixItems": [{"allOf": [{"enum": ["a"]}, {"const": "b"}]}]}, "prefixItems/0' allows nothing"),
+        (obj("a", a=NEVER), "requires 'a' and forbids it"),
+        ({"allOf": [closed("a", a=COUNT), closed("b", b=COUNT)]}, "requires 'a' and forbids it"),
+        ({"anyOf": [NEVER, {"allOf": [TEXT, NULL]}]}, "allows nothing"),
+        ({"type": "array", "items": {"allOf": [TEXT, {"not": TEXT}]}}, "items' uses 'not'"),
+        ({"allOf": [TEXT, {"if": TEXT, "then": TEXT}]}, "uses 'if'"),
+        ({"allOf": [{"if": TEXT}, {"if": NULL}]}, "different 'if'"),
+        ({"allOf": [{"type": "array", "uniqueItems": True}, {"minItems": 1}]}, "'uniqueItems'"),
+        ({"allOf": [{"multipleOf": 2}, {"multipleOf": 3}]}, "different 'multipleOf'"),
+        ({"allOf": [{"enum": [[1]]}, {"enum": [[1.0]]}]}, "different 'enum'"),
+        ({"allOf": [{"prefixItems": [TEXT]}, {"items": COUNT}]}, "'prefixItems' with another"),
+        ({"allOf": [{"items": [TEXT]}, {"items": COUNT}]}, "'items' with another"),
+        ({"allOf": [{"patternProperties": {"^a": TEXT}}, {"additionalProperties": COUNT}]}, "'patternProperties' with"),
+        ({"allOf": [{"propertyNames": {"maxLength": 1}}, obj(ab=TEXT)]}, "'propertyNames' with another"),
+        ({"oneOf": [obj(a=COUNT), obj(b=COUNT)], "type": "object"}, "use 'anyOf'"),
+        ({"$ref": "#/$defs/color", "$defs": DEFS, "maxLength": 3}, "'maxLength' with 'enum'"),
+        ({"$ref": 5, "type": "string"}, "refers to 5"),
+        ({"allOf": [TEXT, 5]}, "has 5 in what it combines"),
+        ({"allOf": []}, "allOf' needs a list"),
+        ({"allOf": [TEXT, {"maxLength": 2}, {"maxLength": "3"}]}, "expected numbers"),
+        ({"allOf": [obj(), {"properties": 5}]}, "properties that are not an object"),
+        ({"allOf": [obj("a"), {"required": 5}]}, "different 'required'"),
+        ({"allOf": [{"type": 5}, {"type": [["string"]]}]}, "allows nothing"),
+        ({"type": "string", "pattern": ["^a", "b$"]}, "not a string"),
+        ({"type": "string", "nullable": "yes"}, "'nullable'"),
+        (
+            {"type": "string", "allOf": [{"pattern": "|".join("ab^a$b^a$b") + f"|^{i}"} for i in range(12)]},
+            "too complex",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_combined_exactly_is_refused(schema: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        from_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"$ref": "#"}, TEXT]},
+        {"$ref": "#", "type": "object"},
+        {"type": "object", "anyOf": [{"$ref": "#"}, {"required": ["a"]}]},
+        {"anyOf": [NULL, {"$ref": "#"}], "nullable": True},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b"}, TEXT]}, "b": {"$ref": "#/$defs/b"}}},
+        {"unevaluatedProperties": False, "anyOf": [{"$ref": "#"}]},
+    ],
+    ids=str,
+)
+def test_a_combination_that_leads_back_to_itself_is_refused(schema: Any) -> None:
+    with pytest.raises(UsageError, match="leads back to itself"):
+        from_schema(schema)
+
+
+def _two(a: str, b: str) -> dict[str, Any]:
+    return {"allOf": [{"$ref": f"#/$defs/{a}"}, {"$ref": f"#/$defs/{b}"}]}
+
+
+def _grid(width: int) -> dict[str, Any]:
+    """Objects whose properties are all of their kind, of which each is combined with another."""
+    return {
+        name: obj(**{str(i): {"$ref": f"#/$defs/{name}"} for i in range(width)}, leaf={"type": kind})
+        for name, kind in (("a", "integer"), ("b", "number"))
+    }
+
+
+_LONG = "long" * 5_000
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": _grid(2), **_two("a", "b")},
+        {"$defs": _grid(5000), **_two("a", "b")},
+        {"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": i}]} for i in range(32)]},
+        {"allOf": [{"anyOf": [TEXT, COUNT]}] * 400},
+        {"allOf": [{"required": ["a"] * 5000}] * 100},
+        {"allOf": [{"type": ["null"] * 50_000}, {"type": ["string"] * 50_000}]},
+        {"allOf": [{"enum": list(range(20_000))}, {"enum": list(range(20_000))}]},
+        {"$defs": {_LONG: COUNT}, "allOf": [{"$ref": f"#/$defs/{_LONG}", "minimum": i} for i in range(400)]},
+        {"$defs": {str(i): _two(str(i + 1), str(i + 1)) for i in range(5000)}, "$ref": "#/$defs/0"},
+        {"$defs": {str(i): {"$ref": f"#/$defs/{i + 1}", "type": "null"} for i in range(5000)}, "$ref": "#/$defs/0"},
+        {"prefixItems": [obj(a={"allOf": [TEXT, {"minLength": i}]}) for i in range(3000)]},
+        {"$defs": {"u": {"anyOf": [{"$ref": "#/$defs/u"}] * 50}}, "$ref": "#/$defs/u", "unevaluatedProperties": False},
+        {"type": "string", "allOf": [{"pattern": "|".join("^a$b^a$b^a$b^a$b") * 20 + str(i)} for i in range(400)]},
+    ],
+    ids=lambda schema: str(schema)[:40],
+)
+def test_no_combination_takes_long(schema: Any) -> None:
+    """The server converts them while it does nothing else."""
+    schema = json.loads(json.dumps(schema))  # no part is another one
+    start = process_time()
+    with suppress(UsageError):
+        from_schema(schema)
+    assert process_time() - start < 1
