@@ -6,7 +6,7 @@ tell, schemas count as overlapping.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -45,7 +45,7 @@ class DisjointChecker:
         return all(self._pair(a, b) for a, b in combinations(schemas, 2))
 
     def _pair(self, a: object, b: object, depth: int = 0) -> bool:
-        """Whether types, constants or a property that both require tell them apart."""
+        """Whether types, constants or a property that both require, or one forbids, tell them apart."""
         self._remaining_steps -= 1
         if self._remaining_steps < 0 or depth > MAX_DEPTH:
             return False
@@ -64,11 +64,12 @@ class DisjointChecker:
             return a_constants.isdisjoint(b_constants)
         if not a_types & b_types:
             return True
-        required = _required_properties(b)
+        a_required, b_required = _required_properties(a), _required_properties(b)
+        self._remaining_steps -= (len(a_required) + len(b_required)) // 20
+        if _forbids_any(a, b_required) or _forbids_any(b, a_required):
+            return True
         return any(
-            self._pair(schema, required[name], depth + 1)
-            for name, schema in _required_properties(a).items()
-            if name in required
+            self._pair(schema, b_required[name], depth + 1) for name, schema in a_required.items() if name in b_required
         )
 
     def _facts_of(self, schema: dict[str, Any]) -> Facts:
@@ -111,3 +112,11 @@ def _required_properties(schema: dict[str, Any]) -> dict[str, object]:
     if schema.get("type") != "object" or not isinstance(required, list) or not isinstance(properties, dict):
         return {}
     return {name: properties[name] for name in required if isinstance(name, str) and name in properties}
+
+
+def _forbids_any(schema: dict[str, Any], names: Iterable[str]) -> bool:
+    """Whether an object schema allows only the properties that it lists, and not one of `names`."""
+    if schema.get("additionalProperties") is not False or "patternProperties" in schema:
+        return False
+    properties = schema.get("properties", {})
+    return isinstance(properties, dict) and any(name not in properties for name in names)

@@ -14,6 +14,8 @@ MAX_REPETITIONS = 100_000  # what lengths and item counts may require; larger ma
 
 ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
 ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
+ANNOTATIONS |= {"example", "externalDocs", "xml", "components"}  # OpenAPI's
+ANNOTATIONS |= {"id", "enumNames", "propertyOrdering"}  # draft 4's, marshmallow's and Google's
 ANNOTATIONS |= {"contentEncoding", "contentMediaType", "contentSchema"}  # JSON Schema has them not followed
 LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 KEYWORDS = {

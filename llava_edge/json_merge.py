@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote
 
 from llava_edge.json_disjoint import has_type
 from llava_edge.json_keywords import KEYWORDS, abbreviate, allows_all, choices, is_annotation, schema_error
@@ -35,15 +36,23 @@ class Merger:
         self._active: set[int] = set()
 
     def resolve(self, target: object, path: str) -> object:
-        """The schema that "#/..." refers to. Raises `UsageError`."""
+        """The schema that "#/..." refers to; the root's `$id` may stand before it. Raises `UsageError`."""
+        where, own = target, self._root.get("$id") if isinstance(self._root, dict) else None
+        if isinstance(target, str) and isinstance(own, str) and not target.startswith("#"):
+            target = target.removeprefix(own) or "#"
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            raise schema_error(path, f"refers to {abbreviate(target)}; only references inside the schema are supported")
+            raise schema_error(path, f"refers to {abbreviate(where)}; only references inside the schema are supported")
         self._take_steps(1 + len(target) // 50, path)
         schema: Any = self._root
         for part in target[1:].split("/")[1:]:
             name = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(schema, list) and name.isdecimal() and len(name) < 7 and int(name) < len(schema):
+                schema = schema[int(name)]
+                continue
+            if isinstance(schema, dict) and name not in schema:
+                name = unquote(name)  # in the fragment of a URI
             if not isinstance(schema, dict) or name not in schema:
-                raise schema_error(path, f"refers to {abbreviate(target)}, which does not exist")
+                raise schema_error(path, f"refers to {abbreviate(where)}, which does not exist")
             schema = schema[name]
         return schema
 

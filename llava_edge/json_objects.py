@@ -28,9 +28,8 @@ def object_expression(schema: dict[str, Any], path: str, rules: Rules, convert: 
     if not all(isinstance(name, str) for name in required):
         raise schema_error(path, "requires something that is not a name")
     if forbidden := [name for name in required if properties.get(name) is False]:
-        raise schema_error(
-            path, f"requires {abbreviate(forbidden[0])} and forbids it, as by 'additionalProperties' in 'allOf'"
-        )
+        name = abbreviate(forbidden[0])
+        raise schema_error(path, f"requires {name} and forbids it, as 'additionalProperties': false in 'allOf' does")
     if missing := [name for name in required if name not in properties]:
         raise schema_error(path, f"requires {abbreviate(missing[0])}, which is not among its properties")
     if not properties and extra is not False:

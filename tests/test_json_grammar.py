@@ -329,11 +329,34 @@ def test_the_grammar_counts(llava: Llava) -> None:
         json.loads(answer.text)
 
 
-@pytest.mark.parametrize(("name", "pointer"), [("a/b", "a~1b"), ("m~n", "m~0n"), ("~1", "~01")])
+@pytest.mark.parametrize(
+    ("name", "pointer"), [("a/b", "a~1b"), ("m~n", "m~0n"), ("~1", "~01"), ("A<é>", "A%3C%C3%A9%3E")]
+)
 def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
+    """The last of the names as a URI has it."""
     grammar = from_schema({"$ref": f"#/$defs/{pointer}", "$defs": {"/": {"const": "wrong"}, name: {"const": "right"}}})
     assert "right" in grammar
     assert "wrong" not in grammar
+
+
+def test_references_into_lists_and_to_the_root_by_its_name() -> None:
+    """As zod-to-json-schema writes a schema that it has seen, and TypeBox one that refers to itself."""
+    choice, right = {"anyOf": [{"const": "right"}, {"type": "null"}]}, {"$defs": {"b": {"const": "right"}}}
+    seen = [
+        from_schema(right | {"properties": {"a": choice, "b": {"$ref": target}}})
+        for target in ("#/properties/a/anyOf/0", "#/$defs/b")
+    ]
+    assert seen[0] == seen[1]
+    for name, target in (("Node", "Node"), ("https://a.com/x", "https://a.com/x#/$defs/b")):
+        node = {"$id": name, "type": "object"} | right
+        made = [
+            from_schema(node | {"properties": {"n": {"type": "array", "items": {"$ref": each}}}})
+            for each in (target, target.removeprefix(name) or "#")
+        ]
+        assert made[0] == made[1]
+    for wrong in ("2", "-1", "00000000000", "x", ""):
+        with pytest.raises(UsageError, match="does not exist"):
+            from_schema({"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": f"#/anyOf/{wrong}"}}]})
 
 
 @pytest.mark.parametrize(
@@ -533,6 +556,11 @@ def _kind(name: str, **more: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {"kind": {"type": "string", "const": name}, **more}, "required": ["kind"]}
 
 
+def _only(name: str, **more: Any) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]}
+    return schema | {"additionalProperties": False} | more
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -540,11 +568,12 @@ def _kind(name: str, **more: Any) -> dict[str, Any]:
         [{"const": "a"}, {"enum": ["b", 1]}, {"const": True}],
         [_kind("a", x={"type": "integer"}), _kind("b"), {"anyOf": [_kind("c"), {"type": "null"}]}],
         [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+        [{"enum": ["C"]}, _only("A"), _only("B")],
     ],
     ids=str,
 )
 def test_one_of_schemas_that_share_nothing(options: list[Any]) -> None:
-    """The third and fourth are pydantic's unions with a discriminator."""
+    """The third and fourth are pydantic's unions with a discriminator, the last is an enum of Rust's serde."""
     either = {"$defs": {"a": _kind("a"), "b": _kind("b")}}
     assert from_schema(either | {"oneOf": options}) == from_schema(either | {"anyOf": options})
 
@@ -559,6 +588,9 @@ def test_one_of_schemas_that_share_nothing(options: list[Any]) -> None:
         [{"type": "object", "properties": {"a": {"const": 1}}}, {"type": "object", "properties": {"a": {"const": 2}}}],
         [_kind("a"), {"properties": {"kind": {"const": "b"}}, "required": ["kind"]}],
         [{}, {"type": "string"}],
+        [_only("a"), _only("b", required=[], properties={"a": {"type": "integer"}})],
+        [_only("a", additionalProperties=True), _only("b", additionalProperties={})],
+        [_only("a"), _only("b", patternProperties={"a": {}}, required=[])],
         [{"type": "null"}, {"$ref": "#/$defs/self"}],
         [{"const": i} for i in range(480)],
         [{"type": "object", "required": 5, "properties": {}}, {"type": "object", "required": [[]], "properties": []}],
@@ -655,3 +687,6 @@ def test_a_schema_that_only_describes_allows_everything() -> None:
     assert from_schema({"type": "string", "contentMediaType": "application/json", "contentSchema": {"type": "null"}})
     assert from_schema({"type": "array", "uniqueItems": False, "x-order": 1}) == from_schema({"type": "array"})
     assert from_schema({"type": ["integer", "null"], "enum": [1, None]})
+    openapi = {"example": "x", "externalDocs": {"url": "x"}, "xml": {"name": "x"}, "components": {"schemas": {"x": {}}}}
+    assert from_schema({"type": "string", "id": "x", **openapi}) == from_schema({"type": "string"})
+    assert from_schema({"enum": [1], "enumNames": ["one"], "propertyOrdering": ["x"]}) == from_schema({"enum": [1]})
