@@ -1,10 +1,11 @@
 """Fewer tokens per image: (T, D) of CLIP's features -> (N, D) for the projector and the language model.
 
-    cls     Most of the N are the features with the highest attention of CLIP's class token; a sixth are means of
-            similar features among the others, so that none is dropped entirely. Both ideas are from VisionZip
-            (arXiv 2412.04467), the first also from FasterVLM (2412.01818). Unlike in VisionZip, similarity is measured
-            on the features, every member counts once in its mean, and all keep the order of the picture (the language
-            model numbers its positions), a mean at the position of its centre.
+    cls     N features that CLIP's class token attends to and that differ from each other; each becomes the mean of
+            itself and the others that resemble it most, so that none is dropped entirely. The choice is CDPruner's
+            (arXiv 2506.10967) with that attention as relevance, because a question is not known yet: the most likely
+            set of a determinantal point process, found greedily. Attention alone (FasterVLM, 2412.01818) chooses
+            neighbours that show the same. Merging is ToMe's idea (2210.09461). All keep the order of the picture,
+            because the language model numbers its positions.
     pool    The mean of each cell of an even grid over the picture; N must be a square. A baseline without selection.
     random  N features chosen at random. The baseline that a selection has to beat.
 
@@ -23,7 +24,8 @@ from llava_edge.options import TokenMethod
 
 Array = np.ndarray[Any, Any]
 
-MERGE_RATIO = 6  # one position in 6 is a mean; VisionZip's settings for 64, 128 and 192 tokens have 1 in 6.4
+VERSION = 2  # of these methods; pictures that were cached by another one are not used
+SPANNED = 1e-5  # squared length of what rounding leaves of a direction that the chosen ones span
 
 
 def reduce_features(features: Array, attention: Array, count: int, method: TokenMethod = "cls", seed: int = 0) -> Array:
@@ -40,25 +42,33 @@ def reduce_features(features: Array, attention: Array, count: int, method: Token
 
 
 def _select_and_merge(features: Array, attention: Array, count: int) -> Array:
-    """The features with the highest attention, and means of the others."""
-    mean_count = min(count // MERGE_RATIO, len(features) - count)
-    ranked = np.argsort(-attention, kind="stable")
-    kept, others = np.sort(ranked[: count - mean_count]), np.sort(ranked[count - mean_count :])
-    centres = others[np.arange(mean_count) * len(others) // max(mean_count, 1)]  # evenly spread over the others
-    chosen = np.concatenate([kept, centres])
-    values = np.concatenate([features[kept], _cluster_means(features, others, centres)])
-    return np.asarray(values[np.argsort(chosen)])
-
-
-def _cluster_means(features: Array, others: Array, centres: Array) -> Array:
-    """Means (centres, D) of `others`, each assigned to the centre of highest cosine similarity, a centre to itself."""
-    if not len(centres):
-        return features[:0]
+    """Means of the chosen features and those most similar to each."""
     directions = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), np.float32(1e-12))
-    nearest = (directions[others] @ directions[centres].T).argmax(axis=1)
-    nearest[np.searchsorted(others, centres)] = np.arange(len(centres))
-    membership = (nearest == np.arange(len(centres))[:, None]).astype(np.float32)
-    return np.asarray(membership @ features[others] / membership.sum(axis=1, keepdims=True))
+    similarity = directions @ directions.T
+    chosen = np.sort(_choose(similarity, attention, count))
+    nearest = similarity[:, chosen].argmax(axis=1)
+    nearest[chosen] = np.arange(count)
+    membership = (nearest == np.arange(count)[:, None]).astype(np.float32)
+    return np.asarray(membership @ features / membership.sum(axis=1, keepdims=True))
+
+
+def _choose(similarity: Array, attention: Array, count: int) -> list[int]:
+    """Choose `count` places, each time the one with the most attention times the squared length of the part of its
+    direction that those chosen before do not span. This is greedy maximization of the determinant of
+    sqrt(attention_i attention_j) * similarity_ij over the chosen places (Chen et al., arXiv 1709.05135).
+    """
+    unspanned = np.diagonal(similarity).copy()
+    basis = np.zeros((count, len(similarity)), np.float32)  # of the span: its components in each direction
+    chosen: list[int] = []
+    for number in range(count):
+        scores = attention * np.maximum(unspanned, SPANNED)
+        scores[chosen] = -1
+        place = int(scores.argmax())
+        component = similarity[place] - basis[:number, place] @ basis[:number]
+        basis[number] = component / np.sqrt(max(unspanned[place], SPANNED))
+        unspanned -= basis[number] ** 2
+        chosen.append(place)
+    return chosen
 
 
 def _pool(features: Array, count: int) -> Array:
