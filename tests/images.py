@@ -12,6 +12,8 @@ from PIL import Image
 
 Array = np.ndarray[Any, Any]
 
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # the beginning of a file
+
 
 def picture(width: int = 61, height: int = 40, seed: int = 0) -> Array:
     """uint8 (height, width, 3): noise, so that every wrong pixel, row or channel shows."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from images import bmp_header, encode, exif, jpeg_sized, picture, png_file, smooth, webp_canvas
+from images import HEIC, bmp_header, encode, exif, jpeg_sized, picture, png_file, smooth, webp_canvas
 from PIL import Image
 from processes import in_child
 
@@ -33,7 +33,6 @@ PNG = encode(PICTURE, "PNG")
 GIF = encode(PICTURE, "GIF")
 BMP = encode(PICTURE, "BMP")
 WEBP = encode(PICTURE, "WEBP", lossless=True)
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 THUMBNAIL = b"\xff\xe1\x00\x10" + b"\xff\xd8\xff\xda....\xff\xd9...."  # a segment with markers of its own
 
 

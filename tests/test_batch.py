@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Run
-from images import encode, picture
+from images import HEIC, encode, picture
 
 from llava_edge import Llava
 from llava_edge.cache import Cache
@@ -75,6 +75,18 @@ def test_an_unusable_image_does_not_stop_the_others(run: Run, photos: Path) -> N
     assert len(out.splitlines()) == 3
     assert err.startswith(f"{photos / 'aa.jpg'} is not a picture")
     assert err.endswith("llava-edge: 1 of 4 images got no answer.\n")
+
+
+def test_pictures_of_formats_that_are_not_read_are_named(run: Run, photos: Path) -> None:
+    (photos / "IMG_1.HEIC").write_bytes(HEIC)
+    (photos / "scan.tif").write_bytes(encode(picture(), "TIFF"))
+    code, out, err = run(photos)
+    assert code == 65
+    assert len(out.splitlines()) == 3
+    heic, tiff, summary = err.splitlines()
+    assert heic.startswith(f"{photos / 'IMG_1.HEIC'} is a HEIC picture (convert it")
+    assert tiff.startswith(f"{photos / 'scan.tif'} is a TIFF")
+    assert summary == "llava-edge: 2 of 5 images got no answer."
 
 
 def test_json_lines_have_the_answer_or_the_error(run: Run, photos: Path) -> None:

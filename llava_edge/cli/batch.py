@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llava_edge.runtimes.jobs import Stream
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")  # of image_format.ACCEPTED, in a folder
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl")  # of pictures too, whose errors say so
 
 Record = dict[str, Any]
 
@@ -133,7 +134,7 @@ def _find_images(path: Path, unreadable: list[OSError]) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(path, onerror=errors.append):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith(SUFFIXES + UNREAD_SUFFIXES) and not name.startswith("."):
                 found = True
                 yield Path(folder, name)
     unreadable += errors
