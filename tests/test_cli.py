@@ -27,7 +27,7 @@ from llava_edge import cli, interpreter, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, Bundle
 from llava_edge.errors import NO_THREAD
 from llava_edge.models.micro import CONFIG, write_checkpoint
-from llava_edge.options import Result
+from llava_edge.options import DEFAULT_PROMPT, Result
 from llava_edge.runtimes import machine
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +96,7 @@ def test_json_has_the_documented_fields(micro_bundle: Path, photo: Path, run: Ru
     code, out, _ = run("run", "--model", micro_bundle, *images, *LIGHT, "--max-tokens", "8", "--json")
     found = json.loads(out)
     assert code == 0
+    assert (found.pop("images"), found.pop("prompt")) == ([str(photo)] * 2, DEFAULT_PROMPT)
     assert list(found) == [item.name for item in fields(Result)]
     assert list(found) == ["text", "finish_reason", "model", "device", "image_tokens", "prompt_tokens",
                            "completion_tokens", "cache", "timings", "memory", "cached_tokens",
@@ -209,7 +210,8 @@ def test_a_question_that_its_grammar_ends_does_not_stop_the_others(
     assert (code, err) == (2, f"{says}\nllava-edge: 1 of 3 questions got no answer.\n")
     if as_json:
         first, second, third = map(json.loads, out.splitlines())
-        assert (first["text"], second, third["text"]) == ("abc", {"error": says}, "abc")
+        assert (first["text"], second["error"], third["text"]) == ("abc", says, "abc")
+        assert [line["prompt"] for line in (first, second, third)] == ["x", "y", "z"]
     else:
         assert re.fullmatch(r"abc\na?b?c?\nabc\n", out)
 
@@ -592,10 +594,14 @@ def test_an_empty_question_on_stdin_is_not_no_question(micro_bundle: Path, photo
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [("models", "list"), ("info", "--json"), ("run",), ("run", "--json"), ("chat",)])
-def test_an_unwritable_stdout(arguments: tuple[str, ...], unbuffered: str, micro_bundle: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [("models", "list"), ("info", "--json"), ("run",), ("run", "--json"), ("batch",), ("batch", "--json"), ("chat",)],
+)
+def test_an_unwritable_stdout(arguments: tuple[str, ...], unbuffered: str, micro_bundle: Path, photo: Path) -> None:
     asked = ("--model", micro_bundle, *LIGHT, "--max-tokens", "2")
-    more = {"info": (micro_bundle,), "run": ("--prompt", "hi", *asked), "chat": asked}.get(arguments[0], ())
+    named = {"info": (micro_bundle,), "run": ("--prompt", "hi", *asked), "batch": (photo, *asked), "chat": asked}
+    more = named.get(arguments[0], ())
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "llava_edge", *arguments, *map(str, more)],
@@ -604,6 +610,20 @@ def test_an_unwritable_stdout(arguments: tuple[str, ...], unbuffered: str, micro
         )  # fmt: skip
     said = done.stderr.splitlines()[-1]
     assert (done.returncode, said) == (74, "llava-edge: Standard output cannot be written: No space left on device.")
+
+
+@pytest.mark.parametrize("command", ["run", "batch"])
+def test_json_is_utf_8_whatever_the_encoding_of_stdout(command: str, micro_bundle: Path, photo: Path) -> None:
+    orange = photo.rename(photo.parent / "\N{TANGERINE}.png")
+    images = {"run": ("--image", orange), "batch": (orange,)}[command]
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_edge", command, *map(str, images), "--model", str(micro_bundle), *LIGHT,
+         "--prompt", "Größe?", "--max-tokens", "2", "--json"],
+        cwd=ROOT, stdout=subprocess.PIPE, check=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    found = json.loads(done.stdout)  # as jq would
+    assert found["prompt"] == "Größe?"
+    assert (found.get("image") or found["images"][0]) == str(orange)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

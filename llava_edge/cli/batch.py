@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli.arguments import answer_options, check_options, constrain, generation_options, options_from
-from llava_edge.cli.terminal import printable, show, status_line, suggest_native_build
+from llava_edge.cli.terminal import json_line, printable, show, show_json, status_line, suggest_native_build
 from llava_edge.errors import (
     CannotCreateError,
     ContextOverflowError,
@@ -167,16 +167,12 @@ class _Report:
             self.failed += 1
             click.echo(record["error"], err=True)
         if self._file:
-            self._file.add(_json_line({"image": str(image.absolute()), "prompt": self._prompt, **record}))
+            line = json_line({"image": str(image.absolute()), "prompt": self._prompt, **record})
+            self._file.add(line.encode() + b"\n")
         elif self._as_json:
-            click.echo(_json_line({"image": str(image), "prompt": self._prompt, **record}), nl=False)
+            show_json({"image": str(image), "prompt": self._prompt, **record})
         elif "text" in record:
             show(f"{printable(str(image))}\t{' '.join(record['text'].split())}\n")
-
-
-def _json_line(record: Record) -> bytes:
-    is_utf8 = not any("\udc80" <= mark <= "\udcff" for mark in record["image"])  # else escaped, as JSON allows
-    return json.dumps(record, ensure_ascii=not is_utf8).encode() + b"\n"
 
 
 class _AnswerFile:

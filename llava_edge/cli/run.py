@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import closing
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from llava_edge.cli.arguments import (
     options_from,
     read_stdin,
 )
-from llava_edge.cli.terminal import show, status_line, suggest_native_build
+from llava_edge.cli.terminal import show, show_json, status_line, suggest_native_build
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 
@@ -77,33 +76,31 @@ def run(
         check_options(llava, options, json_schema, grammar)
         activity, failed = "Looking at the image" if images else "Reading", 0
         streams = llava.ask_many(prompts, pictures, options, system=system, started=started)
-        for number, stream in enumerate(streams, 1):
+        for number, (prompt, stream) in enumerate(zip(prompts, streams, strict=True), 1):
+            asked = {"images": images, "prompt": prompt}
             try:
                 result = _print_answer(stream, activity, quiet=as_json)
             except UsageError as error:  # a grammar that allows no next token
                 if len(prompts) == 1:
                     raise
                 failed += 1
-                _report_failure(f"Question {number}: {error}", as_json)
+                sentence = f"Question {number}: {error}"
+                click.echo(sentence, err=True)
+                if as_json:  # a line for each question
+                    show_json({**asked, "error": sentence})
             else:
-                _report_end(result, options, as_json)
+                if as_json:
+                    show_json({**asked, **asdict(result)})
+                elif result.finish_reason == "length":
+                    _report_cut(result, options)
         if failed:
             raise UsageError(f"{failed} of {len(prompts)} questions got no answer.")
 
 
-def _report_failure(sentence: str, as_json: bool) -> None:
-    click.echo(sentence, err=True)
-    if as_json:  # a line for each question
-        click.echo(json.dumps({"error": sentence}, ensure_ascii=False))
-
-
-def _report_end(result: Result, options: Options, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(asdict(result), ensure_ascii=False))
-    elif result.finish_reason == "length":
-        context_full = result.completion_tokens < options.max_tokens
-        reason = "the context is full; see --context" if context_full else "--max-tokens reached"
-        click.echo(f"(cut off after {result.completion_tokens} tokens: {reason})", err=True)
+def _report_cut(result: Result, options: Options) -> None:
+    context_full = result.completion_tokens < options.max_tokens
+    reason = "the context is full; see --context" if context_full else "--max-tokens reached"
+    click.echo(f"(cut off after {result.completion_tokens} tokens: {reason})", err=True)
 
 
 def _print_answer(stream: Stream, activity: str, quiet: bool) -> Result:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 
@@ -21,6 +22,21 @@ def show(text: str) -> None:
     """Write a piece of an answer to stdout and flush; on a terminal, without control characters."""
     text = text.translate(_CONTROLS) if sys.stdout.isatty() else text
     click.echo(text, nl=False, color=True)  # otherwise click strips escapes from output to a file
+
+
+def show_json(record: dict[str, Any]) -> None:
+    """Write a record to stdout as a line of JSON, which is UTF-8 by its standard, whatever stdout's encoding is."""
+    click.echo(json_line(record) if sys.stdout.encoding in ("utf-8", "UTF-8") else json.dumps(record))
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """A record as JSON, without a line break; escaped if a file name in it is not UTF-8."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return text
 
 
 def printable(text: str) -> str:
