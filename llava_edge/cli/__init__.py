@@ -66,6 +66,22 @@ SUGGESTIONS = {
     "server": "serve",
 }
 
+# Options of other tools, mainly llama.cpp's -> ours; the first that the command has.
+OPTION_SUGGESTIONS = {
+    **dict.fromkeys(("--n-predict", "--num-predict", "--predict", "--max-new-tokens"), ("--max-tokens",)),
+    **dict.fromkeys(("--ctx-size", "--num-ctx", "--n-ctx"), ("--context",)),
+    **dict.fromkeys(("--gpu-layers", "--n-gpu-layers"), ("--device",)),
+    **dict.fromkeys(("--cache-type-k", "--cache-type-v"), ("--kv",)),
+    **dict.fromkeys(("--question", "--query", "--text"), ("--prompt",)),
+    **dict.fromkeys(("--model-draft", "--draft-model"), ("--draft",)),
+    "--temp": ("--temperature",),
+    "--format": ("--json-schema", "--json"),
+    "-m": ("--model",),
+    "-i": ("--image",),
+    "-p": ("--prompt", "--port"),
+    "-o": ("--output",),
+}
+
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # exit code that shells report for a program killed by SIGPIPE
 
@@ -102,6 +118,12 @@ def _suggestion(name: str) -> str:
 
     command = SUGGESTIONS.get(name) or next(iter(get_close_matches(name, COMMANDS, 1)), "")
     return f"; did you mean 'llava-edge {command}'?" if command else "; 'llava-edge --help' lists all commands."
+
+
+def _unknown_option(error: click.NoSuchOption) -> str:
+    known = {name for param in error.ctx.command.params for name in param.opts} if error.ctx else set()
+    ours = next((name for name in OPTION_SUGGESTIONS.get(error.option_name, ()) if name in known), None)
+    return f"No such option {error.option_name!r}. Did you mean {ours!r}?" if ours else error.format_message()
 
 
 @click.group(
@@ -150,6 +172,8 @@ def execute(arguments: Sequence[str]) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.NoSuchOption as error:
+        return _fail(_unknown_option(error), error.exit_code)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except OptionError as error:
