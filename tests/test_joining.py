@@ -31,11 +31,29 @@ IMAGES = [encode(picture(seed=number), "PNG") for number in range(4)]
 
 
 @pytest.fixture
-def llava(micro_bundle: Path) -> Iterator[Llava]:
-    """Tests have no native kernels, with which alone answers are joined, because their bits stay the same."""
+def llava(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Llava]:
+    """Tests have no native kernels, with which alone answers are joined, because their bits stay the same.
+
+    However its answers end, nothing of them stays in llama.cpp.
+    """
     with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, cache="memory")) as loaded:
         loaded._engine.model.language.batch_invariant = True
+        library, chains = loaded._engine.model.language.library, list[int]()
+        make, free = library.llama_sampler_chain_init, library.llama_sampler_free
+
+        def made(parameters: Any) -> Any:
+            chains.append(make(parameters))
+            return chains[-1]
+
+        def freed(sampler: Any) -> None:
+            free(sampler)
+            if sampler in chains:
+                chains.remove(sampler)
+
+        monkeypatch.setattr(library, "llama_sampler_chain_init", made)
+        monkeypatch.setattr(library, "llama_sampler_free", freed)
         yield loaded
+    assert chains == []
 
 
 @pytest.fixture
@@ -179,6 +197,7 @@ def test_without_room_a_request_waits(llava: Llava, batches: list[int], monkeypa
     found = together(llava, monkeypatch, requests)
     assert [result.completion_tokens for result in found if isinstance(result, Result)] == alone
     assert set(batches) == {1, 2}
+    assert len(batches) < alone[1]  # the first, beside which there is no room, keeps its drafts
 
 
 def test_an_unusable_picture_is_an_error_of_its_own_request(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +361,9 @@ def test_a_cancelled_answer_ends_alone(llava: Llava, monkeypatch: pytest.MonkeyP
     assert rest(first)[1].completion_tokens == 60
 
 
-def test_a_request_that_waits_for_room_can_be_cancelled_at_once(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_waits_for_room_can_be_cancelled_at_once(
+    llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even while the model computes for others; what comes after it then gets its room."""
     language, requests = llava._engine.model.language, threading.Semaphore(0)
     assert language
@@ -378,6 +399,7 @@ def test_a_request_that_waits_for_room_can_be_cancelled_at_once(llava: Llava, mo
         go.set()
         assert third.result(20).completion_tokens == SHORT.max_tokens
         assert first.result(20).completion_tokens == long.max_tokens
+    assert max(batches) == 2
 
 
 def test_positions_of_a_cancelled_prompt_are_free_again(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:

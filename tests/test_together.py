@@ -20,6 +20,7 @@ from llava_edge.runtimes import decoding
 from llava_edge.runtimes.branches import Branches
 from llava_edge.runtimes.kv_cache import MAX_BRANCHES
 from llava_edge.runtimes.language import LanguageModel
+from llava_edge.runtimes.sampling import Sampler
 
 NEVER = threading.Event()
 RED = Image.new("RGB", (48, 32), "red")
@@ -265,6 +266,23 @@ def test_a_small_context_has_fewer_branches(context: int, micro_bundle: Path) ->
     assert language.max_branches == max(0, min(context - 3, MAX_BRANCHES))
     language.evaluate_tokens([5], NEVER)
     language.close()
+
+
+def test_a_first_question_that_its_grammar_ends_does_not_stop_the_second(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its first token, when it is still alone."""
+    real, samplers = Sampler._sample_with_grammar, list[Sampler]()
+
+    def sample(self: Sampler, logits: Any) -> int:
+        samplers.append(self)
+        return real(self, np.full_like(logits, -np.inf) if self is samplers[0] else logits)
+
+    monkeypatch.setattr(Sampler, "_sample_with_grammar", sample)
+    first, second = llava.ask_many(["one,", "two,"], RED, Options(grammar='root ::= "yes"', max_tokens=8))
+    with pytest.raises(UsageError, match="no token that the grammar"):
+        list(first)
+    assert result_of(second).text == "yes"
 
 
 def test_one_question_is_not_many(llava: Llava) -> None:
