@@ -166,6 +166,7 @@ def test_cached_tokens(create: Any) -> None:
         ({"metadata": {"a": "b" * (1 << 20)}}, "metadata"),
         ({"text": {"format": {"type": "yaml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "json_schema": {"schema": {}}}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "text.format"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"top_logprobs": 30}, "top_logprobs"),

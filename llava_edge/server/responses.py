@@ -61,7 +61,12 @@ def parse(body: Mapping[str, Any], model: str, limits: Limits) -> ModelRequest:
         "verbosity": text.get("verbosity"),
         "logprobs": _LOGPROBS in include or bool(body.get("top_logprobs")),
     }
-    return requests.parse_messages(rewritten, items, limits, "input", system=instructions)
+    try:
+        return requests.parse_messages(rewritten, items, limits, "input", system=instructions)
+    except Problem as problem:
+        if problem.param == "response_format":  # the older API's name
+            problem.param = "text.format"
+        raise
 
 
 def _rewrite_format(format_: object) -> object:
