@@ -15,7 +15,8 @@ from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from pkgutil import resolve_name
+from typing import Any, Literal, get_type_hints
 
 import pytest
 from serving import Server, data_url, image_question, paused, png, question, read_all, running
@@ -205,6 +206,7 @@ def test_logprobs(create: Any) -> None:
 def test_completions(client: Any, llava: Llava) -> None:
     made = client.completions.create(model="micro", prompt="Hello", max_tokens=8)
     assert made.choices[0].text == llava.ask("Hello", options=Options(max_tokens=8)).text
+    assert client.completions.create(model="micro", prompt="Hello").usage.completion_tokens == 16  # OpenAI's default
     with pytest.raises(openai.BadRequestError, match=r"logprobs is 99") as caught:
         client.completions.create(model="micro", prompt="Hello", logprobs=99)
     assert caught.value.param == "logprobs"
@@ -212,6 +214,8 @@ def test_completions(client: Any, llava: Llava) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(model="micro", prompt=prompt)
         assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(openai.BadRequestError, match="one string"):
+        client.completions.create(model="micro", prompt=["Hello", "Hi"])
     parts = client.completions.create(model="micro", prompt="Hello", max_tokens=8, stream=True)
     assert "".join(part.choices[0].text for part in parts) == made.choices[0].text
 
@@ -335,6 +339,32 @@ def test_what_is_wrong_is_named(change: dict[str, Any], status: int, param: str,
         assert "/" not in error["message"].replace("data:image/", "").replace("and/or", "")
         assert "Traceback" not in error["message"]
     assert server.health()["crashes"] == 0
+
+
+# Of the fields that OpenAI's client declares, those that change no answer, or none where they are alone.
+WITHOUT_EFFECT = {"access_programs", "audio", "background_options", "context_management", "image", "include"}
+WITHOUT_EFFECT |= {"max_tool_calls", "moderation", "parallel_tool_calls", "prediction", "reasoning", "reasoning_effort"}
+WITHOUT_EFFECT |= {f"prompt_cache_{name}" for name in ("key", "options", "retention")}
+WITHOUT_EFFECT |= {"metadata", "safety_identifier", "service_tier", "store", "truncation", "user"}
+
+
+@pytest.mark.parametrize(
+    ("route", "needed", "module"),
+    [
+        ("chat/completions", "messages", "chat.completion_create_params.CompletionCreateParamsBase"),
+        ("completions", "prompt", "completion_create_params.CompletionCreateParamsBase"),
+        ("responses", "input", "responses.response_create_params.ResponseCreateParamsBase"),
+    ],
+)
+def test_what_the_client_may_send_is_followed_or_refused(route: str, needed: str, module: str, server: Server) -> None:
+    """Nothing that would change the answer is ignored: a list of numbers is wrong for whatever is followed."""
+    fields = set(get_type_hints(resolve_name(f"openai.types.{module}"))) - WITHOUT_EFFECT
+    assert len(fields) > 10
+    body = {needed: [user("Hello")] if needed == "messages" else "Hello"}
+    for name in fields:
+        status, _, answer = server.request("POST", f"/v1/{route}", {**body, name: [1]})
+        param = json.loads(answer)["error"]["param"] if status != 200 else None
+        assert (status, str(param).partition("[")[0]) == (400, name)
 
 
 def test_errors_as_the_client_raises_them(create: Any) -> None:
@@ -476,7 +506,7 @@ def test_messages_are_brought_into_turns(server: Server) -> None:
         {"top_k": -1, "min_p": 0, "image_tokens": 0, "typical_p": 1.0, "top_n_sigma": -1, "xtc_threshold": 0.1},
         {"repeat_penalty": 1.0, "repeat_last_n": 64, "mirostat": 0, "mirostat_tau": 5.0, "grammar": ""},
         {"repetition_penalty": 1, "ignore_eos": False, "skip_special_tokens": True, "stop_token_ids": []},
-        {"bad_words": [], "dry_base": 1.75},
+        {"bad_words": [], "dry_base": 1.75, "logit_bias": []},
     ],
     ids=str,
 )
