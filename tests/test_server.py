@@ -126,6 +126,8 @@ def test_stop_seed_temperature(create: Any) -> None:
     assert len({answer(temperature=1.0, seed=seed) for seed in range(4)}) > 1
     assert len({answer(temperature=1.0) for _ in range(4)}) > 1  # drawn anew where no seed is given
     assert len({answer(temperature=1.0, seed=-1) for _ in range(4)}) > 1
+    for seed in (1 - (1 << 63), (1 << 63) - 1):
+        assert answer(temperature=1.0, seed=seed) == answer(temperature=1.0, seed=seed)
     assert answer(temperature=5.0, top_p=1e-6) == answer(temperature=5.0, top_p=0) == whole
 
 
@@ -273,6 +275,7 @@ def test_a_large_counter_still_counts() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages[0].content[0]"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages"),
+        ({"messages": [user("a"), user("b", png()) | {"role": "assistant"}]}, 400, "messages[1].content"),
         ({"messages": [{"role": "assistant", "content": "x"}, user("a")]}, 400, "messages"),
         ({"messages": BEGUN, "continue_final_message": False}, 400, "continue_final_message"),
         ({"continue_final_message": True}, 400, "continue_final_message"),
@@ -287,6 +290,7 @@ def test_a_large_counter_still_counts() -> None:
         ({"temperature": "hot"}, 400, "temperature"),
         ({"top_p": 2}, 400, "top_p"),
         ({"seed": 1.5}, 400, "seed"),
+        ({"seed": 1 << 63}, 400, "seed"),
         ({"stop": 3}, 400, "stop"),
         ({"stop": ["x"] * 17}, 400, "stop"),
         ({"stop": ["x" * 257]}, 400, "stop"),
@@ -425,6 +429,7 @@ def test_pixels_are_counted_over_all_images(server: Server) -> None:
     assert server.chat(question("?", (large,)))[0] == 200
     status, _, body = server.chat(question("?", (large, large)))
     assert (status, b"pixels" in body) == (400, True)
+    assert server.chat(question("?", (png(),) * 8))[0] == 200  # as many as are accepted
 
 
 def test_the_library_and_the_page_are_served_at_once(server: Server) -> None:
@@ -475,13 +480,9 @@ def test_a_format_that_is_not_read_is_the_reason(label: str, says: str, server: 
 def test_messages_are_brought_into_turns(server: Server) -> None:
     """Clients keep questions whose answers failed, set rules later, and send what called a tool with no content."""
 
-    def answered(*turns: tuple[str, Any]) -> str:
-        body = question(max_tokens=12) | {"messages": [{"role": role, "content": text} for role, text in turns]}
-        status, _, answer = server.chat(body)
-        assert status == 200, answer
-        text = json.loads(answer)["choices"][0]["message"]["content"]
-        assert isinstance(text, str)
-        return text
+    def answered(*turns: tuple[str, Any]) -> Any:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return server.ask(messages=messages, max_tokens=2, logprobs=True)["choices"]
 
     one = [("system", "Be brief.\nBe kind."), ("user", "Hello\nYou?"), ("assistant", ""), ("user", "Go on")]
     assert one[0][1] != "Be brief."
@@ -490,6 +491,10 @@ def test_messages_are_brought_into_turns(server: Server) -> None:
     for nothing in (None, [], refusal):
         parts = [("user", "Hello"), ("user", "You?"), ("assistant", nothing), ("user", "Go on")]
         assert answered(("system", "Be brief."), *parts, ("developer", "Be kind.")) == expected
+    texts = [{"type": "text", "text": text} for text in ("Hello", "You?")]
+    assert answered(one[0], ("user", texts), *one[2:]) == expected
+    seen, both = (user(text, png())["content"] for text in ("You?", "Hello\nYou?"))
+    assert answered(("user", "Hello"), ("user", seen)) == answered(("user", both))
     assert answered(*one[:2]) != answered(*one[1:2])
 
 
@@ -499,6 +504,7 @@ def test_messages_are_brought_into_turns(server: Server) -> None:
         {"tool_choice": "auto"},
         {"tool_choice": "auto", "tools": []},
         {"tool_choice": "none", "tools": [{"type": "function"}]},
+        {"function_call": "none", "functions": [{"name": "answer"}]},
         {"stop": ""},
         {"stop": [""]},
         {"logprobs": False, "top_logprobs": 0},
