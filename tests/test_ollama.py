@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from serving import Server, data_url, png
 from llava_edge import Llava, Options
 from llava_edge.options import result_of
 from llava_edge.prompt import Message
+from llava_edge.server.ollama import Reply
 
 ollama = pytest.importorskip("ollama", reason="the ollama client is not installed")
 
@@ -63,8 +65,18 @@ def test_an_answer_is_the_librarys_answer(chat: Any, llava: Llava) -> None:
         assert (got.message.role, got.message.content) == ("assistant", wanted.text)
         assert (got.model, got.done, got.done_reason) == ("micro", True, wanted.finish_reason)
         assert (got.prompt_eval_count, got.eval_count) == (wanted.prompt_tokens, wanted.completion_tokens)
+        assert datetime.fromisoformat(got.created_at).tzinfo
         assert 0 < got.prompt_eval_duration < got.total_duration
         assert 0 < got.eval_duration < got.total_duration
+
+
+def test_durations_are_nanoseconds_and_pictures_are_part_of_the_prompt() -> None:
+    """None is zero: clients divide by them."""
+    timings = {"preprocess_ms": 1.0, "encode_ms": 20.0, "prefill_ms": 300.0, "decode_ms": 0.0, "total_ms": 5000.0}
+    result = {"finish_reason": "stop", "prompt_tokens": 7, "completion_tokens": 2, "timings": timings}
+    got = Reply("micro", chat=True).complete([{"text": "Yes", "chances": [], "result": result}])
+    wanted = {"prompt_eval_duration": 321_000_000, "eval_duration": 1, "total_duration": 5_000_000_000}
+    assert {name: got[name] for name in wanted} == wanted
 
 
 def test_the_stream_is_the_answer(chat: Any, generate: Any, server: Server) -> None:
@@ -157,7 +169,8 @@ def test_images_may_be_data_urls(server: Server) -> None:
 
 
 def test_a_request_without_a_question_loads_the_model(client: Any) -> None:
-    assert client.generate("micro").done_reason == "load"
+    loaded = client.generate("micro")
+    assert (loaded.done, loaded.done_reason) == (True, "load")
     assert client.chat("micro", messages=[], keep_alive=-1).message.content == ""
 
 
@@ -167,12 +180,13 @@ def test_the_model_is_listed(client: Any, server: Server) -> None:
         assert model.model == "micro:latest"
         assert model.size > 100_000
         assert len(model.digest) == 64
-        assert model.details.quantization_level
+        assert model.details.quantization_level == "Q8_0"
     shown = client.show(client.list().models[0].model)
     assert shown.capabilities == ["completion", "vision"]
     context = server.health()["context"]
     assert shown.modelinfo["llama.context_length"] == client.ps().models[0].context_length == context
     assert shown.modelinfo["general.basename"] == "micro"
+    assert client.ps().models[0].size_vram == 0  # on a CPU
     assert json.loads(server.request("GET", "/api/version")[2])["version"].count(".") == 2
 
 
@@ -185,13 +199,16 @@ def test_listings_have_every_field_that_ollama_sends(server: Server) -> None:
         (model,) = json.loads(server.request("GET", path)[2])["models"]
         assert names <= set(model)
         assert set(model["details"]) == details
+        assert datetime.fromisoformat(model["modified_at"]).tzinfo  # as RFC 3339 has it, which Go's clients insist on
 
 
-def test_names_of_models(client: Any) -> None:
+def test_names_of_models(client: Any, server: Server) -> None:
     assert client.generate("micro:latest", "Hello", options=SHORT).model == "micro:latest"
     for request in (client.generate, client.chat, client.show):
         status, error = refusal(request, model="llava:7b")
         assert (status, error) == (404, "This server has the model 'micro' only.")
+    for name, status in (("micro", 200), ("llava:7b", 404)):  # deprecated in Ollama's `api/types.go`
+        assert server.request("POST", "/api/show", {"name": name})[0] == status
 
 
 @pytest.mark.parametrize(
