@@ -45,6 +45,7 @@ def test_an_answer_is_the_librarys_answer(create: Any, llava: Llava) -> None:
         assert (got.status, got.incomplete_details.reason) == ("incomplete", "max_output_tokens")
         assert (got.usage.input_tokens, got.usage.output_tokens) == (wanted.prompt_tokens, wanted.completion_tokens)
         assert got.usage.total_tokens == wanted.prompt_tokens + wanted.completion_tokens
+        assert got.to_dict()["llava_edge"]["image_tokens"] == wanted.image_tokens
 
 
 def test_every_object_is_as_the_client_declares_it(create: Any) -> None:
@@ -70,6 +71,7 @@ def test_the_stream_is_the_answer(create: Any) -> None:
     texts = ["output_text.delta"] * (len(events) - 8)
     assert [event.type.removeprefix("response.") for event in events] == begin + texts + end
     assert len(texts) > 2
+    assert events[2].item.content == []  # the part comes with an event of its own
     assert "".join(event.delta for event in events[4:-4]) == whole.output_text == events[-4].text
     last = events[-1].response
     assert (last.output_text, last.usage.output_tokens) == (whole.output_text, whole.usage.output_tokens)
@@ -102,6 +104,14 @@ def test_a_conversation(create: Any, llava: Llava) -> None:
         assert answer.output_text == "".join(chunk.text for chunk in chat.say(text, images))
 
 
+def test_a_refusal_goes_back_as_an_answer(create: Any) -> None:
+    used = []
+    for part in ({"type": "refusal", "refusal": "No, never."}, {"type": "output_text", "text": "No, never."}):
+        items = [user("Hello"), {"role": "assistant", "content": [part]}, user("Why?")]
+        used.append(create(input=items, max_output_tokens=2).usage.input_tokens)
+    assert used[0] == used[1] > create(input=[user("Hello"), user("Why?")], max_output_tokens=2).usage.input_tokens + 4
+
+
 def test_an_empty_answer_goes_back_as_it_came(create: Any, llava: Llava) -> None:
     whole = create(input="Hello", max_output_tokens=4)
     empty = create(input="Hello", max_output_tokens=4, extra_body={"stop": whole.output_text[:1]})
@@ -125,7 +135,7 @@ def test_schemas(create: Any) -> None:
     form = {"type": "json_schema", "name": "number", "schema": schema, "strict": True}
     answer = create(input="Hello", text={"format": form, "verbosity": "medium"}, max_output_tokens=64)
     assert json.loads(answer.output_text)["n"] <= 9
-    assert answer.status == "completed"
+    assert (answer.status, answer.incomplete_details, answer.text.format.type) == ("completed", None, "json_schema")
     assert create(input="Hello", text={"format": {"type": "json_object"}}, max_output_tokens=4).output_text[0] == "{"
     assert create(input="Hello", text={"format": {"type": "text"}}, max_output_tokens=4).output_text
 
@@ -138,6 +148,8 @@ def test_log_probabilities(create: Any, llava: Llava) -> None:
         got = create(input="Hello", max_output_tokens=8, **more).output[0].content[0].logprobs
         assert [chance.logprob for chance in got] == [chance.logprob for chance in wanted]
         assert [len(chance.top_logprobs) for chance in got] == [count] * 8
+    other = create(input="Hello", max_output_tokens=8, include=["reasoning.encrypted_content"])
+    assert other.output[0].content[0].logprobs == []
 
 
 def test_cached_tokens(create: Any) -> None:
@@ -148,7 +160,8 @@ def test_cached_tokens(create: Any) -> None:
     )
     assert first.input_tokens_details.cached_tokens == 0
     for usage in (second, other):
-        assert 0 < usage.input_tokens_details.cached_tokens < usage.input_tokens
+        details = usage.input_tokens_details
+        assert 0 < details.cached_tokens < usage.input_tokens == details.cached_tokens + details.cache_write_tokens
 
 
 @pytest.mark.parametrize(
@@ -164,6 +177,7 @@ def test_cached_tokens(create: Any) -> None:
         ({"text": "json"}, "text"),
         ({"text": {"verbosity": "low"}}, "verbosity"),
         ({"metadata": {"a": "b" * (1 << 20)}}, "metadata"),
+        ({"text": {"more": "b" * (1 << 20)}}, "metadata"),
         ({"text": {"format": {"type": "yaml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "json_schema": {"schema": {}}}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "text.format"),
