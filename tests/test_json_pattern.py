@@ -51,6 +51,9 @@ PASSWORD = (
     ["Secret1", "9aaaaA"],
     ["secret1", "SECRET", "Sec 1et", "Se1", "Secret1Secret1"],
 )
+# ECMA-262, 12.2 and 12.3: white space and line terminators, without what JSON escapes by number.
+SPACES = "\t\n\f\r \xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028"
+SPACES += "\u2029\u202f\u205f\u3000\ufeff"
 PRACTICAL = {
     "email": EMAIL,
     "ipv4": IPV4,
@@ -66,8 +69,20 @@ PRACTICAL = {
     "any text": ("", ["", "é😀", "\n"], []),
     "the empty text": ("^$", [""], ["a", "\n"]),
     "quotes": (r'^["\\/]+$', ['"', "\\", '/"\\'], ["a", ""]),
-    "line ends": (r"^a.b\nc[^x]$", ["a-b\ncd", "a\tb\nc\n"], ["a\nb\ncd", "a-b\ncx"]),
-    "other scripts": (r"^[ж-щё]+ \u{1F600}[\u4e00-\u9fff]\xe9$", ["ёж 😀字é"], ["ez 😀字é", "ёж 字é"]),
+    "line ends": (
+        r"^a.b\nc[^x]$",
+        ["a-b\ncd", "a\tb\nc\n"],
+        ["a\nb\ncd", "a\rb\ncd", "a\u2028b\ncd", "a\u2029b\ncd", "a-b\ncx"],
+    ),
+    "other scripts": (
+        r"^[ж-щё]+ \u{1F600}[\u4e00-\u9fff]\xe9\u{10ffff}?$",
+        ["ёж 😀字é", "ж 😀字é\U0010ffff"],
+        ["ez 😀字é", "ёж 字é", "ж 😀字éx"],
+    ),
+    "spaces": (r"^\s[\b]?\f?$", [*SPACES, "\t\b\f"], ["\u200b", "\x85", "\u180e", "\ta"]),
+    "overlapping": (r"^[a-fc-dx-x\dB-D1]+$", ["afcedx", "1B7D"], ["g", "w", "y", "A", "E"]),
+    "parts that may be empty": ("^(a?b?){2}$", ["", "a", "b", "ba", "abab"], ["aaa", "abba", "ababa"]),
+    "many groups": ("^" + "(a|(b))?" * 20 + "$", ["", "ab" * 10], ["a" * 21]),
     "classes": (r"^\w\W\d\D\s\S[\w.-][^\s\d]$", ["_-0a\u3000b-x", "Zé9 \tz.y"], ["--0a bcx", "_-0a b-1"]),
     "names and lazy": (r"^(?<year>\d{4}?)(?P<rest>-x)*?$", ["2026", "2026-x-x"], ["202", "2026-"]),
     "braces": (r"^{a}{1,2}]$", ["{a}]", "{a}}]"], ["{a]", "{a}}}]"]),
@@ -168,11 +183,15 @@ def test_a_random_model_says_nothing_else(name: str, llava: Llava) -> None:
         ("[z-a]", "a range"),
         (r"[\d-z]", "a range"),
         ("[[:alpha:]]", "by name"),
+        ("[[.a.]]", "by name"),
+        ("[a&&b]", "by operator"),
+        (r"\01", "a backslash before '0'"),
         ("*a", "repeats nothing"),
         ("a**", "repeats a repetition"),
         ("a{2}{3}", "repeats a repetition"),
         ("a{3,2}", "not in order"),
         ("a{501}", "above 500"),
+        ("a{501,}", "above 500"),
         ("(" * 40 + ")" * 40, "deeper than 32"),
         ("a" * (MAX_LENGTH + 1), f"longer than {MAX_LENGTH}"),
         ("^(?!.*a)a", "no text of the required length matches"),
