@@ -197,17 +197,21 @@ def plain(value: Decimal) -> str:
 @pytest.mark.parametrize(
     ("name", "right", "wrong"),
     [
-        ("date", "2024-02-29 2023-02-28 1999-12-31 2023-11-30 2096-10-09", "2023-02-29 2023-04-31 2023-13-01 23-1-1"),
-        ("time", "23:59:59Z 00:00:00.123+05:30", "24:00:00Z 12:60:00Z 12:00:00 12:00Z"),
+        (
+            "date",
+            "2024-02-29 2012-02-29 2023-02-28 1999-12-31 2023-11-30 2096-10-09",
+            "2023-02-29 2010-02-29 2023-04-31 2023-13-01 23-1-1 0999-01-01",
+        ),
+        ("time", "23:59:59Z 00:00:00.123+05:30", "24:00:00Z 12:60:00Z 12:00:00 12:00Z 12:00:00Zx 12:00:00.1234567Z"),
         ("date-time", "2024-02-29T08:30:00-03:00", "2024-02-29 2024-02-29T08:30:00 2024-02-30T08:30:00Z"),
         ("uuid", "01234567-89ab-cdef-ABCD-EF0123456789", "0123456789abcdefABCDEF0123456789 x"),
         ("email", "ann.b+c@mail.example.com x_1@a-b.io", "ann ann@ @a.com a@b .a@b.com a..b@c.com a@-b.com a@b..com"),
-        ("hostname", "www.example.com a-1.io", "localhost -a.com a-.com a..com a.com. a_b.com"),
+        ("hostname", "www.example.com a-1.io", "localhost a.b -a.com a-.com a..com a.com. a_b.com"),
         ("ipv4", "0.0.0.0 192.168.10.1 255.255.255.255", "1.2.3 1.2.3.4.5 256.1.1.1 01.2.3.4 1.2.3.1000"),
         (
             "ipv6",
-            ":: ::1 fe80::1 1:2:3:4:5:6:7:8 1:2:3:4:5:6:7:: ::2:3:4:5:6:7:8",
-            ": 1::2::3 12345:: 1:2:3 :1:2:3:4:5:6:7:8",
+            ":: ::1 fe80::1 1:2:3:4:5:6:7:8 1:2:3:4:5:6:7:: ::2:3:4:5:6:7:8 1::3:4:5:6:7:8 1:2:3:4:5:6::8",
+            ": 1::2::3 12345:: 1:2:3 :1:2:3:4:5:6:7:8 1::2:3:4:5:6:7:8 1:2:3:4:5:6:7::8",
         ),
         ("duration", "P3DT4H30M PT15S P2W P1Y2M3D PT0S", "P P1 1D PT P1H P1DT P1W2D P3M1Y PT1S1M"),
         (
@@ -216,6 +220,8 @@ def plain(value: Decimal) -> str:
             "example.com https:// https://a ftp://a.com https://a.com:99999 https://-a.com https://a..com x",
         ),
         ("uuid4", "01234567-89ab-4def-BCDE-EF0123456789", "01234567-89ab-1def-BCDE-EF0123456789 x"),
+        ("uuid1", "01234567-89ab-1def-8CDE-EF0123456789", "01234567-89ab-1def-7CDE-EF0123456789"),
+        ("uuid8", "01234567-89ab-8def-aCDE-EF0123456789", "01234567-89ab-9def-aCDE-EF0123456789"),
         ("ipvanyaddress", "1.2.3.4 ::1", "1.2.3 ::x"),
     ],
 )
@@ -255,6 +261,15 @@ def test_escapes_are_characters_and_halves_of_a_pair_are_not(llava: Llava) -> No
         assert not allows(llava, more, f'"{text}"'), text
     for text in halves:
         assert not any(allows(llava, grammar, f'"{text}"') for grammar in (one, more)), text
+
+
+def test_json_as_models_write_it(llava: Llava) -> None:
+    """With and without a space after commas and colons; numbers only so large that all programs can read them."""
+    right = ['{"a": [1, -2.5], "b": null}', '{"a":[],"b":0.1e-09}', r'"\"\\\/\b\f\n\r\t\uDBFF\udc00"', "9" * 16]
+    wrong = ["1.", "01", "+1", "9" * 17, "1e100", "[1,]", "[1 ,2]", "{1:2}", r'"\x"', '"\t"', "'a'", "NaN", "True"]
+    with allowing(llava, from_schema({})) as allowed:
+        assert [text for text in right if not allowed(text)] == []
+        assert [text for text in wrong if allowed(text)] == []
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 501), (1, 2083), (600, 601), (640, 1000), (700, None), (0, 10**9)])
