@@ -664,10 +664,11 @@ def test_an_open_answer_is_no_part_of_what_comes_after_a_reset(llava: Llava) -> 
 def test_a_full_conversation_names_the_way_out(micro_bundle: Path) -> None:
     """In the words of Python, and not a shorter text where the new one is short."""
     with Llava.load(micro_bundle, EngineOptions(device="cpu", context=128)) as llava:
-        chat = llava.chat(options=Options(max_tokens=16))
-        with pytest.raises(ContextOverflowError, match="Use a shorter text") as alone:
-            list(chat.say("word " * 100))
-        assert "reset" not in str(alone.value)
+        chat = llava.chat(system="Be kind.", options=Options(max_tokens=16))
+        for images in ((), RED):
+            with pytest.raises(ContextOverflowError, match="Use a shorter text") as alone:
+                list(chat.say("word " * 100, images))
+            assert "reset" not in str(alone.value)
         assert list(chat.say("Why?"))
         with pytest.raises(ContextOverflowError, match=r"shorter conversation.*Chat\.reset\(\)"):
             [list(chat.say("Why?")) for _ in range(20)]

@@ -331,12 +331,13 @@ def test_a_picture_shown_twice_is_encoded_and_counted_once(micro_bundle: Path, m
 def test_what_equal_files_took_is_counted_for_each(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one of them it may be next to nothing: whose pixels were kept."""
     first, second = (
-        replace(prepare(picture("red"), Bundle.open(micro_bundle).manifest), preprocess_ms=ms) for ms in (90, 1)
+        replace(prepare(picture("red"), Bundle.open(micro_bundle).manifest), preprocess_ms=ms, image_ms=ms / 2)
+        for ms in (90, 2)
     )
     monkeypatch.setattr(pictures.RecentPictures, "prepare_all", lambda *_: [first, second])
     with opened(micro_bundle) as llava:
         result = result_of(llava.answer([Message("user", "What is it?", 2)], [picture("red")] * 2))
-    assert result.timings.preprocess_ms == 91
+    assert (result.timings.preprocess_ms, result.timings.image_ms) == (92, 46)
 
 
 def test_embedding_goes_on_when_the_model_is_loaded(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

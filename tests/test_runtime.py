@@ -423,6 +423,25 @@ def test_the_end_of_the_context_ends_the_answer(micro_bundle: Path) -> None:
         assert result.prompt_tokens + result.completion_tokens == 64
 
 
+def test_a_prompt_may_fill_the_context_but_for_one_position(llava: Llava, micro_bundle: Path) -> None:
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    needed = llava.ask("hello", images, Options(max_tokens=1)).prompt_tokens
+    assert needed == len(llava._engine.model.language.cached_keys)
+    with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=needed + 1)) as enough:
+        assert enough.ask("hello", images).completion_tokens == 1
+    said = f"needs {needed} positions .* the context has {needed}"
+    options = EngineOptions(device="cpu", threads=1, context=needed)
+    with Llava.load(micro_bundle, options) as small, pytest.raises(ContextOverflowError, match=said):
+        small.ask("hello", images)
+
+
+@pytest.mark.parametrize(("begun", "rest"), [("Well,", "  yes"), ("Well, ", "yes"), ("", "yes")])
+def test_a_continued_answer_keeps_the_space_after_a_word(begun: str, rest: str, llava: Llava) -> None:
+    messages = [Message("user", "hello"), Message("assistant", begun)]
+    options = Options(max_tokens=16, grammar='root ::= "  yes"')
+    assert result_of(llava.answer(messages, (), options)).text == rest
+
+
 def test_context_overflow_is_told_before_any_work(micro_bundle: Path) -> None:
     """The image does not even exist: nothing was opened before the positions were counted."""
     with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, context=40)) as small:

@@ -34,7 +34,7 @@ from llava_edge.models.clip import VisionTower
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.evaluate import Question
 from llava_edge.models.streamed import load_part
-from llava_edge.options import EngineOptions, Options
+from llava_edge.options import EngineOptions, Options, result_of
 from llava_edge.prompt import Message
 from llava_edge.runtimes import pictures
 from llava_edge.runtimes.jobs import Job
@@ -310,6 +310,8 @@ def test_the_check_for_a_stale_kv_cache_notices_a_key_without_the_budget(
 def test_a_room_that_is_too_small_for_all_holds_a_budget(micro_bundle: Path) -> None:
     with Llava.load(micro_bundle, replace(CPU, context=40)) as small:
         assert small.ask("?", [RED, RED], replace(BUDGET_8, max_tokens=1, image_tokens=4)).image_tokens == 8
+        (many,) = small.ask_many(["?"], [RED, RED], replace(BUDGET_8, max_tokens=1, image_tokens=4))
+        assert result_of(many).image_tokens == 8
 
 
 @pytest.mark.parametrize("count", [1, 16, 30, 47, 53])
