@@ -27,6 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native_kernels import (
     EXTREME,
+    INT16,
     OPERATORS,
     ROUNDED,
     TAKEN,
@@ -205,6 +206,16 @@ def test_the_extreme_values_of_bytes(kernels: Kernels, kernel: str, kind: str) -
     x[0], x[1] = 1, -1
     expected = x.astype(np.float64) @ matrix(kind, blocks).T
     np.testing.assert_allclose(kernels.multiply(kernel, kind, blocks, x), expected, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", [name for name, how in ROUNDED.items() if how == INT16])
+@pytest.mark.parametrize("inner", [32, 64, 256, 512])
+def test_sums_of_the_largest_whole_numbers_fit(kernels: Kernels, kernel: str, inner: int) -> None:
+    """Weights are rounded to as many bits as leave room: to more where fewer of them are added up."""
+    blocks = extreme_blocks("Q8_0", np.random.default_rng(6))[:, : inner // 32 * 34]
+    x, w = np.array([[1], [-1]], np.float32).repeat(inner, 1), matrix("Q8_0", blocks)
+    found = kernels.multiply(kernel, "Q8_0", blocks, x)
+    assert (np.abs(found - x.astype(np.float64) @ w.T) <= worst_error(x, w, *INT16)).all()
 
 
 @pytest.mark.parametrize(
