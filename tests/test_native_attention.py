@@ -151,6 +151,18 @@ def test_other_prompts_between_the_keys_are_not_looked_at(attend: Attend, way: t
 
 
 @ways(FEW)
+def test_later_queries_do_not_look_at_what_only_earlier_ones_see(attend: Attend) -> None:
+    """They are computed after those, in the same memory: with as many keys as a conversation has, a few at a time."""
+    q, k, v, mask = check.attention_inputs(1, 1, 40, 128, 16)
+    mask[:] = 0
+    mask[31:, 32:64] = -np.inf
+    k[:, 32:64], v[:, 32:64] = np.nan, np.nan
+    others = np.r_[0:32, 64:128]
+    expected = attend(q[:, 31:], k[:, others], v[:, others], mask[31:, others])
+    assert (attend(q, k, v, mask)[31:] == expected).all()
+
+
+@ways(FEW)
 def test_queries_of_different_prompts_get_the_same_bits_as_alone(attend: Attend) -> None:
     """The first 40 keys are seen by all, as the text before pictures is."""
     lengths = (40, 33, 100, 1, 260)
