@@ -165,6 +165,29 @@ def test_threads_share_a_product_of_many_columns(kernels: Kernels, kernel: str) 
     assert (np.abs(alone - x.astype(np.float64) @ w.T) <= worst_error(x, w, *rounded(kernel, "Q4_0"))).all()
 
 
+def test_threads_have_memory_of_their_own(kernels: Kernels) -> None:
+    """So much to do that all of them are at it at the same time, whatever else the machine does."""
+    numbers = np.random.default_rng(9)
+    blocks = random_blocks("Q4_0", 4096, 1024, numbers, np.array([0.01]))
+    x = numbers.standard_normal((64, 1024), np.float32)
+    alone = kernels.multiply("avx2", "Q4_0", blocks, x)
+    for _ in range(3):
+        assert (kernels.multiply("avx2", "Q4_0", blocks, x, threads=3) == alone).all()
+
+
+def test_later_products_take_no_more_memory(kernels: Kernels) -> None:
+    def taken() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+
+    x, blocks = np.ones((5, 256), np.float32), np.zeros((4, 256 // 32 * 18), np.uint8)
+    for kernel in ("avx2", "few"):
+        kernels.multiply(kernel, "Q4_0", blocks, x)
+        before = taken()
+        for _ in range(30):
+            kernels.multiply(kernel, "Q4_0", blocks, x)
+        assert taken() < before + (30 << 20)  # of 2 MB at least, whenever it has to grow
+
+
 @given(seed=st.integers(0, 1 << 32), kind=st.sampled_from(sorted(TYPES)), power=st.integers(-12, 12))
 def test_any_block_and_any_activation(kernels: Kernels, seed: int, kind: str, power: int) -> None:
     """Random bytes, scales from nothing to the largest, activations with outliers: never further off than stated."""
