@@ -481,24 +481,25 @@ def test_what_is_no_such_model_stays(quantized: Bundle, micro_bundle: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("x", "inner", "scale", "problem"),
+    ("x", "inner", "scale", "bias", "problem"),
     [
-        ((1, 3, 32), 32, 8, ""),
-        ((2, 3, 32), 32, 8, ""),
-        ((1, 3, 4096), 32, 8, "do not match"),
-        ((1, 3, 32), 32, 1, "do not match"),
-        ((1, 3, 40), 40, 8, "do not match"),
-        ((3, 32), 32, 8, "wrong rank"),
-        ((1, 1, 3, 32), 32, 8, "wrong rank"),
+        ((1, 3, 32), 32, 8, 8, ""),
+        ((2, 3, 32), 32, 8, 8, ""),
+        ((1, 3, 4096), 32, 8, 8, "do not match"),
+        ((1, 3, 32), 32, 1, 8, "do not match"),
+        ((1, 3, 32), 32, 8, 1, "do not match"),
+        ((1, 3, 40), 40, 8, 8, "do not match"),
+        ((3, 32), 32, 8, 8, "wrong rank"),
+        ((*[1] * 60, 3, 32), 32, 8, 8, "wrong rank"),
     ],
 )
 def test_the_operator_refuses_what_does_not_fit(
-    native_build: Path, x: tuple[int, ...], inner: int, scale: int, problem: str
+    native_build: Path, x: tuple[int, ...], inner: int, scale: int, bias: int, problem: str
 ) -> None:
     """Whoever made the graph: nothing is read that is not there."""
     numbers = np.random.default_rng(0)
     weight = numbers.integers(-127, 128, (inner, 8), np.int8)
-    constants = {"w": weight, "s": numbers.random(scale, np.float32), "b": numbers.random(8, np.float32)}
+    constants = {"w": weight, "s": numbers.random(scale, np.float32), "b": numbers.random(bias, np.float32)}
     values, float32 = numbers.standard_normal(x, np.float32), onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Linear", ["x", "w", "s", "b"], ["y"], domain="llava_edge", threads=1)],
@@ -517,7 +518,13 @@ def test_the_operator_refuses_what_does_not_fit(
 
 
 @pytest.mark.parametrize(
-    ("shape", "problem"), [((2, 5, 96), ""), ((1, 5, 90), "number or width of heads"), ((5, 96), "wrong rank")]
+    ("shape", "problem"),
+    [
+        ((2, 5, 96), ""),
+        ((1, 5, 90), "number or width of heads"),
+        ((5, 96), "wrong rank"),
+        ((*[1] * 60, 5, 96), "wrong rank"),
+    ],
 )
 def test_the_operator_refuses_other_heads(native_build: Path, shape: tuple[int, ...], problem: str) -> None:
     qkv = np.random.default_rng(0).standard_normal(shape, np.float32)
