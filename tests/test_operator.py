@@ -175,6 +175,15 @@ def test_attention_of_every_shape(library: Path, positions: int, heads: int, wid
     assert np.isfinite(np.delete(spoiled, positions // 2, 0)).all()
 
 
+@pytest.mark.parametrize("library", ["avx2"], indirect=True)  # the others may be slow here
+def test_threads_of_attention_have_memory_of_their_own(library: Path) -> None:
+    """So much to do that all of them are at it at the same time, whatever else the machine does."""
+    qkv = np.random.default_rng(0).standard_normal((1, 500, 3 * 16 * 64), np.float32)
+    alone = operator.attention(library, qkv, 16)
+    for _ in range(3):
+        assert (operator.attention(library, qkv, 16, threads=3) == alone).all()
+
+
 def test_attention_is_refused_where_heads_do_not_fit(library: Path) -> None:
     for width in (8, 24, 272):
         with pytest.raises(OSError, match=r"attend of .* does not support"):
