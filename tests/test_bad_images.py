@@ -13,6 +13,7 @@ import textwrap
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,16 @@ def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
+@cache
+def packed_zeros() -> bytes:
+    """64 MiB of them, in zlib's format."""
+    return zlib.compress(bytes(64 << 20))
+
+
 def zlib_bomb(kind: bytes) -> bytes:
     """A PNG with a small text or profile chunk that grows to 64 MiB."""
     head = {b"zTXt": b"Comment\0\0", b"iCCP": b"profile\0\0", b"iTXt": b"Comment\0\1\0\0\0"}[kind]
-    return png_file(8, 8, raw=bytes(25 * 8), chunks=((kind, head + zlib.compress(bytes(64 << 20))),))
+    return png_file(8, 8, raw=bytes(25 * 8), chunks=((kind, head + packed_zeros()),))
 
 
 MISLABELLED = {  # content -> a word the sentence must have
