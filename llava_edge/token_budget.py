@@ -25,7 +25,7 @@ from llava_edge.options import TokenMethod
 Array = np.ndarray[Any, Any]
 
 VERSION = 2  # of these methods; pictures that were cached by another one are not used
-SPANNED = 1e-5  # squared length of what rounding leaves of a direction that the chosen ones span
+SPANNED = 1e-3  # squared length below which the rest of a direction counts as spanned: attention alone decides
 
 
 def reduce_features(features: Array, attention: Array, count: int, method: TokenMethod = "cls", seed: int = 0) -> Array:
@@ -59,15 +59,18 @@ def _choose(similarity: Array, attention: Array, count: int) -> list[int]:
     """
     unspanned = np.diagonal(similarity).copy()
     basis = np.zeros((count, len(similarity)), np.float32)  # of the span: its components in each direction
+    rank = 0
     chosen: list[int] = []
-    for number in range(count):
+    for _ in range(count):
         scores = attention * np.maximum(unspanned, SPANNED)
         scores[chosen] = -1
         place = int(scores.argmax())
-        component = similarity[place] - basis[:number, place] @ basis[:number]
-        basis[number] = component / np.sqrt(max(unspanned[place], SPANNED))
-        unspanned -= basis[number] ** 2
         chosen.append(place)
+        if unspanned[place] > SPANNED:  # else it would be rounding errors that are scaled up
+            rest = similarity[place] - basis[:rank, place] @ basis[:rank]
+            basis[rank] = rest / np.sqrt(unspanned[place])
+            unspanned -= basis[rank] ** 2
+            rank += 1
     return chosen
 
 
