@@ -22,7 +22,7 @@ import numpy as np
 from llava_edge import prompt
 from llava_edge.bundle import Bundle
 from llava_edge.cache import user_cache
-from llava_edge.errors import LlavaEdgeError, MissingError, UsageError
+from llava_edge.errors import LlavaEdgeError, MissingError, OptionError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import Chunk, EngineOptions, FinishReason, Options
 from llava_edge.runtimes.decoding import Answer
@@ -295,6 +295,8 @@ def _open_cache(setting: bool | Path | Literal["memory"]) -> PictureCache:
         return PictureCache(None, memory_bytes=0)
     if setting == "memory":
         return PictureCache(None)
+    if isinstance(setting, Path) and os.path.isfile(setting):  # noqa: PTH113 - no error for a name that is too long
+        raise OptionError("cache", f"is {setting}, which is a file; expected a folder.")
     try:
         return PictureCache(user_cache(setting if isinstance(setting, Path) else None))
     except MissingError:  # no home folder

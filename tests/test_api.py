@@ -217,6 +217,7 @@ WRONG: dict[str, Any] = {
     "load": lambda llava: Llava.load(llava.bundle.folder, Options()),  # type: ignore[arg-type]
     "draft": lambda llava: EngineOptions(draft=5),  # type: ignore[arg-type]
     "cache": lambda llava: EngineOptions(cache="no"),  # type: ignore[arg-type]
+    "a file as the cache": lambda llava: Llava.load(llava.bundle.folder, EngineOptions(cache=Path(__file__))),
     "nothing": lambda llava: llava.ask("  "),
     "nothing of many": lambda llava: list(llava.ask_many(["hi", ""])),
     "nothing after a picture": lambda llava: list(llava.answer([*HI_RED, Message("user", "\n")], RED)),
