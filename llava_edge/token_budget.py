@@ -42,7 +42,7 @@ def reduce_features(features: Array, attention: Array, count: int, method: Token
 
 
 def _select_and_merge(features: Array, attention: Array, count: int) -> Array:
-    """Means of the chosen features and those most similar to each."""
+    """Means (count, D) of the chosen features and those most similar to each."""
     directions = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), np.float32(1e-12))
     similarity = directions @ directions.T
     chosen = np.sort(_choose(similarity, attention, count))
@@ -56,6 +56,8 @@ def _choose(similarity: Array, attention: Array, count: int) -> list[int]:
     """Choose `count` places, each time the one with the most attention times the squared length of the part of its
     direction that those chosen before do not span. This is greedy maximization of the determinant of
     sqrt(attention_i attention_j) * similarity_ij over the chosen places (Chen et al., arXiv 1709.05135).
+
+    similarity: cosines (T, T) float32; attention: (T,) float32.
     """
     unspanned = np.diagonal(similarity).copy()
     basis = np.zeros((count, len(similarity)), np.float32)  # of the span: its components in each direction
