@@ -631,6 +631,17 @@ def test_json_is_utf_8_whatever_the_encoding_of_stdout(command: str, micro_bundl
     assert (found.get("image") or found["images"][0]) == str(orange)
 
 
+@pytest.mark.parametrize("name", [b"\xc3\xa4.gguf", b"\xe4.gguf"], ids=["utf-8", "latin-1"])
+def test_json_of_info_is_utf_8_whatever_the_name(name: bytes, micro_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(name)
+    shutil.copyfile(micro_bundle / "projector.gguf", file)
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_edge", "info", file, "--json"],
+        cwd=ROOT, stdout=subprocess.PIPE, check=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert json.loads(done.stdout.decode("utf-8"))["file"] == str(file)
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_disk_that_takes_a_part_of_stdout(unbuffered: str, tmp_path: Path) -> None:
     with (tmp_path / "out").open("w") as out, largest_file(512):

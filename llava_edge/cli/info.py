@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.bundle import MANIFEST, Bundle, Manifest
-from llava_edge.cli.terminal import printable
+from llava_edge.cli.terminal import printable, show_json
 from llava_edge.errors import CheckpointError, DataError, MissingError, UsageError
 from llava_edge.store import DEFAULT_MODEL, resolve
 
@@ -38,7 +37,10 @@ def info(target: str, as_json: bool) -> None:
         facts = _checkpoint_facts(path)
     else:
         raise DataError(f"{path} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json).")
-    click.echo(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(_lines(facts)))
+    if as_json:
+        show_json(facts)
+    else:
+        click.echo("\n".join(_lines(facts)))
 
 
 def _print_bundle(path: Path, manifest: Manifest) -> None:
