@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llava_edge.api import Llava
     from llava_edge.conversation import Chat
     from llava_edge.errors import LlavaEdgeError
-    from llava_edge.json_grammar import from_schema
+    from llava_edge.json_schema.grammar import from_schema
     from llava_edge.options import Chunk, EngineOptions, Options, Result, TokenChance
     from llava_edge.prompt import Message
 
@@ -46,7 +46,7 @@ _MODULES = {
     "Chat": "llava_edge.conversation",
     "Llava": "llava_edge.api",
     "LlavaEdgeError": "llava_edge.errors",
-    "from_schema": "llava_edge.json_grammar",
+    "from_schema": "llava_edge.json_schema.grammar",
     "Chunk": "llava_edge.options",
     "EngineOptions": "llava_edge.options",
     "Options": "llava_edge.options",

@@ -18,43 +18,13 @@ AREAS = ("export", "models", "runtimes")
 
 # What each part of llava_edge may import, besides itself. SHARED modules import only one another.
 SHARED = {
-    *(
-        "anyres",
-        "bundle",
-        "cache",
-        "errors",
-        "gguf",
-        "image",
-        "image_format",
-        "json_disjoint",
-        "json_formats",
-        "json_grammar",
-        "json_keywords",
-        "json_merge",
-        "json_numbers",
-        "json_objects",
-        "json_pattern",
-        "json_rules",
-    ),
-    *(
-        "interpreter",
-        "interrupts",
-        "locks",
-        "options",
-        "outputs",
-        "paths",
-        "placeholder",
-        "prompt",
-        "protobuf",
-        "regular",
-        "regular_parser",
-        "store",
-        "templates",
-    ),
-    *("token_budget", "transcript", "typed"),
+    *("anyres", "bundle", "cache", "errors", "gguf", "image", "image_format", "interpreter", "interrupts"),
+    *("json_schema", "locks", "options", "outputs", "paths", "placeholder", "prompt", "protobuf", "store"),
+    *("templates", "token_budget", "transcript", "typed"),
 }
 LIBRARY = ("api", "asynchronous", "conversation", "question")
 ALLOWED = {
+    "json_schema": {"errors", "options"},
     "models": SHARED,
     "runtimes": SHARED,
     "export": SHARED | {"models", "runtimes"},

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from schemas import FORMATS, satisfies
 
-from llava_edge import Llava, Options, json_disjoint
+from llava_edge import Llava, Options
 from llava_edge.errors import UsageError
-from llava_edge.json_disjoint import has_type
-from llava_edge.json_formats import FORMAT_LENGTHS
-from llava_edge.json_grammar import any_object, from_schema
+from llava_edge.json_schema import disjoint
+from llava_edge.json_schema.disjoint import has_type
+from llava_edge.json_schema.formats import FORMAT_LENGTHS
+from llava_edge.json_schema.grammar import any_object, from_schema
 from llava_edge.runtimes import sampling
 from llava_edge.runtimes.sampling import Sampler
 
@@ -631,7 +632,7 @@ def test_comparing_schemas_is_limited_for_all_of_a_schema() -> None:
 def test_a_type_is_compared_once_however_often_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With every value, 90 kB of names held up everybody's requests for half a minute."""
     counted = Mock(side_effect=has_type)
-    monkeypatch.setattr("llava_edge.json_keywords.has_type", counted)
+    monkeypatch.setattr("llava_edge.json_schema.keywords.has_type", counted)
     with pytest.raises(UsageError, match="not of its type"):
         from_schema({"type": ["null"] * 1000, "enum": [1, 2, 3]})
     assert counted.call_count <= 3
@@ -639,8 +640,8 @@ def test_a_type_is_compared_once_however_often_it_is_named(monkeypatch: pytest.M
 
 def test_values_are_read_once_however_many_schemas_they_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """For each, 20 000 values held up everybody's requests for 0.1 s."""
-    counted = Mock(side_effect=json_disjoint._constants)
-    monkeypatch.setattr(json_disjoint, "_constants", counted)
+    counted = Mock(side_effect=disjoint._constants)
+    monkeypatch.setattr(disjoint, "_constants", counted)
     assert from_schema({"oneOf": [{"enum": list(range(100))}, *({"const": str(i)} for i in range(50))]})
     assert counted.call_count == 51
 

@@ -15,7 +15,7 @@ from schemas import satisfies
 
 from llava_edge import Llava
 from llava_edge.errors import UsageError
-from llava_edge.json_grammar import from_schema
+from llava_edge.json_schema.grammar import from_schema
 
 
 def obj(*required: str, **properties: Any) -> dict[str, Any]:

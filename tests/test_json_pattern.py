@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from llava_edge import Llava
 from llava_edge.errors import UsageError
-from llava_edge.json_grammar import from_schema
-from llava_edge.regular import Budget, Chars, Joined, Repeated, State, automaton
-from llava_edge.regular_parser import MAX_LENGTH
+from llava_edge.json_schema.grammar import from_schema
+from llava_edge.json_schema.regular import Budget, Chars, Joined, Repeated, State, automaton
+from llava_edge.json_schema.regular_parser import MAX_LENGTH
 
 # As zod 4 (email, ipv4, iso.date, uuid), pydantic (Decimal), and many others write them.
 EMAIL = (

@@ -136,7 +136,7 @@ def constrain(options: Options, json_schema: str | None, grammar: str | None) ->
             return replace(options, grammar=_read_text(grammar, "--grammar"))
     if json_schema is None:
         return options
-    from llava_edge.json_grammar import from_schema
+    from llava_edge.json_schema.grammar import from_schema
 
     try:
         with _blame(json_schema):

@@ -13,9 +13,9 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from llava_edge.errors import UsageError
-from llava_edge.json_disjoint import TYPES, DisjointChecker
-from llava_edge.json_formats import BASE_RULES, FORMAT_LENGTHS, FORMAT_PATTERNS
-from llava_edge.json_keywords import (
+from llava_edge.json_schema.disjoint import TYPES, DisjointChecker
+from llava_edge.json_schema.formats import BASE_RULES, FORMAT_LENGTHS, FORMAT_PATTERNS
+from llava_edge.json_schema.keywords import (
     KEYWORDS,
     LIMITS,
     abbreviate,
@@ -29,14 +29,14 @@ from llava_edge.json_keywords import (
     reject_keywords,
     schema_error,
 )
-from llava_edge.json_merge import Merger
-from llava_edge.json_numbers import MAX_INTEGER_DIGITS, Limits, NumberRules, TooComplexNumbersError
-from llava_edge.json_objects import object_expression
-from llava_edge.json_pattern import pattern_rules
-from llava_edge.json_rules import Rules, literal, repeated
+from llava_edge.json_schema.merge import Merger
+from llava_edge.json_schema.numbers import MAX_INTEGER_DIGITS, Limits, NumberRules, TooComplexNumbersError
+from llava_edge.json_schema.objects import object_expression
+from llava_edge.json_schema.pattern import pattern_rules
+from llava_edge.json_schema.regular import Budget
+from llava_edge.json_schema.regular_parser import PatternError
+from llava_edge.json_schema.rules import Rules, literal, repeated
 from llava_edge.options import MAX_GRAMMAR_CHARACTERS
-from llava_edge.regular import Budget
-from llava_edge.regular_parser import PatternError
 
 MAX_DEPTH = 32
 MAX_PATH = 100  # characters of where an error is

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from llava_edge.errors import UsageError
-from llava_edge.json_disjoint import TYPES, has_type
+from llava_edge.json_schema.disjoint import TYPES, has_type
 
 MAX_ALTERNATIVES = 500  # of an enum, anyOf or oneOf
 MAX_REPETITIONS = 100_000  # what lengths and item counts may require; larger maxima are lowered to it

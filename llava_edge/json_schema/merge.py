@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
-from llava_edge.json_disjoint import has_type
-from llava_edge.json_keywords import KEYWORDS, abbreviate, allows_all, choices, is_annotation, schema_error
+from llava_edge.json_schema.disjoint import has_type
+from llava_edge.json_schema.keywords import KEYWORDS, abbreviate, allows_all, choices, is_annotation, schema_error
 
 MAX_STEPS = 100_000  # of all merges: a merge is ten, and each property, value and 50 characters of a "$ref" another
 MAX_DEPTH = 32

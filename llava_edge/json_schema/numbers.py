@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import NamedTuple
 
-MAX_INTEGER_DIGITS = 16  # as in `json_grammar`
+MAX_INTEGER_DIGITS = 16  # as in grammar.py
 # With a point. No two numbers of up to 15 digits are one float64, so none leaves the limits when it is rounded to one.
 MAX_DIGITS, MAX_PLACES = 15, 6
 MAX_STEPS = 20_000  # of all numbers of a schema; in each, something else may follow

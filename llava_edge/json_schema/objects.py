@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llava_edge.json_keywords import ANNOTATIONS, abbreviate, check_type, length_range, reject_keywords, schema_error
-from llava_edge.json_rules import Rules, literal, repeated
+from llava_edge.json_schema.keywords import (
+    ANNOTATIONS,
+    abbreviate,
+    check_type,
+    length_range,
+    reject_keywords,
+    schema_error,
+)
+from llava_edge.json_schema.rules import Rules, literal, repeated
 
 Convert = Callable[[object, str], str]  # a schema of names or values, and where it is -> its expression
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from itertools import product
 from math import prod
 
-from llava_edge.regular import Budget, Ranges, Repeated, TooComplexError, automaton
-from llava_edge.regular_parser import ANY, LAST, PatternError, complement, parse
+from llava_edge.json_schema.regular import Budget, Ranges, Repeated, TooComplexError, automaton
+from llava_edge.json_schema.regular_parser import ANY, LAST, PatternError, complement, parse
 
-# What grammars may say in a string, as in `json_grammar`: \b\t\n\f\r, no other control characters, no surrogates.
+# What grammars may say in a string, as in grammar.py: \b\t\n\f\r, no other control characters, no surrogates.
 _WRITABLE: Ranges = ((8, 10), (12, 13), (0x20, 0x7E), (0x80, 0xD7FF), (0xE000, LAST))
 MAX_CHOICES = 1000
 _ESCAPED = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", ord('"'): '\\"', ord("\\"): "\\\\"}

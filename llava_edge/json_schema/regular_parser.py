@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from llava_edge.regular import Chars, Choice, Either, Joined, Node, Ranges, Repeated
+from llava_edge.json_schema.regular import Chars, Choice, Either, Joined, Node, Ranges, Repeated
 
 T = TypeVar("T")
 

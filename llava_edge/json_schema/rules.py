@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from llava_edge.errors import UsageError
-from llava_edge.json_keywords import schema_error
+from llava_edge.json_schema.keywords import schema_error
 
 MAX_RULES = 500
 MAX_UNBLOCKED = 500  # repetitions; blocks take fewer rules, but llama.cpp follows several ways to read them

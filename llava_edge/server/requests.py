@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from llava_edge.errors import OptionError, UsageError
-from llava_edge.json_grammar import any_object, from_schema
+from llava_edge.json_schema.grammar import any_object, from_schema
 from llava_edge.options import MAX_TOKENS, Options
 from llava_edge.prompt import Message, Role
 from llava_edge.server import data_url

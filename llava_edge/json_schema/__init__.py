@@ -1,0 +1,1 @@
+"""JSON schemas -> grammars in GBNF, which llama.cpp makes an answer follow."""
