@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from images import HEIC, bmp_header, encode, exif, jpeg_sized, picture, png_file, smooth, webp_canvas
 from PIL import Image
@@ -137,9 +138,10 @@ TOO_LARGE = {
     "png strip": png_file(1, 60_000),
     "gif of 4 gigapixels": GIF[:6] + b"\xff\xff\xff\xff" + GIF[10:],
     "bmp of 2 gigapixels": bmp_header(50_000, 45_000),
-    "webp of 268 megapixels": webp_canvas(16_384, 16_384),
     "jpeg of 4 gigapixels": jpeg_sized(65_500, 65_500),
 }
+if int(PIL.__version__.split(".")[0]) >= 13:  # before, it was called damaged
+    TOO_LARGE["webp of 268 megapixels"] = webp_canvas(16_384, 16_384)
 
 
 def check(error: LlavaEdgeError, name: str, word: str = "") -> None:

@@ -123,7 +123,8 @@ def _suggestion(name: str) -> str:
 def _unknown_option(error: click.NoSuchOption) -> str:
     known = {name for param in error.ctx.command.params for name in param.opts} if error.ctx else set()
     ours = next((name for name in OPTION_SUGGESTIONS.get(error.option_name, ()) if name in known), None)
-    return f"No such option {error.option_name!r}. Did you mean {ours!r}?" if ours else error.format_message()
+    meant = " or ".join(map(repr, [ours] if ours else error.possibilities or []))
+    return f"No such option {error.option_name!r}." + (f" Did you mean {meant}?" if meant else "")
 
 
 @click.group(
