@@ -90,7 +90,7 @@ def check_template(where: str, template: str, controls: Collection[str]) -> None
             f"The prompt template {template!r} needs the special tokens {', '.join(missing)}, which {where} lacks; "
             + remedy
         )
-    turns = [Message("user", "", images=1), Message("assistant", ""), Message("user", "")]
+    turns = [Message("user", "", images=1), Message("assistant", "")]  # more would add no other texts
     written = "".join(piece.text for piece in render(template, turns) if piece.kind == "text")
     if found := min((text for text in controls if text in written), default=None):
         raise CheckpointError(  # [INST] since Mistral-7B v0.3

@@ -270,6 +270,11 @@ def test_a_layout_that_writes_a_special_token_as_text_is_refused(tmp_path: Path)
         read_tokenizer(tmp_path, replace(config, template="mistral_instruct"))
 
 
+def test_a_layout_that_has_captions_only_is_admitted(tmp_path: Path) -> None:
+    config = spm_folder(tmp_path)
+    assert read_tokenizer(tmp_path, replace(config, template="plain")) == read_tokenizer(tmp_path, config)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
