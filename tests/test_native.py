@@ -721,15 +721,34 @@ def aged(folder: Path, days: float, *files: str) -> Path:
 def test_what_was_not_used_for_long_goes_when_something_is_built(isolated_home: Path, tmp_path: Path) -> None:
     top = isolated_home / "native"
     build = ("kernels.so", "state.json")
-    gone = [aged(top / ("a" * 32), 61, *build), aged(top / ("b" * 32), 61)]
+    gone = [aged(top / ("a" * 32), 61, *build), aged(top / ("b" * 32), 61), aged(top / "build-killed", 1.1)]
     others = ("d" * 31, "D" * 32, "somebody's", "e" * 32)
-    stays = [aged(top / ("c" * 32), 59, *build), *(aged(top / name, 61, *build) for name in others)]
+    stays = [
+        aged(top / ("c" * 32), 59, *build),
+        aged(top / "build-now", 0.9, *build),
+        *(aged(top / name, 61, *build) for name in others),
+    ]
     elsewhere = aged(tmp_path / "elsewhere", 61, *build)
     (top / ("f" * 32)).symlink_to(elsewhere)
     work = aged(tmp_path / "work", 61, *build)
     installed.publish(work, stays[-1])
-    assert [path.exists() for path in gone] == [False, False]
+    assert [path.exists() for path in gone] == [False, False, False]
     assert all((path / "state.json").exists() for path in (*stays, elsewhere))
+
+
+def test_kernels_that_won_against_another_llama_cpp_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a build with other flags, which changes libggml-cpu and not libggml-base."""
+    folders = []
+    for number, kernels in enumerate((b"AVX2", b"AVX2", b"AVX-512")):
+        package = tmp_path / str(number) / "llama_cpp"
+        (package / "lib").mkdir(parents=True)
+        for name in ("libggml-base.so", "libggml-base.so.0", "libggml-cpu.so", "libggml-cpu.so.0"):
+            (package / "lib" / name).write_bytes(kernels if "cpu" in name else b"base")
+        monkeypatch.setattr("llava_edge.runtimes.native.build.package", lambda package=package: package)
+        folders.append(installed.folder())
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_use_is_noted_once_a_day(isolated_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

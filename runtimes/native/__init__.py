@@ -162,7 +162,7 @@ def prepare(log: Callable[[str], None] = lambda line: None) -> Status:
         folder = installed.folder()
         log("Compiling the native kernels.")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        with tempfile.TemporaryDirectory(prefix=installed.UNFINISHED, dir=folder.parent) as name:
             work = Path(name)
             library, operator = work / installed.LIBRARY, work / installed.OPERATOR
             for kernel, error in build.build(library, operator).items():

@@ -23,6 +23,7 @@ from llava_edge.runtimes.native import build
 LIBRARY, OPERATOR, STATE = "kernels.so", "vision.so", "state.json"  # in `folder()`
 DAY = 86400  # seconds
 MAX_UNUSED_DAYS = 60  # builds of other versions are removed after this time without use
+UNFINISHED = "build-"  # beginning of the names of folders that are compiled in
 
 # Required processor features by machine, and their names for an error message.
 _REQUIRED_FEATURES = {
@@ -40,10 +41,13 @@ def folder() -> Path:
     required, feature_names = _REQUIRED_FEATURES[architecture]
     if not required <= set(features):
         raise UnavailableError(f"This processor lacks {feature_names}.")
-    base = next(iter(sorted((build.package() / "lib").glob("libggml-base.so*"))), None)
+    library = build.package() / "lib"
+    base = next(iter(sorted(library.glob("libggml-base.so*"))), None)
     if base is None:
         raise UnavailableError("This llama-cpp-python has no libggml-base.")
-    return store.home() / "native" / _key(base, f"{name} {features}")
+    # Of llama.cpp's own kernels there may be one file per processor; each may have copies in the place of links.
+    rivals = {path.name.split(".so")[0]: path for path in sorted(library.glob("libggml-cpu*.so*"))}
+    return store.home() / "native" / _key((base, *rivals.values()), f"{name} {features}")
 
 
 def read_state(folder: Path) -> Any:
@@ -66,21 +70,24 @@ def publish(work: Path, folder: Path) -> None:
 
 
 @cache
-def _key(base: Path, processor: str) -> str:
-    """Hash of everything that the kernels depend on."""
+def _key(libraries: tuple[Path, ...], processor: str) -> str:
+    """Hash of everything that the kernels, and the races that they won, depend on."""
     digest = hashlib.sha256(processor.encode())
-    for path in (base, *sorted(build.SOURCES.iterdir()), *sorted(Path(__file__).parent.glob("*.py"))):
+    for path in (*libraries, *sorted(build.SOURCES.iterdir()), *sorted(Path(__file__).parent.glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
 
 def _remove_stale_builds(used: Path) -> None:
-    """Remove other versions' folders after `MAX_UNUSED_DAYS` without use. A loaded library stays mapped."""
+    """Remove other versions' folders after `MAX_UNUSED_DAYS` without use, and what killed builds left. A loaded library
+    stays mapped.
+    """
     with suppress(OSError):
         for folder in used.parent.iterdir():
-            if folder == used or not re.fullmatch("[0-9a-f]{32}", folder.name):
+            unfinished = folder.name.startswith(UNFINISHED)
+            if folder == used or not (unfinished or re.fullmatch("[0-9a-f]{32}", folder.name)):
                 continue
             state = folder / STATE
             last_use = (state if state.exists() else folder).stat().st_mtime
-            if time.time() - last_use > MAX_UNUSED_DAYS * DAY:
+            if time.time() - last_use > (DAY if unfinished else MAX_UNUSED_DAYS * DAY):
                 shutil.rmtree(folder, ignore_errors=True)
