@@ -24,7 +24,6 @@ from llava_edge.options import TokenMethod
 
 Array = np.ndarray[Any, Any]
 
-VERSION = 2  # of these methods; pictures that were cached by another one are not used
 SPANNED = 1e-3  # squared length below which the rest of a direction counts as spanned: attention alone decides
 
 

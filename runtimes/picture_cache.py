@@ -10,10 +10,12 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
-from llava_edge import __version__
+import llava_edge
 from llava_edge.bundle import Bundle
 from llava_edge.cache import Cache
 from llava_edge.runtimes.worker import Worker
@@ -25,8 +27,23 @@ Payload = bytes | memoryview
 
 
 def digest(*parts: object) -> str:
-    """Return the SHA-256 (hex) of JSON values and the versions of llava-edge and numpy, which compute too."""
-    return hashlib.sha256(json.dumps([__version__, np.__version__, *parts], sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 (hex) of JSON values, of numpy's version and of our own code, which compute too."""
+    return hashlib.sha256(json.dumps([_our_code(), np.__version__, *parts], sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _our_code() -> str:
+    """Hash the version and the source of what turns pixels and tokens into results.
+
+    Not the version alone: who updates a clone gets other code under the same one. Apps made by PyInstaller have the
+    source that our hook adds (llava_edge/pyinstaller), others none.
+    """
+    package = Path(llava_edge.__file__).parent
+    digest = hashlib.sha256(llava_edge.__version__.encode())
+    for path in (package / "anyres.py", package / "token_budget.py", *sorted(package.glob("runtimes/*.py"))):
+        if path.exists():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def file_identity(bundle: Bundle, *names: str) -> list[object]:

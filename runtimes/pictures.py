@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava_edge import anyres, token_budget
+from llava_edge import anyres
 from llava_edge.bundle import Manifest
 from llava_edge.errors import OptionError
 from llava_edge.image import MAX_PIXELS, PILLOW_LOCK, ImageInput, load_image, read_image
@@ -167,8 +167,7 @@ def apply_token_budget(picture: Picture, options: Options, manifest: Manifest) -
         return picture
     # Without the newline embeddings that end rows of patches: reduced features have no rows.
     candidates = picture.rows[picture.rows < len(picture.crops) * manifest.vision.image_tokens]
-    about = f"{picture.key} {token_budget.VERSION} {options.image_token_method} {count}"
-    key = hashlib.sha256(about.encode()).hexdigest()
+    key = hashlib.sha256(f"{picture.key} {options.image_token_method} {count}".encode()).hexdigest()
     budget = Budget(candidates, options.image_token_method, seed=int(picture.key[:8], 16))
     return replace(picture, rows=np.arange(min(count, len(candidates))), key=key, budget=budget)
 

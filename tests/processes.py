@@ -14,11 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def in_child(
-    code: str, *arguments: str | Path, environment: Mapping[str, str] | None = None, given: str = ""
+    code: str,
+    *arguments: str | Path,
+    environment: Mapping[str, str] | None = None,
+    given: str = "",
+    clone: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `code`, which must end well. given: on its standard input."""
+    """Run `code`, which must end well. given: on its standard input; clone: whose llava_edge it imports."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, input=given, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=clone, env=environment, input=given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
 

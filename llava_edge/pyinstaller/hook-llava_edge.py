@@ -17,3 +17,6 @@ binaries = collect_dynamic_libs("llama_cpp")
 datas += collect_data_files("onnxruntime", True, includes=["__init__.py"])
 # The sources of the native kernels are part of the key under which they were built for this machine.
 datas += collect_data_files("llava_edge.runtimes.native", True, excludes=["**/__pycache__/*"])
+# So are those of what computes cached results (runtimes/picture_cache.py).
+datas += collect_data_files("llava_edge", True, includes=["anyres.py", "token_budget.py"])
+datas += collect_data_files("llava_edge.runtimes", True, includes=["*.py"])
