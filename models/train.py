@@ -166,8 +166,8 @@ class Trainer:
     def train(self, report: Report = lambda step: None) -> None:
         """Train from the last checkpoint, or from the start.
 
-        Raises `DataError` if the checkpoint belongs to another recipe or other data. More epochs make another recipe,
-        too, because the learning-rate schedule spans all of them.
+        Raises `DataError` if the checkpoint belongs to another recipe, other data or another model. More epochs make
+        another recipe, too, because the learning-rate schedule spans all of them.
         """
         saved = self._load_checkpoint()
         for number, data in enumerate(self.stages):
@@ -177,9 +177,10 @@ class Trainer:
             optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
             first = 0
             if saved and number == saved["stage"]:
-                self.model.load_state_dict(saved["trained"], strict=False)
+                self._restore(saved["trained"])
                 optimizer.load_state_dict(saved["optimizer"])
                 first = saved["step"]
+                self._trim_log(data.stage.name, first)
             self._run_stage(number, data, optimizer, first, report)
 
     def _run_stage(
@@ -229,6 +230,15 @@ class Trainer:
         prefixes = ("multi_modal_projector.", "language_model.") if full else ("multi_modal_projector.",)
         return {name: tensor for name, tensor in state.items() if name.startswith(prefixes) or ".lora_" in name}
 
+    def _restore(self, trained: dict[str, Tensor]) -> None:
+        """Put trained tensors in. Raises `DataError` if they are those of another model, as of another version."""
+        if _shapes(trained) != _shapes(self._trained_state()):
+            raise DataError(
+                f"{self.run_folder} holds a run of another model, perhaps of another version of llava-edge, which "
+                "cannot be resumed; choose another --out or remove it."
+            )
+        self.model.load_state_dict(trained, strict=False)
+
     def _save_checkpoint(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         path = self.run_folder / "checkpoint.pt"
         saved = {"recipe": self._identity, "stage": stage, "step": step, "trained": self._trained_state(),
@@ -251,7 +261,6 @@ class Trainer:
                 f"{self.run_folder} holds a run of another recipe or of other data, which cannot be resumed; "
                 "choose another --out or remove it."
             )
-        self._trim_log(self.stages[saved["stage"]].stage.name, saved["step"])
         return saved
 
     def _log(self, step: Step) -> None:
@@ -268,6 +277,10 @@ class Trainer:
         rows = _read_log(path)
         kept = [row for row in rows if (order.index(row["stage"]), row["step"]) <= (order.index(stage), step)]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _identity(recipe: Recipe, stages: Sequence[StageData]) -> str:

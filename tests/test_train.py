@@ -173,6 +173,24 @@ def test_changed_data_and_runs_that_do_not_say_what_they_trained_are_not_gone_on
         trainer.train()
 
 
+@pytest.mark.parametrize("changed", ["name", "shape"])
+def test_a_run_of_another_model_is_not_gone_on_with(changed: str, tmp_path: Path) -> None:
+    """As of a version whose model had other tensors. By another name they would be left out in silence."""
+    recipe = brief(bf16=False)
+    recipe = replace(recipe, stages=recipe.stages[:1], checkpoint_every=1)
+    out = folders(tmp_path)
+    interrupted(recipe, out, after=2)
+    saved = torch.load(out.run / "checkpoint.pt", weights_only=True)
+    name = next(iter(saved["trained"]))
+    tensor = saved["trained"].pop(name)
+    saved["trained"] |= {"multi_modal_projector.old": tensor} if changed == "name" else {name: tensor[:-1]}
+    torch.save(saved, out.run / "checkpoint.pt")
+    log = (out.run / "log.jsonl").read_text()
+    with pytest.raises(DataError, match="another model, perhaps of another version"):
+        train_recipe(recipe, out)
+    assert (out.run / "log.jsonl").read_text() == log
+
+
 def test_a_log_that_was_cut_off_or_is_gone_does_not_end_a_run(tmp_path: Path) -> None:
     recipe = brief(bf16=False)
     recipe = replace(recipe, stages=recipe.stages[:1])
