@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from llava_edge.errors import CannotCreateError, UsageError
+from llava_edge.locks import lock_file
 from llava_edge.models import micro, smol
 from llava_edge.models.config import LlavaConfig
 from llava_edge.models.conversations import write_records
@@ -50,11 +52,17 @@ def train_recipe(
     """Train a recipe, resuming an earlier run in `folders.run` if there is one.
 
     Returns the folder of the finished model (a Hugging Face LLaVA folder; `smol` also gets delta.safetensors).
+    Raises `CannotCreateError` if another process trains there.
     """
     _check_prerequisites(recipe, folders)
     torch.manual_seed(recipe.seed)
     if threads:
         torch.set_num_threads(threads)
+    with _locked(folders.run):
+        return _train(recipe, folders, log, encoding, report)
+
+
+def _train(recipe: Recipe, folders: Folders, log: Log, encoding: Progress | None, report: Report) -> Path:
     model, config = _build_untrained(recipe, folders, log)
     log("preparing conversations")
     _write_records(recipe, folders)
@@ -68,6 +76,21 @@ def train_recipe(
     Trainer(model, recipe, stages, features, folders.data, folders.run).train(report)
     _write_results(recipe, folders, model)
     return folders.run / "model"
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Let one process at a time write to the folder of a run. Raises `CannotCreateError`."""
+    base = run / "base"  # what makes it a run, even one that was killed here
+    base.mkdir(parents=True, exist_ok=True)
+    with (base / "lock").open("w") as file:
+        try:
+            lock_file(file, wait=False)
+        except BlockingIOError as error:
+            raise CannotCreateError(
+                f"Another llava-edge is training in {run}; let it end first, or choose another --out."
+            ) from error
+        yield
 
 
 def _check_prerequisites(recipe: Recipe, folders: Folders) -> None:

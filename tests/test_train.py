@@ -173,6 +173,20 @@ def test_changed_data_and_runs_that_do_not_say_what_they_trained_are_not_gone_on
         trainer.train()
 
 
+def test_two_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    """The second would remove what the first is writing, and mix its steps into the log."""
+    recipe = brief(bf16=False)
+    recipe = replace(recipe, stages=recipe.stages[:1])
+    out = folders(tmp_path)
+
+    def train_too(step: Step) -> None:
+        with pytest.raises(CannotCreateError, match="Another llava-edge is training in"):
+            train_recipe(recipe, out)
+
+    train_recipe(recipe, out, report=train_too)
+    assert len(losses(out.run)) == 3
+
+
 @pytest.mark.parametrize("changed", ["name", "shape"])
 def test_a_run_of_another_model_is_not_gone_on_with(changed: str, tmp_path: Path) -> None:
     """As of a version whose model had other tensors. By another name they would be left out in silence."""
