@@ -23,6 +23,7 @@ from pathlib import Path
 from llava_edge.bundle import MANIFEST, MAX_MANIFEST_BYTES, PARTS
 from llava_edge.errors import CannotCreateError
 from llava_edge.locks import lock_file
+from llava_edge.outputs import flush_to_disk
 
 _LOCK_FILE = ".llava-edge-export"  # lock file, locked by the export that uses the temporary folder
 _BUNDLE = "bundle"  # subfolder: becomes the target
@@ -74,13 +75,14 @@ def publish(temp: Path, out: Path, *, force: bool) -> None:
     Raises `OSError` without `force` if another process has just created a bundle there.
     """
     for path in temp.iterdir():
-        _sync(path)
-    _sync(temp)
+        flush_to_disk(path)
+    flush_to_disk(temp)
     if force and out.exists() and any(out.iterdir()):
         _exchange(temp, out)
     else:
         temp.rename(out)
-    _sync(out.parent)
+    with suppress(OSError):  # `out` has changed
+        flush_to_disk(out.parent)
 
 
 def _is_bundle(folder: Path) -> bool:
@@ -139,14 +141,6 @@ def _remove(folder: Path, out: Path) -> None:
     for name in (_BUNDLE, _OLD):
         shutil.rmtree(folder / name, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _exchange(temp: Path, out: Path) -> None:

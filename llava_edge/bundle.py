@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from llava_edge.errors import BundleError, MissingError
+from llava_edge.outputs import flush_to_disk
 from llava_edge.placeholder import PREFIX_BYTES, describe_placeholder
 from llava_edge.prompt import AfterControl
 from llava_edge.templates import TEMPLATES
@@ -242,8 +243,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         raw = asdict(manifest)
         json.dump({**raw, "checksum": _checksum(raw)}, file, indent=2, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    flush_to_disk(folder / MANIFEST)
 
 
 def file_entry(path: Path) -> FileEntry:

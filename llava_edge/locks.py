@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import threading
@@ -21,14 +20,16 @@ def fork_safe_lock() -> threading.Lock:
 
 
 def lock_file(file: int | IO[Any], *, wait: bool) -> bool:
-    """Whether the file is locked now, until it is closed: not on file systems without locks.
+    """Whether the file is locked now, until it is closed; False on file systems without locks.
 
     Raises `BlockingIOError` if another process has the lock and `wait` is False.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-            return False
+    except BlockingIOError:
         raise
+    except OSError as error:
+        if isinstance(error, PermissionError) and not wait:  # a lock that another computer has on an SMB share
+            raise BlockingIOError(error.errno, error.strerror) from error
+        return False  # no locks here: ENOLCK, ENOSYS, ENOTSUP, EINVAL; file systems do not agree on one
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -63,6 +64,19 @@ def check_space(folder: Path, estimate: int, what: str) -> None:
         )
 
 
+def flush_to_disk(path: Path) -> None:
+    """Write a file or a folder's names to the device, where its file system can. Raises `OSError` if that fails."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # On some network and FUSE mounts, most often for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path`; the file written there takes its place at the end, unless there is an error.
@@ -79,9 +93,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".llava-edge.{os.getpid()}.{time.monotonic_ns()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        if path.exists():
+        flush_to_disk(temporary)
+        if path.exists() and path.stat().st_mode != temporary.stat().st_mode:  # vfat refuses even to keep it
             shutil.copymode(path, temporary)
         temporary.replace(path)
     finally:

@@ -205,6 +205,30 @@ def test_two_runs_do_not_write_to_one_file(run: Run, photos: Path, tmp_path: Pat
     assert run(photos, "--output", answers)[0] == 0
 
 
+def test_an_answer_file_that_another_computer_adds_to(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an SMB share, where a lock that is taken is EACCES."""
+
+    def taken(file: int, kind: int) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("llava_edge.locks.fcntl.flock", taken)
+    code, _, err = run(photos, "--output", tmp_path / "answers.jsonl")
+    assert (code, err.startswith("llava-edge: Another llava-edge is adding answers to ")) == (73, True)
+
+
+def test_an_answer_file_where_nothing_can_be_locked(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(file: int, kind: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("llava_edge.locks.fcntl.flock", unknown)
+    assert run(photos, "--output", tmp_path / "answers.jsonl")[0] == 0
+    assert len(records(tmp_path / "answers.jsonl")) == 3
+
+
 def test_the_same_name_in_another_folder_is_another_image(
     run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ from processes import largest_file
 from safetensors.numpy import load_file, save_file
 
 from llava_edge import cli
-from llava_edge.bundle import LANGUAGE, MANIFEST, VISION_DATA, Bundle
+from llava_edge.bundle import LANGUAGE, MANIFEST, VISION_DATA, Bundle, write_manifest
 from llava_edge.errors import CannotCreateError, CheckpointError, MissingError, StorageError
 from llava_edge.export import publish
 from llava_edge.export.checkpoint import open_checkpoint
@@ -466,11 +466,12 @@ def test_an_interruption_between_two_renames_is_undone_at_once(
     assert [path.name for path in bundle_copy.parent.iterdir()] == [bundle_copy.name]
 
 
-def test_a_file_system_without_locks_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EACCES])
+def test_a_file_system_without_locks_is_enough(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nobody can tell dead exports' folders from those at work: they stay."""
 
     def unknown(file: int, kind: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(code, os.strerror(code))
 
     killed_export(tmp_path / "out")
     monkeypatch.setattr("llava_edge.locks.fcntl.flock", unknown)
@@ -480,6 +481,40 @@ def test_a_file_system_without_locks_is_enough(tmp_path: Path, monkeypatch: pyte
         publish.publish(temp, tmp_path / "out", force=False)
     assert (tmp_path / "out" / "file").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_flushes_nothing_is_enough(
+    code: int, micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(file: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(os, "fsync", unknown)
+    with publish.staging(out) as temp:
+        write_manifest(temp, Bundle.open(micro_bundle).manifest)
+        publish.publish(temp, out, force=False)
+    assert [path.name for path in out.iterdir()] == [MANIFEST]
+
+
+def test_a_bundle_that_has_its_name_is_not_said_to_have_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then a disk that fails is an error, and the old bundle stays."""
+    out, fails = tmp_path / "out", list[Path]()
+
+    def failing(file: int) -> None:
+        if os.fstat(file).st_ino == fails[0].stat().st_ino:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with publish.staging(out) as temp:
+        fails[:] = [temp]
+        with pytest.raises(OSError, match="Input/output error"):
+            publish.publish(temp, out, force=False)
+        assert not out.exists()
+        fails[:] = [tmp_path]
+        publish.publish(temp, out, force=False)
+    assert out.is_dir()
 
 
 def test_a_swap_that_was_cut_between_two_renames_is_undone(bundle_copy: Path) -> None:

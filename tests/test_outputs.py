@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -119,6 +120,24 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (old.read_text(), old.stat().st_mode & 0o777) == ("new", 0o640)
     assert (tmp_path / "link").is_symlink()
     assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_file_is_replaced_where_no_mode_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on vfat: there the new file has the old one's mode already. Nor can every file system flush one file."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def unknown(file: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    old = tmp_path / "old"
+    old.write_text("old")
+    monkeypatch.setattr(os, "chmod", refused)
+    monkeypatch.setattr(os, "fsync", unknown)
+    with replacing(old) as temporary:
+        temporary.write_text("new")
+    assert old.read_text() == "new"
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
