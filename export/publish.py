@@ -2,8 +2,9 @@
 
 Everything is written to `NAME.tmp-.../bundle` beside the target, flushed to disk, and renamed. An older bundle is
 exchanged with the new one (renameat2 on Linux, renamex_np on macOS), so that the name always refers to a complete
-bundle. A killed process leaves at most its temporary folder, which the next export recognises by an unlocked lock file
-and removes. Only such folders, and bundles, are ever removed or replaced.
+bundle; where the file system cannot, the next export restores one whose exchange was interrupted. A killed process
+leaves at most its temporary folder, which the next export recognises by an unlocked lock file and removes. Only such
+folders, and bundles, are ever removed or replaced.
 """
 
 from __future__ import annotations
@@ -133,8 +134,10 @@ def _remove(folder: Path, out: Path) -> None:
     """Remove a temporary folder, after restoring `out` from an interrupted swap. The lock file goes last, so that a
     folder left by a kill is still recognised.
     """
-    if (folder / _OLD).is_dir() and not os.path.lexists(out):
+    if (folder / _OLD).is_dir() and not os.path.lexists(out / MANIFEST):
         try:
+            if out.is_dir() and not out.is_symlink():
+                _remove_parts(out)
             (folder / _OLD).rename(out)
         except OSError:
             return
@@ -143,12 +146,29 @@ def _remove(folder: Path, out: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _remove_parts(out: Path) -> None:
+    """Remove what is left of a bundle. Raises `OSError` if there is anything else."""
+    if {path.name for path in out.iterdir()} <= set(PARTS):
+        for path in out.iterdir():
+            path.unlink()
+    out.rmdir()
+
+
 def _exchange(temp: Path, out: Path) -> None:
-    """Swap two folders atomically; where the system cannot, by two renames."""
+    """Swap two folders atomically; where the system cannot, by two renames; where it cannot rename `out` either, as an
+    overlay with a folder of a lower layer (a container's image), by a copy.
+    """
     if _exchange_atomically(temp, out):
         return
     old = temp.with_name(_OLD)
-    out.rename(old)
+    try:
+        out.rename(old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(out, old)
+        (out / MANIFEST).unlink(missing_ok=True)  # first: without it, `_remove` restores `old`
+        shutil.rmtree(out)
     try:
         temp.rename(out)
     except OSError:
@@ -170,6 +190,6 @@ def _exchange_atomically(temp: Path, out: Path) -> bool:
     if not failed:
         return True
     code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that cannot exchange
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):  # a file system that cannot exchange
         return False
     raise OSError(code, os.strerror(code), str(out))

@@ -539,6 +539,83 @@ def test_replacing_swaps_whole_folders(at_once: bool, tmp_path: Path, monkeypatc
     assert len(list(tmp_path.iterdir())) == 2
 
 
+OVERLAY = """
+import errno, sys
+from pathlib import Path
+from llava_edge.export import publish
+out, moved = Path(sys.argv[1]), Path(sys.argv[2])
+try:
+    out.rename(moved)
+except OSError as error:
+    assert error.errno == errno.EXDEV
+else:  # this kernel's overlays rename folders
+    moved.rename(out)
+with publish.staging(out) as temp:
+    (temp / "who").write_text("new")
+    publish.publish(temp, out, force=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="overlays are Linux's")
+def test_a_bundle_in_the_image_of_a_container_is_replaced(bundle_copy: Path, tmp_path: Path) -> None:
+    """There it is in the lower layer of an overlay, whose folders cannot be renamed."""
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    bundle_copy.rename(tmp_path / "lower" / "out")
+    mount = "mount -t overlay o -o lowerdir=lower,upperdir=upper,workdir=work merged"
+    own = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*own, "sh", "-c", mount], cwd=tmp_path, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("this user may mount no overlay here")
+    python = [sys.executable, "-c", OVERLAY, str(tmp_path / "merged" / "out"), str(tmp_path / "merged" / "moved")]
+    shell = ["sh", "-c", f'cd "$0" && {mount} && cd - && exec "$@"', str(tmp_path), *python]
+    done = subprocess.run([*own, *shell], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in (tmp_path / "upper").iterdir()] == ["out"]
+    assert (tmp_path / "upper" / "out" / "who").read_text() == "new"
+
+
+@pytest.mark.parametrize("content", ["", "thesis.txt"])
+def test_an_interrupted_exchange_by_a_copy_is_undone_unless_the_folder_is_used(
+    content: str, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Bundle.open(bundle_copy).manifest
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def fixed(self: Path, target: Path) -> Path:
+        if self == bundle_copy:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    def interrupted(path: Path, **options: Any) -> None:
+        if path != bundle_copy:
+            return rmtree(path, **options)
+        (bundle_copy / LANGUAGE).unlink()
+        if content:
+            (bundle_copy / content).write_text("x")
+        raise KeyboardInterrupt
+
+    def replaced() -> None:
+        with publish.staging(bundle_copy) as temp:
+            (temp / "file").write_text("new")
+            publish.publish(temp, bundle_copy, force=True)
+
+    monkeypatch.setattr(publish, "_exchange_atomically", lambda temp, out: False)
+    monkeypatch.setattr(Path, "rename", fixed)
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replaced()
+    if content:
+        assert (bundle_copy / content).exists()
+        (old,) = bundle_copy.parent.glob("*.tmp-*/old")
+        assert Bundle.open(old).manifest == before
+    else:
+        assert Bundle.open(bundle_copy).manifest == before
+        assert [path.name for path in bundle_copy.parent.iterdir()] == [bundle_copy.name]
+
+
 def test_of_two_exports_to_one_name_the_slower_replaces_nothing(
     micro_checkpoint: Path, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
