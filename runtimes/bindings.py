@@ -22,7 +22,7 @@ from llava_edge import interpreter
 from llava_edge.errors import UnavailableError
 from llava_edge.interrupts import held_back
 from llava_edge.locks import fork_safe_lock
-from llava_edge.runtimes import limit_spinning
+from llava_edge.runtimes import limit_spinning, machine
 
 _CTYPES_EXTENSIONS = "llama_cpp._ctypes_extensions"  # the only module of the package that the bindings import
 _CUDA = ("cudart", "cublasLt", "cublas", "nvrtc", "curand", "cufft", "cudnn")  # in order of dependency
@@ -69,6 +69,7 @@ def last_error() -> str:
 
 def onnxruntime() -> Any:
     """Import onnxruntime. Raises `UnavailableError`."""
+    machine.require_proc()
     try:
         with held_back():
             return import_module("onnxruntime")

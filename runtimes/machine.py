@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path, PurePosixPath
 
+from llava_edge.errors import UnavailableError
 from llava_edge.options import Memory
 
 MAX_EXTERNAL_LOAD = 0.15  # share of the processors: measurements beside more say nothing about a quiet machine
@@ -24,6 +25,12 @@ FEATURES = (
 )
 _IMPORTED = time.monotonic()
 _PAGE_CACHE = ("active_file", "inactive_file")  # fields of memory.stat
+
+
+def require_proc() -> None:
+    """Raise `UnavailableError` on Linux without /proc, as in a chroot: there ONNX Runtime loads no external weights."""
+    if sys.platform == "linux" and not Path("/proc/self").exists():
+        raise UnavailableError("/proc is not mounted here, which ONNX Runtime needs. Run: mount -t proc proc /proc")
 
 
 def nvidia_gpus() -> list[str]:

@@ -15,7 +15,7 @@ _MADV_DONTNEED = 4  # loses nothing of a mapped file
 
 
 def release_pages(path: Path) -> None:
-    """Release the pages of read-only mappings of `path`. Does nothing except on Linux, which lists mappings."""
+    """Release the pages of read-only mappings of `path`. Does nothing except on Linux with /proc, which lists them."""
     if sys.platform != "linux":
         return
     advise = ctypes.CDLL(None).madvise
@@ -34,7 +34,11 @@ def trim_heap() -> None:
 def _ranges(name: str) -> list[tuple[int, int]]:
     """Return the address ranges of a file's mappings that are not writable: releasing written pages would lose data."""
     ranges = []
-    for line in Path("/proc/self/maps").read_text("utf-8", "surrogateescape").splitlines():
+    try:
+        maps = Path("/proc/self/maps").read_text("utf-8", "surrogateescape")
+    except OSError:  # as in a chroot
+        return []
+    for line in maps.splitlines():
         span, rights, _, _, _, *mapped = line.split(maxsplit=5)
         if mapped == [name] and rights.startswith("r-"):
             start, end = (int(text, 16) for text in span.split("-"))

@@ -1,14 +1,19 @@
-"""Python in a process of its own, for what a process keeps to its end; what a process has in memory, and may write."""
+"""Processes of their own, for what a process keeps to its end, or with other mounts; what a process has in memory, and
+may write."""
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +30,24 @@ def in_child(
     done = subprocess.run(command, cwd=clone, env=environment, input=given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def with_mounts(mount: str, *command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in `folder` where the shell command `mount` has mounted something, for it alone.
+
+    Skips the test where this user may not.
+    """
+    own = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
+    mounted = [*own, "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*mounted, "true"], cwd=folder, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("this user may mount nothing here")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*mounted, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @contextmanager

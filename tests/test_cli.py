@@ -21,7 +21,7 @@ import gguf
 import pytest
 from conftest import Run
 from PIL import Image
-from processes import largest_file
+from processes import largest_file, with_mounts
 
 from llava_edge import cli, interpreter, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, Bundle
@@ -652,6 +652,20 @@ def test_a_disk_that_takes_a_part_of_stdout(unbuffered: str, tmp_path: Path) -> 
         )  # fmt: skip
     assert done.returncode == 74
     assert done.stderr == "llava-edge: Standard output cannot be written: File too large.\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("command", ["run", "serve", "doctor"])
+def test_without_proc_a_sentence_says_what_to_mount(command: str, micro_bundle: Path, photo: Path) -> None:
+    """As in a chroot."""
+    options: dict[str, list[str | Path]] = {"run": ["--image", photo], "serve": ["--port", "0"], "doctor": []}
+    arguments = ("-m", "llava_edge", command, "--model", micro_bundle, *options[command])
+    done = with_mounts("mount -t tmpfs none /proc", sys.executable, *arguments, folder=photo.parent)
+    assert done.returncode == 69
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(
+        "/proc is not mounted here, which ONNX Runtime needs. Run: mount -t proc proc /proc"
+    )
 
 
 def test_a_current_folder_that_was_removed(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

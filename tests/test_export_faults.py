@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import edit_config
-from processes import largest_file
+from processes import largest_file, with_mounts
 from safetensors.numpy import load_file, save_file
 
 from llava_edge import cli
@@ -563,15 +563,8 @@ def test_a_bundle_in_the_image_of_a_container_is_replaced(bundle_copy: Path, tmp
         (tmp_path / name).mkdir()
     bundle_copy.rename(tmp_path / "lower" / "out")
     mount = "mount -t overlay o -o lowerdir=lower,upperdir=upper,workdir=work merged"
-    own = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
-    if (
-        not shutil.which("unshare")
-        or subprocess.run([*own, "sh", "-c", mount], cwd=tmp_path, capture_output=True, check=False).returncode
-    ):
-        pytest.skip("this user may mount no overlay here")
-    python = [sys.executable, "-c", OVERLAY, str(tmp_path / "merged" / "out"), str(tmp_path / "merged" / "moved")]
-    shell = ["sh", "-c", f'cd "$0" && {mount} && cd - && exec "$@"', str(tmp_path), *python]
-    done = subprocess.run([*own, *shell], capture_output=True, text=True, check=False)
+    arguments = (tmp_path / "merged" / "out", tmp_path / "merged" / "moved")
+    done = with_mounts(mount, sys.executable, "-c", OVERLAY, *arguments, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert [path.name for path in (tmp_path / "upper").iterdir()] == ["out"]
     assert (tmp_path / "upper" / "out" / "who").read_text() == "new"

@@ -68,9 +68,14 @@ def _machine() -> list[Finding]:
     memory = machine.available_memory()
     free = "unknown" if memory is None else f"{memory / 2**30:.1f} GiB available"
     versions = ", ".join(f"{package} {_version(package)}" for package in ("numpy", "pillow", "click"))
+    system = Finding("system", "ok", f"{platform.system()} {platform.release()} {platform.machine()}")
+    try:
+        machine.require_proc()
+    except UnavailableError as error:
+        system = Finding("system", "broken", str(error))
     return [
         Finding("llava-edge", "ok", f"{__version__}, Python {platform.python_version()} in {sys.prefix}, {versions}"),
-        Finding("system", "ok", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        system,
         Finding("processor", "ok", f"{name}: {' '.join(features) or 'no special features known'}"),
         Finding("threads", "ok", f"{threads} ({reason})"),
         Finding("memory", "ok", free),

@@ -64,7 +64,8 @@ def enter(bundle: Path, device: str, draft: str | Path | None = None) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     if sys.platform != "linux":
         return
-    threads = len(list(Path("/proc/self/task").iterdir()))
+    tasks = Path("/proc/self/task")
+    threads = len(list(tasks.iterdir())) if tasks.exists() else 1  # unknown without /proc
     if threads > 1:
         raise UnavailableError(f"The model's process has {threads} threads before its sandbox starts; expected one.")
     libc = ctypes.CDLL(None, use_errno=True)
