@@ -905,6 +905,19 @@ def test_votes_that_cannot_be_kept_are_said_and_none_has_another_address(micro_b
         assert (status, "cannot be written" in json.loads(answer)["error"]["message"]) == (507, True)
 
 
+def test_a_server_without_a_home_answers_and_takes_no_votes(micro_bundle: Path, tmp_path: Path) -> None:
+    """As in a container whose user has neither HOME nor an entry in /etc/passwd."""
+    environment = {"LLAVA_EDGE_HOME": "~nobody-has-this-name/models"}
+    vote = {"type": "upvote", "messages": [["user", "Hello"], ["assistant", "Yes"]]}
+    with running(micro_bundle, tmp_path, environment=environment) as server:
+        assert server.ask("Hello", max_tokens=2)["usage"]["completion_tokens"]
+        assert json.loads(server.request("PUT", "/log/state", {"on": True})[2]) == {"on": True, "bytes": 0}
+        status, _, answer = server.request("POST", "/log", vote)
+        assert (status, "set LLAVA_EDGE_HOME" in json.loads(answer)["error"]["message"]) == (507, True)
+        assert server.request("GET", "/log")[2] == b""
+        assert server.request("DELETE", "/log")[0] == 204
+
+
 def test_a_vote_that_a_full_disk_took_in_part_spoils_no_other(tmp_path: Path) -> None:
     votes = VoteLog(tmp_path / "votes.jsonl", "micro", TEMPLATES["vicuna_v1"])
     votes.enabled = True

@@ -123,12 +123,13 @@ def _engine(subject: str, report: Report, detail: str) -> Finding:
 
 def _models(model: str, tune: bool) -> list[Finding]:
     try:
-        folder = store.home()
-        installed = {entry.name: entry.folder for entry in store.entries()}
-    except LlavaEdgeError as error:
-        return [Finding("cache folder", "broken", str(error))]
-    findings = [_cache_folder(folder), _image_cache()]
-    if model == store.DEFAULT_MODEL and installed[model] is None:
+        findings = [_cache_folder(store.home()), _image_cache()]
+        installed = {entry.name for entry in store.entries() if entry.folder is not None}
+    except MissingError as error:  # no home folder, which a model in another folder does not need
+        if model == store.DEFAULT_MODEL:
+            return [Finding("cache folder", "broken", str(error))]
+        findings, installed = [Finding("cache folder", "note", str(error))], set()
+    if model == store.DEFAULT_MODEL and model not in installed:
         return [
             *findings,
             Finding("default model", "note", f"{model} is not installed.", f"llava-edge models pull {model}"),
@@ -160,7 +161,7 @@ def _vision(model: str, bundle: Bundle, measure: bool) -> list[Finding]:
             return [Finding("vision", level, str(error), command)]
     settings = tune.load(bundle)
     if measure and not settings:
-        text = f"measured, but the results cannot be stored in {store.home()}; default settings are used."
+        text = "measured, but the results cannot be stored; default settings are used."
         return [Finding("vision", "note", text, "export LLAVA_EDGE_HOME=FOLDER")]
     if not settings:
         text = "not tuned on this machine; default settings are used."

@@ -17,7 +17,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from llava_edge.errors import UnavailableError
+from llava_edge.errors import MissingError, UnavailableError
 from llava_edge.store import home
 
 REQUEST_MEMORY = 4 << 30  # bytes of address space for requests, on top of the loaded model
@@ -98,9 +98,10 @@ def _restrict_files(libc: ctypes.CDLL, models: list[Path]) -> None:
     packages = [Path(spec.origin) for name in _PACKAGES if (spec := find_spec(name)) and spec.origin]
     # Not the current folder, which may be the user's home.
     readable = [Path(path) for path in sys.path if path and Path(path).resolve() != Path.cwd()]
+    with contextlib.suppress(MissingError):
+        readable += [home() / name for name in ("builds", "native", "tune")]
     readable += [
         *models,
-        *(home() / name for name in ("builds", "native", "tune")),
         *(package.resolve().parent.parent for package in packages),
     ]
     for path in (*readable, *map(Path, (sys.prefix, sys.base_prefix, *_READABLE))):

@@ -89,7 +89,10 @@ async def _serve(
     metrics = Metrics()
     supervisor = Supervisor(bundle, options, limits, metrics.count_answer, log)
     manifest = bundle.manifest
-    vote_log = VoteLog(store.home() / "log" / "votes.jsonl", manifest.name, get_template(manifest.template))
+    votes = None
+    with suppress(MissingError):  # no home folder
+        votes = store.home() / "log" / "votes.jsonl"
+    vote_log = VoteLog(votes, manifest.name, get_template(manifest.template))
     allowed_origins = guard.parse_origins(settings.allowed_origins)
     access_guard = guard.Guard(hosts, settings.key, settings.allowed_hosts, allowed_origins)
     app = App(manifest, supervisor, vote_log, limits, metrics).asgi(access_guard, log)

@@ -27,9 +27,9 @@ _ROLES = {
 
 
 class VoteLog:
-    """The log at `path`, used from the event loop only. Off until `enabled` is set."""
+    """The log at `path`, used from the event loop only. Off until `enabled` is set. Without a path it has no room."""
 
-    def __init__(self, path: Path, model: str, layout: Template) -> None:
+    def __init__(self, path: Path | None, model: str, layout: Template) -> None:
         self.path = path
         self.enabled = False
         self._model = model
@@ -50,36 +50,28 @@ class VoteLog:
             "ip": address,
         }
         line = json.dumps(record).encode("ascii") + b"\n"
+        if self.path is None:
+            raise Problem(507, "The log cannot be written: the server has no home folder; set LLAVA_EDGE_HOME.")
         if self.size() + len(line) > MAX_BYTES:
             raise Problem(507, "The log is full. Export and delete it.")
         with _refusing("written"):
-            self._append(line)
+            _append(self.path, line)
 
     def read(self) -> bytes:
         """The whole file. Raises `Problem`, as `delete` and `size` do, if the system refuses."""
         with _refusing("read"):
-            return self.path.read_bytes() if self.path.exists() else b""
+            return self.path.read_bytes() if self.path and self.path.exists() else b""
 
     def delete(self) -> None:
         """Remove the file."""
         with _refusing("deleted"):
-            self.path.unlink(missing_ok=True)
+            if self.path:
+                self.path.unlink(missing_ok=True)
 
     def size(self) -> int:
         """Size of the file in bytes."""
         with _refusing("read"):
-            return self.path.stat().st_size if self.path.exists() else 0
-
-    def _append(self, line: bytes) -> None:
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        size = self.size()
-        try:
-            with self.path.open("ab") as file:
-                file.write(line)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # or the next line would continue the part that a full disk took
-            raise
+            return self.path.stat().st_size if self.path and self.path.exists() else 0
 
     def _state(self, messages: object) -> dict[str, Any]:
         roles = _ROLES.get(self._layout.style, ("USER", "ASSISTANT"))
@@ -103,6 +95,18 @@ class VoteLog:
             "sep": separators[0],
             "sep2": separators[1],
         }
+
+
+def _append(path: Path, line: bytes) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab") as file:
+            file.write(line)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)  # or the next line would continue the part that a full disk took
+        raise
 
 
 @contextlib.contextmanager
