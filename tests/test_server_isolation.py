@@ -115,6 +115,23 @@ def test_a_request_that_the_process_did_not_receive_is_asked_again(server: Serve
 
 
 @linux
+def test_a_server_that_was_stopped_for_a_while_goes_on(server: Server) -> None:
+    """As by Ctrl-Z or `docker pause`. A client that has left meanwhile takes no line in the log for each token."""
+    crashes, child = server.health()["crashes"], server.child()
+    leaving = wait_for_text(server.start(LONG))
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        leaving.close()
+        time.sleep(0.5)  # in which the model goes on
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+    server.wait_until(lambda: server.metric("llava_edge_requests_running") == 0)
+    assert server.text("Hello", (png(),))
+    assert (server.health()["crashes"], server.child()) == (crashes, child)
+    assert "socket.send" not in server.log.read_text()
+
+
+@linux
 def test_it_is_started_again_without_being_asked(server: Server) -> None:
     before, open_before = server.child(), pipes(server)
     os.kill(before, signal.SIGKILL)

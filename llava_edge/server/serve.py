@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import resource
 import socket
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def serve(bundle: Bundle, options: EngineOptions, settings: Settings, log: Calla
     settings = replace(settings, limits=_within_descriptors(settings.limits))
     if not all(find_spec(name) for name in ("starlette", "uvicorn")):
         raise UnavailableError(f"The server needs the extra [serve]. {install_hint('serve')}")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every write to a client that has left
     with ExitStack() as stack:
         sockets = [stack.enter_context(listener) for listener in _listen(settings.host, settings.port, log)]
         asyncio.run(_serve(bundle, options, settings, sockets, log))
