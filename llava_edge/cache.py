@@ -115,7 +115,8 @@ class Cache:
         if problem := write_problem(self.folder):
             return f"nothing is cached: {self.folder} cannot be written to ({problem})."
         if self.folder.exists() and not _is_private(self.folder):
-            return f"nothing is cached: {self.folder} belongs to another user or is shared by all users; move it away."
+            whose = "belongs to another user, is shared by all users, or is on a disk without permissions"
+            return f"nothing is cached: {self.folder} {whose}; move it away, or set LLAVA_EDGE_HOME."
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
         free = shutil.disk_usage(existing).free
         if free + sum(info.st_size for _, info in self._scan()) >= self._min_free:
@@ -296,5 +297,8 @@ def _is_private(folder: Path) -> bool:
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & stat.S_ISVTX:
         return False
     if stat.S_IMODE(info.st_mode) & 0o077:
-        folder.chmod(0o700)
+        try:
+            folder.chmod(0o700)
+        except PermissionError:  # as on vfat, where the mount decides who may do what
+            return False
     return True

@@ -111,6 +111,19 @@ def test_a_folder_of_somebody_else_is_said(linked: bool, kept: Cache, tmp_path: 
     assert "belongs to another user" in kept.disabled_reason()
 
 
+def test_a_disk_without_permissions_is_said(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vfat, on which the mount decides who may read."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    kept.folder.chmod(0o755)
+    monkeypatch.setattr(os, "chmod", refused)
+    assert kept.get(KEY) is None
+    assert not kept.put(OTHER, ABOUT, PAYLOAD)
+    assert "on a disk without permissions" in kept.disabled_reason()
+
+
 def test_a_long_description_costs_no_entry(kept: Cache) -> None:
     """A model may have any name."""
     assert kept.put(KEY, {"model": "long" * 5000}, PAYLOAD)
