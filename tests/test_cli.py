@@ -845,6 +845,16 @@ def doctor_without_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava_edge.cli.doctor._engines", list)
 
 
+def test_doctor_reports_the_rest_where_no_temporary_file_can_be(micro_bundle: Path, run: Run) -> None:
+    """As where all is read-only."""
+    with largest_file(0):
+        code, out, err = run("doctor", "--model", micro_bundle)
+    assert (code, "llama_cpp could not be tested in a temporary folder: No usable" in err) == (69, True)
+    assert re.search("^broken +llama.cpp +llama_cpp could not be tested", out, re.MULTILINE)
+    assert re.search("^ok +onnxruntime +", out, re.MULTILINE)
+    assert re.search("^ok +model +", out, re.MULTILINE)
+
+
 @pytest.mark.usefixtures("doctor_without_engines")
 def test_doctor_says_what_is_wrong_with_a_model(run: Run) -> None:
     code, _, err = run("doctor", "--model", "nosuch")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import __version__, store
-from llava_edge.errors import LlavaEdgeError, MissingError, UnavailableError
+from llava_edge.errors import LlavaEdgeError, MissingError, StorageError, UnavailableError
 from llava_edge.outputs import write_problem
 
 if TYPE_CHECKING:
@@ -85,7 +85,11 @@ def _machine() -> list[Finding]:
 def _engines() -> list[Finding]:
     from llava_edge.runtimes import probe
 
-    llama, ort = probe.check("llama_cpp"), probe.check("onnxruntime")
+    try:
+        llama = probe.check("llama_cpp")
+    except StorageError as error:  # no folder for its model
+        llama = probe.Report(str(error))
+    ort = probe.check("onnxruntime")
     findings = [_engine("llama.cpp", llama, "build"), _engine("onnxruntime", ort, "providers")]
     devices = ["cpu works"]
     for name in ("cuda", "metal"):
