@@ -46,7 +46,7 @@ def write_problem(folder: Path) -> str:
     import tempfile  # 5 ms
 
     try:
-        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         with tempfile.TemporaryFile(dir=existing):
             return ""
     except OSError as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +18,11 @@ from llava_edge.outputs import check_output, check_space, replacing, storage_err
 
 def test_whether_a_folder_takes_files(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
     assert write_problem(tmp_path) == write_problem(tmp_path / "a" / "b") == ""
     assert write_problem(tmp_path / "file") == write_problem(tmp_path / "file" / "b") == "Not a directory"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert write_problem(tmp_path / "link") == "No such file or directory"  # nor can a folder be made of that name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 def test_new_files_old_ones_and_links_to_either_may_be_written(tmp_path: Path) -> None:
@@ -52,8 +56,8 @@ def test_what_would_be_lost_or_spoil_something_is_refused(tmp_path: Path) -> Non
         with pytest.raises(CannotCreateError, match=why):
             check_output(
                 tmp_path / name,
-                distinct_from=[tmp_path / "taken"],
-                bundles=[tmp_path / "bundle", tmp_path / "folder"],
+                distinct_from=[tmp_path / "folder" / ".." / "taken"],
+                bundles=[tmp_path / "bundle", tmp_path / "link"],
             )
 
 
@@ -83,17 +87,20 @@ def test_a_closed_folder_is_not_said_to_be_missing(tmp_path: Path, monkeypatch: 
         check_output(tmp_path / "no" / "file")
 
 
-def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or one that would be full to the last byte."""
     check_space(tmp_path, 1, "It")
-    with pytest.raises(StorageError, match=r"^It needs about .* GB are free"):
-        check_space(tmp_path, 1 << 60, "It")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_200_000_000))
+    check_space(tmp_path, 1_990_000_000, "It")
+    with pytest.raises(StorageError, match=r"^It needs about 2\.31 GB in .*, but only 2\.20 GB are free\.$"):
+        check_space(tmp_path, 2_100_000_000, "It")
 
 
 def test_a_write_that_fails_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "none" / "file"
     with (
         pytest.raises(StorageError, match=r"file could not be written: No such file or directory\.$"),
-        storage_errors(path),
+        storage_errors(path, RuntimeError),
     ):
         path.write_text("lost")
     with pytest.raises(StorageError, match=r"pos, as when the disk is full\.$"), storage_errors(path, RuntimeError):
@@ -140,8 +147,8 @@ def test_a_file_is_replaced_where_no_mode_can_be_set(tmp_path: Path, monkeypatch
     assert old.read_text() == "new"
 
 
-def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
-    """As a device does: /dev/null must not become a file."""
+def test_a_pipe_or_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    """/dev/null must not become a file."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -150,3 +157,9 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     assert os.read(reader, 99) == b"through"
     os.close(reader)
     assert pipe.is_fifo()
+    ends = os.openpty()
+    terminal = Path(os.ttyname(ends[1]))
+    with replacing(terminal) as target:
+        assert target == terminal
+    for end in ends:
+        os.close(end)
