@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llava_edge.bundle import LANGUAGE
 from llava_edge.runtimes import machine, threads
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.machine import ExternalLoad
@@ -137,17 +139,57 @@ def test_where_nothing_is_told_the_number_stays(monkeypatch: pytest.MonkeyPatch)
     assert [threads.next() for _ in range(3)] == [3, 3, 3]
 
 
-def test_only_whole_windows_of_tokens_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the time before them, in which a picture is read by threads of our own that wait for each other."""
-    now = [0.0]
+def test_only_whole_windows_of_tokens_count(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the time before a picture or a text, which threads of our own read that wait for each other."""
+    now, used, never = [0.0], list[int](), threading.Event()
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(AdaptiveThreads, "_read_counters", lambda self: (now[0], 0.9 * now[0], 0.0))  # always crowded
-    threads, seen = AdaptiveThreads(4), []
+    monkeypatch.setattr(language.library, "llama_set_n_threads", lambda context, one, many: used.append(many))
+    monkeypatch.setattr(language, "_threads", PassThreads(5, vary=True, all_ours=False))
+    monkeypatch.setattr(threads, "SMALL_PRODUCT", 20 * language.hidden_size**2)
+    picture = np.zeros((1, language.hidden_size), np.float32)
+    language.truncate(0)
     for seconds in (0.0, 0.05, 0.05, 0.05, 0.05):
         now[0] += seconds
-        seen.append(threads.next())
+        language.evaluate_tokens([5], never)
     now[0] += 5
-    threads.reset()
-    seen += [threads.next()]
+    language.evaluate_embeddings(picture, [("", 0)], never)
     now[0] += 0.2
-    assert [*seen, threads.next()] == [4, 4, 3, 3, 2, 2, 1]
+    language.evaluate_tokens([5], never)
+    now[0] += 5
+    language.evaluate_tokens([5] * 20, never)
+    language.evaluate_tokens([5], never)
+    now[0] += 0.2
+    language.evaluate_tokens([5], never)
+    language.truncate(0)
+    assert used == [5, 5, 4, 4, 3, 3, 2, 5, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("vary", "all_ours", "others", "expected"),
+    [
+        (False, False, 9.0, [(4, 0), (4, 0), (4, 0)]),
+        (True, False, 9.0, [(1, 1), (1, 1), (4, 4)]),
+        (True, True, 0.0, [(1, 4), (4, 4), (4, 4)]),  # of norms, few are computed sooner by one thread
+    ],
+)
+def test_which_passes_follow_the_load(
+    vary: bool, all_ours: bool, others: float, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExternalLoad, "elapsed", lambda self: 0.3)
+    monkeypatch.setattr(ExternalLoad, "processors", lambda self: others)
+    monkeypatch.setattr(AdaptiveThreads, "_read_counters", lambda self: None)
+    chosen = PassThreads(4, vary=vary, all_ours=all_ours)
+    passes = ((2, threads.SMALL_ROWS // 2), (1, threads.SMALL_ROWS + 1), (1 << 12, threads.SMALL_ROWS))
+    assert [chosen.choose(positions, width) for positions, width in passes] == expected
+
+
+def test_what_other_programs_do_changes_no_bits(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's own attention, which computes here, splits float16 keys by the number of threads."""
+    monkeypatch.setattr(ExternalLoad, "elapsed", lambda self: 0.3)
+    monkeypatch.setattr(ExternalLoad, "processors", lambda self: 9.0)
+    used = list[tuple[int, int]]()
+    with LanguageModel(micro_bundle / LANGUAGE, context=64, threads=4) as language:
+        monkeypatch.setattr(language.library, "llama_set_n_threads", lambda _, one, many: used.append((one, many)))
+        language.evaluate_tokens([5], threading.Event())
+    assert used == [(4, 4)]
