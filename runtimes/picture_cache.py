@@ -102,18 +102,15 @@ class PictureCache:
 
     def _write(self, key: str, about: dict[str, str], payload: Payload) -> None:
         assert self._disk is not None
-        try:
-            self._disk.put(key, about, payload)
-        finally:
-            with self._lock:
-                self._queued.pop(key, None)
+        self._disk.put(key, about, payload)
+        with self._lock:
+            self._queued.pop(key, None)
 
     def _put_in_memory(self, key: str, payload: Payload) -> None:
         if len(payload) > self._memory_bytes:
             return
         with self._lock:
             self._memory[key] = payload
-            self._memory.move_to_end(key)
             size = sum(map(len, self._memory.values()))
             while size > self._memory_bytes:
                 size -= len(self._memory.popitem(last=False)[1])

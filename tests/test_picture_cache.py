@@ -18,7 +18,7 @@ from PIL import Image
 from processes import in_child
 
 from llava_edge import Llava, image
-from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION_DATA, Bundle
+from llava_edge.bundle import LANGUAGE, PROJECTOR, VISION_DATA, Bundle, read_manifest, write_manifest
 from llava_edge.cache import Cache, user_cache
 from llava_edge.errors import BundleError, MissingError
 from llava_edge.export.exporter import ExportOptions, export
@@ -223,8 +223,11 @@ def test_a_prompt_that_is_a_picture_is_never_restored_whole(micro_bundle: Path) 
     answers = []
     for _ in range(2):
         with Engine.open(captions, CPU) as engine:
-            answers.append(result_of(engine.generate([Message("user", "", 1)], [picture("red")], SHORT)).text)
-    assert answers[0] == answers[1] != ""
+            for reuse in (False, True):  # all but the last row
+                stream = engine.generate([Message("user", "", 1)], [picture("red")], SHORT, reuse=reuse)
+                answers.append(result_of(stream).text)
+    assert len(set(answers)) == 1
+    assert answers[0]
 
 
 def watched(patch: pytest.MonkeyPatch) -> list[int]:
@@ -320,13 +323,15 @@ def test_a_picture_shown_twice_is_encoded_and_counted_once(micro_bundle: Path, m
 
     def counted(self: embedder.Embedder, picture: Picture, *rest: Any) -> embedder.Embedding:
         keys.append(picture.key)
-        return computing(self, picture, *rest)
+        return replace(computing(self, picture, *rest), encode_ms=7.0, project_ms=50_000.0)
 
     monkeypatch.setattr(embedder.Embedder, "_compute", counted)
     with opened(micro_bundle, shown=[lambda: shown] * 3) as llava:
         result = result_of(llava.answer([Message("user", "What is it?", 3)], [shown] * 3))
     assert keys == [shown.key]
     assert result.timings.preprocess_ms == shown.preprocess_ms
+    assert result.timings.encode_ms >= 50_007
+    assert result.timings.project_ms == 50_000
 
 
 def test_what_equal_files_took_is_counted_for_each(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,11 +500,17 @@ def test_other_code_of_the_same_version_computes_anew(micro_bundle: Path, root: 
 
 @pytest.mark.parametrize(("part", "cache"), [(LANGUAGE, "embedding"), (VISION_DATA, "miss"), (PROJECTOR, "miss")])
 def test_a_part_replaced_in_place_is_another_one(part: str, cache: str, bundle_copy: Path) -> None:
-    """Same size, same manifest: only `verify` compares hashes, so the key has the file's time too."""
+    """Of the same size. Only `verify` compares hashes, so the key has the file's time too."""
     with opened(bundle_copy) as llava:
         found(llava, ASK, [picture("red")])
     path = bundle_copy / part
     path.write_bytes(path.read_bytes())
+    with opened(bundle_copy) as llava:
+        assert found(llava, ASK, [picture("red")])[2] == cache
+        assert found(llava, ASK, [picture("red")])[2] == "kv"
+    manifest = read_manifest(bundle_copy)  # or of the same time, too, as where a packer sets all to one
+    other = replace(manifest.files[part], sha256="0" * 64)
+    write_manifest(bundle_copy, replace(manifest, files=manifest.files | {part: other}))
     with opened(bundle_copy) as llava:
         assert found(llava, ASK, [picture("red")])[2] == cache
 
@@ -707,6 +718,21 @@ def test_what_would_not_be_kept_is_not_saved(micro_bundle: Path, monkeypatch: py
     assert not any(sizes)
 
 
+def test_an_answer_comes_where_there_is_no_memory_to_keep_its_picture(
+    micro_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: LanguageModel, count: int, max_bytes: float) -> memoryview | None:
+        raise MemoryError
+
+    monkeypatch.setattr(LanguageModel, "save_state", full)
+    with opened(micro_bundle) as llava:
+        assert [found(llava, ASK, [picture(name)])[2] for name in ("red", "blue", "red")] == [
+            "miss",
+            "miss",
+            "embedding",
+        ]
+
+
 def test_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [PictureCache(None, memory_bytes=size).max_payload for size in (0, 10)] == [0, 10]
     monkeypatch.setattr(picture_cache, "MAX_QUEUED_BYTES", 12)
@@ -716,6 +742,8 @@ def test_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert kept.max_payload == 12
     kept.put("key", {}, b"12345")
     assert kept.max_payload == 10
+    kept.put("large", {}, bytes(11))
+    assert kept.get("large") is None  # not kept until there is room on a slow disk
     written.set()
     kept.close()
     assert kept.max_payload == 12
