@@ -85,26 +85,28 @@ def rest(stream: Iterator[Chunk]) -> tuple[str, Result]:
 
 
 class Hold:
-    """Until `go` is set, an answer that is decoded alone gets no second token; `begun` is set when one begins."""
+    """Until `go` is set, an answer that is decoded alone gets no token after its first `steps`, when `begun` is set."""
 
-    def __init__(self, llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.go = threading.Event(), threading.Event()
+    def __init__(self, llava: Llava, monkeypatch: pytest.MonkeyPatch, steps: int = 1) -> None:
+        self.begun, self.go, self._steps = threading.Event(), threading.Event(), steps
         self._right = llava._engine._thread.take
         monkeypatch.setattr(llava._engine._thread, "take", self._take)
 
     def _take(self) -> Job | None:
-        if not self.begun.is_set():
-            self.begun.set()
+        if self._steps:
+            self._steps -= 1
+            if not self._steps:
+                self.begun.set()
             return None
         assert self.go.wait(20)
         return self._right()
 
 
 def together(
-    llava: Llava, monkeypatch: pytest.MonkeyPatch, requests: list[tuple[str, Any, Options]]
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, requests: list[tuple[str, Any, Options]], steps: int = 1
 ) -> list[Result | Exception]:
-    """The results of requests of which the others are queued when the first one has its first token."""
-    hold, queued = Hold(llava, monkeypatch), threading.Semaphore(0)
+    """The results of requests of which the others are queued when the first one has its first `steps` tokens."""
+    hold, queued = Hold(llava, monkeypatch, steps), threading.Semaphore(0)
     enqueue = llava._engine._thread._enqueue
 
     def counted(job: Any) -> None:
@@ -130,11 +132,12 @@ def together(
 
 
 def assert_same_together(
-    llava: Llava, monkeypatch: pytest.MonkeyPatch, requests: list[tuple[str, Any, Options]]
-) -> None:
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, requests: list[tuple[str, Any, Options]], steps: int = 1
+) -> list[Result]:
     alone = [llava.ask(question, image, options).text for question, image, options in requests]
-    found = together(llava, monkeypatch, requests)
-    assert [result.text for result in found if isinstance(result, Result)] == alone
+    found = [result for result in together(llava, monkeypatch, requests, steps) if isinstance(result, Result)]
+    assert [result.text for result in found] == alone
+    return found
 
 
 def test_answers_are_decoded_together_and_are_those_alone(
@@ -155,17 +158,18 @@ def test_answers_are_decoded_together_and_are_those_alone(
     assert len({result.text for result in alone}) == len(alone)
 
 
-@pytest.mark.parametrize("speculate", ["auto", "ngram"])
+@pytest.mark.parametrize(("speculate", "steps"), [("auto", 1), ("ngram", 1), ("ngram", 8)])
 def test_an_answer_with_drafts_goes_on_without(
-    speculate: Any, llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+    speculate: Any, steps: int, llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = Options(max_tokens=60, speculate=speculate)
     requests: list[tuple[str, Any, Options]] = [
         ("a list: one, two, one, two, one,", (), options),
         ("the red", IMAGES[0], options),
     ]
-    assert_same_together(llava, monkeypatch, requests)
+    found = assert_same_together(llava, monkeypatch, requests, steps)
     assert max(batches) == 2
+    assert (found[0].drafted_tokens > 0) == (steps > 1)  # as many as there were before
 
 
 def test_a_sampled_answer_goes_on_with_its_own_numbers(
@@ -198,6 +202,22 @@ def test_without_room_a_request_waits(llava: Llava, batches: list[int], monkeypa
     assert [result.completion_tokens for result in found if isinstance(result, Result)] == alone
     assert set(batches) == {1, 2}
     assert len(batches) < alone[1]  # the first, beside which there is no room, keeps its drafts
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_an_answer_joins_where_all_positions_suffice_and_not_with_one_more(
+    more: int, llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the room for the first prompt, or what is left of its answer, llama.cpp would end both or one wait."""
+    questions = ["a list: " * 20, "12"]
+    prompts = sum(llava.ask(question, (), replace(LONG, max_tokens=1)).prompt_tokens for question in questions)
+    limits = [50, llava.context - prompts - 50 + 1 + more]  # the first one's first token is in no other place
+    requests = [
+        (question, (), replace(LONG, max_tokens=tokens)) for question, tokens in zip(questions, limits, strict=True)
+    ]
+    found = together(llava, monkeypatch, requests)
+    assert [result.completion_tokens for result in found if isinstance(result, Result)] == limits
+    assert bool(batches) == (more == 0)
 
 
 def test_an_unusable_picture_is_an_error_of_its_own_request(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_the_next_answer_about_a_later_picture_has_its_bits(llava: Llava) -> Non
     language.truncate(0)
     text = llava.ask("the red", blue, SHORT).text
     wanted = language.logits().copy()
-    for stream in llava.ask_each([RED, blue], "the red", SHORT):
+    for stream in llava.ask_each([RED, blue, blue], "the red", SHORT):
         result_of(stream)
     assert llava.ask("the red", blue, SHORT).text == text
     assert np.array_equal(language.logits(), wanted)
