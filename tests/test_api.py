@@ -47,6 +47,8 @@ RED = Image.new("RGB", (40, 30), "red")
 
 def test_the_device_can_be_named(micro_bundle: Path, llava: Llava) -> None:
     assert llava.device == "cpu (asked for)"
+    with Llava.load(micro_bundle, EngineOptions(threads=1, context=64), device="cpu") as small:
+        assert small.context == 64  # beside the other options
     with pytest.raises(UnavailableError, match="metal"):
         Llava.load(micro_bundle, EngineOptions(threads=1), device="metal" if sys.platform != "darwin" else "cuda")
 
@@ -240,6 +242,7 @@ def test_a_system_text_stands_before_the_question(llava: Llava) -> None:
     system = result_of(llava.answer(messages, RED, few["options"]))
     assert system.text != wanted.text
     streams = [llava.stream("What?", RED, **few), *llava.ask_many(["What?"], RED, **few)]
+    streams += llava.ask_each([RED], "What?", **few)
     found = [llava.ask("What?", RED, **few), asyncio.run(llava.aask("What?", RED, **few))]
     for result in (*found, *map(result_of, streams)):
         assert (result.text, result.prompt_tokens) == (system.text, system.prompt_tokens)

@@ -414,6 +414,9 @@ def test_times_of_an_answer_add_up(llava: Llava) -> None:
     times = ended.timings
     assert ended.finish_reason == "stop"
     assert times.decode_tokens_per_s * times.decode_ms / 1000 == pytest.approx(ended.completion_tokens)
+    earlier: Any = {"options": Options(max_tokens=1), "started": time.monotonic() - 50_000}
+    for stream in (llava.stream("Hello", **earlier), *llava.ask_many(["Hello"], **earlier)):
+        assert result_of(stream).timings.ttft_ms > 50_000_000
 
 
 def test_the_end_of_the_context_ends_the_answer(micro_bundle: Path) -> None:

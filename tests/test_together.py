@@ -194,6 +194,8 @@ def test_cancelling_ends_all_questions(images: Any, llava: Llava) -> None:
         reasons += [chunk.finish_reason for chunk in stream if chunk.finish_reason]
     assert reasons[0] == "cancelled"
     assert len(reasons) <= 2
+    each = llava.ask_each([RED, RED], "one,", SHORT, cancel=cancel)
+    assert [result_of(stream).finish_reason for stream in each] == ["cancelled"] * 2
 
 
 def test_leaving_one_early_ends_all_questions(llava: Llava, pass_sizes: list[int]) -> None:
