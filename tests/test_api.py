@@ -605,6 +605,38 @@ def test_a_turn_waits_for_the_one_that_was_left(llava: Llava) -> None:
     assert len(chat.messages) == 4
 
 
+def test_a_turn_that_waits_for_another_one_can_be_cancelled(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, although the other one is not at its end."""
+    chat, begun, go = llava.chat(options=FEW), threading.Event(), threading.Event()
+    generate = chat._engine.generate
+
+    def held(*arguments: Any, **named: Any) -> Iterator[Chunk]:
+        begun.set()
+        assert go.wait(20)
+        yield from generate(*arguments, **named)
+
+    monkeypatch.setattr(chat._engine, "generate", held)
+
+    async def turn(text: str) -> None:
+        async for _ in chat.asay(text):
+            pass
+
+    async def run() -> bool:
+        first = asyncio.create_task(turn("One?"))
+        await asyncio.to_thread(begun.wait, 20)
+        second = asyncio.create_task(turn("Two?"))
+        while len(chat._async_queue) < 2:
+            await asyncio.sleep(0.001)
+        second.cancel()
+        ended, _ = await asyncio.wait([second], timeout=5)
+        go.set()
+        await first
+        return bool(ended)
+
+    assert asyncio.run(run())
+    assert [message.text for message in chat.messages][:-1] == ["One?"]
+
+
 def test_turns_of_several_tasks_are_answered_in_their_order(llava: Llava) -> None:
     chat = llava.chat(options=FEW)
 
