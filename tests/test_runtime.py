@@ -519,6 +519,7 @@ def test_a_turn_does_not_look_at_an_image_again(llava: Llava) -> None:
     assert first.image_tokens == second.image_tokens > 0
     assert first.timings.encode_ms > 0
     assert second.timings.encode_ms == 0
+    assert second.cached_tokens >= first.prompt_tokens  # nor read what was said
 
 
 def test_a_stopped_turn_keeps_what_was_said(llava: Llava) -> None:
