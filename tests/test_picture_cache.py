@@ -462,9 +462,12 @@ def test_pictures_side_by_side_are_what_each_is_alone(
 
 
 def test_settings_that_may_change_bits_are_part_of_the_key(micro_bundle: Path) -> None:
-    for options in (CPU, replace(CPU, threads=2), replace(CPU, context=256), replace(CPU, kv="q8_0")):
-        with opened(micro_bundle, options) as llava:
-            assert found(llava, ASK, [picture("red")])[2] in ("miss", "embedding")
+    changes: list[dict[str, Any]] = [{}, {"threads": 2}, {"context": 256}, {"kv": "q8_0"}]
+    for change in changes:
+        with opened(micro_bundle, replace(CPU, **change)) as llava:
+            assert found(llava, ASK, [picture("red")])[2] == (
+                "embedding" if change.keys() & {"context", "kv"} else "miss"
+            )
     assert len(entries("state")) == 4
 
 
