@@ -179,6 +179,22 @@ def test_cancelled_evaluation_leaves_nothing_half_done(language: LanguageModel) 
     assert np.allclose(language.logits(), wanted, atol=1e-3)
 
 
+def test_logits_are_computed_of_no_other_position(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a product with the whole vocabulary each."""
+    decode, seen = language.library.llama_decode, list[list[int]]()
+
+    def noted(context: Any, batch: Any) -> int:
+        seen.append([batch.logits[i] for i in range(batch.n_tokens)])
+        return int(decode(context, batch))
+
+    monkeypatch.setattr(language.library, "llama_decode", noted)
+    language.truncate(0)
+    language.evaluate_tokens([5] * 3, NEVER)
+    language.evaluate_all_logits([5] * 2, NEVER)
+    language.evaluate_tokens([5] * 3, NEVER)
+    assert seen == [[0, 0, 1], [1, 1], [0, 0, 1]]
+
+
 def test_a_kv_cache_that_cannot_be_shortened_is_emptied(
     language: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +357,12 @@ def test_without_a_seed_an_answer_is_drawn_anew_and_can_be_repeated(llava: Llava
         assert llava.ask(question, options=replace(drawn, seed=found.seed)).text == found.text
 
 
+def test_probabilities_are_those_of_their_own_tokens_with_drafts_asked_for(llava: Llava) -> None:
+    asked = Options(max_tokens=40, top_logprobs=2)
+    plain, drafted = (list(llava.stream("hello", options=replace(asked, speculate=how))) for how in ("off", "ngram"))
+    assert [chunk.chances for chunk in drafted] == [chunk.chances for chunk in plain]
+
+
 def test_a_greedy_answer_has_no_seed(llava: Llava) -> None:
     first, second = (llava.ask("hello", options=Options(max_tokens=16, seed=seed)) for seed in (None, 5))
     assert (first.text, first.seed) == (second.text, None)
@@ -414,6 +436,11 @@ def test_times_of_an_answer_add_up(llava: Llava) -> None:
     times = ended.timings
     assert ended.finish_reason == "stop"
     assert times.decode_tokens_per_s * times.decode_ms / 1000 == pytest.approx(ended.completion_tokens)
+    begun = time.monotonic()
+    stream = llava.stream("Hello", options=Options(max_tokens=200, speculate="off"))
+    next(stream)
+    read = time.monotonic()
+    assert result_of(stream).timings.ttft_ms / 1000 <= read - begun
     earlier: Any = {"options": Options(max_tokens=1), "started": time.monotonic() - 50_000}
     for stream in (llava.stream("Hello", **earlier), *llava.ask_many(["Hello"], **earlier)):
         assert result_of(stream).timings.ttft_ms > 50_000_000
@@ -581,6 +608,7 @@ def test_cancelled_before_it_began(llava: Llava) -> None:
     cancel.set()
     final = result_of(llava.stream("hello", picture("red"), cancel=cancel))
     assert (final.finish_reason, final.text, final.completion_tokens) == ("cancelled", "", 0)
+    assert (final.timings.ttft_ms, final.timings.decode_ms) == (0, 0)  # rather than since the machine started
 
 
 def test_a_closed_engine_says_so(micro_bundle: Path) -> None:
