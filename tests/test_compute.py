@@ -128,7 +128,7 @@ def test_a_model_may_be_closed_in_the_thread_it_computes_in(micro_bundle: Path) 
 
 
 FORKED = """
-import os, sys, threading, warnings
+import os, signal, sys, threading, warnings
 from pathlib import Path
 from llava_edge.runtimes.language import LanguageModel
 warnings.simplefilter("ignore")
@@ -139,8 +139,9 @@ def load():
 language = load()
 language.evaluate_tokens([5], threading.Event())
 if os.fork() == 0:
+    signal.alarm(30)  # seconds until it ends, if it hangs
+    fresh = load()  # while the other one is still there, whose thread is not
     language.close()
-    fresh = load()
     fresh.evaluate_tokens([5, 6], threading.Event())
     os._exit(len(fresh.cached_keys))
 print(os.waitstatus_to_exitcode(os.wait()[1]))
