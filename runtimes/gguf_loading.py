@@ -29,7 +29,6 @@ class Settings:
     context: int
     batch: int
     sequences: int
-    threads: int
     eight_bits: bool
     flash_attention: bool
 
@@ -103,7 +102,6 @@ def _create_context(api: Any, model: Any, settings: Settings) -> Any:
     params = api.llama_context_default_params()
     params.n_ctx = settings.context
     params.n_batch = params.n_ubatch = settings.batch
-    params.n_threads = params.n_threads_batch = settings.threads
     params.n_seq_max = settings.sequences
     params.kv_unified = True  # sequences share the positions of a common prefix
     if settings.eight_bits:

@@ -80,7 +80,6 @@ class LanguageModel(KvCache):
             context=context,
             batch=batch,
             sequences=sequence_limit(context, batch),
-            threads=self._threads.maximum,
             eight_bits=eight_bits,
             # Only this reads 8-bit values. By default llama.cpp turns it off if another device would compute it.
             flash_attention=eight_bits or few_attention,
