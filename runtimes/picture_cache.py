@@ -102,9 +102,11 @@ class PictureCache:
 
     def _write(self, key: str, about: dict[str, str], payload: Payload) -> None:
         assert self._disk is not None
-        self._disk.put(key, about, payload)
-        with self._lock:
-            self._queued.pop(key, None)
+        try:
+            self._disk.put(key, about, payload)
+        finally:  # whatever happened: it counts towards `MAX_QUEUED_BYTES`
+            with self._lock:
+                self._queued.pop(key, None)
 
     def _put_in_memory(self, key: str, payload: Payload) -> None:
         if len(payload) > self._memory_bytes:
