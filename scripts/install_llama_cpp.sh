@@ -53,8 +53,9 @@ progress() {
 install() {
     local flags=""
     if [ "$(uname -s)" = Linux ]; then flags="-fno-tree-dse -fno-dse"; fi
-    CFLAGS="${CFLAGS:-} $flags" CXXFLAGS="${CXXFLAGS:-} $flags" "$PYTHON" -m pip install --verbose \
-        --no-binary llama-cpp-python "llama-cpp-python==$VERSION" "$@" 2>&1 | progress
+    CFLAGS="${CFLAGS:-} $flags" CXXFLAGS="${CXXFLAGS:-} $flags" \
+        SKBUILD_CMAKE_ARGS="-DCMAKE_PROJECT_llama.cpp_INCLUDE=$PWD/scripts/llama_cpp.cmake" \
+        "$PYTHON" -m pip install --verbose --no-binary llama-cpp-python "llama-cpp-python==$VERSION" "$@" 2>&1 | progress
 }
 
 give_up() {
@@ -92,7 +93,7 @@ if [ -n "$wish" ]; then
     anew=(--no-cache-dir) # neither takes what pip kept of another build, nor leaves this one to others
     if installed; then anew+=(--force-reinstall --no-deps); fi
 else
-    say "Installing llama-cpp-python $VERSION. The first time it is compiled for this processor, which takes 4 to 8 minutes"
+    say "Installing llama-cpp-python $VERSION. The first time it is compiled for this processor, which takes about 5 minutes"
     say "on two cores; details in $LOG"
 fi
 install ${anew[@]+"${anew[@]}"} || give_up "llama-cpp-python $VERSION could not be built."

@@ -154,16 +154,17 @@ def test_a_build_that_works_is_left_alone(root: Path, tmp_path: Path) -> None:
 def test_a_wish_for_another_build_is_followed(wish: dict[str, str], root: Path, tmp_path: Path) -> None:
     """Anew, without a wheel that pip kept, and with the flags that gcc 12 needs; pip itself is not run."""
     python, asked = tmp_path / "python", tmp_path / "asked"
-    pip = f'printf "%s|" "$CMAKE_ARGS" "$CXXFLAGS" "$@" >"{asked}"; exit'
+    pip = f'printf "%s|" "$CMAKE_ARGS" "$CXXFLAGS" "$SKBUILD_CMAKE_ARGS" "$@" >"{asked}"; exit'
     python.write_text(
         f'#!/bin/sh\ncase "$*" in "-m pip install"*) {pip};; esac\nexec "{sys.executable}" "$@"\n', "utf-8"
     )
     python.chmod(0o755)
     done = install(root, str(python), tmp_path, CXX="sh", **wish)
     assert done.returncode == 0, done.stderr
-    arguments, flags, *words = asked.read_text("utf-8").split("|")
+    arguments, flags, ours, *words = asked.read_text("utf-8").split("|")
     assert arguments == wish.get("CMAKE_ARGS", "")
     assert ("-fno-dse" in flags) == (sys.platform == "linux")
+    assert Path(ours.removeprefix("-DCMAKE_PROJECT_llama.cpp_INCLUDE=")).is_file(), "what leaves out llama.cpp's common"
     assert {"--no-cache-dir", "--force-reinstall", "--no-deps", "--no-binary"} <= set(words)
     (name,) = wish
     assert f"anew, because {name} is " in done.stderr
