@@ -105,10 +105,11 @@ def test_who_has_to_wait_is_told_once(pictures: list[Path], tmp_path: Path) -> N
 def test_a_second_training_says_on_stderr_that_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Until whoever reads that presses Ctrl-C."""
+    """With another --out and the same --data, until whoever reads that presses Ctrl-C."""
 
     def taken(file: TextIO, kind: int) -> None:
-        raise BlockingIOError if kind & fcntl.LOCK_NB else KeyboardInterrupt
+        if "features" in Path(file.name).parts:
+            raise BlockingIOError if kind & fcntl.LOCK_NB else KeyboardInterrupt
 
     monkeypatch.setattr(fcntl, "flock", taken)
     assert cli.execute(["train", "micro", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "data")]) == 130
