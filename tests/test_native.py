@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 from native_kernels import (
@@ -813,6 +814,28 @@ def test_a_person_is_told_once_that_kernels_can_be_built(
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert told() == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "kernel", "told"),
+    [
+        ({"failed": "their check crashed"}, "", f"Not used: their check crashed. Run: {choice.COMMAND}"),
+        (found_out(), "nope", "Not used: LLAVA_EDGE_NATIVE is 'nope'; expected one of off, "),
+        (found_out(), "off", ""),
+    ],
+    ids=["failed", "misspelt", "off"],
+)
+def test_a_person_is_told_why_kernels_are_not_used(
+    state: dict[str, Any], kernel: str, told: str, micro_bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.folder().mkdir(parents=True)
+    (installed.folder() / installed.STATE).write_text(json.dumps(state), "utf-8")
+    monkeypatch.setenv("LLAVA_EDGE_NATIVE", kernel)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    few = ("--threads", "1", "--max-tokens", "2")
+    code, _, err = run("run", "--model", micro_bundle, "--device", "cpu", *few, "--prompt", "hi")
+    assert code == 0
+    assert f"(native kernels: {told}" in err if told else "kernels" not in err
 
 
 def test_kernels_that_were_tried_are_not_asked_for(built: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli.arguments import answer_options, check_options, constrain, generation_options, options_from
-from llava_edge.cli.terminal import json_line, printable, show, show_json, status_line, suggest_native_build
+from llava_edge.cli.terminal import json_line, printable, report_unused_kernels, show, show_json, status_line
 from llava_edge.errors import (
     CannotCreateError,
     ContextOverflowError,
@@ -101,7 +101,7 @@ def batch(
                 llava = Llava.load(bundle.folder, engine, on_load=status)
             with llava:
                 check_options(llava, options, json_schema, grammar)
-                suggest_native_build(llava.device)
+                report_unused_kernels(llava.device)
                 _ask(llava, waiting, prompt, system, options, report)
     problems = [f"{report.failed} of {len(waiting)} images got no answer"] if report.failed else []
     problems += [f"{len(unreadable)} of the folders could not be read"] if unreadable else []

@@ -16,7 +16,7 @@ from llava_edge.cli.arguments import (
     options_from,
     system_option,
 )
-from llava_edge.cli.terminal import show, status_line, suggest_native_build
+from llava_edge.cli.terminal import report_unused_kernels, show, status_line
 
 
 @click.command(cls=ImageCommand)
@@ -36,7 +36,7 @@ def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> Non
 
     with load_model_and_images(Bundle.open(resolve(model)), engine, options, images, image_path) as (llava, pictures):
         click.echo(f"{llava.bundle.manifest.name} on {llava.device}. /help lists the commands.", err=True)
-        suggest_native_build(llava.device)
+        report_unused_kernels(llava.device)
         repl = Repl(llava.chat(system, options), show, _busy)
         repl.add(pictures, list(images))
         repl.run()

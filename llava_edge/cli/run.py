@@ -21,7 +21,7 @@ from llava_edge.cli.arguments import (
     options_from,
     read_stdin,
 )
-from llava_edge.cli.terminal import show, show_json, status_line, suggest_native_build
+from llava_edge.cli.terminal import report_unused_kernels, show, show_json, status_line
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 
@@ -72,7 +72,7 @@ def run(
     with load_model_and_images(bundle, engine, options, images, _image_source) as (llava, pictures):
         if sys.stderr.isatty() or shared["preset"] != "auto" or shared["verbose"]:
             click.echo(f"device: {llava.device}; preset: {llava.preset}", err=True)
-        suggest_native_build(llava.device)
+        report_unused_kernels(llava.device)
         check_options(llava, options, json_schema, grammar)
         activity, failed = "Looking at the image" if images else "Reading", 0
         streams = llava.ask_many(prompts, pictures, options, system=system, started=started)

@@ -44,13 +44,12 @@ def printable(text: str) -> str:
     return "".join(mark for mark in text if mark.isprintable())
 
 
-def suggest_native_build(device: str) -> None:
-    """On a terminal, suggest building the native kernels if they are not built, such as after an update."""
+def report_unused_kernels(device: str) -> None:
+    """On a terminal, say why the native kernels do not compute a loaded model, if something can be done about it."""
     from llava_edge.runtimes import native
-    from llava_edge.runtimes.native.choice import COMMAND
 
-    if sys.stderr.isatty() and device.startswith("cpu") and native.needs_build():
-        click.echo(f"(the native kernels are not built for this version; to build them, run: {COMMAND})", err=True)
+    if sys.stderr.isatty() and device.startswith("cpu") and (advice := native.advice()):
+        click.echo(f"({advice})", err=True)
 
 
 def is_writable(stream: TextIO) -> bool:

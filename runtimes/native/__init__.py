@@ -36,6 +36,7 @@ from llava_edge.runtimes.native.library import DEVICE, Library
 
 ACCEPTED = {("0.3.36", "0.25.3")}  # llama-cpp-python, ggml: versions that src/ggml_interface.h was compared with
 CHECK_SECONDS = 300
+_NOT_BUILT = Status("Not built for this machine.", COMMAND)
 
 MAX_F16_VALUES = 1 << 20  # of a matrix in products of few rows (src/few.cpp); those of most adapters are smaller
 
@@ -61,7 +62,7 @@ def status() -> Status:
     except UnavailableError as error:
         return Status(str(error))
     except (OSError, ValueError, MissingError):
-        return Status("Not built for this machine.", COMMAND)
+        return _NOT_BUILT
     try:
         return choose(state, requested_kernel())
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -77,6 +78,19 @@ def needs_build() -> bool:
     except (LlavaEdgeError, OSError):
         return False
     return True
+
+
+def advice() -> str:
+    """What to tell a user whose model could be computed by the kernels and is not; empty if nothing can be done."""
+    found = activate()
+    if found.used or requested_kernel() == "off":
+        return ""
+    if found == _NOT_BUILT:  # such as after an update
+        command = f"to build them, run: {COMMAND}"
+        return f"the native kernels are not built for this version; {command}" if needs_build() else ""
+    if found.fix:
+        return f"native kernels: {found.reason} Run: {found.fix}"
+    return f"native kernels: {found.reason}" if requested_kernel() else ""
 
 
 def activate() -> Status:
