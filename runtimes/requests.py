@@ -118,7 +118,8 @@ class Preparer:
         size = sum(len(message.text.encode("utf-8", "replace")) for message in messages)
         if size > self._model.context_size * 64:  # no vocabulary here has tokens of 64 bytes on average
             raise ContextOverflowError(
-                f"The messages have {size} bytes of text, far more than a context of {self._model.context_size} holds."
+                f"The messages have {size} bytes of text, far more than a context of {self._model.context_size} holds. "
+                "Use a shorter text."
             )
         return self._model.encode(messages)
 

@@ -367,7 +367,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "--model", "{}", "--prompt", "hi", "--image-tokens", "9999"], 2, "--image-tokens is 9999, but"),
     (["run", "--model", "{}", "--speculate", "perhaps"], 2, "perhaps"),
     (["run", "--model", "{}", *["--stop", "x"] * 17], 2, "at most 16"),
-    (["run", "--model", "{}", "--prompt", "x" * 2_000_000, *LIGHT], 2, "bytes of text"),
+    (["run", "--model", "{}", "--prompt", "x" * 2_000_000, *LIGHT], 2, "Use a shorter text."),
     (["run", "--model", "{}", "--device", "cuda", "--prompt", "hello"], 69, "not available"),
     (["info", "/dev/null"], 65, "neither"),
     (["train", "no-such"], 66, "micro, smol"),
