@@ -35,7 +35,7 @@ TRAIN = [
     *EXPORT,
     "torch==2.13.0",  # exact: trained with it, and a range would pull in whichever build is newest
     "tokenizers>=0.22",
-    "matplotlib>=3.10.8",
+    "matplotlib>=3.10.8",  # 3.10.0 warns with today's pyparsing
     "resvg-py>=0.5",  # draws the emoji that `smol` is trained on
 ]
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
@@ -43,7 +43,7 @@ DEV = [
     *TRAIN,
     *SERVE,
     "openai>=2",  # the clients the server is tested with
-    "ollama>=0.6.2",
+    "ollama>=0.6.2",  # from here on its client can be closed
     "transformers>=4.57.6,<5",  # the reference the tests compare with; 5.x changed the image processors
     "optimum-onnx>=0.1",  # likewise, for CLIP in ONNX
     "sentencepiece>=0.2.2",  # 0.2.1 dies in a process that has loaded the rest

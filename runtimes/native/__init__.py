@@ -81,7 +81,10 @@ def needs_build() -> bool:
 
 
 def advice() -> str:
-    """What to tell a user whose model could be computed by the kernels and is not; empty if nothing can be done."""
+    """What to tell a user whose model could be computed by the kernels and is not; empty if nothing can be done.
+
+    Call it when the model is loaded: it activates the kernels as that does.
+    """
     found = activate()
     if found.used or requested_kernel() == "off":
         return ""
