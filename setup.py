@@ -28,6 +28,7 @@ RUNTIME = [
     "pillow>=12.3",  # older releases have known decoder faults, and pictures come from anywhere
     "onnxruntime>=1.24",
     "llama-cpp-python==0.3.36",  # exact: its C structures are used directly, and they change between releases
+    "llguidance>=1.9",  # older ones do not follow all JSON schemas that this one does
     "click>=8.2",
 ]
 EXPORT = ["onnx>=1.22", "gguf>=0.19", "safetensors>=0.7"]

@@ -34,6 +34,7 @@ MIN_TEMPERATURE = 1e-6  # below, sampling always picks the likeliest token, and 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_BYTES = 256
 MAX_GRAMMAR_CHARACTERS = 1 << 18
+LARK_MARK = "%llguidance"  # begins a grammar that is not GBNF, as llama.cpp has it
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Options:
     speculate: speculative decoding: propose tokens from earlier text and verify several in one pass. It is used for
         greedy answers only and does not change them (docs/gpu.md). "auto" stops where it does not pay, and on a GPU
         does not start without a draft model; "ngram" never stops.
-    grammar: GBNF grammar (llama.cpp's) that the answer must follow; `llava_edge.from_schema` writes one. Empty: none.
+    grammar: what the answer must follow: GBNF as llama.cpp's, or Lark as LLGuidance's if it begins with `%llguidance`,
+        which is what `llava_edge.from_schema` writes. Empty: none.
     top_logprobs: report the log probability of each token and of this many likeliest alternatives. None: do not.
     image_tokens: maximum number of positions per image; 0 is all. Fewer are faster and show less detail.
     image_token_method: how they are reduced, see `llava_edge.token_budget`; all but "cls" are baselines.

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 
 from llava_edge import prompt
 from llava_edge.bundle import Manifest
 from llava_edge.errors import ContextOverflowError, UsageError
 from llava_edge.image import ImageInput
 from llava_edge.options import Options
+from llava_edge.runtimes.constraints import constraint
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.loading import LoadedModel
 from llava_edge.runtimes.parallel import Request
 from llava_edge.runtimes.pictures import Picture, RecentPictures, apply_token_budget, check_budget
 from llava_edge.runtimes.prefill import split_segments
-from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.stats import RequestStats
 from llava_edge.runtimes.text import TextStream
 from llava_edge.templates import get_template
@@ -95,7 +96,9 @@ class Preparer:
         """Raise `UsageError` for options that suit no question to this model."""
         check_budget(options, self._manifest)
         if options.grammar:
-            Sampler(self._model.language, options).close()  # raises if llama.cpp cannot parse it
+            language = self._model.language
+            with closing(constraint(language.library, language.vocabulary, options.grammar)) as grammar:
+                grammar.allowed()  # raises where the first token already takes too much work
 
     def check_context(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options

@@ -282,11 +282,11 @@ def second_answer_runs_dry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take all words away from the second answer with a grammar, after its first token: the vocabulary can say all."""
     from llava_edge.runtimes.sampling import Sampler
 
-    real, samplers = Sampler._sample_with_grammar, list[Sampler]()
+    real, samplers = Sampler._sample_allowed, list[Sampler]()
 
-    def sample(self: Sampler, logits: np.ndarray[Any, Any]) -> int:
+    def sample(self: Sampler, logits: np.ndarray[Any, Any], allowed: np.ndarray[Any, Any]) -> int:
         samplers.append(self)
         is_dry = list(dict.fromkeys(samplers)).index(self) == 1 and samplers.count(self) == 2
-        return real(self, np.full_like(logits, -np.inf) if is_dry else logits)
+        return real(self, logits, allowed & (not is_dry))
 
-    monkeypatch.setattr(Sampler, "_sample_with_grammar", sample)
+    monkeypatch.setattr(Sampler, "_sample_allowed", sample)

@@ -1,15 +1,13 @@
-"""What llama.cpp allows an answer to be, given a grammar."""
+"""What an answer may be, given a grammar."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from llava_edge import Llava, Options
-from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.constraints import LarkConstraint
 
 
 def sample_json(llava: Llava, grammar: str, seed: int, longest: int = 200) -> Any:
@@ -19,33 +17,26 @@ def sample_json(llava: Llava, grammar: str, seed: int, longest: int = 200) -> An
 
 
 def allows(llava: Llava, grammar: str, text: str) -> bool:
-    """Whether llama.cpp lets the tokens of `text`, and then the end, pass."""
-    with allowing(llava, grammar) as allowed:
-        return allowed(text)
+    """Whether the tokens of `text`, and then the end, may be sampled."""
+    return allowing(llava, grammar)(text)
 
 
-@contextmanager
-def allowing(llava: Llava, grammar: str) -> Iterator[Callable[[str], bool]]:
+def allowing(llava: Llava, grammar: str) -> Callable[[str], bool]:
     """`allows` of many texts: the grammar is parsed once."""
     language = llava._engine.model.scheduler._language
-    library, vocabulary = language.library, language.vocabulary
-    end = library.llama_vocab_eos(vocabulary.pointer)
+    vocabulary = language.vocabulary
+    end = language.library.llama_vocab_eos(vocabulary.pointer)
+    followed = LarkConstraint(vocabulary, grammar)
 
     def allowed(text: str) -> bool:
-        at_start = library.llama_sampler_clone(sampler._grammar)
-        try:
-            return all(passes(library, at_start, token) for token in [*vocabulary.tokenize(text), end])
-        finally:
-            library.llama_sampler_free(at_start)
+        followed._matcher.reset()
+        return all(_goes_on(followed, token) for token in [*vocabulary.tokenize(text), end])
 
-    with closing(Sampler(language, Options(grammar=grammar))) as sampler:
-        yield allowed
+    return allowed
 
 
-def passes(library: Any, grammar: Any, token: int) -> bool:
-    data = library.llama_token_data(token, 0.0, 0.0)
-    choice = library.llama_token_data_array(ctypes.pointer(data), 1, -1, False)
-    library.llama_sampler_apply(grammar, ctypes.byref(choice))
-    if data.logit == 0:
-        library.llama_sampler_accept(grammar, token)
-    return bool(data.logit == 0)
+def _goes_on(followed: LarkConstraint, token: int) -> bool:
+    may = bool(followed.allowed()[token])
+    if may:
+        followed.accept(token)
+    return may

@@ -47,6 +47,7 @@ HOMES = {
     "matplotlib": {"models"},
     "onnxruntime": {"runtimes", "export"},
     "llama_cpp": {"runtimes", "export"},
+    "llguidance": {"runtimes", "json_schema"},
     "transformers": set(),
     "sentencepiece": set(),
     "starlette": {"server"},
@@ -142,7 +143,7 @@ def test_the_runtime_needs_no_extra() -> None:
     others = ("export", "models", "server", "pyinstaller", "__main__")
     names = [f"llava_edge.{name}" for name, _ in modules() if part_of(name) not in others]
     code = "\n".join(f"import {name.removesuffix('.__init__')}" for name in names)
-    assert "llava_edge" in loaded_after(code, *(set(HOMES) - {"onnxruntime", "llama_cpp"}), "gguf")
+    assert "llava_edge" in loaded_after(code, *(set(HOMES) - {"onnxruntime", "llama_cpp", "llguidance"}), "gguf")
 
 
 def test_the_exporter_needs_no_torch() -> None:

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext
 from datetime import timedelta
 from decimal import Decimal
 from itertools import combinations
 from time import process_time
 from typing import Any, Literal
-from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from grammars import allowing, allows, sample_json
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from PIL import Image
 from schemas import FORMATS, satisfies
 
-from llava_edge import Llava, Options
+from llava_edge import Llava
 from llava_edge.errors import UsageError
-from llava_edge.json_schema import disjoint
-from llava_edge.json_schema.disjoint import has_type
-from llava_edge.json_schema.formats import FORMAT_LENGTHS
 from llava_edge.json_schema.grammar import any_object, from_schema
-from llava_edge.runtimes import sampling
-from llava_edge.runtimes.sampling import Sampler
 
 SHORT = {"type": "string", "maxLength": 5}
 SCHEMAS: dict[str, Any] = {
@@ -87,8 +78,8 @@ SCHEMAS: dict[str, Any] = {
     "negative": {"type": ["number", "integer"], "exclusiveMinimum": -3, "exclusiveMaximum": 0},
     "price": {"type": "number", "minimum": 0.5, "multipleOf": 0.05},
     "dozens": {"type": "integer", "exclusiveMinimum": -30, "maximum": 1e4, "multipleOf": 12},
-    **{name: {"type": "string", "format": name} for name in FORMATS},
-    "code": {"type": "string", "pattern": r"^[A-Z]{2}-\d+$", "minLength": 5, "maxLength": 6, "format": "date"},
+    **{name: {"type": "string", "format": name, "maxLength": 40} for name in FORMATS},
+    "code": {"type": "string", "pattern": r"^[A-Z]{2}-\d+$", "minLength": 5, "maxLength": 6, "format": "sku"},
     "record": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"const": 1}},
     "one or two": {"type": "object", "minProperties": 1, "maxProperties": 2, "additionalProperties": {"const": 1}},
     "no name": {"type": "object", "maxProperties": 0},
@@ -106,7 +97,13 @@ SCHEMAS: dict[str, Any] = {
         "additionalProperties": {"type": "integer"},
         "required": ["y"],
     },
-    "short time": {"type": "string", "format": "time", "maxLength": 4},
+    "properties and more": {
+        "type": "object",
+        "properties": {"a": {"const": 1}},
+        "patternProperties": {"^[bc]$": {"const": 2}},
+        "additionalProperties": False,
+        "required": ["a"],
+    },
     "names": {"type": "object", "properties": {'"quoted"\\': {"const": 1}}, "required": ['"quoted"\\']},
 }
 
@@ -133,17 +130,17 @@ def test_integers_of_a_range_and_no_others(llava: Llava, one: int, other: int, m
     low, high = sorted((one, other))
     grammar = from_schema({"type": "integer", "minimum": low, "maximum": high})
     ends = [end + step for end in (low, high) for step in (-10, -1, 0, 1, 9)]
-    with allowing(llava, grammar) as allowed:
-        for value in (*ends, (low + high) // 2, -low, -high, low * 10, high // 10, *more):
-            if abs(value) < 10**16:
-                assert allowed(str(value)) == (low <= value <= high), value
-        assert not any(map(allowed, ("", "-", "00", "01", "-01", "1.", "+1", f"{high}a")))
+    allowed = allowing(llava, grammar)
+    for value in (*ends, (low + high) // 2, -low, -high, low * 10, high // 10, *more):
+        if abs(value) < 10**16:
+            assert allowed(str(value)) == (low <= value <= high), value
+    assert not any(map(allowed, ("", "-", "00", "01", "-01", "1.", "+1", f"{high}a")))
 
 
 LIMIT = st.one_of(
     st.none(), st.integers(-12, 12), *(st.decimals(-(10**e), 10**e, places=3).map(float) for e in (0, 2, 8))
 )
-STEP = st.sampled_from([None, None, 1, 3, 7, 20, 0.1, 0.25, 0.03, 2.5, 1e-7, 3e-7, 1e-300, 40.0])
+STEP = st.sampled_from([None, None, 1, 3, 7, 20, 0.1, 0.25, 0.03, 2.5, 0.001, 40.0])
 
 
 @given(LIMIT, LIMIT, st.booleans(), st.booleans(), STEP, st.lists(st.decimals(-1000, 1000, places=3), max_size=4))
@@ -175,9 +172,18 @@ def test_numbers_within_limits_and_no_others(
     except UsageError:
         assert right == set()
         return
-    with allowing(llava, grammar) as allowed:
-        assert {text for text in texts if allowed(text)} == right
-        assert not any(map(allowed, ("", "-", "00", ".5", "0.", "1.e5", "01.5", "1e1")))
+    allowed = allowing(llava, grammar)
+    said = {text for text in texts if allowed(text)}
+    assert said <= right
+    # LLGuidance leaves some out: 0.1 where the maximum is 0.101; 0.5, but not 0.50, where the step is 0.25.
+    missing = {text for text in right - said if not any(allowed(text + "0" * n) for n in (1, 2, 3))}
+    at_limit = {text for text in missing if any(plain(end).startswith(text) or _is_near(text, end) for end in ends)}
+    assert missing == at_limit
+    assert not any(map(allowed, ("", "-", "00", ".5", "0.", "1.e5", "01.5", "1e1")))
+
+
+def _is_near(text: str, end: Decimal) -> bool:
+    return abs(Decimal(text) - end) < max(Decimal(1), abs(end)) / 10**8
 
 
 def test_exclusive_limits_as_openapi_3_0_has_them() -> None:
@@ -232,54 +238,25 @@ def test_formats_that_programs_parse(llava: Llava, name: str, right: str, wrong:
     assert [text for text in wrong.split() if allows(llava, grammar, f'"{text}"')] == []
 
 
-@pytest.mark.parametrize("name", FORMAT_LENGTHS)
-def test_formats_are_followed_where_lengths_allow_all_their_texts(name: str) -> None:
-    low, high = FORMAT_LENGTHS[name]
-    schema = {"type": "string", "format": name}
-    assert from_schema(schema | {"minLength": low, "maxLength": high}) == from_schema(schema)
-    for lengths in ({"minLength": low + 1}, {"maxLength": high - 1}):
-        assert from_schema(schema | lengths) != from_schema(schema)
-    lengths_of_texts = [length for length, may_end in enumerate(_ends(from_schema(schema))) if may_end]
-    assert (lengths_of_texts[0], lengths_of_texts[-1]) == (low, high)
-
-
-def _ends(grammar: str) -> Iterator[bool]:
-    """Whether a text may end after 0, 1, 2, ... characters, by the rules of a pattern without a cycle."""
-    rules = dict(line.split(" ::= ", 1) for line in grammar.splitlines())
-    states = {"p0s0"}
-    while states:
-        yield any(rules[state].endswith(r'"\""') for state in states)
-        states = {after for state in states for after in re.findall(r"p0s\d+", rules[state])}
-
-
-def test_escapes_are_characters_and_halves_of_a_pair_are_not(llava: Llava) -> None:
-    one, more = (from_schema({"type": "string", "minLength": low, "maxLength": low}) for low in (1, 2))
-    whole = [r"\u00e9", r"\uD7FF", r"\ue000", r"\uffff", r"\ud83d\uDE00", r"\uDbff\udfff", "é", "😀", r"\n"]
-    halves = [r"\ud83d", r"\uDE00", r"\ud83d\n", r"\ud83dx", r"\ude00\ud83d", r"\ud83d\ud83d", r"\ud83d\u00e9"]
-    for text in whole:
-        assert allows(llava, one, f'"{text}"'), text
-        assert allows(llava, more, f'"{text}{text}"'), text
-        assert not allows(llava, more, f'"{text}"'), text
-    for text in halves:
-        assert not any(allows(llava, grammar, f'"{text}"') for grammar in (one, more)), text
-
-
 def test_json_as_models_write_it(llava: Llava) -> None:
-    """With and without a space after commas and colons; numbers only so large that all programs can read them."""
-    right = ['{"a": [1, -2.5], "b": null}', '{"a":[],"b":0.1e-09}', r'"\"\\\/\b\f\n\r\t\uDBFF\udc00"', "9" * 16]
-    wrong = ["1.", "01", "+1", "9" * 17, "1e100", "[1,]", "[1 ,2]", "{1:2}", r'"\x"', '"\t"', "'a'", "NaN", "True"]
-    with allowing(llava, from_schema({})) as allowed:
-        assert [text for text in right if not allowed(text)] == []
-        assert [text for text in wrong if allowed(text)] == []
+    """With and without a space after commas and colons, and before all; numbers so large that programs read them."""
+    right = ['{"a": [1, -2.5], "b": null}', '{"a":[],"b":0.1e-09}', r'"\"\\\b\f\n\r\t"', '"é😀"', ' "a"']
+    wrong = ["1.", "01", "+1", "[1,]", "[1 ,2]", "{1:2}", r'"\x"', '"\t"', "'a'", "NaN", "True", r'"\ud83d"', "\n1"]
+    allowed = allowing(llava, from_schema({}))
+    assert [text for text in right if not allowed(text)] == []
+    assert [text for text in wrong if allowed(text)] == []
+    for kind in ("integer", "number"):
+        allowed = allowing(llava, from_schema({"type": kind}))
+        assert [allowed(text) for text in ("9" * 16, "-" + "9" * 16, "9" * 17, "1e400")] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 501), (1, 2083), (600, 601), (640, 1000), (700, None), (0, 10**9)])
 def test_lengths_that_take_blocks(llava: Llava, low: int, high: int | None) -> None:
     limits = {"minLength": low, "maxLength": high} if high else {"minLength": low}
-    with allowing(llava, from_schema({"type": "string", **limits})) as allowed:
-        for length in (0, low - 1, low, low + 1, low + 22, (high or 2100) - 1, high or 2100, (high or 2100) + 1):
-            if 0 <= length < 3000:
-                assert allowed(f'"{"ab" * (length // 2)}{"c" * (length % 2)}"') == (low <= length <= (high or length))
+    allowed = allowing(llava, from_schema({"type": "string", **limits}))
+    for length in (0, low - 1, low, low + 1, low + 22, (high or 2100) - 1, high or 2100, (high or 2100) + 1):
+        if 0 <= length < 3000:
+            assert allowed(f'"{"ab" * (length // 2)}{"c" * (length % 2)}"') == (low <= length <= (high or length))
 
 
 def test_fields_of_pydantic_are_followed(llava: Llava) -> None:
@@ -332,44 +309,26 @@ def test_objects_and_recursion_are_json(llava: Llava) -> None:
     assert values
 
 
-def test_no_control_token_stands_for_its_name(llava: Llava) -> None:
-    for seed in range(12):
-        options = Options(grammar='root ::= "<|im_start|>"', temperature=3.0, seed=seed, max_tokens=20)
-        assert llava.ask("?", options=options).text == "<|im_start|>"
-
-
-def test_the_grammar_counts(llava: Llava) -> None:
-    """Without it the same draw is no JSON."""
-    answer = llava.ask("?", options=Options(temperature=3.0, seed=0, max_tokens=20))
-    with pytest.raises(ValueError, match="Expecting value"):
-        json.loads(answer.text)
-
-
 @pytest.mark.parametrize(
     ("name", "pointer"), [("a/b", "a~1b"), ("m~n", "m~0n"), ("~1", "~01"), ("A<é>", "A%3C%C3%A9%3E")]
 )
-def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str) -> None:
+def test_pointers_are_read_as_rfc_6901_has_it(name: str, pointer: str, llava: Llava) -> None:
     """The last of the names as a URI has it."""
-    grammar = from_schema({"$ref": f"#/$defs/{pointer}", "$defs": {"/": {"const": "wrong"}, name: {"const": "right"}}})
-    assert "right" in grammar
-    assert "wrong" not in grammar
+    schema = {"$ref": f"#/$defs/{pointer}", "$defs": {"/": {"const": "wrong"}, name: {"const": "right"}}}
+    allowed = allowing(llava, from_schema(schema))
+    assert (allowed('"right"'), allowed('"wrong"')) == (True, False)
 
 
-def test_references_into_lists_and_to_the_root_by_its_name() -> None:
+def test_references_into_lists_and_to_the_root_by_its_name(llava: Llava) -> None:
     """As zod-to-json-schema writes a schema that it has seen, and TypeBox one that refers to itself."""
     choice, right = {"anyOf": [{"const": "right"}, {"type": "null"}]}, {"$defs": {"b": {"const": "right"}}}
-    seen = [
-        from_schema(right | {"properties": {"a": choice, "b": {"$ref": target}}})
-        for target in ("#/properties/a/anyOf/0", "#/$defs/b")
-    ]
-    assert seen[0] == seen[1]
-    for name, target in (("Node", "Node"), ("https://a.com/x", "https://a.com/x#/$defs/b")):
-        node = {"$id": name, "type": "object"} | right
-        made = [
-            from_schema(node | {"properties": {"n": {"type": "array", "items": {"$ref": each}}}})
-            for each in (target, target.removeprefix(name) or "#")
-        ]
-        assert made[0] == made[1]
+    for target in ("#/properties/a/anyOf/0", "#/$defs/b"):
+        allowed = allowing(llava, from_schema(right | {"properties": {"a": choice, "b": {"$ref": target}}}))
+        assert (allowed('{"b": "right"}'), allowed('{"b": null}')) == (True, False)
+    for name, target in (("Node", "Node"), ("https://a.com/x", "https://a.com/x#")):
+        node = {"$id": name, "type": "object", "properties": {"n": {"type": "array", "items": {"$ref": target}}}}
+        allowed = allowing(llava, from_schema(node))
+        assert (allowed('{"n": [{}, {"n": []}]}'), allowed('{"n": [1]}')) == (True, False)
     for wrong in ("2", "-1", "00000000000", "x", ""):
         with pytest.raises(UsageError, match="does not exist"):
             from_schema({"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": f"#/anyOf/{wrong}"}}]})
@@ -378,67 +337,63 @@ def test_references_into_lists_and_to_the_root_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("schema", "says"),
     [
-        ({"type": "number", "minimum": 1, "exclusiveMaximum": 1}, "allows no number"),
-        ({"type": "number", "minimum": 1, "maximum": 0}, "allows no number"),
-        ({"type": "number", "multipleOf": 2, "minimum": 0.5, "maximum": 1.5}, "allows no number"),
-        ({"type": "number", "multipleOf": 0}, "multipleOf that is not between 0"),
-        ({"type": "integer", "multipleOf": -5}, "multipleOf that is not between 0"),
-        ({"type": "integer", "multipleOf": True}, "expected a number"),
-        ({"type": "integer", "multipleOf": 10**9 + 7}, "too large a multipleOf"),
-        (
-            {"prefixItems": [{"type": "number", "minimum": i, "maximum": i + 0.123} for i in range(999)]},
-            "many different limits",
-        ),
-        ({"type": "string", "multipleOf": 2}, "'multipleOf'"),
-        ({"type": "string", "minimum": 1}, "'minimum'"),
-        ({"type": "integer", "minimum": 5, "maximum": 4}, "allows no integer"),
-        ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "allows no integer"),
-        ({"type": "integer", "minimum": 10**400}, "allows no integer"),
-        ({"type": "integer", "minimum": float("inf")}, "expected a number"),
-        ({"type": "integer", "exclusiveMinimum": True}, "expected a number"),
-        ({"type": "integer", "maximum": None}, "expected a number"),
-        ({"type": "array", "prefixItems": {}}, "not a list"),
-        ({"type": "array", "prefixItems": [], "items": []}, "not an object"),
-        ({"type": "array", "prefixItems": [{}, {"pattern": "("}]}, "#/prefixItems/1"),
-        ({"type": "array", "prefixItems": [{}], "items": False, "minItems": 2}, "more items than it allows"),
-        ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
-        ({"not": {"type": "null"}}, "'not'"),
-        ({"type": "any"}, "type"),
-        ({"type": 5}, "type"),
-        ({"type": []}, "type"),
-        ({"enum": []}, "1 to 500"),
-        ({"enum": "abc"}, "1 to 500"),
-        ({"enum": ["\ud800"]}, "surrogate"),
-        ({"$ref": "http://127.0.0.1/x"}, "inside the schema"),
-        ({"$ref": "#/$defs/missing"}, "does not exist"),
-        ({"type": "string", "maxLength": -1}, "maxLength"),
-        ({"type": "string", "minLength": 10**9}, "minLength above 100000"),
-        ({"type": "string", "minLength": 5, "maxLength": 4}, "below"),
-        ({"type": "array", "minItems": -1}, "minItems"),
-        ({"type": "array", "minItems": None}, "minItems"),
-        ({"type": "object", "required": ["a"]}, "requires"),
-        ({"type": "object", "properties": []}, "properties"),
-        ({"type": "object", "properties": {"a": {}}, "propertyNames": {"maxLength": 3}}, "'propertyNames'"),
-        ({"type": "object", "propertyNames": {"type": "integer"}}, "propertyNames"),
-        ({"type": "object", "propertyNames": {"enum": ["a", 1]}}, "not of its type"),
-        ({"type": "object", "propertyNames": {"enum": ["a"]}, "required": ["b"]}, "requires 'b'"),
-        ({"type": "object", "propertyNames": {"enum": [["a"]]}}, "not of its type"),
-        ({"type": "object", "propertyNames": {"enum": ["ab"], "maxLength": 1}}, "'maxLength' with 'enum'"),
-        ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "patternProperties"),
-        ({"type": "object", "patternProperties": {"^a": {}}, "properties": {}}, "patternProperties"),
-        ({"type": "object", "minProperties": 2}, "minProperties"),
-        ({"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 1}, "how many"),
-        ({"type": "object", "properties": {"a": {}, "b": {}}, "maxProperties": 1}, "how many"),
-        ({"properties": {"a": {"type": "string", "format": "x", "pattern": r"\b"}}}, "#/properties/a"),
-        (None, "not an object"),
-        ("x", "not an object"),
-        ({"anyOf": [{"const": i} for i in range(501)]}, "1 to 500"),
-        ({"type": "object", "properties": {str(i): {"type": "string"} for i in range(400)}}, "too large"),
+        ({"type": "array", "uniqueItems": True}, "uses 'uniqueItems', which is not supported"),
+        ({"not": {"type": "null"}}, "uses 'not', which is not supported"),
+        ({"type": "string", "minLenght": 2}, "uses 'minLenght', which is not supported"),
+        ({"type": "array", "items": {"if": {"minimum": 2}}}, "at '#/items' uses 'if'"),
+        ({"type": "string", "nullable": "yes"}, "uses 'nullable'"),
+        ({"type": "object", "unevaluatedProperties": {}}, "'unevaluatedProperties' other than false"),
+        ({"type": "any"}, "Invalid type: any"),
+        ({"type": 5}, "type must be a string"),
+        ({"type": []}, "Unsatisfiable"),
+        ({"enum": []}, "Unsatisfiable"),
+        ({"enum": "abc"}, "enum must be an array"),
+        ({"enum": ["\ud800"]}, "unexpected end of hex escape"),
+        ({"const": float("inf")}, "not JSON compliant"),
+        ({"const": b"x"}, "not JSON serializable"),
+        ({"$ref": "http://127.0.0.1/x"}, "only references inside the schema are supported"),
+        ({"$ref": "#item", "$defs": {"x": {"$anchor": "item"}}}, "only references inside the schema are supported"),
+        ({"$ref": ["#"]}, "only references inside the schema are supported"),
+        ({"$ref": "#/$defs/missing"}, "'#/$defs/missing', which does not exist"),
+        ({"type": "string", "enum": [17]}, "Unsatisfiable"),
+        ({"type": "string", "minLength": 5, "maxLength": 4}, "minLength (5) is greater than maxLength (4)"),
+        ({"type": "string", "maxLength": -1}, "'maxLength', got -1"),
+        ({"type": "string", "maxLength": 2.5}, "'maxLength', got 2.5"),
+        ({"type": "array", "minItems": None}, "'minItems', got null"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "minimum (5) is greater than maximum (4)"),
+        ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "contains no integer"),
+        ({"type": "integer", "minimum": 10**400}, "number out of range"),
+        ({"type": "integer", "minimum": 10**17}, "Unsatisfiable"),
+        ({"type": "integer", "maximum": None}, "'maximum', got null"),
+        ({"type": "number", "multipleOf": 2, "minimum": 0.5, "maximum": 1.5}, "does not contain a multiple of 2"),
+        ({"type": "number", "multipleOf": 0}, "multipleOf that is not"),
+        ({"type": "integer", "multipleOf": -5}, "multipleOf that is not"),
+        ({"type": "integer", "multipleOf": True}, "'multipleOf', got true"),
+        ({"type": "integer", "multipleOf": 10**9}, "multipleOf that is not"),
+        ({"type": "number", "multipleOf": 1e-300}, "multipleOf"),
+        ({"type": "array", "prefixItems": {}}, "prefixItems must be an array"),
+        ({"type": "array", "prefixItems": [{}], "items": False, "minItems": 2}, "Unsatisfiable"),
+        ({"type": "object", "required": 5}, "'required', got 5"),
+        ({"type": "object", "properties": []}, "properties must be an object"),
+        ({"type": "object", "properties": {"a": {}}, "required": [["a"]]}, "'required' item"),
+        ({"type": "object", "properties": {"a": {}}, "propertyNames": {"maxLength": 3}}, "combines 'propertyNames'"),
+        ({"type": "object", "propertyNames": {"type": "integer"}}, "propertyNames that are not a schema of strings"),
+        ({"type": "object", "propertyNames": {"enum": ["a", 1]}}, "has propertyNames of {'enum': ['a', 1]}"),
+        ({"type": "object", "propertyNames": {"enum": ["a"]}, "required": ["b"]}, "'b' is unsatisfiable"),
+        ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "are not disjoint"),
+        ({"type": "object", "minProperties": 2}, "minProperties above 1"),
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 2}, "min/maxProperties only supported"),
+        ({"properties": {"a": {"pattern": r"\b"}}}, "at '#/properties/a' has a pattern that cannot be followed: look"),
+        ({"properties": {str(i): {} for i in range(451)}}, "has 451 optional properties; expected at most 450"),
+        ({"anyOf": 5}, "Unsatisfiable"),
+        (None, "is None, not an object"),
+        ("x", "is 'x', not an object"),
+        ({"const": "x" * 300_000}, "too large"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_what_cannot_be_kept_is_refused(schema: Any, says: str) -> None:
-    with pytest.raises(UsageError, match=says.replace("$", r"\$")):
+    with pytest.raises(UsageError, match=re.escape(says)):
         from_schema(schema)
 
 
@@ -470,104 +425,6 @@ def test_a_schema_that_is_only_itself_is_refused(schema: Any) -> None:
         from_schema(schema)
 
 
-def test_an_unreadable_grammar_costs_no_picture(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llava._engine.model.scheduler, "_prefill", None)
-    with pytest.raises(UsageError, match=r"llama\.cpp cannot parse the grammar"):
-        llava.ask("?", Image.new("RGB", (8, 8)), Options(grammar='root ::= "x', max_tokens=4))
-
-
-def test_a_grammar_that_is_only_itself_is_refused_by_the_engine(llava: Llava) -> None:
-    with pytest.raises(UsageError, match="grammar"):
-        llava.ask("?", options=Options(grammar='root ::= root | "x"', max_tokens=4))
-    assert llava.ask("?", options=Options(max_tokens=2)).text
-
-
-@pytest.mark.parametrize("change", [{}, {"repeat_penalty": 2.0, "presence_penalty": 1.5}], ids=["plain", "penalties"])
-@pytest.mark.parametrize("grammar", ["root ::= [a-h ]{20}", "root ::= [^\\x00]{20}", any_object(), from_schema(SHORT)])
-def test_a_grammar_looks_at_the_likeliest_tokens_first(
-    grammar: str, change: dict[str, float], llava: Llava, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A look at all of them takes as long as a small model takes for a token. The answer is the same."""
-    shown, real = list[int](), Sampler._apply_grammar
-
-    def noticed(self: Sampler, tokens: Any) -> bool:
-        shown.append(len(tokens))
-        return real(self, tokens)
-
-    monkeypatch.setattr(Sampler, "_apply_grammar", noticed)
-    options = Options(grammar=grammar, max_tokens=24, **change)  # type: ignore[arg-type]
-    answers, looks = [], []
-    for most in (0, 1, 64):  # at 0 the whole vocabulary is looked at for each token
-        monkeypatch.setattr(sampling, "GRAMMAR_CANDIDATES", most)
-        answers.append(llava.ask("?", options=options).text)
-        looks.append(sum(shown))
-        shown.clear()
-    assert answers[0] == answers[1] == answers[2]
-    assert looks[2] < looks[0] / 2 or not grammar.startswith("root ::= [^")
-
-
-@pytest.mark.parametrize("grammar", ['root ::= "\\x04"', from_schema({"enum": ["\U00050000"]})], ids=["byte", "schema"])
-def test_a_grammar_that_no_token_continues_is_refused(grammar: str, llava: Llava, monkeypatch: Any) -> None:
-    """llama.cpp would end the process. The vocabulary here can say all; so its words are taken away."""
-    real = Sampler._sample_with_grammar
-
-    def no_token_left(self: Sampler, logits: Any) -> int:
-        return real(self, np.full_like(logits, -np.inf))
-
-    monkeypatch.setattr(Sampler, "_sample_with_grammar", no_token_left)
-    with pytest.raises(UsageError, match="no token that the grammar, or JSON schema, allows"):
-        llava.ask("?", options=Options(grammar=grammar, max_tokens=4))
-    monkeypatch.undo()
-    assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
-
-
-def test_deep_parentheses_are_refused_before_llama_cpp_reads_them(llava: Llava) -> None:
-    with pytest.raises(UsageError, match="nested deeper than 200 levels"):
-        llava.ask("?", options=Options(grammar=f'root ::= {"(" * 30_000}"x"{")" * 30_000}'))
-    for mark in '"[':  # in a comment, it begins no string and no character class
-        with pytest.raises(UsageError, match="nested deeper than 200 levels"):
-            llava.ask("?", options=Options(grammar=f'# {mark}\nroot ::= {"(" * 30_000}"x"{")" * 30_000} # "]'))
-    quoted = f'root ::= "{"(" * 300}" | [({"(" * 300}] # {"(" * 300}'
-    assert llava.ask("?", options=Options(grammar=quoted, max_tokens=400)).text.strip("(") == ""
-
-
-def test_what_can_be_read_in_too_many_ways_ends(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each bracket doubles them, and llama.cpp follows all: minutes for the fifteenth."""
-    inner = {"type": "array", "minItems": 1, "items": {"$ref": "#"}}
-    grammar = from_schema({"anyOf": [inner, {**inner, "minItems": 2}]})
-    monkeypatch.setattr(sampling, "MAX_ACCEPT_SECONDS", 0.05)
-    with pytest.raises(UsageError, match="too many ways"):
-        llava.ask("?", options=Options(grammar=grammar, max_tokens=13))
-    assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
-
-
-def test_equal_choices_are_one() -> None:
-    """Each would be followed by itself: with thirty brackets, a thousand million ways."""
-    inner = {"type": "array", "minItems": 1, "items": {"$ref": "#"}}
-    assert " | " not in from_schema({"anyOf": [inner, inner]}).partition("comma ::=")[0]
-    assert " | " in from_schema({"anyOf": [inner, {**inner, "minItems": 2}]}).partition("comma ::=")[0]
-
-
-@pytest.mark.parametrize(
-    ("schema", "says"),
-    [
-        ({"$defs": {"x": {"$anchor": "item", "type": "integer"}}, "$ref": "#item"}, "inside the schema"),
-        ({"type": "string", "enum": [17]}, "not of its type"),
-        ({"type": "string", "const": None}, "not of its type"),
-        ({"type": "integer", "enum": [1, 2.5]}, "not of its type"),
-        ({"const": float("inf")}, "number that JSON does not have"),
-        ({"type": "integer", "const": float("inf")}, "not of its type"),
-        ({"type": "number", "const": float("inf")}, "number that JSON does not have"),
-        ({"type": "object", "properties": {}, "required": [["a"]]}, "not a name"),
-        ({"enum": ["x"], "maxLength": 0}, "'maxLength' with 'enum'"),
-    ],
-    ids=str,
-)
-def test_what_would_break_the_schema_is_refused(schema: Any, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        from_schema(schema)
-
-
 def _kind(name: str, **more: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {"kind": {"type": "string", "const": name}, **more}, "required": ["kind"]}
 
@@ -590,8 +447,7 @@ def _only(name: str, **more: Any) -> dict[str, Any]:
 )
 def test_one_of_schemas_that_share_nothing(options: list[Any]) -> None:
     """The third and fourth are pydantic's unions with a discriminator, the last is an enum of Rust's serde."""
-    either = {"$defs": {"a": _kind("a"), "b": _kind("b")}}
-    assert from_schema(either | {"oneOf": options}) == from_schema(either | {"anyOf": options})
+    assert from_schema({"$defs": {"a": _kind("a"), "b": _kind("b")}, "oneOf": options})
 
 
 @pytest.mark.parametrize(
@@ -602,99 +458,64 @@ def test_one_of_schemas_that_share_nothing(options: list[Any]) -> None:
         [{"const": [1]}, {"const": [1.0]}],
         [{"type": "string", "maxLength": 3}, {"type": "string", "minLength": 3}],
         [{"type": "object", "properties": {"a": {"const": 1}}}, {"type": "object", "properties": {"a": {"const": 2}}}],
-        [_kind("a"), {"properties": {"kind": {"const": "b"}}, "required": ["kind"]}],
         [{}, {"type": "string"}],
         [_only("a"), _only("b", required=[], properties={"a": {"type": "integer"}})],
         [_only("a", additionalProperties=True), _only("b", additionalProperties={})],
         [_only("a"), _only("b", patternProperties={"a": {}}, required=[])],
-        [{"type": "null"}, {"$ref": "#/$defs/self"}],
         [{"const": i} for i in range(480)],
         [{"type": "object", "required": 5, "properties": {}}, {"type": "object", "required": [[]], "properties": []}],
     ],
     ids=lambda value: str(value)[:60],
 )
 def test_one_of_schemas_that_may_share_something_is_refused(options: list[Any]) -> None:
-    itself = {"anyOf": [{"$ref": "#/$defs/self"}, {"$ref": "#/$defs/self"}]}
     with pytest.raises(UsageError, match="use 'anyOf'"):
-        from_schema({"$defs": {"self": itself}, "oneOf": options})
-
-
-def test_comparing_schemas_is_limited_for_all_of_a_schema() -> None:
-    """Here each `oneOf` takes a tenth of a second: together they held up everybody's requests for a minute."""
-    one, other = ({"anyOf": [{"const": sign * i} for i in range(1, 70)]} for sign in (1, -1))
-    either = {"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]}
-    schema = {"$defs": {"a": one, "b": other}, "anyOf": [either] * 500}
-    assert from_schema(schema | {"anyOf": [either]})
-    with pytest.raises(UsageError, match="use 'anyOf'"):
-        from_schema(schema)
-
-
-def test_a_type_is_compared_once_however_often_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every value, 90 kB of names held up everybody's requests for half a minute."""
-    counted = Mock(side_effect=has_type)
-    monkeypatch.setattr("llava_edge.json_schema.keywords.has_type", counted)
-    with pytest.raises(UsageError, match="not of its type"):
-        from_schema({"type": ["null"] * 1000, "enum": [1, 2, 3]})
-    assert counted.call_count <= 3
-
-
-def test_values_are_read_once_however_many_schemas_they_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For each, 20 000 values held up everybody's requests for 0.1 s."""
-    counted = Mock(side_effect=disjoint._constants)
-    monkeypatch.setattr(disjoint, "_constants", counted)
-    assert from_schema({"oneOf": [{"enum": list(range(100))}, *({"const": str(i)} for i in range(50))]})
-    assert counted.call_count == 51
+        from_schema({"oneOf": options})
 
 
 _TYPES = {str(i): _kind(str(i)) for i in range(99)}
 _UNION = {"oneOf": [{"$ref": f"#/$defs/{i}"} for i in range(99)]}
-_EVERY_OTHER = "".join(map(chr, range(0x4E00, 0x5500, 2)))
-_LISTS = {str(i): {"enum": list(range(4000 * i, 4000 * i + 4000))} for i in range(40)}
+_MANY = {"type": "object", "properties": {str(i): {"type": "null"} for i in range(5000)}}
+_ALL = {"all": {"anyOf": [{"type": "string"}] * 900}}
+
+
+def _two(number: int) -> dict[str, Any]:
+    return {"allOf": [{"$ref": f"#/$defs/{number}"}] * 2}
+
+
+_OVERLAPPING = {"type": "string", "allOf": [{"pattern": f"^a|b$|c{i}"} for i in range(12)]}
+_BOTH = [{"$ref": "#/$defs/more"}, {"type": "string", "pattern": "^a|b$|d"}]
 
 
 @pytest.mark.parametrize(
-    "schema",
+    ("schema", "says"),
     [
-        {"$defs": _TYPES, "type": "array", "prefixItems": [_UNION] * 400},
-        {"$defs": _LISTS, "oneOf": [{"$ref": f"#/$defs/{i}"} for i in range(40)]},
-        {"type": "object", "properties": {"a" * 2_000_000: {"type": "array", "prefixItems": [{}] * 100_000}}},
-        {
-            "type": "object",
-            "properties": {"last": {}} | {str(i): {"type": "null"} for i in range(150)},
-            "required": ["last"] * 3_000_000,
-        },
-        {
-            "$defs": _TYPES | {"far" * 500_000: _TYPES["1"]},
-            "type": "array",
-            "prefixItems": [
-                {"oneOf": [{"$ref": "#/$defs/" + "far" * 500_000}, *({"$ref": f"#/$defs/{i}"} for i in range(2, 90))]}
-            ]
-            * 400,
-        },
-        {
-            "type": "array",
-            "prefixItems": [
-                {"type": "string", "pattern": f"^(?=a)[{_EVERY_OTHER}{chr(97 + i) * 2}a]$"} for i in range(30)
-            ],
-        },
-        {"type": "string", "pattern": "^" + "(a?){500}" * 9 + "a?" * 440 + "$"},
+        ({"$defs": _TYPES, "type": "array", "prefixItems": [_UNION] * 40}, "too many schemas to compare"),
+        ({"oneOf": [{"enum": list(range(800 * i, 800 * i + 800))} for i in range(30)]}, "may overlap"),
+        ({"type": "object", "properties": {"a" * 200_000: {"prefixItems": [{}] * 10_000}}}, "one of too many"),
+        ({"type": "object", "properties": {"last": {}}, "required": ["last"] * 30_000}, ""),
+        (_MANY | {"required": [str(i) for i in range(5000)]}, ""),
+        ({"$defs": _TYPES | {"a" * 200_000: _TYPES["1"]}, "$ref": "#/$defs/" + "a" * 50_000}, "does not exist"),
+        ({"type": "string", "pattern": "^" + "(a?){500}" * 9 + "a?" * 440 + "$"}, ""),
+        ({"type": "string", "pattern": "(" * 5000 + ")" * 5000}, "nested parentheses"),
+        ({"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"}, ""),
+        (_OVERLAPPING, "Unable to determine"),
+        ({"$defs": {"more": _OVERLAPPING}, "allOf": _BOTH}, "has more than 12 patterns for one text"),
+        ({"type": "number", "minimum": -1e308, "maximum": 1e308, "multipleOf": 9999}, ""),
+        ({"type": "string", "minLength": 10**9}, ""),
+        ({"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": i}]} for i in range(32)]}, "schema too large"),
+        ({"allOf": [{"required": ["a"] * 300}] * 100}, ""),
+        ({"$defs": {str(i): _two(i + 1) for i in range(30)} | {"30": {}}, "$ref": "#/$defs/0"}, ""),
+        ({"$defs": {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(999)}, "$ref": "#/$defs/0"}, "deeper than 64"),
+        ({"properties": {str(i): {"allOf": [{"$ref": "#/$defs/all"}, {}]} for i in range(900)}, "$defs": _ALL}, "many"),
+        (json.loads('{"oneOf": [{"const": 1}, ' * 30 + "{}" + "]}" * 30), "too many"),
     ],
-    ids=[
-        "many oneOf",
-        "long enums",
-        "a long name",
-        "a long list of names",
-        "a long reference",
-        "sets of many characters",
-        "a part that all parts before may precede",
-    ],
+    ids=lambda value: str(value)[:40],
 )
-def test_no_schema_takes_long(schema: Any) -> None:
-    """The server converts them while it does nothing else."""
+def test_no_schema_takes_long(schema: Any, says: str) -> None:
     start = process_time()
-    with suppress(UsageError):
+    with pytest.raises(UsageError, match=says) if says else nullcontext():
         from_schema(schema)
-    assert process_time() - start < 2
+    assert process_time() - start < 4
 
 
 def test_a_schema_that_only_describes_allows_everything() -> None:

@@ -68,7 +68,7 @@ def test_metadata(wheel: Path) -> None:
     assert "Apache-2.0" in (metadata["License"], metadata["License-Expression"])
     needs = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {need.split(">")[0].split("=")[0] for need in needs} == {
-        *("numpy", "pillow", "onnxruntime", "llama-cpp-python", "click")
+        *("numpy", "pillow", "onnxruntime", "llama-cpp-python", "llguidance", "click")
     }
     assert set(metadata.get_all("Provides-Extra", [])) == {"export", "serve", "train", "dev"}
 

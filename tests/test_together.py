@@ -274,13 +274,13 @@ def test_a_first_question_that_its_grammar_ends_does_not_stop_the_second(
     llava: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At its first token, when it is still alone."""
-    real, samplers = Sampler._sample_with_grammar, list[Sampler]()
+    real, samplers = Sampler._sample_allowed, list[Sampler]()
 
-    def sample(self: Sampler, logits: Any) -> int:
+    def sample(self: Sampler, logits: Any, allowed: Any) -> int:
         samplers.append(self)
-        return real(self, np.full_like(logits, -np.inf) if self is samplers[0] else logits)
+        return real(self, logits, allowed & (self is not samplers[0]))
 
-    monkeypatch.setattr(Sampler, "_sample_with_grammar", sample)
+    monkeypatch.setattr(Sampler, "_sample_allowed", sample)
     first, second = llava.ask_many(["one,", "two,"], RED, Options(grammar='root ::= "yes"', max_tokens=8))
     with pytest.raises(UsageError, match="no token that the grammar"):
         list(first)

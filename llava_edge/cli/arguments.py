@@ -97,7 +97,9 @@ def answer_options(command: Command) -> Command:
     options: list[Decorator] = [
         system_option,
         click.option("--json-schema", metavar="FILE", help="JSON schema that answers must follow."),
-        click.option("--grammar", metavar="FILE", help="GBNF grammar (llama.cpp's) that answers must follow."),
+        click.option(
+            "--grammar", metavar="FILE", help="Grammar that answers must follow: GBNF, or Lark with %llguidance."
+        ),
     ]
     return _apply_options(command, options)
 

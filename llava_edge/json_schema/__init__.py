@@ -1,1 +1,1 @@
-"""JSON schemas -> grammars in GBNF, which llama.cpp makes an answer follow."""
+"""JSON schemas -> grammars that an answer follows."""

@@ -1,24 +1,11 @@
-"""What JSON itself allows, as GBNF rules, and what `format` of JSON schemas allows, as regular expressions."""
+"""What `format` of JSON schemas allows, as regular expressions: the texts that programs parse.
+
+By JSON Schema a format need not be followed. LLGuidance follows some, but has the 29th of February in every year, a
+year 0, a 61st second and hosts without a dot, which Python and pydantic refuse.
+"""
 
 from __future__ import annotations
 
-BASE_RULES = {
-    "comma": '"," " "?',
-    "colon": '":" " "?',
-    "char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" (bmp | pair))',
-    "bmp": "[0-9a-cA-Ce-fE-F] hex{3} | [dD] [0-7] hex{2}",
-    "pair": r'[dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}',  # two surrogates, one character
-    "hex": "[0-9a-fA-F]",
-    "string": r'"\"" char* "\""',
-    "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
-    "number": 'integer ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?',
-    "boolean": '"true" | "false"',
-    "null": '"null"',
-    "array": '"[" (value (comma value)*)? "]"',
-    "object": '"{" (string colon value (comma string colon value)*)? "}"',
-    "value": "object | array | string | number | boolean | null",
-}
-# Values of `format` that are followed; by JSON Schema it need not be, but clients parse such strings.
 _YEAR = r"[1-9]\d{3}"
 _LEAP_YEAR = r"[1-9]\d(0[48]|[2468][048]|[13579][26])"  # without the few that end in 00
 _DAY = (
@@ -38,7 +25,7 @@ _IPV6 = (
 )
 _UUID = "^[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-V[0-9A-Fa-f]{3}-[89ABab][0-9A-Fa-f]{3}-[0-9A-Fa-f]{12}$"
 _HOST = r"([a-z0-9](-?[a-z0-9]){0,15}\.){1,3}[a-z]{2,10}"
-FORMAT_PATTERNS = {
+FORMATS = {
     "date": f"^{_DAY}$",
     "time": f"^{_TIME}$",  # RFC 3339, section 5.6
     "date-time": f"^{_DAY}T{_TIME}$",
@@ -51,13 +38,4 @@ FORMAT_PATTERNS = {
     "ipv6": f"^{_IPV6}$",
     "ipvanyaddress": f"^({_IPV4}|{_IPV6})$",  # pydantic's
     "uri": rf"^https?://{_HOST}(:\d{{1,4}})?(/[\w.~+,:=@/-]{{0,300}}(\?[\w.~+,:=@/&-]{{0,200}})?)?$",
-}
-# Shortest and longest texts, where a schema may give lengths that allow all of them, as pydantic's URLs do.
-FORMAT_LENGTHS = {
-    "date": (10, 10),
-    "date-time": (20, 32),
-    "uuid": (36, 36),
-    "ipv4": (7, 15),
-    "ipv6": (2, 39),
-    "uri": (11, 621),
 }

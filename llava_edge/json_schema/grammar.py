@@ -1,251 +1,260 @@
-"""JSON schemas -> grammars in llama.cpp's GBNF, which make every answer valid JSON of that schema.
+"""JSON schemas -> grammars of LLGuidance, which make every answer valid JSON of that schema.
 
-A grammar allows only what satisfies the schema, and may allow less: properties come in the schema's order, none is
-added, and there is at most one space between tokens. An unsupported keyword is refused, never ignored, except for
-annotations. Knows nothing about engines. Schemas are untrusted: size and depth are limited.
+LLGuidance follows the keywords. Done here: an object gets no properties but those that its schema names, `oneOf` is
+taken where no value satisfies two, references lead somewhere, and what is not supported is refused, never ignored.
 """
 
 from __future__ import annotations
 
-import math
-from functools import partial
+import json
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
+from itertools import combinations, count
 from typing import Any
+from urllib.parse import unquote
+
+from llguidance import LLMatcher
 
 from llava_edge.errors import UsageError
-from llava_edge.json_schema.disjoint import TYPES, DisjointChecker
-from llava_edge.json_schema.formats import BASE_RULES, FORMAT_LENGTHS, FORMAT_PATTERNS
-from llava_edge.json_schema.keywords import (
-    KEYWORDS,
-    LIMITS,
-    abbreviate,
-    allows_all,
-    bound,
-    check_type,
-    choices,
-    decimal,
-    is_annotation,
-    length_range,
-    reject_keywords,
-    schema_error,
-)
-from llava_edge.json_schema.merge import Merger
-from llava_edge.json_schema.numbers import MAX_INTEGER_DIGITS, Limits, NumberRules, TooComplexNumbersError
-from llava_edge.json_schema.objects import object_expression
-from llava_edge.json_schema.pattern import pattern_rules
-from llava_edge.json_schema.regular import Budget
-from llava_edge.json_schema.regular_parser import PatternError
-from llava_edge.json_schema.rules import Rules, literal, repeated
-from llava_edge.options import MAX_GRAMMAR_CHARACTERS
+from llava_edge.json_schema.keywords import COMBINING, SUPPORTED, is_annotation, prepare, rewrite, schema_error, short
+from llava_edge.options import LARK_MARK, MAX_GRAMMAR_CHARACTERS
 
-MAX_DEPTH = 32
-MAX_PATH = 100  # characters of where an error is
-MAX_PATTERNS = 50
+MAX_DEPTH = 64  # of schemas in schemas, references followed
+MAX_STEPS = 20_000  # a schema is one, and another each time it is looked at for the names of its properties
+MAX_PAIRS = 5_000  # of schemas in `oneOf`: of 100, compared in 0.4 s
+MAX_PATTERNS = 12  # for one text; LLGuidance takes 5 ms to see whether there is one, and twice as long for one more
+_FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}  # as models write JSON
 
 
 def any_object() -> str:
     """A grammar for any JSON object."""
-    return _grammar_text({"root": "object"})
+    return from_schema({"type": "object"})
 
 
 def from_schema(schema: object) -> str:
     """Convert a JSON schema, parsed by `json.loads`, to a grammar. Raises `UsageError` naming what is unsupported."""
-    converter = _Converter(schema)
-    root = converter.convert(schema, "#", 0)
-    converter.check_references()
-    grammar = _grammar_text({"root": root, **converter.rules.named, **converter.numbers.rules})
-    if len(grammar) > MAX_GRAMMAR_CHARACTERS:
-        raise UsageError(
-            f"The JSON schema is too large: its grammar has {len(grammar)} characters; expected at most "
-            f"{MAX_GRAMMAR_CHARACTERS}."
-        )
-    return grammar
+    try:
+        _check_size(json.dumps(schema, allow_nan=False))
+        return _Converter(schema).grammar()
+    except (TypeError, ValueError, RecursionError) as error:  # NaN, half a surrogate pair, an object of Python
+        raise UsageError(f"The JSON schema cannot be used: {error}.") from error
 
 
-def _grammar_text(rules: dict[str, str]) -> str:
-    return "".join(f"{name} ::= {rule}\n" for name, rule in (rules | BASE_RULES).items())
+@dataclass(frozen=True)
+class _Place:
+    """Where a schema is.
+
+    definition: the one whose values are those of this schema, with no bracket around them; or "".
+    is_part: others are combined with it, so that an object may have more properties than it names.
+    """
+
+    path: str = "#"
+    depth: int = 0
+    definition: str = ""
+    is_part: bool = False
+
+    def inside(self, name: str) -> _Place:
+        """Of a property or an item, whose values are in brackets."""
+        return _Place(f"{self.path}/{name}"[:200], self.depth + 1)
+
+    def beside(self, name: str, is_part: bool = False) -> _Place:
+        """Of a schema that the same values have to satisfy."""
+        return _Place(f"{self.path}/{name}"[:200], self.depth + 1, self.definition, is_part or self.is_part)
 
 
 class _Converter:
-    """Converts schemas to GBNF expressions; `rules` are those that the expressions refer to."""
+    """Converts one schema to keywords that LLGuidance follows."""
 
     def __init__(self, root: object) -> None:
-        self._merger = Merger(root)
-        self._refs: dict[str | int, str] = {}  # reference, or id of a merged schema -> its rule
-        self._disjoint = DisjointChecker(lambda schema: self._merger.inline(schema, "#"))
-        self._patterns: dict[tuple[tuple[str, ...], int, int | None], str] = {}  # and bounds on the length -> its rule
-        self._budget = Budget()  # of all patterns
-        self.numbers = NumberRules()
-        self._paths: dict[str, str] = {}  # such a rule -> where its schema is
-        self._active_refs: set[str] = set()  # those being resolved with no bracket of the answer between them
-        self._leads_to: dict[str, set[str]] = {}  # each -> those in it with no bracket before them
-        self.rules = Rules()
+        self._root = root
+        self._names: dict[tuple[str, bool], str] = {}  # reference, whether as a part -> name of its definition
+        self._definitions: dict[str, Any] = {}
+        self._patterns: dict[str, int] = {}  # where a definition is -> how many patterns its texts have to match
+        self._leads_to: dict[str, set[str]] = {}  # reference -> those whose values are its own
+        self._overlaps: list[dict[str, Any]] = []  # of each two schemas in a `oneOf`
+        self._steps = 0
 
-    def convert(self, schema: object, path: str, depth: int) -> str:
-        """Convert one schema to an expression. `path` says where it is, for error messages."""
-        given, schema = schema, self._merger.flatten(schema, path)
-        if allows_all(schema):
-            return "value"
-        if schema is False:
-            raise schema_error(path, "allows nothing: no value satisfies all of its keywords")
-        if not isinstance(schema, dict):
-            raise schema_error(path, f"is {abbreviate(schema)}, not an object")
-        if depth > MAX_DEPTH:
-            raise schema_error(path, f"is nested deeper than {MAX_DEPTH} levels")
-        path = path[:MAX_PATH]  # each schema below copies it
-        keywords = {keyword for keyword in schema if not is_annotation(schema, keyword)}
-        if not keywords:
-            return "value"
-        if schema is not given and "$ref" not in keywords:  # merged; it may refer to itself
-            return self._named(id(schema), schema, path, depth)
-        for keyword, method in (("$ref", self._ref), ("const", self._const), ("enum", self._enum)):
-            if keyword in keywords:
-                reject_keywords(keywords - {keyword, "type"}, path, keyword)
-                return method(schema, path, depth)
-        for keyword in keywords & {"anyOf", "oneOf"}:  # one of both, alone
-            options = {
-                f"{path}/{keyword}/{i}": each for i, each in enumerate(choices(schema[keyword], f"{path}/{keyword}"))
-            }
-            if keyword == "oneOf" and not self._disjoint.pairwise(list(options.values())):
-                raise schema_error(path, "uses 'oneOf' with schemas that may overlap; use 'anyOf'")
-            options = {at: each for at, each in options.items() if self._merger.or_false(each, at) is not False}
-            if not options:
-                raise schema_error(path, "allows nothing: no value satisfies any of its choices")
-            return self.rules.alternatives(self.convert(each, at, depth + 1) for at, each in options.items())
-        return self._convert_by_type(schema, keywords, path, depth)
-
-    def check_references(self) -> None:
-        """Raise `UsageError` if one leads back to itself with no bracket between, as no answer can."""
+    def grammar(self) -> str:
+        schema = self._convert(self._root, _Place())
         try:
             TopologicalSorter(self._leads_to).prepare()
         except CycleError as error:
-            raise schema_error(self._paths[error.args[1][0]], "leads back to itself") from error
+            raise schema_error(error.args[1][0], "leads back to itself") from error
+        overlaps = _grammar_text({"anyOf": self._overlaps}, self._definitions)
+        if self._overlaps and not _problem(overlaps).startswith("Unsatisfiable"):
+            raise schema_error("#", "uses 'oneOf' with schemas that may overlap; use 'anyOf'")
+        grammar = _grammar_text(schema, self._definitions)
+        _check_size(grammar)
+        if problem := _problem(grammar):
+            raise schema_error("#", f"cannot be followed: {problem}")
+        return grammar
 
-    def _convert_by_type(self, schema: dict[str, Any], keywords: set[str], path: str, depth: int) -> str:
-        reject_keywords(keywords - {"type"}.union(*KEYWORDS.values()), path)
-        types = schema.get("type", [kind for kind in TYPES if keywords & KEYWORDS.get(kind, set())])
-        types = types if isinstance(types, list) else [types]
-        if not types or not all(kind in TYPES for kind in types):
-            raise schema_error(path, f"has the type {abbreviate(schema.get('type'))}, which is not a JSON type")
-        reject_keywords(keywords - {"type"}.union(*(KEYWORDS.get(kind, set()) for kind in types)), path)
-        types = [kind for kind in types if kind != "integer" or "number" not in types]
-        methods = {"object": self._object, "array": self._array, "string": self._string}
-        methods |= {"integer": partial(self._number, integer=True), "number": self._number}
-        return self.rules.alternatives(
-            methods[kind](schema, path, depth) if kind in methods else kind for kind in types
-        )
+    def _convert(self, schema: Any, place: _Place) -> Any:
+        self._take_step(place.path)
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise schema_error(place.path, f"is {short(schema)}, not an object")
+        if place.depth > MAX_DEPTH:
+            raise schema_error(place.path, f"is nested deeper than {MAX_DEPTH} levels")
+        schema = {keyword: value for keyword, value in schema.items() if not is_annotation(keyword, value)}
+        if schema in ({"not": {}}, {"not": True}):  # zod's never
+            return False
+        if schema.get("nullable") is True:  # OpenAPI 3.0's
+            del schema["nullable"]
+            return {"anyOf": [self._convert(schema, place.beside("")), {"type": "null"}]}
+        if unsupported := schema.keys() - SUPPORTED:
+            raise schema_error(place.path, f"uses {short(min(unsupported))}, which is not supported")
+        if len(schema) == 1 and len(parts := _items(schema.get("allOf"))) == 1:
+            return self._convert(parts[0], place.beside("allOf/0"))
+        is_combined = "allOf" in schema or len(schema.keys() - {"type"}) > 1
+        if not place.is_part:
+            schema = self._close(schema, place.path, is_combined)
+        if {"anyOf", "oneOf"} <= schema.keys():
+            schema["allOf"] = [*_items(schema.get("allOf")), {"oneOf": schema.pop("oneOf")}]
+        if isinstance(names := schema.get("propertyNames"), dict) and "$ref" in names:
+            schema["propertyNames"] = self._resolve(names["$ref"], place.path)
+        schema = prepare(schema, place.path)
+        if "pattern" in schema and (problem := _problem(_grammar_text({"pattern": schema["pattern"]}, {}))):
+            raise schema_error(place.path, f"has a pattern that cannot be followed: {problem}")
+        converted = {word: self._convert_keyword(word, value, place, is_combined) for word, value in schema.items()}
+        converted = rewrite(converted, place.path, place.is_part)
+        if "allOf" in converted and self._count_patterns(converted) > MAX_PATTERNS:
+            raise schema_error(place.path, f"has more than {MAX_PATTERNS} patterns for one text")
+        return converted
 
-    def _convert_nested(self, schema: object, path: str, depth: int) -> str:
-        """Convert a schema inside a bracket, where references to enclosing schemas are allowed."""
-        outer, self._active_refs = self._active_refs, set()
-        try:
-            return self.convert(schema, path, depth)
-        finally:
-            self._active_refs = outer
+    def _convert_keyword(self, keyword: str, value: Any, place: _Place, is_combined: bool) -> Any:
+        """Convert the schemas in the value of a keyword."""
+        if keyword == "$ref":
+            return self._reference(value, place.beside("$ref", is_combined))
+        if keyword in COMBINING:
+            if keyword == "oneOf":
+                self._compare(_items(value), place)
+            places = (place.beside(f"{keyword}/{i}", is_combined) for i in count())
+            return [self._convert(each, at) for each, at in zip(_items(value), places, strict=False)]
+        if keyword in ("properties", "patternProperties") and isinstance(value, dict):
+            return {name: self._convert(each, place.inside(f"{keyword}/{name}")) for name, each in value.items()}
+        if keyword in ("items", "prefixItems", "additionalItems") and isinstance(value, list):
+            return [self._convert(each, place.inside(f"{keyword}/{i}")) for i, each in enumerate(value)]
+        if keyword in ("items", "additionalItems", "additionalProperties"):
+            return self._convert(value, place.inside(keyword))
+        return value
 
-    def _ref(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        found = self._merger.resolve(schema["$ref"], path)
-        return self._named(schema["$ref"], found, schema["$ref"], depth)
+    def _compare(self, schemas: list[Any], place: _Place) -> None:
+        """Note what has to be unsatisfiable for `oneOf` to mean `anyOf`: both of any two, with any properties."""
+        parts = [
+            self._convert(each, replace(place.inside(f"oneOf/{i}"), is_part=True)) for i, each in enumerate(schemas)
+        ]
+        self._overlaps += [{"allOf": pair} for pair in combinations(parts, 2)]
+        if len(self._overlaps) > MAX_PAIRS:
+            raise schema_error(place.path, "uses 'oneOf' with too many schemas to compare them; use 'anyOf'")
 
-    def _named(self, key: str | int, schema: object, path: str, depth: int) -> str:
-        """Name of the rule for a schema that may refer to itself. key: its reference, or id."""
-        is_new = key not in self._refs
-        name = self._refs.setdefault(key, f"ref{len(self._refs)}")
-        for active in self._active_refs:
-            self._leads_to.setdefault(active, set()).add(name)
-        if is_new:
-            self._paths[name], self.rules.named[name] = path, ""  # reserved
-            self._active_refs.add(name)
-            self.rules.named[name] = self.convert(schema, path, depth + 1)
-            self._active_refs.discard(name)
-        return name
+    def _close(self, schema: dict[str, Any], path: str, is_combined: bool) -> dict[str, Any]:
+        """Allow no properties but those that a schema and its parts name, unless they say which others there may be."""
+        unevaluated = schema.pop("unevaluatedProperties", None)
+        if unevaluated not in (None, False):
+            raise schema_error(path, "uses 'unevaluatedProperties' other than false, which is not supported")
+        is_choice = bool(schema.keys() & (COMBINING | {"$ref"}))
+        if (is_choice and not is_combined) or not isinstance(schema.get("properties", {}), dict):
+            return schema
+        names = self._known_names(schema, path, set())
+        if names is None or (not names and unevaluated is None):
+            return schema
+        closing = {"properties": dict.fromkeys(names, True), "additionalProperties": False}
+        if is_choice:
+            return schema | {"allOf": [*_items(schema.get("allOf")), closing]}
+        return schema | closing | {"properties": dict.fromkeys(names, True) | schema.get("properties", {})}
 
-    def _const(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        check_type(schema, "const", path)
-        return literal(schema["const"], path)
+    def _known_names(self, schema: Any, path: str, seen: set[str]) -> list[str] | None:
+        """Names of the properties of a schema and of those it is combined with; None if there may be others."""
+        self._take_step(path)
+        if not isinstance(schema, dict):
+            return []
+        open_keywords = {"additionalProperties", "patternProperties", "propertyNames"} & schema.keys()
+        if any(schema[keyword] is not False for keyword in open_keywords):
+            return None
+        properties, required = schema.get("properties"), _items(schema.get("required"))
+        names = [
+            *(properties if isinstance(properties, dict) else ()),
+            *(name for name in required if type(name) is str),
+        ]
+        others = [part for keyword in COMBINING for part in _items(schema.get(keyword))]
+        if "$ref" in schema and str(schema["$ref"]) not in seen:
+            seen.add(str(schema["$ref"]))
+            others.append(self._resolve(schema["$ref"], path))
+        for other in others:
+            more = self._known_names(other, path, seen)
+            if more is None:
+                return None
+            names += more
+        return names
 
-    def _enum(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        check_type(schema, "enum", path)
-        return self.rules.alternatives(literal(value, path) for value in choices(schema["enum"], path))
+    def _take_step(self, path: str) -> None:
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise schema_error(path, f"is one of too many; expected {MAX_STEPS} at most, references followed")
 
-    def _object(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        schema = dict(schema)
-        if "additionalProperties" in schema:
-            schema["additionalProperties"] = self._merger.or_false(schema["additionalProperties"], path)
-        if isinstance(properties := schema.get("properties"), dict):
-            schema["properties"] = {name: self._merger.or_false(each, path) for name, each in properties.items()}
-        return object_expression(schema, path, self.rules, partial(self._convert_nested, depth=depth + 1))
+    def _reference(self, target: Any, place: _Place) -> str:
+        """Convert what is referred to, unless it has been; return where it is now."""
+        key = str(target), place.is_part
+        if place.definition:
+            self._leads_to.setdefault(place.definition, set()).add(key[0])
+        if key not in self._names:
+            name = self._names[key] = str(len(self._names))
+            at = _Place(key[0], place.depth, key[0], place.is_part)
+            self._definitions[name] = self._convert(self._resolve(target, place.path), at)
+            self._patterns[f"#/$defs/{name}"] = self._count_patterns(self._definitions[name])
+        return f"#/$defs/{self._names[key]}"
 
-    def _string(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        low, high = length_range(schema, "minLength", "maxLength", path)
-        if "pattern" in schema:
-            return self._pattern(schema["pattern"], low, high, path)
-        name = str(schema.get("format"))
-        shortest, longest = FORMAT_LENGTHS.get(name, (0, math.inf))
-        if name in FORMAT_PATTERNS and low <= shortest and (high is None or longest <= high):
-            return self._pattern(FORMAT_PATTERNS[name], 0, None, path)
-        return "string" if (low, high) == (0, None) else rf'"\"" {repeated("char", low, high)} "\""'
+    def _count_patterns(self, schema: Any) -> int:
+        """How many patterns a text has to match, at most, for a converted schema."""
+        if not isinstance(schema, dict):
+            return 0
+        choices = map(self._count_patterns, schema.get("anyOf", ()))
+        others = map(self._count_patterns, schema.get("allOf", ()))
+        referred = self._patterns.get(schema.get("$ref", ""), 0)
+        return ("pattern" in schema) + referred + max(choices, default=0) + sum(others)
 
-    def _pattern(self, pattern: object, low: int, high: int | None, path: str) -> str:
-        """An expression for texts that match a pattern, or all of a tuple of them, which only `Merger` makes."""
-        patterns = pattern if isinstance(pattern, tuple) else (pattern,)
-        if not all(isinstance(each, str) for each in patterns):
-            raise schema_error(path, "has a pattern that is not a string")
-        key = patterns, low, high
-        if key not in self._patterns:
-            name = f"p{len(self._patterns)}"
-            if len(self._patterns) == MAX_PATTERNS:
-                raise UsageError(f"The JSON schema is too large: it has more than {MAX_PATTERNS} patterns.")
-            try:
-                rules = pattern_rules(patterns, low, high, name, self._budget)
-            except PatternError as error:
-                raise schema_error(path, f"has a pattern that {error}") from error
-            self._patterns[key] = name
-            self.rules.named |= rules
-        return self._patterns[key]
+    def _resolve(self, target: object, path: str) -> object:
+        """The schema that "#/..." refers to; the root's `$id` may stand before it. Raises `UsageError`."""
+        where, own = target, self._root.get("$id") if isinstance(self._root, dict) else None
+        if isinstance(target, str) and isinstance(own, str) and not target.startswith("#"):
+            target = target.removeprefix(own) or "#"
+        if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
+            raise schema_error(path, f"refers to {short(where)}; only references inside the schema are supported")
+        schema: Any = self._root
+        for part in target[1:].split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(schema, list) and name.isdecimal() and len(name) < 7 and int(name) < len(schema):
+                schema = schema[int(name)]
+                continue
+            if isinstance(schema, dict) and name not in schema:
+                name = unquote(name)  # in the fragment of a URI
+            if not isinstance(schema, dict) or name not in schema:
+                raise schema_error(path, f"refers to {short(where)}, which does not exist")
+            schema = schema[name]
+        return schema
 
-    def _number(self, schema: dict[str, Any], path: str, depth: int, integer: bool = False) -> str:
-        kind = "integer" if integer else "number"
-        if not LIMITS & set(schema):
-            return kind
-        low, exclusive_low = bound(schema, "minimum", path)
-        high, exclusive_high = bound(schema, "maximum", path)
-        multiple_of = decimal(schema, "multipleOf", path)
-        if multiple_of is not None and not 0 < multiple_of < 10**MAX_INTEGER_DIGITS:
-            raise schema_error(path, f"has a multipleOf that is not between 0 and 1e{MAX_INTEGER_DIGITS}")
-        try:
-            limits = Limits(integer, low, high, exclusive_low, exclusive_high, multiple_of)
-            expression = self.numbers.add(limits)
-        except TooComplexNumbersError:
-            raise schema_error(path, "has too many different limits of numbers, or too large a multipleOf") from None
-        if not expression:
-            raise schema_error(path, f"allows no {kind} of up to {MAX_INTEGER_DIGITS} digits")
-        return self.rules.add(expression)
 
-    def _array(self, schema: dict[str, Any], path: str, depth: int) -> str:
-        low, high = length_range(schema, "minItems", "maxItems", path)
-        items, first = self._merger.or_false(schema.get("items", True), f"{path}/items"), schema.get("prefixItems", [])
-        if isinstance(items, list) and "prefixItems" not in schema:  # draft 7, which the AI SDK writes
-            items, first = self._merger.or_false(schema.get("additionalItems", True), f"{path}/additionalItems"), items
-        if not isinstance(first, list):
-            raise schema_error(path, "has prefixItems that are not a list")
-        listed = [self._item(each, f"{path}/prefixItems/{i}", depth) for i, each in enumerate(first[:high])]
-        most = len(listed) if items is False else high
-        if most is not None and low > most:
-            raise schema_error(path, "requires more items than it allows")
-        if most == len(listed):
-            return f'"[" {self._sequence(listed, low, "")} "]"'
-        item = self._item(items, f"{path}/items", depth)
-        listed = listed or [item]
-        least, most = max(low - len(listed), 0), None if most is None else most - len(listed)
-        return f'"[" {self._sequence(listed, low, repeated(self.rules.add(f"comma {item}"), least, most))} "]"'
+def _items(value: object) -> list[Any]:
+    """A list, or an empty one for what is none: LLGuidance says what is wrong with that."""
+    return value if isinstance(value, list) else []
 
-    def _item(self, schema: object, path: str, depth: int) -> str:
-        return self.rules.add(self._convert_nested(schema, path, depth + 1))
 
-    def _sequence(self, items: list[str], required_count: int, end: str) -> str:
-        """Items separated by commas, of which the first `required_count` are required; `end` follows the last only."""
-        for number, item in reversed(list(enumerate(items))):
-            name = self.rules.add(f"{'comma ' if number else ''}{item} {end}".strip())
-            end = name if number < required_count else f"{name}?"
-        return end
+def _check_size(text: str) -> None:
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise UsageError(f"The JSON schema is too large: {len(text)} characters; expected {MAX_GRAMMAR_CHARACTERS}.")
+
+
+def _grammar_text(schema: Any, definitions: dict[str, Any]) -> str:
+    """A grammar in LLGuidance's dialect of Lark. LLaMA's tokens of first words begin with a space."""
+    keywords = schema if isinstance(schema, dict) else {"anyOf": [schema]}
+    text = json.dumps(keywords | {"$defs": definitions, "x-guidance": _FORM}, allow_nan=False)
+    return f'{LARK_MARK} {{}}\nstart: " "? json\njson: %json {text}\n'
+
+
+def _problem(grammar: str) -> str:
+    """Why LLGuidance does not follow a grammar; empty if it does."""
+    message = LLMatcher.validate_grammar(grammar).partition("\n   1 | ")[0]
+    message = message.rpartition("JSON schema: ")[2]
+    return message.rpartition("\nerror: ")[2][:200]  # of a pattern: the last of several lines

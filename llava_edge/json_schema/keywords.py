@@ -1,114 +1,151 @@
-"""What JSON schemas say of one value: their keywords, checked when they are read, and the errors that name where."""
+"""Keywords of JSON schemas as zod, pydantic and OpenAPI write them -> those that LLGuidance follows. They say the same,
+except for numbers that not every program can read.
+"""
 
 from __future__ import annotations
 
-import math
 from decimal import Decimal
 from typing import Any
 
 from llava_edge.errors import UsageError
-from llava_edge.json_schema.disjoint import TYPES, has_type
+from llava_edge.json_schema.formats import FORMATS
 
-MAX_ALTERNATIVES = 500  # of an enum, anyOf or oneOf
-MAX_REPETITIONS = 100_000  # what lengths and item counts may require; larger maxima are lowered to it
-
-ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "format", "$schema", "$id", "$comment"}
-ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
-ANNOTATIONS |= {"example", "externalDocs", "xml", "components"}  # OpenAPI's
-ANNOTATIONS |= {"id", "enumNames", "propertyOrdering"}  # draft 4's, marshmallow's and Google's
-ANNOTATIONS |= {"contentEncoding", "contentMediaType", "contentSchema"}  # JSON Schema has them not followed
-LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
-KEYWORDS = {
-    "object": {"properties", "required", "additionalProperties", "propertyNames", "patternProperties"}
-    | {"minProperties", "maxProperties"},
+COMBINING = {"anyOf", "oneOf", "allOf"}
+OF_TYPE = {
+    "object": {"properties", "required", "additionalProperties", "unevaluatedProperties", "propertyNames"}
+    | {"patternProperties", "minProperties", "maxProperties"},
     "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems"},
-    "string": {"minLength", "maxLength", "pattern"},
-    "number": LIMITS,
-    "integer": LIMITS,
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+}
+SUPPORTED = COMBINING.union({"type", "enum", "const", "$ref"}, *OF_TYPE.values())
+COUNTS = {"minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"}
+MAX_NUMBER = 10**16 - 1  # most programs read integers of 16 digits; JavaScript's 9007199254740991 is one
+MAX_OPTIONAL = 450  # properties of an object; LLGuidance gives up at about 500, after the answer has begun
+TINY = 1e-9  # by which an exclusive limit becomes inclusive, relative to it
+MAX_MULTIPLE = 10_000  # in units of its last decimal place. LLGuidance has as many states: a million take seconds
+
+_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment"}
+_ANNOTATIONS |= {"$defs", "definitions", "readOnly", "writeOnly", "strict", "discriminator"}
+_ANNOTATIONS |= {"example", "externalDocs", "xml", "components"}  # OpenAPI's
+_ANNOTATIONS |= {"id", "enumNames", "propertyOrdering"}  # draft 4's, marshmallow's and Google's
+_ANNOTATIONS |= {"contentEncoding", "contentMediaType", "contentSchema"}  # JSON Schema has them not followed
+
+# Patterns of zod and pydantic that look ahead, which LLGuidance does not, and equal ones without.
+_PATTERNS = {
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
+        r"^([A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+    ),
+    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?(\d+\.?\d*|\.\d+)$",
 }
 
 
-def is_annotation(schema: dict[str, Any], keyword: str) -> bool:
+def is_annotation(keyword: str, value: object) -> bool:
     """Whether a keyword restricts nothing. Those with an x- are OpenAPI's for everybody's own use."""
     if keyword in ("uniqueItems", "nullable"):
-        return not schema[keyword]
-    return keyword in ANNOTATIONS or keyword.startswith("x-")
+        return value is False
+    return keyword in _ANNOTATIONS or keyword.startswith("x-")
 
 
-def allows_all(schema: object) -> bool:
-    """Whether a schema is one of the two without keywords that all values satisfy."""
-    return schema is True or schema == {}
+def prepare(schema: dict[str, Any], path: str) -> dict[str, Any]:
+    """Write the schema of an object's names, and patterns, otherwise. Raises `UsageError`."""
+    if "pattern" in schema:
+        schema = schema | {"pattern": _PATTERNS.get(str(schema["pattern"]), schema["pattern"])}
+    return _with_names(schema, path) if "propertyNames" in schema else schema
 
 
-def choices(value: object, path: str) -> list[Any]:
-    """`value`, if it is a list of 1 to `MAX_ALTERNATIVES`. Raises `UsageError`."""
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_ALTERNATIVES:
-        raise schema_error(path, f"needs a list of 1 to {MAX_ALTERNATIVES} choices")
-    return value
+def rewrite(schema: dict[str, Any], path: str, is_part: bool) -> dict[str, Any]:
+    """Write the other keywords otherwise. Those of schemas inside are already. Raises `UsageError`."""
+    schema = dict(schema) if is_part else _with_type(schema)
+    for keyword in COUNTS & schema.keys():
+        if isinstance(schema[keyword], float) and schema[keyword].is_integer():  # 2.0 is an integer in JSON Schema
+            schema[keyword] = int(schema[keyword])
+    _check_object(schema, path)
+    if "oneOf" in schema:
+        schema["anyOf"] = schema.pop("oneOf")
+    if "format" in schema and (pattern := FORMATS.get(str(schema.pop("format")))):  # others are annotations
+        schema["allOf"] = [*schema.get("allOf", []), {"pattern": pattern}]
+    return _with_numbers(schema, path)
 
 
-def check_type(schema: dict[str, Any], keyword: str, path: str) -> None:
-    """Raise `UsageError` if the `type` of a schema contradicts its `const` or `enum`."""
-    if "type" not in schema:
-        return
-    names = schema["type"]
-    types = set(TYPES).intersection(map(str, names if isinstance(names, list) else [names]))  # each once
-    values = [schema[keyword]] if keyword == "const" else choices(schema[keyword], path)
-    if wrong := [value for value in values if not any(has_type(value, kind) for kind in types)]:
-        raise schema_error(path, f"allows {abbreviate(wrong[0])}, which is not of its type")
+def _check_object(schema: dict[str, Any], path: str) -> None:
+    low, properties, required = (schema.get(keyword) for keyword in ("minProperties", "properties", "required"))
+    if isinstance(low, int) and low > 1 and "properties" not in schema:
+        raise schema_error(path, "has a minProperties above 1 for names that may repeat, which is not supported")
+    optional = len(properties) if isinstance(properties, dict) else 0
+    optional -= len(required) if isinstance(required, list) else 0
+    if optional > MAX_OPTIONAL:
+        raise schema_error(path, f"has {optional} optional properties; expected at most {MAX_OPTIONAL}")
 
 
-def length_range(schema: dict[str, Any], least: str, most: str, path: str) -> tuple[int, int | None]:
-    """The lengths, or counts, that two keywords allow; None if there is no upper limit. Raises `UsageError`."""
-    for value in (schema[keyword] for keyword in (least, most) if keyword in schema):
-        if type(value) is not int or value < 0:
-            raise schema_error(path, f"has a {least} or {most} that is not an integer from 0 on")
-    low, high = schema.get(least, 0), schema.get(most)
-    if low > MAX_REPETITIONS:
-        raise schema_error(path, f"has a {least} above {MAX_REPETITIONS}")
-    if high is not None and high < low:
-        raise schema_error(path, f"has a {most} below its {least}")
-    return low, None if high is None else min(high, MAX_REPETITIONS)
+def _with_type(schema: dict[str, Any]) -> dict[str, Any]:
+    """Its keywords tell it, where they are of certain types alone."""
+    types = [kind for kind, keywords in OF_TYPE.items() if keywords & schema.keys()]
+    combined = schema.keys() & COMBINING
+    if not types or schema.keys() & {"type", "enum", "const", "$ref"} or (combined and types != ["object"]):
+        return dict(schema)
+    return {"type": types, **schema}
 
 
-def bound(schema: dict[str, Any], keyword: str, path: str) -> tuple[Decimal | None, bool]:
-    """A minimum or maximum, and whether it is exclusive. Raises `UsageError`."""
-    exclusive = f"exclusive{keyword.capitalize()}"
-    if keyword in schema and isinstance(schema.get(exclusive), bool):  # as OpenAPI 3.0 has it
-        return decimal(schema, keyword, path), schema[exclusive]
-    inner, outer = decimal(schema, keyword, path), decimal(schema, exclusive, path)
-    if inner is None or outer is None:
-        return (inner, False) if outer is None else (outer, True)
-    exclusive_is_narrower = outer >= inner if keyword == "minimum" else outer <= inner
-    return (outer, True) if exclusive_is_narrower else (inner, False)
+def _with_names(schema: dict[str, Any], path: str) -> dict[str, Any]:
+    """`propertyNames` as `properties` or `patternProperties`."""
+    schema = dict(schema)
+    names = schema.pop("propertyNames")
+    if not isinstance(names, dict) or names.get("type", "string") != "string":
+        raise schema_error(path, "has propertyNames that are not a schema of strings")
+    names = {word: value for word, value in names.items() if word != "type" and not is_annotation(word, value)}
+    if not names:
+        return schema
+    if schema.keys() & {"properties", "patternProperties"}:
+        raise schema_error(path, "combines 'propertyNames' with properties, which is not supported")
+    values = schema.get("additionalProperties", True)
+    schema["additionalProperties"] = False
+    if names.keys() == {"enum"} and isinstance(names["enum"], list) and all(isinstance(n, str) for n in names["enum"]):
+        return schema | {"properties": dict.fromkeys(names["enum"], values)}
+    if names.keys() == {"pattern"}:
+        return schema | {"patternProperties": {names["pattern"]: values}}
+    if names.keys() <= {"minLength", "maxLength"}:
+        lengths = f"{names.get('minLength', 0)},{names.get('maxLength', '')}"
+        return schema | {"patternProperties": {f"^(?s:.){{{lengths}}}$": values}}
+    raise schema_error(path, f"has propertyNames of {short(names)}, which are not supported")
 
 
-def decimal(schema: dict[str, Any], keyword: str, path: str) -> Decimal | None:
-    """A number as it is written: the shortest text that means this float. Raises `UsageError`."""
-    value = schema.get(keyword)
-    if keyword not in schema:
-        return None
-    if type(value) is not int and not (type(value) is float and math.isfinite(value)):
-        raise schema_error(path, f"has {abbreviate(value)} for {keyword}; expected a number")
-    return Decimal(value) if type(value) is int else Decimal(repr(value))
+def _with_numbers(schema: dict[str, Any], path: str) -> dict[str, Any]:
+    """Inclusive limits of numbers, none beyond `MAX_NUMBER`."""
+    step = schema.get("multipleOf")
+    if _is_number(step):
+        places = max(0, -int(Decimal(str(step)).normalize().as_tuple().exponent))
+        if not 0 < Decimal(str(step)).scaleb(places) <= MAX_MULTIPLE:
+            raise schema_error(path, f"has a multipleOf that is not 1 to {MAX_MULTIPLE} of its last decimal place")
+    types = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
+    for limit, sign in (("minimum", -1), ("maximum", 1)):
+        exclusive, narrower = f"exclusive{limit.capitalize()}", max if sign < 0 else min
+        if schema.get(exclusive) is False:  # as OpenAPI 3.0 has it
+            del schema[exclusive]
+        elif schema.get(exclusive) is True and limit in schema:
+            schema[exclusive] = schema.pop(limit)
+        if _is_number(schema.get(exclusive)) and types != ["integer"]:
+            # LLGuidance 1.9 allows an excluded 0 where the other limit is 0.5, and the like.
+            end = schema.pop(exclusive)
+            inner = end - sign * TINY * max(1, abs(end))
+            schema[limit] = narrower(inner, schema.get(limit, inner))
+        if {"integer", "number"} & set(map(str, types)) and not schema.keys() & {"enum", "const"}:
+            schema.setdefault(limit, sign * MAX_NUMBER)
+        if _is_number(schema.get(limit)):
+            schema[limit] = narrower(schema[limit], sign * MAX_NUMBER)
+    return schema
 
 
-def reject_keywords(keywords: set[str], path: str, other_keyword: str = "") -> None:
-    """Raise `UsageError` if there are any. other_keyword: the one that they cannot be combined with."""
-    if not keywords:
-        return
-    if other_keyword:
-        raise schema_error(path, f"combines {abbreviate(min(keywords))} with {other_keyword!r}, which is not supported")
-    raise schema_error(path, f"uses {abbreviate(min(keywords))}, which is not supported")
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def schema_error(path: str, what: str) -> UsageError:
     """The error for a schema at `path`; `what` completes a sentence that begins with it."""
-    where = "The JSON schema" if path == "#" else f"The JSON schema at {abbreviate(path)}"
-    return UsageError(f"{where} {what}.")
+    return UsageError(f"The JSON schema {'' if path == '#' else f'at {short(path)} '}{what}.")
 
 
-def abbreviate(value: object) -> str:
+def short(value: object) -> str:
     """At most 80 ASCII characters for a value that a client sent."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -103,12 +104,13 @@ class App:
         return Middleware(app, guard, self._limits, self._metrics, paths, log)
 
     async def _openai_answer(self, parse_request: OpenAIParser, chat: bool, request: Request) -> Response:
-        model_request = parse_request(await self._parse_body(request), self._model, self._limits)
+        body = await self._parse_body(request)
+        model_request = await run_in_threadpool(parse_request, body, self._model, self._limits)
         return await self._answer(request, model_request, replies.Reply(self._model, chat, model_request.include_usage))
 
     async def _respond(self, request: Request) -> Response:
         body = await self._parse_body(request)
-        model_request = responses.parse(body, self._model, self._limits)
+        model_request = await run_in_threadpool(responses.parse, body, self._model, self._limits)
         return await self._answer(request, model_request, responses.Reply(self._model, body, model_request))
 
     async def _ollama_answer(self, parse_request: OllamaParser, chat: bool, request: Request) -> Response:
@@ -116,7 +118,7 @@ class App:
         reply = ollama.Reply(ollama.parse_model(body, self._model), chat)
         if ollama.only_loads(body):
             return JSONResponse(reply.loaded())
-        return await self._answer(request, parse_request(body, self._limits), reply)
+        return await self._answer(request, await run_in_threadpool(parse_request, body, self._limits), reply)
 
     async def _answer(self, request: Request, model_request: ModelRequest, reply: Reply) -> Response:
         events = self._supervisor.answer(model_request)

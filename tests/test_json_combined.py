@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
-from time import process_time
+import re
 from typing import Any
 
 import pytest
@@ -46,7 +45,6 @@ DEFS = {
     "node": {
         "allOf": [{"$ref": "#/$defs/named"}, obj(next={"allOf": [{"$ref": "#/$defs/node"}], "nullable": True})],
     },
-    "self": obj(next={"$ref": "#/$defs/self", "type": "object"}),
 }
 REF = {name: {"$ref": f"#/$defs/{name}"} for name in DEFS}
 CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
@@ -93,11 +91,6 @@ CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         {"anyOf": [NAMED, {"type": "object"}, NULL], "unevaluatedProperties": False},
         [{"name": "Ann"}, {}, None],
         [{"x": 1}],
-    ),
-    "unevaluated properties of a schema": (
-        {"type": "object", "unevaluatedProperties": COUNT},
-        [{"x": 1}],
-        [{"x": "1"}],
     ),
     "zod's patterns": (
         {"type": "string", "maxLength": 4, "allOf": [{"pattern": "^a|^b"}, {"pattern": "z$"}, {"pattern": "x"}]},
@@ -147,7 +140,6 @@ CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [{"name": "", "next": {"name": "", "next": None}}, {"name": ""}],
         [{"name": "", "next": {}}],
     ),
-    "a type beside a recursive reference": (REF["self"], [{"next": {"next": {}}}], [{"next": None}]),
     "zod's never": (obj("a", a=COUNT, b=NEVER), [{"a": 1}], [{"a": 1, "b": 1}]),
     "nothing but zod's never": (obj(b=NEVER), [{}], [{"b": 1}]),
     "zod's optional": ({"anyOf": [{"anyOf": [NEVER, TEXT]}, NULL]}, ["a", None], [1]),
@@ -159,13 +151,13 @@ CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
 def test_combined_schemas_allow_what_satisfies_them(name: str, llava: Llava) -> None:
     schema, right, wrong = CASES[name]
     schema = {"$defs": DEFS} | schema
-    with allowing(llava, from_schema(schema)) as allowed:
-        for value in right:
-            assert satisfies(value, schema, schema), value
-            assert allowed(json.dumps(value)), value
-        for value in wrong:
-            assert not allowed(json.dumps(value)), value
-            assert value == ANN | {"x": 1} or not satisfies(value, schema, schema), value
+    allowed = allowing(llava, from_schema(schema))
+    for value in right:
+        assert satisfies(value, schema, schema), value
+        assert allowed(json.dumps(value)), value
+    for value in wrong:
+        assert not allowed(json.dumps(value)), value
+        assert value == ANN | {"x": 1} or not satisfies(value, schema, schema), value
 
 
 LIMITS: dict[Any, Any] = {
@@ -199,56 +191,33 @@ def test_all_of_scalars_allows_what_satisfies_each(llava: Llava, parts: list[dic
     right = [value for value in VALUES if satisfies(value, schema, schema)]
     try:
         grammar = from_schema(schema)
-    except UsageError as error:
-        refused = "with 'enum'" in str(error)  # limits beside it
-    else:
-        refused = False
-    if refused or not right:
-        with pytest.raises(UsageError):
-            from_schema(schema)
+    except UsageError:
+        assert right == []
         return
-    with allowing(llava, grammar) as allowed:
-        assert [value for value in VALUES if allowed(json.dumps(value))] == right
+    allowed = allowing(llava, grammar)
+    assert [value for value in VALUES if allowed(json.dumps(value))] == right
 
 
 @pytest.mark.parametrize(
     ("schema", "says"),
     [
-        ({"allOf": [TEXT, COUNT]}, "The JSON schema allows nothing"),
-        ({"prefixItems": [{"allOf": [{"enum": ["a"]}, {"const": "b"}]}]}, "prefixItems/0' allows nothing"),
-        (obj("a", a=NEVER), "requires 'a' and forbids it"),
-        ({"allOf": [closed("a", a=COUNT), closed("b", b=COUNT)]}, "requires 'a' and forbids it"),
-        ({"anyOf": [NEVER, {"allOf": [TEXT, NULL]}]}, "allows nothing"),
-        ({"type": "array", "items": {"allOf": [TEXT, {"not": TEXT}]}}, "items' uses 'not'"),
-        ({"allOf": [TEXT, {"if": TEXT, "then": TEXT}]}, "uses 'if'"),
-        ({"allOf": [{"if": TEXT}, {"if": NULL}]}, "different 'if'"),
-        ({"allOf": [{"type": "array", "uniqueItems": True}, {"minItems": 1}]}, "'uniqueItems'"),
-        ({"allOf": [{"multipleOf": 2}, {"multipleOf": 3}]}, "different 'multipleOf'"),
-        ({"allOf": [{"enum": [[1]]}, {"enum": [[1.0]]}]}, "different 'enum'"),
-        ({"allOf": [{"prefixItems": [TEXT]}, {"items": COUNT}]}, "'prefixItems' with another"),
-        ({"allOf": [{"items": [TEXT]}, {"items": COUNT}]}, "'items' with another"),
-        ({"allOf": [{"patternProperties": {"^a": TEXT}}, {"additionalProperties": COUNT}]}, "'patternProperties' with"),
-        ({"allOf": [{"propertyNames": {"maxLength": 1}}, obj(ab=TEXT)]}, "'propertyNames' with another"),
+        ({"allOf": [TEXT, COUNT]}, "Unsatisfiable schema: incompatible types"),
+        (obj("a", a=NEVER), "required property 'a' is unsatisfiable"),
+        ({"allOf": [closed("a", a=COUNT), closed("b", b=COUNT)]}, "required property 'a' is unsatisfiable"),
+        ({"anyOf": [NEVER, {"allOf": [TEXT, NULL]}]}, "Unsatisfiable"),
+        ({"type": "array", "items": {"allOf": [TEXT, {"not": TEXT}]}}, "at '#/items/allOf/1' uses 'not'"),
         ({"oneOf": [obj(a=COUNT), obj(b=COUNT)], "type": "object"}, "use 'anyOf'"),
-        ({"$ref": "#/$defs/color", "$defs": DEFS, "maxLength": 3}, "'maxLength' with 'enum'"),
         ({"$ref": 5, "type": "string"}, "refers to 5"),
-        ({"allOf": [TEXT, 5]}, "has 5 in what it combines"),
-        ({"allOf": []}, "allOf' needs a list"),
-        ({"allOf": [TEXT, {"maxLength": 2}, {"maxLength": "3"}]}, "expected numbers"),
-        ({"allOf": [obj(), {"properties": 5}]}, "properties that are not an object"),
-        ({"allOf": [obj("a"), {"required": 5}]}, "different 'required'"),
-        ({"allOf": [{"type": 5}, {"type": [["string"]]}]}, "allows nothing"),
-        ({"type": "string", "pattern": ["^a", "b$"]}, "not a string"),
-        ({"type": "string", "nullable": "yes"}, "'nullable'"),
-        (
-            {"type": "string", "allOf": [{"pattern": "|".join("ab^a$b^a$b") + f"|^{i}"} for i in range(12)]},
-            "too complex",
-        ),
+        ({"allOf": [TEXT, 5]}, "at '#/allOf/1' is 5, not an object"),
+        ({"allOf": [TEXT, {"maxLength": 2}, {"maxLength": "3"}]}, "'maxLength', got \"3\""),
+        ({"allOf": [obj(), {"properties": 5}]}, "properties must be an object"),
+        ({"allOf": [obj("a"), {"required": 5}]}, "'required', got 5"),
+        ({"$defs": {"a": obj(a={"$ref": "#/$defs/a", "type": "object"})}, "$ref": "#/$defs/a"}, "circular references"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_combined_exactly_is_refused(schema: Any, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_what_cannot_be_combined_is_refused(schema: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(says)):
         from_schema(schema)
 
 
@@ -267,46 +236,3 @@ def test_what_cannot_be_combined_exactly_is_refused(schema: Any, says: str) -> N
 def test_a_combination_that_leads_back_to_itself_is_refused(schema: Any) -> None:
     with pytest.raises(UsageError, match="leads back to itself"):
         from_schema(schema)
-
-
-def _two(a: str, b: str) -> dict[str, Any]:
-    return {"allOf": [{"$ref": f"#/$defs/{a}"}, {"$ref": f"#/$defs/{b}"}]}
-
-
-def _grid(width: int) -> dict[str, Any]:
-    """Objects whose properties are all of their kind, of which each is combined with another."""
-    return {
-        name: obj(**{str(i): {"$ref": f"#/$defs/{name}"} for i in range(width)}, leaf={"type": kind})
-        for name, kind in (("a", "integer"), ("b", "number"))
-    }
-
-
-_LONG = "long" * 5_000
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"$defs": _grid(2), **_two("a", "b")},
-        {"$defs": _grid(5000), **_two("a", "b")},
-        {"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": i}]} for i in range(32)]},
-        {"allOf": [{"anyOf": [TEXT, COUNT]}] * 400},
-        {"allOf": [{"required": ["a"] * 5000}] * 100},
-        {"allOf": [{"type": ["null"] * 50_000}, {"type": ["string"] * 50_000}]},
-        {"allOf": [{"enum": list(range(20_000))}, {"enum": list(range(20_000))}]},
-        {"$defs": {_LONG: COUNT}, "allOf": [{"$ref": f"#/$defs/{_LONG}", "minimum": i} for i in range(400)]},
-        {"$defs": {str(i): _two(str(i + 1), str(i + 1)) for i in range(5000)}, "$ref": "#/$defs/0"},
-        {"$defs": {str(i): {"$ref": f"#/$defs/{i + 1}", "type": "null"} for i in range(5000)}, "$ref": "#/$defs/0"},
-        {"prefixItems": [obj(a={"allOf": [TEXT, {"minLength": i}]}) for i in range(3000)]},
-        {"$defs": {"u": {"anyOf": [{"$ref": "#/$defs/u"}] * 50}}, "$ref": "#/$defs/u", "unevaluatedProperties": False},
-        {"type": "string", "allOf": [{"pattern": f"^a|b$|c{i}"} for i in range(20)]},
-    ],
-    ids=lambda schema: str(schema)[:40],
-)
-def test_no_combination_takes_long(schema: Any) -> None:
-    """The server converts them while it does nothing else."""
-    schema = json.loads(json.dumps(schema))  # no part is another one
-    start = process_time()
-    with suppress(UsageError):
-        from_schema(schema)
-    assert process_time() - start < 1

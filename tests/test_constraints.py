@@ -1,0 +1,117 @@
+"""Grammars that an answer follows: llama.cpp's, and those of LLGuidance, which JSON schemas become."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava_edge import Llava, Options
+from llava_edge.errors import BundleError, UsageError
+from llava_edge.json_schema.grammar import from_schema
+from llava_edge.runtimes import constraints
+from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.vocabulary import Vocabulary
+
+COLOURS = """%llguidance {}
+start: " "? colour (", " colour){1,2}
+colour: "red" | "blue" | /gr[ae]y/
+"""
+
+
+def test_the_grammar_counts(llava: Llava) -> None:
+    """Without it the same draw is something else."""
+    free = Options(temperature=3.0, seed=0, max_tokens=20)
+    assert llava.ask("?", options=free).text not in ("yes", "no")
+    assert llava.ask("?", options=replace(free, grammar='root ::= "yes" | "no"')).text in ("yes", "no")
+    colours = llava.ask("?", options=replace(free, grammar=COLOURS, max_tokens=40)).text.split(", ")
+    assert set(colours) <= {"red", "blue", "gray", "grey"}
+    assert len(colours) in (2, 3)
+    with pytest.raises(ValueError, match="Expecting value"):
+        json.loads(llava.ask("?", options=free).text)
+
+
+@pytest.mark.parametrize("grammar", ['root ::= "<|im_start|>"', '%llguidance {}\nstart: "<|im_start|>"'])
+def test_no_control_token_stands_for_its_name(grammar: str, llava: Llava) -> None:
+    for seed in range(12):
+        options = Options(grammar=grammar, temperature=3.0, seed=seed, max_tokens=20)
+        assert llava.ask("?", options=options).text == "<|im_start|>"
+
+
+@pytest.mark.parametrize("change", [{}, {"repeat_penalty": 2.0, "presence_penalty": 1.5}], ids=["plain", "penalties"])
+def test_both_kinds_of_grammars_allow_the_same(change: dict[str, float], llava: Llava) -> None:
+    options = Options(max_tokens=24, **change)  # type: ignore[arg-type]
+    for gbnf, lark in (("[a-h ]{20}", "/[a-h ]{20}/"), ('"é"{3} | "No" [a-y]{9}', "/é{3}|No[a-y]{9}/")):
+        answers = [
+            llava.ask("?", options=replace(options, grammar=grammar)).text
+            for grammar in (f"root ::= {gbnf}", f"%llguidance {{}}\nstart: {lark}")
+        ]
+        assert answers[0] == answers[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("grammar", "says"),
+    [
+        ('root ::= "x', "llama.cpp cannot parse the grammar"),
+        ('root ::= root | "x"', "grammar"),
+        ('%llguidance {}\nstart: "x', "LLGuidance cannot follow the grammar, or JSON schema: "),
+        ("%llguidance {}\nstart: none", "LLGuidance cannot follow the grammar, or JSON schema: "),
+    ],
+)
+def test_an_unreadable_grammar_costs_no_picture(
+    grammar: str, says: str, llava: Llava, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llava._engine.model.scheduler, "_prefill", None)
+    with pytest.raises(UsageError, match=says.replace(".", r"\.")):
+        llava.ask("?", Image.new("RGB", (8, 8)), Options(grammar=grammar, max_tokens=4))
+    monkeypatch.undo()
+    assert llava.ask("?", options=Options(max_tokens=2)).text
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("grammar", ['root ::= "\\x04"', from_schema({"enum": ["\U00050000"]})], ids=["byte", "schema"])
+def test_a_grammar_that_no_token_continues_is_refused(grammar: str, llava: Llava, monkeypatch: Any) -> None:
+    """llama.cpp would end the process. The vocabulary here can say all; so its words are taken away."""
+    real = Sampler._sample_allowed
+
+    def no_token_left(self: Sampler, logits: Any, allowed: Any) -> int:
+        return real(self, logits, allowed & False)
+
+    monkeypatch.setattr(Sampler, "_sample_allowed", no_token_left)
+    with pytest.raises(UsageError, match="no token that the grammar, or JSON schema, allows"):
+        llava.ask("?", options=Options(grammar=grammar, max_tokens=4))
+    monkeypatch.undo()
+    assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
+
+
+def test_deep_parentheses_are_refused_before_llama_cpp_reads_them(llava: Llava) -> None:
+    with pytest.raises(UsageError, match="nested deeper than 200 levels"):
+        llava.ask("?", options=Options(grammar=f'root ::= {"(" * 30_000}"x"{")" * 30_000}'))
+    for mark in '"[':  # in a comment, it begins no string and no character class
+        with pytest.raises(UsageError, match="nested deeper than 200 levels"):
+            llava.ask("?", options=Options(grammar=f'# {mark}\nroot ::= {"(" * 30_000}"x"{")" * 30_000} # "]'))
+    quoted = f'root ::= "{"(" * 300}" | [({"(" * 300}] # {"(" * 300}'
+    assert llava.ask("?", options=Options(grammar=quoted, max_tokens=400)).text.strip("(") == ""
+
+
+def test_what_can_be_read_in_too_many_ways_ends(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each bracket doubles them, and llama.cpp follows all: minutes for the fifteenth."""
+    monkeypatch.setattr(constraints, "MAX_ACCEPT_SECONDS", 0.05)
+    gbnf = 'root ::= list\nlist ::= "[" list ("," list)* "]" | "[" list "," list ("," list)* "]"'
+    inner = {"type": "array", "minItems": 1, "items": {"$ref": "#"}}
+    schema = from_schema({"anyOf": [inner, {**inner, "minItems": 2}]})
+    for grammar, count in ((gbnf, 13), (schema, 60)):
+        with pytest.raises(UsageError, match=r"too many ways|Too many items"):
+            llava.ask("?", options=Options(grammar=grammar, max_tokens=count))
+    assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
+
+
+def test_a_vocabulary_without_an_end_is_named(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = llava._engine.model.language.vocabulary
+    monkeypatch.setattr(Vocabulary, "is_end_token", lambda *_: False)
+    other = Vocabulary(vocabulary._library, llava._engine.model.language._model, vocabulary._path)
+    with pytest.raises(BundleError, match="no token that ends an answer"):
+        _ = other.for_llguidance
