@@ -59,7 +59,7 @@ def decode(
     When `pause` returns True, returns the last token, which is not evaluated yet: `sampler` can go on from there.
     """
     if _can_speculate(options) and (speculation.auto or options.speculate == "ngram"):
-        return _decode_speculatively(answer, speculation, pause, always=options.speculate == "ngram")
+        return _decode_speculatively(answer, sampler, speculation, pause, always=options.speculate == "ngram")
     while True:
         token = sampler.sample()
         reason = answer.add_token(token)
@@ -69,16 +69,16 @@ def decode(
 
 
 def _can_speculate(options: Options) -> bool:
-    """Whether each token is the argmax of its logits, and no log-probabilities are requested."""
-    argmax = options.greedy and not options.grammar and not has_penalties(options)
+    """Whether each token is the likeliest that a grammar allows, and no log-probabilities are requested."""
+    argmax = options.greedy and not has_penalties(options)
     return argmax and options.top_logprobs is None and options.speculate != "off"
 
 
 def _decode_speculatively(
-    answer: Answer, speculation: Speculation, pause: Callable[[], bool], *, always: bool
+    answer: Answer, sampler: Sampler, speculation: Speculation, pause: Callable[[], bool], *, always: bool
 ) -> FinishReason | int:
-    decoder, stats = SpeculativeDecoder(speculation, always=always), answer.stats
-    tokens, accepted_before = [answer.language.greedy_token()], 0
+    decoder, stats = SpeculativeDecoder(speculation, sampler.likeliest, always=always), answer.stats
+    tokens, accepted_before = [sampler.likeliest(answer.language.logits())], 0
     while True:
         tokens_before, newly_accepted = stats.tokens, decoder.accepted - accepted_before
         for token in tokens:

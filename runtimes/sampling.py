@@ -9,7 +9,7 @@ import numpy as np
 
 from llava_edge.errors import UsageError
 from llava_edge.options import Options, TokenChance
-from llava_edge.runtimes.constraints import constraint
+from llava_edge.runtimes.constraints import Constraint, constraint
 from llava_edge.runtimes.kv_cache import Array
 from llava_edge.runtimes.language import LanguageModel
 
@@ -41,9 +41,19 @@ class Sampler:
         logits = self._language.logits(row)
         if not self._constraint:
             return int(self._library.llama_sampler_sample(self._chain, self._language.context, row))
-        token = self._sample_allowed(logits, self._constraint.allowed())
+        token = self._sample_among(np.flatnonzero(self._allowed(self._constraint)), logits)
         self._constraint.accept(token)
         self._library.llama_sampler_accept(self._chain, token)
+        return token
+
+    def likeliest(self, logits: Array) -> int:
+        """Take the likeliest token that the grammar allows, the first one of a tie, as `sample` does where
+        `options.greedy` and there are no penalties. logits: (vocab_size,) float32. Raises `UsageError` as `sample`.
+        """
+        if not self._constraint:
+            return int(logits.argmax())
+        token = int(np.where(self._allowed(self._constraint), logits, -np.inf).argmax())
+        self._constraint.accept(token)
         return token
 
     def close(self) -> None:
@@ -54,11 +64,15 @@ class Sampler:
             self._library.llama_sampler_free(self._chain)
         self._chain = self._constraint = None
 
-    def _sample_allowed(self, logits: Array, allowed: Array) -> int:
-        """Sample from a row of logits among some tokens."""
-        ids = np.flatnonzero(allowed)
-        if not ids.size:
+    def _allowed(self, constraint: Constraint) -> Array:
+        """(vocab_size,) bool, at least one of them true."""
+        allowed = constraint.allowed()
+        if not allowed.any():
             raise UsageError("The model has no token that the grammar, or JSON schema, allows next.")
+        return allowed
+
+    def _sample_among(self, ids: Array, logits: Array) -> int:
+        """Sample from a row of logits among some tokens."""
         tokens = np.zeros(len(ids), [("id", "i4"), ("logit", "f4"), ("p", "f4")])  # llama_token_data
         tokens["id"], tokens["logit"] = ids, logits[ids]
         pointer = tokens.ctypes.data_as(ctypes.POINTER(self._library.llama_token_data))

@@ -1,9 +1,9 @@
 """Speculative decoding of a greedy answer: tokens proposed by n-gram lookup or a draft model are verified in one batch.
 
 Answers are bit-identical with and without it (unverified on GPUs). A batch may be computed by other kernels than a
-single token, and a difference in the last digits can decide a near tie. So batches are used only where they were
-observed to give the same bits as single tokens (`BitChecks`), and only as wide as pays off on this machine (`Costs`).
-Knows nothing about text, stop sequences or sampling.
+single token, and a difference in the last digits can decide a near tie. So batches are used only where our own kernels
+compute all of it, or where they were observed to give the same bits as single tokens (`BitChecks`), and only as wide
+as pays off on this machine (`Costs`). Knows nothing about text, stop sequences or grammars.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from math import inf
 from statistics import median
 
@@ -56,19 +57,23 @@ class NgramLookup:
 
 
 class BitChecks:
-    """Where batches were observed to give the same bits as single tokens, by batch size and KV cache block."""
+    """Where batches were observed to give the same bits as single tokens, by batch size and KV cache block.
 
-    def __init__(self) -> None:
+    known: they do everywhere (`LanguageModel.batch_invariant`).
+    """
+
+    def __init__(self, *, known: bool = False) -> None:
+        self._known = known
         self._equal: dict[tuple[int, int], int] = {}  # width, block -> equal rows, -1 after a different one
 
     def may_be_equal(self, start: int, width: int) -> bool:
         """Whether a batch at position `start` lies within one block in which no difference was observed."""
         block = start // BLOCK
-        return (start + width - 1) // BLOCK == block and self._equal.get((width, block), 0) >= 0
+        return self._known or ((start + width - 1) // BLOCK == block and self._equal.get((width, block), 0) >= 0)
 
     def proven(self, start: int, width: int) -> bool:
         """Whether enough rows were equal."""
-        return self._equal.get((width, start // BLOCK), 0) >= MIN_EQUAL_ROWS
+        return self._known or self._equal.get((width, start // BLOCK), 0) >= MIN_EQUAL_ROWS
 
     def record(self, start: int, width: int, equal: bool) -> None:
         """Record the comparison of one row of a batch at position `start`."""
@@ -121,7 +126,7 @@ class Speculation:
     def __init__(self, language: LanguageModel, draft: DraftModel | None = None) -> None:
         self.language = language
         self.draft = draft
-        self.bits = BitChecks()
+        self.bits = BitChecks(known=language.batch_invariant)
         self.costs = Costs()
         # Whether "auto" speculates. On GPUs, llama.cpp's choice of kernels may depend on more than the batch size and
         # block that bit checks distinguish, which has not been investigated: there it has to be requested.
@@ -138,12 +143,14 @@ class Speculation:
 class SpeculativeDecoder:
     """Speculative decoding of one answer. `drafted` and `accepted` count draft tokens.
 
+    choose: chooses a token from its logits (vocab_size,), and takes it for the next one of the answer.
     always: speculate even where it does not pay off. Otherwise the balance of gained and lost time, in single tokens,
     has to cover one more batch without gain.
     """
 
-    def __init__(self, shared: Speculation, *, always: bool) -> None:
+    def __init__(self, shared: Speculation, choose: Callable[[Array], int], *, always: bool) -> None:
         self._shared = shared
+        self._choose = choose
         self._language = shared.language
         self._lookup = NgramLookup(self._language.cached_keys)
         self._always = always
@@ -187,7 +194,7 @@ class SpeculativeDecoder:
         """Return the token that follows."""
         start = time.perf_counter()
         self._language.evaluate_tokens([token], cancel)
-        following = self._language.greedy_token()
+        following = self._choose(self._language.logits())
         self._shared.costs.record(1, time.perf_counter() - start)
         return following
 
@@ -204,20 +211,22 @@ class SpeculativeDecoder:
         self.drafted += len(tokens) - 1
         if not self._shared.bits.proven(position, len(tokens)):
             return self._check_bits(tokens, cancel)
-        choices = self._evaluate_batch(tokens, cancel).argmax(1).tolist()
-        accepted = self._count_accepted(tokens, choices)
-        self.accepted += accepted
-        self._language.truncate(position + accepted + 1)
-        return list(choices[: accepted + 1])
+        choices = self._follow(tokens, iter(self._evaluate_batch(tokens, cancel)))
+        self.accepted += len(choices) - 1
+        self._language.truncate(position + len(choices))
+        return choices
 
-    def _count_accepted(self, tokens: list[int], choices: list[int]) -> int:
-        """Count accepted draft tokens; add to the balance what that gains, or would gain if the bits were proven."""
-        accepted = 0
-        while accepted < len(tokens) - 1 and choices[accepted] == tokens[accepted + 1]:
-            accepted += 1
-        gain = accepted + 1 - self._shared.costs.batch(len(tokens))
+    def _follow(self, tokens: list[int], rows: Iterator[Array]) -> list[int]:
+        """Choose tokens from the logits after each of `tokens`, as long as those are what was chosen; add to the
+        balance what that gains, or would gain if the bits were proven."""
+        choices: list[int] = []
+        for draft, row in zip([*tokens[1:], None], rows, strict=False):
+            choices.append(self._choose(row))
+            if choices[-1] != draft or self._language.vocabulary.is_end_token(choices[-1]):
+                break
+        gain = len(choices) - self._shared.costs.batch(len(tokens))
         self._balance = min(self._balance + gain, 2 * WIDTHS[-1])
-        return accepted
+        return choices
 
     def _check_bits(self, tokens: list[int], cancel: threading.Event) -> list[int]:
         """Evaluate a batch and then single tokens, compare their bits, and return the tokens of the latter.
@@ -231,15 +240,18 @@ class SpeculativeDecoder:
             rows = language.evaluate_all_logits(tokens, cancel)  # not timed: slower with hidden states
             states = [language.hidden_state(i).copy() for i in range(len(tokens))]
             language.truncate(position)
-            choices: list[int] = []
-            for i in range(self._count_accepted(tokens, rows.argmax(1).tolist()) + 1):
-                language.evaluate_tokens([tokens[i]], cancel)
-                choices.append(language.greedy_token())
-                same_state = np.array_equal(language.hidden_state(), states[i])
-                equal = same_state and np.array_equal(language.logits(), rows[i])
-                self._shared.bits.record(position, len(tokens), equal)
-                if not equal:
-                    break
-            return choices
+
+            def singles() -> Iterator[Array]:
+                equal = True
+                for token, state, row in zip(tokens, states, rows, strict=True):
+                    if not equal:
+                        return
+                    language.evaluate_tokens([token], cancel)
+                    same_state = np.array_equal(language.hidden_state(), state)
+                    equal = same_state and np.array_equal(language.logits(), row)
+                    self._shared.bits.record(position, len(tokens), equal)
+                    yield language.logits()
+
+            return self._follow(tokens, singles())
         finally:
             language.output_hidden_states(False)

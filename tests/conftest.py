@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -282,11 +283,12 @@ def second_answer_runs_dry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take all words away from the second answer with a grammar, after its first token: the vocabulary can say all."""
     from llava_edge.runtimes.sampling import Sampler
 
-    real, samplers = Sampler._sample_allowed, list[Sampler]()
+    real, samplers = Sampler._allowed, list[Sampler]()
 
-    def sample(self: Sampler, logits: np.ndarray[Any, Any], allowed: np.ndarray[Any, Any]) -> int:
+    def allowed(self: Sampler, constraint: Any) -> np.ndarray[Any, Any]:
         samplers.append(self)
-        is_dry = list(dict.fromkeys(samplers)).index(self) == 1 and samplers.count(self) == 2
-        return real(self, logits, allowed & (not is_dry))
+        if list(dict.fromkeys(samplers)).index(self) == 1 and samplers.count(self) == 2:
+            constraint = SimpleNamespace(allowed=lambda: np.zeros(8, np.bool_))
+        return real(self, constraint)
 
-    monkeypatch.setattr(Sampler, "_sample_allowed", sample)
+    monkeypatch.setattr(Sampler, "_allowed", allowed)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,7 +14,6 @@ from llava_edge import Llava, Options
 from llava_edge.errors import BundleError, UsageError
 from llava_edge.json_schema.grammar import from_schema
 from llava_edge.runtimes import constraints
-from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.vocabulary import Vocabulary
 
 COLOURS = """%llguidance {}
@@ -75,12 +75,8 @@ def test_an_unreadable_grammar_costs_no_picture(
 @pytest.mark.parametrize("grammar", ['root ::= "\\x04"', from_schema({"enum": ["\U00050000"]})], ids=["byte", "schema"])
 def test_a_grammar_that_no_token_continues_is_refused(grammar: str, llava: Llava, monkeypatch: Any) -> None:
     """llama.cpp would end the process. The vocabulary here can say all; so its words are taken away."""
-    real = Sampler._sample_allowed
-
-    def no_token_left(self: Sampler, logits: Any, allowed: Any) -> int:
-        return real(self, logits, allowed & False)
-
-    monkeypatch.setattr(Sampler, "_sample_allowed", no_token_left)
+    for kind in (constraints.GbnfConstraint, constraints.LarkConstraint):
+        monkeypatch.setattr(kind, "allowed", lambda _: np.zeros(8, np.bool_))
     with pytest.raises(UsageError, match="no token that the grammar, or JSON schema, allows"):
         llava.ask("?", options=Options(grammar=grammar, max_tokens=4))
     monkeypatch.undo()

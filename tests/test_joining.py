@@ -450,16 +450,16 @@ def test_positions_of_a_cancelled_prompt_are_free_again(llava: Llava, monkeypatc
 def test_a_grammar_without_a_next_token_is_an_error_of_its_own_request(
     llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Sampler._sample_allowed
+    right = Sampler._allowed
     calls: list[Sampler] = []
 
-    def fail(sampler: Sampler, logits: Any, allowed: Any) -> int:
+    def fail(sampler: Sampler, constraint: Any) -> Any:
         calls.append(sampler)
         if calls.count(sampler) == 2:
             raise UsageError("no token")
-        return right(sampler, logits, allowed)
+        return right(sampler, constraint)
 
-    monkeypatch.setattr(Sampler, "_sample_allowed", fail)
+    monkeypatch.setattr(Sampler, "_allowed", fail)
     strict = replace(LONG, grammar='root ::= "aaaaaaaa"')
     requests: list[tuple[str, Any, Options]] = [("the red", (), LONG), ("a list:", (), strict), ("12", (), SHORT)]
     found = together(llava, monkeypatch, requests)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_edge import Llava
+from llava_edge import Llava, from_schema
 from llava_edge.errors import BundleError
 from llava_edge.options import EngineOptions, Options, Result, Speculate
 from llava_edge.runtimes import speculation
@@ -21,6 +21,7 @@ from llava_edge.runtimes.speculation import BLOCK, MIN_EQUAL_ROWS, WIDTHS, BitCh
 
 CPU = EngineOptions(device="cpu", threads=1, cache=False)
 NEVER = threading.Event()
+MODES: tuple[Speculate, Speculate] = ("off", "ngram")
 WORDS = ("the", "red", "colour", "of", "a", "list:", "one,", "two,", "three,", "12", "again", "say")
 
 
@@ -31,9 +32,10 @@ def llava(micro_bundle: Path) -> Iterator[Llava]:
 
 
 @pytest.fixture
-def unproven(llava: Llava) -> Llava:
+def unproven(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> Llava:
     """The model as if just loaded: nothing is known about its batches."""
     engine = llava._engine
+    monkeypatch.setattr(engine.model.scheduler._language, "batch_invariant", False)
     engine.model.scheduler._speculation = speculation.Speculation(engine.model.scheduler._language)
     return llava
 
@@ -57,6 +59,27 @@ def test_100_answers_are_those_of_plain_decoding(unproven: Llava) -> None:
         drafted, accepted = drafted + speculative.drafted_tokens, accepted + speculative.accepted_tokens
     assert accepted > 50  # else nothing was tested
     assert drafted - accepted > 50
+
+
+ITEM = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "count": {"type": "integer"}}}
+FORM = from_schema({"type": "array", "items": ITEM | {"required": ["name", "count"]}, "minItems": 2})
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_answers_of_a_form_are_those_of_plain_decoding(
+    known: bool, unproven: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of properties come again with each item."""
+    scheduler = unproven._engine.model.scheduler
+    monkeypatch.setattr(scheduler._language, "batch_invariant", known)
+    monkeypatch.setattr(scheduler, "_speculation", speculation.Speculation(scheduler._language))
+    accepted = 0
+    for prompt in prompts(12):
+        for grammar in (FORM, 'root ::= ("one, two, three, " | [a-d])*'):
+            plain, speculative = (ask(unproven, prompt, how, 90, grammar=grammar) for how in MODES)
+            assert (speculative.text, speculative.finish_reason) == (plain.text, plain.finish_reason)
+            accepted += speculative.accepted_tokens
+    assert accepted > 50
 
 
 PROMPT = "say the list: one, two,"
@@ -267,6 +290,9 @@ def test_one_verdict_for_each_width_and_block() -> None:
     bits.record(30, 8, True)
     assert not bits.may_be_equal(10, 8)
     assert bits.may_be_equal(10, 4)
+    known = BitChecks(known=True)
+    assert known.may_be_equal(BLOCK - 7, 8)
+    assert known.proven(BLOCK - 7, 8)
 
 
 @pytest.mark.parametrize(("four", "eight", "wanted"), [(2.0, 3.9, 4), (1.3, 1.8, 8), (1.3, 3.0, 4), (2.0, 2.2, 8)])

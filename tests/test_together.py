@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from llava_edge.runtimes.sampling import Sampler
 
 NEVER = threading.Event()
 RED = Image.new("RGB", (48, 32), "red")
+NOTHING = SimpleNamespace(allowed=lambda: np.zeros(8, np.bool_))
 QUESTIONS = ["a list:", "the red", "one, two,", "é€😀", "say the colour of a", "12"]
 SHORT = Options(max_tokens=24, speculate="off")
 
@@ -274,13 +276,13 @@ def test_a_first_question_that_its_grammar_ends_does_not_stop_the_second(
     llava: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At its first token, when it is still alone."""
-    real, samplers = Sampler._sample_allowed, list[Sampler]()
+    real, samplers = Sampler._allowed, list[Sampler]()
 
-    def sample(self: Sampler, logits: Any, allowed: Any) -> int:
+    def allowed(self: Sampler, constraint: Any) -> Any:
         samplers.append(self)
-        return real(self, logits, allowed & (self is not samplers[0]))
+        return real(self, NOTHING if self is samplers[0] else constraint)
 
-    monkeypatch.setattr(Sampler, "_sample_allowed", sample)
+    monkeypatch.setattr(Sampler, "_allowed", allowed)
     first, second = llava.ask_many(["one,", "two,"], RED, Options(grammar='root ::= "yes"', max_tokens=8))
     with pytest.raises(UsageError, match="no token that the grammar"):
         list(first)
