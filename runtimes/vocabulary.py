@@ -66,26 +66,34 @@ class Vocabulary:
     @cached_property
     def textless_tokens(self) -> np.ndarray[Any, Any]:
         """Ids of tokens that have no bytes and end no answer: control tokens and the unknown token."""
-        library = self._library
-        kinds = library.LLAMA_TOKEN_ATTR_CONTROL | library.LLAMA_TOKEN_ATTR_UNKNOWN
-        ids = [
-            token
-            for token in range(self.size)
-            if library.llama_vocab_get_attr(self.pointer, token) & kinds and not self.is_end_token(token)
-        ]
+        ids = [token for token in self._without_bytes if not self.is_end_token(token)]
         return np.array(ids, np.intp)
 
     @cached_property
     def for_llguidance(self) -> LLTokenizer:
-        """The vocabulary as LLGuidance needs it. Made once: of 32000 tokens it takes 0.2 s."""
+        """The vocabulary as LLGuidance needs it. Made once: of 49152 tokens it takes 0.16 s.
+
+        Without slices: those take another 0.06 s, and save 0.5 ms for each state of the grammar where most tokens may
+        come next.
+        """
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        ends = [token for token in range(self.size) if self.is_end_token(token)]
+        special = self._without_bytes
+        ends = [token for token in special if self.is_end_token(token)]
         if not ends:
             raise BundleError(f"{self._path} has no token that ends an answer, so that none can follow a grammar.")
         pieces = [self.piece(token) for token in range(self.size)]
-        tokens = _Tokens(pieces, self.textless_tokens.tolist() + ends, ends[0], self.tokenize)
-        return LLTokenizer(TokenizerWrapper(tokens), eos_token=ends)
+        tokens = _Tokens(pieces, special, ends[0], self.tokenize)
+        return LLTokenizer(TokenizerWrapper(tokens), eos_token=ends, slices=[])
+
+    @cached_property
+    def _without_bytes(self) -> list[int]:
+        """Ids of control tokens, the unknown token and the end token, whatever the file says that the latter is."""
+        library = self._library
+        kinds = library.LLAMA_TOKEN_ATTR_CONTROL | library.LLAMA_TOKEN_ATTR_UNKNOWN
+        end = library.llama_vocab_eos(self.pointer)
+        attributes = (library.llama_vocab_get_attr(self.pointer, token) for token in range(self.size))
+        return [token for token, kind in enumerate(attributes) if kind & kinds or token == end]
 
     def token_texts(self) -> list[str]:
         """Return every token as the vocabulary spells it, e.g. `▁US`."""
