@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llava_edge.options import Chunk, FinishReason, Options
 from llava_edge.runtimes.jobs import Job
 from llava_edge.runtimes.language import LanguageModel
-from llava_edge.runtimes.sampling import Sampler, has_penalties, token_chance
+from llava_edge.runtimes.sampling import Sampler, takes_likeliest, token_chance
 from llava_edge.runtimes.speculation import Speculation, SpeculativeDecoder
 from llava_edge.runtimes.stats import RequestStats
 from llava_edge.runtimes.text import TextStream
@@ -69,9 +69,8 @@ def decode(
 
 
 def _can_speculate(options: Options) -> bool:
-    """Whether each token is the likeliest that a grammar allows, and no log-probabilities are requested."""
-    argmax = options.greedy and not has_penalties(options)
-    return argmax and options.top_logprobs is None and options.speculate != "off"
+    """Whether drafts can be compared with what is sampled, and no log probabilities are requested."""
+    return takes_likeliest(options) and options.top_logprobs is None and options.speculate != "off"
 
 
 def _decode_speculatively(

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Sequence
 from contextlib import closing
 
+import numpy as np
+
 from llava_edge import prompt
 from llava_edge.bundle import Manifest
 from llava_edge.errors import ContextOverflowError, UsageError
@@ -98,7 +100,7 @@ class Preparer:
         if options.grammar:
             language = self._model.language
             with closing(constraint(language.library, language.vocabulary, options.grammar)) as grammar:
-                grammar.allowed()  # raises where the first token already takes too much work
+                grammar.allowed(np.arange(1))  # raises where the first token already takes too much work
 
     def check_context(
         self, conversations: Sequence[Sequence[prompt.Message]], pictures: Sequence[Picture], options: Options

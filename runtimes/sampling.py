@@ -13,6 +13,7 @@ from llava_edge.runtimes.constraints import Constraint, constraint
 from llava_edge.runtimes.kv_cache import Array
 from llava_edge.runtimes.language import LanguageModel
 
+CANDIDATES = 256  # likeliest tokens that a grammar is asked about before all others
 PENALTY_WINDOW = 64  # last tokens of an answer that penalties consider, llama.cpp's default
 
 
@@ -28,6 +29,7 @@ class Sampler:
         self._library = library = language.library
         self._language = language
         self._constraint = constraint(library, language.vocabulary, options.grammar) if options.grammar else None
+        self._takes_likeliest = takes_likeliest(options)
         self._chain: Any = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
         for sampler in self._samplers(options):
             library.llama_sampler_chain_add(self._chain, sampler)  # the chain owns and frees it
@@ -39,20 +41,26 @@ class Sampler:
         follow it, `BundleError` if the logits are not finite.
         """
         logits = self._language.logits(row)
+        if self._takes_likeliest:
+            return self.likeliest(logits)
         if not self._constraint:
             return int(self._library.llama_sampler_sample(self._chain, self._language.context, row))
-        token = self._sample_among(np.flatnonzero(self._allowed(self._constraint)), logits)
+        token = self._sample_among(self._all_allowed(self._constraint), logits)
         self._constraint.accept(token)
         self._library.llama_sampler_accept(self._chain, token)
         return token
 
     def likeliest(self, logits: Array) -> int:
-        """Take the likeliest token that the grammar allows, the first one of a tie, as `sample` does where
-        `options.greedy` and there are no penalties. logits: (vocab_size,) float32. Raises `UsageError` as `sample`.
+        """Take the likeliest token that the grammar allows, the first one of a tie.
+
+        logits: (vocab_size,) float32. Raises `UsageError` as `sample`.
         """
         if not self._constraint:
             return int(logits.argmax())
-        token = int(np.where(self._allowed(self._constraint), logits, -np.inf).argmax())
+        allowed = self._allowed(self._constraint, _top_indices(logits, CANDIDATES))
+        if not allowed.size:
+            allowed = self._all_allowed(self._constraint)
+        token = int(allowed[logits[allowed].argmax()])
         self._constraint.accept(token)
         return token
 
@@ -64,10 +72,15 @@ class Sampler:
             self._library.llama_sampler_free(self._chain)
         self._chain = self._constraint = None
 
-    def _allowed(self, constraint: Constraint) -> Array:
-        """(vocab_size,) bool, at least one of them true."""
-        allowed = constraint.allowed()
-        if not allowed.any():
+    def _allowed(self, constraint: Constraint, ids: Array) -> Array:
+        """Those of some tokens that may come next."""
+        allowed: Array = ids[constraint.allowed(ids)]
+        return allowed
+
+    def _all_allowed(self, constraint: Constraint) -> Array:
+        """Ids of all tokens that may come next, at least one."""
+        allowed = self._allowed(constraint, np.arange(self._language.vocabulary.size))
+        if not allowed.size:
             raise UsageError("The model has no token that the grammar, or JSON schema, allows next.")
         return allowed
 
@@ -83,7 +96,7 @@ class Sampler:
     def _samplers(self, options: Options) -> list[Any]:
         library = self._library
         samplers = []
-        if has_penalties(options):
+        if _has_penalties(options):
             penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
             samplers.append(
                 library.llama_sampler_init_penalties(self._language.vocabulary.size, PENALTY_WINDOW, *penalties)
@@ -102,8 +115,12 @@ class Sampler:
         return [*samplers, library.llama_sampler_init_dist(seed)]
 
 
-def has_penalties(options: Options) -> bool:
-    """Whether the choice of a token depends on the tokens before it in the answer."""
+def takes_likeliest(options: Options) -> bool:
+    """Whether each token is the likeliest one that the grammar allows."""
+    return options.greedy and not _has_penalties(options)
+
+
+def _has_penalties(options: Options) -> bool:
     return (options.repeat_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0)
 
 

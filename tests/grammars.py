@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from llava_edge import Llava, Options
 from llava_edge.runtimes.constraints import LarkConstraint
 
@@ -36,7 +38,7 @@ def allowing(llava: Llava, grammar: str) -> Callable[[str], bool]:
 
 
 def _goes_on(followed: LarkConstraint, token: int) -> bool:
-    may = bool(followed.allowed()[token])
+    may = bool(followed.allowed(np.array([token])).all())
     if may:
         followed.accept(token)
     return may

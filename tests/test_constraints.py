@@ -13,7 +13,8 @@ from PIL import Image
 from llava_edge import Llava, Options
 from llava_edge.errors import BundleError, UsageError
 from llava_edge.json_schema.grammar import from_schema
-from llava_edge.runtimes import constraints
+from llava_edge.runtimes import constraints, sampling
+from llava_edge.runtimes.sampling import Sampler
 from llava_edge.runtimes.vocabulary import Vocabulary
 
 COLOURS = """%llguidance {}
@@ -76,11 +77,34 @@ def test_an_unreadable_grammar_costs_no_picture(
 def test_a_grammar_that_no_token_continues_is_refused(grammar: str, llava: Llava, monkeypatch: Any) -> None:
     """llama.cpp would end the process. The vocabulary here can say all; so its words are taken away."""
     for kind in (constraints.GbnfConstraint, constraints.LarkConstraint):
-        monkeypatch.setattr(kind, "allowed", lambda _: np.zeros(8, np.bool_))
+        monkeypatch.setattr(kind, "allowed", lambda _, ids: np.zeros(len(ids), np.bool_))
     with pytest.raises(UsageError, match="no token that the grammar, or JSON schema, allows"):
         llava.ask("?", options=Options(grammar=grammar, max_tokens=4))
     monkeypatch.undo()
     assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
+
+
+@pytest.mark.parametrize("change", [{}, {"temperature": 1.0, "seed": 1}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("grammar", ["root ::= [a-h ]{20}", "root ::= [^\\x00]{20}", from_schema({"type": "object"})])
+def test_unlikely_tokens_are_looked_at_only_if_needed(
+    grammar: str, change: dict[str, Any], llava: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at all of them takes as long as a small model takes for a token. The answer is the same."""
+    answers, looks, real = [], [], Sampler._allowed
+    shown = list[int]()
+
+    def noticed(self: Sampler, constraint: Any, ids: Any) -> Any:
+        shown.append(len(ids))
+        return real(self, constraint, ids)
+
+    monkeypatch.setattr(Sampler, "_allowed", noticed)
+    for most in (0, 1, 64):
+        monkeypatch.setattr(sampling, "CANDIDATES", most)
+        answers.append(llava.ask("?", options=Options(grammar=grammar, max_tokens=24, **change)).text)
+        looks.append(sum(shown))
+        shown.clear()
+    assert answers[0] == answers[1] == answers[2]
+    assert looks[2] < looks[0] / 2 or change or not grammar.startswith("root ::= [^")
 
 
 def test_deep_parentheses_are_refused_before_llama_cpp_reads_them(llava: Llava) -> None:

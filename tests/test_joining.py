@@ -453,11 +453,11 @@ def test_a_grammar_without_a_next_token_is_an_error_of_its_own_request(
     right = Sampler._allowed
     calls: list[Sampler] = []
 
-    def fail(sampler: Sampler, constraint: Any) -> Any:
+    def fail(sampler: Sampler, constraint: Any, ids: Any) -> Any:
         calls.append(sampler)
         if calls.count(sampler) == 2:
             raise UsageError("no token")
-        return right(sampler, constraint)
+        return right(sampler, constraint, ids)
 
     monkeypatch.setattr(Sampler, "_allowed", fail)
     strict = replace(LONG, grammar='root ::= "aaaaaaaa"')
