@@ -21,11 +21,12 @@ from llava_edge.runtimes import bindings, machine, native, probe
 from llava_edge.runtimes.native import installed
 
 APP = """
-from llava_edge import Llava, Options
+from llava_edge import Llava, Options, from_schema
 from llava_edge.runtimes.native import installed
 
 with Llava.load("smol") as llava:
     print(llava.ask("What is this?", images="photo.jpg", options=Options(max_tokens=4)).text, flush=True)
+    print(llava.ask("What is this?", options=Options(grammar=from_schema({"const": "red"}))).text, flush=True)
 print("kernels:", installed.folder())
 """
 
@@ -119,6 +120,6 @@ def test_an_app_made_by_pyinstaller_answers(
     done = subprocess.run(["dist/app/app"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answer, kernels = done.stdout.split("kernels: ")
-    assert answer.strip()
+    assert answer.endswith('"red"\n')
     assert kernels.strip() == str(installed.folder())
     assert not list((tmp_path / "dist").rglob("libtorch*"))

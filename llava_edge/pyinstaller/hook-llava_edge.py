@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs
+from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs, copy_metadata
 
 from llava_edge.runtimes import probe
 
@@ -15,6 +15,7 @@ hiddenimports += ["ctypes", "functools", "pathlib", "typing_extensions", "warnin
 binaries = collect_dynamic_libs("llama_cpp")
 # Its version is read from there, to find the settings measured for it.
 datas += collect_data_files("onnxruntime", True, includes=["__init__.py"])
+datas += copy_metadata("llguidance")  # which asks for its version when it is imported
 # The sources of the native kernels are part of the key under which they were built for this machine.
 datas += collect_data_files("llava_edge.runtimes.native", True, excludes=["**/__pycache__/*"])
 # So are those of what computes cached results (runtimes/picture_cache.py).
