@@ -87,11 +87,12 @@ class UnavailableError(LlavaEdgeError):
 
 
 def lacking_dependency(error: ModuleNotFoundError) -> UnavailableError | None:
-    """The error to show if what is missing comes with llava-edge, as in a Python that it is not installed for.
+    """The error to show if what is missing comes with llava-edge, as in a Python that it is not installed for, or
+    that was set up for an older version.
 
     The engines report themselves (runtimes/bindings.py), the extras where they are needed.
     """
-    if (name := (error.name or "").partition(".")[0]) not in ("click", "numpy", "PIL"):
+    if (name := (error.name or "").partition(".")[0]) not in ("click", "llguidance", "numpy", "PIL"):
         return None
     return UnavailableError(
         f"{name} is not installed for {sys.executable}. Use the Python that llava-edge was installed for, such as "

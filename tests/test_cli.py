@@ -484,11 +484,13 @@ def test_a_bundle_needs_no_home(micro_bundle: Path, run: Run, monkeypatch: pytes
         assert (code, "There is no home folder; set LLAVA_EDGE_HOME" in err) == (69, True)
 
 
-@pytest.mark.parametrize("lacking", ["click", "numpy", "PIL"])
-def test_a_python_that_it_is_not_installed_for(lacking: str, photo: Path, micro_bundle: Path) -> None:
-    """As when a clone is the working directory and its virtual environment is not active."""
+@pytest.mark.parametrize("lacking", ["click", "llguidance", "numpy", "PIL"])
+def test_a_python_that_it_is_not_installed_for(lacking: str, photo: Path, micro_bundle: Path, tmp_path: Path) -> None:
+    """As when a clone is the working directory and its virtual environment is not active, or is older than a pull."""
+    (schema := tmp_path / "schema.json").write_text('{"const": 1}')
     code = f"import sys; sys.modules[{lacking!r}] = None; from llava_edge.__main__ import main; main()"
     command = [sys.executable, "-c", code, "run", "--model", str(micro_bundle), "--image", str(photo)]
+    command += ["--json-schema", str(schema)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (69, "", 1), done.stderr
     assert done.stderr.startswith(f"llava-edge: {lacking} is not installed for {sys.executable}. ")
