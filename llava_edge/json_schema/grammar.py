@@ -69,7 +69,7 @@ class _Converter:
         self._root = root
         self._names: dict[tuple[str, bool], str] = {}  # reference, whether as a part -> name of its definition
         self._definitions: dict[str, Any] = {}
-        self._patterns: dict[str, int] = {}  # where a definition is -> how many patterns its texts have to match
+        self._counts: dict[tuple[str, str], int] = {}  # where a definition is, keyword -> `_count` of it
         self._leads_to: dict[str, set[str]] = {}  # reference -> those whose values are its own
         self._overlaps: list[dict[str, Any]] = []  # of each two schemas in a `oneOf`
         self._steps = 0
@@ -119,8 +119,11 @@ class _Converter:
             raise schema_error(place.path, f"has a pattern that cannot be followed: {problem}")
         converted = {word: self._convert_keyword(word, value, place, is_combined) for word, value in schema.items()}
         converted = rewrite(converted, place.path, place.is_part)
-        if "allOf" in converted and self._count_patterns(converted) > MAX_PATTERNS:
+        if self._count(converted, "pattern") > MAX_PATTERNS:
             raise schema_error(place.path, f"has more than {MAX_PATTERNS} patterns for one text")
+        if self._count(converted, "multipleOf") > 1:
+            # LLGuidance has as many states as their least common multiple, and takes gigabytes for them.
+            raise schema_error(place.path, "has more than one multipleOf for one number, which is not supported")
         return converted
 
     def _convert_keyword(self, keyword: str, value: Any, place: _Place, is_combined: bool) -> Any:
@@ -203,17 +206,18 @@ class _Converter:
             name = self._names[key] = str(len(self._names))
             at = _Place(key[0], place.depth, key[0], place.is_part)
             self._definitions[name] = self._convert(self._resolve(target, place.path), at)
-            self._patterns[f"#/$defs/{name}"] = self._count_patterns(self._definitions[name])
+            for keyword in ("pattern", "multipleOf"):
+                self._counts[f"#/$defs/{name}", keyword] = self._count(self._definitions[name], keyword)
         return f"#/$defs/{self._names[key]}"
 
-    def _count_patterns(self, schema: Any) -> int:
-        """How many patterns a text has to match, at most, for a converted schema."""
+    def _count(self, schema: Any, keyword: str) -> int:
+        """How often a keyword applies to one value, at most, in a converted schema."""
         if not isinstance(schema, dict):
             return 0
-        choices = map(self._count_patterns, schema.get("anyOf", ()))
-        others = map(self._count_patterns, schema.get("allOf", ()))
-        referred = self._patterns.get(schema.get("$ref", ""), 0)
-        return ("pattern" in schema) + referred + max(choices, default=0) + sum(others)
+        choices = (self._count(each, keyword) for each in schema.get("anyOf", ()))
+        others = (self._count(each, keyword) for each in schema.get("allOf", ()))
+        referred = self._counts.get((schema.get("$ref", ""), keyword), 0)
+        return (keyword in schema) + referred + max(choices, default=0) + sum(others)
 
     def _resolve(self, target: object, path: str) -> object:
         """The schema that "#/..." refers to; the root's `$id` may stand before it. Raises `UsageError`."""
