@@ -30,7 +30,7 @@ class Constraint(Protocol):
     """A grammar, and how far an answer has followed it."""
 
     def allowed(self, ids: Array) -> Array:
-        """Return which of some tokens (n,) may come next: (n,) bool."""
+        """Return which of some tokens may come next: ids (n,) -> (n,) bool. Raises `UsageError` for too much work."""
 
     def accept(self, token: int) -> None:
         """Go on by an allowed token. Raises `UsageError` if that takes too long."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
-from itertools import combinations, count
+from itertools import combinations
 from typing import Any
 from urllib.parse import unquote
 
@@ -133,8 +133,8 @@ class _Converter:
         if keyword in COMBINING:
             if keyword == "oneOf":
                 self._compare(_items(value), place)
-            places = (place.beside(f"{keyword}/{i}", is_combined) for i in count())
-            return [self._convert(each, at) for each, at in zip(_items(value), places, strict=False)]
+            parts = enumerate(_items(value))
+            return [self._convert(each, place.beside(f"{keyword}/{i}", is_combined)) for i, each in parts]
         if keyword in ("properties", "patternProperties") and isinstance(value, dict):
             return {name: self._convert(each, place.inside(f"{keyword}/{name}")) for name, each in value.items()}
         if keyword in ("items", "prefixItems", "additionalItems") and isinstance(value, list):

@@ -20,7 +20,7 @@ OF_TYPE = {
 }
 SUPPORTED = COMBINING.union({"type", "enum", "const", "$ref"}, *OF_TYPE.values())
 COUNTS = {"minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"}
-MAX_NUMBER = 10**16 - 1  # most programs read integers of 16 digits; JavaScript's 9007199254740991 is one
+MAX_NUMBER = 10**16 - 1  # most programs read integers of 16 digits; JavaScript only those up to 9007199254740991
 MAX_OPTIONAL = 450  # properties of an object; LLGuidance gives up at about 500, after the answer has begun
 TINY = 1e-9  # by which an exclusive limit becomes inclusive, relative to it
 MAX_MULTIPLE = 10_000  # in units of its last decimal place. LLGuidance has as many states: a million take seconds
@@ -48,14 +48,15 @@ def is_annotation(keyword: str, value: object) -> bool:
 
 
 def prepare(schema: dict[str, Any], path: str) -> dict[str, Any]:
-    """Write the schema of an object's names, and patterns, otherwise. Raises `UsageError`."""
+    """Rewrite `propertyNames` and patterns, before the schemas in a schema are converted. Raises `UsageError`."""
     if "pattern" in schema:
         schema = schema | {"pattern": _PATTERNS.get(str(schema["pattern"]), schema["pattern"])}
     return _with_names(schema, path) if "propertyNames" in schema else schema
 
 
 def rewrite(schema: dict[str, Any], path: str, is_part: bool) -> dict[str, Any]:
-    """Write the other keywords otherwise. Those of schemas inside are already. Raises `UsageError`."""
+    """Rewrite all other keywords, when the schemas in it are converted. is_part: others are combined with it, so that
+    its keywords do not tell the type. Raises `UsageError`."""
     schema = dict(schema) if is_part else _with_type(schema)
     for keyword in COUNTS & schema.keys():
         if isinstance(schema[keyword], float) and schema[keyword].is_integer():  # 2.0 is an integer in JSON Schema

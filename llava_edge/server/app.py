@@ -103,6 +103,8 @@ class App:
         paths = {route.path for route in routes}
         return Middleware(app, guard, self._limits, self._metrics, paths, log)
 
+    # Requests are parsed in a thread: of a large JSON schema, LLGuidance takes up to seconds, and lets others run.
+
     async def _openai_answer(self, parse_request: OpenAIParser, chat: bool, request: Request) -> Response:
         body = await self._parse_body(request)
         model_request = await run_in_threadpool(parse_request, body, self._model, self._limits)
