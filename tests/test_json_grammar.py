@@ -374,6 +374,8 @@ def test_references_into_lists_and_to_the_root_by_its_name(llava: Llava) -> None
         ({"type": "array", "prefixItems": {}}, "prefixItems must be an array"),
         ({"type": "array", "prefixItems": [{}], "items": False, "minItems": 2}, "Unsatisfiable"),
         ({"type": "object", "required": 5}, "'required', got 5"),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "'a' is unsatisfiable"),
+        ({"properties": {"a": {}}, "required": ["a", "b"], "additionalProperties": False}, "'b' is unsatisfiable"),
         ({"type": "object", "properties": []}, "properties must be an object"),
         ({"type": "object", "properties": {"a": {}}, "required": [["a"]]}, "'required' item"),
         ({"type": "object", "properties": {"a": {}}, "propertyNames": {"maxLength": 3}}, "combines 'propertyNames'"),

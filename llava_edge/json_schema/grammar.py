@@ -158,6 +158,8 @@ class _Converter:
         if unevaluated not in (None, False):
             raise schema_error(path, "uses 'unevaluatedProperties' other than false, which is not supported")
         is_choice = bool(schema.keys() & (COMBINING | {"$ref"}))
+        if not is_choice and schema.get("additionalProperties") is False:
+            return schema
         if (is_choice and not is_combined) or not isinstance(schema.get("properties", {}), dict):
             return schema
         names = self._known_names(schema, path, set())
