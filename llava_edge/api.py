@@ -182,7 +182,7 @@ class Llava:
     ) -> Stream:
         """Stream the next answer of a conversation kept by the caller; if it ends with an answer, continue that one.
 
-        Images fill the messages' image slots in order.
+        Images fill the messages' image slots in order. A grammar applies to what is streamed, not to what it continues.
         """
         return self._engine.generate(messages, as_list(images), options, cancel)
 

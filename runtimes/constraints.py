@@ -52,7 +52,7 @@ class LarkConstraint:
     def __init__(self, vocabulary: Vocabulary, grammar: str) -> None:
         from llguidance import LLMatcher
 
-        self._size = vocabulary.size
+        self._vocabulary = vocabulary
         self._matcher = LLMatcher(vocabulary.for_llguidance, grammar, log_level=0)
         self._raise_error()
 
@@ -60,8 +60,9 @@ class LarkConstraint:
         """(n,) bool."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._raise_error()
-        allowed: Array = np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_)[ids]
-        return allowed
+        allowed = np.unpackbits(bits, count=self._vocabulary.size, bitorder="little").view(np.bool_)
+        allowed[self._vocabulary.textless_tokens] = False  # which a grammar may name
+        return allowed[ids]
 
     def accept(self, token: int) -> None:
         """Go on by an allowed token."""
@@ -109,6 +110,8 @@ class GbnfConstraint:
 
 
 def _parse_gbnf(library: Any, vocabulary: Vocabulary, grammar: str) -> Any:
+    if "\0" in grammar:  # llama.cpp would end there
+        raise UsageError("The grammar contains a NUL character.")
     if _nesting(grammar) > MAX_NESTING:
         raise UsageError(f"The grammar has parentheses nested deeper than {MAX_NESTING} levels.")
     source = grammar.encode("utf-8", "replace")

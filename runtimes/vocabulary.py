@@ -83,6 +83,8 @@ class Vocabulary:
         if not ends:
             raise BundleError(f"{self._path} has no token that ends an answer, so that none can follow a grammar.")
         pieces = [self.piece(token) for token in range(self.size)]
+        for token in special:  # LLGuidance panics at the name of one, <|im_end|> say, where it has no names
+            pieces[token] = self._library.llama_vocab_get_text(self.pointer, token)
         tokens = _Tokens(pieces, special, ends[0], self.tokenize)
         return LLTokenizer(TokenizerWrapper(tokens), eos_token=ends, slices=[])
 

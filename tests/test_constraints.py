@@ -42,6 +42,14 @@ def test_no_control_token_stands_for_its_name(grammar: str, llava: Llava) -> Non
         assert llava.ask("?", options=options).text == "<|im_start|>"
 
 
+def test_lark_may_name_the_token_that_ends_an_answer_but_no_other_without_text(llava: Llava) -> None:
+    ended = llava.ask("?", options=Options(grammar='%llguidance {}\nstart: "yes" <|im_end|> "no"', max_tokens=20))
+    assert (ended.text, ended.finish_reason) == ("yes", "stop")
+    for name in ("<|im_start|>", "<[1]>"):
+        with pytest.raises(UsageError, match="no token that the grammar, or JSON schema, allows"):
+            llava.ask("?", options=Options(grammar=f'%llguidance {{}}\nstart: "yes" {name}', max_tokens=20))
+
+
 @pytest.mark.parametrize("change", [{}, {"repeat_penalty": 2.0, "presence_penalty": 1.5}], ids=["plain", "penalties"])
 def test_both_kinds_of_grammars_allow_the_same(change: dict[str, float], llava: Llava) -> None:
     options = Options(max_tokens=24, **change)  # type: ignore[arg-type]
@@ -58,6 +66,8 @@ def test_both_kinds_of_grammars_allow_the_same(change: dict[str, float], llava: 
     [
         ('root ::= "x', "llama.cpp cannot parse the grammar"),
         ('root ::= root | "x"', "grammar"),
+        ('root ::= "x"\0 | "y"', "The grammar contains a NUL character."),
+        ("%llguidance {}\nstart: <|none|>", "unknown special token"),
         ('%llguidance {}\nstart: "x', "LLGuidance cannot follow the grammar, or JSON schema: "),
         ("%llguidance {}\nstart: none", "LLGuidance cannot follow the grammar, or JSON schema: "),
     ],
