@@ -20,8 +20,8 @@ from PIL import Image
 
 from llava_edge import anyres
 from llava_edge.bundle import Manifest
-from llava_edge.errors import OptionError
-from llava_edge.image import MAX_PIXELS, PILLOW_LOCK, ImageInput, load_image, read_image
+from llava_edge.errors import ImageError, OptionError
+from llava_edge.image import MAX_PIXELS, PILLOW_LOCK, ImageInput, load_image, pixel_count, read_image
 from llava_edge.options import Options, TokenMethod
 from llava_edge.runtimes import machine
 from llava_edge.runtimes.stats import elapsed_ms
@@ -30,6 +30,7 @@ Array = np.ndarray[Any, Any]
 
 RECENT_BYTES = 1 << 25  # 24 pictures of 336 x 336
 MAX_PARALLEL = 4  # pictures decoded at a time: a phone's photo takes 50 MB meanwhile
+LARGE = 1 << 24  # pixels of a picture, for which it is checked whether there is memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,10 @@ def prepare(source: ImageInput | Picture, manifest: Manifest, name: str = "") ->
     if isinstance(source, Picture):
         return source
     start = time.perf_counter()
+    if isinstance(source, str | os.PathLike):
+        source, name = read_image(source)
+    if isinstance(source, bytes):
+        _check_memory(pixel_count(source), name)
     image = load_image(source, name)
     decoded = time.perf_counter()
     crops = anyres.crops(image, manifest.preprocessing)
@@ -75,6 +80,18 @@ def prepare(source: ImageInput | Picture, manifest: Manifest, name: str = "") ->
     rows = anyres.layout(image.size, manifest.preprocessing, manifest.vision.image_tokens)
     key = hashlib.sha256(crops.tobytes() + rows.tobytes()).hexdigest()
     return Picture(crops, rows, key, elapsed_ms(start), (decoded - start) * 1000)
+
+
+def _check_memory(pixels: int, name: str) -> None:
+    """Raise `ImageError` where Linux would end this process for what Pillow takes: 4 bytes for each pixel."""
+    if pixels <= LARGE:
+        return
+    free = machine.available_memory()
+    if free is not None and 4 * pixels > free:
+        raise ImageError(
+            f"{name or 'The picture'} has {pixels:,} pixels and takes {4 * pixels >> 20} MiB of memory, "
+            f"but {free >> 20} MiB are available; make it smaller first."
+        )
 
 
 class RecentPictures:

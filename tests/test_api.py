@@ -37,7 +37,7 @@ from llava_edge.errors import (
 from llava_edge.models.micro import CONFIG
 from llava_edge.options import DEFAULT_PROMPT, FinishReason, result_of
 from llava_edge.prompt import Message
-from llava_edge.runtimes import sampling
+from llava_edge.runtimes import machine, pictures, sampling
 from llava_edge.runtimes.decoding import Answer
 from llava_edge.runtimes.pictures import Picture, prepare
 
@@ -293,6 +293,22 @@ def test_objects_that_are_nearly_pictures(llava: Llava, tmp_path: Path) -> None:
     for wrong in (b"no picture", np.zeros(3)):
         with pytest.raises(ImageError, match="Picture 2 of 3 "):
             llava.ask("hi", [RED, wrong, RED], few)
+
+
+def test_a_large_picture_that_memory_cannot_hold_is_refused(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "LARGE", 1199)
+    RED.save(tmp_path / "red.png")
+    for free in (4 * 1200, None):
+        monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
+        assert prepare(tmp_path / "red.png", llava._engine.bundle.manifest).crops.any()
+    monkeypatch.setattr(machine, "available_memory", lambda: 4 * 1200 - 1)
+    for source, name in ((tmp_path / "red.png", r".*red\.png"), ((tmp_path / "red.png").read_bytes(), "The picture")):
+        with pytest.raises(ImageError, match=f"^{name} has 1,200 pixels and takes 0 MiB of memory, but 0 MiB are"):
+            prepare(source, llava._engine.bundle.manifest)
+    monkeypatch.setattr(pictures, "LARGE", 1200)
+    assert prepare(tmp_path / "red.png", llava._engine.bundle.manifest).crops.any()
 
 
 def test_a_picture_of_an_earlier_turn_can_be_described(llava: Llava) -> None:
