@@ -13,6 +13,7 @@ from llava_edge.errors import CheckpointError
 from llava_edge.export import llm_gguf, projector
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.models import llama_gguf
+from llava_edge.models.llama_gguf import BLOCK_VALUES
 
 Array = np.ndarray[Any, Any]
 
@@ -20,7 +21,6 @@ Array = np.ndarray[Any, Any]
 # most about max / 2^(b-1) / sqrt(12), and max / rms at most sqrt(n): 0.2 for q4_0. A swapped tensor gives about 1.4.
 TYPE_LIMITS = {"F32": 0.0, "F16": 1e-3, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K": 0.13, "Q5_0": 0.13, "Q5_1": 0.13}
 TYPE_LIMITS |= {"Q4_K": 0.25, "Q4_0": 0.25, "Q4_1": 0.25}
-BLOCK_VALUES = 1 << 18  # compared at a time: 1 MB in float32, which stays in a core's cache
 
 
 def read_back_language(path: Path, checkpoint: Checkpoint, progress: Callable[[float], None]) -> None:
@@ -68,7 +68,9 @@ def _dequantized(item: Any, expected: Array) -> Iterator[tuple[Array, Array]]:
 
 def relative_error(ours: Array, reference: Array) -> float:
     """l2 norm of the difference, divided by that of the reference; infinite if one of them exceeds float32."""
-    return _relative_error([(ours, reference)])
+    ours, reference = np.ravel(ours), np.ravel(reference)
+    parts = [slice(start, start + BLOCK_VALUES) for start in range(0, reference.size, BLOCK_VALUES)]
+    return _relative_error((ours[part], reference[part]) for part in parts or [slice(0)])
 
 
 def _relative_error(blocks: Iterable[tuple[Array, Array]]) -> float:

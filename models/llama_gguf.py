@@ -13,6 +13,7 @@ from llava_edge.gguf import TENSOR_TYPES, Gguf
 from llava_edge.models.config import TextConfig
 from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, HEAD, TEXT_PREFIX
 
+BLOCK_VALUES = 1 << 18  # dequantized at a time: 1 MB in float32, which stays in a core's cache
 BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -67,10 +68,14 @@ def read_tensor(file: Gguf, name: str) -> np.ndarray:
 
     tensor = file.tensors[name]
     _, block, size = next(kind for kind in TENSOR_TYPES.values() if kind[0] == tensor.kind)
-    rows = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
-    raw = np.memmap(file.path, np.uint8, "r", tensor.offset, rows)
+    width = tensor.shape[-1]
+    raw = np.memmap(file.path, np.uint8, "r", tensor.offset, (*tensor.shape[:-1], width // block * size))
+    rows = raw.reshape(-1, raw.shape[-1])
+    array, count = np.empty((len(rows), width), np.float32), max(1, BLOCK_VALUES // width)
     try:
-        array = dequantize(raw, GGMLQuantizationType[tensor.kind])
+        for start in range(0, len(rows), count):
+            part = slice(start, start + count)
+            array[part] = dequantize(rows[part], GGMLQuantizationType[tensor.kind])
     except NotImplementedError as error:
         raise BundleError(f"{file.path} stores {name} as {tensor.kind}, which cannot be read here.") from error
-    return np.ascontiguousarray(array.reshape(tensor.shape), np.float32)
+    return array.reshape(tensor.shape)

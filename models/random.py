@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -15,7 +16,7 @@ import numpy as np
 
 from llava_edge.models import micro
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, write_settings
-from llava_edge.models.shapes import Shapes, tensor_shapes
+from llava_edge.models.shapes import Shapes, stream_tensors, tensor_shapes
 
 _7B = TextConfig(vocab_size=32064)
 _13B = replace(_7B, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
@@ -35,7 +36,6 @@ GEOMETRIES = {
 
 SHARD_BYTES = 5_000_000_000  # as transformers splits
 _MAX_RANDOM = 1 << 22  # random numbers per tensor; a larger one repeats them
-_ALIGNMENT = 8
 
 
 def write_random(folder: Path, config: LlavaConfig, seed: int = 0) -> Path:
@@ -46,7 +46,7 @@ def write_random(folder: Path, config: LlavaConfig, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     for number, shapes in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / name, shapes, rng)
+        stream_tensors(folder / name, shapes, "float16", partial(_random_tensor, shapes, rng))
         weight_map |= dict.fromkeys(shapes, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
     return folder
@@ -65,23 +65,8 @@ def _split_shards(shapes: Shapes) -> list[Shapes]:
     return shards
 
 
-def _write_shard(path: Path, shapes: Shapes, rng: np.random.Generator) -> None:
-    """safetensors: uint64 header length, JSON header, values."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, shape in shapes.items():
-        end = start + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            file.write(_random_tensor(name, shape, rng).tobytes())
-
-
-def _random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def _random_tensor(shapes: Shapes, rng: np.random.Generator, name: str) -> np.ndarray:
+    shape = shapes[name]
     normal = rng.standard_normal(min(int(np.prod(shape)), _MAX_RANDOM), dtype=np.float32)
     return np.resize(micro.scale_random(name, shape, normal).astype(np.float16), shape)
 

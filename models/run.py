@@ -117,7 +117,8 @@ def _build_untrained(recipe: Recipe, folders: Folders, log: Log) -> tuple[Llava,
         tensors = micro.random_tensors(seed=recipe.seed)
         micro.write_checkpoint(base, tensors=tensors)
         return from_state(micro.CONFIG, tensors), micro.CONFIG
-    tensors = smol.base_checkpoint(base, folders.run.parent / "parts", log)
+    readers = smol.base_checkpoint(base, folders.run.parent / "parts", log)
+    tensors = {name: read() for name, read in readers.items()}
     rng = np.random.default_rng(recipe.seed)
     for name, shape in projector_shapes(smol.CONFIG).items():
         scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.0

