@@ -24,6 +24,9 @@ MAX_NESTING = 200  # of nested parentheses; llama.cpp's stack overflows at some 
 # where 500 choices begin alike; but lists in lists that two alternatives allow take about four times as long at each
 # level.
 MAX_ACCEPT_SECONDS = 1.0
+NO_TOKEN = "The model has no token that the grammar, or JSON schema, allows next."
+# What LLGuidance says where the vocabulary lacks a byte that has to come next. It takes 0xFF for its own mark.
+_LACKS_BYTE = re.compile("NoExtensionBias|doesn't satisfy the grammar|has_pending_lexeme_bytes")
 
 
 class Constraint(Protocol):
@@ -75,6 +78,8 @@ class LarkConstraint:
     def _raise_error(self) -> None:
         if self._matcher.is_error():
             reason = self._matcher.get_error().splitlines()[0]
+            if _LACKS_BYTE.search(reason):
+                raise UsageError(NO_TOKEN)
             raise UsageError(f"LLGuidance cannot follow the grammar, or JSON schema: {reason[:200]}.")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from llava_edge.errors import UsageError
 from llava_edge.options import Options, TokenChance
-from llava_edge.runtimes.constraints import Constraint, constraint
+from llava_edge.runtimes.constraints import NO_TOKEN, Constraint, constraint
 from llava_edge.runtimes.kv_cache import Array
 from llava_edge.runtimes.language import LanguageModel
 
@@ -81,7 +81,7 @@ class Sampler:
         """Ids of all tokens that may come next, at least one."""
         allowed = self._allowed(constraint, np.arange(self._language.vocabulary.size))
         if not allowed.size:
-            raise UsageError("The model has no token that the grammar, or JSON schema, allows next.")
+            raise UsageError(NO_TOKEN)
         return allowed
 
     def _sample_among(self, ids: Array, logits: Array) -> int:

@@ -50,6 +50,14 @@ def test_lark_may_name_the_token_that_ends_an_answer_but_no_other_without_text(l
             llava.ask("?", options=Options(grammar=f'%llguidance {{}}\nstart: "yes" {name}', max_tokens=20))
 
 
+@pytest.mark.parametrize("expression", [r"/[\xff]/", r"/a[\xff]b/"])
+def test_a_byte_that_llguidance_cannot_write_is_said_in_our_words(expression: str, llava: Llava) -> None:
+    grammar = f'%llguidance {{"allow_invalid_utf8": true}}\nstart: {expression}'
+    with pytest.raises(UsageError, match="no token that the grammar, or JSON schema, allows"):
+        llava.ask("?", options=Options(grammar=grammar, max_tokens=20))
+    assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
+
+
 @pytest.mark.parametrize("change", [{}, {"repeat_penalty": 2.0, "presence_penalty": 1.5}], ids=["plain", "penalties"])
 def test_both_kinds_of_grammars_allow_the_same(change: dict[str, float], llava: Llava) -> None:
     options = Options(max_tokens=24, **change)  # type: ignore[arg-type]
