@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llava_edge.options import Chunk, FinishReason, Options
 from llava_edge.runtimes.jobs import Job
+from llava_edge.runtimes.kv_cache import Array
 from llava_edge.runtimes.language import LanguageModel
 from llava_edge.runtimes.sampling import Sampler, takes_likeliest, token_chance
 from llava_edge.runtimes.speculation import Speculation, SpeculativeDecoder
@@ -76,18 +77,17 @@ def _can_speculate(options: Options) -> bool:
 def _decode_speculatively(
     answer: Answer, sampler: Sampler, speculation: Speculation, pause: Callable[[], bool], *, always: bool
 ) -> FinishReason | int:
-    decoder, stats = SpeculativeDecoder(speculation, sampler.likeliest, always=always), answer.stats
-    tokens, accepted_before = [sampler.likeliest(answer.language.logits())], 0
-    while True:
-        tokens_before, newly_accepted = stats.tokens, decoder.accepted - accepted_before
-        for token in tokens:
-            reason = answer.add_token(token)
-            if reason:  # of the last batch, only tokens that are in the answer count
-                stats.drafted = decoder.drafted
-                stats.accepted = accepted_before + min(newly_accepted, stats.tokens - tokens_before)
-                return reason
-        if pause():
-            stats.drafted, stats.accepted = decoder.drafted, decoder.accepted
-            return tokens[-1]
-        accepted_before = decoder.accepted
-        tokens = decoder.next_tokens(tokens[-1], answer.job.cancel)
+    reason: FinishReason | None = None
+
+    def take(logits: Array) -> tuple[int, bool]:
+        nonlocal reason
+        token = sampler.likeliest(logits)
+        reason = answer.add_token(token)
+        return token, reason is not None
+
+    decoder = SpeculativeDecoder(speculation, take, always=always)
+    token, _ = take(answer.language.logits())
+    while not reason and not pause():
+        token = decoder.advance(token, answer.job.cancel)
+    answer.stats.drafted, answer.stats.accepted = decoder.drafted, decoder.accepted
+    return reason or token

@@ -143,14 +143,14 @@ class Speculation:
 class SpeculativeDecoder:
     """Speculative decoding of one answer. `drafted` and `accepted` count draft tokens.
 
-    choose: chooses a token from its logits (vocab_size,), and takes it for the next one of the answer.
+    take: takes the next token of the answer from its logits (vocab_size,); also returns whether it is the last one.
     always: speculate even where it does not pay off. Otherwise the balance of gained and lost time, in single tokens,
     has to cover one more batch without gain.
     """
 
-    def __init__(self, shared: Speculation, choose: Callable[[Array], int], *, always: bool) -> None:
+    def __init__(self, shared: Speculation, take: Callable[[Array], tuple[int, bool]], *, always: bool) -> None:
         self._shared = shared
-        self._choose = choose
+        self._take = take
         self._language = shared.language
         self._lookup = NgramLookup(self._language.cached_keys)
         self._always = always
@@ -160,10 +160,10 @@ class SpeculativeDecoder:
             self._balance = max(FIXED_LOSS, shared.costs.batch(WIDTHS[0]) + shared.costs.draft - 1)
         self.drafted = self.accepted = 0
 
-    def next_tokens(self, token: int, cancel: threading.Event) -> list[int]:
-        """Evaluate `token`, the last one of the answer; return the tokens that follow it: one or more.
+    def advance(self, token: int, cancel: threading.Event) -> int:
+        """Evaluate `token`, the last one of the answer; take one or more that follow it, and return the last of them.
 
-        Afterwards the KV cache holds all of them but the last. Raises `CancelledError`.
+        Afterwards the KV cache holds all tokens before that one. Raises `CancelledError`.
         """
         self._lookup.add(token)
         draft = self._propose(cancel)
@@ -174,7 +174,7 @@ class SpeculativeDecoder:
             following = [self._evaluate_single(token, cancel)]
         for key in following[:-1]:
             self._lookup.add(key)
-        return following
+        return following[-1]
 
     def _propose(self, cancel: threading.Event) -> list[int]:
         """Return draft tokens that, with the token before them, fill a batch; or none."""
@@ -194,7 +194,7 @@ class SpeculativeDecoder:
         """Return the token that follows."""
         start = time.perf_counter()
         self._language.evaluate_tokens([token], cancel)
-        following = self._choose(self._language.logits())
+        following, _ = self._take(self._language.logits())
         self._shared.costs.record(1, time.perf_counter() - start)
         return following
 
@@ -206,7 +206,7 @@ class SpeculativeDecoder:
         return rows
 
     def _verify(self, tokens: list[int], cancel: threading.Event) -> list[int]:
-        """Evaluate the last token and the draft tokens after it; return the tokens that the model chooses."""
+        """Evaluate the last token and the draft tokens after it; return the tokens that the answer takes."""
         position = len(self._language.cached_keys)
         self.drafted += len(tokens) - 1
         if not self._shared.bits.proven(position, len(tokens)):
@@ -217,12 +217,13 @@ class SpeculativeDecoder:
         return choices
 
     def _follow(self, tokens: list[int], rows: Iterator[Array]) -> list[int]:
-        """Choose tokens from the logits after each of `tokens`, as long as those are what was chosen; add to the
-        balance what that gains, or would gain if the bits were proven."""
+        """Take tokens from the logits after each of `tokens`, as long as those are what was taken and the answer goes
+        on; add to the balance what that gains, or would gain if the bits were proven."""
         choices: list[int] = []
         for draft, row in zip([*tokens[1:], None], rows, strict=False):
-            choices.append(self._choose(row))
-            if choices[-1] != draft or self._language.vocabulary.is_end_token(choices[-1]):
+            token, is_last = self._take(row)
+            choices.append(token)
+            if is_last or token != draft:
                 break
         gain = len(choices) - self._shared.costs.batch(len(tokens))
         self._balance = min(self._balance + gain, 2 * WIDTHS[-1])

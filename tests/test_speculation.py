@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_edge import Llava, from_schema
-from llava_edge.errors import BundleError
+from llava_edge.errors import BundleError, UsageError
 from llava_edge.options import EngineOptions, Options, Result, Speculate
 from llava_edge.runtimes import speculation
 from llava_edge.runtimes.language import LanguageModel
@@ -225,6 +225,27 @@ def test_limits_and_stop_sequences_in_the_middle_of_a_batch(unproven: Llava, mon
     stop = plain.text[len(plain.text) // 2 :][:2]
     cut = ask(unproven, PROMPT, "ngram", 40, stop=(stop,))
     assert (cut.text, cut.finish_reason) == (plain.text[: plain.text.find(stop)], "stop")
+
+
+def test_what_a_grammar_cannot_go_on_with_is_no_error_behind_the_end_of_an_answer(unproven: Llava) -> None:
+    """Neither within a batch. Where it is one, what was said before is read first."""
+    prove(unproven)
+    said = "ab, " * 8
+    grammar = f'root ::= "{said}" "\\x00"'  # which is no token's beginning
+
+    def read(speculate: Speculate, limit: int, stop: str) -> str:
+        options, text = Options(max_tokens=limit, speculate=speculate, grammar=grammar, stop=(stop,)), ""
+        try:
+            for chunk in unproven.stream("?", (), options):
+                text += chunk.text
+        except UsageError:
+            text += "no token"
+        return text
+
+    for limit in range(len(said) - 8, len(said) + 1):
+        assert read("ngram", limit, "none") == said[:limit]
+    assert read("ngram", 99, said[2:]) == "ab"
+    assert read("ngram", 99, "none") == said + "no token"
 
 
 def test_the_end_of_the_context(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
