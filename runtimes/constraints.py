@@ -124,7 +124,7 @@ def _parse_gbnf(library: Any, vocabulary: Vocabulary, grammar: str) -> Any:
     if not sampler:
         reason = log.partition("grammar: ")[2].partition("\n")[0].strip().removesuffix(" at")
         raise UsageError(
-            f"llama.cpp cannot parse the grammar{f' ({reason:.80})' if reason else ''}; "
+            f"llama.cpp cannot parse the grammar{f' ({reason:.100})' if reason else ''}; "
             f"expected GBNF with a rule 'root', or Lark that begins with {LARK_MARK}."
         )
     write_stderr(log)

@@ -74,6 +74,7 @@ def test_both_kinds_of_grammars_allow_the_same(change: dict[str, float], llava: 
     [
         ('root ::= "x', "llama.cpp cannot parse the grammar"),
         ('root ::= root | "x"', "grammar"),
+        ('root ::= "x"{3000}', "please reduce the number of repetitions"),
         ('root ::= "x"\0 | "y"', "The grammar contains a NUL character."),
         ("%llguidance {}\nstart: <|none|>", "unknown special token"),
         ('%llguidance {}\nstart: "x', "LLGuidance cannot follow the grammar, or JSON schema: "),
