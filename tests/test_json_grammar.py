@@ -363,6 +363,7 @@ def test_references_into_lists_and_to_the_root_by_its_name(llava: Llava) -> None
         ({"type": "integer", "minimum": 5, "maximum": 4}, "minimum (5) is greater than maximum (4)"),
         ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "contains no integer"),
         ({"type": "integer", "minimum": 10**400}, "number out of range"),
+        ({"type": "number", "exclusiveMinimum": -(10**400)}, "int too large"),
         ({"type": "integer", "minimum": 10**17}, "Unsatisfiable"),
         ({"type": "integer", "maximum": None}, "'maximum', got null"),
         ({"type": "number", "multipleOf": 2, "minimum": 0.5, "maximum": 1.5}, "does not contain a multiple of 2"),

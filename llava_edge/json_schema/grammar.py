@@ -36,7 +36,7 @@ def from_schema(schema: object) -> str:
     try:
         _check_size(json.dumps(schema, allow_nan=False))
         return _Converter(schema).grammar()
-    except (TypeError, ValueError, RecursionError) as error:  # NaN, half a surrogate pair, an object of Python
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # NaN, 400 digits, an object of Python
         raise UsageError(f"The JSON schema cannot be used: {error}.") from error
 
 
