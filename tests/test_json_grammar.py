@@ -348,6 +348,10 @@ def test_references_into_lists_and_to_the_root_by_its_name(llava: Llava) -> None
         ({"type": []}, "Unsatisfiable"),
         ({"enum": []}, "Unsatisfiable"),
         ({"enum": "abc"}, "enum must be an array"),
+        (
+            {"enum": [1, {"id": [2**63 - 1]}]},
+            "has the constant 9223372036854775807, which would be written 922337203685",
+        ),
         ({"enum": ["\ud800"]}, "unexpected end of hex escape"),
         ({"const": float("inf")}, "not JSON compliant"),
         ({"const": b"x"}, "not JSON serializable"),

@@ -85,6 +85,7 @@ def rewrite(schema: dict[str, Any], path: str, is_part: bool) -> dict[str, Any]:
         if isinstance(schema[keyword], float) and schema[keyword].is_integer():  # 2.0 is an integer in JSON Schema
             schema[keyword] = int(schema[keyword])
     _check_object(schema, path)
+    _check_constant([schema.get("enum"), schema.get("const")], path)
     if "oneOf" in schema:
         schema["anyOf"] = schema.pop("oneOf")
     if "format" in schema and (pattern := FORMATS.get(str(schema.pop("format")))):  # others are annotations
@@ -100,6 +101,14 @@ def _check_object(schema: dict[str, Any], path: str) -> None:
     optional -= len(required) if isinstance(required, list) else 0
     if optional > MAX_OPTIONAL:
         raise schema_error(path, f"has {optional} optional properties; expected at most {MAX_OPTIONAL}")
+
+
+def _check_constant(value: object, path: str) -> None:
+    if isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_constant(each, path)
+    elif type(value) is int and (written := int(Decimal(str(float(value))))) != value:  # LLGuidance's, from 2**53 on
+        raise schema_error(path, f"has the constant {value}, which would be written {written}; use a string")
 
 
 def _with_type(schema: dict[str, Any]) -> dict[str, Any]:
