@@ -162,37 +162,32 @@ class _Converter:
             return schema
         if (is_choice and not is_combined) or not isinstance(schema.get("properties", {}), dict):
             return schema
-        names = self._known_names(schema, path, set())
-        if names is None or (not names and unevaluated is None):
+        known: dict[str, dict[str, Any]] = {"properties": {}, "patternProperties": {}}
+        if not self._add_known(schema, path, set(), known):
             return schema
-        closing = {"properties": dict.fromkeys(names, True), "additionalProperties": False}
+        if unevaluated is None and (known["patternProperties"] or not known["properties"]):
+            return schema
+        closing = {keyword: names for keyword, names in known.items() if names} | {"additionalProperties": False}
         if is_choice:
             return schema | {"allOf": [*_items(schema.get("allOf")), closing]}
-        return schema | closing | {"properties": dict.fromkeys(names, True) | schema.get("properties", {})}
+        return closing | schema | {"properties": known["properties"] | schema.get("properties", {})}
 
-    def _known_names(self, schema: Any, path: str, seen: set[str]) -> list[str] | None:
-        """Names of the properties of a schema and of those it is combined with; None if there may be others."""
+    def _add_known(self, schema: Any, path: str, seen: set[str], known: dict[str, dict[str, Any]]) -> bool:
+        """Note which properties a schema names, and those it is combined with; return whether there are no others."""
         self._take_step(path)
         if not isinstance(schema, dict):
-            return []
-        open_keywords = {"additionalProperties", "patternProperties", "propertyNames"} & schema.keys()
-        if any(schema[keyword] is not False for keyword in open_keywords):
-            return None
-        properties, required = schema.get("properties"), _items(schema.get("required"))
-        names = [
-            *(properties if isinstance(properties, dict) else ()),
-            *(name for name in required if type(name) is str),
-        ]
+            return True
+        if any(schema.get(keyword, False) is not False for keyword in ("additionalProperties", "propertyNames")):
+            return False
+        for keyword, names in known.items():
+            named = schema.get(keyword)
+            names |= dict.fromkeys(named if isinstance(named, dict) else (), True)
+        known["properties"] |= {name: True for name in _items(schema.get("required")) if type(name) is str}
         others = [part for keyword in COMBINING for part in _items(schema.get(keyword))]
         if "$ref" in schema and str(schema["$ref"]) not in seen:
             seen.add(str(schema["$ref"]))
             others.append(self._resolve(schema["$ref"], path))
-        for other in others:
-            more = self._known_names(other, path, seen)
-            if more is None:
-                return None
-            names += more
-        return names
+        return all(self._add_known(other, path, seen, known) for other in others)
 
     def _take_step(self, path: str) -> None:
         self._steps += 1
