@@ -19,6 +19,8 @@ from llava_edge.runtimes.kv_cache import Array
 from llava_edge.runtimes.stderr_capture import capture_stderr, write_stderr
 from llava_edge.runtimes.vocabulary import Vocabulary
 
+MAX_ITEMS = 10_000  # of LLGuidance, at one place in an answer: ways to go on. By itself it gives up at 2000, of which
+# ten objects of 50 optional properties each are enough
 MAX_NESTING = 200  # of nested parentheses; llama.cpp's stack overflows at some ten thousand
 # Processor time, which other programs do not take, of following a token through a GBNF grammar. It is milliseconds
 # where 500 choices begin alike; but lists in lists that two alternatives allow take about four times as long at each
@@ -53,10 +55,11 @@ class LarkConstraint:
     """A grammar of LLGuidance, which limits its own work per token."""
 
     def __init__(self, vocabulary: Vocabulary, grammar: str) -> None:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         self._vocabulary = vocabulary
-        self._matcher = LLMatcher(vocabulary.for_llguidance, grammar, log_level=0)
+        limits = LLParserLimits(max_items_in_row=MAX_ITEMS)
+        self._matcher = LLMatcher(vocabulary.for_llguidance, grammar, log_level=0, limits=limits)
         self._raise_error()
 
     def allowed(self, ids: Array) -> Array:

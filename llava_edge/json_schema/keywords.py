@@ -22,7 +22,7 @@ OF_TYPE = {
 SUPPORTED = COMBINING.union({"type", "enum", "const", "$ref"}, *OF_TYPE.values())
 COUNTS = {"minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"}
 MAX_NUMBER = 10**16 - 1  # most programs read integers of 16 digits; JavaScript only those up to 9007199254740991
-MAX_OPTIONAL = 450  # properties of an object; LLGuidance gives up at about 500, after the answer has begun
+MAX_OPTIONAL = 2000  # properties of an object; LLGuidance has 4 items for each, and `constraints.MAX_ITEMS` at once
 TINY = 1e-9  # by which an exclusive limit becomes inclusive, relative to it
 MAX_MULTIPLE = 10_000  # in units of its last decimal place. LLGuidance has as many states: a million take seconds
 
@@ -97,8 +97,9 @@ def _check_object(schema: dict[str, Any], path: str) -> None:
     low, properties, required = (schema.get(keyword) for keyword in ("minProperties", "properties", "required"))
     if isinstance(low, int) and low > 1 and "properties" not in schema:
         raise schema_error(path, "has a minProperties above 1 for names that may repeat, which is not supported")
-    optional = len(properties) if isinstance(properties, dict) else 0
-    optional -= len(required) if isinstance(required, list) else 0
+    properties = properties if isinstance(properties, dict) else {}
+    named = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    optional = len(properties.keys() - named)
     if optional > MAX_OPTIONAL:
         raise schema_error(path, f"has {optional} optional properties; expected at most {MAX_OPTIONAL}")
 
