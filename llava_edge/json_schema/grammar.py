@@ -163,9 +163,7 @@ class _Converter:
         if (is_choice and not is_combined) or not isinstance(schema.get("properties", {}), dict):
             return schema
         known: dict[str, dict[str, Any]] = {"properties": {}, "patternProperties": {}}
-        if not self._add_known(schema, path, set(), known):
-            return schema
-        if unevaluated is None and (known["patternProperties"] or not known["properties"]):
+        if not self._add_known(schema, path, set(), known) or (unevaluated is None and not any(known.values())):
             return schema
         closing = {keyword: names for keyword, names in known.items() if names} | {"additionalProperties": False}
         if is_choice:
