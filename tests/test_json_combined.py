@@ -223,7 +223,7 @@ def test_all_of_scalars_allows_what_satisfies_each(llava: Llava, parts: list[dic
         ({"oneOf": [obj(a=COUNT), obj(b=COUNT)], "type": "object"}, "use 'anyOf'"),
         ({"$ref": 5, "type": "string"}, "refers to 5"),
         ({"allOf": [TEXT, 5]}, "at '#/allOf/1' is 5, not an object"),
-        ({"allOf": [COUNT, {"multipleOf": 9973}, {"multipleOf": 9967}]}, "more than one multipleOf for one number"),
+        ({"allOf": [COUNT, {"multipleOf": 4973}, {"multipleOf": 4967}]}, "more than one multipleOf for one number"),
         ({"allOf": [TEXT, {"maxLength": 2}, {"maxLength": "3"}]}, "'maxLength', got \"3\""),
         ({"allOf": [obj(), {"properties": 5}]}, "properties must be an object"),
         ({"allOf": [obj("a"), {"required": 5}]}, "'required', got 5"),

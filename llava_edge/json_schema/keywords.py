@@ -24,7 +24,7 @@ COUNTS = {"minProperties", "maxProperties", "minItems", "maxItems", "minLength",
 MAX_NUMBER = 10**16 - 1  # most programs read integers of 16 digits; JavaScript only those up to 9007199254740991
 MAX_OPTIONAL = 2000  # properties of an object; LLGuidance has 4 items for each, and `constraints.MAX_ITEMS` at once
 TINY = 1e-9  # by which an exclusive limit becomes inclusive, relative to it
-MAX_MULTIPLE = 10_000  # in units of its last decimal place. LLGuidance has as many states: a million take seconds
+MAX_MULTIPLE = 5000  # in units of its last decimal place. LLGuidance has as many states, and gives up at some 8000
 
 _ROUNDING = {"minimum": ROUND_CEILING, "maximum": ROUND_FLOOR}
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment"}
