@@ -506,6 +506,7 @@ def _two(number: int) -> dict[str, Any]:
     return {"allOf": [{"$ref": f"#/$defs/{number}"}] * 2}
 
 
+_LONG = {"type": "object", "properties": {"a" * 90_000: {}}}
 _OVERLAPPING = {"type": "string", "allOf": [{"pattern": f"^a|b$|c{i}"} for i in range(12)]}
 _BOTH = [{"$ref": "#/$defs/more"}, {"type": "string", "pattern": "^a|b$|d"}]
 
@@ -515,7 +516,7 @@ _BOTH = [{"$ref": "#/$defs/more"}, {"type": "string", "pattern": "^a|b$|d"}]
     [
         ({"$defs": _TYPES, "type": "array", "prefixItems": [_UNION] * 40}, "too many schemas to compare"),
         ({"oneOf": [{"enum": list(range(800 * i, 800 * i + 800))} for i in range(30)]}, "may overlap"),
-        ({"type": "object", "properties": {"a" * 200_000: {"prefixItems": [{}] * 10_000}}}, "one of too many"),
+        ({"type": "object", "properties": {"a" * 200_000: {"prefixItems": [{}] * 10_000}}}, "too many schemas"),
         ({"type": "object", "properties": {"last": {}}, "required": ["last"] * 30_000}, ""),
         (_MANY | {"required": [str(i) for i in range(5000)]}, ""),
         ({"$defs": _TYPES | {"a" * 200_000: _TYPES["1"]}, "$ref": "#/$defs/" + "a" * 50_000}, "does not exist"),
@@ -532,6 +533,12 @@ _BOTH = [{"$ref": "#/$defs/more"}, {"type": "string", "pattern": "^a|b$|d"}]
         ({"$defs": {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(999)}, "$ref": "#/$defs/0"}, "deeper than 64"),
         ({"properties": {str(i): {"allOf": [{"$ref": "#/$defs/all"}, {}]} for i in range(900)}, "$defs": _ALL}, "many"),
         (json.loads('{"oneOf": [{"const": 1}, ' * 30 + "{}" + "]}" * 30), "too many"),
+        ({"anyOf": [{"pattern": str(i)} for i in range(6000)]}, "too many schemas, patterns"),
+        ({"enum": [json.loads("[" * 60 + str(i) + "]" * 60) for i in range(1500)]}, "too many .* constants"),
+        ({"type": "object", "patternProperties": {f"^{i}_": {} for i in range(300)}}, "patterns"),
+        ({"required": [str(i) for i in range(20_000)], "additionalProperties": True}, "required names"),
+        ({"type": ["string", "integer"] * 12_000}, ""),
+        ({"anyOf": [{"allOf": [{"$ref": "#/$defs/long"}, {}]}] * 3000, "$defs": {"long": _LONG}}, "is too much"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -20,7 +20,7 @@ from llava_edge.json_schema.keywords import COMBINING, SUPPORTED, is_annotation,
 from llava_edge.options import LARK_MARK, MAX_GRAMMAR_CHARACTERS
 
 MAX_DEPTH = 64  # of schemas in schemas, references followed
-MAX_STEPS = 20_000  # a schema is one, and another each time it is looked at for the names of its properties
+MAX_STEPS = 20_000  # a schema is one, and another each time it is looked at for names of properties; more: `_work`
 MAX_PAIRS = 5_000  # of schemas in `oneOf`: of 100, compared in 0.4 s
 MAX_PATTERNS = 12  # for one text; LLGuidance takes 5 ms to see whether there is one, and twice as long for one more
 _FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}  # as models write JSON
@@ -98,6 +98,7 @@ class _Converter:
         if place.depth > MAX_DEPTH:
             raise schema_error(place.path, f"is nested deeper than {MAX_DEPTH} levels")
         schema = {keyword: value for keyword, value in schema.items() if not is_annotation(keyword, value)}
+        self._take_step(place.path, _work(schema))
         if schema in ({"not": {}}, {"not": True}):  # zod's never
             return False
         if schema.get("nullable") is True:  # OpenAPI 3.0's
@@ -165,6 +166,7 @@ class _Converter:
         known: dict[str, dict[str, Any]] = {"properties": {}, "patternProperties": {}}
         if not self._add_known(schema, path, set(), known) or (unevaluated is None and not any(known.values())):
             return schema
+        self._take_step(path, sum(len(name) for names in known.values() for name in names) // 100)  # each is copied
         closing = {keyword: names for keyword, names in known.items() if names} | {"additionalProperties": False}
         if is_choice:
             return schema | {"allOf": [*_items(schema.get("allOf")), closing]}
@@ -187,10 +189,10 @@ class _Converter:
             others.append(self._resolve(schema["$ref"], path))
         return all(self._add_known(other, path, seen, known) for other in others)
 
-    def _take_step(self, path: str) -> None:
-        self._steps += 1
+    def _take_step(self, path: str, steps: int = 1) -> None:
+        self._steps += steps
         if self._steps > MAX_STEPS:
-            raise schema_error(path, f"is one of too many; expected {MAX_STEPS} at most, references followed")
+            raise schema_error(path, "is too much: too many schemas, patterns, required names or constants to follow")
 
     def _reference(self, target: Any, place: _Place) -> str:
         """Convert what is referred to, unless it has been; return where it is now."""
@@ -233,6 +235,24 @@ class _Converter:
                 raise schema_error(path, f"refers to {short(where)}, which does not exist")
             schema = schema[name]
         return schema
+
+
+def _work(schema: dict[str, Any]) -> int:
+    """Steps of what LLGuidance takes long for: a second for 500 patterns with classes of Unicode, 60 patterns of names
+    (compared in pairs), 10 000 required names, or 10 000 objects and lists in constants."""
+    named, required = schema.get("patternProperties"), {str(name) for name in _items(schema.get("required"))}
+    constants = [schema.get("const"), *_items(schema.get("enum"))]
+    return (
+        40 * ("pattern" in schema)
+        + 400 * max(0, len(named) - 1 if isinstance(named, dict) else 0)
+        + len(required) ** 2 // 5000
+        + sum(map(_constant_work, constants))
+    )
+
+
+def _constant_work(value: object) -> int:
+    values = value.values() if isinstance(value, dict) else _items(value)
+    return 5 * isinstance(value, list | dict) + sum(1 + _constant_work(each) for each in values)
 
 
 def _items(value: object) -> list[Any]:

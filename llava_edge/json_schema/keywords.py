@@ -82,6 +82,8 @@ def rewrite(schema: dict[str, Any], path: str, is_part: bool) -> dict[str, Any]:
     """Rewrite all other keywords, when the schemas in it are converted. is_part: others are combined with it, so that
     its keywords do not tell the type. Raises `UsageError`."""
     schema = dict(schema) if is_part else _with_type(schema)
+    if isinstance(schema.get("type"), list):
+        schema["type"] = list(dict.fromkeys(map(str, schema["type"])))
     for keyword in COUNTS & schema.keys():
         if isinstance(schema[keyword], float) and schema[keyword].is_integer():  # 2.0 is an integer in JSON Schema
             schema[keyword] = int(schema[keyword])
