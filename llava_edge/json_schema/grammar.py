@@ -222,7 +222,7 @@ class _Converter:
         if isinstance(target, str) and isinstance(own, str) and not target.startswith("#"):
             target = target.removeprefix(own) or "#"
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            raise schema_error(path, f"refers to {short(where)}; only references inside the schema are supported")
+            raise schema_error(path, f"refers to {short(where)}; only references like #/$defs/name are supported")
         schema: Any = self._root
         for part in target[1:].split("/")[1:]:
             name = part.replace("~1", "/").replace("~0", "~")
