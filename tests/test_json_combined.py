@@ -174,6 +174,23 @@ def test_only_properties_that_a_name_or_a_pattern_allows(llava: Llava) -> None:
             assert [allowed(text) for text in said] == [True, True, True, False, False, False]
 
 
+def test_a_discriminator_is_required(llava: Llava) -> None:
+    """As pydantic writes a tagged union whose tags have defaults."""
+    pets = {"oneOf": [{"$ref": "#/$defs/cat"}, obj(kind={"const": "dog"})], "discriminator": {"propertyName": "kind"}}
+    schema = {"$defs": {"cat": obj("a", kind={"const": "cat", "default": "cat"}, a=COUNT, friend=pets)}, **pets}
+    allowed = allowing(llava, from_schema(schema))
+    right = ['{"kind": "dog"}', '{"kind": "cat", "a": 1}', '{"kind": "cat", "a": 1, "friend": {"kind": "cat", "a": 2}}']
+    assert [text for text in right if not allowed(text)] == []
+    wrong = [
+        "{}",
+        '{"a": 1}',
+        '{"kind": "cat"}',
+        '{"kind": "dog", "a": 1}',
+        '{"kind": "cat", "a": 1, "friend": {"a": 2}}',
+    ]
+    assert [text for text in wrong if allowed(text)] == []
+
+
 LIMITS: dict[Any, Any] = {
     "minimum": st.integers(-2, 2),
     "exclusiveMinimum": st.sampled_from([-1, 0.5, 1]),

@@ -72,6 +72,7 @@ class _Converter:
         self._counts: dict[tuple[str, str], int] = {}  # where a definition is, keyword -> `_count` of it
         self._leads_to: dict[str, set[str]] = {}  # reference -> those whose values are its own
         self._overlaps: list[dict[str, Any]] = []  # of each two schemas in a `oneOf`
+        self._tagged: dict[str, Any] = {}  # reference -> schema of a `oneOf` whose discriminator it requires
         self._steps = 0
 
     def grammar(self) -> str:
@@ -97,6 +98,7 @@ class _Converter:
             raise schema_error(place.path, f"is {short(schema)}, not an object")
         if place.depth > MAX_DEPTH:
             raise schema_error(place.path, f"is nested deeper than {MAX_DEPTH} levels")
+        schema = self._with_required_tag(schema, place.path)
         schema = {keyword: value for keyword, value in schema.items() if not is_annotation(keyword, value)}
         self._take_step(place.path, _work(schema))
         if schema in ({"not": {}}, {"not": True}):  # zod's never
@@ -143,6 +145,25 @@ class _Converter:
         if keyword in ("items", "additionalItems", "additionalProperties"):
             return self._convert(value, place.inside(keyword))
         return value
+
+    def _with_required_tag(self, schema: dict[str, Any], path: str) -> dict[str, Any]:
+        """A `discriminator` names a property that tells the schemas of a `oneOf` apart, which pydantic does not have
+        `required` where there is a default."""
+        discriminator = schema.get("discriminator")
+        tag = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+        if not isinstance(tag, str) or "oneOf" not in schema:
+            return schema
+        options = []
+        for option in _items(schema["oneOf"]):
+            target = option.get("$ref") if isinstance(option, dict) else None
+            named = self._resolve(target, path) if target else option
+            if isinstance(named, dict) and tag in named.get("properties", ()) and tag not in named.get("required", ()):
+                option = named | {"required": [*_items(named.get("required")), tag]}
+                if target:
+                    self._tagged[f"{tag} of {target}"] = option
+                    option = {"$ref": f"{tag} of {target}"}
+            options.append(option)
+        return schema | {"oneOf": options}
 
     def _compare(self, schemas: list[Any], place: _Place) -> None:
         """Note what has to be unsatisfiable for `oneOf` to mean `anyOf`: both of any two, with any properties."""
@@ -218,6 +239,8 @@ class _Converter:
 
     def _resolve(self, target: object, path: str) -> object:
         """The schema that "#/..." refers to; the root's `$id` may stand before it. Raises `UsageError`."""
+        if isinstance(target, str) and target in self._tagged:
+            return self._tagged[target]
         where, own = target, self._root.get("$id") if isinstance(self._root, dict) else None
         if isinstance(target, str) and isinstance(own, str) and not target.startswith("#"):
             target = target.removeprefix(own) or "#"
