@@ -296,6 +296,14 @@ def test_fields_of_pydantic_are_followed(llava: Llava) -> None:
         assert not allows(llava, grammar, json.dumps(right | wrong)), wrong
 
 
+@pytest.mark.parametrize("more", [{}, {"pattern": r"^\d{4}-\d{2}-\d{2}$"}], ids=str)
+def test_names_of_a_format(more: dict[str, Any], llava: Llava) -> None:
+    """As pydantic and zod write a record of dates."""
+    allowed = allowing(llava, from_schema({"propertyNames": {"format": "date", **more}, "additionalProperties": SHORT}))
+    said = ("{}", '{"2024-02-29": "a"}', '{"2024-02": "a"}', '{"2024-02-29": 1}')
+    assert [allowed(text) for text in said] == [True, True, False, False]
+
+
 def test_every_choice_of_optional_properties_may_be_said(llava: Llava) -> None:
     grammar = from_schema(SCHEMAS["optional"])
     for count in range(4):
@@ -400,6 +408,7 @@ def test_references_into_lists_and_to_the_root_by_its_name(llava: Llava) -> None
         ({"type": "object", "properties": {"a": {}}, "propertyNames": {"maxLength": 3}}, "combines 'propertyNames'"),
         ({"type": "object", "propertyNames": {"type": "integer"}}, "propertyNames that are not a schema of strings"),
         ({"type": "object", "propertyNames": {"enum": ["a", 1]}}, "has propertyNames of {'enum': ['a', 1]}"),
+        ({"type": "object", "propertyNames": {"maxLength": "2}|.{3"}}, "has propertyNames of {'maxLength': '2}|.{3'}"),
         ({"type": "object", "propertyNames": {"enum": ["a"]}, "required": ["b"]}, "'b' is unsatisfiable"),
         ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "are not disjoint"),
         ({"type": "object", "minProperties": 2}, "minProperties above 1"),

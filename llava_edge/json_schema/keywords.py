@@ -131,6 +131,8 @@ def _with_names(schema: dict[str, Any], path: str) -> dict[str, Any]:
     if not isinstance(names, dict) or names.get("type", "string") != "string":
         raise schema_error(path, "has propertyNames that are not a schema of strings")
     names = {word: value for word, value in names.items() if word != "type" and not is_annotation(word, value)}
+    if pattern := FORMATS.get(str(names.pop("format", ""))):
+        names.setdefault("pattern", pattern)  # zod has a pattern with the format, which says the same
     if not names:
         return schema
     if schema.keys() & {"properties", "patternProperties"}:
@@ -141,7 +143,7 @@ def _with_names(schema: dict[str, Any], path: str) -> dict[str, Any]:
         return schema | {"properties": dict.fromkeys(names["enum"], values)}
     if names.keys() == {"pattern"}:
         return schema | {"patternProperties": {names["pattern"]: values}}
-    if names.keys() <= {"minLength", "maxLength"}:
+    if names.keys() <= {"minLength", "maxLength"} and all(type(n) is int and n >= 0 for n in names.values()):
         lengths = f"{names.get('minLength', 0)},{names.get('maxLength', '')}"
         return schema | {"patternProperties": {f"^(?s:.){{{lengths}}}$": values}}
     raise schema_error(path, f"has propertyNames of {short(names)}, which are not supported")
