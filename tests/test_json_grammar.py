@@ -412,6 +412,7 @@ def test_references_into_lists_and_to_the_root_by_its_name(llava: Llava) -> None
         ({"type": "object", "propertyNames": {"enum": ["a"]}, "required": ["b"]}, "'b' is unsatisfiable"),
         ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "are not disjoint"),
         ({"type": "object", "minProperties": 2}, "minProperties above 1"),
+        ({"type": "object", "minProperties": 2, "patternProperties": {"^a": {}}}, "minProperties above 1"),
         ({"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 2}, "min/maxProperties only supported"),
         ({"properties": {"a": {"pattern": r"\b"}}}, "at '#/properties/a' has a pattern that cannot be followed: look"),
         (

@@ -98,9 +98,9 @@ def rewrite(schema: dict[str, Any], path: str, is_part: bool) -> dict[str, Any]:
 
 def _check_object(schema: dict[str, Any], path: str) -> None:
     low, properties, required = (schema.get(keyword) for keyword in ("minProperties", "properties", "required"))
-    if isinstance(low, int) and low > 1 and "properties" not in schema:
-        raise schema_error(path, "has a minProperties above 1 for names that may repeat, which is not supported")
     properties = properties if isinstance(properties, dict) else {}
+    if isinstance(low, int) and low > 1 and not properties:
+        raise schema_error(path, "has a minProperties above 1 for names that may repeat, which is not supported")
     named = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
     optional = len(properties.keys() - named)
     if optional > MAX_OPTIONAL:
