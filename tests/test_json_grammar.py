@@ -411,6 +411,8 @@ def test_references_into_lists_and_to_the_root_by_its_name(llava: Llava) -> None
         ({"type": "object", "propertyNames": {"maxLength": "2}|.{3"}}, "has propertyNames of {'maxLength': '2}|.{3'}"),
         ({"type": "object", "propertyNames": {"enum": ["a"]}, "required": ["b"]}, "'b' is unsatisfiable"),
         ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "are not disjoint"),
+        ({"properties": {"a": {}}, "required": ["b"], "unevaluatedProperties": False}, "'b' is unsatisfiable"),
+        ({"propertyNames": {"maxLength": 3}, "unevaluatedProperties": False}, "combines 'unevaluatedProperties' with"),
         ({"type": "object", "minProperties": 2}, "minProperties above 1"),
         ({"type": "object", "minProperties": 2, "patternProperties": {"^a": {}}}, "minProperties above 1"),
         ({"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 2}, "min/maxProperties only supported"),

@@ -184,9 +184,14 @@ class _Converter:
             return schema
         if (is_choice and not is_combined) or not isinstance(schema.get("properties", {}), dict):
             return schema
-        known: dict[str, dict[str, Any]] = {"properties": {}, "patternProperties": {}}
+        if unevaluated is False and "propertyNames" in schema:
+            raise schema_error(path, "combines 'unevaluatedProperties' with 'propertyNames', which is not supported")
+        known: dict[str, dict[str, Any]] = {"properties": {}, "patternProperties": {}, "required": {}}
         if not self._add_known(schema, path, set(), known) or (unevaluated is None and not any(known.values())):
             return schema
+        required = known.pop("required")
+        if unevaluated is None:  # which would forbid those
+            known["properties"] |= required
         self._take_step(path, sum(len(name) for names in known.values() for name in names) // 100)  # each is copied
         closing = {keyword: names for keyword, names in known.items() if names} | {"additionalProperties": False}
         if is_choice:
@@ -202,8 +207,7 @@ class _Converter:
             return False
         for keyword, names in known.items():
             named = schema.get(keyword)
-            names |= dict.fromkeys(named if isinstance(named, dict) else (), True)
-        known["properties"] |= {name: True for name in _items(schema.get("required")) if type(name) is str}
+            names |= {name: True for name in named if type(name) is str} if isinstance(named, dict | list) else {}
         others = [part for keyword in COMBINING for part in _items(schema.get(keyword))]
         if "$ref" in schema and str(schema["$ref"]) not in seen:
             seen.add(str(schema["$ref"]))
