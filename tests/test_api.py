@@ -363,7 +363,7 @@ def test_bytes_of_any_kind_are_one_picture(llava: Llava) -> None:
         assert (llava.embed_image(same) == embedded).all()
 
 
-def test_chances_are_the_softmax(llava: Llava) -> None:
+def test_chances_are_the_softmax(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(max_tokens=6, top_logprobs=20)
     chunks = list(llava.stream("Hello", options=options))
     chances = [chance for chunk in chunks for chance in chunk.chances]
@@ -373,6 +373,10 @@ def test_chances_are_the_softmax(llava: Llava) -> None:
         assert sorted((logprob for _, logprob in chance.top), reverse=True) == [logprob for _, logprob in chance.top]
         assert sum(math.exp(logprob) for _, logprob in chance.top) <= 1 + 1e-9
     assert all(not chunk.chances for chunk in llava.stream("Hello", options=Options(max_tokens=3)))
+    language = llava._engine.model.language
+    monkeypatch.setattr(language, "logits", lambda row, real=language.logits: real(row) + 900)  # exp() overflows
+    every = sampling.token_chance(language, 5, language.vocabulary.size, -1).top
+    assert sum(math.exp(logprob) for _, logprob in every) == pytest.approx(1, abs=1e-12)
 
 
 def test_chances_of_white_space_that_begins_an_answer_come_in_pieces(llava: Llava) -> None:

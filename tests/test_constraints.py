@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +31,8 @@ def test_the_grammar_counts(llava: Llava) -> None:
     free = Options(temperature=3.0, seed=0, max_tokens=20)
     assert llava.ask("?", options=free).text not in ("yes", "no")
     assert llava.ask("?", options=replace(free, grammar='root ::= "yes" | "no"')).text in ("yes", "no")
+    named = 'root ::= "%llguidance {}"'
+    assert llava.ask("?", options=Options(grammar=named, max_tokens=20)).text == "%llguidance {}"
     colours = llava.ask("?", options=replace(free, grammar=COLOURS, max_tokens=40)).text.split(", ")
     assert set(colours) <= {"red", "blue", "gray", "grey"}
     assert len(colours) in (2, 3)
@@ -67,29 +72,65 @@ def test_both_kinds_of_grammars_allow_the_same(change: dict[str, float], llava: 
             for grammar in (f"root ::= {gbnf}", f"%llguidance {{}}\nstart: {lark}")
         ]
         assert answers[0] == answers[1] != ""
+    language = llava._engine.model.language
+    every = np.arange(language.vocabulary.size)
+    for gbnf, lark in (("[a-h ]*", "/[a-h ]*/"), ('"é"?', '"é"?')):
+        masks = []
+        for grammar in (f"root ::= {gbnf}", f"%llguidance {{}}\nstart: {lark}"):
+            with closing(constraints.constraint(language.library, language.vocabulary, grammar)) as followed:
+                masks.append(followed.allowed(every))
+        assert np.array_equal(masks[0], masks[1])
+        assert 1 < masks[0].sum() < len(every) / 2
+
+
+def test_limits_that_leave_the_likeliest_leave_the_one_that_the_grammar_allows(llava: Llava) -> None:
+    for grammar in ("", "root ::= [^a-s\\x00]{40}"):
+        greedy = Options(grammar=grammar, max_tokens=20, speculate="off")
+        wanted = llava.ask("?", options=greedy).text
+        for change in ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}):
+            options = replace(greedy, temperature=3.0, seed=1, **change)
+            assert llava.ask("?", options=options).text == wanted, (grammar, change)
 
 
 @pytest.mark.parametrize(
     ("grammar", "says"),
     [
-        ('root ::= "x', "llama.cpp cannot parse the grammar"),
+        ('root ::= "x', "llama.cpp cannot parse the grammar (unexpected end of input); expected GBNF"),
+        ("root ::= (", "llama.cpp cannot parse the grammar (expecting ')'); expected GBNF"),
+        ("root ::= " + "a" * 999, "llama.cpp cannot parse the grammar (Undefined rule identifier 'a"),
+        ("# nothing", "llama.cpp cannot parse the grammar"),
+        ('root ::= "\ud83d', "llama.cpp cannot parse the grammar"),
         ('root ::= root | "x"', "grammar"),
         ('root ::= "x"{3000}', "please reduce the number of repetitions"),
         ('root ::= "x"\0 | "y"', "The grammar contains a NUL character."),
         ("%llguidance {}\nstart: <|none|>", "unknown special token"),
         ('%llguidance {}\nstart: "x', "LLGuidance cannot follow the grammar, or JSON schema: "),
+        ('%llguidance {}\nstart: "\ud83d"', "LLGuidance cannot follow the grammar, or JSON schema: "),
         ("%llguidance {}\nstart: none", "LLGuidance cannot follow the grammar, or JSON schema: "),
+        ("%llguidance {}\nstart: " + "a" * 999, "LLGuidance cannot follow the grammar, or JSON schema: "),
     ],
 )
 def test_an_unreadable_grammar_costs_no_picture(
     grammar: str, says: str, llava: Llava, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(llava._engine.model.scheduler, "_prefill", None)
-    with pytest.raises(UsageError, match=says.replace(".", r"\.")):
+    with pytest.raises(UsageError, match=re.escape(says)) as error:
         llava.ask("?", Image.new("RGB", (8, 8)), Options(grammar=grammar, max_tokens=4))
+    assert re.fullmatch(".{30,300}", str(error.value))  # in one line
+    assert "()" not in str(error.value)
     monkeypatch.undo()
     assert llava.ask("?", options=Options(max_tokens=2)).text
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_others_say_while_a_grammar_is_read_is_not_lost(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    library = llava._engine.model.language.library
+    parse = library.llama_sampler_init_grammar
+    monkeypatch.setattr(library, "llama_sampler_init_grammar", lambda *of: (os.write(2, b"hello"), parse(*of))[1])
+    assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
+    assert "hello" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("grammar", ['root ::= "\\x04"', from_schema({"enum": ["\U00050000"]})], ids=["byte", "schema"])
@@ -129,14 +170,20 @@ def test_unlikely_tokens_are_looked_at_only_if_needed(
 def test_deep_parentheses_are_refused_before_llama_cpp_reads_them(llava: Llava) -> None:
     with pytest.raises(UsageError, match="nested deeper than 200 levels"):
         llava.ask("?", options=Options(grammar=f'root ::= {"(" * 30_000}"x"{")" * 30_000}'))
-    for mark in '"[':  # in a comment, it begins no string and no character class
+    for comment in ('# "\n', "# [\n", "#\r"):  # in it, no string and no character class begins
         with pytest.raises(UsageError, match="nested deeper than 200 levels"):
-            llava.ask("?", options=Options(grammar=f'# {mark}\nroot ::= {"(" * 30_000}"x"{")" * 30_000} # "]'))
-    quoted = f'root ::= "{"(" * 300}" | [({"(" * 300}] # {"(" * 300}'
-    assert llava.ask("?", options=Options(grammar=quoted, max_tokens=400)).text.strip("(") == ""
+            llava.ask("?", options=Options(grammar=f'{comment}root ::= {"(" * 30_000}"x"{")" * 30_000} # "]'))
+    with pytest.raises(UsageError, match="nested deeper than 200 levels"):
+        llava.ask("?", options=Options(grammar=f'root ::= {"(" * 201}"x"{")" * 201}'))
+    deepest = f'root ::= ("x"){"(" * 200}"y"{")" * 200}'
+    assert llava.ask("?", options=Options(grammar=deepest, max_tokens=8)).text == "xy"
+    quoted = f'root ::= "\\"{"(" * 300}" [\\]{"(" * 300}] # {"(" * 300}'
+    assert llava.ask("?", options=Options(grammar=quoted, max_tokens=400)).text.strip('(]"') == ""
 
 
-def test_what_can_be_read_in_too_many_ways_ends(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_be_read_in_too_many_ways_ends(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Each bracket doubles them, and llama.cpp follows all: minutes for the fifteenth."""
     monkeypatch.setattr(constraints, "MAX_ACCEPT_SECONDS", 0.05)
     gbnf = 'root ::= list\nlist ::= "[" list ("," list)* "]" | "[" list "," list ("," list)* "]"'
@@ -145,6 +192,7 @@ def test_what_can_be_read_in_too_many_ways_ends(llava: Llava, monkeypatch: pytes
     for grammar, count in ((gbnf, 13), (schema, 60)):
         with pytest.raises(UsageError, match=r"too many ways|Too many items"):
             llava.ask("?", options=Options(grammar=grammar, max_tokens=count))
+    assert capfd.readouterr() == ("", "")
     assert llava.ask("?", options=Options(grammar='root ::= "yes"', max_tokens=8)).text == "yes"
 
 
@@ -154,3 +202,10 @@ def test_a_vocabulary_without_an_end_is_named(llava: Llava, monkeypatch: pytest.
     other = Vocabulary(vocabulary._library, llava._engine.model.language._model, vocabulary._path)
     with pytest.raises(BundleError, match="no token that ends an answer"):
         _ = other.for_llguidance
+    monkeypatch.setattr(Vocabulary, "is_end_token", lambda *_: True)
+    library, unknown = vocabulary._library, vocabulary._library.LLAMA_TOKEN_ATTR_UNKNOWN
+    monkeypatch.setattr(library, "llama_vocab_get_attr", lambda _, token: unknown * (token == 98))
+    monkeypatch.setattr(library, "llama_vocab_eos", lambda _: 99)  # which the file does not mark
+    other = Vocabulary(library, llava._engine.model.language._model, vocabulary._path)
+    assert other._without_bytes == [98, 99]
+    assert np.ones(100)[other.textless_tokens].size == 0

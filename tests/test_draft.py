@@ -126,11 +126,12 @@ def test_a_draft_that_costs_more_than_it_wins_is_left_alone(
     with load(micro_bundle, micro_bundle / LANGUAGE) as llava:
         shared = prove(llava)
         monkeypatch.setattr(speculation.NgramLookup, "propose", lambda lookup, count: [])
-        for cost, least, most in ((0.5, 60, 99), (9.0, 1, 3 * COUNT)):
+        for cost, least, most in ((0.5, 60, 100), (9.0, COUNT, COUNT)):
             fix_costs(shared, cost, monkeypatch)
             result = llava.ask("a list:", (), Options(max_tokens=100, speculate="auto"))
-            assert least <= result.drafted_tokens
-            assert cost < 1 or result.drafted_tokens <= most
+            assert least <= result.drafted_tokens <= most
+        monkeypatch.setattr(DraftModel, "propose", lambda *_: [5] * (COUNT - 1))  # less than a batch holds
+        assert llava.ask("a list:", (), SPECULATIVE).drafted_tokens == 0
 
 
 def test_what_cannot_be_a_draft_is_refused(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llava_edge.runtimes.parallel import ParallelDecoder
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.runtimes.prefill import Segment
 from llava_edge.runtimes.sampling import Sampler
+from llava_edge.runtimes.speculation import Speculation
 
 LONG = Options(max_tokens=150, speculate="off")
 SHORT = replace(LONG, max_tokens=20)
@@ -38,22 +40,22 @@ def llava(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Llava
     """
     with Llava.load(micro_bundle, EngineOptions(device="cpu", threads=1, cache="memory")) as loaded:
         loaded._engine.model.language.batch_invariant = True
-        library, chains = loaded._engine.model.language.library, list[int]()
-        make, free = library.llama_sampler_chain_init, library.llama_sampler_free
+        library, samplers = loaded._engine.model.language.library, list[int]()
+        free = library.llama_sampler_free
 
-        def made(parameters: Any) -> Any:
-            chains.append(make(parameters))
-            return chains[-1]
+        def making(make: Any, *arguments: Any) -> Any:
+            samplers.append(make(*arguments))
+            return samplers[-1]
 
         def freed(sampler: Any) -> None:
             free(sampler)
-            if sampler in chains:
-                chains.remove(sampler)
+            samplers.remove(sampler)
 
-        monkeypatch.setattr(library, "llama_sampler_chain_init", made)
+        for name in ("llama_sampler_chain_init", "llama_sampler_init_grammar"):
+            monkeypatch.setattr(library, name, partial(making, getattr(library, name)))
         monkeypatch.setattr(library, "llama_sampler_free", freed)
         yield loaded
-    assert chains == []
+    assert samplers == []
 
 
 @pytest.fixture
@@ -162,14 +164,15 @@ def test_answers_are_decoded_together_and_are_those_alone(
 def test_an_answer_with_drafts_goes_on_without(
     speculate: Any, steps: int, llava: Llava, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = Options(max_tokens=60, speculate=speculate)
+    scheduler, options = llava._engine.model.scheduler, Options(max_tokens=60, speculate=speculate)
+    monkeypatch.setattr(scheduler, "_speculation", Speculation(scheduler._language))
     requests: list[tuple[str, Any, Options]] = [
         ("a list: one, two, one, two, one,", (), options),
         ("the red", IMAGES[0], options),
     ]
     found = assert_same_together(llava, monkeypatch, requests, steps)
     assert max(batches) == 2
-    assert (found[0].drafted_tokens > 0) == (steps > 1)  # as many as there were before
+    assert (found[0].drafted_tokens > 0) == (found[0].accepted_tokens > 0) == (steps > 1)  # as there were before
 
 
 def test_a_sampled_answer_goes_on_with_its_own_numbers(
@@ -177,7 +180,7 @@ def test_a_sampled_answer_goes_on_with_its_own_numbers(
 ) -> None:
     options = Options(max_tokens=40, temperature=0.8, seed=7, repeat_penalty=1.3)
     requests: list[tuple[str, Any, Options]] = [
-        ("the red", IMAGES[0], options),
+        ("the red", IMAGES[0], replace(options, grammar="root ::= [a-z ]{99}")),
         ("a list:", (), replace(options, seed=8)),
     ]
     assert_same_together(llava, monkeypatch, requests)

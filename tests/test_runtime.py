@@ -90,6 +90,7 @@ def test_control_tokens_in_a_users_text_stay_text(language: LanguageModel) -> No
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     controls = {language.vocabulary.control_id(name) for name in names}
     assert len(controls) == 3
+    assert {language.vocabulary.piece(token) for token in controls} == {b""}
     for name in (*names, "<image>", "<__media__>", "<s>"):
         for text in (name, f"a {name} b", f"a{name}"):
             ids = language.vocabulary.tokenize(text)
@@ -101,6 +102,25 @@ def test_a_control_token_that_is_not_there(language: LanguageModel) -> None:
     for name in ("</s>", "the", "<|im_start|><|im_end|>"):
         with pytest.raises(BundleError, match="no control token"):
             language.vocabulary.control_id(name)
+
+
+def test_what_a_tokenizer_should_not_do(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a vocabulary of a damaged file."""
+    vocabulary, library = language.vocabulary, language.library
+    with pytest.raises(ContextOverflowError, match="has 1048577 bytes"):
+        vocabulary.tokenize("a" * 1048577)
+    monkeypatch.setattr(library, "llama_tokenize", lambda *_: -7)
+    with pytest.raises(BundleError, match="needs 7 tokens for a text of 1 bytes"):
+        vocabulary.tokenize("a")
+    monkeypatch.setattr(library, "llama_vocab_get_text", lambda *_: b"\xff")
+    assert vocabulary.token_texts()[0] == "\ufffd"
+
+    def to_piece(pointer: Any, token: int, buffer: Any, size: int, *_: Any) -> int:
+        buffer[: min(size, 99)] = b"x" * min(size, 99)
+        return 99 if size >= 99 else -99
+
+    monkeypatch.setattr(library, "llama_token_to_piece", to_piece)
+    assert vocabulary.piece(5) == b"x" * 99
 
 
 # The memory of the language model.
@@ -421,9 +441,10 @@ def test_the_model_sees_each_image_in_its_place(llava: Llava) -> None:
 def test_stop_text(llava: Llava) -> None:
     whole = llava.ask("hello", options=SHORT).text
     stop = whole[len(whole) // 2 :][:2]
-    result = llava.ask("hello", options=Options(max_tokens=24, stop=(stop,)))
+    result = llava.ask("hello", options=Options(max_tokens=24, stop=(stop,), speculate="off"))
     assert result.text == whole[: whole.find(stop)]
     assert result.finish_reason == "stop"
+    assert result.completion_tokens < 24
 
 
 def test_times_of_an_answer_add_up(llava: Llava) -> None:
@@ -510,6 +531,8 @@ def test_tokens_that_the_vocabulary_says_end_an_answer_end_it(language: Language
     assert answer.add_token(language.vocabulary.tokenize("a")[0]) is None
     assert answer.add_token(language.vocabulary.control_id("<|endoftext|>")) == "stop"
     assert (answer.stats.text, answer.stats.tokens) == ("a", 1)
+    other = replace(answer, end_tokens=set(language.vocabulary.tokenize("a")))  # which llama.cpp does not know
+    assert other.add_token(language.vocabulary.tokenize("a")[0]) == "stop"
 
 
 def test_text_with_anything_in_it(llava: Llava) -> None:

@@ -248,6 +248,7 @@ def test_branches_are_the_continuations_they_would_be_alone(micro_bundle: Path) 
         np.testing.assert_allclose(language.logits(row), logits, atol=0.05)
         assert np.abs(language.logits(row) - alone[row - 1]).max() > 0.5
     branches.end(2)
+    branches.keep_prompt()  # takes no number
     assert [branches.start(0) for _ in range(MAX_BRANCHES - 2)] == [2, 4, 5, 6, 7, 8]
     with pytest.raises(ValueError, match="No more than 8 branches"):
         branches.start(0)
