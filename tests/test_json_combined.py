@@ -258,6 +258,7 @@ def test_what_cannot_be_combined_is_refused(schema: Any, says: str) -> None:
     [
         {"allOf": [{"$ref": "#"}, TEXT]},
         {"$ref": "#", "type": "object"},
+        {"$ref": "", "$id": "https://a.com/x"},
         {"type": "object", "anyOf": [{"$ref": "#"}, {"required": ["a"]}]},
         {"anyOf": [NULL, {"$ref": "#"}], "nullable": True},
         {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b"}, TEXT]}, "b": {"$ref": "#/$defs/b"}}},

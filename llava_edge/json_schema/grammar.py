@@ -44,13 +44,13 @@ def from_schema(schema: object) -> str:
 class _Place:
     """Where a schema is.
 
-    definition: the one whose values are those of this schema, with no bracket around them; or "".
+    definition: the one whose values are those of this schema, with no bracket around them; or None.
     is_part: others are combined with it, so that an object may have more properties than it names.
     """
 
     path: str = "#"
     depth: int = 0
-    definition: str = ""
+    definition: str | None = None
     is_part: bool = False
 
     def inside(self, name: str) -> _Place:
@@ -70,7 +70,7 @@ class _Converter:
         self._names: dict[tuple[str, bool], str] = {}  # reference, whether as a part -> name of its definition
         self._definitions: dict[str, Any] = {}
         self._counts: dict[tuple[str, str], int] = {}  # where a definition is, keyword -> `_count` of it
-        self._leads_to: dict[str, set[str]] = {}  # reference -> those whose values are its own
+        self._leads_to: dict[str | None, set[str]] = {}  # reference -> those whose values are its own
         self._overlaps: list[dict[str, Any]] = []  # of each two schemas in a `oneOf`
         self._tagged: dict[str, Any] = {}  # reference -> schema of a `oneOf` whose discriminator it requires
         self._steps = 0
@@ -222,8 +222,7 @@ class _Converter:
     def _reference(self, target: Any, place: _Place) -> str:
         """Convert what is referred to, unless it has been; return where it is now."""
         key = str(target), place.is_part
-        if place.definition:
-            self._leads_to.setdefault(place.definition, set()).add(key[0])
+        self._leads_to.setdefault(place.definition, set()).add(key[0])
         if key not in self._names:
             name = self._names[key] = str(len(self._names))
             at = _Place(key[0], place.depth, key[0], place.is_part)
