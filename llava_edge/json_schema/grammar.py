@@ -7,7 +7,7 @@ taken where no value satisfies two, references lead somewhere, and what is not s
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from itertools import combinations
 from typing import Any
@@ -140,7 +140,7 @@ class _Converter:
             return [self._convert(each, place.beside(f"{keyword}/{i}", is_combined)) for i, each in parts]
         if keyword in ("properties", "patternProperties") and isinstance(value, dict):
             return {name: self._convert(each, place.inside(f"{keyword}/{name}")) for name, each in value.items()}
-        if keyword in ("items", "prefixItems", "additionalItems") and isinstance(value, list):
+        if keyword in ("items", "prefixItems") and isinstance(value, list):
             return [self._convert(each, place.inside(f"{keyword}/{i}")) for i, each in enumerate(value)]
         if keyword in ("items", "additionalItems", "additionalProperties"):
             return self._convert(value, place.inside(keyword))
@@ -167,9 +167,7 @@ class _Converter:
 
     def _compare(self, schemas: list[Any], place: _Place) -> None:
         """Note what has to be unsatisfiable for `oneOf` to mean `anyOf`: both of any two, with any properties."""
-        parts = [
-            self._convert(each, replace(place.inside(f"oneOf/{i}"), is_part=True)) for i, each in enumerate(schemas)
-        ]
+        parts = [self._convert(each, place.beside(f"oneOf/{i}", is_part=True)) for i, each in enumerate(schemas)]
         self._overlaps += [{"allOf": pair} for pair in combinations(parts, 2)]
         if len(self._overlaps) > MAX_PAIRS:
             raise schema_error(place.path, "uses 'oneOf' with too many schemas to compare them; use 'anyOf'")
