@@ -49,6 +49,17 @@ DEFS = {
 REF = {name: {"$ref": f"#/$defs/{name}"} for name in DEFS}
 CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
     "intersection": ({"allOf": [NAMED, AGED]}, [ANN], [{"name": "Ann"}, {"age": 3}, {}, None]),
+    "intersection in an intersection": ({"allOf": [{"allOf": [NAMED]}, AGED]}, [ANN], [{"name": "Ann"}, {"age": 3}]),
+    "a definition alone and with more": (
+        obj(p=REF["named"], q={"allOf": [REF["named"], AGED]}),
+        [{"p": {"name": ""}, "q": ANN}],
+        [{"p": {}}, {"q": {"name": ""}}],
+    ),
+    "others where a part allows them": (
+        {"allOf": [obj(a=COUNT), {"type": "object", "additionalProperties": True}]},
+        [{"a": 1, "x": ""}],
+        [{"a": ""}],
+    ),
     "composition": ({"allOf": [REF["named"]], **AGED}, [ANN], [{"name": "Ann"}, {"age": 3}]),
     "keywords beside a reference": ({**REF["named"], **AGED, "description": ""}, [ANN], [{"name": "Ann"}, {"age": 3}]),
     "inheritance": (REF["cat"], [{"kind": "cat"}, {"kind": "cat", "age": 1}], [{"kind": "dog"}, {"age": 1}]),
@@ -92,6 +103,20 @@ CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [{"name": "Ann"}, {}, None],
         [{"x": 1}],
     ),
+    "unevaluated properties of nothing": ({"type": "object", "unevaluatedProperties": False}, [{}], [{"x": 1}]),
+    "a choice of objects, and their type": (
+        {"type": "object", "anyOf": [obj("name", name=TEXT, age=COUNT), obj("x", x=COUNT)]},
+        [ANN, {"x": 1}],
+        [ANN | {"x": 1}, {}],
+    ),
+    "any other property": (obj(a=COUNT) | {"additionalProperties": {}}, [{"a": 1, "x": [1]}], [{"a": "1"}]),
+    "others of a pattern": (obj(a=COUNT) | {"patternProperties": {"^x": TEXT}}, [{"a": 1, "xy": ""}], [{"xy": 1}]),
+    "a required name that is no property": (obj("b", a=COUNT), [{"a": 1, "b": []}, {"b": 1}], [{"a": 1}]),
+    "any and one of": (
+        {"anyOf": [TEXT, COUNT], "oneOf": [{"const": "a"}, {"const": None}]},
+        ["a"],
+        [None, "b", 1],
+    ),
     "zod's patterns": (
         {"type": "string", "maxLength": 4, "allOf": [{"pattern": "^a|^b"}, {"pattern": "z$"}, {"pattern": "x"}]},
         ["axz", "bxyz"],
@@ -107,6 +132,7 @@ CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [3, 20],
         [1, 2],
     ),
+    "large exclusive limits": (COUNT | {"exclusiveMinimum": 10**12, "maximum": 10**12 + 1}, [10**12 + 1], [10**12]),
     "both limits": ({"type": "number", "minimum": 1, "exclusiveMinimum": 1}, [1.5], [1, 0]),
     "lengths of lists": (
         {"allOf": [{"type": "array", "items": {"type": "number"}, "minItems": 1}, {"items": COUNT, "maxItems": 2}]},
@@ -126,6 +152,21 @@ CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         ["abc", 1],
     ),
     "a length beside an optional text": ({"anyOf": [TEXT, NULL], "maxLength": 2}, ["ab", None], ["abc"]),
+    "a format beside a pattern": (
+        {"type": "string", "format": "date", "allOf": [{"pattern": "^2"}]},
+        ["2024-02-29"],
+        ["1999-01-01"],
+    ),
+    "limits of numbers that are none": (
+        {"anyOf": [{"enum": ["a"], "minimum": 1}, {"const": "b", "minimum": 1}, {**REF["color"], "minimum": 1}]},
+        ["a", "b", "red"],
+        [1, "c"],
+    ),
+    "names of a length": (
+        {"propertyNames": {"maxLength": 1}, "additionalProperties": COUNT},
+        [{"": 1}, {"\n": 1}],
+        [{"ab": 1}, {"a": ""}],
+    ),
     "nullable": ({"type": "string", "nullable": True, "maxLength": 2}, ["ab", None], ["abc", 1]),
     "not nullable": ({"type": "string", "nullable": False}, ["ab"], [None]),
     "a nullable enum": ({"type": "string", "enum": ["a"], "nullable": True}, ["a", None], ["b"]),
@@ -141,7 +182,7 @@ CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [{"name": "", "next": {}}],
     ),
     "zod's never": (obj("a", a=COUNT, b=NEVER), [{"a": 1}], [{"a": 1, "b": 1}]),
-    "nothing but zod's never": (obj(b=NEVER), [{}], [{"b": 1}]),
+    "nothing but zod's never": (obj(b=NEVER, c={"not": True}), [{}], [{"b": 1}, {"c": 1}]),
     "zod's optional": ({"anyOf": [{"anyOf": [NEVER, TEXT]}, NULL]}, ["a", None], [1]),
     "an empty list": ({"type": "array", "items": NEVER}, [[]], [[1]]),
 }
@@ -241,6 +282,8 @@ def test_all_of_scalars_allows_what_satisfies_each(llava: Llava, parts: list[dic
         ({"$ref": 5, "type": "string"}, "refers to 5"),
         ({"allOf": [TEXT, 5]}, "at '#/allOf/1' is 5, not an object"),
         ({"allOf": [COUNT, {"multipleOf": 4973}, {"multipleOf": 4967}]}, "more than one multipleOf for one number"),
+        (COUNT | {"multipleOf": 4973, "anyOf": [{"multipleOf": 4967}, {"minimum": 5}]}, "more than one multipleOf"),
+        (REF["cat"] | {"multipleOf": 4973, "$defs": {"cat": {"multipleOf": 4967}}}, "more than one multipleOf"),
         ({"allOf": [TEXT, {"maxLength": 2}, {"maxLength": "3"}]}, "'maxLength', got \"3\""),
         ({"allOf": [obj(), {"properties": 5}]}, "properties must be an object"),
         ({"allOf": [obj("a"), {"required": 5}]}, "'required', got 5"),
@@ -259,6 +302,7 @@ def test_what_cannot_be_combined_is_refused(schema: Any, says: str) -> None:
         {"allOf": [{"$ref": "#"}, TEXT]},
         {"$ref": "#", "type": "object"},
         {"$ref": "", "$id": "https://a.com/x"},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}},
         {"type": "object", "anyOf": [{"$ref": "#"}, {"required": ["a"]}]},
         {"anyOf": [NULL, {"$ref": "#"}], "nullable": True},
         {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b"}, TEXT]}, "b": {"$ref": "#/$defs/b"}}},
@@ -269,3 +313,12 @@ def test_what_cannot_be_combined_is_refused(schema: Any, says: str) -> None:
 def test_a_combination_that_leads_back_to_itself_is_refused(schema: Any) -> None:
     with pytest.raises(UsageError, match="leads back to itself"):
         from_schema(schema)
+
+
+def test_properties_tell_the_type_beside_a_choice(llava: Llava) -> None:
+    allowed = allowing(llava, from_schema({"properties": {"a": COUNT}, "anyOf": [{"required": ["a"]}]}))
+    assert (allowed('{"a": 1}'), allowed("{}"), allowed("[]")) == (True, False, False)
+
+
+def test_as_many_patterns_as_there_are_choices() -> None:
+    assert from_schema({"anyOf": [{"type": "string", "pattern": f"^{i}"} for i in range(40)]})

@@ -161,6 +161,7 @@ def test_a_random_model_says_nothing_else(name: str, llava: Llava) -> None:
         ("*a", "repetition operator missing expression"),
         ("a{3,2}", "invalid repetition count range"),
         (5, "Expected string"),
+        (["a"], "Expected string"),
     ],
     ids=lambda value: ascii(value)[:30],
 )
