@@ -189,6 +189,11 @@ def _is_near(text: str, end: Decimal) -> bool:
     return abs(Decimal(text) - end) < max(Decimal(1), abs(end)) / 10**8
 
 
+def test_numbers_that_begin_as_a_limit_does(llava: Llava) -> None:
+    allowed = allowing(llava, from_schema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1.5}))
+    assert [text for text in ("0", "0.0", "0.9", "1", "1.4", "1.49", "1.5") if not allowed(text)] == ["0", "0.0", "1.5"]
+
+
 def test_exclusive_limits_as_openapi_3_0_has_them() -> None:
     for limit in ("Minimum", "Maximum"):
         name, exclusive = limit.lower(), f"exclusive{limit}"
@@ -394,7 +399,7 @@ def test_references_into_lists_and_to_the_root_by_its_name(llava: Llava) -> None
         ({"type": "integer", "minimum": 5, "maximum": 4}, "minimum (5) is greater than maximum (4)"),
         ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "contains no integer"),
         ({"type": "integer", "minimum": 10**400}, "number out of range"),
-        ({"type": "number", "exclusiveMinimum": -(10**400)}, "int too large"),
+        ({"type": "number", "exclusiveMinimum": -(10**400), "multipleOf": 1}, "int too large"),
         ({"type": "integer", "minimum": 10**17}, "Unsatisfiable"),
         ({"type": "integer", "maximum": None}, "'maximum', got null"),
         ({"type": "number", "multipleOf": 2, "minimum": 0.5, "maximum": 1.5}, "does not contain a multiple of 2"),

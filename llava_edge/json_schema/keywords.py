@@ -93,7 +93,7 @@ def rewrite(schema: dict[str, Any], path: str, is_part: bool) -> dict[str, Any]:
         schema["anyOf"] = schema.pop("oneOf")
     if "format" in schema and (pattern := FORMATS.get(str(schema.pop("format")))):  # others are annotations
         schema["allOf"] = [*schema.get("allOf", []), {"pattern": pattern}]
-    return _with_numbers(schema, path)
+    return _with_numbers(schema, path, is_part)
 
 
 def _check_object(schema: dict[str, Any], path: str) -> None:
@@ -149,22 +149,28 @@ def _with_names(schema: dict[str, Any], path: str) -> dict[str, Any]:
     raise schema_error(path, f"has propertyNames of {short(names)}, which are not supported")
 
 
-def _with_numbers(schema: dict[str, Any], path: str) -> dict[str, Any]:
-    """Inclusive limits of numbers, none beyond `MAX_NUMBER`."""
+def _with_numbers(schema: dict[str, Any], path: str, is_part: bool) -> dict[str, Any]:
+    """Limits of numbers, none beyond `MAX_NUMBER`, and inclusive where LLGuidance 1.9 is wrong about exclusive ones: it
+    allows an excluded 0 where the other limit is 0.5, and the like."""
     step = schema.get("multipleOf")
     if _is_number(step):
         places = max(0, -int(Decimal(str(step)).normalize().as_tuple().exponent))
         if not 0 < Decimal(str(step)).scaleb(places) <= MAX_MULTIPLE:
             raise schema_error(path, f"has a multipleOf that is not 1 to {MAX_MULTIPLE} of its last decimal place")
     types = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
+    low, high = (
+        [schema[word] for word in (limit, f"exclusive{limit.capitalize()}") if _is_number(schema.get(word))]
+        for limit in ("minimum", "maximum")
+    )
+    is_alone = not is_part and not schema.keys() & (COMBINING | {"$ref", "multipleOf"})
+    is_exact = types == ["integer"] or (is_alone and not (low and high and min(high) - max(low) <= 1))
     for limit, sign in (("minimum", -1), ("maximum", 1)):
         exclusive, narrower = f"exclusive{limit.capitalize()}", max if sign < 0 else min
         if schema.get(exclusive) is False:  # as OpenAPI 3.0 has it
             del schema[exclusive]
         elif schema.get(exclusive) is True and limit in schema:
             schema[exclusive] = schema.pop(limit)
-        if _is_number(schema.get(exclusive)) and types != ["integer"]:
-            # LLGuidance 1.9 allows an excluded 0 where the other limit is 0.5, and the like.
+        if _is_number(schema.get(exclusive)) and not is_exact:
             end = schema.pop(exclusive)
             inner = end - sign * TINY * max(1, abs(end))
             schema[limit] = narrower(inner, schema.get(limit, inner))
