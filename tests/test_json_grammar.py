@@ -192,6 +192,13 @@ def _is_near(text: str, end: Decimal) -> bool:
 def test_numbers_that_begin_as_a_limit_does(llava: Llava) -> None:
     allowed = allowing(llava, from_schema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1.5}))
     assert [text for text in ("0", "0.0", "0.9", "1", "1.4", "1.49", "1.5") if not allowed(text)] == ["0", "0.0", "1.5"]
+    allowed = allowing(llava, from_schema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}))
+    assert [text for text in ("0", "0.0", "0.1", "0.9", "0.99", "1", "1.0") if not allowed(text)] == [
+        "0",
+        "0.0",
+        "1",
+        "1.0",
+    ]
 
 
 def test_exclusive_limits_as_openapi_3_0_has_them() -> None:

@@ -163,7 +163,7 @@ def _with_numbers(schema: dict[str, Any], path: str, is_part: bool) -> dict[str,
         for limit in ("minimum", "maximum")
     )
     is_alone = not is_part and not schema.keys() & (COMBINING | {"$ref", "multipleOf"})
-    is_exact = types == ["integer"] or (is_alone and not (low and high and min(high) - max(low) <= 1))
+    is_exact = types == ["integer"] or (is_alone and not (low and high and min(high) - max(low) < 1))
     for limit, sign in (("minimum", -1), ("maximum", 1)):
         exclusive, narrower = f"exclusive{limit.capitalize()}", max if sign < 0 else min
         if schema.get(exclusive) is False:  # as OpenAPI 3.0 has it
