@@ -21,6 +21,8 @@ from llava_edge.runtimes.vocabulary import Vocabulary
 
 MAX_ITEMS = 10_000  # of LLGuidance, at one place in an answer: ways to go on. By itself it gives up at 2000, of which
 # ten objects of 50 optional properties each are enough
+# Work of LLGuidance on patterns for a token. Its own limit, a tenth, ends answers to ".{1,500}" in the middle.
+MAX_FUEL = 2_000_000  # up to 0.2 s
 MAX_NESTING = 200  # of nested parentheses; llama.cpp's stack overflows at some ten thousand
 # Processor time, which other programs do not take, of following a token through a GBNF grammar. It is milliseconds
 # where 500 choices begin alike; but lists in lists that two alternatives allow take about four times as long at each
@@ -58,7 +60,7 @@ class LarkConstraint:
         from llguidance import LLMatcher, LLParserLimits
 
         self._vocabulary = vocabulary
-        limits = LLParserLimits(max_items_in_row=MAX_ITEMS)
+        limits = LLParserLimits(max_items_in_row=MAX_ITEMS, step_lexer_fuel=MAX_FUEL)
         self._matcher = LLMatcher(vocabulary.for_llguidance, grammar, log_level=0, limits=limits)
         self._raise_error()
 
