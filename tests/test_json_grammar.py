@@ -81,6 +81,7 @@ SCHEMAS: dict[str, Any] = {
     **{name: {"type": "string", "format": name, "maxLength": 40} for name in FORMATS},
     "code": {"type": "string", "pattern": r"^[A-Z]{2}-\d+$", "minLength": 5, "maxLength": 6, "format": "sku"},
     "record": {"propertyNames": {"type": "string", "title": ""}, "additionalProperties": {"const": 1}},
+    "thousands": {"type": "integer", "maximum": 90000, "multipleOf": 3000.0},
     "one or two": {"type": "object", "minProperties": 1, "maxProperties": 2, "additionalProperties": {"const": 1}},
     "no name": {"type": "object", "maxProperties": 0},
     "short names": {"propertyNames": {"minLength": 1, "maxLength": 3}, "additionalProperties": {"const": 1}},

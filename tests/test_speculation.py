@@ -269,6 +269,7 @@ def test_nothing_is_chosen_after_the_end(unproven: Llava, monkeypatch: pytest.Mo
         found = ask(unproven, PROMPT, "ngram", 40, grammar=grammar)
         assert (found.text, found.finish_reason) == (plain.text, "stop")
         assert found.accepted_tokens > 3
+        assert language.cached_keys[plain.prompt_tokens :] == said
 
 
 def test_the_end_of_the_context(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
