@@ -72,11 +72,11 @@ def main() -> None:
     )
     parser.add_argument("--worker", choices=("ours", "known", "theirs"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.worker == "theirs":
+        theirs(arguments)
+        return
     if arguments.worker:
-        if arguments.worker == "theirs":
-            theirs(arguments)
-        else:
-            ours(arguments, *(["--no-cache"] if arguments.worker == "ours" else []))
+        ours(arguments, *(["--no-cache"] if arguments.worker == "ours" else []))
         return
     names = {"llava-edge": "ours", "llava-edge, known picture": "known", "llama-cpp-python": "theirs"}
     peers = {name: [sys.executable, *sys.argv, "--worker", worker] for name, worker in names.items()}

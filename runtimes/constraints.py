@@ -19,10 +19,10 @@ from llava_edge.runtimes.kv_cache import Array
 from llava_edge.runtimes.stderr_capture import capture_stderr, write_stderr
 from llava_edge.runtimes.vocabulary import Vocabulary
 
-MAX_ITEMS = 10_000  # of LLGuidance, at one place in an answer: ways to go on. By itself it gives up at 2000, of which
-# ten objects of 50 optional properties each are enough
-# Work of LLGuidance on patterns for a token. Its own limit, a tenth, ends answers to ".{1,500}" in the middle.
-MAX_FUEL = 2_000_000  # up to 0.2 s
+# Ways to go on at one place in an answer. LLGuidance itself gives up at 2000: ten objects of 50 optional properties.
+MAX_ITEMS = 10_000
+# LLGuidance's work on patterns for a token. With its own limit, a tenth, a text of ".{1,500}" can end in the middle.
+MAX_FUEL = 2_000_000
 MAX_NESTING = 200  # of nested parentheses; llama.cpp's stack overflows at some ten thousand
 # Processor time, which other programs do not take, of following a token through a GBNF grammar. It is milliseconds
 # where 500 choices begin alike; but lists in lists that two alternatives allow take about four times as long at each
