@@ -679,9 +679,8 @@ def test_without_proc_a_sentence_says_what_to_mount(command: str, micro_bundle: 
     done = with_mounts("mount -t tmpfs none /proc", sys.executable, *arguments, folder=photo.parent)
     assert done.returncode == 69
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith(
-        "/proc is not mounted here, which ONNX Runtime needs. Run: mount -t proc proc /proc"
-    )
+    sentence = "/proc is not mounted here, which ONNX Runtime needs. Run: mount -t proc proc /proc"
+    assert sentence in done.stderr.splitlines()[-1]
 
 
 def test_a_current_folder_that_was_removed(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

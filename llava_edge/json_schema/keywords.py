@@ -21,7 +21,7 @@ OF_TYPE = {
 }
 SUPPORTED = COMBINING.union({"type", "enum", "const", "$ref"}, *OF_TYPE.values())
 COUNTS = {"minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"}
-MAX_NUMBER = 10**16 - 1  # most programs read integers of 16 digits; JavaScript only those up to 9007199254740991
+MAX_NUMBER = 2**53 - 1  # up to there every program reads an integer exactly (RFC 8259), LLGuidance included
 MAX_OPTIONAL = 2000  # properties of an object; LLGuidance has 4 items for each, and `constraints.MAX_ITEMS` at once
 TINY = 1e-9  # by which an exclusive limit becomes inclusive, relative to it
 MAX_MULTIPLE = 5000  # in units of its last decimal place. LLGuidance has as many states, and gives up at some 8000
