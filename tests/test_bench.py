@@ -498,6 +498,19 @@ def test_the_page_stands_alone_and_has_the_numbers() -> None:
     assert ">2.00<" in text  # 24 / 12, times faster
 
 
+def test_the_page_can_be_heard() -> None:
+    text = page({"this run": make_report(10), "<old>.json": make_report(30)})
+    tags = Tags()
+    tags.feed(text)
+    names = [str(attributes.get("aria-label")) for tag, attributes in tags.found if tag == "svg"]
+    assert [name.partition(";")[0] for name in names] == re.findall(r"<h2>(.*)</h2>\n.*\n<svg", text)
+    assert all(": " in bar for name in names for bar in name.split("; ")[1:])
+    assert "; <old>.json: " in names[0]
+    assert ", project 30.0, " in names[0]
+    assert "<th></th>" not in text
+    assert [tag for tag, _ in tags.found].count("main") == 1
+
+
 def test_bars_are_as_long_as_their_numbers() -> None:
     tags = Tags()
     tags.feed(page({"new": make_report(10), "old": make_report(30)}))

@@ -40,7 +40,7 @@ def page(reports: Mapping[str, Report]) -> str:
         body += _comparison_table(name, report, new_report)
     body += [part for name, report in reports.items() for run in report.runs for part in _stage_table(name, run)]
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>llava-edge bench</title><style>{_STYLE}</style>"
-    return f"{head}\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    return f"{head}\n<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
 
 
 def _conditions(report: Report) -> str:
@@ -99,9 +99,10 @@ def _chart(title: str, legend: Sequence[str], bars: Sequence[Bar]) -> list[str]:
     if not bars:
         return []
     scale = (WIDTH - 90) / max(max(sum(values) for _, values in bars), 1e-9)
-    shapes = []
+    shapes, spoken = [], [title]
     for row, (label, values) in enumerate(bars):
         y, x = row * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP), 0.0
+        spoken.append(f"{label}: " + ", ".join(map("{} {:,.1f}".format, legend, values)))
         shapes.append(f"<text x=0 y={y + 13}>{escape(label)}</text>")
         y += LABEL_HEIGHT
         for number, (value, part) in enumerate(zip(values, legend, strict=True)):
@@ -113,7 +114,9 @@ def _chart(title: str, legend: Sequence[str], bars: Sequence[Bar]) -> list[str]:
         shapes.append(f"<text x={x + 6:.1f} y={y + 13}>{sum(values):,.1f}</text>")
     keys = " ".join(f"<span class=c{number}>&emsp;</span> {escape(part)}&ensp;" for number, part in enumerate(legend))
     height = len(bars) * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP)
-    drawing = f'<svg viewBox="0 0 {WIDTH} {height}" width={WIDTH} height={height} role=img>{"".join(shapes)}</svg>'
+    size = f'viewBox="0 0 {WIDTH} {height}" width={WIDTH} height={height}'
+    name = escape("; ".join(spoken))  # for those who do not see it: what is in an image is not read out
+    drawing = f'<svg {size} role=img aria-label="{name}">{"".join(shapes)}</svg>'
     return [f"<h2>{escape(title)}</h2>", f"<p>{keys}</p>" if len(legend) > 1 else "", drawing]
 
 
@@ -123,7 +126,7 @@ def _comparison_table(name: str, old: Report, new: Report) -> list[str]:
          f"{item.low:.2f} to {item.high:.2f}", item.verdict]
         for item in compare(old, new)
     ]  # fmt: skip
-    headings = ["configuration", "stage", "old ms", "new ms", "times faster", "range", ""]
+    headings = ["configuration", "stage", "old ms", "new ms", "times faster", "range", "verdict"]
     notes = [f"<p class=dim>{escape(condition)}</p>" for condition in condition_differences(old, new)]
     return [f"<h2>Compared with {escape(name)}</h2>", *notes, _table(headings, rows)]
 
