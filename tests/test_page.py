@@ -25,18 +25,21 @@ HTML = (Path(__file__).resolve().parent.parent / "llava_edge" / "server" / "page
 
 
 class Reader(HTMLParser):
-    """Elements that a person can use, with what names them."""
+    """Elements that a person can use, with what names them, and names that are not read out."""
 
     def __init__(self) -> None:
         super().__init__()
         self.nameless: list[str] = []
         self.inline: list[str] = []
+        self.unheard: list[str] = []
         self._open: dict[str, Any] | None = None
         self._labels = set(re.findall(r'<label for="(\w+)"', HTML))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         self.inline += [name for name in given if name.startswith("on") or name == "style"]
+        if tag in ("div", "span") and "aria-label" in given and "role" not in given:
+            self.unheard.append(str(given))
         named = "aria-label" in given or "aria-labelledby" in given or given.get("id") in self._labels
         if tag in ("button", "a"):
             self._open = {"tag": tag, "named": named, "id": given.get("id")}
@@ -60,6 +63,7 @@ def test_everything_one_can_use_has_a_name() -> None:
     reader = Reader()
     reader.feed(HTML)
     assert reader.nameless == []
+    assert reader.unheard == []
     assert reader.inline == []  # the policy would block them
     assert '<html lang="en">' in HTML
 
