@@ -27,6 +27,8 @@ from llava_edge.runtimes.pictures import Picture, copy_image, snapshot_images
 from llava_edge.runtimes.pipeline import Engine
 from llava_edge.store import DEFAULT_MODEL, resolve
 
+Embeddings = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+
 
 class Llava:
     """A loaded model. Use it in a `with` block, or call `close`.
@@ -199,14 +201,14 @@ class Llava:
         sources = [copy_image(image) for image in as_list(images)]
         return stream_in_thread(lambda cancel: self.stream(prompt, sources, options, system=system, cancel=cancel))
 
-    def embed_image(self, image: AnyImage) -> np.ndarray[Any, Any]:
+    def embed_image(self, image: AnyImage) -> Embeddings:
         """Image embeddings after CLIP and projector, as the language model gets them: (positions, hidden size) float32.
 
         Raises `ImageError`, `MissingError` or `BundleError`.
         """
         return self._engine.embed(copy_buffer(image))
 
-    def aembed_image(self, image: AnyImage) -> Coroutine[Any, Any, np.ndarray[Any, Any]]:
+    def aembed_image(self, image: AnyImage) -> Coroutine[Any, Any, Embeddings]:
         """`embed_image` for asyncio."""
         import asyncio
 

@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import numpy as np
 import pytest
@@ -188,6 +188,7 @@ def test_embeddings_are_what_the_checkpoint_computes(micro_bundle: Path, micro_c
     with torch.no_grad():
         wanted = reference.get_image_features(pixel_values=pixels)
     found = llava.embed_image(RED)
+    assert_type(found, np.ndarray[tuple[int, int], np.dtype[np.float32]])
     assert found.dtype == np.float32
     assert found.shape == (llava.bundle.manifest.vision.image_tokens, llava.bundle.manifest.language.hidden_size)
     assert np.allclose(found, wanted[0].numpy(), atol=1e-4)
@@ -472,7 +473,9 @@ def test_errors_arrive_where_they_are_awaited(llava: Llava) -> None:
 
 
 def test_awaited_embeddings_are_the_embeddings(llava: Llava) -> None:
-    assert np.array_equal(asyncio.run(llava.aembed_image(RED)), llava.embed_image(RED))
+    awaited = asyncio.run(llava.aembed_image(RED))
+    assert_type(awaited, np.ndarray[tuple[int, int], np.dtype[np.float32]])
+    assert np.array_equal(awaited, llava.embed_image(RED))
 
 
 def test_an_awaited_conversation_is_the_conversation(llava: Llava) -> None:
