@@ -70,7 +70,7 @@ def unavailable_reason() -> str:
         with held_back():
             import torch  # noqa: F401
     except ImportError:
-        return f"Parity was not measured: torch is not installed. {install_hint('train')}, then export again."
+        return f"Parity was not measured: torch is not installed. {install_hint('train')}, then run this command again."
     return ""
 
 

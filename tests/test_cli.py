@@ -723,6 +723,16 @@ def test_verify_measures_a_bundle_against_its_checkpoint(
     assert "clip fp32" in err
 
 
+def test_without_torch_verify_says_what_to_do(
+    run: Run, micro_bundle: Path, micro_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, out, err = run("verify", micro_bundle, "--against", micro_checkpoint)
+    assert (code, out) == (69, "")
+    assert "torch is not installed" in err
+    assert err.endswith("'.[train]', then run this command again.\n")
+
+
 def test_verify_refuses_before_it_reads_what_it_could_not_measure_against(
     micro_bundle: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
