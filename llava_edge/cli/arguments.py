@@ -53,14 +53,25 @@ def engine_options(command: Command) -> Command:
         click.option("--model", default=DEFAULT_MODEL, metavar="NAME|DIR", help="Model name or bundle folder."),
         click.option("--device", type=click.Choice(DEVICES), default="auto", help="Device to compute on."),
         click.option("--threads", type=int, default=0, help="Number of threads (0: one per physical core)."),
-        click.option("--context", type=int, default=0, help="Context length in tokens (0: the model's, at most 4096)."),
+        click.option(
+            "--context",
+            type=int,
+            default=0,
+            help="Context length in tokens (0: the model's, at most 4096, or 2048 with --preset memory).",
+        ),
         click.option(
             "--preset",
             type=click.Choice(PRESETS),
             default="auto",
-            help="latency: copy weights into a faster order where that pays; memory: only memory-map them.",
+            help="latency: copy weights into a faster order where that pays; memory: only memory-map them, and keep a "
+            "smaller KV cache.",
         ),
-        click.option("--kv", type=click.Choice(KV_TYPES), default="auto", help="KV cache type."),
+        click.option(
+            "--kv",
+            type=click.Choice(KV_TYPES),
+            default="auto",
+            help="KV cache type (auto: f16, or q8_0 with --preset memory).",
+        ),
         click.option("--cache/--no-cache", default=True, help="Cache what is computed from images."),
         click.option(
             "--draft",

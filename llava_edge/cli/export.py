@@ -81,7 +81,8 @@ def export(report_file: Path | None, as_json: bool, **values: Any) -> None:
     CHECKPOINT is a LLaVA in any published layout, or a GGUF with --mmproj. 'llava-edge info CHECKPOINT' shows its
     layout and what it needs.
 
-    Needs the extra [export]. With [train] every stage is compared with PyTorch, in a table that ends with the worst.
+    Needs the extra [export]. With [train] every stage is compared with PyTorch, in a table that ends with the worst;
+    --imatrix, --calibrate and --report need it.
 
     \b
     llava-edge export llava-1.5-7b-hf my-bundle

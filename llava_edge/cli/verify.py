@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 def verify(bundle: str, against: Path | None, as_json: bool, **source: Any) -> None:
     """Check every byte of BUNDLE (a folder or model name; smol if omitted) against the hashes in its manifest.
 
-    With --against, then run its parts beside the checkpoint in PyTorch, and print the parity table.
+    With --against, which needs the extra [train], then run its parts beside the checkpoint in PyTorch, and print the
+    parity table.
     """
     from llava_edge.bundle import Bundle
     from llava_edge.store import resolve
