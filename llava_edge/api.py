@@ -74,6 +74,7 @@ class Llava:
         images: each a path, an encoded file as bytes, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4):
             grey, RGB (not OpenCV's BGR) or RGBA.
         system: system prompt; empty means the model's own.
+        Raises `ImageError`, `MissingError`, `ContextOverflowError`, `UsageError` or `BundleError`.
         """
         return result_of(self.stream(prompt, images, options, system=system))
 
@@ -90,7 +91,8 @@ class Llava:
         """Like `ask`, but a generator of `Chunk`s, the last of which has the `Result`. Closing it stops the work.
 
         Nothing is computed before the first chunk is requested; after that, decoding runs ahead of the reader.
-        PIL images and arrays are copied now, so the caller may reuse them; files are opened when the stream is read.
+        PIL images and arrays are read now, so the caller may reuse them; files are opened when the stream is read.
+        Raises what `ask` does, some of it only when it is read.
         cancel: set it from another thread to stop. started: the instant (time.monotonic) that times count from.
         """
         sources = as_list(images)
@@ -110,11 +112,11 @@ class Llava:
     ) -> Iterator[Stream]:
         """Several questions about the same images: yields one stream per question.
 
-        Closing one early, or dropping it, stops all. The images are encoded and prefilled once, and the answers are
-        decoded as a batch: each pass over the weights gives one token of every answer. With the native kernels these
-        are the tokens that `ask` gives; without them a batch rounds differently from a single token, so where two
-        tokens are almost equally likely an answer may differ. Raises `ContextOverflowError` with the number of the
-        question before anything is computed.
+        Work begins when the first stream is requested. Closing one early, or dropping it, stops all. The images are
+        encoded and prefilled once, and the answers are decoded as a batch: each pass over the weights gives one token
+        of every answer. With the native kernels these are the tokens that `ask` gives; without them a batch rounds
+        differently from a single token, so where two tokens are almost equally likely an answer may differ. Raises
+        `ContextOverflowError` with the number of the question before anything is computed.
         """
         if isinstance(prompts, str):
             raise UsageError("ask_many expects a list of questions; use ask for a single one.")
@@ -184,7 +186,8 @@ class Llava:
     ) -> Stream:
         """Stream the next answer of a conversation kept by the caller; if it ends with an answer, continue that one.
 
-        Images fill the messages' image slots in order. A grammar applies to what is streamed, not to what it continues.
+        After an optional system message, user and assistant alternate. Images fill the messages' image slots in order.
+        A grammar applies to what is streamed, not to what it continues. Raises what `stream` does.
         """
         return self._engine.generate(messages, as_list(images), options, cancel)
 
