@@ -25,6 +25,7 @@ _RESET_HINT = "Start a new conversation with /reset, or Chat.reset() in Python."
 class Chat:
     """A conversation. It keeps turns and images, and the model reuses what it has already read.
 
+    messages: its finished turns, after a system message if it has one of its own.
     One answer is open at a time. Meanwhile `say` raises `UsageError`, and `asay` waits for earlier `asay`s to end.
     """
 

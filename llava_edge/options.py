@@ -46,15 +46,16 @@ class Options:
     top_p, top_k, min_p: sample from the smallest set of tokens with this total probability (0: the likeliest) / from
         this many of the likeliest (0: all) / from tokens at least this likely relative to the likeliest. They matter
         only when temperature > 0.
-    seed: random seed; the same seed gives the same answer on the same machine. None: a new one each time, reported in
-        `Result.seed`.
-    stop: stop sequences; the answer is cut before the earliest match.
+    seed: random seed, below 2^32; the same seed gives the same answer on the same machine. None: a new one each time,
+        reported in `Result.seed`.
+    stop: stop sequences, at most 16 of 256 bytes; the answer is cut before the earliest match.
     speculate: speculative decoding: propose tokens from earlier text and verify several in one pass. It is used for
         greedy answers only and does not change them (docs/gpu.md). "auto" stops where it does not pay, and on a GPU
         does not start without a draft model; "ngram" never stops.
     grammar: what the answer must follow: GBNF as llama.cpp's, or Lark as LLGuidance's if it begins with `%llguidance`,
         which is what `llava_edge.from_schema` writes. Empty: none.
-    top_logprobs: report the log probability of each token and of this many likeliest alternatives. None: do not.
+    top_logprobs: report the log probability of each token and of this many likeliest alternatives, at most 20. None:
+        do not.
     image_tokens: maximum number of positions per image; 0 is all. Fewer are faster and show less detail.
     image_token_method: how they are reduced, see `llava_edge.token_budget`; all but "cls" are baselines.
     repeat_penalty: make the last 64 tokens of the answer less likely: positive logits are divided by it, others
