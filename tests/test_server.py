@@ -390,6 +390,13 @@ def test_who_uses_tools_for_structured_answers_is_told_of_schemas(create: Any) -
             create(messages=[user("Hello")], **change)
 
 
+def test_who_sends_a_schema_in_a_field_of_vllm_is_told_where_it_belongs(create: Any) -> None:
+    for change in ({"guided_json": SCHEMA}, {"structured_outputs": {"json": SCHEMA}}):
+        with pytest.raises(openai.BadRequestError, match="use response_format with a JSON schema"):
+            create(messages=[user("Hello")], extra_body=change)
+    create(messages=[user("Hello")], response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}})
+
+
 def test_a_client_that_was_given_the_address_without_v1_is_told(server: Server) -> None:
     status, _, body = server.request("POST", "/chat/completions", question())
     assert (status, b"under /v1" in body) == (404, True)

@@ -187,7 +187,7 @@ def refuse_unsupported(body: Mapping[str, Any], no_effect: Mapping[str, tuple[ob
 
 def _advice(unsupported: str) -> str:
     if unsupported in _GRAMMAR_FIELDS:
-        return "use a JSON schema instead"
+        return "use response_format with a JSON schema instead"  # guided_json is a schema already
     if unsupported in _TOOL_FIELDS:  # by which many clients ask for structured answers, unless told otherwise
         return "remove it, or use a JSON schema if it is for structured answers"
     return "remove it"
