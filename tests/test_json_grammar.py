@@ -7,7 +7,7 @@ import re
 from contextlib import nullcontext
 from datetime import timedelta
 from decimal import Decimal
-from itertools import combinations
+from itertools import combinations, product
 from time import process_time
 from typing import Any, Literal
 
@@ -269,6 +269,26 @@ def test_json_as_models_write_it(llava: Llava) -> None:
     for kind in ("integer", "number"):
         allowed = allowing(llava, from_schema({"type": kind}))
         assert [allowed(text) for text in (most, "-" + most, "9" * 16, "1e400")] == [True, True, False, False]
+
+
+def test_sets_of_an_enum_are_written_in_its_order(llava: Llava) -> None:
+    pydantic = pytest.importorskip("pydantic", reason="pydantic is not installed")
+    field, colours = pydantic.Field, ["red", "green", "blue"]
+    sets = pydantic.create_model("Sets", few=(set[Literal["red", "green", "blue"]], field(min_length=1, max_length=2)))
+    allowed = allowing(llava, from_schema(sets.model_json_schema()))
+    in_order = [list(chosen) for count in (1, 2) for chosen in combinations(colours, count)]
+    for count in range(4):
+        for chosen in map(list, product(colours, repeat=count)):
+            assert allowed(json.dumps({"few": chosen})) == (chosen in in_order), chosen
+    named = {"items": {"$ref": "#/$defs/a"}, "uniqueItems": True, "$defs": {"a": {"enum": [1, 2]}}}
+    assert [text for text in ("[]", "[1,2]", "[1,1]", "1") if allows(llava, from_schema(named), text)] == [
+        "[]",
+        "[1,2]",
+    ]
+    with pytest.raises(UsageError, match="uses 'uniqueItems', which is not supported"):
+        from_schema({"type": "array", "items": {"enum": list(range(9))}, "uniqueItems": True})
+    with pytest.raises(UsageError, match="uses 'uniqueItems', which is not supported"):
+        from_schema({"type": ["array", "null"], "items": {"enum": [1, 2]}, "uniqueItems": True})
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 501), (1, 2083), (600, 601), (640, 1000), (700, None), (0, 10**9)])

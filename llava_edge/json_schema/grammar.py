@@ -22,6 +22,7 @@ from llava_edge.options import LARK_MARK, MAX_GRAMMAR_CHARACTERS
 MAX_DEPTH = 64  # of schemas in schemas, references followed
 MAX_STEPS = 20_000  # a schema is one, and another each time it is looked at for names of properties; more: `_work`
 MAX_PAIRS = 5_000  # of schemas in `oneOf`: of 100, compared in 0.4 s
+MAX_UNIQUE = 8  # values of an enum of which an array has each at most once: it is one of 256
 MAX_PATTERNS = 12  # for one text; LLGuidance takes 5 ms to see whether there is one, and twice as long for one more
 _FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}  # as models write JSON
 
@@ -100,6 +101,8 @@ class _Converter:
             raise schema_error(place.path, f"is nested deeper than {MAX_DEPTH} levels")
         schema = self._with_required_tag(schema, place.path)
         schema = {keyword: value for keyword, value in schema.items() if not is_annotation(keyword, value)}
+        if schema.get("uniqueItems") is True:
+            schema = self._with_unique_items(schema, place.path)
         self._take_step(place.path, _work(schema))
         if schema in ({"not": {}}, {"not": True}):  # zod's never
             return False
@@ -164,6 +167,17 @@ class _Converter:
                     option = {"$ref": f"{tag} of {target}"}
             options.append(option)
         return schema | {"oneOf": options}
+
+    def _with_unique_items(self, schema: dict[str, Any], path: str) -> dict[str, Any]:
+        """Arrays of some values of an enum, in its order, as an enum of arrays."""
+        items = schema.get("items")
+        if isinstance(items, dict) and "$ref" in items:
+            items = self._resolve(items["$ref"], path)
+        values = _items(items.get("enum")) if isinstance(items, dict) else []
+        if "enum" in schema or schema.get("type", "array") != "array" or not 0 < len(values) <= MAX_UNIQUE:
+            return schema
+        some = [list(chosen) for count in range(len(values) + 1) for chosen in combinations(values, count)]
+        return {keyword: value for keyword, value in schema.items() if keyword != "uniqueItems"} | {"enum": some}
 
     def _compare(self, schemas: list[Any], place: _Place) -> None:
         """Note what has to be unsatisfiable for `oneOf` to mean `anyOf`: both of any two, with any properties."""
