@@ -10,7 +10,6 @@ page.
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import ipaddress
 import re
@@ -95,7 +94,7 @@ class Guard:
         if scheme.lower() == "basic":
             try:
                 key = base64.b64decode(key, validate=True).decode("utf-8").partition(":")[2]
-            except (binascii.Error, ValueError):
+            except ValueError:
                 key = ""
         scheme_known = scheme.lower() in ("bearer", "basic")
         if not hmac.compare_digest(key.encode("utf-8", "replace"), self.key.encode()) or not scheme_known:
