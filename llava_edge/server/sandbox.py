@@ -29,21 +29,16 @@ _READ = _READ_FILE | _READ_DIR
 _ALL_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # file rights each Landlock version knows
 _TCP = 0b11
 _SCOPED = 0b11  # Landlock: abstract sockets of other processes, and signals to them
-# System calls that fail, and per architecture AUDIT_ARCH and their numbers.
-_BLOCKED_CALLS = (
-    *("socket", "socketpair", "connect", "execve", "execveat", "ptrace", "io_uring_setup"),
-    *("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "setpriority"),
-    *("process_vm_readv", "process_vm_writev", "pidfd_getfd"),
-)
-_SELF_ONLY_CALLS = ("tgkill", "prlimit64")  # allowed on this process itself: to abort, and to set its limits
-_ARCHITECTURES = {
-    "x86_64": (0xC000003E, (41, 53, 42, 59, 322, 101, 425, 62, 200, 129, 297, 424, 141, 310, 311, 438), (234, 302)),
-    "aarch64": (
-        0xC00000B7,
-        (198, 199, 203, 221, 281, 117, 425, 129, 130, 138, 240, 424, 140, 270, 271, 438),
-        (131, 261),
-    ),
-}
+# System calls that fail, with their numbers on x86-64 and aarch64.
+_BLOCKED_CALLS = {
+    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "execve": (59, 221), "execveat": (322, 281),
+    "ptrace": (101, 117), "io_uring_setup": (425, 425), "kill": (62, 129), "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
+    "setpriority": (141, 140), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
+}  # fmt: skip
+_SELF_ONLY_CALLS = {"tgkill": (234, 131), "prlimit64": (302, 261)}  # on this process itself: to abort, to set limits
+_ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # AUDIT_ARCH, and which of those numbers
 _READABLE = [
     *("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom"),
     *("/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/proc/stat", "/sys/devices", "/sys/bus", "/sys/fs/cgroup"),
@@ -129,7 +124,8 @@ def _filter_calls(libc: ctypes.CDLL) -> None:
     """
     if platform.machine() not in _ARCHITECTURES:
         return
-    architecture, blocked, self_only = _ARCHITECTURES[platform.machine()]
+    architecture, column = _ARCHITECTURES[platform.machine()]
+    blocked, self_only = ([call[column] for call in calls.values()] for calls in (_BLOCKED_CALLS, _SELF_ONLY_CALLS))
     load, equal, at_least, ret = 0x20, 0x15, 0x35, 0x06
     allow, deny = 0x7FFF0000, 0x00050000 | 1  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO with EPERM
     tail: list[tuple[int, int, int, int]] = []
