@@ -5,7 +5,7 @@ Supports only what our graphs use. Field numbers are those of onnx.proto.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -34,8 +34,7 @@ class Node:
     @cached_property
     def attributes(self) -> dict[str, tuple[int, ...]]:
         """Attributes of the types INT and INTS."""
-        raw = [value for number, value in protobuf.fields(self.raw) if number == 5 and isinstance(value, bytes)]
-        return {_text(value, 1): _attribute(value) for value in raw}
+        return {_text(value, 1): _attribute(value) for value in _messages(protobuf.fields(self.raw), 5)}
 
     @staticmethod
     def make(
@@ -67,13 +66,12 @@ class Graph:
 
     @cached_property
     def nodes(self) -> list[Node]:
-        return [_node(value) for number, value in self._graph_fields if number == _NODE and isinstance(value, bytes)]
+        return [_node(value) for value in _messages(self._graph_fields, _NODE)]
 
     @cached_property
     def constants(self) -> dict[str, Constant]:
         """By name."""
-        raw = [value for number, value in self._graph_fields if number == _INITIALIZER and isinstance(value, bytes)]
-        return {_text(value, 8): _constant(value) for value in raw}
+        return {_text(value, 8): _constant(value) for value in _messages(self._graph_fields, _INITIALIZER)}
 
     def replace_nodes(self, nodes: Iterable[Node], domain: str = "") -> bytes:
         """Serialize the model with these nodes, in any order, but without nodes and constants that no output needs.
@@ -97,8 +95,7 @@ class Graph:
     def _needed_names(self, nodes: list[Node]) -> set[str]:
         """The graph's outputs and everything that they are computed from."""
         producers = {output: node for node in nodes for output in node.outputs}
-        fields = self._graph_fields
-        pending = [_text(value, 1) for number, value in fields if number == _OUTPUT and isinstance(value, bytes)]
+        pending = [_text(value, 1) for value in _messages(self._graph_fields, _OUTPUT)]
         needed: set[str] = set()
         while pending:
             name = pending.pop()
@@ -113,24 +110,14 @@ class Graph:
 
     @cached_property
     def _graph_fields(self) -> list[protobuf.Field]:
-        graphs = [value for number, value in self._model_fields if number == _GRAPH and isinstance(value, bytes)]
-        return list(protobuf.fields(graphs[0]))
+        graph, *_ = _messages(self._model_fields, _GRAPH)
+        return list(protobuf.fields(graph))
 
 
 def _node(raw: bytes) -> Node:
-    inputs: list[str] = []
-    outputs: list[str] = []
-    op_type = ""
-    for number, value in protobuf.fields(raw):
-        if number > 4 or not isinstance(value, bytes):
-            continue
-        if number == 1:
-            inputs.append(value.decode())
-        elif number == 2:
-            outputs.append(value.decode())
-        elif number == 4:
-            op_type = value.decode()
-    return Node(tuple(inputs), tuple(outputs), op_type, raw)
+    fields = list(protobuf.fields(raw))
+    inputs, outputs, op_types = (tuple(map(bytes.decode, _messages(fields, number))) for number in (1, 2, 4))
+    return Node(inputs, outputs, op_types[-1] if op_types else "", raw)
 
 
 def _attribute(raw: bytes) -> tuple[int, ...]:
@@ -143,7 +130,7 @@ def _attribute(raw: bytes) -> tuple[int, ...]:
 def _constant(raw: bytes) -> Constant:
     fields = list(protobuf.fields(raw))
     kind = next((value for number, value in fields if number == 2 and isinstance(value, int)), 0)
-    data = next((value for number, value in fields if number == 9 and isinstance(value, bytes)), b"")
+    data = next(_messages(fields, 9), b"")
     dtype = {FLOAT: "<f4", INT64: "<i8"}.get(kind) if len(data) <= 8 * _MAX_VALUES else None
     values = tuple(np.frombuffer(data, dtype).tolist()) if dtype else ()
     return Constant(tuple(_integers(fields, 1)), kind, values)
@@ -160,5 +147,9 @@ def _integers(fields: Iterable[protobuf.Field], field: int) -> list[int]:
 
 def _text(message: bytes, field: int) -> str:
     """The first value of a string field; empty without one."""
-    values = (value for number, value in protobuf.fields(message) if number == field and isinstance(value, bytes))
-    return next(values, b"").decode()
+    return next(_messages(protobuf.fields(message), field), b"").decode()
+
+
+def _messages(fields: Iterable[protobuf.Field], field: int) -> Iterator[bytes]:
+    """The values of a field of messages, strings or bytes."""
+    return (value for number, value in fields if number == field and isinstance(value, bytes))
