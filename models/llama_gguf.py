@@ -6,10 +6,12 @@ and k are permuted. Only in the language model: CLIP has no rotary embedding.
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
 from llava_edge.errors import BundleError
-from llava_edge.gguf import TENSOR_TYPES, Gguf
+from llava_edge.gguf import Gguf
 from llava_edge.models.config import TextConfig
 from llava_edge.models.shapes import EMBEDDINGS, FINAL_NORM, HEAD, TEXT_PREFIX
 
@@ -67,10 +69,8 @@ def read_tensor(file: Gguf, name: str) -> np.ndarray:
     from gguf.quants import dequantize
 
     tensor = file.tensors[name]
-    _, block, size = next(kind for kind in TENSOR_TYPES.values() if kind[0] == tensor.kind)
     width = tensor.shape[-1]
-    raw = np.memmap(file.path, np.uint8, "r", tensor.offset, (*tensor.shape[:-1], width // block * size))
-    rows = raw.reshape(-1, raw.shape[-1])
+    rows = np.memmap(file.path, np.uint8, "r", tensor.offset, tensor.size).reshape(prod(tensor.shape[:-1]), -1)
     array, count = np.empty((len(rows), width), np.float32), max(1, BLOCK_VALUES // width)
     try:
         for start in range(0, len(rows), count):
