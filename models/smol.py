@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_edge import gguf, interpreter
+from llava_edge.bundle import sha256_of
 from llava_edge.errors import DataError
 from llava_edge.locks import lock_file
 from llava_edge.models import byte_level
@@ -118,10 +119,7 @@ def fetch(part: Part, folder: Path, log: Log = lambda line: None) -> Path:
 
 
 def _is_complete(path: Path, part: Part) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == part.sha256
+    return path.is_file() and sha256_of(path) == part.sha256
 
 
 def _remove_left_over(folder: Path) -> None:
