@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,35 +147,23 @@ def _judge_bundle(
     progress: Callable[[str], Progress],
 ) -> list[Score]:
     from llava_edge.api import Llava
+    from llava_edge.models.evaluate import Score, count_correct
 
+    scores = []
     with Llava.load(bundle, EngineOptions(cache=False)) as model:  # these pictures are not asked about again
         manifest = model.bundle.manifest
         # The name as given: other bundles may have its precisions, and copies its manifest's name.
         name = f"{bundle}, {manifest.language.quantization} + {manifest.vision.precision}"
-        return [
-            score
-            for suffix, options in variants.items()
-            for score in _judge(model, name + suffix, options, data, sets, progress)
-        ]
+        for suffix, options in variants.items():
+            ask = partial(_ask, model, options)
+            for set_name, questions in sets.items():
+                right = count_correct(ask, data, questions, progress(f"{name}{suffix}: {set_name}"))
+                scores.append(Score(set_name, name + suffix, right, len(questions)))
+    return scores
 
 
-def _judge(
-    model: Llava,
-    name: str,
-    options: Options,
-    data: Path,
-    sets: dict[str, list[Question]],
-    progress: Callable[[str], Progress],
-) -> Iterator[Score]:
-    from llava_edge.models.evaluate import Score, count_correct
-
-    def ask(image: Path, question: str) -> str:
-        return model.ask(question, image, options).text
-
-    for set_name, questions in sets.items():
-        yield Score(
-            set_name, name, count_correct(ask, data, questions, progress(f"{name}: {set_name}")), len(questions)
-        )
+def _ask(model: Llava, options: Options, image: Path, question: str) -> str:
+    return model.ask(question, image, options).text
 
 
 def _table(scores: Sequence[Score]) -> str:
