@@ -1,4 +1,4 @@
-"""What both kinds of `tokenizer.json` share: the tokens of a BPE model."""
+"""What both kinds of `tokenizer.json` share: the tokens of a BPE model, and sequences of steps."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def read_bpe(path: Path, raw: dict[str, Any], rows: int) -> tuple[dict[str, Any]
     check_size(path.parent, size, rows)
     tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(size))
     return model, tokens, tuple(NORMAL if i in by_id else UNUSED for i in range(size))
+
+
+def steps(entry: Any, key: str) -> list[Any]:
+    """The steps of a tokenizer.json entry, which may be missing, a single one or a sequence."""
+    if isinstance(entry, dict) and entry.get("type") == "Sequence":
+        return list(entry.get(key, []))
+    return [entry] if entry else []

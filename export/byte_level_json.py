@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.errors import CheckpointError
-from llava_edge.export.bpe_json import read_bpe
+from llava_edge.export.bpe_json import read_bpe, steps
 from llava_edge.export.vocabulary import Vocabulary, require
 
 # The split pattern of LLaMA 3's tokenizer.json, which llama.cpp knows as "llama-bpe".
@@ -40,8 +40,7 @@ def read_byte_level(path: Path, raw: dict[str, Any], rows: int) -> Vocabulary:
 
 def _pre_tokenizer(path: Path, raw: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer, detected by its content."""
-    stages = raw.get("pre_tokenizer") or {}
-    stages = stages.get("pretokenizers", []) if stages.get("type") == "Sequence" else [stages]
+    stages = steps(raw.get("pre_tokenizer"), "pretokenizers")
     kinds = [stage.get("type") for stage in stages]
     byte_level = stages[-1] if kinds and kinds[-1] == "ByteLevel" else {}
     if byte_level and not byte_level.get("add_prefix_space", True):
@@ -62,9 +61,7 @@ def _pre_tokenizer(path: Path, raw: dict[str, Any]) -> str:
 
 def _adds_bos(raw: dict[str, Any]) -> bool:
     """Whether the post-processor adds a special token before the text."""
-    stages = raw.get("post_processor") or {}
-    stages = stages.get("processors", []) if stages.get("type") == "Sequence" else [stages]
     return any(
         stage.get("type") == "TemplateProcessing" and "SpecialToken" in (stage.get("single") or [{}])[0]
-        for stage in stages
+        for stage in steps(raw.get("post_processor"), "processors")
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.errors import CheckpointError
-from llava_edge.export.bpe_json import read_bpe
+from llava_edge.export.bpe_json import read_bpe, steps
 from llava_edge.export.vocabulary import BYTE, UNKNOWN, Vocabulary, require
 from llava_edge.prompt import AfterControl
 
@@ -59,8 +59,8 @@ def dummy_prefix(path: Path, raw: Mapping[str, Any]) -> AfterControl | None:
 
     Older files prepend it to every segment of text; `first` in newer ones is what `legacy: false` was.
     """
-    normalizers = _steps(raw.get("normalizer"), "normalizers")
-    pre_tokenizers = _steps(raw.get("pre_tokenizer"), "pretokenizers")
+    normalizers = steps(raw.get("normalizer"), "normalizers")
+    pre_tokenizers = steps(raw.get("pre_tokenizer"), "pretokenizers")
     if normalizers == [_PREPEND, _REPLACE] and not pre_tokenizers:
         return "prefix"
     if normalizers == [_REPLACE] and not pre_tokenizers:
@@ -71,13 +71,6 @@ def dummy_prefix(path: Path, raw: Mapping[str, Any]) -> AfterControl | None:
     raise CheckpointError(
         f"{path} handles spaces in an unsupported way; put the tokenizer.model it was made from beside it."
     )
-
-
-def _steps(entry: Any, key: str) -> list[Any]:
-    """The steps of a tokenizer.json entry, which may be missing, a single one or a sequence."""
-    if isinstance(entry, dict) and entry.get("type") == "Sequence":
-        return list(entry.get(key, []))
-    return [entry] if entry else []
 
 
 def _merge_scores(path: Path, vocabulary: Sequence[str], merges: Sequence[Sequence[str]]) -> dict[str, float]:
