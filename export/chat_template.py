@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.errors import CheckpointError
-from llava_edge.export.tensors import read_json
+from llava_edge.export.tensors import read_json_if_any
 from llava_edge.templates import TEMPLATES, Style
 
 # String in a chat template -> the style of prompt layout it belongs to; None for unsupported ones.
@@ -31,9 +31,7 @@ def read_chat_template(folder: Path) -> str:
     if jinja.is_file():
         return jinja.read_text("utf-8", "replace")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        path = folder / name
-        text = _join_templates(read_json(path).get("chat_template")) if path.is_file() else ""
-        if text:
+        if text := _join_templates(read_json_if_any(folder / name).get("chat_template")):
             return text
     return ""
 

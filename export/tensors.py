@@ -85,6 +85,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def read_json_if_any(path: Path) -> dict[str, Any]:
+    """The same; empty if there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def _shards(folder: Path, index: Path) -> list[Path]:
     files = read_json(index).get("weight_map")
     if not files or not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):

@@ -15,7 +15,7 @@ from llava_edge.errors import CheckpointError, MissingError
 from llava_edge.export import llama_json
 from llava_edge.export.byte_level_json import read_byte_level
 from llava_edge.export.sentencepiece_model import read_sentencepiece
-from llava_edge.export.tensors import read_json
+from llava_edge.export.tensors import read_json, read_json_if_any
 from llava_edge.export.vocabulary import (
     BYTE,
     CONTROL,
@@ -68,7 +68,7 @@ def read_after_control(folder: Path, config: LlavaConfig) -> AfterControl:
     if (folder / "tokenizer.model").is_file():
         return "bare" if _tokenizer_config(folder).get("legacy") is False else "prefix"
     path = folder / "tokenizer.json"
-    raw = read_json(path) if path.is_file() else {}
+    raw = read_json_if_any(path)
     return (llama_json.dummy_prefix(path, raw) if llama_json.is_llama(raw) else None) or "prefix"
 
 
@@ -105,14 +105,11 @@ def _prefix_space(folder: Path) -> bool:
 
 def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
     """id -> (text, special) of tokens added to or replacing the trained ones, from the files that may list them."""
-    added: dict[int, tuple[str, bool]] = {}
-    if (folder / "added_tokens.json").is_file():
-        added = {int(i): (text, True) for text, i in read_json(folder / "added_tokens.json").items()}
+    added = {int(i): (text, True) for text, i in read_json_if_any(folder / "added_tokens.json").items()}
     for i, entry in _tokenizer_config(folder).get("added_tokens_decoder", {}).items():
         added[int(i)] = (entry["content"], bool(entry.get("special", False)))
-    if (folder / "tokenizer.json").is_file():
-        for entry in read_json(folder / "tokenizer.json").get("added_tokens", []):
-            added[int(entry["id"])] = (entry["content"], bool(entry.get("special", False)))
+    for entry in read_json_if_any(folder / "tokenizer.json").get("added_tokens", []):
+        added[int(entry["id"])] = (entry["content"], bool(entry.get("special", False)))
     return added
 
 
@@ -148,8 +145,7 @@ def _apply_special_ids(folder: Path, config: LlavaConfig, vocabulary: Vocabulary
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json_if_any(folder / "tokenizer_config.json")
 
 
 def _check_vocabulary(folder: Path, config: LlavaConfig, vocabulary: Vocabulary) -> None:
