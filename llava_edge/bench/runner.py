@@ -215,14 +215,12 @@ def summarize_run(
         "private": [sample.memory.private_bytes for sample in samples],
         "file": [sample.memory.file_bytes for sample in samples],
     }
-    medians = {kind: int(median(known)) for kind, values in memory.items() if (known := _all_known(values))}
+    medians = {
+        kind: int(median(value for value in values if value is not None))
+        for kind, values in memory.items()
+        if None not in values
+    }
     return Run(replace(configuration, device=device), "", process, questions, medians)
-
-
-def _all_known(values: Sequence[int | None]) -> list[int]:
-    """The values; none of them if one is unknown."""
-    known = [value for value in values if value is not None]
-    return known if len(known) == len(values) else []
 
 
 def _question(
