@@ -80,7 +80,7 @@ class FeatureCache:
             self._data = np.memmap(self._data_path, np.float16, "r", shape=(len(self._rows), *self.shape))
         return torch.from_numpy(self._data[[self._rows[self.key(path)] for path in paths]])
 
-    def ensure(self, paths: Iterable[Path], progress: Callable[[int, int], None] | None = None) -> None:
+    def ensure(self, paths: Iterable[Path], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Encode the pictures that are not cached yet. `progress(done, total)` after each batch.
 
         Waits while another process does so in the same folder.
@@ -111,8 +111,7 @@ class FeatureCache:
                     self._rows[self.key(path)] = len(self._rows)
                     index.write(_line(self.key(path)))
                 index.flush()
-                if progress:
-                    progress(min(start + BATCH, len(missing)), len(missing))
+                progress(min(start + BATCH, len(missing)), len(missing))
         self._data = None
 
     def _acquire(self, lock: TextIO) -> None:

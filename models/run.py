@@ -45,7 +45,7 @@ def train_recipe(
     folders: Folders,
     *,
     log: Log = lambda line: None,
-    encoding: Progress | None = None,
+    encoding: Progress = lambda done, total: None,
     report: Report = lambda step: None,
     threads: int | None = None,
 ) -> Path:
@@ -62,7 +62,7 @@ def train_recipe(
         return _train(recipe, folders, log, encoding, report)
 
 
-def _train(recipe: Recipe, folders: Folders, log: Log, encoding: Progress | None, report: Report) -> Path:
+def _train(recipe: Recipe, folders: Folders, log: Log, encoding: Progress, report: Report) -> Path:
     model, config = _build_untrained(recipe, folders, log)
     log("preparing conversations")
     _write_records(recipe, folders)
