@@ -126,13 +126,12 @@ class VisionEncoder:
         """
         return self._run(["features"], pixels, run_options)[0]
 
-    def encode_with_attention(self, pixels: Array, run_options: Any = None) -> tuple[Array, Array]:
+    def encode_with_attention(self, pixels: Array, run_options: Any = None) -> list[Array]:
         """Like `encode`, plus the attention of CLIP's class token to each image token: (image_tokens,) float32.
 
         Only for bundles with `attention` in their manifest.
         """
-        features, attention = self._run(["features", "attention"], pixels, run_options)
-        return features, attention
+        return self._run(["features", "attention"], pixels, run_options)
 
     def _run(self, names: list[str], pixels: Array, run_options: Any) -> list[Array]:
         run_options = run_options or self.new_run_options()
