@@ -32,19 +32,15 @@ class Unit:
 
 
 _OPERATORS = ("operators.cpp", "linear.cpp", "vision_attention.cpp")  # only in ONNX Runtime's library
-_VECTORS = ("int8.cpp", "int16.cpp")  # compiled once per instruction set
-_VNNI512 = (*_AVX512, "-mavx512vnni")
+_AVXVNNI, _VNNI512 = (*AVX2, "-mavxvnni"), (*_AVX512, "-mavx512vnni")
 
 X86_64 = (
-    *(
-        unit
-        for source in _VECTORS
-        for unit in (
-            Unit(source),
-            Unit(source, (*AVX2, "-mavxvnni"), "AVXVNNI"),
-            Unit(source, _VNNI512, "AVX512VNNI"),
-        )
-    ),
+    Unit("int8.cpp"),
+    Unit("int8.cpp", _AVXVNNI, "AVXVNNI"),
+    Unit("int8.cpp", _VNNI512, "AVX512VNNI"),
+    Unit("int16.cpp"),
+    Unit("int16.cpp", _AVXVNNI, "AVXVNNI"),
+    Unit("int16.cpp", _VNNI512, "AVX512VNNI"),
     Unit("amx_bf16.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
     Unit("amx_int8.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
     Unit("amx_int16.cpp", (*_AVX512, "-mavx512bf16"), "AMX"),
