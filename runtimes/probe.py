@@ -183,19 +183,13 @@ def _string(text: str) -> bytes:
 
 
 def _success_marker() -> Path | None:
-    """Return the file whose presence says that this build works, or None without a home folder.
+    """Return the file whose presence says that llama.cpp's CPU kernels work on this processor, None without a home.
 
-    Raises `ImportError` or `OSError`.
+    Its name is a hash of both. Raises `ImportError` or `OSError`.
     """
-    build = _build_id()
-    with suppress(MissingError):
-        return store.home() / "builds" / build
-    return None
-
-
-def _build_id() -> str:
-    """Hash llama.cpp's CPU kernels and the processor's name. Raises `ImportError` or `OSError`."""
     digest = hashlib.sha256(machine.processor()[0].encode())
     for path in sorted((bindings.package() / "lib").glob("*ggml-cpu*")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:32]
+    with suppress(MissingError):
+        return store.home() / "builds" / digest.hexdigest()[:32]
+    return None
