@@ -243,10 +243,7 @@ def _can_start_thread(pool: ThreadPoolExecutor) -> bool:
 
 def _start_hmac(secret: bytes, key: str, about: bytes) -> hmac.HMAC:
     """The HMAC of an entry up to its description; the payload is still to be added."""
-    mac = hmac.new(secret, digestmod="sha256")
-    for part in (key.encode(), struct.pack("<I", len(about)), about):
-        mac.update(part)
-    return mac
+    return hmac.new(secret, key.encode() + struct.pack("<I", len(about)) + about, "sha256")
 
 
 def _read_description(path: Path) -> dict[str, str]:
