@@ -139,13 +139,10 @@ def _prompts(checkpoint: Checkpoint, manifest: Manifest, float16: Path, images: 
 
 
 def _token_ids(manifest: Manifest, float16: Path, pictures: int) -> list[list[int]]:
-    matrix = []
+    turns = [QUESTIONS[(n + n // pictures) % len(QUESTIONS)] for n in range(max(PROMPTS, pictures))]
     with LanguageModel(float16, context=1) as engine:
         encode_prompt = prompt_encoder(engine.vocabulary, manifest)
-        for n in range(max(PROMPTS, pictures)):
-            question, answer = QUESTIONS[(n + n // pictures) % len(QUESTIONS)]
-            matrix.append(encode_prompt([Message("user", question, 1), Message("assistant", answer)]))
-    return matrix
+        return [encode_prompt([Message("user", text, 1), Message("assistant", answer)]) for text, answer in turns]
 
 
 def accumulate(
