@@ -48,11 +48,8 @@ def _our_code() -> str:
 
 def file_identity(bundle: Bundle, *names: str) -> list[object]:
     """Identify files of a bundle by hash, size and time: only `llava-edge verify` checks hashes against the files."""
-    files: list[object] = []
-    for name in names:
-        info = bundle.part(name).stat()
-        files.append([name, bundle.manifest.files[name].sha256, info.st_size, info.st_mtime_ns])
-    return files
+    files = [(name, bundle.manifest.files[name].sha256, bundle.part(name).stat()) for name in names]
+    return [[name, sha256, info.st_size, info.st_mtime_ns] for name, sha256, info in files]
 
 
 class PictureCache:
