@@ -113,10 +113,8 @@ def int8_is_fast() -> bool:
 
 def available_memory() -> int | None:
     """Return the bytes that this process can still allocate without swapping, or None if unknown."""
-    limits = []
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024)
+    lines = _read("/proc/meminfo").splitlines()
+    limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     for folder, is_v2 in _cgroups("memory"):
         names = ("max", "current") if is_v2 else ("limit_in_bytes", "usage_in_bytes")
         limit, used = (_read(f"{folder}/memory.{name}") for name in names)
