@@ -91,10 +91,8 @@ def _engines() -> list[Finding]:
         llama = probe.Report(str(error))
     ort = probe.check("onnxruntime")
     findings = [_engine("llama.cpp", llama, "build"), _engine("onnxruntime", ort, "providers")]
-    devices = ["cpu works"]
-    for name in ("cuda", "metal"):
-        devices.append(f"{name}: {llama.facts.get(name, 'not tested').rstrip('.')}")
-    findings.append(Finding("devices", "note" if llama.problem else "ok", "; ".join(devices)))
+    gpus = [f"{name}: {llama.facts.get(name, 'not tested').rstrip('.')}" for name in ("cuda", "metal")]
+    findings.append(Finding("devices", "note" if llama.problem else "ok", "; ".join(["cpu works", *gpus])))
     return [*findings, _native_kernels(llama)]
 
 
