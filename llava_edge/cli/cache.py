@@ -27,22 +27,15 @@ def cache() -> None:
 def list_cache(as_json: bool) -> None:
     """List entries, most recently used first."""
     image_cache = _readable_cache()
-    entries = image_cache.entries()
+    folder, limit, entries = image_cache.folder, image_cache.limit, image_cache.entries()
     total = sum(entry.size for entry in entries)
     if as_json:
         listed = [{**asdict(entry), "path": str(entry.path), "about": _parse_numbers(entry.about)} for entry in entries]
-        click.echo(
-            json.dumps(
-                {"folder": str(image_cache.folder), "limit": image_cache.limit, "bytes": total, "entries": listed}
-            )
-        )
+        click.echo(json.dumps({"folder": str(folder), "limit": limit, "bytes": total, "entries": listed}))
         return
     for entry in entries:
         click.echo(_line(entry))
-    click.echo(
-        f"{len(entries)} entries, {total / 1e6:.1f} of {image_cache.limit / 1e6:.0f} MB, in {image_cache.folder}",
-        err=True,
-    )
+    click.echo(f"{len(entries)} entries, {total / 1e6:.1f} of {limit / 1e6:.0f} MB, in {folder}", err=True)
 
 
 @cache.command("clear")
