@@ -9,11 +9,11 @@ Knows nothing about models.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -99,9 +99,7 @@ def _fastest_seconds(call: Callable[[], Any]) -> float:
     call()
     times: list[float] = []
     while sum(times) < SECONDS or len(times) < 3:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        times.append(timeit(call, number=1))
     return min(times)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -214,13 +215,7 @@ def _benchmark_projector(library: Path, threads: int) -> dict[str, float]:
         "plain": lambda: projector.linear(x, weight, bias),
         "ours": lambda: operator.project(library, x, weight, bias, threads),
     }
-
-    def run(function: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-
-    return _benchmark({name: partial(run, function) for name, function in functions.items()})
+    return _benchmark({name: partial(timeit, function, number=1) for name, function in functions.items()})
 
 
 def _benchmark_attention(
