@@ -201,20 +201,15 @@ _ALIASES = {
     "repeat_penalty": _REPEAT_PENALTY_NAMES,
     "top_logprobs": ("top_logprobs", "logprobs"),
 }
+_SAME_OPTIONS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "image_tokens")
 
 
 def _options(body: Mapping[str, Any], top_logprobs: Any) -> Options:
     """Greedy unless a temperature is given; then with a random seed unless one is given."""
-    given = {
+    given = {name: body.get(name) for name in _SAME_OPTIONS} | {
         "max_tokens": _max_tokens(body),
-        "temperature": body.get("temperature"),
-        "top_p": body.get("top_p"),
         "top_k": 0 if body.get("top_k") == -1 else body.get("top_k"),  # -1: all, as in vLLM
-        "min_p": body.get("min_p"),
         "repeat_penalty": _first_of(body, _REPEAT_PENALTY_NAMES),
-        "frequency_penalty": body.get("frequency_penalty"),
-        "presence_penalty": body.get("presence_penalty"),
-        "image_tokens": body.get("image_tokens"),
         "top_logprobs": top_logprobs,
         "seed": _seed(body),
         "stop": _stop_sequences(body.get("stop")),
