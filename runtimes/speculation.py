@@ -198,20 +198,16 @@ class SpeculativeDecoder:
         self._shared.costs.record(1, time.perf_counter() - start)
         return following
 
-    def _evaluate_batch(self, tokens: list[int], cancel: threading.Event) -> Array:
-        """Return the logits after each token."""
-        start = time.perf_counter()
-        rows = self._language.evaluate_all_logits(tokens, cancel)
-        self._shared.costs.record(len(tokens), time.perf_counter() - start)
-        return rows
-
     def _verify(self, tokens: list[int], cancel: threading.Event) -> list[int]:
         """Evaluate the last token and the draft tokens after it; return the tokens that the answer takes."""
         position = len(self._language.cached_keys)
         self.drafted += len(tokens) - 1
         if not self._shared.bits.proven(position, len(tokens)):
             return self._check_bits(tokens, cancel)
-        choices = self._follow(tokens, iter(self._evaluate_batch(tokens, cancel)))
+        start = time.perf_counter()
+        rows = self._language.evaluate_all_logits(tokens, cancel)
+        self._shared.costs.record(len(tokens), time.perf_counter() - start)
+        choices = self._follow(tokens, iter(rows))
         self.accepted += len(choices) - 1
         self._language.truncate(position + len(choices))
         return choices
