@@ -19,11 +19,8 @@ class Batch:
     def __init__(self, api: Any, size: int, width: int) -> None:
         self._api = api
         self.handle = api.llama_batch_init(size, width, 1)
-        self.values: Array
-        if width:
-            self.values = np.ctypeslib.as_array(self.handle.embd, (size, width))
-        else:
-            self.values = np.ctypeslib.as_array(self.handle.token, (size,))
+        values, shape = (self.handle.embd, (size, width)) if width else (self.handle.token, (size,))
+        self.values: Array = np.ctypeslib.as_array(values, shape)
         self._positions = np.ctypeslib.as_array(self.handle.pos, (size,))
         self._outputs = np.ctypeslib.as_array(self.handle.logits, (size,))
         for i in range(size):
