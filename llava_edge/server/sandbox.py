@@ -95,10 +95,7 @@ def _restrict_files(libc: ctypes.CDLL, models: list[Path]) -> None:
     readable = [Path(path) for path in sys.path if path and Path(path).resolve() != Path.cwd()]
     with contextlib.suppress(MissingError):
         readable += [home() / name for name in ("builds", "native", "tune")]
-    readable += [
-        *models,
-        *(package.resolve().parent.parent for package in packages),
-    ]
+    readable += [*models, *(package.resolve().parent.parent for package in packages)]
     for path in (*readable, *map(Path, (sys.prefix, sys.base_prefix, *_READABLE))):
         _allow(libc, ruleset, path, _READ)
     _allow(libc, ruleset, Path("/dev/null"), _READ | _WRITE)
