@@ -20,9 +20,7 @@ from llava_edge.options import TOKEN_METHODS, EngineOptions, Options, TokenMetho
 
 if TYPE_CHECKING:
     from llava_edge.api import Llava
-    from llava_edge.models.evaluate import Question, Score
-
-Progress = Callable[[int, int], None]
+    from llava_edge.models.evaluate import Progress, Question, Score
 
 
 @click.command("eval")
