@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from typing import IO, Any
 
@@ -32,12 +33,12 @@ def run_persistent(peers: Mapping[str, Command], repeats: int) -> Samples:
             stack.callback(_kill, process)
             if _read(process, log, name) == "ready":
                 running[name] = (process, log)
-        return _run_rounds({name: _request_function(name, *item) for name, item in running.items()}, repeats, warmup=1)
+        return _run_rounds({name: partial(_request, name, *item) for name, item in running.items()}, repeats, warmup=1)
 
 
 def run_fresh(peers: Mapping[str, Command], repeats: int, warmup: int) -> Samples:
     """Do the same with a new process for each sample and `warmup` warm-up rounds."""
-    return _run_rounds({name: _start_function(name, command) for name, command in peers.items()}, repeats, warmup)
+    return _run_rounds({name: partial(_start, name, command) for name, command in peers.items()}, repeats, warmup)
 
 
 def report(samples: Samples, ours: str, key: str = "ms", *, more_is_better: bool = False) -> dict[str, Any]:
@@ -93,31 +94,25 @@ def _run_rounds(peers: dict[str, Callable[[], dict[str, Any] | None]], repeats: 
     return samples
 
 
-def _request_function(name: str, process: subprocess.Popen[str], log: IO[str]) -> Callable[[], dict[str, Any] | None]:
-    def request() -> dict[str, Any] | None:
-        assert process.stdin
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        answer = _read(process, log, name)
-        return json.loads(answer) if answer else None
-
-    return request
+def _request(name: str, process: subprocess.Popen[str], log: IO[str]) -> dict[str, Any] | None:
+    assert process.stdin
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    answer = _read(process, log, name)
+    return json.loads(answer) if answer else None
 
 
-def _start_function(name: str, command: Command) -> Callable[[], dict[str, Any] | None]:
-    def run() -> dict[str, Any] | None:
-        start = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        try:
-            sample: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        except (IndexError, ValueError):
-            sys.stderr.write(f"{name} failed: {_last_line(done.stderr)}\n")
-            return None
-        if "at" in sample:
-            sample["ms"] = (sample["at"] - start) * 1000
-        return sample
-
-    return run
+def _start(name: str, command: Command) -> dict[str, Any] | None:
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        sample: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        sys.stderr.write(f"{name} failed: {_last_line(done.stderr)}\n")
+        return None
+    if "at" in sample:
+        sample["ms"] = (sample["at"] - start) * 1000
+    return sample
 
 
 def _read(process: subprocess.Popen[str], log: IO[str], name: str) -> str:
