@@ -9,7 +9,7 @@ import ctypes
 import re
 import time
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -33,28 +33,8 @@ NO_TOKEN = "The model has no token that the grammar, or JSON schema, allows next
 _LACKS_BYTE = re.compile("NoExtensionBias|doesn't satisfy the grammar|has_pending_lexeme_bytes")
 
 
-class Constraint(Protocol):
-    """A grammar, and how far an answer has followed it."""
-
-    def allowed(self, ids: Array) -> Array:
-        """Return which of some tokens may come next: ids (n,) -> (n,) bool. Raises `UsageError` for too much work."""
-
-    def accept(self, token: int) -> None:
-        """Go on by an allowed token. Raises `UsageError` if that takes too long."""
-
-    def close(self) -> None:
-        """Free what is not Python's."""
-
-
-def constraint(library: Any, vocabulary: Vocabulary, grammar: str) -> Constraint:
-    """Parse a grammar. Raises `UsageError`."""
-    if grammar.startswith(LARK_MARK):
-        return LarkConstraint(vocabulary, grammar)
-    return GbnfConstraint(library, vocabulary, grammar)
-
-
 class LarkConstraint:
-    """A grammar of LLGuidance, which limits its own work per token."""
+    """A grammar of LLGuidance, which limits its own work per token, and how far an answer has followed it."""
 
     def __init__(self, vocabulary: Vocabulary, grammar: str) -> None:
         from llguidance import LLMatcher, LLParserLimits
@@ -65,7 +45,7 @@ class LarkConstraint:
         self._raise_error()
 
     def allowed(self, ids: Array) -> Array:
-        """(n,) bool."""
+        """Return which of some tokens may come next: ids (n,) -> (n,) bool. Raises `UsageError` for too much work."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._raise_error()
         allowed = np.unpackbits(bits, count=self._vocabulary.size, bitorder="little").view(np.bool_)
@@ -73,7 +53,7 @@ class LarkConstraint:
         return allowed[ids]
 
     def accept(self, token: int) -> None:
-        """Go on by an allowed token."""
+        """Go on by an allowed token. Raises `UsageError` if that takes too much work."""
         self._matcher.consume_token(token)
         self._raise_error()
 
@@ -89,7 +69,7 @@ class LarkConstraint:
 
 
 class GbnfConstraint:
-    """A grammar of llama.cpp, which takes 0.1 us to look at a token."""
+    """The same for a grammar of llama.cpp, which takes 0.1 us to look at a token."""
 
     def __init__(self, library: Any, vocabulary: Vocabulary, grammar: str) -> None:
         self._library = library
@@ -117,6 +97,16 @@ class GbnfConstraint:
     def close(self) -> None:
         """Free llama.cpp's grammar."""
         self._library.llama_sampler_free(self._sampler)
+
+
+Constraint = LarkConstraint | GbnfConstraint
+
+
+def constraint(library: Any, vocabulary: Vocabulary, grammar: str) -> Constraint:
+    """Parse a grammar. Raises `UsageError`."""
+    if grammar.startswith(LARK_MARK):
+        return LarkConstraint(vocabulary, grammar)
+    return GbnfConstraint(library, vocabulary, grammar)
 
 
 def _parse_gbnf(library: Any, vocabulary: Vocabulary, grammar: str) -> Any:

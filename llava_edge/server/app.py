@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -32,18 +32,7 @@ from llava_edge.server.votes import VoteLog
 
 OpenAIParser = Callable[[dict[str, Any], str, Limits], ModelRequest]
 OllamaParser = Callable[[dict[str, Any], Limits], ModelRequest]
-
-
-class Reply(Protocol):
-    """Formats an answer in one of the APIs: whole, or as a stream of `media_type`."""
-
-    media_type: str
-
-    def complete(self, events: Sequence[Event]) -> dict[str, Any]: ...
-    def start(self) -> bytes: ...
-    def chunk(self, event: Event) -> bytes: ...
-    def end(self, event: Event) -> bytes: ...
-    def error(self, problem: Problem) -> bytes: ...
+Reply = replies.Reply | responses.Reply | ollama.Reply  # format an answer: whole, or as a stream of `media_type`
 
 
 class _AnswerResponse(JSONResponse):
