@@ -27,11 +27,6 @@ MAX_PATTERNS = 12  # for one text; LLGuidance takes 5 ms to see whether there is
 _FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}  # as models write JSON
 
 
-def any_object() -> str:
-    """A grammar for any JSON object."""
-    return from_schema({"type": "object"})
-
-
 def from_schema(schema: object) -> str:
     """Convert a JSON schema, parsed by `json.loads`, to a grammar. Raises `UsageError` naming what is unsupported."""
     try:

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from llava_edge.errors import OptionError, UsageError
-from llava_edge.json_schema.grammar import any_object, from_schema
+from llava_edge.json_schema.grammar import from_schema
 from llava_edge.options import MAX_TOKENS, Options
 from llava_edge.prompt import Message, Role
 from llava_edge.server import data_url
@@ -351,10 +351,10 @@ def _response_format_grammar(response_format: object) -> str | None:
         return None
     if not isinstance(response_format, dict) or type_name not in ("json_object", "json_schema"):
         raise bad_request("response_format must have the type text, json_object or json_schema.", "response_format")
-    if type_name == "json_object" and response_format.get("schema") is None:
-        return any_object()
-    # llama.cpp's server has the schema directly in a json_object.
-    holder = response_format if type_name == "json_object" else response_format.get("json_schema")
+    if type_name == "json_object":  # in which llama.cpp's server may have a schema
+        schema = response_format.get("schema")
+        return _schema_grammar({"type": "object"} if schema is None else schema, "response_format")
+    holder = response_format.get("json_schema")
     if not isinstance(holder, dict) or "schema" not in holder:
         raise bad_request("response_format.json_schema must be an object with a schema in it.", "response_format")
     return _schema_grammar(holder["schema"], "response_format")
