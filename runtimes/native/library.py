@@ -18,9 +18,8 @@ class Library:
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
         self._functions.llava_edge_native_kernels.restype = ctypes.c_char_p
-        self._functions.llava_edge_native_configure.argtypes = (
-            *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
-        )
+        configure = self._functions.llava_edge_native_configure
+        configure.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
         self._functions.llava_edge_native_evict.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
     def kernels(self) -> list[str]:
