@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava_edge import gguf, prompt
+from llava_edge import gguf
 from llava_edge.bundle import LANGUAGE, VISION, VISION_DATA, Bundle
 from llava_edge.errors import BundleError
 from llava_edge.options import EngineOptions
@@ -24,14 +24,13 @@ from llava_edge.runtimes.prefill import Prefill
 from llava_edge.runtimes.scheduler import Scheduler
 from llava_edge.runtimes.speculation import Speculation
 from llava_edge.runtimes.stats import elapsed_ms
-from llava_edge.runtimes.tokenization import prompt_encoder
 
 MAX_BATCH = 1024  # positions; working memory grows with it: 13 MB for 64 positions of a 7B
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """The parts of a loaded bundle. encode: messages -> token ids, see `tokenization.prompt_encoder`."""
+    """The parts of a loaded bundle."""
 
     device: devices.DeviceChoice
     preset: presets.Preset
@@ -39,7 +38,6 @@ class LoadedModel:
     embedder: Embedder
     prefill: Prefill
     scheduler: Scheduler
-    encode: Callable[[Sequence[prompt.Message]], list[int]]
     load_ms: float
 
     @property
@@ -82,11 +80,10 @@ class Loader:
         prefill = Prefill(self._bundle, language, embedder, self._cache)
         self._parts.callback(prefill.save_states)
         scheduler = Scheduler(language, prefill, Speculation(language, draft))
-        encode = prompt_encoder(language.vocabulary, self._bundle.manifest, unclosed=True)
         if not pictures:
             embedding.result()
         load_ms = elapsed_ms(self._start)
-        return LoadedModel(self._device, self._preset, language, embedder, prefill, scheduler, encode, load_ms)
+        return LoadedModel(self._device, self._preset, language, embedder, prefill, scheduler, load_ms)
 
     def vision_setting(self) -> tune.Setting:
         """Return the measured setting for this machine, or the default one; a requested number of threads is kept."""

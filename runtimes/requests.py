@@ -22,6 +22,7 @@ from llava_edge.runtimes.pictures import Picture, RecentPictures, apply_token_bu
 from llava_edge.runtimes.prefill import split_segments
 from llava_edge.runtimes.stats import RequestStats
 from llava_edge.runtimes.text import TextStream
+from llava_edge.runtimes.tokenization import prompt_encoder
 from llava_edge.templates import get_template
 
 
@@ -58,6 +59,7 @@ class Preparer:
         self._manifest = manifest
         self._model = model
         self._recent = recent
+        self._encode = prompt_encoder(model.language.vocabulary, manifest, unclosed=True)
         self._template = get_template(manifest.template)
         self._end_tokens = {model.language.vocabulary.control_id(name) for name in self._template.stop_tokens}
 
@@ -126,7 +128,7 @@ class Preparer:
                 f"The messages have {size} bytes of text, far more than a context of {self._model.context_size} holds. "
                 "Use a shorter text."
             )
-        return self._model.encode(messages)
+        return self._encode(messages)
 
     def _check_fits(self, ids: list[int], rows: list[int], messages: Sequence[prompt.Message]) -> int:
         """Return the positions of a prompt; `rows` is the number for each image. Raises `ContextOverflowError`."""
