@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,6 @@ _SAMPLING_HELP = {
 system_option = click.option(
     "--system", default="", show_default=False, metavar="TEXT", help="System prompt, instead of the model's own."
 )
-_ENGINE_FIELDS = ("device", "threads", "context", "preset", "kv", "cache", "verbose", "draft")
 
 
 def engine_options(command: Command) -> Command:
@@ -131,7 +130,7 @@ def options_from(values: dict[str, Any]) -> tuple[Options, EngineOptions]:
 
 def engine_options_from(values: dict[str, Any]) -> EngineOptions:
     """Take the engine options out of them; warn on stderr about too many threads. Raises `UsageError` on a bad one."""
-    engine = EngineOptions(**{name: values[name] for name in _ENGINE_FIELDS})
+    engine = EngineOptions(**{field.name: values[field.name] for field in fields(EngineOptions)})
     if engine.draft:
         engine = replace(engine, draft=expand_path(values["draft"]))
     if engine.threads > (processors := len(allowed_cpus())):
