@@ -239,7 +239,7 @@ class Llava:
     @property
     def context(self) -> int:
         """Context length: positions that prompt and answer share."""
-        return self._engine.model.context_size
+        return self._engine.model.preset.context
 
     @property
     def parallel(self) -> int:

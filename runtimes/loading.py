@@ -40,11 +40,6 @@ class LoadedModel:
     scheduler: Scheduler
     load_ms: float
 
-    @property
-    def context_size(self) -> int:
-        """Positions of the KV cache."""
-        return self.preset.context
-
 
 class Loader:
     """Loads one bundle. parts: gets a callback for each part that has to be closed, also of an incomplete model.

@@ -92,7 +92,7 @@ class Preparer:
         stats.image_ms = sum(picture.image_ms for picture in distinct)
         continued = messages[-1].role == "assistant" and messages[-1].text[-1:].strip() != ""
         stream = TextStream((*options.stop, *self._template.stop_sequences), continued=continued)
-        max_tokens = min(options.max_tokens, self._model.context_size - stats.prompt_tokens)
+        max_tokens = min(options.max_tokens, self._model.preset.context - stats.prompt_tokens)
         answer = Answer(self._model.language, self._end_tokens, stream, max_tokens, stats, job, options.top_logprobs)
         return Request(split_segments(ids, pictures), answer, options)
 
@@ -123,16 +123,16 @@ class Preparer:
     def encode(self, messages: Sequence[prompt.Message]) -> list[int]:
         """Return token ids. Raises `UsageError`, or `ContextOverflowError` for what is far too long to be tokenized."""
         size = sum(len(message.text.encode("utf-8", "replace")) for message in messages)
-        if size > self._model.context_size * 64:  # no vocabulary here has tokens of 64 bytes on average
+        if size > self._model.preset.context * 64:  # no vocabulary here has tokens of 64 bytes on average
             raise ContextOverflowError(
-                f"The messages have {size} bytes of text, far more than a context of {self._model.context_size} holds. "
-                "Use a shorter text."
+                f"The messages have {size} bytes of text, far more than a context of {self._model.preset.context} "
+                "holds. Use a shorter text."
             )
         return self._encode(messages)
 
     def _check_fits(self, ids: list[int], rows: list[int], messages: Sequence[prompt.Message]) -> int:
         """Return the positions of a prompt; `rows` is the number for each image. Raises `ContextOverflowError`."""
-        context, of_text, of_images = self._model.context_size, len(ids) - len(rows), sum(rows)
+        context, of_text, of_images = self._model.preset.context, len(ids) - len(rows), sum(rows)
         positions = of_text + of_images
         if positions < context:
             return positions
