@@ -156,8 +156,9 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(process.read_events())
+                parallel = min(self._limits.parallel, int(self.ready["parallel"]))
                 while True:
-                    while not self._queue or process.late or len(process.jobs) >= self._parallel:
+                    while not self._queue or process.late or len(process.jobs) >= parallel:
                         self._wakeup.clear()
                         await self._wakeup.wait()
                     job = self._queue.popleft()
@@ -175,10 +176,6 @@ class Supervisor:
             else:
                 self._queue.appendleft(job)
                 self._start_timer(job, self._limits.queue_seconds)
-
-    @property
-    def _parallel(self) -> int:
-        return min(self._limits.parallel, int(self.ready["parallel"]))
 
     async def _run_job(self, process: ModelProcess, job: Job) -> None:
         event = await process.run(job, self._limits.cancel_seconds)
