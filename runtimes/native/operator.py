@@ -37,11 +37,10 @@ def fuse_operators(model: bytes, threads: int) -> bytes | None:
         for out, layer in patterns.linear_layers().items()
         if graph.constants[layer.weight].shape[0] % INT8_MULTIPLE == 0
     }
-    fused = {out: Node.make("Linear", DOMAIN, layer.inputs, out, {"threads": threads}) for out, layer in layers.items()}
+    fused = {out: Node.make("Linear", DOMAIN, layer, out, {"threads": threads}) for out, layer in layers.items()}
     for out, x in patterns.quick_gelus().items():
         if x in layers:
-            inputs, attributes = layers[x].inputs, {"threads": threads, "quick_gelu": 1}
-            fused[out] = Node.make("Linear", DOMAIN, inputs, out, attributes)
+            fused[out] = Node.make("Linear", DOMAIN, layers[x], out, {"threads": threads, "quick_gelu": 1})
     if not fused or any(node.op_type in CONTROL_FLOW_OPS for node in graph.nodes):
         return None
     for out, (qkv, heads, width) in patterns.attentions().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ QUICK_GELU = float(np.float32(1.702))
 _NO_CONSTANT = Constant((), 0, ())
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """Inputs of x @ (weight * scale) + bias, by name. weight: (inner, columns) int8; scale, bias: (columns,) float32.
 
     In a correction layer, bias is the output of the layer that it corrects.
@@ -27,10 +26,6 @@ class Layer:
     weight: str
     scale: str
     bias: str
-
-    @property
-    def inputs(self) -> tuple[str, str, str, str]:
-        return self.x, self.weight, self.scale, self.bias
 
 
 class Patterns:
