@@ -179,15 +179,30 @@ class _Case:
                 with storage_errors(path):
                     path.write_bytes(marked_copy(plan.image, 2 * (number + plan.warmup) + offset))
             one, other = map(str, pictures)
-            task = _task(plan, self.bundle, self.configuration, str(Path(folder) / "cache"))
+            cache = str(Path(folder) / "cache")
             try:
-                sample = _answer(task, {FIRST: one, WARM: other, AGAIN: other})
-                known_sample = _answer(task, {KNOWN: one})
+                sample = self._answer(plan, cache, {FIRST: one, WARM: other, AGAIN: other})
+                known_sample = self._answer(plan, cache, {KNOWN: one})
             except MeasurementError as error:
                 self.error = error
                 return
         if number >= 0:
             self.samples.append(replace(sample, answers=sample.answers | known_sample.answers))
+
+    def _answer(self, plan: Plan, cache: str, pictures: dict[str, str]) -> Sample:
+        task = Task(
+            bundle=str(self.bundle.folder),
+            cache=cache,
+            threads=self.configuration.threads,
+            context=self.configuration.context,
+            device=plan.device,
+            preset=self.configuration.preset,
+            prompt=plan.prompt,
+            max_tokens=plan.max_tokens,
+            image_tokens=self.configuration.image_tokens,
+            pictures=pictures,
+        )
+        return _run_child(Sample, "answers", json.dumps(asdict(task)))
 
     def result(self, peaks: dict[str, dict[str, float]]) -> Run:
         if self.error:
@@ -264,26 +279,6 @@ def _stage(times: list[float], required_work: float, limit: Limit, limits: dict[
     if limit not in limits or median(times) <= 0:
         return summarize(times)
     return summarize(times, required_work / (median(times) / 1000) / limits[limit], limit)
-
-
-def _task(plan: Plan, bundle: Bundle, configuration: Configuration, cache: str) -> Task:
-    """The task without its pictures."""
-    return Task(
-        bundle=str(bundle.folder),
-        cache=cache,
-        threads=configuration.threads,
-        context=configuration.context,
-        device=plan.device,
-        preset=configuration.preset,
-        prompt=plan.prompt,
-        max_tokens=plan.max_tokens,
-        image_tokens=configuration.image_tokens,
-        pictures={},
-    )
-
-
-def _answer(task: Task, pictures: dict[str, str]) -> Sample:
-    return _run_child(Sample, "answers", json.dumps(asdict(replace(task, pictures=pictures))))
 
 
 def _run_child(kind: type[T], *arguments: str) -> T:
