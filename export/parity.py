@@ -241,16 +241,8 @@ def _logits_row(name: str, limit: float, ours: Array, reference: Array) -> Parit
     """The worst position counts."""
     norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(reference, axis=-1)
     cosines = (ours * reference).sum(-1) / np.maximum(norms, np.finfo(np.float32).tiny)  # 0 beside zeros
-    value = float(cosines.min())
-    return ParityRow(
-        f"logits {name}",
-        "cosine",
-        value,
-        limit,
-        _max_abs([ours], [reference]),
-        relative_error(ours, reference),
-        value >= limit,
-    )
+    value, largest, error = float(cosines.min()), _max_abs([ours], [reference]), relative_error(ours, reference)
+    return ParityRow(f"logits {name}", "cosine", value, limit, largest, error, value >= limit)
 
 
 def _greedy_row(name: str, ours: Array, reference: Array) -> ParityRow:
