@@ -69,7 +69,6 @@ def write_clip(
     fine_blocks: with int8, the number of transformer blocks, from the front, whose weights have two int8 parts.
     An int8 graph takes one picture at a time: a scale shared by a batch would let pictures affect each other.
     """
-    import onnx
     from onnx import helper
 
     with (folder / VISION_DATA).open("wb") as data:
@@ -79,7 +78,6 @@ def write_clip(
             graph.nodes.append(helper.make_node("Identity", [value], [name], name=name))
     size = config.vision.image_size
     batch: str | int = 1 if precision == "int8" else "batch"
-    float32 = onnx.TensorProto.FLOAT
     shapes: dict[str, list[str | int]] = {
         "features": [batch, config.image_tokens, config.vision.hidden_size],
         "attention": [batch, config.image_tokens],
@@ -88,8 +86,8 @@ def write_clip(
         helper.make_graph(
             graph.nodes,
             "clip-vision",
-            [helper.make_tensor_value_info("pixels", float32, [batch, 3, size, size])],
-            [helper.make_tensor_value_info(name, float32, shapes[name]) for name in outputs],
+            [helper.make_tensor_value_info("pixels", _FLOAT32, [batch, 3, size, size])],
+            [helper.make_tensor_value_info(name, _FLOAT32, shapes[name]) for name in outputs],
             list(graph.initializers.values()),
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
