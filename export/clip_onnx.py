@@ -240,7 +240,8 @@ class _Graph:
         values, scale = quantize_columns(weight)
         stored, scales = self.weight(f"{name}.weight", values), self.weight(f"{name}.scale", scale)
         step, zero = self.scale_and_zero_point(x)
-        fine_step, middle = self.node("Mul", step, self.scalar(1 / LEVELS)), self.middle_zero_point()
+        fine_step = self.node("Mul", step, self.scalar(1 / LEVELS))
+        middle = self.weight("middle", np.array((LEVELS + 1) // 2, np.uint8))  # the second term is symmetric around 0
         first = self.node("QuantizeLinear", x, step, zero)
         rest = self.node("Sub", x, self.node("DequantizeLinear", first, step, zero))
         second = self.node("QuantizeLinear", rest, fine_step, middle)
@@ -258,10 +259,6 @@ class _Graph:
         low = self.node("Max", self.node("Neg", self.node("ReduceMin", x, keepdims=0)), self.scalar(_TINY))
         step = self.node("Mul", self.node("Add", high, low), self.scalar(1 / LEVELS))
         return step, self.node("QuantizeLinear", low, step)
-
-    def middle_zero_point(self) -> str:
-        """The zero point of the second term, which is symmetric around zero."""
-        return self.weight("middle", np.array((LEVELS + 1) // 2, np.uint8))
 
     def integer_product(self, x: str, step: str, zero: str, weight: str, scale: str) -> str:
         """Quantized x @ (weight * scale), in the pattern of nodes that onnxruntime fuses."""
@@ -296,16 +293,12 @@ class _Graph:
 
         if array.nbytes < INLINE_BYTES:
             return numpy_helper.from_array(array, name)
-        offset = _align(self.data, MAP_ALIGNMENT if array.nbytes >= MAP_FROM_BYTES else 64)
+        alignment = MAP_ALIGNMENT if array.nbytes >= MAP_FROM_BYTES else 64
+        self.data.write(bytes(-self.data.tell() % alignment))
+        offset = self.data.tell()
         self.data.write(array.data)
         tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", VISION_DATA), ("offset", str(offset)), ("length", str(array.nbytes))):
             tensor.external_data.add(key=key, value=value)
         return tensor
-
-
-def _align(file: BinaryIO, alignment: int) -> int:
-    """Pad with zeros up to a multiple of `alignment`; returns the offset."""
-    file.write(b"\0" * (-file.tell() % alignment))
-    return file.tell()
