@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -313,9 +314,7 @@ def plot_losses(log: Path, picture: Path) -> None:
     axes = figure.subplots(1, len(stages), squeeze=False)[0]
     for axis, stage in zip(axes, stages, strict=True):
         losses = [row["loss"] for row in rows if row["stage"] == stage]
-        smooth: list[float] = []
-        for loss in losses:
-            smooth.append(loss if not smooth else 0.95 * smooth[-1] + 0.05 * loss)
+        smooth = list(accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss))
         axis.plot(range(1, len(losses) + 1), losses, alpha=0.25, linewidth=0.7)
         axis.plot(range(1, len(losses) + 1), smooth)
         axis.set(title=f"stage: {stage}", xlabel="step", ylabel="loss (mean over trained tokens)", yscale="log")
