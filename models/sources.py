@@ -245,12 +245,11 @@ def _render_emoji(style: Path, row: dict[str, str]) -> Path | None:
     icons, chars = _icon_set(style)
     slug = re.sub(r"[^a-z0-9]+", "-", row["label"].lower()).strip("-")
     name = chars.get(row["hexcode"].lower(), slug)
-    if name not in icons["icons"]:
+    icon = icons["icons"].get(name)
+    if icon is None:
         return None
-    icon = icons["icons"][name]
     width, height = (icon.get(k, icons.get(k, 16)) for k in ("width", "height"))
-    body = icon["body"]
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{body}</svg>'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
     target = style / "png" / f"{name}.png"
     target.parent.mkdir(exist_ok=True)
     if not target.is_file():
