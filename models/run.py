@@ -14,7 +14,6 @@ import torch
 from llava_edge.errors import CannotCreateError, UsageError
 from llava_edge.locks import lock_file
 from llava_edge.models import micro, smol
-from llava_edge.models.config import LlavaConfig
 from llava_edge.models.conversations import write_records
 from llava_edge.models.data import load_tokenizer
 from llava_edge.models.features import FeatureCache
@@ -63,11 +62,11 @@ def train_recipe(
 
 
 def _train(recipe: Recipe, folders: Folders, log: Log, encoding: Progress, report: Report) -> Path:
-    model, config = _build_untrained(recipe, folders, log)
+    model = _build_untrained(recipe, folders, log)
     log("preparing conversations")
     _write_records(recipe, folders)
-    tokenizer = load_tokenizer(folders.run / "base" / "tokenizer.json")
-    stages = [load_stage(stage, folders.data, tokenizer, config.image_tokens, recipe.seed) for stage in recipe.stages]
+    tokenizer, image_tokens = load_tokenizer(folders.run / "base" / "tokenizer.json"), model.config.image_tokens
+    stages = [load_stage(stage, folders.data, tokenizer, image_tokens, recipe.seed) for stage in recipe.stages]
     features = FeatureCache(folders.features, model, log=log)
     check_space(folders.run, 4 * sum(parameter.numel() for parameter in model.parameters()), "The trained model")
     log("encoding pictures (once; cached for later runs)")
@@ -110,20 +109,20 @@ def _check_prerequisites(recipe: Recipe, folders: Folders) -> None:
     require_sources(folders.photos, folders.data)
 
 
-def _build_untrained(recipe: Recipe, folders: Folders, log: Log) -> tuple[Llava, LlavaConfig]:
+def _build_untrained(recipe: Recipe, folders: Folders, log: Log) -> Llava:
     """Build the model to be trained; write its config and tokenizer to run/base."""
     base = folders.run / "base"
     if recipe.parts == "micro":
         tensors = micro.random_tensors(seed=recipe.seed)
         micro.write_checkpoint(base, tensors=tensors)
-        return from_state(micro.CONFIG, tensors), micro.CONFIG
+        return from_state(micro.CONFIG, tensors)
     readers = smol.base_checkpoint(base, folders.run.parent / "parts", log)
     tensors = {name: read() for name, read in readers.items()}
     rng = np.random.default_rng(recipe.seed)
     for name, shape in projector_shapes(smol.CONFIG).items():
         scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.0
         tensors[name] = (rng.standard_normal(shape, dtype=np.float32) * scale).astype(np.float32)
-    return from_state(smol.CONFIG, tensors), smol.CONFIG
+    return from_state(smol.CONFIG, tensors)
 
 
 def _write_records(recipe: Recipe, folders: Folders) -> None:
