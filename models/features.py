@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import TextIO
 
@@ -122,12 +124,13 @@ class FeatureCache:
             lock_file(lock, wait=True)
 
     def _read_index(self) -> dict[str, int]:
-        """Row number by key, of complete rows with a complete line."""
+        """Row number by key, of complete rows with a complete line, up to the first that is damaged."""
         if not (self._index_path.is_file() and self._data_path.is_file()):
             return {}
-        lines = self._index_path.read_text("utf-8").split("\n")[:-1]
+        lines = self._index_path.read_bytes().split(b"\n")[:-1]
         rows = self._data_path.stat().st_size // self._row_bytes()
-        return {json.loads(line): row for row, line in enumerate(lines[:rows])}
+        whole = takewhile(re.compile(rb'"[0-9a-f]{64}"').fullmatch, lines[:rows])
+        return {json.loads(line): row for row, line in enumerate(whole)}
 
     def _row_bytes(self) -> int:
         return int(np.prod(self.shape)) * 2

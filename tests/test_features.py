@@ -126,3 +126,19 @@ def test_what_a_killed_run_left_half_written_is_encoded_again(file: str, picture
         cache = FeatureCache(tmp_path / "features", model(1), bf16=False)
         cache.ensure(paths)
         assert right(cache, model(1), paths)
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 67, b"{{{\n", b"[]\n", b'"\xff"\n'])
+def test_features_behind_a_damaged_line_are_encoded_again(damage: bytes, pictures: list[Path], tmp_path: Path) -> None:
+    """As a loss of power may leave it."""
+    cache = FeatureCache(tmp_path / "features", model(1), bf16=False)
+    cache.ensure(pictures)
+    index = cache.folder / "index.jsonl"
+    first, _, rest = index.read_bytes().split(b"\n", 2)
+    index.write_bytes(first + b"\n" + damage + rest)
+    encoded: list[int] = []
+    for _ in range(2):  # the second reads what the first wrote
+        cache = FeatureCache(tmp_path / "features", model(1), bf16=False)
+        cache.ensure(pictures, progress=lambda done, total: encoded.append(total))
+        assert encoded == [len(pictures) - 1]
+        assert right(cache, model(1), pictures)
