@@ -15,6 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -276,8 +277,10 @@ class Trainer:
         path = self.run_folder / "log.jsonl"
         order = [data.stage.name for data in self.stages]
         rows = _read_log(path)
-        kept = [row for row in rows if (order.index(row["stage"]), row["step"]) <= (order.index(stage), step)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        reached = order[: order.index(stage)]
+        kept = [row for row in rows if row["stage"] in reached or (row["stage"] == stage and row["step"] <= step)]
+        with storage_errors(path), replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -295,9 +298,19 @@ def _identity(recipe: Recipe, stages: Sequence[StageData]) -> str:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines; none without a file. A killed run or a full disk may leave a partial last line."""
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    """Read the complete lines; none without a file. A killed run or a full disk may leave a partial last line, and a
+    loss of power NUL bytes, to which a resumed run adds."""
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if _is_row(row)]
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, dict):
+        return False
+    return all(isinstance(row.get(key), kind) for key, kind in (("stage", str), ("step", int), ("loss", float)))
 
 
 def plot_losses(log: Path, picture: Path) -> None:

@@ -219,6 +219,19 @@ def test_a_log_that_was_cut_off_or_is_gone_does_not_end_a_run(tmp_path: Path) ->
     assert log.read_text() == ""
 
 
+def test_damaged_lines_of_a_log_are_left_out(tmp_path: Path) -> None:
+    """A loss of power leaves NUL bytes, to which the resumed run adds its lines."""
+    recipe = brief(bf16=False)
+    recipe = replace(recipe, stages=recipe.stages[:1])
+    out, log = folders(tmp_path), tmp_path / "run" / "log.jsonl"
+    interrupted(recipe, out, after=2)
+    other = b'{"stage": "old", "step": 1, "loss": 1.0}'
+    damaged = [b"\0" * 64, b'{"stage": "al\xff"}', b"5", b"{}", b"[" * 100_000, other]
+    log.write_bytes(b"\n".join([*damaged, log.read_bytes()]))
+    train_recipe(recipe, out)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     recipe, out = brief(bf16=False), folders(tmp_path)
     interrupted(recipe, out, after=2)
