@@ -113,6 +113,11 @@ NO_THREAD = (
 )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is Python's, numpy's or torch's error for too little memory; the latter has no type of its own."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 class CannotCreateError(LlavaEdgeError):
     """An output file or folder cannot be created."""
 

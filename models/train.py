@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_edge.errors import DataError
+from llava_edge.errors import DataError, is_out_of_memory
 from llava_edge.models.data import Batch, Pack, Sample, collate, modality_length_order, pack, read_records, tokenize
 from llava_edge.models.features import FeatureCache
 from llava_edge.models.llava import Llava
@@ -256,9 +256,14 @@ class Trainer:
             return None
         try:
             saved: dict[str, Any] = torch.load(path, weights_only=True)
-        except Exception as error:  # torch raises a dozen types for a bad file
+            recipe = saved.get("recipe")
+        except OSError:
+            raise
+        except Exception as error:  # torch raises a dozen types for a bad file, which may also hold something else
+            if is_out_of_memory(error):
+                raise
             raise DataError(f"{path} is damaged; remove it to train from the start.") from error
-        if saved.get("recipe") != self._identity:
+        if recipe != self._identity:
             raise DataError(
                 f"{self.run_folder} holds a run of another recipe or of other data, which cannot be resumed; "
                 "choose another --out or remove it."

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import whole
+from conftest import Run
 from processes import largest_file
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
@@ -239,6 +240,24 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
         os.truncate(out.run / "checkpoint.pt", size)
         with pytest.raises(DataError, match=r"checkpoint\.pt is damaged; remove it"):
             train_recipe(recipe, out)
+    torch.save([1], out.run / "checkpoint.pt")
+    with pytest.raises(DataError, match=r"checkpoint\.pt is damaged; remove it"):
+        train_recipe(recipe, out)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever removed it, as the sentence says, would lose all that was trained."""
+    recipe, out = brief(bf16=False), folders(tmp_path)
+    interrupted(recipe, out, after=2)
+    trainer = trainer_of(recipe, out)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (tmp_path / "missing").stat())
+    with pytest.raises(OSError, match="missing"):
+        trainer.train()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(1 << 50))  # bytes that no machine has
+    code, _, err = run("train", "micro", "--out", out.run, "--data", out.data)
+    assert (code, err.splitlines()[-1]) == (71, "llava-edge: Not enough memory.")
 
 
 def trainer_of(recipe: Recipe, out: Folders) -> Trainer:

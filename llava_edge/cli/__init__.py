@@ -30,6 +30,7 @@ from llava_edge.errors import (
     MissingError,
     OptionError,
     StorageError,
+    is_out_of_memory,
     lacking_dependency,
 )
 from llava_edge.paths import is_file
@@ -187,14 +188,14 @@ def execute(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return BROKEN_PIPE
-    except MemoryError:
-        return _fail("Not enough memory.", MemoryLimitError.exit_code)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not error.filename:  # of os.getcwd
             return _fail("The current folder was removed; change to another one.", MissingError.exit_code)
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", StorageError.exit_code)
     except Exception as error:  # noqa: BLE001 - a bug, reported with its traceback
+        if is_out_of_memory(error):
+            return _fail("Not enough memory.", MemoryLimitError.exit_code)
         if str(error) == PYTHONS_NO_THREAD:
             return _fail(NO_THREAD, MemoryLimitError.exit_code)
         if isinstance(error, ModuleNotFoundError) and (problem := lacking_dependency(error)):
