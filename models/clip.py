@@ -7,11 +7,18 @@ Attribute names are Hugging Face's, so state dicts carry over under the prefix `
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_edge.models.config import LlavaConfig, VisionConfig
+
+try:
+    mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
+except PermissionError:  # as in a service with MemoryDenyWriteExecute, where oneDNN cannot make its machine code
+    torch.backends.mkldnn.set_flags(False)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

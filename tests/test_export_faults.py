@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import edit_config
-from processes import largest_file, with_mounts
+from processes import in_child, largest_file, with_mounts
 from safetensors.numpy import load_file, save_file
 
 from llava_edge import cli
@@ -35,6 +35,7 @@ from llava_edge.export.checkpoint import open_checkpoint
 from llava_edge.export.exporter import ExportOptions, export
 from llava_edge.export.mmproj import write_mmproj
 from llava_edge.export.quantize import quantize
+from llava_edge.models.recipe import FOLDER
 from llava_edge.models.shapes import VISION_PREFIX
 from llava_edge.runtimes import bindings, probe
 
@@ -770,3 +771,27 @@ def test_nothing_has_its_name_before_it_is_on_disk(
     assert {path.name for path in out.iterdir()} == {MANIFEST, "vision.onnx", VISION_DATA, "projector.gguf", LANGUAGE}
     assert {flushed.get(path.stat().st_ino) for path in (out, *out.iterdir())} == {(True, False)}
     assert flushed[tmp_path.stat().st_ino] == (True, True)
+
+
+NO_MACHINE_CODE = """
+import ctypes, sys
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, since Linux 6.3
+    sys.exit(print("unsupported"))
+from llava_edge.cli import execute
+print(execute(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_torch_computes_where_no_machine_code_may_be_made(micro_checkpoint: Path, tmp_path: Path) -> None:
+    """As in a service with MemoryDenyWriteExecute: oneDNN, which makes some, could not create a primitive."""
+    recipe = tmp_path / "brief.toml"
+    recipe.write_text((FOLDER / "micro.toml").read_text().replace("epochs = 8", "epochs = 0.3"))
+    for command in (
+        ["export", micro_checkpoint, tmp_path / "out", "--imatrix"],
+        ["train", recipe, "--out", tmp_path / "run", "--data", tmp_path / "data"],
+    ):
+        done = in_child(NO_MACHINE_CODE, *map(str, command))
+        if "unsupported" in done.stdout:
+            pytest.skip("this kernel cannot forbid it")
+        assert done.stdout.splitlines()[-1] == "0", done.stderr
