@@ -22,7 +22,7 @@ from PIL import Image
 
 from llava_edge import anyres
 from llava_edge.bundle import Manifest, Preprocessing
-from llava_edge.errors import MissingError, UnavailableError, install_hint
+from llava_edge.errors import MissingError, UnavailableError, import_problem
 from llava_edge.export import samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.image import load_image
@@ -86,7 +86,7 @@ def check_pictures(folder: Path | None) -> None:
             import torch  # noqa: F401
     except ImportError as error:
         raise UnavailableError(
-            f"An importance matrix is computed with torch, which is not installed. {install_hint('train')}"
+            f"An importance matrix is computed with torch, which {import_problem(error, 'train')}"
         ) from error
     for _ in pictures(folder):  # decode each one now, so that none fails later in the export
         pass

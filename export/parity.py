@@ -31,7 +31,7 @@ import numpy as np
 
 from llava_edge import anyres
 from llava_edge.bundle import LANGUAGE, Bundle, ParityRow
-from llava_edge.errors import CheckpointError, install_hint
+from llava_edge.errors import CheckpointError, import_problem, install_hint
 from llava_edge.export import Progress, samples
 from llava_edge.export.checkpoint import Checkpoint
 from llava_edge.export.reference import reference_pixels
@@ -69,8 +69,10 @@ def unavailable_reason() -> str:
     try:
         with held_back():
             import torch  # noqa: F401
-    except ImportError:
+    except ModuleNotFoundError:
         return f"Parity was not measured: torch is not installed. {install_hint('train')}, then run this command again."
+    except ImportError as error:
+        return f"Parity was not measured: torch {import_problem(error, 'train')}"
     return ""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.errors import CheckpointError, MissingError, StorageError, UnavailableError, install_hint
+from llava_edge.errors import CheckpointError, MissingError, StorageError, UnavailableError, import_problem
 from llava_edge.interrupts import held_back
 from llava_edge.placeholder import PREFIX_BYTES, describe_placeholder
 
@@ -183,8 +183,8 @@ def _pickle(path: Path) -> dict[str, StoredTensor]:
             import torch
     except ImportError as error:
         raise UnavailableError(
-            f"{path} is a PyTorch pickle and torch is not installed. Use the checkpoint's safetensors files, if it has "
-            f"any. {install_hint('train')}"
+            f"{path} is a PyTorch pickle; use the checkpoint's safetensors files, if it has any, because torch "
+            f"{import_problem(error, 'train')}"
         ) from error
     try:
         with warnings.catch_warnings():

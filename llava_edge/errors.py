@@ -18,6 +18,13 @@ def install_hint(extra: str) -> str:
     return f"Run in the clone of llava-edge: pip install '.[{extra}]'"
 
 
+def import_problem(error: ImportError, extra: str) -> str:
+    """Why a package of an extra cannot be used, to be put behind its name."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"is not installed. {install_hint(extra)}"
+    return f"cannot be loaded: {error}."  # as libraries for which there is too little memory
+
+
 class LlavaEdgeError(Exception):
     """Base of all errors whose message is meant for the user."""
 

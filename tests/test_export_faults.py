@@ -773,6 +773,27 @@ def test_nothing_has_its_name_before_it_is_on_disk(
     assert flushed[tmp_path.stat().st_ino] == (True, True)
 
 
+BROKEN_TORCH = "raise ImportError('libtorch_cpu.so: failed to map segment from shared object', name='_C')"
+
+
+def test_a_torch_that_cannot_be_loaded_is_not_called_missing(micro_checkpoint: Path, tmp_path: Path) -> None:
+    """As with too little memory for it; installing it again would not help."""
+    (tmp_path / "torch.py").write_text(BROKEN_TORCH)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for command, code in (
+        (["export", micro_checkpoint, tmp_path / "out"], 0),
+        (["export", micro_checkpoint, tmp_path / "other", "--imatrix"], 69),
+        (["verify", tmp_path / "out", "--against", micro_checkpoint], 69),
+        (["train", "micro", "--out", tmp_path / "run", "--data", tmp_path / "data"], 69),
+    ):
+        script = "import sys; from llava_edge.cli import execute; print(execute(sys.argv[1:]))"
+        done = in_child(script, *map(str, command), environment=environment)
+        assert done.stdout.splitlines()[-1] == str(code)
+        assert "cannot be loaded: libtorch_cpu.so: failed to map segment from shared object." in done.stderr
+        assert "not installed" not in done.stderr
+        assert "_C" not in done.stderr
+
+
 NO_MACHINE_CODE = """
 import ctypes, sys
 if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, since Linux 6.3

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli.terminal import status_line
-from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError, install_hint
+from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError, import_problem
 from llava_edge.options import DEVICES, KV_TYPES, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import expand_path, is_file
 from llava_edge.runtimes.machine import allowed_cpus
@@ -229,8 +229,9 @@ def require_extra(extra: str, action: str) -> Iterator[None]:
     """Turn a failed import of one of our extras into `UnavailableError`. `action` begins the sentence."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"{action} needs {error.name}, which is not installed. {install_hint(extra)}") from error
+    except ImportError as error:
+        package = error.name if isinstance(error, ModuleNotFoundError) else f"the extra [{extra}]"
+        raise UnavailableError(f"{action} needs {package}, which {import_problem(error, extra)}") from error
 
 
 @contextmanager
