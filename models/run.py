@@ -23,7 +23,7 @@ from llava_edge.models.recipe import Recipe
 from llava_edge.models.shapes import projector_shapes
 from llava_edge.models.sources import require_sources
 from llava_edge.models.train import Report, Trainer, load_stage, plot_losses
-from llava_edge.outputs import check_space
+from llava_edge.outputs import check_space, storage_errors
 
 Log = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -64,7 +64,8 @@ def train_recipe(
 def _train(recipe: Recipe, folders: Folders, log: Log, encoding: Progress, report: Report) -> Path:
     model = _build_untrained(recipe, folders, log)
     log("preparing conversations")
-    _write_records(recipe, folders)
+    with storage_errors(folders.data):
+        _write_records(recipe, folders)
     tokenizer, image_tokens = load_tokenizer(folders.run / "base" / "tokenizer.json"), model.config.image_tokens
     stages = [load_stage(stage, folders.data, tokenizer, image_tokens, recipe.seed) for stage in recipe.stages]
     features = FeatureCache(folders.features, model, log=log)

@@ -271,7 +271,8 @@ class Trainer:
         return saved
 
     def _log(self, step: Step) -> None:
-        with (self.run_folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        path = self.run_folder / "log.jsonl"
+        with storage_errors(path), path.open("a", encoding="utf-8") as file:
             row = {"stage": step.stage, "step": step.step, "loss": round(step.loss, 5),
                    "learning_rate": float(f"{step.learning_rate:.4g}"), "grad_norm": float(f"{step.grad_norm:.4g}"),
                    "packs_per_s": round(step.packs_per_s, 2)}  # fmt: skip

@@ -336,6 +336,21 @@ def test_a_full_disk_is_one_sentence(size: int, tmp_path: Path) -> None:
         train_recipe(brief(bf16=False), folders(tmp_path))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+def test_a_full_disk_is_named_by_what_is_on_it(tmp_path: Path) -> None:
+    """There are two folders, --out and --data."""
+    recipe, out = brief(bf16=False), folders(tmp_path)
+    interrupted(recipe, out, after=0)
+    trainer = trainer_of(recipe, out)
+    for path in (out.run / "log.jsonl", out.data / "questions.json"):
+        path.unlink()
+        path.symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"log\.jsonl could not be written: No space left on device"):
+        trainer._log(Step("align", 1, 1, 1.0, 1.0, 1.0, 1.0, 0.0))
+    with pytest.raises(StorageError, match="data could not be written: No space left on device"):
+        train_recipe(recipe, out)
+
+
 def test_too_small_a_disk_is_noticed_before_pictures_are_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
