@@ -15,11 +15,6 @@ from torch.nn import functional as F
 
 from llava_edge.models.config import LlavaConfig, VisionConfig
 
-try:
-    mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
-except PermissionError:  # as in a service with MemoryDenyWriteExecute, where oneDNN cannot make its machine code
-    torch.backends.mkldnn.set_flags(False)
-
 
 def quick_gelu(x: Tensor) -> Tensor:
     """OpenAI CLIP's activation, x * sigmoid(1.702 x); neither the erf nor the tanh GELU."""
@@ -120,6 +115,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
+        _avoid_machine_code()
         c = config.vision
         self.config = config
         self.embeddings = Embeddings(c)
@@ -154,3 +150,12 @@ def pool_patches(x: Tensor, grid: int, pool: int) -> Tensor:
     b, _, d = x.shape
     side = grid // pool
     return x.view(b, side, pool, side, pool, d).mean(dim=(2, 4)).reshape(b, side * side, d)
+
+
+def _avoid_machine_code() -> None:
+    """Let torch compute without oneDNN where no machine code may be made, as in a service with
+    MemoryDenyWriteExecute."""
+    try:
+        mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
+    except PermissionError:
+        torch.backends.mkldnn.set_flags(False)
