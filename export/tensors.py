@@ -17,7 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.errors import CheckpointError, MissingError, StorageError, UnavailableError, import_problem
+from llava_edge.errors import (
+    CheckpointError,
+    MissingError,
+    StorageError,
+    UnavailableError,
+    import_problem,
+    is_out_of_memory,
+)
 from llava_edge.interrupts import held_back
 from llava_edge.placeholder import PREFIX_BYTES, describe_placeholder
 
@@ -169,6 +176,8 @@ def _mapped_tensor(path: Path, name: str, start: int, entry: _Entry) -> StoredTe
         try:
             raw = np.memmap(path, _DTYPES[dtype], "c", start + begin, shape) if end > begin else np.zeros(shape)
         except (OSError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise MemoryError from error
             raise StorageError(f"{path} could not be read at byte {start + begin}: {error}.") from error
         if dtype == "BF16":  # the upper half of a float32
             return (raw.astype(np.uint32) << 16).view(np.float32)

@@ -6,6 +6,7 @@ Anything else that is raised is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import TYPE_CHECKING
 
@@ -121,8 +122,12 @@ NO_THREAD = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is Python's, numpy's or torch's error for too little memory; the latter has no type of its own."""
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Whether it is Python's, numpy's, the system's or torch's error for too little memory; torch's has no type."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 class CannotCreateError(LlavaEdgeError):

@@ -56,7 +56,7 @@ def download_wheel(package: str, folder: Path) -> Path:
     process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheels = list(folder.glob("*.whl"))
     if process.returncode or not wheels:
-        reason = (process.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        reason = (process.stderr.strip().splitlines() or ["pip gave no reason"])[-1].rstrip(".") + "."
         if any(os.strerror(code) in reason for code in _NO_ROOM):
             remedy = "Free some disk space, or set TMPDIR and LLAVA_EDGE_HOME to folders on another disk."
             raise StorageError(f"Could not download {package}: {reason} {remedy}")

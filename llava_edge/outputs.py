@@ -60,7 +60,7 @@ def check_space(folder: Path, estimate: int, what: str) -> None:
     free, needed = shutil.disk_usage(folder).free, int(estimate * HEADROOM)
     if free < needed:
         raise StorageError(
-            f"{what} needs about {needed / 1e9:.2f} GB in {folder}, but only {free / 1e9:.2f} GB are free."
+            f"{what} needs about {needed / 1e9:.3g} GB in {folder}, but only {free / 1e9:.3g} GB are free."
         )
 
 

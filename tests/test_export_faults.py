@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Run
 from layouts import edit_config
 from processes import in_child, largest_file, with_mounts
 from safetensors.numpy import load_file, save_file
@@ -497,6 +498,19 @@ def test_a_file_system_that_flushes_nothing_is_enough(
         write_manifest(temp, Bundle.open(micro_bundle).manifest)
         publish.publish(temp, out, force=False)
     assert [path.name for path in out.iterdir()] == [MANIFEST]
+
+
+def test_a_checkpoint_that_no_address_space_is_left_for(
+    micro_checkpoint: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are whole, so the sentence must not be about them."""
+
+    def full(path: Path, *_: object) -> np.ndarray[Any, Any]:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(np, "memmap", full)
+    code, _, err = run("export", micro_checkpoint, tmp_path / "out")
+    assert (code, err.splitlines()[-1]) == (71, "llava-edge: Not enough memory.")
 
 
 def test_a_bundle_that_has_its_name_is_not_said_to_have_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

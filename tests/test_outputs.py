@@ -92,8 +92,11 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path, monkeypatch: 
     check_space(tmp_path, 1, "It")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_200_000_000))
     check_space(tmp_path, 1_990_000_000, "It")
-    with pytest.raises(StorageError, match=r"^It needs about 2\.31 GB in .*, but only 2\.20 GB are free\.$"):
+    with pytest.raises(StorageError, match=r"^It needs about 2\.31 GB in .*, but only 2\.2 GB are free\.$"):
         check_space(tmp_path, 2_100_000_000, "It")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=16_000_000))
+    with pytest.raises(StorageError, match=r"needs about 0\.022 GB in .*, but only 0\.016 GB are free\.$"):
+        check_space(tmp_path, 20_000_000, "It")
 
 
 def test_a_write_that_fails_is_one_sentence(tmp_path: Path) -> None:

