@@ -46,9 +46,11 @@ class DraftModel:
     def __init__(
         self, path: Path, target: LanguageModel, threads: int, *, repack: bool = True, verbose: bool = False
     ) -> None:
-        trained = gguf.read(path).number("llama.context_length")
-        context = min(target.context_size, trained)
-        self._language = LanguageModel(path, context=context, threads=threads, repack=repack, verbose=verbose)
+        header = gguf.read(path)
+        context = min(target.context_size, header.number("llama.context_length"))
+        self._language = LanguageModel(
+            path, header=header, context=context, threads=threads, repack=repack, verbose=verbose
+        )
         self._shared_tokens = min(target.vocabulary.size, self._language.vocabulary.size)
 
     def close(self) -> None:

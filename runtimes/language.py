@@ -36,6 +36,7 @@ class LanguageModel(KvCache):
     """language.gguf, mapped, with a context of `context` positions, and adapter.gguf added to it if there is one.
 
     As a `KvCache` it can be truncated, saved and shared by branches; here is what evaluates.
+    header: of the file, if it has been read and passed `gguf.check_language`.
     threads: 0 is one for each physical core.
     batch: positions per batch. A whole picture should fit: each batch reads and dequantizes all weights again.
     on_load: called with the loaded fraction; returning False stops loading, which then raises `CancelledError`. What it
@@ -47,6 +48,7 @@ class LanguageModel(KvCache):
         self,
         path: Path,
         *,
+        header: gguf.Gguf | None = None,
         adapter: Path | None = None,
         context: int,
         threads: int = 0,
@@ -57,7 +59,8 @@ class LanguageModel(KvCache):
         verbose: bool = False,
         on_load: Callable[[float], bool] = lambda fraction: True,
     ) -> None:
-        header, adapter_header = _read_headers(path, adapter)
+        header = header or _read_header(path)
+        adapter_header = _read_adapter(adapter, header) if adapter else None
         api, self.native = bindings.library(verbose), native.activate()
         repack = repack and choice.should_repack(self.native, {tensor.kind for tensor in header.tensors.values()})
         self._thread: Worker | None = Worker("llama.cpp") if gpu_layers else compute.shared_worker()
@@ -233,11 +236,13 @@ class LanguageModel(KvCache):
         return int(self.library.llama_decode(self.context, batch.handle))
 
 
-def _read_headers(path: Path, adapter: Path | None) -> tuple[gguf.Gguf, gguf.Gguf | None]:
+def _read_header(path: Path) -> gguf.Gguf:
     header = gguf.read(path)
     gguf.check_language(header)
-    if adapter is None:
-        return header, None
-    adapter_header = gguf.read(adapter)
-    gguf.check_adapter(adapter_header, header)
-    return header, adapter_header
+    return header
+
+
+def _read_adapter(path: Path, base: gguf.Gguf) -> gguf.Gguf:
+    header = gguf.read(path)
+    gguf.check_adapter(header, base)
+    return header

@@ -56,6 +56,8 @@ class Loader:
         probe.require_working_build()
         self._device = devices.choose(options.device)
         self._batch = min(max(BATCH, bundle.manifest.vision.image_tokens), MAX_BATCH)
+        self._header = gguf.read(bundle.part(LANGUAGE))
+        gguf.check_language(self._header)
         self._preset = self._choose_preset()
         self._threads = options.threads or machine.thread_count()[0]
 
@@ -91,15 +93,13 @@ class Loader:
 
     def _choose_preset(self) -> presets.Preset:
         manifest = self._bundle.manifest
-        header = gguf.read(self._bundle.part(LANGUAGE))
-        gguf.check_language(header)
         presets.check_context(self._options.context, manifest.language.context_length)
         if self._options.draft:
-            check_draft(Path(self._options.draft), header)
+            check_draft(Path(self._options.draft), self._header)
         logits_bytes = self._batch * manifest.language.vocab_size * 4
         return presets.choose(
             self._options,
-            header,
+            self._header,
             manifest.language.context_length,
             tiles=manifest.preprocessing.square == "anyres",
             gpu_layers=self._device.gpu_layers,
@@ -119,6 +119,7 @@ class Loader:
         path, expected = self._bundle.part(LANGUAGE), self._bundle.manifest.language
         language = LanguageModel(
             path,
+            header=self._header,
             adapter=self._bundle.adapter,
             context=self._preset.context,
             threads=self._threads,
