@@ -25,6 +25,7 @@ from processes import largest_file, with_mounts
 
 from llava_edge import cli, interpreter, store
 from llava_edge.bundle import LANGUAGE, MANIFEST, PROJECTOR, Bundle
+from llava_edge.cli.types import MODEL
 from llava_edge.errors import NO_THREAD
 from llava_edge.models.micro import CONFIG, write_checkpoint
 from llava_edge.options import DEFAULT_PROMPT, Result
@@ -681,6 +682,36 @@ def test_without_proc_a_sentence_says_what_to_mount(command: str, micro_bundle: 
     assert "Traceback" not in done.stderr
     sentence = "/proc is not mounted here, which ONNX Runtime needs. Run: mount -t proc proc /proc"
     assert sentence in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("llava-edge ver", ["plain,verify"]),
+        ("llava-edge run --dev", ["plain,--device"]),
+        ("llava-edge run --device cu", ["plain,cuda"]),
+        ("llava-edge run --image pho", ["file,pho"]),
+        ("llava-edge batch pho", ["file,pho"]),
+        ("llava-edge chat --model s", ["plain,small", "dir,s"]),
+        ("llava-edge models rm ", ["plain,small", "dir,"]),
+        ("llava-edge export ch", ["file,ch"]),
+    ],
+)
+def test_shells_complete_commands_options_models_and_files(
+    line: str, completed: list[str], isolated_home: Path, micro_bundle: Path
+) -> None:
+    shutil.copytree(micro_bundle, isolated_home / "models" / "small")
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_LLAVA_EDGE_COMPLETE": "bash_complete"}
+    command = [sys.executable, "-m", "llava_edge"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | words, check=True)
+    assert (done.stdout.split("\n")[: len(completed)], done.stderr) == (completed, "")
+
+
+def test_shells_complete_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_EDGE_HOME", "~nobody of this name/home")
+    context = click.Context(cli.cli)
+    items = MODEL.shell_complete(context, click.Argument(["model"]), "bun")
+    assert [(item.type, item.value) for item in items] == [("dir", "bun")]
 
 
 def test_a_current_folder_that_was_removed(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,7 @@ OPTION_SUGGESTIONS = {
     "-o": ("--output",),
 }
 
+COMPLETE = "_LLAVA_EDGE_COMPLETE"  # set by the scripts with which click has shells complete commands
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # exit code that shells report for a program killed by SIGPIPE
 
@@ -150,6 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its exit code."""
     limit_spinning()
     _prepare_streams()
+    if instruction := os.environ.get(COMPLETE):
+        from click.shell_completion import shell_complete
+
+        sys.exit(shell_complete(cli, {}, "llava-edge", COMPLETE, instruction))
     code = execute(sys.argv[1:] if arguments is None else arguments)
     if code in (INTERRUPTED, BROKEN_PIPE):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills the process

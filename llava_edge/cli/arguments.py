@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli.terminal import status_line
+from llava_edge.cli.types import FILE_NAME, MODEL
 from llava_edge.errors import DataError, MissingError, UnavailableError, UsageError, import_problem
 from llava_edge.options import DEVICES, KV_TYPES, PRESETS, SPECULATE, EngineOptions, Options
 from llava_edge.paths import expand_path, is_file
 from llava_edge.runtimes.machine import allowed_cpus
-from llava_edge.store import DEFAULT_MODEL, refuse_download
+from llava_edge.store import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from llava_edge.api import Llava
@@ -49,7 +50,9 @@ system_option = click.option(
 def engine_options(command: Command) -> Command:
     """Add the model and the engine options; the command receives them as keyword arguments."""
     options: list[Decorator] = [
-        click.option("--model", default=DEFAULT_MODEL, metavar="NAME|DIR", help="Model name or bundle folder."),
+        click.option(
+            "--model", type=MODEL, default=DEFAULT_MODEL, metavar="NAME|DIR", help="Model name or bundle folder."
+        ),
         click.option("--device", type=click.Choice(DEVICES), default="auto", help="Device to compute on."),
         click.option("--threads", type=int, default=0, help="Number of threads (0: one per physical core)."),
         click.option(
@@ -74,6 +77,7 @@ def engine_options(command: Command) -> Command:
         click.option("--cache/--no-cache", default=True, help="Cache what is computed from images."),
         click.option(
             "--draft",
+            type=FILE_NAME,
             metavar="FILE",
             help="Draft model for speculative decoding: a small GGUF with the same vocabulary.",
         ),
@@ -106,9 +110,12 @@ def answer_options(command: Command) -> Command:
     """Add the system prompt and what answers must follow; the command receives them as keyword arguments."""
     options: list[Decorator] = [
         system_option,
-        click.option("--json-schema", metavar="FILE", help="JSON schema that answers must follow."),
+        click.option("--json-schema", type=FILE_NAME, metavar="FILE", help="JSON schema that answers must follow."),
         click.option(
-            "--grammar", metavar="FILE", help="Grammar that answers must follow: GBNF, or Lark with %llguidance."
+            "--grammar",
+            type=FILE_NAME,
+            metavar="FILE",
+            help="Grammar that answers must follow: GBNF, or Lark with %llguidance.",
         ),
     ]
     return _apply_options(command, options)
@@ -204,19 +211,6 @@ class ImageCommand(click.Command):
                 f"Unexpected argument {rest[0]!r}; give images with --image and questions with --prompt.", ctx
             )
         return rest
-
-
-class _CheckpointPath(click.Path):
-    """Path of a checkpoint. Raises `MissingError` for one that would have to be downloaded."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Check the text as typed: a Path would drop a slash of a URL."""
-        refuse_download(str(value), "download it, then give its folder")
-        return super().convert(value, param, ctx)
-
-
-PATH = click.Path(path_type=Path)
-CHECKPOINT = _CheckpointPath(path_type=Path)
 
 
 def square_option(text: str) -> Decorator:

@@ -15,6 +15,7 @@ import click
 
 from llava_edge.cli.arguments import answer_options, check_options, constrain, generation_options, options_from
 from llava_edge.cli.terminal import json_line, printable, report_unused_kernels, show, show_json, status_line
+from llava_edge.cli.types import FILE_NAME
 from llava_edge.errors import (
     CannotCreateError,
     ContextOverflowError,
@@ -41,7 +42,7 @@ _START = b'{"image": '  # of each line of an output file
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=FILE_NAME, metavar="PATH...")
 @click.option("--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="Question about each image.")
 @answer_options
 @generation_options
@@ -50,6 +51,7 @@ _START = b'{"image": '  # of each line of an output file
 )
 @click.option(
     "--output",
+    type=FILE_NAME,
     metavar="FILE",
     help="Append JSON objects to this file instead of printing, and skip images that it answers already.",
 )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import PATH, Decorator, image_path
+from llava_edge.cli.arguments import Decorator, image_path
+from llava_edge.cli.types import FILE_NAME, MODEL, PATH
 from llava_edge.errors import LlavaEdgeError, StorageError, UsageError
 from llava_edge.options import DEFAULT_PROMPT, DEVICES, PRESETS
 from llava_edge.outputs import check_output, replacing
@@ -33,7 +34,7 @@ def _sweep(flag: str, name: str, text: str) -> Decorator:
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, default=[DEFAULT_MODEL], metavar="NAME|DIR",
+@click.option("--model", "models", type=MODEL, multiple=True, default=[DEFAULT_MODEL], metavar="NAME|DIR",
               help="Model name or bundle folder; repeatable.")  # fmt: skip
 @click.option("--device", type=click.Choice(DEVICES), default="auto", help="Device to compute on.")
 @_sweep("--threads", "threads", "Thread counts to try (0: one per physical core).")
@@ -41,7 +42,7 @@ def _sweep(flag: str, name: str, text: str) -> Decorator:
 @_sweep("--image-tokens", "budgets", "Tokens per image to try (0: all).")
 @click.option("--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=["auto"],
               help="Preset to try; repeatable.")  # fmt: skip
-@click.option("--image", metavar="FILE", help="Image to ask about; a generated one if omitted.")
+@click.option("--image", type=FILE_NAME, metavar="FILE", help="Image to ask about; a generated one if omitted.")
 @click.option("--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="Question to ask.")
 @click.option("--max-tokens", type=int, default=32, help="Maximum number of tokens in an answer.")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=5, help="Measured processes per configuration.")

@@ -17,10 +17,13 @@ from llava_edge.cli.arguments import (
     system_option,
 )
 from llava_edge.cli.terminal import report_unused_kernels, show, status_line
+from llava_edge.cli.types import FILE_NAME
 
 
 @click.command(cls=ImageCommand)
-@click.option("--image", "images", multiple=True, metavar="FILE", help="Image for the first question; repeatable.")
+@click.option(
+    "--image", "images", type=FILE_NAME, multiple=True, metavar="FILE", help="Image for the first question; repeatable."
+)
 @system_option
 @generation_options
 def chat(images: tuple[str, ...], system: str, model: str, **shared: Any) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import __version__, store
+from llava_edge.cli.types import MODEL
 from llava_edge.errors import LlavaEdgeError, MissingError, StorageError, UnavailableError
 from llava_edge.outputs import write_problem
 
@@ -40,7 +41,7 @@ class Finding:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-@click.option("--model", default=store.DEFAULT_MODEL, metavar="NAME|DIR", help="Model to check.")
+@click.option("--model", type=MODEL, default=store.DEFAULT_MODEL, metavar="NAME|DIR", help="Model to check.")
 @click.option("--tune", is_flag=True, help="First find the fastest settings for encoding images; later runs use them.")
 def doctor(as_json: bool, model: str, tune: bool) -> None:
     """Check this machine and suggest fixes. Exits with 69 if something required is broken."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import store
-from llava_edge.cli.arguments import PATH, require_extra
+from llava_edge.cli.arguments import require_extra
 from llava_edge.cli.terminal import status_line
+from llava_edge.cli.types import MODEL, PATH
 from llava_edge.errors import UsageError
 from llava_edge.interrupts import held_back
 from llava_edge.options import TOKEN_METHODS, EngineOptions, Options, TokenMethod
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.option("--bundle", "bundles", multiple=True, metavar="NAME|DIR", help="Model name or bundle folder; repeatable.")
+@click.option(
+    "--bundle",
+    "bundles",
+    type=MODEL,
+    multiple=True,
+    metavar="NAME|DIR",
+    help="Model name or bundle folder; repeatable.",
+)
 @click.option("--checkpoint", type=PATH, metavar="DIR", help="Checkpoint to evaluate in PyTorch (float32).")
 @click.option("--photos", type=PATH, required=True, metavar="DIR", help="Photos with labels.jsonl.")
 @click.option(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from llava_edge.cli.arguments import CHECKPOINT, PATH, require_extra, square_option
+from llava_edge.cli.arguments import require_extra, square_option
 from llava_edge.cli.terminal import status_line
+from llava_edge.cli.types import CHECKPOINT, PATH
 from llava_edge.errors import CannotCreateError, UsageError
 from llava_edge.interrupts import interrupt_on_termination
 from llava_edge.outputs import check_output, replacing

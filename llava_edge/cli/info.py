@@ -12,6 +12,7 @@ import click
 
 from llava_edge.bundle import MANIFEST, Bundle, Manifest
 from llava_edge.cli.terminal import printable, show_json
+from llava_edge.cli.types import MODEL
 from llava_edge.errors import CheckpointError, DataError, MissingError, UsageError
 from llava_edge.store import DEFAULT_MODEL, resolve
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("target", default=DEFAULT_MODEL, metavar="[BUNDLE|FILE.gguf|CHECKPOINT]")
+@click.argument("target", type=MODEL, default=DEFAULT_MODEL, metavar="[BUNDLE|FILE.gguf|CHECKPOINT]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def info(target: str, as_json: bool) -> None:
     """Show what a bundle (folder or model name; smol if omitted), GGUF file or checkpoint folder contains."""

@@ -12,6 +12,7 @@ from llava_edge import store
 from llava_edge.bundle import Bundle
 from llava_edge.cli.arguments import require_extra
 from llava_edge.cli.terminal import printable, status_line
+from llava_edge.cli.types import MODEL
 from llava_edge.errors import CannotCreateError, LlavaEdgeError, UnavailableError, UsageError
 from llava_edge.interrupts import interrupt_on_termination
 from llava_edge.outputs import write_problem
@@ -67,7 +68,7 @@ def pull_model(name: str, force: bool) -> None:
 
 
 @models.command("rm")
-@click.argument("name")
+@click.argument("name", type=MODEL)
 def remove_model(name: str) -> None:
     """Remove the pulled model NAME.
 

@@ -22,6 +22,7 @@ from llava_edge.cli.arguments import (
     read_stdin,
 )
 from llava_edge.cli.terminal import report_unused_kernels, show, show_json, status_line
+from llava_edge.cli.types import FILE_NAME
 from llava_edge.errors import DataError, MissingError, UsageError
 from llava_edge.options import DEFAULT_PROMPT
 
@@ -31,7 +32,14 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=ImageCommand)
-@click.option("--image", "images", multiple=True, metavar="FILE", help="Image to ask about (-: stdin); repeatable.")
+@click.option(
+    "--image",
+    "images",
+    type=FILE_NAME,
+    multiple=True,
+    metavar="FILE",
+    help="Image to ask about (-: stdin); repeatable.",
+)
 @click.option("--prompt", "prompts", multiple=True, default=[DEFAULT_PROMPT], metavar="TEXT",
               help="Question to ask (-: stdin); repeatable.")  # fmt: skip
 @answer_options

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_edge import store
-from llava_edge.cli.arguments import PATH, require_extra
+from llava_edge.cli.arguments import require_extra
 from llava_edge.cli.terminal import Status, status_line
+from llava_edge.cli.types import FILE_NAME, PATH
 from llava_edge.errors import CannotCreateError
 from llava_edge.interrupts import held_back
 from llava_edge.outputs import write_problem
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("recipe", type=FILE_NAME)
 @click.option(
     "--out",
     type=PATH,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_edge.cli.arguments import CHECKPOINT, PATH, require_extra, square_option
+from llava_edge.cli.arguments import require_extra, square_option
 from llava_edge.cli.terminal import status_line
+from llava_edge.cli.types import CHECKPOINT, MODEL, PATH
 from llava_edge.errors import CheckpointError, UnavailableError, UsageError
 from llava_edge.store import DEFAULT_MODEL
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", default=DEFAULT_MODEL, metavar="[BUNDLE]")
+@click.argument("bundle", type=MODEL, default=DEFAULT_MODEL, metavar="[BUNDLE]")
 @click.option("--against", type=CHECKPOINT, metavar="CHECKPOINT", help="Checkpoint to compare every stage with.")
 @click.option("--base", type=CHECKPOINT, metavar="DIR", help="Its base model, as for export.")
 @click.option("--vision-tower", type=CHECKPOINT, metavar="DIR", help="Its CLIP folder, as for export.")
